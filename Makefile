@@ -1,0 +1,37 @@
+# make demo   a fresh machine to a quantized, evaluated, chatting model
+# make test   a fresh machine to all fast tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+
+.PHONY: demo test lint env fidelity readme clean
+
+env: $(STAMP)
+
+# torch goes first and alone: asked for together with others, pip may take a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: env
+	$(BIN)/python examples/demo.py --work build/demo
+
+test: env
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fidelity: env
+	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+
+readme: env
+	$(BIN)/python benchmarks/fill_readme.py
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,24 @@
+"""Choices that several commands offer."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Literal, cast
+
+
+class Backend(str, Enum):
+    """What computes."""
+
+    reference = "reference"
+
+
+class Dynamic(str, Enum):
+    """How W8A8_DYNAMIC quantizes a token."""
+
+    asymmetric = "asymmetric"
+    symmetric = "symmetric"
+
+    @property
+    def mode(self) -> Literal["asymmetric", "symmetric"]:
+        """The same as the reference backend spells it."""
+        return cast(Literal["asymmetric", "symmetric"], self.value)

@@ -1,0 +1,88 @@
+"""What a person sees: progress bars, notes, errors in one line, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from eightfold.errors import DependencyError
+from eightfold.progress import SilentTask, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+
+def note(text: str) -> None:
+    """Tell the user something that is not an error."""
+    print(f"note: {' '.join(text.split())}", file=sys.stderr)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON document as one line of stdout."""
+    print(json.dumps(content, ensure_ascii=False), flush=True)
+
+
+class _BarTask:
+    def __init__(self, bar: RichProgress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def at(self, text: str) -> None:
+        self._bar.update(self._task, now=text)
+
+    def advance(self) -> None:
+        done = self._bar.tasks[self._task]
+        self._bar.advance(self._task)
+        speed = done.speed
+        self._bar.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
+
+
+@contextmanager
+def bars(title: str, total: int, unit: str) -> Iterator[Task]:
+    """Show a progress bar on stderr with what is being done, speed and time left; nothing when it is no terminal."""
+    if not sys.stderr.isatty():
+        yield SilentTask()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit}s  {{task.fields[rate]}}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}", style="dim"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _BarTask(bar, bar.add_task(title, total=total, now="", rate=""))
+
+
+def require_torch(command: str) -> None:
+    """Import torch for a command, with a malloc that does not hoard.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    from eightfold.memory import tame_malloc
+
+    tame_malloc()
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise DependencyError(
+            f"eightfold {command} needs torch", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
+        ) from None
+
+
+def size_text(nbytes: int) -> str:
+    """Return a size in the unit a person would choose, powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes} B"

@@ -1,0 +1,60 @@
+"""`eightfold eval`: perplexity on a text, and the distance from the float model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eightfold.cli import console
+from eightfold.cli.choices import Backend, Dynamic
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text to measure on. Default: essays that come with eightfold.")] = None,
+    chunks: Annotated[int, typer.Option(min=1, help="How many chunks of the text, from its start.")] = 40,
+    chunk_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk; each chunk stands alone.")] = 512,
+    against: Annotated[Path | None, typer.Option(metavar="FLOAT_DIR", help="Also measure this model, and how far DIR is from it.")] = None,
+    dynamic: Annotated[Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")] = Dynamic.asymmetric,
+    backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
+) -> None:
+    """Measure perplexity, and with --against the KL divergence from another model.
+
+    Example: eightfold eval Llama-3.2-1B-w8a8 --text wiki.test.txt --against Llama-3.2-1B
+    """
+    from eightfold.evaluate.text import default_text, read_text
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.tokenizer import Tokenizer
+
+    started = time.monotonic()
+    checkpoints = [Checkpoint.open(path) for path in (model, against) if path is not None]
+    content = default_text() if text is None else read_text(text)
+    console.require_torch("eval")
+    from eightfold.evaluate import perplexity
+    from eightfold.reference.load import Decoder
+
+    token_ids = Tokenizer(model).encode(content, special_tokens=False)
+    pieces = perplexity.cut_chunks(token_ids, chunks, chunk_len)
+    if len(pieces) < chunks:
+        console.note(f"the text has {len(token_ids)} tokens: {len(pieces)} chunks of {chunk_len}, not {chunks}.")
+    if chunk_len > checkpoints[0].config.max_position_embeddings:
+        console.note(f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens.")
+    decoders = [Decoder(checkpoint, dynamic.mode) for checkpoint in checkpoints]
+    total = sum(checkpoint.config.num_layers for checkpoint in checkpoints)
+    with console.bars("evaluate", total + len(pieces), "step") as task:
+        result = perplexity.evaluate(decoders[0], pieces, decoders[1] if against else None, task.advance)
+    seconds = time.monotonic() - started
+    if as_json:
+        measured = {key: value for key, value in asdict(result).items() if value is not None}
+        console.print_json({**measured, "seconds": round(seconds, 3), "backend": backend.value})
+        return
+    print(f"perplexity     {result.ppl:.4f}   ({result.tokens} predictions, {result.chunks} chunks of {chunk_len}, {seconds:.1f} s)")
+    if result.ppl_against is not None and result.kl_mean is not None and result.top1_agreement is not None:
+        print(f"against        {result.ppl_against:.4f}   ({against})")
+        print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")
+        print(f"same top token {result.top1_agreement:.2%}")

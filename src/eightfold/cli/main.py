@@ -1,0 +1,122 @@
+"""The entry point: commands by name, failures in one line.
+
+Commands import what they need when they run, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import click
+import typer
+
+from eightfold import __version__
+from eightfold.cli import evaluate, importing, inspecting, quantizing, running
+from eightfold.errors import EightfoldError
+
+EXIT_USER = 2
+
+app = typer.Typer(
+    name="eightfold",
+    help="8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU.",
+    epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic, then eightfold run OUT --chat --prompt Hello",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"eightfold {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a Python traceback with an error.")] = False,
+) -> None:
+    """Take the options that stand before the command."""
+
+
+app.command("import-gguf")(importing.import_gguf)
+app.command("quantize")(quantizing.quantize)
+app.command("inspect")(inspecting.inspect)
+app.command("run")(running.run)
+app.command("eval")(evaluate.evaluate)
+app.command("env")(inspecting.env)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception, so that what is half-written goes away."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main() -> int:
+    """Run the command line; return the exit code: 0, or 2 with one line on stderr."""
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        return _usage_error(error)
+    except (KeyboardInterrupt, click.Abort, _Terminated) as stop:
+        word = "terminated" if isinstance(stop, _Terminated) else "interrupted"
+        return _fail(f"{word}: nothing was left half-written. Run the same command to start again.", debug)
+    except EightfoldError as error:
+        return _fail(str(error), debug)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has left; there is nobody to tell
+        return EXIT_USER
+    except OSError as error:
+        return _fail(_system_error(error), debug)
+    except MemoryError:
+        return _fail("out of memory: nothing was left half-written. Close other programs, or use a smaller model.", debug)
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"eightfold: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _usage_error(error: click.ClickException) -> int:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "eightfold"
+    if not message:  # no arguments: the help has been shown
+        error.show()
+        return EXIT_USER
+    print(f"eightfold: {' '.join(message.split())} Try: {path} --help", file=sys.stderr)
+    return EXIT_USER
+
+
+def _system_error(error: OSError) -> str:
+    where = f" in {error.filename}" if error.filename else ""
+    advice = {
+        errno.ENOSPC: "Free some space, or choose another disk; nothing was left half-written.",
+        errno.EDQUOT: "Your disk quota is used up; nothing was left half-written.",
+        errno.EFBIG: "The file size limit is too small; nothing was left half-written.",
+        errno.EACCES: "Check the permissions.",
+        errno.EMFILE: "Raise the limit of open files (ulimit -n).",
+    }.get(error.errno or 0, "")
+    return f"{error.strerror or error}{where}. {advice}".strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

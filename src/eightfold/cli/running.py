@@ -1,0 +1,66 @@
+"""`eightfold run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eightfold.cli import console
+from eightfold.cli.choices import Backend, Dynamic
+
+
+def run(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
+    prompt: Annotated[str, typer.Option(help="What to continue, or with --chat what to say.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    dynamic: Annotated[Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")] = Dynamic.asymmetric,
+    backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
+) -> None:
+    """Answer one prompt, greedily, and show the text as it comes.
+
+    Example: eightfold run Llama-3.2-1B-w8a8 --chat --prompt "What's deep learning?"
+    """
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.tokenizer import StreamDecoder, Tokenizer, stop_token_ids
+
+    checkpoint = Checkpoint.open(model)
+    tokenizer = Tokenizer(model)
+    if chat:
+        prompt_ids = tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    else:
+        prompt_ids = tokenizer.encode(prompt)
+    console.require_torch("run")
+    from eightfold.reference.generate import generate
+    from eightfold.reference.load import Decoder
+
+    stream = StreamDecoder(tokenizer)
+
+    def show(token: int) -> None:
+        if not as_json:
+            sys.stdout.write(stream.push(token))
+            sys.stdout.flush()
+
+    started = time.monotonic()
+    result = generate(Decoder(checkpoint, dynamic.mode), prompt_ids, max_new_tokens, stop_token_ids(model, checkpoint.config_raw), show)
+    seconds = time.monotonic() - started
+    if as_json:
+        console.print_json(
+            {
+                "text": tokenizer.decode(result.token_ids),
+                "token_ids": result.token_ids,
+                "prompt_tokens": len(prompt_ids),
+                "finish_reason": result.finish_reason,
+                "seconds": round(seconds, 3),
+                "backend": backend.value,
+            }
+        )
+        return
+    print()
+    count = len(result.token_ids)
+    print(f"[{len(prompt_ids)} + {count} tokens, {seconds:.1f} s, {result.finish_reason}]", file=sys.stderr)

@@ -1,0 +1,307 @@
+"""config.json: the two dialects in which it is written, and what this program needs of it.
+
+transformers 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; transformers 5 writes `dtype` and
+`rope_parameters`. Readers of our checkpoints know one or the other, so we read either, refuse a file that says
+both and differently, and write both.
+
+Letters: H query heads, G key/value heads, D head_dim, E hidden size, F intermediate size, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
+from eightfold.errors import CheckpointError, ConfigError, UnsupportedError, one_of
+
+
+class DType(str, Enum):
+    """Element types by their safetensors names."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    I64 = "I64"
+    I32 = "I32"
+    I8 = "I8"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}[self.value]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether this is one of the three floating types a Llama comes in."""
+        return self in (DType.F32, DType.F16, DType.BF16)
+
+
+# The names under which config.json knows the float types.
+CONFIG_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class RopeParameters(BaseModel):
+    """Rotary embedding: base and, for long contexts, how frequencies are stretched."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rope_theta: PositiveFloat = 10000.0
+    rope_type: str = "default"
+    factor: PositiveFloat = 1.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    original_max_position_embeddings: PositiveInt = 8192
+
+
+class ModelConfig(BaseModel):
+    """What config.json says about a Llama-family decoder, with every default filled in."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    architecture: str
+    dtype: DType | None = None  # None: the file does not say
+    vocab_size: PositiveInt  # V
+    hidden_size: PositiveInt  # E
+    intermediate_size: PositiveInt  # F
+    num_layers: PositiveInt  # L
+    num_heads: PositiveInt  # H
+    num_kv_heads: PositiveInt  # G
+    head_dim: PositiveInt  # D
+    rms_norm_eps: PositiveFloat = 1e-6
+    max_position_embeddings: PositiveInt = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    rope: RopeParameters = RopeParameters()
+    sliding_window: PositiveInt | None = None
+    use_sliding_window: bool | None = None  # None: the family decides
+    max_window_layers: int = 0
+    layer_types: tuple[str, ...] | None = None
+
+    @property
+    def q_size(self) -> int:
+        """Columns of all query heads, H * D."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Columns of all key (or value) heads, G * D."""
+        return self.num_kv_heads * self.head_dim
+
+
+class _RopeDialects(NamedTuple):
+    """The rope settings of a config.json, from whichever dialect has them."""
+
+    theta: float | None
+    scaling: dict[str, Any] | None  # without rope_theta; None when nothing but the default is said
+
+
+def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
+    """Read the fields of a config.json into a ModelConfig.
+
+    Args:
+        raw: the parsed JSON object, either dialect.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: a value is missing, of the wrong type, or the two dialects contradict each other.
+        UnsupportedError: an activation or rope type that is not implemented.
+    """
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not architectures:
+        raise ConfigError(
+            '"architectures"', where=where, got=architectures or "nothing", expected='a list such as ["LlamaForCausalLM"]'
+        )
+    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
+    head_dim = raw.get("head_dim")
+    if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        if hidden % heads:
+            raise ConfigError(
+                '"hidden_size"', where=where, got=hidden, expected=f"a multiple of num_attention_heads {heads}, or a head_dim"
+            )
+        head_dim = hidden // heads
+    rope = _rope_parameters(raw, where)
+    fields = {name: raw[name] for name in _SAME_NAME if raw.get(name) is not None}
+    fields.update(
+        architecture=architectures[0],
+        dtype=_dtype(raw, where),
+        num_layers=raw.get("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
+        head_dim=head_dim,
+        rope=rope,
+    )
+    try:
+        config = ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        raise _first_problem(error, where) from None
+    if config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            '"num_key_value_heads"', where=where, got=config.num_kv_heads, expected=f"a divisor of {config.num_heads} heads"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedError('"hidden_act"', where=where, got=config.hidden_act, expected="silu")
+    return config
+
+
+_SAME_NAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+)
+
+# Our field names where config.json uses another.
+_FILE_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "architecture": "architectures",
+    "rope": "rope_parameters",
+}
+
+
+def _first_problem(error: ValidationError, where: Path) -> ConfigError:
+    problem = error.errors()[0]
+    name = str(problem["loc"][0])
+    got = problem.get("input")
+    return ConfigError(
+        f'"{_FILE_NAMES.get(name, name)}"',
+        where=where,
+        got="nothing" if got is None else repr(got),
+        expected=problem["msg"].removeprefix("Input should be ").removeprefix("a valid "),
+    )
+
+
+def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
+    names = {key: str(raw[key]).removeprefix("torch.") for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
+    if len(set(names.values())) > 1:
+        raise ConfigError(
+            '"torch_dtype" and "dtype"', where=where, got=" and ".join(names.values()), expected="the same type", action="Remove one."
+        )
+    for key, name in names.items():
+        if name not in CONFIG_DTYPES:
+            raise UnsupportedError(f'"{key}"', where=where, got=name, expected=one_of(CONFIG_DTYPES))
+        return CONFIG_DTYPES[name]
+    return None
+
+
+def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
+    old, new = _old_rope(raw, where), _new_rope(raw, where)
+    if old.theta is not None and new.theta is not None and float(old.theta) != float(new.theta):
+        raise ConfigError(
+            '"rope_theta" and "rope_parameters"', where=where, got=f"{old.theta:g} and {new.theta:g}", expected="the same base",
+            action="Remove the wrong one.",
+        )  # fmt: skip
+    if old.scaling is not None and new.scaling is not None and old.scaling != new.scaling:
+        raise ConfigError(
+            '"rope_scaling" and "rope_parameters"', where=where, got=f"{old.scaling} and {new.scaling}", expected="the same scaling",
+            action="Remove the wrong one.",
+        )  # fmt: skip
+    theta = new.theta if new.theta is not None else old.theta
+    fields = dict(new.scaling or old.scaling or {})
+    if theta is not None:
+        fields["rope_theta"] = theta
+    if fields.get("rope_type", "default") not in ROPE_TYPES:
+        raise UnsupportedError("rope type", where=where, got=fields["rope_type"], expected=one_of(ROPE_TYPES))
+    try:
+        return RopeParameters.model_validate(fields)
+    except ValidationError as error:
+        raise _first_problem(error, where) from None
+
+
+def _old_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
+    scaling = _rope_object(raw, "rope_scaling", where)
+    theta = raw.get("rope_theta", scaling.pop("rope_theta", None) if scaling else None)
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float))):
+        raise ConfigError('"rope_theta"', where=where, got=repr(theta), expected="a number")
+    return _RopeDialects(theta, scaling or None)
+
+
+def _new_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
+    scaling = _rope_object(raw, "rope_parameters", where)
+    if scaling is None:
+        return _RopeDialects(None, None)
+    theta = scaling.pop("rope_theta", None)
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float))):
+        raise ConfigError('"rope_parameters.rope_theta"', where=where, got=repr(theta), expected="a number")
+    # A bare default says nothing that an absent rope_scaling would not say too.
+    return _RopeDialects(theta, scaling)
+
+
+def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any] | None:
+    value = raw.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ConfigError(f'"{key}"', where=where, got=repr(value), expected="an object or null")
+    scaling = dict(value)
+    old_name = scaling.pop("type", None)
+    scaling.setdefault("rope_type", old_name or "default")
+    return scaling
+
+
+def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
+    """Return config.json's object with dtype and rope said in both dialects.
+
+    Other keys are kept as they are, except a null or foreign `quantization_config`: present, it would hide the
+    description file from the loaders.
+    """
+    name = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
+    scaling = {key: value for key, value in _scaling_fields(raw).items() if key != "rope_theta"}
+    out = {key: value for key, value in raw.items() if key != "quantization_config"}
+    out["torch_dtype"] = out["dtype"] = name
+    out["rope_theta"] = config.rope.rope_theta
+    out["rope_scaling"] = None if config.rope.rope_type == "default" else scaling
+    out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **scaling}
+    return out
+
+
+def _scaling_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    old_name = fields.pop("type", None)
+    fields.setdefault("rope_type", old_name or "default")
+    return fields
+
+
+def load_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold one object, without duplicate keys.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    import json
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f'key "{repeated}"', where=path, got="two values", expected="one", action="Remove one.")
+        return seen
+
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise CheckpointError(path.name, where=path.parent, got="no such file", expected="a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("JSON", where=path, got=error, expected="a JSON object", action="Fetch the file again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError("JSON", where=path, got=f"a {type(value).__name__}", expected="an object")
+    return value

@@ -1,0 +1,62 @@
+"""The closed tree of errors a user can meet.
+
+Every message is one line of the form
+
+    <what> in <where>: got <x>, expected <y>. <what to do next>
+
+in which only the first part is always there. The command line prints it on stderr and exits with 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EightfoldError(Exception):
+    """Something outside the program is not as it must be: a file, an option, the machine."""
+
+    def __init__(self, what: str, *, where: Any = None, got: Any = None, expected: Any = None, action: str = "") -> None:
+        text = what if where is None else f"{what} in {where}"
+        facts = [f"{word} {fact}" for word, fact in (("got", got), ("expected", expected)) if fact is not None]
+        if facts:
+            text += ": " + ", ".join(facts)
+        if action:
+            text += f". {action}"
+        super().__init__(" ".join(text.split()))
+
+
+class CheckpointError(EightfoldError):
+    """A model directory is missing, damaged, or not what its own files say."""
+
+
+class ConfigError(EightfoldError):
+    """A config.json, a recipe or an option has a value that makes no sense."""
+
+
+class UnsupportedError(EightfoldError):
+    """The input is sound, but this program does not know it: architecture, scheme, dtype."""
+
+
+class InputError(EightfoldError):
+    """A text or calibration file given by the user cannot be used."""
+
+
+class OutputError(EightfoldError):
+    """The output directory cannot be written as asked."""
+
+
+class DependencyError(EightfoldError):
+    """An optional package is needed for this command."""
+
+
+def one_of(names: Any) -> str:
+    """Render known names for an error message: `a, b or c`."""
+    items = [str(name) for name in names]
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " or " + items[-1]
+
+
+def shortlist(names: Any, limit: int = 8) -> str:
+    """Render many names without flooding the terminal: the first few and how many more."""
+    items = [str(name) for name in names]
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,130 @@
+"""Perplexity of a model, and its distance from another one, on the same text.
+
+    nll = - mean_t log p(x_t | x_<t)      ppl = exp(nll)
+    KL  = mean_t sum_v p(v) (log p(v) - log q(v))        p: the float model, q: the one being judged; nats
+
+The text is tokenized once, without special tokens, and cut into chunks of equal length; each chunk stands alone, so
+a chunk of C tokens gives C - 1 predictions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eightfold.errors import ConfigError, InputError
+from eightfold.reference.load import Decoder, Head
+
+# Tokens whose logits are held at a time: 128 x 128,256 float32 are 66 MB.
+_HEAD_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. The second half is None without a model to compare with."""
+
+    nll: float
+    ppl: float
+    tokens: int  # predictions
+    chunks: int
+    ppl_against: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None  # share of positions with the same most likely token
+
+
+def cut_chunks(token_ids: Sequence[int], chunks: int, chunk_len: int) -> list[list[int]]:
+    """Return the first chunks of equal length, at most as many as the text fills.
+
+    Raises:
+        InputError: the text does not fill a single chunk.
+        ConfigError: a chunk of fewer than two tokens predicts nothing.
+    """
+    if chunk_len < 2 or chunks < 1:
+        raise ConfigError("chunks", got=f"{chunks} of {chunk_len} tokens", expected="at least 1 of at least 2 tokens")
+    available = min(chunks, len(token_ids) // chunk_len)
+    if available < 1:
+        raise InputError(
+            "text", got=f"{len(token_ids)} tokens", expected=f"at least one chunk of {chunk_len}", action="Lower --chunk-len."
+        )
+    return [list(token_ids[i * chunk_len : (i + 1) * chunk_len]) for i in range(available)]
+
+
+@torch.inference_mode()
+def evaluate(
+    decoder: Decoder,
+    chunks: Sequence[Sequence[int]],
+    against: Decoder | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Measure a model on chunks of equal length, and its distance from `against`.
+
+    Args:
+        decoder: the model to judge.
+        chunks: token ids, each chunk at least two.
+        against: usually the float model; the same vocabulary.
+        on_layer: called after each layer of each model.
+    """
+    heads = [(decoder.head(), decoder.hidden_states(chunks, on_layer))]
+    if against is not None:
+        _require_same_vocabulary(decoder, against)
+        heads.append((against.head(), against.hidden_states(chunks, on_layer)))
+    tally = _Tally()
+    chunk_len = len(chunks[0])
+    for i, chunk in enumerate(chunks):
+        targets = torch.tensor(chunk[1:], dtype=torch.int64)
+        for at in range(0, chunk_len - 1, _HEAD_TOKENS):
+            end = min(at + _HEAD_TOKENS, chunk_len - 1)
+            rows = slice(i * chunk_len + at, i * chunk_len + end)
+            tally.add([_log_probs(head, hidden[rows]) for head, hidden in heads], targets[at:end])
+    return tally.result(len(chunks))
+
+
+def _require_same_vocabulary(decoder: Decoder, against: Decoder) -> None:
+    ours, theirs = decoder.checkpoint.config.vocab_size, against.checkpoint.config.vocab_size
+    if ours != theirs:
+        raise ConfigError("vocabulary of --against", got=theirs, expected=ours, action="Give the float original.")
+
+
+def _log_probs(head: Head, hidden_TE: Tensor) -> Tensor:
+    return torch.log_softmax(head(hidden_TE), dim=-1)
+
+
+class _Tally:
+    """Sums over positions, in float64."""
+
+    def __init__(self) -> None:
+        self._nll: list[Tensor] = []  # of each model in turn
+        self._nll_against: list[Tensor] = []
+        self._kl: list[Tensor] = []
+        self._same_top: list[Tensor] = []
+
+    def add(self, log_probs: list[Tensor], targets_T: Tensor) -> None:
+        picked = [logp.gather(1, targets_T[:, None])[:, 0].double() for logp in log_probs]
+        self._nll.append(-picked[0])
+        if len(log_probs) > 1:
+            judged, float_model = log_probs
+            self._nll_against.append(-picked[1])
+            self._kl.append((float_model.exp() * (float_model - judged)).sum(-1).double())
+            self._same_top.append(judged.argmax(-1) == float_model.argmax(-1))
+
+    def result(self, chunks: int) -> Evaluation:
+        nll_T = torch.cat(self._nll)
+        nll = float(nll_T.mean())
+        if not self._kl:
+            return Evaluation(nll, math.exp(nll), len(nll_T), chunks)
+        kl_T = torch.cat(self._kl)
+        return Evaluation(
+            nll,
+            math.exp(nll),
+            len(nll_T),
+            chunks,
+            ppl_against=math.exp(float(torch.cat(self._nll_against).mean())),
+            kl_mean=float(kl_T.mean()),
+            kl_p99=float(kl_T.sort().values[math.ceil(0.99 * len(kl_T)) - 1]),
+            top1_agreement=float(torch.cat(self._same_top).double().mean()),
+        )

@@ -1,0 +1,153 @@
+"""The Llama family: one row of data for each architecture, and the tensors that follow from a config.
+
+    layer:  x += o_proj(attention(rope(q_proj(n), k_proj(n)), v_proj(n)))     n = input_layernorm(x)
+            x += down_proj(silu(gate_proj(m)) * up_proj(m))                   m = post_attention_layernorm(x)
+
+Letters: E hidden size, F intermediate size, H query heads, G key/value heads, D head_dim. A linear is (N, K).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from eightfold.config import ModelConfig
+from eightfold.errors import UnsupportedError, one_of
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
+LM_HEAD = "lm_head"
+
+BiasRule = Literal["never", "qkv", "config"]  # config: `attention_bias` puts one on q, k, v and o
+WindowRule = Literal["never", "all", "flagged"]  # flagged: `use_sliding_window`, from `max_window_layers` on
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one architecture from the others."""
+
+    architecture: str
+    title: str
+    attention_bias: BiasRule
+    mlp_bias: bool  # whether `mlp_bias` in config.json is meant
+    qk_norm: bool  # RMS norm over each head's q and k, before RoPE
+    window: WindowRule
+
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "Llama 2, 3, 3.1, 3.2", "config", mlp_bias=True, qk_norm=False, window="never"),
+        Family("MistralForCausalLM", "Mistral", "never", mlp_bias=False, qk_norm=False, window="all"),
+        Family("Qwen2ForCausalLM", "Qwen2, Qwen2.5", "qkv", mlp_bias=False, qk_norm=False, window="flagged"),
+        Family("Qwen3ForCausalLM", "Qwen3", "config", mlp_bias=False, qk_norm=True, window="flagged"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear of a decoder layer."""
+
+    name: str  # inside the layer, such as self_attn.q_proj
+    n: int
+    k: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """The linears of a layer that read the same input; they share its activation parameters."""
+
+    title: str
+    linears: tuple[LinearShape, ...]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """Return the row of a config's architecture.
+
+    Raises:
+        UnsupportedError: the architecture is not in the table.
+    """
+    try:
+        return FAMILIES[config.architecture]
+    except KeyError:
+        raise UnsupportedError(
+            "architecture", where="config.json", got=config.architecture, expected=one_of(FAMILIES)
+        ) from None
+
+
+def input_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
+    """Return the four groups of linears of one layer, in the order in which data flows."""
+    family = family_of(config)
+    hidden, wide = config.hidden_size, config.intermediate_size
+    from_config = family.attention_bias == "config" and config.attention_bias
+    qkv_bias = from_config or family.attention_bias == "qkv"
+    mlp_bias = family.mlp_bias and config.mlp_bias
+    return (
+        InputGroup(
+            "qkv",
+            (
+                LinearShape("self_attn.q_proj", config.q_size, hidden, qkv_bias),
+                LinearShape("self_attn.k_proj", config.kv_size, hidden, qkv_bias),
+                LinearShape("self_attn.v_proj", config.kv_size, hidden, qkv_bias),
+            ),
+        ),
+        InputGroup("o", (LinearShape("self_attn.o_proj", hidden, config.q_size, from_config),)),
+        InputGroup(
+            "gate_up",
+            (
+                LinearShape("mlp.gate_proj", wide, hidden, mlp_bias),
+                LinearShape("mlp.up_proj", wide, hidden, mlp_bias),
+            ),
+        ),
+        InputGroup("down", (LinearShape("mlp.down_proj", hidden, wide, mlp_bias),)),
+    )
+
+
+def layer_norms(config: ModelConfig) -> dict[str, int]:
+    """Return the norms of one layer: name inside the layer -> length of its gain."""
+    norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+    if family_of(config).qk_norm:
+        norms.update({"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim})
+    return norms
+
+
+def layer_prefix(layer_idx: int) -> str:
+    """Return the name prefix of a decoder layer, with its dot."""
+    return f"model.layers.{layer_idx}."
+
+
+def all_linears(config: ModelConfig) -> dict[str, LinearShape]:
+    """Return every linear of the model by full module name, in module order, lm_head last."""
+    linears = {}
+    for layer_idx in range(config.num_layers):
+        for group in input_groups(config):
+            for linear in group.linears:
+                linears[layer_prefix(layer_idx) + linear.name] = linear
+    linears[LM_HEAD] = LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False)
+    return linears
+
+
+def all_norms(config: ModelConfig) -> dict[str, int]:
+    """Return every norm by full module name -> length of its gain."""
+    norms = {
+        layer_prefix(layer_idx) + name: size
+        for layer_idx in range(config.num_layers)
+        for name, size in layer_norms(config).items()
+    }
+    norms[FINAL_NORM] = config.hidden_size
+    return norms
+
+
+def sliding_window(config: ModelConfig, layer_idx: int) -> int | None:
+    """Return how many positions a query of this layer sees, itself included; None for all of them."""
+    rule = family_of(config).window
+    if config.sliding_window is None or rule == "never":
+        return None
+    if config.layer_types is not None and layer_idx < len(config.layer_types):
+        return config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+    if rule == "all":
+        return config.sliding_window
+    slides = bool(config.use_sliding_window) and layer_idx >= config.max_window_layers
+    return config.sliding_window if slides else None

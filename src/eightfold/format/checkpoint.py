@@ -1,0 +1,274 @@
+"""A model directory, float or quantized, opened without reading a weight.
+
+Opening reads config.json, the shard headers and the description, and checks them against each other and against
+the table in scheme.py: afterwards every tensor the model needs is known to be there with the right dtype and shape.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eightfold.config import DType, ModelConfig, load_json_object, parse_config
+from eightfold.errors import CheckpointError, UnsupportedError, shortlist
+from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, all_linears, all_norms
+from eightfold.format.description import Description, check_entries, find_description, read_description
+from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
+from eightfold.scheme import DTypeRule, QuantType, TensorSpec, linear_tensors, weight_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+CONFIG_NAME = "config.json"
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+class Checkpoint:
+    """A checked model directory.
+
+    Attributes:
+        directory: the folder.
+        config_raw: config.json as it stands.
+        config: the same, read.
+        dtype: the model's dtype: config.json's, else the embedding's.
+        tensors: every stored tensor by name.
+        description: the description file; None for a float model.
+    """
+
+    def __init__(self, directory: Path, config_raw: dict[str, Any], tensors: dict[str, TensorInfo], description: Description | None):
+        self.directory = directory
+        self.config_raw = config_raw
+        self.config: ModelConfig = parse_config(config_raw, directory / CONFIG_NAME)
+        self.tensors = tensors
+        self.description = description
+        self._maps: dict[Path, MappedFile] = {}
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Open a directory and check that it holds a whole model.
+
+        Raises:
+            CheckpointError: not a model directory, or damaged; all missing tensors are listed together.
+            ConfigError: config.json makes no sense.
+            UnsupportedError: architecture, dtype or scheme that this program does not know.
+        """
+        _require_directory(directory)
+        config_raw = load_json_object(directory / CONFIG_NAME)
+        path = find_description(directory)
+        description = read_description(path) if path else None
+        checkpoint = cls(directory, config_raw, _read_tensors(directory), description)
+        checkpoint._check()
+        return checkpoint
+
+    @property
+    def dtype(self) -> DType:
+        """The model's dtype: what config.json says, else what the embedding is stored in."""
+        return self.config.dtype or DType(self.tensors[weight_name(EMBEDDING)].dtype)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether there is a description, that is, not a float model."""
+        return self.description is not None
+
+    def quant_type(self, linear: str) -> QuantType:
+        """Return how a linear (full module name) is stored."""
+        return QuantType.FLOAT if self.description is None else self.description.quant_type(linear)
+
+    def head_weight(self) -> str:
+        """Return the name of the tensor that the output head reads: the embedding's, when the model is tied."""
+        return weight_name(EMBEDDING) if self.config.tie_word_embeddings else weight_name(LM_HEAD)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return a tensor as a view of the mapped file; BF16 as uint16 bit patterns."""
+        info = self.tensors[name]
+        if info.file not in self._maps:
+            self._maps[info.file] = MappedFile(info.file)
+        return self._maps[info.file].array(info)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let go of the memory that reading these tensors took; they can be read again."""
+        for name in names:
+            info = self.tensors[name]
+            if info.file in self._maps:
+                self._maps[info.file].release(info)
+
+    def layer_tensors(self, prefix: str) -> list[str]:
+        """Return the names of all stored tensors below a name prefix."""
+        return [name for name in self.tensors if name.startswith(prefix)]
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of all tensors, a tied head not counted."""
+        tied = weight_name(LM_HEAD) if self.config.tie_word_embeddings else None
+        return sum(info.nbytes for name, info in self.tensors.items() if name != tied)
+
+    def _check(self) -> None:
+        quantization = self.config_raw.get("quantization_config")
+        if quantization and self.description is None:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise UnsupportedError(
+                '"quantization_config"', where=self.directory / CONFIG_NAME, got=method, expected="a float model",
+                action="Start from the model's unquantized weights.",
+            )  # fmt: skip
+        expected = dict(self._expected())
+        missing = [name for name, spec in expected.items() if name not in self.tensors and not spec.optional]
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} tensors are missing", where=self.directory, got=f"no {shortlist(missing, 12)}",
+                expected=f"all {len(expected)} of {self.config.architecture}", action="Fetch or write the directory again.",
+            )  # fmt: skip
+        for name, spec in expected.items():
+            if name in self.tensors:
+                self._check_tensor(self.tensors[name], spec)
+        if self.description is not None:
+            check_entries(self.description, self.tensors)
+
+    def _expected(self) -> Iterator[tuple[str, _Expectation]]:
+        config = self.config
+        hidden = LinearShape(EMBEDDING, config.vocab_size, config.hidden_size, False)
+        yield weight_name(EMBEDDING), _Expectation((hidden.n, hidden.k), DTypeRule.SOURCE)
+        for name, size in all_norms(config).items():
+            yield weight_name(name), _Expectation((size,), DTypeRule.SOURCE)
+        for name, linear in all_linears(config).items():
+            if name == LM_HEAD and config.tie_word_embeddings:
+                continue
+            for spec in linear_tensors(self._known_type(name), linear.has_bias):
+                yield f"{name}.{spec.suffix}", _Expectation.of(spec, linear)
+
+    def _known_type(self, linear: str) -> QuantType:
+        # A weight without an entry is reported with all other missing things, as FLOAT.
+        if self.description is None or weight_name(linear) not in self.description.tags:
+            return QuantType.FLOAT
+        return self.description.quant_type(linear)
+
+    def _check_tensor(self, info: TensorInfo, spec: _Expectation) -> None:
+        if not spec.admits(info.dtype, self.dtype):
+            raise CheckpointError(
+                f"dtype of {info.name}", where=info.file, got=info.dtype, expected=spec.dtype_text(self.dtype),
+                action="Start from float weights (F32, F16 or BF16)." if self.description is None else "Write the directory again.",
+            )  # fmt: skip
+        # One value for each row may be stored flat or as a column; both mean the same.
+        if info.shape != spec.shape and info.shape != tuple(size for size in spec.shape if size != 1):
+            raise CheckpointError(
+                f"shape of {info.name}", where=info.file, got=list(info.shape), expected=list(spec.shape),
+                action="config.json and the weights belong to different models.",
+            )  # fmt: skip
+
+
+class _Expectation:
+    """Shape and dtype that a tensor must have, whoever wrote it."""
+
+    def __init__(self, shape: tuple[int, ...], rule: DTypeRule, optional: bool = False) -> None:
+        self.shape, self.rule, self.optional = shape, rule, optional
+
+    @classmethod
+    def of(cls, spec: TensorSpec, linear: LinearShape) -> _Expectation:
+        return cls(spec.shape_for(linear.n, linear.k), spec.dtype, spec.optional)
+
+    def _allowed(self, model: DType) -> list[DType]:
+        if self.rule in (DTypeRule.INT8, DTypeRule.INT32):
+            return [self.rule.resolve(model)]
+        if self.rule is DTypeRule.DEQ:
+            return [self.rule.resolve(model)]
+        # Loaders cast floating tensors, and some writers store offsets as int8.
+        return [DType.F32, DType.F16, DType.BF16, DType.I8] if self.rule is DTypeRule.MODEL else [DType.F32, DType.F16, DType.BF16]
+
+    def admits(self, dtype: str, model: DType) -> bool:
+        return dtype in {kind.value for kind in self._allowed(model)}
+
+    def dtype_text(self, model: DType) -> str:
+        text = " or ".join(kind.value for kind in self._allowed(model))
+        return text + (f" in a {model.value} model" if self.rule is DTypeRule.DEQ else "")
+
+
+def _require_directory(directory: Path) -> None:
+    if directory.is_dir():
+        return
+    if directory.exists():
+        raise CheckpointError(
+            "model", where=directory, got="a file", expected="a directory with config.json and safetensors files",
+            action="For a .gguf file run: eightfold import-gguf FILE DIR" if directory.suffix == ".gguf" else "",
+        )  # fmt: skip
+    if _HUB_ID.match(str(directory)) and not directory.parent.exists():
+        raise CheckpointError(
+            f"no directory {directory}", got="what looks like a hub id", expected="a directory on this machine",
+            action=f"Download it first: hf download {directory} --local-dir {directory.name}",
+        )  # fmt: skip
+    raise CheckpointError(f"no directory {directory}", expected="a model directory", action="Check the path.")
+
+
+def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
+    indexes = [path for path in sorted(directory.glob("*.safetensors.index.json")) if not path.name.startswith(".")]
+    if len(indexes) > 1:
+        raise CheckpointError(
+            "shard indexes", where=directory, got=shortlist(path.name for path in indexes), expected="at most one",
+            action="Remove the one that does not belong to this model.",
+        )  # fmt: skip
+    if indexes:
+        return _read_indexed(indexes[0])
+    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(".")]
+    # Some publishers put a second copy in their own naming beside the usual file.
+    if directory / "model.safetensors" in files:
+        files = [directory / "model.safetensors"]
+    if not files:
+        raise _no_weights(directory)
+    tensors: dict[str, TensorInfo] = {}
+    for path in files:
+        for name, info in read_header(path).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name}", where=directory, got=f"it in {tensors[name].file.name} and in {path.name}",
+                    expected="it in one file", action="Remove the file that does not belong to this model.",
+                )  # fmt: skip
+            tensors[name] = info
+    return tensors
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    pickles = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+    return CheckpointError(
+        "weights", where=directory, got=f"only {shortlist(pickles, 3)}" if pickles else "no *.safetensors",
+        expected="safetensors files",
+        action="Pickles can run code and are not read; save the model as safetensors first." if pickles else "",
+    )  # fmt: skip
+
+
+def _read_indexed(index: Path) -> dict[str, TensorInfo]:
+    weight_map = load_json_object(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError('"weight_map"', where=index, got=_clip(weight_map), expected="tensor name -> file name")
+    shards = sorted(set(weight_map.values()))
+    outside = [name for name in shards if Path(name).name != name]
+    if outside:
+        raise CheckpointError("shard name", where=index, got=outside[0], expected="a file in the same directory")
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{len(absent)} shards of {len(shards)} are missing", where=index.parent, got=f"no {shortlist(absent)}",
+            expected="every file that the index names", action="Fetch the missing files.",
+        )  # fmt: skip
+    headers = {name: read_header(index.parent / name) for name in shards}
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in headers.items():
+        for name, info in header.items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor {name}", where=index.parent, got=f"it in {tensors[name].file.name} and in {shard}",
+                    expected="it in one file",
+                )  # fmt: skip
+            tensors[name] = info
+    misplaced = [name for name, shard in weight_map.items() if name not in headers[shard]]
+    if misplaced:
+        raise CheckpointError(
+            f"{len(misplaced)} tensors are not in the shard that the index names", where=index, got=shortlist(misplaced),
+            expected="an index that fits its files", action="Fetch the directory again.",
+        )  # fmt: skip
+    return tensors
+
+
+def _clip(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,103 @@
+"""quant_model_description.json: a flat object of a few global keys and one entry for each tensor.
+
+    {"version": "1.0.0", "model_quant_type": "W8A8", "model.layers.0.self_attn.q_proj.weight": "W8A8", ...}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eightfold.config import load_json_object
+from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
+from eightfold.scheme import DESCRIPTION_VERSION, QuantType, weight_name
+
+SHORT_NAME = "quant_model_description.json"
+_PREFIX = "quant_model_description"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the description file says."""
+
+    path: Path
+    model_quant_type: str
+    tags: Mapping[str, str]  # tensor name -> type, as written
+
+    def quant_type(self, linear: str) -> QuantType:
+        """Return how a linear is stored, by the tag of its weight.
+
+        Raises:
+            CheckpointError: the weight has no entry.
+            UnsupportedError: the tag is a type this program does not know.
+        """
+        name = weight_name(linear)
+        tag = self.tags.get(name)
+        if tag is None:
+            raise CheckpointError(name, where=self.path, got="no entry", expected="one for each tensor")
+        try:
+            return QuantType(tag)
+        except ValueError:
+            raise UnsupportedError(
+                f"type of {name}", where=self.path, got=tag, expected=one_of(kind.value for kind in QuantType)
+            ) from None
+
+
+def find_description(directory: Path) -> Path | None:
+    """Return the directory's description file: the short name, else the only suffixed one, else None."""
+    short = directory / SHORT_NAME
+    if short.is_file():
+        return short
+    suffixed = sorted(directory.glob(f"{_PREFIX}_*.json"))
+    if len(suffixed) > 1:
+        raise CheckpointError(
+            "description", where=directory, got=shortlist(path.name for path in suffixed), expected=f"one, or {SHORT_NAME}"
+        )
+    return suffixed[0] if suffixed else None
+
+
+def read_description(path: Path) -> Description:
+    """Read a description file.
+
+    Raises:
+        CheckpointError: not a JSON object, or no model_quant_type.
+    """
+    raw = load_json_object(path)
+    model_type = raw.get("model_quant_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(
+            '"model_quant_type"', where=path, got=repr(model_type) if model_type is not None else "nothing",
+            expected=f"a type such as {one_of(kind.value for kind in QuantType)}",
+        )  # fmt: skip
+    tags = {key: value for key, value in raw.items() if isinstance(value, str) and "." in key}
+    return Description(path, model_type, tags)
+
+
+def render_description(model_quant_type: QuantType, tags: Mapping[str, QuantType]) -> str:
+    """Render the file's text: the global keys, then one entry for each tensor, in the given order."""
+    content = {"version": DESCRIPTION_VERSION, "model_quant_type": model_quant_type.value}
+    content.update({name: tag.value for name, tag in tags.items()})
+    return json.dumps(content, indent=4) + "\n"
+
+
+def check_entries(description: Description, stored: Iterable[str]) -> None:
+    """Check that stored tensors and description entries are the same set.
+
+    Raises:
+        CheckpointError: names all tensors on one side only.
+    """
+    names = set(stored)
+    without_entry = sorted(names - set(description.tags))
+    without_tensor = sorted(set(description.tags) - names)
+    if without_tensor:
+        raise CheckpointError(
+            "tensors that the description names", where=description.path.parent,
+            got=f"{len(without_tensor)} missing ({shortlist(without_tensor)})", expected="every one in a safetensors file",
+            action="Fetch the directory again.",
+        )  # fmt: skip
+    if without_entry:
+        raise CheckpointError(
+            "entries", where=description.path, got=f"none for {shortlist(without_entry)}", expected="one for each tensor"
+        )

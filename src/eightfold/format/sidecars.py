@@ -1,0 +1,68 @@
+"""The files beside the weights: tokenizer, chat template, generation settings, licence.
+
+They are carried over byte for byte. Nothing is executed: Python files travel only when config.json's `auto_map`
+names them, as data for other readers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_TEMPLATE_DIRECTORY = "additional_chat_templates"
+
+
+def list_sidecars(source: Path) -> list[Path]:
+    """Return the files of a model directory that accompany its weights, sorted by name."""
+    found = [path for path in source.iterdir() if path.is_file() and _is_sidecar(path.name)]
+    templates = source / _TEMPLATE_DIRECTORY
+    if templates.is_dir():
+        found += [path for path in templates.glob("*.jinja") if path.is_file()]
+    return sorted(found)
+
+
+def _is_sidecar(name: str) -> bool:
+    if name.startswith(".") or name == "config.json":
+        return False
+    if name.endswith(".index.json") or name.startswith(("quant_model_description", "eightfold_")):
+        return False
+    return Path(name).suffix in _SUFFIXES or name.upper().startswith(_LICENCES)
+
+
+def copy_sidecars(source: Path, target: Path) -> list[Path]:
+    """Copy every sidecar into the target directory; return the copies."""
+    copies = []
+    for path in list_sidecars(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        copies.append(copy)
+    return copies
+
+
+def resolve_auto_map(raw: dict[str, Any], source: Path) -> tuple[dict[str, Any], list[Path], str | None]:
+    """Decide what becomes of config.json's `auto_map`.
+
+    Returns:
+        The config to write, the Python files to copy with it, and a note for the user when the map was left out.
+    """
+    auto_map = raw.get("auto_map")
+    if not isinstance(auto_map, Mapping):
+        return raw, [], None
+    files = {_module_file(target) for target in auto_map.values()}
+    absent = sorted(name for name in files if not (source / name).is_file())
+    if absent:
+        kept = {key: value for key, value in raw.items() if key != "auto_map"}
+        return kept, [], f'config.json: "auto_map" left out, because {", ".join(absent)} is not in {source}'
+    return raw, [source / name for name in sorted(files)], None
+
+
+def _module_file(target: Any) -> str:
+    name = target[0] if isinstance(target, list) and target else target
+    module = str(name).split("--")[-1].rpartition(".")[0]
+    # A path inside the map would name a file outside the directory; it is then simply "not there".
+    return f"{Path(module).name}.py"

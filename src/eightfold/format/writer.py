@@ -1,0 +1,230 @@
+"""A model directory that appears whole or not at all.
+
+Everything is written into a hidden sibling, `.NAME.partial-*`, which is renamed at the very end. A killed run leaves
+only such a sibling; the next run to the same place removes it. An open lock file tells a dead sibling from one that
+another process is still writing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from eightfold.errors import OutputError
+from eightfold.format.safetensors import FileWriter, PlannedTensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# As the reference tool leaves them: weights are read-only, nothing is open to others.
+DIRECTORY_MODE, WEIGHTS_MODE, JSON_MODE = 0o750, 0o400, 0o600
+
+_LOCK = ".lock"
+
+
+class OutputDirectory:
+    """Context manager: `path` is where to write; leaving without an error makes it the target.
+
+    Raises:
+        OutputError: the target exists and is not empty (without `overwrite`), is not a model directory (with it),
+            or holds or lies inside the source.
+    """
+
+    def __init__(self, target: Path, *, source: Path, overwrite: bool = False) -> None:
+        self.target = Path(os.path.realpath(target))
+        self._overwrite = overwrite
+        self._check_target(Path(os.path.realpath(source)))
+
+    def _check_target(self, source: Path) -> None:
+        target = self.target
+        if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
+            raise OutputError(
+                f"output directory {target}", got=f"the source {source} in the same place", expected="a place outside of it",
+                action="Choose another output directory.",
+            )  # fmt: skip
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
+        if not target.is_dir() or not any(target.iterdir()):
+            return
+        if not self._overwrite:
+            raise OutputError(
+                f"output directory {target}", got="a directory that is not empty", expected="a new or empty one",
+                action="Choose another, or replace it with --overwrite.",
+            )  # fmt: skip
+        if not (target / "config.json").is_file():
+            raise OutputError(
+                f"output directory {target}", got="files that are no model (there is no config.json)",
+                expected="a model directory to replace", action="Choose another, or empty it yourself.",
+            )  # fmt: skip
+
+    def __enter__(self) -> OutputDirectory:
+        try:
+            # Inside a mount point there is no sibling on the same file system to rename.
+            self._inside = self.target.is_dir() and os.path.ismount(self.target)
+            parent = self.target if self._inside else self.target.parent
+            parent.mkdir(parents=True, exist_ok=True)
+            prefix = f".{self.target.name}.partial-"
+            _remove_dead_siblings(parent, prefix)
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {self.target}: {error.strerror or error}", action="Choose a directory you may write to."
+            ) from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            os.close(self._lock)
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def require_space(self, nbytes: int) -> None:
+        """Fail early when the file system cannot hold what is going to be written.
+
+        Raises:
+            OutputError: fewer bytes are free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise OutputError(
+                f"disk space for {self.target}", got=f"{free / 1e9:.2f} GB free", expected=f"{nbytes / 1e9:.2f} GB",
+                action="Free some space, or choose another disk.",
+            )  # fmt: skip
+
+    def _commit(self) -> None:
+        for path in self.path.rglob("*"):
+            path.chmod(_mode(path))
+        (self.path / _LOCK).unlink()
+        if self._inside:
+            self._move_files()
+            return
+        self.path.chmod(DIRECTORY_MODE)
+        old = None
+        if self.target.is_dir() and any(self.target.iterdir()):
+            if not self._overwrite:
+                raise OutputError(
+                    f"output directory {self.target}", got="files that another process put there meanwhile",
+                    expected="an empty one", action="Nothing was replaced; run again with another directory.",
+                )  # fmt: skip
+            old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.replaced-", dir=self.target.parent))
+            self.target.rename(old / "old")
+        try:
+            self.path.rename(self.target)
+        except OSError:
+            if old is not None:
+                (old / "old").rename(self.target)
+            raise
+        finally:
+            if old is not None:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _move_files(self) -> None:
+        for path in self.target.iterdir():
+            if path != self.path:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        # config.json makes a directory a model: it comes last.
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(self.target / path.name)
+
+
+def _mode(path: Path) -> int:
+    if path.is_dir():
+        return DIRECTORY_MODE
+    return WEIGHTS_MODE if path.suffix == ".safetensors" else JSON_MODE
+
+
+def _remove_dead_siblings(parent: Path, prefix: str) -> None:
+    for sibling in parent.glob(f"{prefix}*"):
+        try:
+            lock = os.open(sibling / _LOCK, os.O_RDWR)
+        except OSError:
+            continue  # without a lock it is not ours to judge
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(sibling, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def split_shards(plan: list[PlannedTensor], part_bytes: int | None) -> list[list[PlannedTensor]]:
+    """Distribute tensors, in order, over files: a new one starts when the next tensor would reach `part_bytes`."""
+    if part_bytes is None:
+        return [plan]
+    shards: list[list[PlannedTensor]] = [[]]
+    filled = 0
+    for tensor in plan:
+        if shards[-1] and filled + tensor.nbytes >= part_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+class ShardedWriter:
+    """Writes planned tensors into one file, or into numbered shards with an index."""
+
+    def __init__(
+        self,
+        directory: Path,
+        stem: str,
+        plan: list[PlannedTensor],
+        *,
+        part_bytes: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._directory, self._stem, self._plan = directory, stem, plan
+        shards = split_shards(plan, part_bytes)
+        names = [f"{stem}.safetensors"]
+        if part_bytes is not None:
+            names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self._weight_map = {
+            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        }
+        self._files = {
+            name: FileWriter(directory / name, shard, metadata) for name, shard in zip(names, shards, strict=True)
+        }
+        self._has_index = part_bytes is not None
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        """Write one planned tensor; BF16 as uint16 bit patterns."""
+        self._files[self._weight_map[name]].write(name, array)
+
+    def close(self) -> None:
+        """Finish all files and write the index of a sharded checkpoint."""
+        for file in self._files.values():
+            file.close()
+        if self._has_index:
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in self._plan)},
+                "weight_map": self._weight_map,
+            }
+            write_json(self._directory / f"{self._stem}.safetensors.index.json", index)
+
+    def abandon(self) -> None:
+        """Close all files as they are, after a failure."""
+        for file in self._files.values():
+            file.abandon()
+
+
+def total_bytes(plan: Iterable[PlannedTensor]) -> int:
+    """Return the bytes of tensor data in a plan."""
+    return sum(tensor.nbytes for tensor in plan)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented as the reference tool does."""
+    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")

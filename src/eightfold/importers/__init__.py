@@ -1,0 +1,1 @@
+"""Float models in other containers -> model directories."""

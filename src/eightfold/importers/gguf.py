@@ -1,0 +1,269 @@
+"""GGUF -> a float model directory, one tensor in memory at a time.
+
+The gguf package reads the container and widens its block formats to float32; transformers rebuilds the tokenizer.
+Here are the names, the configuration, and the one thing that differs in the numbers: files of the `llama`
+architecture hold the rows of q and k in the order in which RoPE rotates neighbours, and model directories in the
+order in which it rotates halves.
+
+Letters: H heads, D head_dim, E hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, both_dialects, parse_config
+from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
+from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, family_of, layer_prefix
+from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.safetensors import PlannedTensor
+from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
+from eightfold.progress import Progress, silent
+from eightfold.reference.attention import inverse_frequencies
+from eightfold.reference.tensors import to_array
+from eightfold.scheme import BIAS, WEIGHT, weight_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+# Modules by their GGUF name; those of a layer stand behind blk.N.
+_MODULES = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": LM_HEAD}
+_LAYER_MODULES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER_NAME = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
+
+# Holds how Llama 3.1 stretches its rotary frequencies; no weight.
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _GgufFile:
+    path: Path
+    fields: dict[str, Any]  # metadata, read
+    tensors: dict[str, Any]  # gguf.ReaderTensor by name
+    dequantize: Callable[[NDArray[Any], Any], NDArray[np.float32]]
+
+    def field(self, key: str, default: Any = None) -> Any:
+        value = self.fields.get(f"{self.fields['general.architecture']}.{key}", default)
+        if value is None:
+            raise CheckpointError(f'"{key}"', where=self.path, got="nothing", expected="a value in the metadata")
+        return value
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor as float32 in its (N, K) shape."""
+        stored = self.tensors[name]
+        try:
+            real = self.dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError:
+            raise UnsupportedError(f"tensor type of {name}", where=self.path, got=stored.tensor_type.name) from None
+        return torch.from_numpy(real.astype("<f4", copy=False)).reshape([int(size) for size in reversed(stored.shape)])
+
+
+def import_gguf(source: Path, target: Path, dtype: DType, *, overwrite: bool = False, progress: Progress = silent) -> ModelConfig:
+    """Widen a GGUF file into a float model directory.
+
+    Args:
+        source: the file. Only read.
+        target: the directory to make; it appears when everything is written.
+        dtype: BF16 or F16; values are widened to float32 first and rounded once.
+        overwrite: replace an existing model directory.
+        progress: who is told.
+
+    Returns:
+        The model's configuration.
+    """
+    file = _open(source)
+    raw = _config(file, dtype)
+    config = parse_config(raw, source)
+    family_of(config)
+    names = _tensor_names(file, config)
+    plan = [PlannedTensor(name, dtype, tuple(int(s) for s in reversed(file.tensors[gguf].shape))) for name, gguf in names.items()]
+    with OutputDirectory(target, source=source, overwrite=overwrite) as output:
+        output.require_space(total_bytes(plan) + _SPARE_BYTES)
+        writer = ShardedWriter(output.path, "model", plan, metadata={"format": "pt"})
+        try:
+            with progress("import", len(names), "tensor") as task:
+                for name, gguf_name in names.items():
+                    task.at(name)
+                    writer.write(name, to_array(_ordered(file, config, name, file.tensor(gguf_name)), dtype))
+                    task.advance()
+            writer.close()
+        finally:
+            writer.abandon()
+        write_json(output.path / CONFIG_NAME, both_dialects(raw, config, dtype))
+        _write_tokenizer(source, output.path, raw)
+    return config
+
+
+def _open(path: Path) -> _GgufFile:
+    try:
+        import gguf
+    except ImportError:
+        raise DependencyError(
+            "eightfold import-gguf needs gguf", got="none installed", action="Install it: pip install 'eightfold[gguf]'"
+        ) from None
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}", expected="a .gguf file", action="Check the path.")
+    try:
+        reader = gguf.GGUFReader(path)
+        # The vocabulary and its merges are long, and the tokenizer is rebuilt from the file itself.
+        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.")}
+        special = {key: reader.fields[key].contents() for key in reader.fields if key.endswith("_token_id")}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise CheckpointError("container", where=path, got=error, expected="a whole GGUF file", action="Fetch it again.") from None
+    if len(tensors) < len(reader.tensors):
+        raise CheckpointError("tensor names", where=path, got="one twice", expected="each once", action="Fetch it again.")
+    file = _GgufFile(path, {**fields, **special}, tensors, gguf.dequantize)
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES or fields.get(f"{architecture}.expert_count"):
+        raise UnsupportedError("architecture", where=path, got=architecture, expected=f"a dense model of {one_of(ARCHITECTURES)}")
+    return file
+
+
+def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
+    """Return config.json's object from the metadata."""
+    architecture = ARCHITECTURES[file.fields["general.architecture"]]
+    heads, hidden = file.field("attention.head_count"), file.field("embedding_length")
+    head_dim = file.field("attention.key_length", hidden // heads)
+    raw: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": _MODEL_TYPES[architecture],
+        "dtype": next(name for name, known in CONFIG_DTYPES.items() if known is dtype),
+        "attention_bias": architecture != "Qwen2ForCausalLM" and "blk.0.attn_q.bias" in file.tensors,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": file.field("feed_forward_length"),
+        "max_position_embeddings": file.field("context_length"),
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "num_attention_heads": heads,
+        "num_hidden_layers": file.field("block_count"),
+        "num_key_value_heads": file.field("attention.head_count_kv", heads),
+        "rms_norm_eps": file.field("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "use_cache": True,
+        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in file.tensors else 0,
+    }
+    raw["rope_parameters"] = _rope(file, head_dim)
+    for name in ("bos", "eos", "padding"):
+        token = file.fields.get(f"tokenizer.ggml.{name}_token_id")
+        if token is not None:
+            raw["pad_token_id" if name == "padding" else f"{name}_token_id"] = token
+    return raw
+
+
+def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": float(file.field("rope.freq_base", 10000.0)), "rope_type": "default"}
+    scaling = file.field("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise UnsupportedError("rope scaling", where=file.path, got=scaling, expected="none or linear")
+    if scaling == "linear":
+        rope.update(rope_type="linear", factor=float(file.field("rope.scaling.factor")))
+    if _ROPE_FACTORS not in file.tensors:
+        return rope
+    # Llama 3.1 and later: the file holds the divisor of each frequency, model directories the rule behind them.
+    factors = file.tensor(_ROPE_FACTORS)
+    llama3 = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope.update(rope_type="llama3", original_max_position_embeddings=8192, **llama3)
+    plain = inverse_frequencies(_rope_of({**rope, "rope_type": "default"}), head_dim)
+    if not torch.allclose(plain / inverse_frequencies(_rope_of(rope), head_dim), factors, rtol=1e-3):
+        raise UnsupportedError(
+            f"rotary factors {_ROPE_FACTORS}", where=file.path, got="a rule that is not Llama 3's", expected="that of Llama 3.1"
+        )
+    return rope
+
+
+def _rope_of(fields: dict[str, Any]) -> Any:
+    from eightfold.config import RopeParameters
+
+    return RopeParameters.model_validate(fields)
+
+
+def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
+    """Return the tensors to write, by their name in the directory -> their name in the file."""
+    names: dict[str, str] = {}
+    for name in file.tensors:
+        if (known := _directory_name(name)) is not None:
+            names[known] = name
+    expected = {weight_name(EMBEDDING)} | {weight_name(norm) for norm in all_norms(config)}
+    for module, linear in all_linears(config).items():
+        if module != LM_HEAD or not config.tie_word_embeddings:
+            expected |= {weight_name(module)} | ({f"{module}.{BIAS}"} if linear.has_bias else set())
+    missing, foreign = sorted(expected - set(names)), sorted(set(names) - expected)
+    unknown = [name for name in file.tensors if _directory_name(name) is None and name != _ROPE_FACTORS]
+    if missing or foreign or unknown:
+        raise CheckpointError(
+            f"tensors of {config.architecture}", where=file.path,
+            got=f"no {shortlist(missing)}" if missing else f"also {shortlist(foreign + unknown)}", expected=f"{len(expected)} known ones",
+        )  # fmt: skip
+    return {name: names[name] for name in names if name in expected}
+
+
+def _directory_name(name: str) -> str | None:
+    module, _, kind = name.rpartition(".")
+    if module in _MODULES and kind == WEIGHT:
+        return weight_name(_MODULES[module])
+    found = _LAYER_NAME.match(name)
+    if found is None or found[2] not in _LAYER_MODULES:
+        return None
+    return f"{layer_prefix(int(found[1]))}{_LAYER_MODULES[found[2]]}.{found[3]}"
+
+
+def _ordered(file: _GgufFile, config: ModelConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Undo the pairing of rotated rows in q and k: (H, D/2, 2, ...) back to (H, 2, D/2, ...)."""
+    if file.fields["general.architecture"] != "llama":
+        return tensor
+    heads = config.num_heads if ".q_proj." in name else config.num_kv_heads if ".k_proj." in name else None
+    if heads is None:
+        return tensor
+    rest = tensor.shape[1:]
+    return tensor.reshape(heads, config.head_dim // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:
+    """Rebuild the tokenizer with transformers, and write the generation settings that the file knows."""
+    try:
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+    except ImportError:
+        raise DependencyError(
+            "eightfold import-gguf needs transformers", got="none installed", action="Install it: pip install 'eightfold[gguf]'"
+        ) from None
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    tokenizer.save_pretrained(str(directory))
+    settings = directory / "tokenizer_config.json"
+    from eightfold.config import load_json_object
+
+    content = load_json_object(settings)
+    # The name that transformers 4 and 5 both know; 5 alone writes the other one.
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(settings, content)
+    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+    write_json(directory / "generation_config.json", ids)

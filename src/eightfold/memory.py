@@ -1,0 +1,42 @@
+"""What the machine has, and how this process asks for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def tame_malloc() -> None:
+    """Keep the C heap from growing to many times what is in use.
+
+    glibc moves its threshold for separate mappings by itself as large blocks are freed; aligned tensors then leave
+    holes in the heap that the next one does not fit. Fixed thresholds end that: tensors above 32 MiB go back to the
+    system at once, smaller ones are reused without new page faults. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+def available_bytes() -> int | None:
+    """Return the memory that can be used without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def total_bytes() -> int | None:
+    """Return the machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None

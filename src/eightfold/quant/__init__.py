@@ -1,0 +1,1 @@
+"""Float checkpoint in, int8 checkpoint out."""

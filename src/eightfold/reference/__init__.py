@@ -1,0 +1,1 @@
+"""The decoder in torch: slow, plain, and right. It calibrates, and it judges every faster implementation."""

@@ -1,0 +1,85 @@
+"""Rotary embedding and causal attention over one sequence.
+
+    rope(x, p) = x cos(p f) + rotate_half(x) sin(p f)        f_i = theta**(-2 i / D), i < D/2
+    O_h        = softmax(Q_h K_g^T / sqrt(D) + mask) V_g     g = h // (H / G)
+
+Letters: S new tokens, C context tokens (the new ones are the last S), H query heads, G kv heads, D head_dim.
+
+Sources: RoFormer, Su et al. 2021, arXiv:2104.09864; the llama3 stretching is that of the Llama 3.1 model card.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from eightfold.config import RopeParameters
+
+
+def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
+    """Return (D/2,) float32 angles for one position, after stretching for long contexts."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+    inv_freq = 1.0 / (rope.rope_theta**exponents)
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor
+    if rope.rope_type == "llama3":
+        return _stretch_llama3(inv_freq, rope)
+    return inv_freq
+
+
+def _stretch_llama3(inv_freq: Tensor, rope: RopeParameters) -> Tensor:
+    # Long waves are stretched by `factor`, short ones kept, those between blended.
+    old_context = rope.original_max_position_embeddings
+    wavelength = 2 * math.pi / inv_freq
+    smooth = (old_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    stretched = torch.where(wavelength > old_context / rope.low_freq_factor, inv_freq / rope.factor, blended)
+    return torch.where(wavelength < old_context / rope.high_freq_factor, inv_freq, stretched)
+
+
+def rope_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each (T, D) float32, for int64 positions (T,)."""
+    angles = positions_T.to(torch.float32)[:, None] * inv_freq[None, :]
+    doubled = torch.cat((angles, angles), dim=-1)
+    return doubled.cos(), doubled.sin()
+
+
+def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotate each head of (T, heads, D)."""
+    first, second = x_THD.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x_THD * cos_TD[:, None] + rotated * sin_TD[:, None]
+
+
+def attend(q_SHD: Tensor, k_CGD: Tensor, v_CGD: Tensor, window: int | None) -> Tensor:
+    """Return causal attention of the last S tokens over all C, as (S, H, D) float32.
+
+    Args:
+        q_SHD: rotated queries.
+        k_CGD: rotated keys of the whole context.
+        v_CGD: values of the whole context.
+        window: how many positions a query sees, itself included; None for all.
+    """
+    new, heads, _ = q_SHD.shape
+    context, kv_heads, _ = k_CGD.shape
+    q = q_SHD.transpose(0, 1)[None]
+    k = k_CGD.transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0)[None]
+    v = v_CGD.transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0)[None]
+    slides = window is not None and window < context
+    if new == context and not slides:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    elif new == 1 and not slides:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    else:
+        mask = _visible(new, context, window)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out[0].transpose(0, 1)
+
+
+def _visible(new: int, context: int, window: int | None) -> Tensor:
+    query = torch.arange(context - new, context)[:, None]
+    key = torch.arange(context)[None, :]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)

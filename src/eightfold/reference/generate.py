@@ -1,0 +1,59 @@
+"""Greedy generation, one sequence, with a float32 key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from eightfold.errors import CapacityError
+from eightfold.reference.decoder import Batch, KVCache
+from eightfold.reference.load import Decoder
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated."""
+
+    token_ids: list[int]  # without the stop token
+    finish_reason: Literal["stop", "length"]
+
+
+@torch.inference_mode()
+def generate(
+    decoder: Decoder,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    on_token: Callable[[int], None] = lambda token: None,
+) -> Generation:
+    """Continue a prompt with the most likely token until a stop token or the limit.
+
+    Raises:
+        CapacityError: the prompt is empty, or prompt and answer do not fit the model's context.
+    """
+    config = decoder.checkpoint.config
+    needed = len(prompt_ids) + max_new_tokens
+    if not prompt_ids or needed > config.max_position_embeddings:
+        raise CapacityError(
+            "prompt", got=f"{len(prompt_ids)} tokens and {max_new_tokens} new ones",
+            expected=f"1 to {config.max_position_embeddings} together", action="Shorten the prompt or lower --max-new-tokens.",
+        )  # fmt: skip
+    blocks = [decoder.block(layer_idx) for layer_idx in range(config.num_layers)]
+    caches = [KVCache(needed, config.num_kv_heads, config.head_dim) for _ in blocks]
+    head, inv_freq = decoder.head(), decoder.inv_freq
+    step_ids, produced = list(prompt_ids), list[int]()
+    while len(produced) < max_new_tokens:
+        batch = Batch.of([len(step_ids)], inv_freq, first_position=caches[0].context_len)
+        x_TE = decoder.embed(step_ids)
+        for block, cache in zip(blocks, caches, strict=True):
+            x_TE = block(x_TE, batch, [cache])
+        token = int(head(x_TE[-1:]).argmax())
+        if token in stop_ids:
+            return Generation(produced, "stop")
+        produced.append(token)
+        on_token(token)
+        step_ids = [token]
+    return Generation(produced, "length")

@@ -1,0 +1,191 @@
+"""Checkpoint -> decoder layers, one at a time or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eightfold.errors import InputError
+from eightfold.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    InputGroup,
+    LinearShape,
+    input_groups,
+    layer_norms,
+    layer_prefix,
+    sliding_window,
+)
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.reference.attention import inverse_frequencies
+from eightfold.reference.decoder import Block, LinearGroup, apply_block_, rms_norm
+from eightfold.reference.linear import DynamicMode, FloatLinear, Linear, W8A8DynamicLinear, W8A8Linear, W8A16Linear, float_linear
+from eightfold.reference.tensors import load_float32, load_tensor
+from eightfold.scheme import QuantType, linear_tensors, weight_name
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).reshape(-1)
+
+
+def _float_linear(_: DynamicMode, *, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    return FloatLinear(weight, None if bias is None else _flat(bias))
+
+
+def _w8a16_linear(
+    _: DynamicMode, *, weight: Tensor, weight_scale: Tensor, weight_offset: Tensor, bias: Tensor | None = None
+) -> Linear:
+    return W8A16Linear(
+        weight, _flat(weight_scale)[:, None], _flat(weight_offset)[:, None], None if bias is None else _flat(bias)
+    )
+
+
+def _w8a8_linear(
+    _: DynamicMode,
+    *,
+    weight: Tensor,
+    input_scale: Tensor,
+    input_offset: Tensor,
+    quant_bias: Tensor,
+    deq_scale: Tensor,
+    **unused: Tensor,  # weight_scale and weight_offset say nothing new, bias is inside quant_bias
+) -> Linear:
+    if deq_scale.dtype == torch.int64:
+        deq_scale = deq_scale.to(torch.int32).view(torch.float32)
+    return W8A8Linear(weight, quant_bias, deq_scale, 1.0 / _flat(input_scale), _flat(input_offset))
+
+
+def _dynamic_linear(
+    mode: DynamicMode, *, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **unused: Tensor
+) -> Linear:
+    weight_sum = weight.sum(1, dtype=torch.int32)
+    return W8A8DynamicLinear(weight, _flat(weight_scale), weight_sum, None if bias is None else _flat(bias), mode)
+
+
+# Keyword arguments are the suffixes in scheme.py.
+LINEAR_FOR: dict[QuantType, Callable[..., Linear]] = {
+    QuantType.FLOAT: _float_linear,
+    QuantType.W8A8: _w8a8_linear,
+    QuantType.W8A8_DYNAMIC: _dynamic_linear,
+    QuantType.W8A16: _w8a16_linear,
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A checkpoint as a model whose layers are built when asked for.
+
+    Attributes:
+        checkpoint: where the tensors come from.
+        dynamic: how W8A8_DYNAMIC quantizes a token.
+    """
+
+    checkpoint: Checkpoint
+    dynamic: DynamicMode = "asymmetric"
+
+    @property
+    def inv_freq(self) -> Tensor:
+        """Rotary frequencies, (D/2,) float32."""
+        return inverse_frequencies(self.checkpoint.config.rope, self.checkpoint.config.head_dim)
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """Return the embedding rows of token ids, (T, E) float32; only those rows are read.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        vocab = self.checkpoint.config.vocab_size
+        ids = torch.tensor(token_ids, dtype=torch.int64)
+        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
+            raise InputError("token id", got=int(ids.max() if ids.max() >= vocab else ids.min()), expected=f"0 to {vocab - 1}")
+        return load_tensor(self.checkpoint, weight_name(EMBEDDING))[ids].to(torch.float32)
+
+    def block(self, layer_idx: int) -> Block:
+        """Build one layer as the checkpoint stores it."""
+        qkv, o, gate_up, down = (
+            LinearGroup(tuple(self.linear(layer_prefix(layer_idx), linear) for linear in group.linears))
+            for group in input_groups(self.checkpoint.config)
+        )
+        norms = self.norms(layer_idx)
+        return Block(
+            self.checkpoint.config,
+            sliding_window(self.checkpoint.config, layer_idx),
+            norms["input_layernorm"],
+            norms["post_attention_layernorm"],
+            norms.get("self_attn.q_norm"),
+            norms.get("self_attn.k_norm"),
+            qkv,
+            o,
+            gate_up,
+            down,
+        )
+
+    def norms(self, layer_idx: int) -> dict[str, Tensor]:
+        """Return the gains of one layer's norms, float32, by their name inside the layer."""
+        prefix = layer_prefix(layer_idx)
+        return {name: load_float32(self.checkpoint, weight_name(prefix + name)) for name in layer_norms(self.checkpoint.config)}
+
+    def linear(self, prefix: str, linear: LinearShape) -> Linear:
+        """Build one linear as the checkpoint stores it."""
+        name = prefix + linear.name
+        quant_type = self.checkpoint.quant_type(name)
+        stored = {
+            spec.suffix: load_tensor(self.checkpoint, f"{name}.{spec.suffix}")
+            for spec in linear_tensors(quant_type, linear.has_bias)
+            if f"{name}.{spec.suffix}" in self.checkpoint.tensors
+        }
+        return LINEAR_FOR[quant_type](self.dynamic, **stored)
+
+    def head(self) -> Head:
+        """Build the final norm and the output head."""
+        return Head(
+            load_float32(self.checkpoint, weight_name(FINAL_NORM)),
+            load_tensor(self.checkpoint, self.checkpoint.head_weight()).to(torch.float32),
+            self.checkpoint.config.rms_norm_eps,
+        )
+
+    def release_block(self, layer_idx: int) -> None:
+        """Let go of the memory in which a layer's stored tensors were read."""
+        self.checkpoint.release(self.checkpoint.layer_tensors(layer_prefix(layer_idx)))
+
+    def groups(self) -> tuple[InputGroup, ...]:
+        """Return the input groups of every layer."""
+        return input_groups(self.checkpoint.config)
+
+    @torch.inference_mode()
+    def hidden_states(self, sequences: Sequence[Sequence[int]], on_layer: Callable[[], None] = lambda: None) -> Tensor:
+        """Run many sequences through all layers, one layer resident at a time.
+
+        Returns:
+            (T, E) float32, the input of the final norm, sequences one after the other.
+        """
+        hidden = self.embed([token for sequence in sequences for token in sequence])
+        lengths = [len(sequence) for sequence in sequences]
+        inv_freq = self.inv_freq
+        for layer_idx in range(self.checkpoint.config.num_layers):
+            apply_block_(self.block(layer_idx), hidden, lengths, inv_freq)
+            self.release_block(layer_idx)
+            on_layer()
+        return hidden
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Return the logits of one sequence, (T, V) float32."""
+        return self.head()(self.hidden_states([token_ids]))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The final norm and the output head."""
+
+    norm: Tensor  # (E,) float32
+    weight: Tensor  # (V, E) float32
+    eps: float
+
+    def __call__(self, x_TE: Tensor) -> Tensor:
+        """Return logits, (T, V) float32."""
+        return float_linear(rms_norm(x_TE, self.norm, self.eps), self.weight, None)
+

@@ -1,0 +1,70 @@
+"""Stored arrays as torch tensors, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from eightfold.config import DType
+from eightfold.errors import CheckpointError
+from eightfold.format.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TORCH_DTYPES = {
+    DType.F32: torch.float32,
+    DType.F16: torch.float16,
+    DType.BF16: torch.bfloat16,
+    DType.I64: torch.int64,
+    DType.I32: torch.int32,
+    DType.I8: torch.int8,
+}
+
+
+def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Return a stored tensor in its own dtype and shape, as a view of the mapped file. Not to be modified."""
+    tensor = torch.from_numpy(checkpoint.array(name))
+    return tensor.view(torch.bfloat16) if checkpoint.tensors[name].dtype == DType.BF16.value else tensor
+
+
+def load_float32(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Return a float tensor as a float32 copy.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    tensor = load_tensor(checkpoint, name).to(torch.float32, copy=True)
+    require_finite(tensor, name, checkpoint)
+    return tensor
+
+
+def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
+    """Check a float tensor for NaN and infinity, in slices that stay small.
+
+    Raises:
+        CheckpointError: names the first bad element's row.
+    """
+    rows = tensor.reshape(tensor.shape[0], -1) if tensor.dim() else tensor.reshape(1, 1)
+    step = max(1, (1 << 22) // max(1, rows.shape[1]))
+    for at in range(0, rows.shape[0], step):
+        # A sum is finite unless an element is not, or it overflows: cheap, and only then is each element looked at.
+        piece = rows[at : at + step]
+        if not torch.isfinite(piece.sum(dtype=torch.float32)):
+            bad = (~torch.isfinite(piece)).nonzero()
+            if len(bad):
+                row, column = at + int(bad[0, 0]), int(bad[0, 1])
+                raise CheckpointError(
+                    f"{name}[{row}, {column}]", where=checkpoint.tensors[name].file, got=float(rows[row, column]),
+                    expected="a finite number", action="The weights are damaged; fetch the model again.",
+                )  # fmt: skip
+
+
+def to_array(tensor: torch.Tensor, dtype: DType) -> NDArray[Any]:
+    """Return a tensor as an array in a dtype on disk; BF16 as uint16 bit patterns. Floats are rounded once, to nearest even."""
+    stored = tensor.detach().to(TORCH_DTYPES[dtype]).contiguous()
+    if dtype is DType.BF16:
+        return np.asarray(stored.view(torch.uint16).numpy())
+    return np.asarray(stored.numpy())

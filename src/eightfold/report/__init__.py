@@ -1,0 +1,1 @@
+"""What is in a directory, and what this machine is."""

@@ -1,0 +1,142 @@
+"""What a model directory holds, from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, input_groups, layer_prefix
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.scheme import WEIGHT_OFFSET, QuantType, linear_tensors, weight_name
+
+
+@dataclass(frozen=True)
+class Part:
+    """Modules that are stored alike."""
+
+    name: str  # such as self_attn.q_proj
+    layers: str  # such as 0-29, or 0-4,7
+    scheme: str
+    dtype: str  # of the weight
+    shape: tuple[int, ...]  # of one weight
+    count: int
+    nbytes: int  # all tensors of these modules
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A directory at a glance."""
+
+    directory: str
+    architecture: str
+    dtype: str
+    scheme: str
+    num_layers: int
+    parameters: int  # of the float model, a tied head not counted
+    files: int
+    nbytes: int  # of tensors, a tied head not counted
+    disk_bytes: int  # of the weight files
+    float_bytes: int  # the same model with every tensor in its dtype
+    tied: bool
+    notes: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        from dataclasses import asdict
+
+        return asdict(self)
+
+
+def describe(checkpoint: Checkpoint) -> Contents:
+    """Summarize a checkpoint; no weight is read."""
+    config = checkpoint.config
+    parameters = _parameters(checkpoint)
+    files = {info.file for info in checkpoint.tensors.values()}
+    description = checkpoint.description
+    return Contents(
+        directory=str(checkpoint.directory),
+        architecture=config.architecture,
+        dtype=checkpoint.dtype.value,
+        scheme=description.model_quant_type if description else QuantType.FLOAT.value,
+        num_layers=config.num_layers,
+        parameters=parameters,
+        files=len(files),
+        nbytes=checkpoint.resident_bytes(),
+        disk_bytes=sum(path.stat().st_size for path in files),
+        float_bytes=parameters * checkpoint.dtype.itemsize,
+        tied=config.tie_word_embeddings,
+        notes=tuple(_notes(checkpoint)),
+        parts=tuple(_parts(checkpoint)),
+    )
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    config = checkpoint.config
+    linears = all_linears(config)
+    if config.tie_word_embeddings:
+        linears.pop(LM_HEAD)
+    counts = [linear.n * linear.k + (linear.n if linear.has_bias else 0) for linear in linears.values()]
+    return sum(counts) + config.vocab_size * config.hidden_size + sum(all_norms(config).values())
+
+
+def _parts(checkpoint: Checkpoint) -> list[Part]:
+    config = checkpoint.config
+    parts = [_part(checkpoint, "embed_tokens", [EMBEDDING], "")]
+    for group in input_groups(config):
+        for linear in group.linears:
+            by_scheme: dict[QuantType, list[int]] = {}
+            for layer_idx in range(config.num_layers):
+                kind = checkpoint.quant_type(layer_prefix(layer_idx) + linear.name)
+                by_scheme.setdefault(kind, []).append(layer_idx)
+            for layers in by_scheme.values():
+                modules = [layer_prefix(layer_idx) + linear.name for layer_idx in layers]
+                parts.append(_part(checkpoint, linear.name, modules, ranges(layers)))
+    norms = list(all_norms(config))
+    parts.append(_part(checkpoint, "norms", norms, ""))
+    if not config.tie_word_embeddings:
+        parts.append(_part(checkpoint, LM_HEAD, [LM_HEAD], ""))
+    return parts
+
+
+def _part(checkpoint: Checkpoint, name: str, modules: list[str], layers: str) -> Part:
+    first = checkpoint.tensors[weight_name(modules[0])]
+    is_linear = modules[0] in all_linears(checkpoint.config)
+    scheme = checkpoint.quant_type(modules[0]) if is_linear else QuantType.FLOAT
+    suffixes = {spec.suffix for spec in linear_tensors(scheme, has_bias=True)}
+    nbytes = sum(
+        checkpoint.tensors[f"{module}.{suffix}"].nbytes
+        for module in modules
+        for suffix in suffixes
+        if f"{module}.{suffix}" in checkpoint.tensors
+    )
+    return Part(name, layers, scheme.value, first.dtype, first.shape, len(modules), nbytes)
+
+
+def _notes(checkpoint: Checkpoint) -> list[str]:
+    config = checkpoint.config
+    notes = []
+    if checkpoint.is_quantized:
+        types = {name: checkpoint.quant_type(name) for name in all_linears(config) if name != LM_HEAD}
+        kinds = Counter(types.values())
+        quantized = sum(count for kind, count in kinds.items() if kind is not QuantType.FLOAT)
+        kept = kinds[QuantType.FLOAT]
+        notes.append(f"int8: {quantized} of {len(types)} linears in the layers; float: {f'{kept} of them, ' if kept else ''}embedding, norms, lm_head")
+        bare = sum(f"{name}.{WEIGHT_OFFSET}" not in checkpoint.tensors for name, kind in types.items() if kind is not QuantType.FLOAT)
+        if bare:
+            notes.append(f"{bare} quantized linears come without {WEIGHT_OFFSET}: symmetric")
+    if config.tie_word_embeddings and weight_name(LM_HEAD) in checkpoint.tensors:
+        notes.append("lm_head is tied to the embedding; its copy on disk is there for other readers and counted once")
+    return notes
+
+
+def ranges(numbers: list[int]) -> str:
+    """Return sorted numbers as `0-4,7,9-11`."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1][1:] = [number]
+        else:
+            pieces.append([number])
+    return ",".join("-".join(map(str, piece)) for piece in pieces)

@@ -1,0 +1,169 @@
+"""Text <-> token ids by the model's own tokenizer.json, and its chat template.
+
+The template is run in jinja2's immutable sandbox: it comes from a stranger's directory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eightfold.config import load_json_object
+from eightfold.errors import CheckpointError, InputError
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+
+
+class Tokenizer:
+    """The tokenizer of a model directory."""
+
+    def __init__(self, directory: Path) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        self.directory = directory
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                "tokenizer.json", where=directory, got="no such file", expected="the model's tokenizer",
+                action=(
+                    "Only tokenizer.model is there: load it with transformers' AutoTokenizer and save_pretrained."
+                    if (directory / "tokenizer.model").is_file()
+                    else "Copy it from the float model, or give token ids."
+                ),
+            )  # fmt: skip
+        try:
+            self._fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError("tokenizer", where=path, got=error, expected="a tokenizers file") from None
+        self._fast.no_padding()
+        self._fast.no_truncation()
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Return token ids; with `special_tokens` also those that the model puts around a text (such as BOS)."""
+        return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return text without special tokens."""
+        return str(self._fast.decode(list(token_ids), skip_special_tokens=True))
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """Render messages with the model's chat template and return token ids."""
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt), special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """Render messages with the model's chat template.
+
+        Raises:
+            CheckpointError: the model has no chat template.
+            InputError: the template refuses these messages.
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            rendered = self._template.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
+            )
+        except (TemplateError, TypeError) as error:
+            raise InputError("messages", got=error, expected="roles and contents that the chat template accepts") from None
+        return str(rendered)
+
+    @cached_property
+    def _template(self) -> Any:
+        from jinja2.exceptions import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        def to_json(value: Any, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=False, **options)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = to_json
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        source = self._template_source()
+        try:
+            return environment.from_string(source)
+        except TemplateError as error:
+            raise CheckpointError("chat template", where=self.directory, got=error, expected="a jinja2 template") from None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model comes with a chat template."""
+        return self._find_template() is not None
+
+    def _template_source(self) -> str:
+        source = self._find_template()
+        if source is None:
+            raise CheckpointError(
+                "chat template", where=self.directory, got="none", expected="chat_template.jinja or tokenizer_config.json's",
+                action="This may be a base model: leave out --chat.",
+            )  # fmt: skip
+        return source
+
+    def _find_template(self) -> str | None:
+        path = self.directory / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        source = self._settings.get("chat_template")
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        return source if isinstance(source, str) else None
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            path = self.directory / name
+            if path.is_file():
+                settings.update(load_json_object(path))
+        return settings
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        found = {}
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            token = self._settings.get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                found[name] = text
+        return found
+
+
+def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int]:
+    """Return the ids that end a generation: generation_config.json's, else config.json's."""
+    path = directory / "generation_config.json"
+    settings = load_json_object(path) if path.is_file() else {}
+    value = settings.get("eos_token_id")
+    if value is None:
+        value = config_raw.get("eos_token_id")
+    ids: Iterable[Any] = value if isinstance(value, list) else [value]
+    return frozenset(token for token in ids if isinstance(token, int) and not isinstance(token, bool))
+
+
+class StreamDecoder:
+    """Turns a growing list of token ids into pieces of text, holding back unfinished characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._begin = 0  # ids before this one are no longer needed for context
+        self._shown = 0  # ids up to this one have been returned as text
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that it completes, perhaps none."""
+        self._ids.append(token_id)
+        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
+        after = self._tokenizer.decode(self._ids[self._begin :])
+        # A replacement character at the end is a multi-byte character whose other tokens are still to come.
+        if len(after) <= len(before) or after.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._begin, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
