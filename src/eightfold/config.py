@@ -117,14 +117,20 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     architectures = raw.get("architectures") or []
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError(
-            '"architectures"', where=where, got=architectures or "nothing", expected='a list such as ["LlamaForCausalLM"]'
+            '"architectures"',
+            where=where,
+            got=architectures or "nothing",
+            expected='a list such as ["LlamaForCausalLM"]',
         )
     heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
     head_dim = raw.get("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         if hidden % heads:
             raise ConfigError(
-                '"hidden_size"', where=where, got=hidden, expected=f"a multiple of num_attention_heads {heads}, or a head_dim"
+                '"hidden_size"',
+                where=where,
+                got=hidden,
+                expected=f"a multiple of num_attention_heads {heads}, or a head_dim",
             )
         head_dim = hidden // heads
     rope = _rope_parameters(raw, where)
@@ -144,7 +150,10 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         raise _first_problem(error, where) from None
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
-            '"num_key_value_heads"', where=where, got=config.num_kv_heads, expected=f"a divisor of {config.num_heads} heads"
+            '"num_key_value_heads"',
+            where=where,
+            got=config.num_kv_heads,
+            expected=f"a divisor of {config.num_heads} heads",
         )
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedError('"hidden_act"', where=where, got=config.hidden_act, expected="silu")
@@ -193,7 +202,11 @@ def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
     names = {key: str(raw[key]).removeprefix("torch.") for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
     if len(set(names.values())) > 1:
         raise ConfigError(
-            '"torch_dtype" and "dtype"', where=where, got=" and ".join(names.values()), expected="the same type", action="Remove one."
+            '"torch_dtype" and "dtype"',
+            where=where,
+            got=" and ".join(names.values()),
+            expected="the same type",
+            action="Remove one.",
         )
     for key, name in names.items():
         if name not in CONFIG_DTYPES:
@@ -206,14 +219,20 @@ def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
     old, new = _old_rope(raw, where), _new_rope(raw, where)
     if old.theta is not None and new.theta is not None and float(old.theta) != float(new.theta):
         raise ConfigError(
-            '"rope_theta" and "rope_parameters"', where=where, got=f"{old.theta:g} and {new.theta:g}", expected="the same base",
+            '"rope_theta" and "rope_parameters"',
+            where=where,
+            got=f"{old.theta:g} and {new.theta:g}",
+            expected="the same base",
             action="Remove the wrong one.",
-        )  # fmt: skip
+        )
     if old.scaling is not None and new.scaling is not None and old.scaling != new.scaling:
         raise ConfigError(
-            '"rope_scaling" and "rope_parameters"', where=where, got=f"{old.scaling} and {new.scaling}", expected="the same scaling",
+            '"rope_scaling" and "rope_parameters"',
+            where=where,
+            got=f"{old.scaling} and {new.scaling}",
+            expected="the same scaling",
             action="Remove the wrong one.",
-        )  # fmt: skip
+        )
     theta = new.theta if new.theta is not None else old.theta
     fields = dict(new.scaling or old.scaling or {})
     if theta is not None:
@@ -293,7 +312,9 @@ def load_json_object(path: Path) -> dict[str, Any]:
         if len(seen) < len(pairs):
             names = [name for name, _ in pairs]
             repeated = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f'key "{repeated}"', where=path, got="two values", expected="one", action="Remove one.")
+            raise CheckpointError(
+                f'key "{repeated}"', where=path, got="two values", expected="one", action="Remove one."
+            )
         return seen
 
     try:
@@ -301,7 +322,9 @@ def load_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(path.name, where=path.parent, got="no such file", expected="a JSON file") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("JSON", where=path, got=error, expected="a JSON object", action="Fetch the file again.") from None
+        raise CheckpointError(
+            "JSON", where=path, got=error, expected="a JSON object", action="Fetch the file again."
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError("JSON", where=path, got=f"a {type(value).__name__}", expected="an object")
     return value

@@ -15,7 +15,9 @@ from typing import Any
 class EightfoldError(Exception):
     """Something outside the program is not as it must be: a file, an option, the machine."""
 
-    def __init__(self, what: str, *, where: Any = None, got: Any = None, expected: Any = None, action: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: Any = None, got: Any = None, expected: Any = None, action: str = ""
+    ) -> None:
         text = what if where is None else f"{what} in {where}"
         facts = [f"{word} {fact}" for word, fact in (("got", got), ("expected", expected)) if fact is not None]
         if facts:
@@ -35,6 +37,10 @@ class ConfigError(EightfoldError):
 
 class UnsupportedError(EightfoldError):
     """The input is sound, but this program does not know it: architecture, scheme, dtype."""
+
+
+class CapacityError(EightfoldError):
+    """A request does not fit the model's context or the machine."""
 
 
 class InputError(EightfoldError):

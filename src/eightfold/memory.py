@@ -14,12 +14,12 @@ def tame_malloc() -> None:
     """Keep the C heap from growing to many times what is in use.
 
     glibc moves its threshold for separate mappings by itself as large blocks are freed; aligned tensors then leave
-    holes in the heap that the next one does not fit. Fixed thresholds end that: tensors above 32 MiB go back to the
+    holes in the heap that the next one does not fit. Fixed thresholds end that: tensors above 16 MiB go back to the
     system at once, smaller ones are reused without new page faults. Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 16 << 20)
         mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 

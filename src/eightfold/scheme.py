@@ -91,7 +91,9 @@ _WEIGHT_FORMULA = "weight = (stored - weight_offset) * weight_scale"
 _KEPT_BIAS = "float bias"
 
 
-def _spec(suffix: str, dtype: DTypeRule, shape: tuple[str | int, ...], tag: QuantType, meaning: str, **flags: bool) -> TensorSpec:
+def _spec(
+    suffix: str, dtype: DTypeRule, shape: tuple[str | int, ...], tag: QuantType, meaning: str, **flags: bool
+) -> TensorSpec:
     return TensorSpec(suffix, dtype, shape, tag, meaning, **flags)
 
 
@@ -107,12 +109,24 @@ LINEAR_TENSORS: dict[QuantType, tuple[TensorSpec, ...]] = {
         _spec(WEIGHT_OFFSET, DTypeRule.FLOAT32, ("N", 1), QuantType.W8A8, "zeros", optional=True),
         _spec(INPUT_SCALE, DTypeRule.MODEL, (1,), QuantType.W8A8, "x = (stored - input_offset) * input_scale"),
         _spec(INPUT_OFFSET, DTypeRule.MODEL, (1,), QuantType.W8A8, "an integer in [-128, 127], stored as a float"),
-        _spec(QUANT_BIAS, DTypeRule.INT32, ("N",), QuantType.W8A8, "round(bias / deq_scale - input_offset * sum_k weight)"),
+        _spec(
+            QUANT_BIAS, DTypeRule.INT32, ("N",), QuantType.W8A8, "round(bias / deq_scale - input_offset * sum_k weight)"
+        ),
         _spec(DEQ_SCALE, DTypeRule.DEQ, ("N",), QuantType.W8A8, "input_scale * weight_scale"),
-        _spec(BIAS, DTypeRule.MODEL, ("N",), QuantType.FLOAT, "already inside quant_bias", with_bias_only=True, optional=True),
+        _spec(
+            BIAS,
+            DTypeRule.MODEL,
+            ("N",),
+            QuantType.FLOAT,
+            "already inside quant_bias",
+            with_bias_only=True,
+            optional=True,
+        ),
     ),
     QuantType.W8A8_DYNAMIC: (
-        _spec(WEIGHT, DTypeRule.INT8, ("N", "K"), QuantType.W8A8_DYNAMIC, "symmetric, per output channel, in [-127, 127]"),
+        _spec(
+            WEIGHT, DTypeRule.INT8, ("N", "K"), QuantType.W8A8_DYNAMIC, "symmetric, per output channel, in [-127, 127]"
+        ),
         _spec(WEIGHT_SCALE, DTypeRule.FLOAT32, ("N", 1), QuantType.W8A8_DYNAMIC, _WEIGHT_FORMULA),
         _spec(WEIGHT_OFFSET, DTypeRule.FLOAT32, ("N", 1), QuantType.W8A8_DYNAMIC, "zeros", optional=True),
         _spec(BIAS, DTypeRule.MODEL, ("N",), QuantType.FLOAT, _KEPT_BIAS, with_bias_only=True),

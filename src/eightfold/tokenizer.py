@@ -28,13 +28,16 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
-                "tokenizer.json", where=directory, got="no such file", expected="the model's tokenizer",
+                "tokenizer.json",
+                where=directory,
+                got="no such file",
+                expected="the model's tokenizer",
                 action=(
                     "Only tokenizer.model is there: load it with transformers' AutoTokenizer and save_pretrained."
                     if (directory / "tokenizer.model").is_file()
                     else "Copy it from the float model, or give token ids."
                 ),
-            )  # fmt: skip
+            )
         try:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -52,7 +55,9 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         """Render messages with the model's chat template and return token ids."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt), special_tokens=False)
+        return self.encode(
+            self.render_chat(messages, add_generation_prompt=add_generation_prompt), special_tokens=False
+        )
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Render messages with the model's chat template.
@@ -68,7 +73,9 @@ class Tokenizer:
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
             )
         except (TemplateError, TypeError) as error:
-            raise InputError("messages", got=error, expected="roles and contents that the chat template accepts") from None
+            raise InputError(
+                "messages", got=error, expected="roles and contents that the chat template accepts"
+            ) from None
         return str(rendered)
 
     @cached_property
@@ -91,7 +98,9 @@ class Tokenizer:
         try:
             return environment.from_string(source)
         except TemplateError as error:
-            raise CheckpointError("chat template", where=self.directory, got=error, expected="a jinja2 template") from None
+            raise CheckpointError(
+                "chat template", where=self.directory, got=error, expected="a jinja2 template"
+            ) from None
 
     @property
     def has_chat_template(self) -> bool:
@@ -102,9 +111,12 @@ class Tokenizer:
         source = self._find_template()
         if source is None:
             raise CheckpointError(
-                "chat template", where=self.directory, got="none", expected="chat_template.jinja or tokenizer_config.json's",
+                "chat template",
+                where=self.directory,
+                got="none",
+                expected="chat_template.jinja or tokenizer_config.json's",
                 action="This may be a base model: leave out --chat.",
-            )  # fmt: skip
+            )
         return source
 
     def _find_template(self) -> str | None:
@@ -167,3 +179,8 @@ class StreamDecoder:
             return ""
         self._begin, self._shown = self._shown, len(self._ids)
         return after[len(before) :]
+
+    def finish(self) -> str:
+        """Return what was held back and never completed."""
+        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
+        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]

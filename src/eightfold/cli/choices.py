@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal, cast
+from typing import Literal
 
 
 class Backend(str, Enum):
@@ -21,4 +21,4 @@ class Dynamic(str, Enum):
     @property
     def mode(self) -> Literal["asymmetric", "symmetric"]:
         """The same as the reference backend spells it."""
-        return cast(Literal["asymmetric", "symmetric"], self.value)
+        return self.value

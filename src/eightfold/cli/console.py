@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,14 @@ def bars(title: str, total: int, unit: str) -> Iterator[Task]:
         yield SilentTask()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -76,8 +83,21 @@ def require_torch(command: str) -> None:
         import torch  # noqa: F401
     except ImportError:
         raise DependencyError(
-            f"eightfold {command} needs torch", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
+            f"eightfold {command} needs torch",
+            got="none installed",
+            action="Install it: pip install 'eightfold[quantize]'",
         ) from None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> list[str]:
+    """Return the lines of a plain table; columns from `right_from` on are flush right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, strict=True)
+        return "  ".join(c.rjust(w) if i >= right_from else c.ljust(w) for i, (c, w) in enumerate(cells)).rstrip()
+
+    return [line(row) for row in (header, *rows)]
 
 
 def size_text(nbytes: int) -> str:

@@ -15,11 +15,18 @@ from eightfold.cli.choices import Backend, Dynamic
 
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text to measure on. Default: essays that come with eightfold.")] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="UTF-8 text to measure on. Default: essays that come with eightfold."),
+    ] = None,
     chunks: Annotated[int, typer.Option(min=1, help="How many chunks of the text, from its start.")] = 40,
     chunk_len: Annotated[int, typer.Option(min=2, help="Tokens in a chunk; each chunk stands alone.")] = 512,
-    against: Annotated[Path | None, typer.Option(metavar="FLOAT_DIR", help="Also measure this model, and how far DIR is from it.")] = None,
-    dynamic: Annotated[Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")] = Dynamic.asymmetric,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FLOAT_DIR", help="Also measure this model, and how far DIR is from it.")
+    ] = None,
+    dynamic: Annotated[
+        Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
+    ] = Dynamic.asymmetric,
     backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
@@ -43,7 +50,9 @@ def evaluate(
     if len(pieces) < chunks:
         console.note(f"the text has {len(token_ids)} tokens: {len(pieces)} chunks of {chunk_len}, not {chunks}.")
     if chunk_len > checkpoints[0].config.max_position_embeddings:
-        console.note(f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens.")
+        console.note(
+            f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens."
+        )
     decoders = [Decoder(checkpoint, dynamic.mode) for checkpoint in checkpoints]
     total = sum(checkpoint.config.num_layers for checkpoint in checkpoints)
     with console.bars("evaluate", total + len(pieces), "step") as task:
@@ -53,7 +62,8 @@ def evaluate(
         measured = {key: value for key, value in asdict(result).items() if value is not None}
         console.print_json({**measured, "seconds": round(seconds, 3), "backend": backend.value})
         return
-    print(f"perplexity     {result.ppl:.4f}   ({result.tokens} predictions, {result.chunks} chunks of {chunk_len}, {seconds:.1f} s)")
+    basis = f"{result.tokens} predictions, {result.chunks} chunks of {chunk_len}, {seconds:.1f} s"
+    print(f"perplexity     {result.ppl:.4f}   ({basis})")
     if result.ppl_against is not None and result.kl_mean is not None and result.top1_agreement is not None:
         print(f"against        {result.ppl_against:.4f}   ({against})")
         print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")

@@ -20,10 +20,15 @@ class FloatName(str, Enum):
 
 
 def import_gguf(
-    source: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. Only read.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.gguf", help="A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. Only read."),
+    ],
     target: Annotated[Path, typer.Argument(metavar="FLOAT_DIR", help="The directory to make.")],
     dtype: Annotated[FloatName, typer.Option(help="Type of the widened weights.")] = FloatName.bf16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FLOAT_DIR if it is a model directory.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FLOAT_DIR if it is a model directory.")
+    ] = False,
 ) -> None:
     """Widen a GGUF file into a float model directory that `quantize`, `run` and `eval` take.
 
@@ -42,4 +47,5 @@ def import_gguf(
         overwrite=overwrite,
         progress=console.bars,
     )
-    print(f"{target}: {config.architecture}, {config.num_layers} layers, {dtype.value}, {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    print(f"{target}: {config.architecture}, {config.num_layers} layers, {dtype.value}, {seconds:.1f} s")

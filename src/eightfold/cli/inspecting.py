@@ -33,20 +33,23 @@ def inspect(
 
 def _print_contents(contents: Contents) -> None:
     size = console.size_text
-    share = contents.nbytes / contents.float_bytes
-    print(f"{contents.directory}")
-    print(f"  model   {contents.architecture}, {contents.num_layers} layers, {contents.parameters / 1e6:,.1f} M parameters, {contents.dtype}")
-    print(f"  scheme  {contents.scheme}")
+    millions = f"{contents.parameters / 1e6:,.1f} M parameters"
+    share = f"{contents.nbytes / contents.float_bytes:.0%} of the {contents.dtype} model"
     files = "1 file" if contents.files == 1 else f"{contents.files} files"
-    print(f"  size    {size(contents.nbytes)} of tensors, {share:.0%} of the {contents.dtype} model; {size(contents.disk_bytes)} in {files}")
+    print(contents.directory)
+    print(f"  model   {contents.architecture}, {contents.num_layers} layers, {millions}, {contents.dtype}")
+    print(f"  scheme  {contents.scheme}")
+    print(f"  size    {size(contents.nbytes)} of tensors, {share}; {size(contents.disk_bytes)} in {files}")
     for text in contents.notes:
         print(f"  note    {text}")
     print()
-    rows = [(part.name, part.layers, part.scheme, part.dtype, "x".join(map(str, part.shape)), str(part.count), size(part.nbytes)) for part in contents.parts]
     header = ("module", "layers", "scheme", "weight", "shape", "count", "size")
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, *rows):
-        print("  " + "  ".join(cell.rjust(width) if i > 3 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip())
+    rows = [
+        (p.name, p.layers, p.scheme, p.dtype, "x".join(map(str, p.shape)), str(p.count), size(p.nbytes))
+        for p in contents.parts
+    ]
+    for line in console.table(header, rows, right_from=4):
+        print(f"  {line}")
 
 
 def env(

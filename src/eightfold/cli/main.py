@@ -9,9 +9,8 @@ import errno
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from eightfold import __version__
@@ -20,10 +19,13 @@ from eightfold.errors import EightfoldError
 
 EXIT_USER = 2
 
+# typer's own copy of click or an installed one, by version: the base of all usage errors either way.
+ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
 app = typer.Typer(
     name="eightfold",
     help="8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU.",
-    epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic, then eightfold run OUT --chat --prompt Hello",
+    epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,7 +41,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a Python traceback with an error.")] = False,
 ) -> None:
     """Take the options that stand before the command."""
@@ -68,11 +72,11 @@ def main() -> int:
     try:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
+    except ClickException as error:
         return _usage_error(error)
-    except (KeyboardInterrupt, click.Abort, _Terminated) as stop:
+    except (KeyboardInterrupt, typer.Abort, _Terminated) as stop:
         word = "terminated" if isinstance(stop, _Terminated) else "interrupted"
         return _fail(f"{word}: nothing was left half-written. Run the same command to start again.", debug)
     except EightfoldError as error:
@@ -83,7 +87,9 @@ def main() -> int:
     except OSError as error:
         return _fail(_system_error(error), debug)
     except MemoryError:
-        return _fail("out of memory: nothing was left half-written. Close other programs, or use a smaller model.", debug)
+        return _fail(
+            "out of memory: nothing was left half-written. Close other programs, or use a smaller model.", debug
+        )
 
 
 def _fail(message: str, debug: bool) -> int:
@@ -95,7 +101,7 @@ def _fail(message: str, debug: bool) -> int:
     return EXIT_USER
 
 
-def _usage_error(error: click.ClickException) -> int:
+def _usage_error(error: Any) -> int:
     message = error.format_message()
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "eightfold"

@@ -32,29 +32,59 @@ class SaveDtype(str, Enum):
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="FLOAT_DIR", help="A float model: config.json and safetensors files. Only read.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make. It appears when everything is written.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FLOAT_DIR", help="A float model: config.json and safetensors files. Only read.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The directory to make. It appears when everything is written.")
+    ],
     scheme: Annotated[
         SchemeName,
-        typer.Option(help="w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations by token. w8a16: int8 weights only."),
+        typer.Option(
+            help="w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations, by token. "
+            "w8a16: int8 weights only."
+        ),
     ],
     calib: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Calibration texts, one a line: JSON with text, prompt, inputs_pretokenized or messages, or plain. Default: a mixed set of 64."),
+        typer.Option(
+            metavar="FILE",
+            help="Calibration texts, one a line: JSON with text, prompt, inputs_pretokenized or messages, or plain. "
+            "Default: a mixed set of 64.",
+        ),
     ] = None,
-    calib_limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use the first N calibration rows.")] = None,
-    calib_texts: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A calibration text; may be given several times.")] = None,
+    calib_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use the first N calibration rows.")
+    ] = None,
+    calib_texts: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A calibration text; may be given several times.")
+    ] = None,
     calib_ids: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Calibration samples as token ids, one JSON list a line; no tokenizer is needed.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Calibration samples as token ids, one JSON list a line; no tokenizer is needed."
+        ),
     ] = None,
-    weight_symmetric: Annotated[bool, typer.Option(help="Weights without offset. --no-weight-symmetric is for w8a16.")] = True,
+    weight_symmetric: Annotated[
+        bool, typer.Option(help="Weights without offset. --no-weight-symmetric is for w8a16.")
+    ] = True,
     keep_float: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="Leave linears float: a module name with * and ?; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Leave linears float: a module name with * and ?; may be given several times."
+        ),
     ] = None,
-    save_dtype: Annotated[SaveDtype, typer.Option(help="Store floating tensors as the model does, or all as float32.")] = SaveDtype.model,
-    part_size_gb: Annotated[float | None, typer.Option(min=1e-6, metavar="GB", help="Split the weights into files of this size (GiB).")] = None,
+    save_dtype: Annotated[
+        SaveDtype, typer.Option(help="Store floating tensors as the model does, or all as float32.")
+    ] = SaveDtype.model,
+    part_size_gb: Annotated[
+        float | None, typer.Option(min=1e-6, metavar="GB", help="Split the weights into files of this size (GiB).")
+    ] = None,
     legacy_names: Annotated[
-        bool, typer.Option("--legacy-names", help="Also write the description under its older, suffixed name, for older MindIE.")
+        bool,
+        typer.Option(
+            "--legacy-names", help="Also write the description under its older, suffixed name, for older MindIE."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model directory.")] = False,
 ) -> None:
@@ -127,19 +157,24 @@ class _Calibration:
         from eightfold.tokenizer import Tokenizer
 
         self.check()
+        rows: list[dataset.Row]
         if self._ids is not None:
             samples = dataset.read_token_ids(self._ids, self._limit)
         else:
             if self._file is not None:
                 rows = dataset.read_rows(self._file, self._limit)
             elif self._texts:
-                rows = list(self._texts)[: self._limit]
+                rows = [*self._texts][: self._limit]
             else:
                 rows = dataset.default_rows()[: self._limit]
-                console.note(f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own.")
+                console.note(
+                    f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own."
+                )
             samples = dataset.tokenize(rows, Tokenizer(checkpoint.directory))
         context = checkpoint.config.max_position_embeddings
         samples, cut = dataset.truncate(samples, context)
         if cut:
-            console.note(f"{cut} of {len(samples)} calibration samples were cut to the model's context of {context} tokens.")
+            console.note(
+                f"{cut} of {len(samples)} calibration samples were cut to the model's context of {context} tokens."
+            )
         return samples

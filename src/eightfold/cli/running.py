@@ -18,7 +18,9 @@ def run(
     prompt: Annotated[str, typer.Option(help="What to continue, or with --chat what to say.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    dynamic: Annotated[Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")] = Dynamic.asymmetric,
+    dynamic: Annotated[
+        Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
+    ] = Dynamic.asymmetric,
     backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
@@ -47,7 +49,13 @@ def run(
             sys.stdout.flush()
 
     started = time.monotonic()
-    result = generate(Decoder(checkpoint, dynamic.mode), prompt_ids, max_new_tokens, stop_token_ids(model, checkpoint.config_raw), show)
+    result = generate(
+        Decoder(checkpoint, dynamic.mode),
+        prompt_ids,
+        max_new_tokens,
+        stop_token_ids(model, checkpoint.config_raw),
+        show,
+    )
     seconds = time.monotonic() - started
     if as_json:
         console.print_json(
@@ -61,6 +69,6 @@ def run(
             }
         )
         return
-    print()
+    print(stream.finish())
     count = len(result.token_ids)
     print(f"[{len(prompt_ids)} + {count} tokens, {seconds:.1f} s, {result.finish_reason}]", file=sys.stderr)

@@ -49,7 +49,10 @@ def cut_chunks(token_ids: Sequence[int], chunks: int, chunk_len: int) -> list[li
     available = min(chunks, len(token_ids) // chunk_len)
     if available < 1:
         raise InputError(
-            "text", got=f"{len(token_ids)} tokens", expected=f"at least one chunk of {chunk_len}", action="Lower --chunk-len."
+            "text",
+            got=f"{len(token_ids)} tokens",
+            expected=f"at least one chunk of {chunk_len}",
+            action="Lower --chunk-len.",
         )
     return [list(token_ids[i * chunk_len : (i + 1) * chunk_len]) for i in range(available)]
 

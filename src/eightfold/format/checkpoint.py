@@ -39,7 +39,13 @@ class Checkpoint:
         description: the description file; None for a float model.
     """
 
-    def __init__(self, directory: Path, config_raw: dict[str, Any], tensors: dict[str, TensorInfo], description: Description | None):
+    def __init__(
+        self,
+        directory: Path,
+        config_raw: dict[str, Any],
+        tensors: dict[str, TensorInfo],
+        description: Description | None,
+    ):
         self.directory = directory
         self.config_raw = config_raw
         self.config: ModelConfig = parse_config(config_raw, directory / CONFIG_NAME)
@@ -110,16 +116,22 @@ class Checkpoint:
         if quantization and self.description is None:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise UnsupportedError(
-                '"quantization_config"', where=self.directory / CONFIG_NAME, got=method, expected="a float model",
+                '"quantization_config"',
+                where=self.directory / CONFIG_NAME,
+                got=method,
+                expected="a float model",
                 action="Start from the model's unquantized weights.",
-            )  # fmt: skip
+            )
         expected = dict(self._expected())
         missing = [name for name, spec in expected.items() if name not in self.tensors and not spec.optional]
         if missing:
             raise CheckpointError(
-                f"{len(missing)} tensors are missing", where=self.directory, got=f"no {shortlist(missing, 12)}",
-                expected=f"all {len(expected)} of {self.config.architecture}", action="Fetch or write the directory again.",
-            )  # fmt: skip
+                f"{len(missing)} tensors are missing",
+                where=self.directory,
+                got=f"no {shortlist(missing, 12)}",
+                expected=f"all {len(expected)} of {self.config.architecture}",
+                action="Fetch or write the directory again.",
+            )
         for name, spec in expected.items():
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
@@ -147,15 +159,23 @@ class Checkpoint:
     def _check_tensor(self, info: TensorInfo, spec: _Expectation) -> None:
         if not spec.admits(info.dtype, self.dtype):
             raise CheckpointError(
-                f"dtype of {info.name}", where=info.file, got=info.dtype, expected=spec.dtype_text(self.dtype),
-                action="Start from float weights (F32, F16 or BF16)." if self.description is None else "Write the directory again.",
-            )  # fmt: skip
+                f"dtype of {info.name}",
+                where=info.file,
+                got=info.dtype,
+                expected=spec.dtype_text(self.dtype),
+                action="Start from float weights (F32, F16 or BF16)."
+                if self.description is None
+                else "Write the directory again.",
+            )
         # One value for each row may be stored flat or as a column; both mean the same.
         if info.shape != spec.shape and info.shape != tuple(size for size in spec.shape if size != 1):
             raise CheckpointError(
-                f"shape of {info.name}", where=info.file, got=list(info.shape), expected=list(spec.shape),
+                f"shape of {info.name}",
+                where=info.file,
+                got=list(info.shape),
+                expected=list(spec.shape),
                 action="config.json and the weights belong to different models.",
-            )  # fmt: skip
+            )
 
 
 class _Expectation:
@@ -174,7 +194,11 @@ class _Expectation:
         if self.rule is DTypeRule.DEQ:
             return [self.rule.resolve(model)]
         # Loaders cast floating tensors, and some writers store offsets as int8.
-        return [DType.F32, DType.F16, DType.BF16, DType.I8] if self.rule is DTypeRule.MODEL else [DType.F32, DType.F16, DType.BF16]
+        return (
+            [DType.F32, DType.F16, DType.BF16, DType.I8]
+            if self.rule is DTypeRule.MODEL
+            else [DType.F32, DType.F16, DType.BF16]
+        )
 
     def admits(self, dtype: str, model: DType) -> bool:
         return dtype in {kind.value for kind in self._allowed(model)}
@@ -189,14 +213,19 @@ def _require_directory(directory: Path) -> None:
         return
     if directory.exists():
         raise CheckpointError(
-            "model", where=directory, got="a file", expected="a directory with config.json and safetensors files",
+            "model",
+            where=directory,
+            got="a file",
+            expected="a directory with config.json and safetensors files",
             action="For a .gguf file run: eightfold import-gguf FILE DIR" if directory.suffix == ".gguf" else "",
-        )  # fmt: skip
+        )
     if _HUB_ID.match(str(directory)) and not directory.parent.exists():
         raise CheckpointError(
-            f"no directory {directory}", got="what looks like a hub id", expected="a directory on this machine",
+            f"no directory {directory}",
+            got="what looks like a hub id",
+            expected="a directory on this machine",
             action=f"Download it first: hf download {directory} --local-dir {directory.name}",
-        )  # fmt: skip
+        )
     raise CheckpointError(f"no directory {directory}", expected="a model directory", action="Check the path.")
 
 
@@ -204,9 +233,12 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
     indexes = [path for path in sorted(directory.glob("*.safetensors.index.json")) if not path.name.startswith(".")]
     if len(indexes) > 1:
         raise CheckpointError(
-            "shard indexes", where=directory, got=shortlist(path.name for path in indexes), expected="at most one",
+            "shard indexes",
+            where=directory,
+            got=shortlist(path.name for path in indexes),
+            expected="at most one",
             action="Remove the one that does not belong to this model.",
-        )  # fmt: skip
+        )
     if indexes:
         return _read_indexed(indexes[0])
     files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(".")]
@@ -220,9 +252,12 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
         for name, info in read_header(path).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"tensor {name}", where=directory, got=f"it in {tensors[name].file.name} and in {path.name}",
-                    expected="it in one file", action="Remove the file that does not belong to this model.",
-                )  # fmt: skip
+                    f"tensor {name}",
+                    where=directory,
+                    got=f"it in {tensors[name].file.name} and in {path.name}",
+                    expected="it in one file",
+                    action="Remove the file that does not belong to this model.",
+                )
             tensors[name] = info
     return tensors
 
@@ -230,10 +265,12 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
 def _no_weights(directory: Path) -> CheckpointError:
     pickles = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
     return CheckpointError(
-        "weights", where=directory, got=f"only {shortlist(pickles, 3)}" if pickles else "no *.safetensors",
+        "weights",
+        where=directory,
+        got=f"only {shortlist(pickles, 3)}" if pickles else "no *.safetensors",
         expected="safetensors files",
         action="Pickles can run code and are not read; save the model as safetensors first." if pickles else "",
-    )  # fmt: skip
+    )
 
 
 def _read_indexed(index: Path) -> dict[str, TensorInfo]:
@@ -247,25 +284,33 @@ def _read_indexed(index: Path) -> dict[str, TensorInfo]:
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{len(absent)} shards of {len(shards)} are missing", where=index.parent, got=f"no {shortlist(absent)}",
-            expected="every file that the index names", action="Fetch the missing files.",
-        )  # fmt: skip
+            f"{len(absent)} shards of {len(shards)} are missing",
+            where=index.parent,
+            got=f"no {shortlist(absent)}",
+            expected="every file that the index names",
+            action="Fetch the missing files.",
+        )
     headers = {name: read_header(index.parent / name) for name in shards}
     tensors: dict[str, TensorInfo] = {}
     for shard, header in headers.items():
         for name, info in header.items():
             if name in tensors:
                 raise CheckpointError(
-                    f"tensor {name}", where=index.parent, got=f"it in {tensors[name].file.name} and in {shard}",
+                    f"tensor {name}",
+                    where=index.parent,
+                    got=f"it in {tensors[name].file.name} and in {shard}",
                     expected="it in one file",
-                )  # fmt: skip
+                )
             tensors[name] = info
     misplaced = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if misplaced:
         raise CheckpointError(
-            f"{len(misplaced)} tensors are not in the shard that the index names", where=index, got=shortlist(misplaced),
-            expected="an index that fits its files", action="Fetch the directory again.",
-        )  # fmt: skip
+            f"{len(misplaced)} tensors are not in the shard that the index names",
+            where=index,
+            got=shortlist(misplaced),
+            expected="an index that fits its files",
+            action="Fetch the directory again.",
+        )
     return tensors
 
 

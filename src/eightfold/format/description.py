@@ -1,6 +1,6 @@
 """quant_model_description.json: a flat object of a few global keys and one entry for each tensor.
 
-    {"version": "1.0.0", "model_quant_type": "W8A8", "model.layers.0.self_attn.q_proj.weight": "W8A8", ...}
+{"version": "1.0.0", "model_quant_type": "W8A8", "model.layers.0.self_attn.q_proj.weight": "W8A8", ...}
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def find_description(directory: Path) -> Path | None:
     suffixed = sorted(directory.glob(f"{_PREFIX}_*.json"))
     if len(suffixed) > 1:
         raise CheckpointError(
-            "description", where=directory, got=shortlist(path.name for path in suffixed), expected=f"one, or {SHORT_NAME}"
+            "description",
+            where=directory,
+            got=shortlist(path.name for path in suffixed),
+            expected=f"one, or {SHORT_NAME}",
         )
     return suffixed[0] if suffixed else None
 
@@ -68,9 +71,11 @@ def read_description(path: Path) -> Description:
     model_type = raw.get("model_quant_type")
     if not isinstance(model_type, str):
         raise CheckpointError(
-            '"model_quant_type"', where=path, got=repr(model_type) if model_type is not None else "nothing",
+            '"model_quant_type"',
+            where=path,
+            got=repr(model_type) if model_type is not None else "nothing",
             expected=f"a type such as {one_of(kind.value for kind in QuantType)}",
-        )  # fmt: skip
+        )
     tags = {key: value for key, value in raw.items() if isinstance(value, str) and "." in key}
     return Description(path, model_type, tags)
 
@@ -93,11 +98,16 @@ def check_entries(description: Description, stored: Iterable[str]) -> None:
     without_tensor = sorted(set(description.tags) - names)
     if without_tensor:
         raise CheckpointError(
-            "tensors that the description names", where=description.path.parent,
-            got=f"{len(without_tensor)} missing ({shortlist(without_tensor)})", expected="every one in a safetensors file",
+            "tensors that the description names",
+            where=description.path.parent,
+            got=f"{len(without_tensor)} missing ({shortlist(without_tensor)})",
+            expected="every one in a safetensors file",
             action="Fetch the directory again.",
-        )  # fmt: skip
+        )
     if without_entry:
         raise CheckpointError(
-            "entries", where=description.path, got=f"none for {shortlist(without_entry)}", expected="one for each tensor"
+            "entries",
+            where=description.path,
+            got=f"none for {shortlist(without_entry)}",
+            expected="one for each tensor",
         )

@@ -35,9 +35,24 @@ _FETCH_AGAIN = "The file is damaged; fetch or write it again."
 
 # Every element type of the container, so that foreign tensors are named and not called damage.
 _ELEMENT_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    "header", where=path, got=f"{length} bytes announced in a file of {size}",
-                    expected="a header inside the file", action=_FETCH_AGAIN,
-                )  # fmt: skip
+                    "header",
+                    where=path,
+                    got=f"{length} bytes announced in a file of {size}",
+                    expected="a header inside the file",
+                    action=_FETCH_AGAIN,
+                )
             blob = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
@@ -140,9 +158,12 @@ def _check_layout(infos: Mapping[str, TensorInfo], path: Path, data_start: int, 
         if info.begin != at:
             kind = "overlaps its neighbour" if info.begin < at else "leaves a hole before it"
             raise CheckpointError(
-                f"data_offsets of {info.name}", where=path, got=f"a place that {kind}", expected=f"offset {at - data_start}",
+                f"data_offsets of {info.name}",
+                where=path,
+                got=f"a place that {kind}",
+                expected=f"offset {at - data_start}",
                 action=_FETCH_AGAIN,
-            )  # fmt: skip
+            )
         at = info.end
     if at != size:
         kind = "truncated" if size < at else "followed by bytes that belong to no tensor"
@@ -230,7 +251,7 @@ class FileWriter:
         if tensor.nbytes:
             import numpy as np
 
-            self._write_at(memoryview(np.ascontiguousarray(array)).cast("B"), self._data_start + at)
+            self._write_at(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, self._data_start + at)
 
     def _write_at(self, data: bytes | memoryview, at: int) -> None:
         while data:

@@ -46,23 +46,29 @@ class OutputDirectory:
         target = self.target
         if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
             raise OutputError(
-                f"output directory {target}", got=f"the source {source} in the same place", expected="a place outside of it",
+                f"output directory {target}",
+                got=f"the source {source} in the same place",
+                expected="a place outside of it",
                 action="Choose another output directory.",
-            )  # fmt: skip
+            )
         if target.exists() and not target.is_dir():
             raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
         if not target.is_dir() or not any(target.iterdir()):
             return
         if not self._overwrite:
             raise OutputError(
-                f"output directory {target}", got="a directory that is not empty", expected="a new or empty one",
+                f"output directory {target}",
+                got="a directory that is not empty",
+                expected="a new or empty one",
                 action="Choose another, or replace it with --overwrite.",
-            )  # fmt: skip
+            )
         if not (target / "config.json").is_file():
             raise OutputError(
-                f"output directory {target}", got="files that are no model (there is no config.json)",
-                expected="a model directory to replace", action="Choose another, or empty it yourself.",
-            )  # fmt: skip
+                f"output directory {target}",
+                got="files that are no model (there is no config.json)",
+                expected="a model directory to replace",
+                action="Choose another, or empty it yourself.",
+            )
 
     def __enter__(self) -> OutputDirectory:
         try:
@@ -77,11 +83,14 @@ class OutputDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OutputError(
-                f"cannot write to {self.target}: {error.strerror or error}", action="Choose a directory you may write to."
+                f"cannot write to {self.target}: {error.strerror or error}",
+                action="Choose a directory you may write to.",
             ) from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._commit()
@@ -98,9 +107,11 @@ class OutputDirectory:
         free = shutil.disk_usage(self.path).free
         if free < nbytes:
             raise OutputError(
-                f"disk space for {self.target}", got=f"{free / 1e9:.2f} GB free", expected=f"{nbytes / 1e9:.2f} GB",
+                f"disk space for {self.target}",
+                got=f"{free / 1e9:.2f} GB free",
+                expected=f"{nbytes / 1e9:.2f} GB",
                 action="Free some space, or choose another disk.",
-            )  # fmt: skip
+            )
 
     def _commit(self) -> None:
         for path in self.path.rglob("*"):
@@ -114,9 +125,11 @@ class OutputDirectory:
         if self.target.is_dir() and any(self.target.iterdir()):
             if not self._overwrite:
                 raise OutputError(
-                    f"output directory {self.target}", got="files that another process put there meanwhile",
-                    expected="an empty one", action="Nothing was replaced; run again with another directory.",
-                )  # fmt: skip
+                    f"output directory {self.target}",
+                    got="files that another process put there meanwhile",
+                    expected="an empty one",
+                    action="Nothing was replaced; run again with another directory.",
+                )
             old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.replaced-", dir=self.target.parent))
             self.target.rename(old / "old")
         try:
@@ -191,9 +204,7 @@ class ShardedWriter:
         names = [f"{stem}.safetensors"]
         if part_bytes is not None:
             names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        self._weight_map = {
-            tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard
-        }
+        self._weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         self._files = {
             name: FileWriter(directory / name, shard, metadata) for name, shard in zip(names, shards, strict=True)
         }

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, both_dialects, parse_config
+from eightfold.config import (
+    CONFIG_DTYPES,
+    DType,
+    ModelConfig,
+    RopeParameters,
+    both_dialects,
+    load_json_object,
+    parse_config,
+)
 from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, family_of, layer_prefix
 from eightfold.format.checkpoint import CONFIG_NAME
@@ -79,10 +87,12 @@ class _GgufFile:
             real = self.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
             raise UnsupportedError(f"tensor type of {name}", where=self.path, got=stored.tensor_type.name) from None
-        return torch.from_numpy(real.astype("<f4", copy=False)).reshape([int(size) for size in reversed(stored.shape)])
+        return torch.from_numpy(real.astype("<f4")).reshape([int(size) for size in reversed(stored.shape)])
 
 
-def import_gguf(source: Path, target: Path, dtype: DType, *, overwrite: bool = False, progress: Progress = silent) -> ModelConfig:
+def import_gguf(
+    source: Path, target: Path, dtype: DType, *, overwrite: bool = False, progress: Progress = silent
+) -> ModelConfig:
     """Widen a GGUF file into a float model directory.
 
     Args:
@@ -100,7 +110,10 @@ def import_gguf(source: Path, target: Path, dtype: DType, *, overwrite: bool = F
     config = parse_config(raw, source)
     family_of(config)
     names = _tensor_names(file, config)
-    plan = [PlannedTensor(name, dtype, tuple(int(s) for s in reversed(file.tensors[gguf].shape))) for name, gguf in names.items()]
+    plan = [
+        PlannedTensor(name, dtype, tuple(int(s) for s in reversed(file.tensors[gguf].shape)))
+        for name, gguf in names.items()
+    ]
     with OutputDirectory(target, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan) + _SPARE_BYTES)
         writer = ShardedWriter(output.path, "model", plan, metadata={"format": "pt"})
@@ -130,17 +143,25 @@ def _open(path: Path) -> _GgufFile:
     try:
         reader = gguf.GGUFReader(path)
         # The vocabulary and its merges are long, and the tokenizer is rebuilt from the file itself.
-        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.")}
+        fields = {
+            key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.")
+        }
         special = {key: reader.fields[key].contents() for key in reader.fields if key.endswith("_token_id")}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except (ValueError, KeyError, IndexError, OverflowError) as error:
-        raise CheckpointError("container", where=path, got=error, expected="a whole GGUF file", action="Fetch it again.") from None
+        raise CheckpointError(
+            "container", where=path, got=error, expected="a whole GGUF file", action="Fetch it again."
+        ) from None
     if len(tensors) < len(reader.tensors):
-        raise CheckpointError("tensor names", where=path, got="one twice", expected="each once", action="Fetch it again.")
+        raise CheckpointError(
+            "tensor names", where=path, got="one twice", expected="each once", action="Fetch it again."
+        )
     file = _GgufFile(path, {**fields, **special}, tensors, gguf.dequantize)
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES or fields.get(f"{architecture}.expert_count"):
-        raise UnsupportedError("architecture", where=path, got=architecture, expected=f"a dense model of {one_of(ARCHITECTURES)}")
+        raise UnsupportedError(
+            "architecture", where=path, got=architecture, expected=f"a dense model of {one_of(ARCHITECTURES)}"
+        )
     return file
 
 
@@ -193,14 +214,15 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
     plain = inverse_frequencies(_rope_of({**rope, "rope_type": "default"}), head_dim)
     if not torch.allclose(plain / inverse_frequencies(_rope_of(rope), head_dim), factors, rtol=1e-3):
         raise UnsupportedError(
-            f"rotary factors {_ROPE_FACTORS}", where=file.path, got="a rule that is not Llama 3's", expected="that of Llama 3.1"
+            f"rotary factors {_ROPE_FACTORS}",
+            where=file.path,
+            got="a rule that is not Llama 3's",
+            expected="that of Llama 3.1",
         )
     return rope
 
 
-def _rope_of(fields: dict[str, Any]) -> Any:
-    from eightfold.config import RopeParameters
-
+def _rope_of(fields: dict[str, Any]) -> RopeParameters:
     return RopeParameters.model_validate(fields)
 
 
@@ -218,9 +240,11 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
     unknown = [name for name in file.tensors if _directory_name(name) is None and name != _ROPE_FACTORS]
     if missing or foreign or unknown:
         raise CheckpointError(
-            f"tensors of {config.architecture}", where=file.path,
-            got=f"no {shortlist(missing)}" if missing else f"also {shortlist(foreign + unknown)}", expected=f"{len(expected)} known ones",
-        )  # fmt: skip
+            f"tensors of {config.architecture}",
+            where=file.path,
+            got=f"no {shortlist(missing)}" if missing else f"also {shortlist(foreign + unknown)}",
+            expected=f"{len(expected)} known ones",
+        )
     return {name: names[name] for name in names if name in expected}
 
 
@@ -252,18 +276,18 @@ def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None
         from transformers.utils import logging
     except ImportError:
         raise DependencyError(
-            "eightfold import-gguf needs transformers", got="none installed", action="Install it: pip install 'eightfold[gguf]'"
+            "eightfold import-gguf needs transformers",
+            got="none installed",
+            action="Install it: pip install 'eightfold[gguf]'",
         ) from None
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     tokenizer.save_pretrained(str(directory))
     settings = directory / "tokenizer_config.json"
-    from eightfold.config import load_json_object
-
     content = load_json_object(settings)
     # The name that transformers 4 and 5 both know; 5 alone writes the other one.
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_json(settings, content)
-    ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
+    ids: dict[str, Any] = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
     write_json(directory / "generation_config.json", ids)

@@ -22,7 +22,7 @@ from eightfold.reference.linear import Linear, W8A8DynamicLinear, to_int8_
 
 @dataclass(frozen=True)
 class ObservedGroup:
-    """A group of linears whose common input is observed and, for its quantized members, quantized as observed so far."""
+    """Linears whose common input is observed and, for its quantized members, quantized as observed so far."""
 
     observer: MeanMinMax
     members: tuple[W8A8DynamicLinear | Linear, ...]  # a W8A8DynamicLinear for a member that is being quantized

@@ -50,7 +50,9 @@ def read_token_ids(path: Path, limit: int | None = None) -> list[list[int]]:
         value = _parse(line, number, path)
         ids = value.get("input_ids") if isinstance(value, dict) else value
         if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise InputError(f"line {number}", where=path, got=_clip(line), expected="a JSON list of token ids, such as [1, 42]")
+            raise InputError(
+                f"line {number}", where=path, got=_clip(line), expected="a JSON list of token ids, such as [1, 42]"
+            )
         samples.append(ids)
     if not samples:
         raise InputError("token id file", where=path, got="no rows", expected="one JSON list a line")
@@ -67,7 +69,9 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[int]]:
     for index, row in enumerate(rows):
         ids = tokenizer.encode(row) if isinstance(row, str) else _encode_chat(row, tokenizer)
         if not ids:
-            raise InputError(f"calibration row {index} (counted from 0)", got="a text without tokens", expected="some text")
+            raise InputError(
+                f"calibration row {index} (counted from 0)", got="a text without tokens", expected="some text"
+            )
         samples.append(ids)
     return samples
 
@@ -93,7 +97,9 @@ def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
     except UnicodeDecodeError as error:
-        raise InputError("calibration file", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text") from None
+        raise InputError(
+            "calibration file", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
+        ) from None
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     return numbered[:limit]
 
@@ -111,20 +117,26 @@ def _row(line: str, number: int, where: Any) -> Row:
     if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
         return messages
     raise InputError(
-        f"line {number}", where=where, got=f"an object with {one_of(value) if value else 'nothing'}",
+        f"line {number}",
+        where=where,
+        got=f"an object with {one_of(value) if value else 'nothing'}",
         expected=f"a text under {one_of(TEXT_KEYS)}, or messages with role and content",
-    )  # fmt: skip
+    )
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
 
 
 def _parse(line: str, number: int, where: Any) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"line {number}", where=where, got=f"no JSON ({error})", expected="one JSON value a line") from None
+        raise InputError(
+            f"line {number}", where=where, got=f"no JSON ({error})", expected="one JSON value a line"
+        ) from None
 
 
 def _clip(line: str) -> str:

@@ -59,7 +59,9 @@ class MeanMinMax:
         bad = (~(torch.isfinite(lo) & torch.isfinite(hi))).nonzero()
         if len(bad):
             raise InputError(
-                f"input of {self._title}", where=f"calibration sample {self.samples + int(bad[0])} (counted from 0)",
-                got=f"values from {float(lo[bad[0]])} to {float(hi[bad[0]])}", expected="finite numbers",
+                f"input of {self._title}",
+                where=f"calibration sample {self.samples + int(bad[0])} (counted from 0)",
+                got=f"values from {float(lo[bad[0]])} to {float(hi[bad[0]])}",
+                expected="finite numbers",
                 action="Remove the sample, or check the float model.",
-            )  # fmt: skip
+            )

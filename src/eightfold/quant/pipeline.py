@@ -14,7 +14,16 @@ from torch import Tensor
 
 from eightfold.config import both_dialects
 from eightfold.errors import CheckpointError, ConfigError
-from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, InputGroup, LinearShape, input_groups, layer_norms, layer_prefix
+from eightfold.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    InputGroup,
+    LinearShape,
+    input_groups,
+    layer_norms,
+    layer_prefix,
+)
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.description import render_description
 from eightfold.format.sidecars import copy_sidecars, resolve_auto_map
@@ -86,7 +95,13 @@ def quantize_checkpoint(
     """
     checkpoint = Checkpoint.open(source)
     if checkpoint.is_quantized:
-        raise CheckpointError("model", where=source, got="a quantized one", expected="float weights", action="Start from its float original.")
+        raise CheckpointError(
+            "model",
+            where=source,
+            got="a quantized one",
+            expected="float weights",
+            action="Start from its float original.",
+        )
     static = recipe.scheme in NEEDS_CALIBRATION
     if static and not samples:
         raise ConfigError(f"calibration samples for {recipe.scheme.value}", got="none", expected="at least one")
@@ -204,7 +219,10 @@ class _Layer:
         )
 
     def _bias(self, linear: LinearShape) -> Tensor | None:
-        names = [tensor_name(self._prefix + linear.name, spec) for spec in linear_tensors(QuantType.FLOAT, linear.has_bias)[1:]]
+        names = [
+            tensor_name(self._prefix + linear.name, spec)
+            for spec in linear_tensors(QuantType.FLOAT, linear.has_bias)[1:]
+        ]
         return load_float32(self._run.checkpoint, names[0]) if names else None
 
     def write(self) -> None:
@@ -244,7 +262,12 @@ class _Layer:
 
 
 def _write_companions(
-    checkpoint: Checkpoint, directory: Path, recipe: Recipe, plan: dict[str, OutputTensor], legacy_names: bool, outcome: Outcome
+    checkpoint: Checkpoint,
+    directory: Path,
+    recipe: Recipe,
+    plan: dict[str, OutputTensor],
+    legacy_names: bool,
+    outcome: Outcome,
 ) -> None:
     """Write config.json, the description and the files that are carried over."""
     source = checkpoint.directory

@@ -69,7 +69,9 @@ def quantize_weight(weight_NK: Tensor, *, is_symmetric: bool) -> QuantizedWeight
     return QuantizedWeight(values, scale, offset)
 
 
-def static_params(weight: QuantizedWeight, bias_N: Tensor | None, input_scale: Tensor, input_offset: Tensor) -> tuple[Tensor, Tensor]:
+def static_params(
+    weight: QuantizedWeight, bias_N: Tensor | None, input_scale: Tensor, input_offset: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return what static W8A8 adds to a symmetric weight.
 
     Args:

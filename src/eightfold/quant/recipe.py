@@ -26,9 +26,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.weight_symmetric and self.scheme is not QuantType.W8A16:
             raise ConfigError(
-                "--no-weight-symmetric", got=f"scheme {self.scheme.value}", expected="W8A16",
+                "--no-weight-symmetric",
+                got=f"scheme {self.scheme.value}",
+                expected="W8A16",
                 action="Schemes with int8 activations need symmetric weights.",
-            )  # fmt: skip
+            )
 
 
 def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
@@ -44,7 +46,11 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
         if not matches:
             near = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.5)
             example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
-            raise ConfigError("--keep-float", got=f"{pattern!r}, which matches no linear", expected=f"a name or pattern such as {example!r}")
+            raise ConfigError(
+                "--keep-float",
+                got=f"{pattern!r}, which matches no linear",
+                expected=f"a name or pattern such as {example!r}",
+            )
         kept |= matches
     return {name: QuantType.FLOAT if name in kept else recipe.scheme for name in linears}
 

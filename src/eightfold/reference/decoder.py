@@ -96,7 +96,7 @@ class Block:
 
     def _attention(self, n_TE: Tensor, batch: Batch, caches: Sequence[KVCache] | None) -> Tensor:
         dim = self.config.head_dim
-        q, k, v = (y.unflatten(-1, (-1, dim)) for y in self.qkv(n_TE, batch))
+        q, k, v = (y.reshape(len(y), -1, dim) for y in self.qkv(n_TE, batch))
         if self.q_norm is not None and self.k_norm is not None:
             q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
             k = rms_norm(k, self.k_norm, self.config.rms_norm_eps)
@@ -130,7 +130,9 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def apply_block_(block: Block, hidden_TE: Tensor, lengths: Sequence[int], inv_freq: Tensor, max_tokens: int = 2048) -> None:
+def apply_block_(
+    block: Block, hidden_TE: Tensor, lengths: Sequence[int], inv_freq: Tensor, max_tokens: int = 2048
+) -> None:
     """Run one layer over many sequences, a few thousand tokens at a time. Modifies `hidden_TE`.
 
     The cut into batches changes no result that is not also changed by a matrix library's own blocking: sequences

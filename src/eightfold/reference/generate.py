@@ -38,9 +38,11 @@ def generate(
     needed = len(prompt_ids) + max_new_tokens
     if not prompt_ids or needed > config.max_position_embeddings:
         raise CapacityError(
-            "prompt", got=f"{len(prompt_ids)} tokens and {max_new_tokens} new ones",
-            expected=f"1 to {config.max_position_embeddings} together", action="Shorten the prompt or lower --max-new-tokens.",
-        )  # fmt: skip
+            "prompt",
+            got=f"{len(prompt_ids)} tokens and {max_new_tokens} new ones",
+            expected=f"1 to {config.max_position_embeddings} together",
+            action="Shorten the prompt or lower --max-new-tokens.",
+        )
     blocks = [decoder.block(layer_idx) for layer_idx in range(config.num_layers)]
     caches = [KVCache(needed, config.num_kv_heads, config.head_dim) for _ in blocks]
     head, inv_freq = decoder.head(), decoder.inv_freq

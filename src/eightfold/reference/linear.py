@@ -89,7 +89,7 @@ def float_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tens
     oneDNN is asked directly where torch has it: on CPUs of other makers, the BLAS behind F.linear was measured at
     half its speed (see docs/log.md).
     """
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
         return y
     return torch.nn.functional.linear(x_TK, weight_NK, bias_N)

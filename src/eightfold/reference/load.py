@@ -22,7 +22,15 @@ from eightfold.families import (
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.reference.attention import inverse_frequencies
 from eightfold.reference.decoder import Block, LinearGroup, apply_block_, rms_norm
-from eightfold.reference.linear import DynamicMode, FloatLinear, Linear, W8A8DynamicLinear, W8A8Linear, W8A16Linear, float_linear
+from eightfold.reference.linear import (
+    DynamicMode,
+    FloatLinear,
+    Linear,
+    W8A8DynamicLinear,
+    W8A8Linear,
+    W8A16Linear,
+    float_linear,
+)
 from eightfold.reference.tensors import load_float32, load_tensor
 from eightfold.scheme import QuantType, linear_tensors, weight_name
 
@@ -99,8 +107,10 @@ class Decoder:
         """
         vocab = self.checkpoint.config.vocab_size
         ids = torch.tensor(token_ids, dtype=torch.int64)
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < vocab):
-            raise InputError("token id", got=int(ids.max() if ids.max() >= vocab else ids.min()), expected=f"0 to {vocab - 1}")
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
+            raise InputError(
+                "token id", got=int(ids.max() if ids.max() >= vocab else ids.min()), expected=f"0 to {vocab - 1}"
+            )
         return load_tensor(self.checkpoint, weight_name(EMBEDDING))[ids].to(torch.float32)
 
     def block(self, layer_idx: int) -> Block:
@@ -126,7 +136,10 @@ class Decoder:
     def norms(self, layer_idx: int) -> dict[str, Tensor]:
         """Return the gains of one layer's norms, float32, by their name inside the layer."""
         prefix = layer_prefix(layer_idx)
-        return {name: load_float32(self.checkpoint, weight_name(prefix + name)) for name in layer_norms(self.checkpoint.config)}
+        return {
+            name: load_float32(self.checkpoint, weight_name(prefix + name))
+            for name in layer_norms(self.checkpoint.config)
+        }
 
     def linear(self, prefix: str, linear: LinearShape) -> Linear:
         """Build one linear as the checkpoint stores it."""
@@ -188,4 +201,3 @@ class Head:
     def __call__(self, x_TE: Tensor) -> Tensor:
         """Return logits, (T, V) float32."""
         return float_linear(rms_norm(x_TE, self.norm, self.eps), self.weight, None)
-

@@ -57,13 +57,16 @@ def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> N
             if len(bad):
                 row, column = at + int(bad[0, 0]), int(bad[0, 1])
                 raise CheckpointError(
-                    f"{name}[{row}, {column}]", where=checkpoint.tensors[name].file, got=float(rows[row, column]),
-                    expected="a finite number", action="The weights are damaged; fetch the model again.",
-                )  # fmt: skip
+                    f"{name}[{row}, {column}]",
+                    where=checkpoint.tensors[name].file,
+                    got=float(rows[row, column]),
+                    expected="a finite number",
+                    action="The weights are damaged; fetch the model again.",
+                )
 
 
 def to_array(tensor: torch.Tensor, dtype: DType) -> NDArray[Any]:
-    """Return a tensor as an array in a dtype on disk; BF16 as uint16 bit patterns. Floats are rounded once, to nearest even."""
+    """Return a tensor as an array in a dtype on disk, rounded once, to nearest even; BF16 as uint16 bit patterns."""
     stored = tensor.detach().to(TORCH_DTYPES[dtype]).contiguous()
     if dtype is DType.BF16:
         return np.asarray(stored.view(torch.uint16).numpy())

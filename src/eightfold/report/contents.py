@@ -122,8 +122,15 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         kinds = Counter(types.values())
         quantized = sum(count for kind, count in kinds.items() if kind is not QuantType.FLOAT)
         kept = kinds[QuantType.FLOAT]
-        notes.append(f"int8: {quantized} of {len(types)} linears in the layers; float: {f'{kept} of them, ' if kept else ''}embedding, norms, lm_head")
-        bare = sum(f"{name}.{WEIGHT_OFFSET}" not in checkpoint.tensors for name, kind in types.items() if kind is not QuantType.FLOAT)
+        others = f"{kept} of them, " if kept else ""
+        notes.append(
+            f"int8: {quantized} of {len(types)} linears in the layers; float: {others}embedding, norms, lm_head"
+        )
+        bare = sum(
+            f"{name}.{WEIGHT_OFFSET}" not in checkpoint.tensors
+            for name, kind in types.items()
+            if kind is not QuantType.FLOAT
+        )
         if bare:
             notes.append(f"{bare} quantized linears come without {WEIGHT_OFFSET}: symmetric")
     if config.tie_word_embeddings and weight_name(LM_HEAD) in checkpoint.tensors:

@@ -13,7 +13,20 @@ from eightfold import __version__, memory
 _PACKAGES = ("numpy", "tokenizers", "jinja2", "pydantic", "typer", "rich", "torch", "transformers", "gguf")
 
 # The instruction sets that matter for int8, as Linux names them.
-_ISA_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+_ISA_FLAGS = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
 
 
 def environment() -> dict[str, Any]:
