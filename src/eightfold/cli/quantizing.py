@@ -164,7 +164,7 @@ class _Calibration:
             if self._file is not None:
                 rows = dataset.read_rows(self._file, self._limit)
             elif self._texts:
-                rows = [*self._texts][: self._limit]
+                rows = [*self._texts[: self._limit]]
             else:
                 rows = dataset.default_rows()[: self._limit]
                 console.note(
