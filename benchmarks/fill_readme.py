@@ -1,0 +1,78 @@
+"""Put measured figures into README.md, between `<!-- NAME -->` and `<!-- /NAME -->`, from benchmarks/results/*.json.
+
+    python benchmarks/fill_readme.py [--demo build/demo/rows.json]        # or: make readme
+
+`--demo` first takes over the rows that examples/demo.py has measured. `--check` writes nothing and fails when the README is not up to date with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from measure import RESULTS, save_results
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a results file."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def machine(record: dict[str, Any]) -> str:
+    """Say on what and when a record was measured."""
+    vnni = " with AVX-512 VNNI" if "avx512_vnni" in record["isa"] else ""
+    return f"{record['threads']} threads of {record['cpu']}{vnni}, torch {record['torch']}, {record['date']}, commit {record['commit']}"
+
+
+def demo() -> str:
+    """Return the table of `make demo`."""
+    record = load("demo")
+    lines = ["| scheme | on disk | in memory | perplexity | KL to float | made in |", "|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        kl = f"{row['kl_mean']:.4f}" if "kl_mean" in row else ""
+        made = f"{row['seconds_to_make']:.1f} s" if row.get("seconds_to_make") else ""
+        sizes = " | ".join(f"{row[key] / 1e6:.0f} MB" for key in ("disk_bytes", "nbytes"))
+        lines.append(f"| {row['name']} | {sizes} | {row['ppl']:.2f} | {kl} | {made} |")
+    return "\n".join([*lines, "", f"`make demo` on {machine(record)}."])
+
+
+def versus() -> str:
+    """Return one sentence about time and memory against the reference tool."""
+    record = load("versus")
+    about, seconds, memory = record["rows"]
+    spread = f"{min(seconds['ratios']):.2f} to {max(seconds['ratios']):.2f}"
+    return (
+        f"W8A8 of the same model with 50 calibration rows, whole command: {seconds['ours']:.1f} s and "
+        f"{memory['ours']:.0f} MiB, where {about['rival']} takes {seconds['rival']:.1f} s and {memory['rival']:.0f} MiB "
+        f"(medians of {about['runs']} runs in turn; ratio of times {spread}). `benchmarks/versus.py` on {machine(record)}."
+    )
+
+
+def main() -> int:
+    """Fill every marked place."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--demo", type=Path, help="rows to take over into results/demo.json")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    if args.demo is not None:
+        save_results("demo", json.loads(args.demo.read_text()))
+    text = README.read_text()
+    filled = text
+    for name, render in (("demo", demo), ("versus", versus)):
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        filled = pattern.sub(lambda found, body=render(): f"{found[1]}{body}\n{found[2]}", filled)
+    if args.check:
+        return int(filled != text)
+    README.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
