@@ -2,7 +2,8 @@
 
     python benchmarks/fill_readme.py [--demo build/demo/rows.json]        # or: make readme
 
-`--demo` first takes over the rows that examples/demo.py has measured. `--check` writes nothing and fails when the README is not up to date with the results.
+`--demo` first takes over the rows that examples/demo.py has measured. `--check` writes nothing and fails when the
+README is not up to date with the results.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def load(name: str) -> dict[str, Any]:
 def machine(record: dict[str, Any]) -> str:
     """Say on what and when a record was measured."""
     vnni = " with AVX-512 VNNI" if "avx512_vnni" in record["isa"] else ""
-    return f"{record['threads']} threads of {record['cpu']}{vnni}, torch {record['torch']}, {record['date']}, commit {record['commit']}"
+    where = f"{record['threads']} threads of {record['cpu']}{vnni}"
+    return f"{where}, torch {record['torch']}, {record['date']}, commit {record['commit']}"
 
 
 def demo() -> str:
@@ -48,10 +50,12 @@ def versus() -> str:
     record = load("versus")
     about, seconds, memory = record["rows"]
     spread = f"{min(seconds['ratios']):.2f} to {max(seconds['ratios']):.2f}"
+    ours = f"{seconds['ours']:.1f} s and {memory['ours']:.0f} MiB"
+    theirs = f"{seconds['rival']:.1f} s and {memory['rival']:.0f} MiB"
     return (
-        f"W8A8 of the same model with 50 calibration rows, whole command: {seconds['ours']:.1f} s and "
-        f"{memory['ours']:.0f} MiB, where {about['rival']} takes {seconds['rival']:.1f} s and {memory['rival']:.0f} MiB "
-        f"(medians of {about['runs']} runs in turn; ratio of times {spread}). `benchmarks/versus.py` on {machine(record)}."
+        f"W8A8 of the same model with 50 calibration rows, whole command: {ours}; {about['rival']}: {theirs} "
+        f"(medians of {about['runs']} runs in turn; ratio of times {spread}). "
+        f"`benchmarks/versus.py` on {machine(record)}."
     )
 
 
@@ -67,7 +71,7 @@ def main() -> int:
     filled = text
     for name, render in (("demo", demo), ("versus", versus)):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        filled = pattern.sub(lambda found, body=render(): f"{found[1]}{body}\n{found[2]}", filled)
+        filled = pattern.sub(rf"\g<1>{render()}\n\g<2>", filled)
     if args.check:
         return int(filled != text)
     README.write_text(filled)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: test machines are shared
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -88,7 +90,9 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 257, "bos_token_id": 256}))
 
 
-def write_model(directory: Path, config: dict[str, Any] | None = None, *, seed: int = 0, tokenizer: bool = True) -> Path:
+def write_model(
+    directory: Path, config: dict[str, Any] | None = None, *, seed: int = 0, tokenizer: bool = True
+) -> Path:
     """Write a random float model directory as transformers would."""
     config = config or tiny_config()
     directory.mkdir(parents=True, exist_ok=True)

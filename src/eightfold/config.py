@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from eightfold.errors import CheckpointError, ConfigError, UnsupportedError, one_of
 
@@ -45,11 +45,14 @@ CONFIG_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.B
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
+# Strict: a layer count of `true` is a damaged file, not one layer.
+_STRICT = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
 
 class RopeParameters(BaseModel):
     """Rotary embedding: base and, for long contexts, how frequencies are stretched."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = _STRICT
 
     rope_theta: PositiveFloat = 10000.0
     rope_type: str = "default"
@@ -62,14 +65,14 @@ class RopeParameters(BaseModel):
 class ModelConfig(BaseModel):
     """What config.json says about a Llama-family decoder, with every default filled in."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = _STRICT
 
     architecture: str
     dtype: DType | None = None  # None: the file does not say
     vocab_size: PositiveInt  # V
     hidden_size: PositiveInt  # E
     intermediate_size: PositiveInt  # F
-    num_layers: PositiveInt  # L
+    num_layers: Annotated[int, Field(gt=0, le=10_000)]  # L; tensor names are listed for each
     num_heads: PositiveInt  # H
     num_kv_heads: PositiveInt  # G
     head_dim: PositiveInt  # D
@@ -83,7 +86,7 @@ class ModelConfig(BaseModel):
     sliding_window: PositiveInt | None = None
     use_sliding_window: bool | None = None  # None: the family decides
     max_window_layers: int = 0
-    layer_types: tuple[str, ...] | None = None
+    layer_types: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
 
     @property
     def q_size(self) -> int:
@@ -155,6 +158,10 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
             got=config.num_kv_heads,
             expected=f"a divisor of {config.num_heads} heads",
         )
+    if config.head_dim % 2:
+        raise ConfigError(
+            '"head_dim"', where=where, got=config.head_dim, expected="an even number, as rotary embedding pairs columns"
+        )
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedError('"hidden_act"', where=where, got=config.hidden_act, expected="silu")
     return config
@@ -189,12 +196,13 @@ _FILE_NAMES = {
 def _first_problem(error: ValidationError, where: Path) -> ConfigError:
     problem = error.errors()[0]
     name = str(problem["loc"][0])
-    got = problem.get("input")
+    # Of an absent field the input is the whole object.
+    got = None if problem["type"] == "missing" else problem["input"]
     return ConfigError(
         f'"{_FILE_NAMES.get(name, name)}"',
         where=where,
         got="nothing" if got is None else repr(got),
-        expected=problem["msg"].removeprefix("Input should be ").removeprefix("a valid "),
+        expected="a value" if got is None else problem["msg"].removeprefix("Input should be "),
     )
 
 

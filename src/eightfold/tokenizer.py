@@ -46,7 +46,17 @@ class Tokenizer:
         self._fast.no_truncation()
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return token ids; with `special_tokens` also those that the model puts around a text (such as BOS)."""
+        """Return token ids; with `special_tokens` also those that the model puts around a text (such as BOS).
+
+        Raises:
+            InputError: the text holds half a surrogate pair: JSON and the command line let one through.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                "text", got=f"character {error.start} that is not Unicode", expected="text that UTF-8 can hold"
+            ) from None
         return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -66,31 +76,52 @@ class Tokenizer:
             CheckpointError: the model has no chat template.
             InputError: the template refuses these messages.
         """
-        from jinja2.exceptions import TemplateError
-
+        template, special_tokens = self._template, self._special_tokens
         try:
-            rendered = self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self._special_tokens
+            rendered = template.render(
+                messages=list(messages),
+                tools=None,  # templates ask whether it is none, and an undefined name is not
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # the template is a program: a division by zero in it is one too
             raise InputError(
-                "messages", got=error, expected="roles and contents that the chat template accepts"
+                "messages",
+                got=str(error) or type(error).__name__,
+                expected="roles and contents that the chat template accepts",
             ) from None
         return str(rendered)
 
     @cached_property
     def _template(self) -> Any:
+        from jinja2 import nodes
         from jinja2.exceptions import TemplateError
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class GenerationTag(Extension):
+            """{% generation %} marks for training what the assistant says; here its body is simply rendered."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                line = next(parser.stream).lineno
+                return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
-        def to_json(value: Any, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=False, **options)
+        def to_json(
+            value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        ) -> str:
+            return json.dumps(
+                value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+        )
         environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -122,7 +153,12 @@ class Tokenizer:
     def _find_template(self) -> str | None:
         path = self.directory / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(
+                    "chat template", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
+                ) from None
         source = self._settings.get("chat_template")
         if isinstance(source, list):
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}

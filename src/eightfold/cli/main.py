@@ -57,17 +57,29 @@ app.command("eval")(evaluate.evaluate)
 app.command("env")(inspecting.env)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that what is half-written goes away."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM, so that what is half-written goes away; of KeyboardInterrupt typer would say nothing."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise _Stopped("terminated" if number == signal.SIGTERM else "interrupted")
 
 
 def main() -> int:
     """Run the command line; return the exit code: 0, or 2 with one line on stderr."""
-    signal.signal(signal.SIGTERM, _terminate)
+    previous = {
+        number: signal.signal(number, _stop)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        return _run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run() -> int:
     debug = "--debug" in sys.argv
     try:
         code = app(standalone_mode=False)
@@ -76,9 +88,8 @@ def main() -> int:
         return stop.exit_code
     except ClickException as error:
         return _usage_error(error)
-    except (KeyboardInterrupt, typer.Abort, _Terminated) as stop:
-        word = "terminated" if isinstance(stop, _Terminated) else "interrupted"
-        return _fail(f"{word}: nothing was left half-written. Run the same command to start again.", debug)
+    except _Stopped as stop:
+        return _fail(f"{stop}: nothing was left half-written. Run the same command to start again.", debug)
     except EightfoldError as error:
         return _fail(str(error), debug)
     except BrokenPipeError:
@@ -108,7 +119,8 @@ def _usage_error(error: Any) -> int:
     if not message:  # no arguments: the help has been shown
         error.show()
         return EXIT_USER
-    print(f"eightfold: {' '.join(message.split())} Try: {path} --help", file=sys.stderr)
+    text = " ".join(message.split())
+    print(f"eightfold: {text}{'' if text[-1] in '.?!' else '.'} Try: {path} --help", file=sys.stderr)
     return EXIT_USER
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from enum import Enum
 from pathlib import Path
@@ -120,7 +121,7 @@ def quantize(
         Recipe(quant_type, weight_symmetric, tuple(keep_float or ()), save_dtype is SaveDtype.float32),
         samples,
         overwrite=overwrite,
-        part_bytes=None if part_size_gb is None else max(1, round(part_size_gb * 2**30)),
+        part_bytes=_part_bytes(part_size_gb),
         legacy_names=legacy_names,
         progress=console.bars,
     )
@@ -131,6 +132,15 @@ def quantize(
         f"{target}: {outcome.quantized} linears as {quant_type.value}{kept}, {console.size_text(outcome.nbytes)}, "
         f"{time.monotonic() - started:.1f} s"
     )
+
+
+def _part_bytes(part_size_gb: float | None) -> int | None:
+    if part_size_gb is None:
+        return None
+    nbytes = part_size_gb * 2**30
+    if not math.isfinite(nbytes):
+        raise ConfigError("--part-size-gb", got=part_size_gb, expected="a finite number")
+    return max(1, round(nbytes))
 
 
 class _Calibration:
@@ -159,7 +169,7 @@ class _Calibration:
         self.check()
         rows: list[dataset.Row]
         if self._ids is not None:
-            samples = dataset.read_token_ids(self._ids, self._limit)
+            samples = dataset.read_token_ids(self._ids, self._limit, checkpoint.config.vocab_size)
         else:
             if self._file is not None:
                 rows = dataset.read_rows(self._file, self._limit)

@@ -62,7 +62,7 @@ def evaluate(
     decoder: Decoder,
     chunks: Sequence[Sequence[int]],
     against: Decoder | None = None,
-    on_layer: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Measure a model on chunks of equal length, and its distance from `against`.
 
@@ -70,12 +70,14 @@ def evaluate(
         decoder: the model to judge.
         chunks: token ids, each chunk at least two.
         against: usually the float model; the same vocabulary.
-        on_layer: called after each layer of each model.
+        on_step: called after each layer of each model, and after each chunk's logits.
     """
-    heads = [(decoder.head(), decoder.hidden_states(chunks, on_layer))]
+    models = [decoder]
     if against is not None:
         _require_same_vocabulary(decoder, against)
-        heads.append((against.head(), against.hidden_states(chunks, on_layer)))
+        models.append(against)
+    hidden_TE = [model.hidden_states(chunks, on_step) for model in models]
+    heads = [model.head() for model in models]
     tally = _Tally()
     chunk_len = len(chunks[0])
     for i, chunk in enumerate(chunks):
@@ -83,7 +85,9 @@ def evaluate(
         for at in range(0, chunk_len - 1, _HEAD_TOKENS):
             end = min(at + _HEAD_TOKENS, chunk_len - 1)
             rows = slice(i * chunk_len + at, i * chunk_len + end)
-            tally.add([_log_probs(head, hidden[rows]) for head, hidden in heads], targets[at:end])
+            log_probs = [_log_probs(head, x[rows]) for head, x in zip(heads, hidden_TE, strict=True)]
+            tally.add(log_probs, targets[at:end])
+        on_step()
     return tally.result(len(chunks))
 
 
@@ -95,6 +99,13 @@ def _require_same_vocabulary(decoder: Decoder, against: Decoder) -> None:
 
 def _log_probs(head: Head, hidden_TE: Tensor) -> Tensor:
     return torch.log_softmax(head(hidden_TE), dim=-1)
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:  # past 709 nats a token: the weights are damaged, and the number should say so
+        return math.inf
 
 
 class _Tally:
@@ -119,14 +130,14 @@ class _Tally:
         nll_T = torch.cat(self._nll)
         nll = float(nll_T.mean())
         if not self._kl:
-            return Evaluation(nll, math.exp(nll), len(nll_T), chunks)
+            return Evaluation(nll, _exp(nll), len(nll_T), chunks)
         kl_T = torch.cat(self._kl)
         return Evaluation(
             nll,
-            math.exp(nll),
+            _exp(nll),
             len(nll_T),
             chunks,
-            ppl_against=math.exp(float(torch.cat(self._nll_against).mean())),
+            ppl_against=_exp(float(torch.cat(self._nll_against).mean())),
             kl_mean=float(kl_T.mean()),
             kl_p99=float(kl_T.sort().values[math.ceil(0.99 * len(kl_T)) - 1]),
             top1_agreement=float(torch.cat(self._same_top).double().mean()),

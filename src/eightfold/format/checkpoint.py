@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, load_json_object, parse_config
-from eightfold.errors import CheckpointError, UnsupportedError, shortlist
+from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, all_linears, all_norms
 from eightfold.format.description import Description, check_entries, find_description, read_description
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIG_NAME = "config.json"
+
+_FLOATS = tuple(kind for kind in DType if kind.is_float)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -73,7 +75,12 @@ class Checkpoint:
     @property
     def dtype(self) -> DType:
         """The model's dtype: what config.json says, else what the embedding is stored in."""
-        return self.config.dtype or DType(self.tensors[weight_name(EMBEDDING)].dtype)
+        if self.config.dtype is not None:
+            return self.config.dtype
+        embedding = self.tensors[weight_name(EMBEDDING)]
+        if embedding.dtype not in [kind.value for kind in _FLOATS]:
+            raise self._wrong_dtype(embedding, one_of(kind.value for kind in _FLOATS))
+        return DType(embedding.dtype)
 
     @property
     def is_quantized(self) -> bool:
@@ -132,11 +139,12 @@ class Checkpoint:
                 expected=f"all {len(expected)} of {self.config.architecture}",
                 action="Fetch or write the directory again.",
             )
+        # First, because a weight without an entry would look like a float one of the wrong dtype.
+        if self.description is not None:
+            check_entries(self.description, self.tensors)
         for name, spec in expected.items():
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
-        if self.description is not None:
-            check_entries(self.description, self.tensors)
 
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
@@ -158,15 +166,7 @@ class Checkpoint:
 
     def _check_tensor(self, info: TensorInfo, spec: _Expectation) -> None:
         if not spec.admits(info.dtype, self.dtype):
-            raise CheckpointError(
-                f"dtype of {info.name}",
-                where=info.file,
-                got=info.dtype,
-                expected=spec.dtype_text(self.dtype),
-                action="Start from float weights (F32, F16 or BF16)."
-                if self.description is None
-                else "Write the directory again.",
-            )
+            raise self._wrong_dtype(info, spec.dtype_text(self.dtype))
         # One value for each row may be stored flat or as a column; both mean the same.
         if info.shape != spec.shape and info.shape != tuple(size for size in spec.shape if size != 1):
             raise CheckpointError(
@@ -176,6 +176,17 @@ class Checkpoint:
                 expected=list(spec.shape),
                 action="config.json and the weights belong to different models.",
             )
+
+    def _wrong_dtype(self, info: TensorInfo, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"dtype of {info.name}",
+            where=info.file,
+            got=info.dtype,
+            expected=expected,
+            action="Start from float weights (F32, F16 or BF16)."
+            if self.description is None
+            else "Write the directory again.",
+        )
 
 
 class _Expectation:
@@ -194,17 +205,13 @@ class _Expectation:
         if self.rule is DTypeRule.DEQ:
             return [self.rule.resolve(model)]
         # Loaders cast floating tensors, and some writers store offsets as int8.
-        return (
-            [DType.F32, DType.F16, DType.BF16, DType.I8]
-            if self.rule is DTypeRule.MODEL
-            else [DType.F32, DType.F16, DType.BF16]
-        )
+        return [*_FLOATS, DType.I8] if self.rule is DTypeRule.MODEL else list(_FLOATS)
 
     def admits(self, dtype: str, model: DType) -> bool:
         return dtype in {kind.value for kind in self._allowed(model)}
 
     def dtype_text(self, model: DType) -> str:
-        text = " or ".join(kind.value for kind in self._allowed(model))
+        text = one_of(kind.value for kind in self._allowed(model))
         return text + (f" in a {model.value} model" if self.rule is DTypeRule.DEQ else "")
 
 

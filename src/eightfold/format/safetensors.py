@@ -241,7 +241,11 @@ class FileWriter:
         blob += b" " * (-len(blob) % 8)
         self._data_start = 8 + len(blob)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._write_at(len(blob).to_bytes(8, "little") + blob, 0)
+        try:
+            self._write_at(len(blob).to_bytes(8, "little") + blob, 0)
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Write one tensor; its dtype and shape must be the planned ones."""

@@ -53,16 +53,16 @@ def resolve_auto_map(raw: dict[str, Any], source: Path) -> tuple[dict[str, Any],
     auto_map = raw.get("auto_map")
     if not isinstance(auto_map, Mapping):
         return raw, [], None
-    files = {_module_file(target) for target in auto_map.values()}
-    absent = sorted(name for name in files if not (source / name).is_file())
+    files = {file for target in auto_map.values() for file in _module_files(target)}
+    # A path inside the map would name a file outside the directory; it counts as absent.
+    absent = sorted(name for name in files if Path(name).name != name or not (source / name).is_file())
     if absent:
         kept = {key: value for key, value in raw.items() if key != "auto_map"}
         return kept, [], f'config.json: "auto_map" left out, because {", ".join(absent)} is not in {source}'
     return raw, [source / name for name in sorted(files)], None
 
 
-def _module_file(target: Any) -> str:
-    name = target[0] if isinstance(target, list) and target else target
-    module = str(name).split("--")[-1].rpartition(".")[0]
-    # A path inside the map would name a file outside the directory; it is then simply "not there".
-    return f"{Path(module).name}.py"
+def _module_files(target: Any) -> list[str]:
+    # For tokenizers: the slow and the fast one, of which one may be null.
+    names = [name for name in target if name is not None] if isinstance(target, list) else [target]
+    return [f"{str(name).split('--')[-1].rpartition('.')[0]}.py" for name in names]

@@ -8,6 +8,7 @@ another process is still writing.
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ class OutputDirectory:
 
     def __init__(self, target: Path, *, source: Path, overwrite: bool = False) -> None:
         self.target = Path(os.path.realpath(target))
+        self._prefix = f".{self.target.name}.partial-"
         self._overwrite = overwrite
         self._check_target(Path(os.path.realpath(source)))
 
@@ -53,7 +55,7 @@ class OutputDirectory:
             )
         if target.exists() and not target.is_dir():
             raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
-        if not target.is_dir() or not any(target.iterdir()):
+        if not self._content():
             return
         if not self._overwrite:
             raise OutputError(
@@ -70,17 +72,26 @@ class OutputDirectory:
                 action="Choose another, or empty it yourself.",
             )
 
+    def _content(self) -> list[Path]:
+        """Return what the target holds, apart from what runs into a mount point leave inside it."""
+        if not self.target.is_dir():
+            return []
+        return [path for path in self.target.iterdir() if not path.name.startswith(self._prefix)]
+
     def __enter__(self) -> OutputDirectory:
         try:
             # Inside a mount point there is no sibling on the same file system to rename.
             self._inside = self.target.is_dir() and os.path.ismount(self.target)
             parent = self.target if self._inside else self.target.parent
             parent.mkdir(parents=True, exist_ok=True)
-            prefix = f".{self.target.name}.partial-"
-            _remove_dead_siblings(parent, prefix)
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_dead_siblings(parent, self._prefix)
+            self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=parent))
+            try:
+                self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                shutil.rmtree(self.path, ignore_errors=True)
+                raise
         except OSError as error:
             raise OutputError(
                 f"cannot write to {self.target}: {error.strerror or error}",
@@ -117,35 +128,35 @@ class OutputDirectory:
         for path in self.path.rglob("*"):
             path.chmod(_mode(path))
         (self.path / _LOCK).unlink()
+        content = self._content()
+        if content and not self._overwrite:
+            raise OutputError(
+                f"output directory {self.target}",
+                got="files that another process put there meanwhile",
+                expected="an empty one",
+                action="Nothing was replaced; run again with another directory.",
+            )
         if self._inside:
-            self._move_files()
+            self._move_files(content)
             return
         self.path.chmod(DIRECTORY_MODE)
-        old = None
-        if self.target.is_dir() and any(self.target.iterdir()):
-            if not self._overwrite:
-                raise OutputError(
-                    f"output directory {self.target}",
-                    got="files that another process put there meanwhile",
-                    expected="an empty one",
-                    action="Nothing was replaced; run again with another directory.",
-                )
-            old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.replaced-", dir=self.target.parent))
-            self.target.rename(old / "old")
-        try:
+        if not content:
             self.path.rename(self.target)
-        except OSError:
-            if old is not None:
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.replaced-", dir=self.target.parent))
+        try:
+            self.target.rename(old / "old")
+            self.path.rename(self.target)
+        except BaseException:  # Ctrl-C too: the old model goes only when the new one is in its place
+            if not self.target.exists():
                 (old / "old").rename(self.target)
             raise
         finally:
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
-    def _move_files(self) -> None:
-        for path in self.target.iterdir():
-            if path != self.path:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    def _move_files(self, content: list[Path]) -> None:
+        for path in content:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # config.json makes a directory a model: it comes last.
         for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(self.target / path.name)
@@ -158,7 +169,7 @@ def _mode(path: Path) -> int:
 
 
 def _remove_dead_siblings(parent: Path, prefix: str) -> None:
-    for sibling in parent.glob(f"{prefix}*"):
+    for sibling in parent.glob(f"{glob.escape(prefix)}*"):
         try:
             lock = os.open(sibling / _LOCK, os.O_RDWR)
         except OSError:
@@ -205,10 +216,14 @@ class ShardedWriter:
         if part_bytes is not None:
             names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         self._weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        self._files = {
-            name: FileWriter(directory / name, shard, metadata) for name, shard in zip(names, shards, strict=True)
-        }
         self._has_index = part_bytes is not None
+        self._files: dict[str, FileWriter] = {}
+        try:
+            for name, shard in zip(names, shards, strict=True):
+                self._files[name] = FileWriter(directory / name, shard, metadata)
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Write one planned tensor; BF16 as uint16 bit patterns."""
@@ -238,4 +253,6 @@ def total_bytes(plan: Iterable[PlannedTensor]) -> int:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented as the reference tool does."""
-    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, stays the escape it was.
+    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

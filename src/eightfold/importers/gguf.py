@@ -10,6 +10,7 @@ Letters: H heads, D head_dim, E hidden size.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,22 @@ class _GgufFile:
             raise CheckpointError(f'"{key}"', where=self.path, got="nothing", expected="a value in the metadata")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.field(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f'"{key}"', where=self.path, got=repr(value), expected="a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.field(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise CheckpointError(f'"{key}"', where=self.path, got=repr(value), expected="a positive number")
+        return float(value)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, outputs first."""
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor as float32 in its (N, K) shape."""
         stored = self.tensors[name]
@@ -87,7 +104,7 @@ class _GgufFile:
             real = self.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
             raise UnsupportedError(f"tensor type of {name}", where=self.path, got=stored.tensor_type.name) from None
-        return torch.from_numpy(real.astype("<f4")).reshape([int(size) for size in reversed(stored.shape)])
+        return torch.from_numpy(real.astype("<f4")).reshape(self.shape(name))
 
 
 def import_gguf(
@@ -110,12 +127,10 @@ def import_gguf(
     config = parse_config(raw, source)
     family_of(config)
     names = _tensor_names(file, config)
-    plan = [
-        PlannedTensor(name, dtype, tuple(int(s) for s in reversed(file.tensors[gguf].shape)))
-        for name, gguf in names.items()
-    ]
+    plan = [PlannedTensor(name, dtype, file.shape(gguf_name)) for name, gguf_name in names.items()]
     with OutputDirectory(target, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan) + _SPARE_BYTES)
+        _write_tokenizer(source, output.path, raw)  # first: what can fail in seconds should not after minutes
         writer = ShardedWriter(output.path, "model", plan, metadata={"format": "pt"})
         try:
             with progress("import", len(names), "tensor") as task:
@@ -127,7 +142,6 @@ def import_gguf(
         finally:
             writer.abandon()
         write_json(output.path / CONFIG_NAME, both_dialects(raw, config, dtype))
-        _write_tokenizer(source, output.path, raw)
     return config
 
 
@@ -140,15 +154,24 @@ def _open(path: Path) -> _GgufFile:
         ) from None
     if not path.is_file():
         raise CheckpointError(f"no file {path}", expected="a .gguf file", action="Check the path.")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        # The original reads on past the end, and a damaged count of empty values keeps it at that for hours.
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:
+                raise ValueError(f"it ends before byte {offset}")
+            return found
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
         # The vocabulary and its merges are long, and the tokenizer is rebuilt from the file itself.
         fields = {
             key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.")
         }
         special = {key: reader.fields[key].contents() for key in reader.fields if key.endswith("_token_id")}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             "container", where=path, got=error, expected="a whole GGUF file", action="Fetch it again."
         ) from None
@@ -168,8 +191,8 @@ def _open(path: Path) -> _GgufFile:
 def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
     """Return config.json's object from the metadata."""
     architecture = ARCHITECTURES[file.fields["general.architecture"]]
-    heads, hidden = file.field("attention.head_count"), file.field("embedding_length")
-    head_dim = file.field("attention.key_length", hidden // heads)
+    heads, hidden = file.count("attention.head_count"), file.count("embedding_length")
+    head_dim = file.count("attention.key_length", hidden // heads)
     raw: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": _MODEL_TYPES[architecture],
@@ -179,16 +202,16 @@ def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": file.field("feed_forward_length"),
-        "max_position_embeddings": file.field("context_length"),
+        "intermediate_size": file.count("feed_forward_length"),
+        "max_position_embeddings": file.count("context_length"),
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "num_attention_heads": heads,
-        "num_hidden_layers": file.field("block_count"),
-        "num_key_value_heads": file.field("attention.head_count_kv", heads),
-        "rms_norm_eps": file.field("attention.layer_norm_rms_epsilon"),
+        "num_hidden_layers": file.count("block_count"),
+        "num_key_value_heads": file.count("attention.head_count_kv", heads),
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "use_cache": True,
-        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in file.tensors else 0,
+        "vocab_size": file.shape("token_embd.weight")[0] if "token_embd.weight" in file.tensors else 0,
     }
     raw["rope_parameters"] = _rope(file, head_dim)
     for name in ("bos", "eos", "padding"):
@@ -199,20 +222,22 @@ def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
 
 
 def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": float(file.field("rope.freq_base", 10000.0)), "rope_type": "default"}
+    rotated = file.count("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise UnsupportedError("rotated dimensions", where=file.path, got=rotated, expected=f"head_dim {head_dim}")
+    rope: dict[str, Any] = {"rope_theta": file.number("rope.freq_base", 10000.0), "rope_type": "default"}
     scaling = file.field("rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise UnsupportedError("rope scaling", where=file.path, got=scaling, expected="none or linear")
     if scaling == "linear":
-        rope.update(rope_type="linear", factor=float(file.field("rope.scaling.factor")))
+        rope.update(rope_type="linear", factor=file.number("rope.scaling.factor"))
     if _ROPE_FACTORS not in file.tensors:
         return rope
     # Llama 3.1 and later: the file holds the divisor of each frequency, model directories the rule behind them.
     factors = file.tensor(_ROPE_FACTORS)
     llama3 = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope.update(rope_type="llama3", original_max_position_embeddings=8192, **llama3)
-    plain = inverse_frequencies(_rope_of({**rope, "rope_type": "default"}), head_dim)
-    if not torch.allclose(plain / inverse_frequencies(_rope_of(rope), head_dim), factors, rtol=1e-3):
+    if not _are_llama3(factors, rope, head_dim):
         raise UnsupportedError(
             f"rotary factors {_ROPE_FACTORS}",
             where=file.path,
@@ -220,6 +245,13 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
             expected="that of Llama 3.1",
         )
     return rope
+
+
+def _are_llama3(factors: torch.Tensor, rope: dict[str, Any], head_dim: int) -> bool:
+    if factors.shape != (head_dim // 2,) or not ((factors > 0) & factors.isfinite()).all():
+        return False
+    plain = inverse_frequencies(_rope_of({**rope, "rope_type": "default"}), head_dim)
+    return torch.allclose(plain / inverse_frequencies(_rope_of(rope), head_dim), factors, rtol=1e-3)
 
 
 def _rope_of(fields: dict[str, Any]) -> RopeParameters:
@@ -232,11 +264,14 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
     for name in file.tensors:
         if (known := _directory_name(name)) is not None:
             names[known] = name
-    expected = {weight_name(EMBEDDING)} | {weight_name(norm) for norm in all_norms(config)}
+    expected: dict[str, tuple[int, ...]] = {weight_name(EMBEDDING): (config.vocab_size, config.hidden_size)}
+    expected.update({weight_name(norm): (size,) for norm, size in all_norms(config).items()})
     for module, linear in all_linears(config).items():
         if module != LM_HEAD or not config.tie_word_embeddings:
-            expected |= {weight_name(module)} | ({f"{module}.{BIAS}"} if linear.has_bias else set())
-    missing, foreign = sorted(expected - set(names)), sorted(set(names) - expected)
+            expected[weight_name(module)] = (linear.n, linear.k)
+            if linear.has_bias:
+                expected[f"{module}.{BIAS}"] = (linear.n,)
+    missing, foreign = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
     unknown = [name for name in file.tensors if _directory_name(name) is None and name != _ROPE_FACTORS]
     if missing or foreign or unknown:
         raise CheckpointError(
@@ -245,7 +280,16 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
             got=f"no {shortlist(missing)}" if missing else f"also {shortlist(foreign + unknown)}",
             expected=f"{len(expected)} known ones",
         )
-    return {name: names[name] for name in names if name in expected}
+    for name, shape in expected.items():
+        if file.shape(names[name]) != shape:
+            raise CheckpointError(
+                f"shape of {names[name]}",
+                where=file.path,
+                got=list(file.shape(names[name])),
+                expected=list(shape),
+                action="Fetch it again.",
+            )
+    return names
 
 
 def _directory_name(name: str) -> str | None:
@@ -281,7 +325,15 @@ def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None
             action="Install it: pip install 'eightfold[gguf]'",
         ) from None
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    except Exception as error:  # of many kinds: what is missing in the metadata, or in transformers
+        raise CheckpointError(
+            "tokenizer",
+            where=source,
+            got=f"{type(error).__name__}: {error}",
+            expected="one that transformers can rebuild",
+        ) from None
     tokenizer.save_pretrained(str(directory))
     settings = directory / "tokenizer_config.json"
     content = load_json_object(settings)

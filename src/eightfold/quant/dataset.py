@@ -39,11 +39,11 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
     return rows
 
 
-def read_token_ids(path: Path, limit: int | None = None) -> list[list[int]]:
+def read_token_ids(path: Path, limit: int | None = None, vocab_size: int | None = None) -> list[list[int]]:
     """Read a file of token ids, one sample a line.
 
     Raises:
-        InputError: unreadable, empty, or a line that is not a list of token ids.
+        InputError: unreadable, empty, a line that is not a list of token ids, or an id outside the vocabulary.
     """
     samples = []
     for number, line in _lines(path, limit):
@@ -53,6 +53,9 @@ def read_token_ids(path: Path, limit: int | None = None) -> list[list[int]]:
             raise InputError(
                 f"line {number}", where=path, got=_clip(line), expected="a JSON list of token ids, such as [1, 42]"
             )
+        if vocab_size is not None and not (min(ids) >= 0 and max(ids) < vocab_size):
+            outside = max(ids) if max(ids) >= vocab_size else min(ids)
+            raise InputError(f"line {number}", where=path, got=f"token id {outside}", expected=f"0 to {vocab_size - 1}")
         samples.append(ids)
     if not samples:
         raise InputError("token id file", where=path, got="no rows", expected="one JSON list a line")
@@ -93,7 +96,7 @@ def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
     if limit is not None and limit < 1:
         raise ConfigError("--calib-limit", got=limit, expected="at least 1")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
     except UnicodeDecodeError as error:

@@ -5,7 +5,8 @@
     W8A8          y = (xq W^T + quant_bias) * deq_scale            xq = clamp(rne(x * (1 / input_scale) + input_offset))
     W8A8_DYNAMIC  y = (xq W^T - o_t * sum_k W) * s_t * weight_scale + b        one s_t, o_t for each token
 
-    rne: round half to even; clamp to [-128, 127]. The reciprocal is float32 and taken once, at load.
+    rne: round half to even; clamp to [-128, 127]. Reciprocals are float32 and taken once: at load,
+    or for each token.
 
 Letters: T tokens, K inputs, N outputs. x (T, K) float32, y (T, N) float32, W (N, K) int8.
 
@@ -67,7 +68,8 @@ def int_matmul(xq_TK: Tensor, weight_NK: Tensor) -> Tensor:
     Returns:
         (T, N) int32; sums stay inside as long as K < 131,072 (128 * 128 * K < 2**31).
     """
-    product = _fast_int_matmul()
+    # oneDNN also reads the stride of a dimension of one, where it means nothing: with K = 1 its result is garbage.
+    product = _fast_int_matmul() if weight_NK.shape[1] > 1 else None
     return int_matmul_float(xq_TK, weight_NK) if product is None else product(xq_TK, weight_NK.T)
 
 
@@ -151,7 +153,7 @@ class W8A8DynamicLinear:
     def __call__(self, x_TK: Tensor) -> Tensor:
         """Return y."""
         scale_T1, offset_T1 = token_params(x_TK, self.mode)
-        return self.multiply(to_int8_(x_TK / scale_T1, offset_T1), scale_T1, offset_T1)
+        return self.multiply(to_int8_(x_TK * scale_T1.reciprocal(), offset_T1), scale_T1, offset_T1)
 
     def multiply(self, xq_TK: Tensor, scale_T1: Tensor, offset_T1: Tensor) -> Tensor:
         """Return y for int8 inputs whose tokens have these scales and integral offsets."""

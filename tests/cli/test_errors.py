@@ -1,0 +1,466 @@
+"""What the command line says when it is used wrongly, and that its help names everything it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from eightfold import __version__
+from eightfold.cli.main import app
+from tests.conftest import Result, tiny_config, write_model
+from tests.refusal import error_line, quantize_refused, refused
+
+COMMANDS = ("import-gguf", "quantize", "inspect", "run", "eval", "env")
+KEYS = "a text under inputs_pretokenized, text or prompt, or messages with role and content"
+
+
+@pytest.fixture(scope="module")
+def shared_model(tmp_path_factory) -> Path:
+    """A float model that no test changes."""
+    return write_model(tmp_path_factory.mktemp("shared") / "float")
+
+
+def write(folder: Path, content: str | bytes, name: str = "data") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- calibration texts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "calibration file in {}: got no rows, expected one text a line"),
+        ("\n  \n\t\n", "calibration file in {}: got no rows, expected one text a line"),
+        ('{"text": "a"}\n\n{"zz": 1}\n', "line 3 in {}: got an object with zz, expected " + KEYS),
+        ('{"a": 1, "b": 2, "c": 3}', "line 1 in {}: got an object with a, b or c, expected " + KEYS),
+        ("{}", "line 1 in {}: got an object with nothing, expected " + KEYS),
+        ('{"text": 7}', "line 1 in {}: got an object with text, expected " + KEYS),
+        ('{"messages": []}', "line 1 in {}: got an object with messages, expected " + KEYS),
+        ('{"messages": ["hi"]}', "line 1 in {}: got an object with messages, expected " + KEYS),
+        ('{"messages": [{"role": "user"}]}', "line 1 in {}: got an object with messages, expected " + KEYS),
+        (b"fine\n\xff\n", "calibration file in {}: got byte 5 that is not UTF-8, expected UTF-8 text"),
+        ('"\\ud800"', "text: got character 0 that is not Unicode, expected text that UTF-8 can hold"),
+        ('"fine"\n""', "calibration row 1 (counted from 0): got a text without tokens, expected some text"),
+    ],
+)
+def test_a_calibration_file_that_cannot_be_used_is_refused(cli, float_model, content, message):
+    path = write(float_model.parent, content)
+    assert quantize_refused(cli, float_model, "--calib", path, scheme="w8a8") == message.format(path)
+
+
+@pytest.mark.parametrize("line", ['{"text": "a"', '{"text": "a"} tail', '"open', '{"text": NONE}', "{" * 100_000])
+def test_a_malformed_line_is_named_by_its_number(cli, float_model, line):
+    path = write(float_model.parent, f"plain text\n\n{line}\n")
+    message = quantize_refused(cli, float_model, "--calib", path, scheme="w8a8")
+    assert message.startswith(f"line 3 in {path}: got no JSON (")
+    assert message.endswith("), expected one JSON value a line")
+
+
+@pytest.mark.parametrize("option", ["--calib", "--calib-ids"])
+@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file or directory"), ("", "Is a directory")])
+def test_a_calibration_file_that_cannot_be_read_is_named(cli, float_model, option, name, reason):
+    path = float_model.parent / name
+    message = quantize_refused(cli, float_model, option, path, scheme="w8a8")
+    assert message == f"cannot read {path}: {reason}. Check the path."
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(cli, float_model):
+    path = write(float_model.parent, b'\xef\xbb\xbf{"zz": 1}')
+    message = quantize_refused(cli, float_model, "--calib", path, scheme="w8a8")
+    assert message == f"line 1 in {path}: got an object with zz, expected {KEYS}"
+
+
+def test_a_bad_line_beyond_the_limit_is_not_looked_at(cli, tmp_path, shared_model):
+    path = write(tmp_path, '"good"\n{broken')
+    options = ("--scheme", "w8a8", "--calib", path, "--calib-limit", 1)
+    result = cli("quantize", shared_model, tmp_path / "out", *options)
+    assert result.code == 0, result.err
+
+
+# --- calibration ids
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "token id file in {}: got no rows, expected one JSON list a line"),
+        ("[1, 2]\n[]", "line 2 in {}: got [], expected a JSON list of token ids, such as [1, 42]"),
+        ("[1, 2.0]", "line 1 in {}: got [1, 2.0], expected a JSON list of token ids, such as [1, 42]"),
+        ("[true]", "line 1 in {}: got [true], expected a JSON list of token ids, such as [1, 42]"),
+        ('{"ids": [1]}', 'line 1 in {}: got {{"ids": [1]}}, expected a JSON list of token ids, such as [1, 42]'),
+        (
+            '"' + "x" * 99 + '"',
+            'line 1 in {}: got "' + "x" * 56 + "..., expected a JSON list of token ids, such as [1, 42]",
+        ),
+        ("[1, 319]\n\n[1, 320]", "line 3 in {}: got token id 320, expected 0 to 319"),
+        ("[-1]", "line 1 in {}: got token id -1, expected 0 to 319"),
+        (f"[{10**30}]", f"line 1 in {{}}: got token id {10**30}, expected 0 to 319"),
+        (b"\xfe\n", "calibration file in {}: got byte 0 that is not UTF-8, expected UTF-8 text"),
+    ],
+)
+def test_token_ids_that_cannot_be_used_are_refused(cli, float_model, content, message):
+    path = write(float_model.parent, content)
+    assert quantize_refused(cli, float_model, "--calib-ids", path, scheme="w8a8") == message.format(path)
+
+
+def test_a_malformed_line_of_ids_is_named_by_its_number(cli, float_model):
+    path = write(float_model.parent, "[1]\n[1, 2\n")
+    message = quantize_refused(cli, float_model, "--calib-ids", path, scheme="w8a8")
+    assert message.startswith(f"line 2 in {path}: got no JSON (")
+    assert message.endswith("), expected one JSON value a line")
+
+
+def test_ids_may_stand_under_input_ids_and_behind_a_byte_order_mark(cli, tmp_path, shared_model):
+    path = write(tmp_path, b'\xef\xbb\xbf[1, 2]\n{"input_ids": [0, 319]}\n')
+    result = cli("quantize", shared_model, tmp_path / "out", "--scheme", "w8a8", "--calib-ids", path)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--calib", "a", "--calib-ids", "b"], "--calib and --calib-ids"),
+        (["--calib-texts", "a", "--calib-ids", "b"], "--calib-texts and --calib-ids"),
+        (["--calib", "a", "--calib-texts", "b", "--calib-ids", "c"], "--calib and --calib-texts and --calib-ids"),
+    ],
+)
+def test_calibration_data_from_two_places_is_refused(cli, float_model, scheme, options, named):
+    message = quantize_refused(cli, float_model, *options, scheme=scheme)
+    assert message == f"calibration data: got {named}, expected one of them"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [(["--calib-limit", "3"], "--calib-limit"), (["--calib", "/nowhere"], "--calib")]
+)
+def test_calibration_options_that_change_nothing_are_noted(cli, tmp_path, shared_model, options, named):
+    result = cli("quantize", shared_model, tmp_path / "out", "--scheme", "w8a16", *options)
+    assert result.code == 0
+    assert result.err == f"note: w8a16 needs no calibration data; {named} changes nothing.\n"
+
+
+# --- options
+
+
+def usage_refused(cli: Any, *args: object, within: Path) -> str:
+    """Run a command line that must be refused as such; return the message without the hint at its end."""
+    message, _, program = refused(cli, *args, within=within).rpartition(" Try: ")
+    known = [arg for arg in args if arg in COMMANDS][:1]
+    assert program.endswith(" ".join(["eightfold", *known, "--help"]))
+    assert message.endswith((".", "?"))
+    return message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--calib-limit", 0),
+        ("--calib-limit", -1),
+        ("--calib-limit", "x"),
+        ("--part-size-gb", 0),
+        ("--part-size-gb", "x"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_its_option(cli, float_model, option, value):
+    args = ("quantize", float_model, float_model.parent / "out", "--scheme", "w8a8", option, value)
+    assert usage_refused(cli, *args, within=float_model.parent).startswith(f"Invalid value for '{option}': ")
+
+
+@pytest.mark.parametrize("command", ["run", "eval"])
+def test_numbers_of_other_commands_are_checked_too(cli, shared_model, command):
+    option = {"run": "--max-new-tokens", "eval": "--chunk-len"}[command]
+    prompt = ["--prompt", "x"] if command == "run" else []
+    message = usage_refused(cli, command, shared_model, *prompt, option, 0, within=shared_model)
+    assert message.startswith(f"Invalid value for '{option}': ")
+
+
+def test_an_unknown_scheme_is_refused_with_the_known_ones(cli, float_model):
+    args = ("quantize", float_model, float_model.parent / "out", "--scheme", "w4a16")
+    message = usage_refused(cli, *args, within=float_model.parent)
+    assert "'--scheme'" in message
+    assert all(f"'{name}'" in message for name in ("w4a16", "w8a8", "w8a8-dynamic", "w8a16"))
+
+
+def test_a_missing_scheme_is_asked_for_with_the_known_ones(cli, float_model):
+    message = usage_refused(cli, "quantize", float_model, float_model.parent / "out", within=float_model.parent)
+    assert message.startswith("Missing option '--scheme'")
+    assert all(name in message for name in ("w8a8", "w8a8-dynamic", "w8a16"))
+
+
+def test_an_unknown_command_is_named(cli, tmp_path):
+    assert "'quantise'" in usage_refused(cli, "quantise", within=tmp_path)
+
+
+@pytest.mark.parametrize("args", [["--frobnicate"], ["inspect", "m", "--frobnicate"]])
+def test_an_unknown_option_is_named(cli, tmp_path, args):
+    assert "--frobnicate" in usage_refused(cli, *args, within=tmp_path)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "env"])
+def test_a_command_without_its_arguments_asks_for_them(cli, tmp_path, command):
+    assert usage_refused(cli, command, within=tmp_path).startswith("Missing argument '")
+
+
+def test_no_command_at_all_shows_the_help(cli):
+    result = cli()
+    assert result.code == 2
+    assert all(command in result.out + result.err for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "suggested"),
+    [
+        ("*.mlp.down_prj", "'model.layers.1.mlp.down_proj'"),
+        ("model.layers.0.self_attn.q_pro", "'model.layers.0.self_attn.q_proj'"),
+        ("model.layers.2.*", "'model.layers.1.mlp.up_proj'"),
+        ("zzz", "'*.mlp.down_proj'"),
+        ("", "'*.mlp.down_proj'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_one_that_does(cli, float_model, pattern, suggested):
+    message = quantize_refused(cli, float_model, "--keep-float", "lm_head", "--keep-float", pattern)
+    assert message == (
+        f"--keep-float: got {pattern!r}, which matches no linear, expected a name or pattern such as {suggested}"
+    )
+
+
+@pytest.mark.parametrize(("scheme", "called"), [("w8a8", "W8A8"), ("w8a8-dynamic", "W8A8_DYNAMIC")])
+def test_asymmetric_weights_are_refused_where_activations_are_int8(cli, float_model, scheme, called):
+    assert quantize_refused(cli, float_model, "--no-weight-symmetric", scheme=scheme) == (
+        f"--no-weight-symmetric: got scheme {called}, expected W8A16. "
+        "Schemes with int8 activations need symmetric weights."
+    )
+
+
+# --- tokenizer and chat template
+
+
+@pytest.fixture
+def bare_model(tmp_path) -> Path:
+    """A float model without a tokenizer."""
+    return write_model(tmp_path / "bare", tokenizer=False)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["quantize", "{}", "{}-out", "--scheme", "w8a8"], ["run", "{}", "--prompt", "hello"], ["eval", "{}"]],
+    ids=["quantize", "run", "eval"],
+)
+def test_a_missing_tokenizer_is_named_where_text_is_needed(cli, bare_model, args):
+    message = refused(cli, *(arg.format(bare_model) for arg in args), within=bare_model.parent)
+    assert message == (
+        f"tokenizer.json in {bare_model}: got no such file, expected the model's tokenizer. "
+        "Copy it from the float model, or give token ids."
+    )
+
+
+def test_a_lone_sentencepiece_model_is_pointed_out(cli, bare_model):
+    (bare_model / "tokenizer.model").write_bytes(b"\n\x0e")
+    assert quantize_refused(cli, bare_model, scheme="w8a8") == (
+        f"tokenizer.json in {bare_model}: got no such file, expected the model's tokenizer. "
+        "Only tokenizer.model is there: load it with transformers' AutoTokenizer and save_pretrained."
+    )
+
+
+def test_no_tokenizer_is_needed_without_text(cli, bare_model):
+    out = bare_model.parent / "out"
+    ids = write(bare_model.parent, "[1, 2, 3]\n[4]")
+    for options in (["w8a16"], ["w8a8-dynamic"], ["w8a8", "--calib-ids", ids]):
+        result = cli("quantize", bare_model, out, "--overwrite", "--scheme", *options)
+        assert result.code == 0, result.err
+        assert result.err == ""
+
+
+def test_a_damaged_tokenizer_is_named(cli, float_model):
+    (float_model / "tokenizer.json").write_text('{"version": "1.0"}')
+    message = quantize_refused(cli, float_model, scheme="w8a8")
+    assert message.startswith(f"tokenizer in {float_model}/tokenizer.json: got ")
+    assert message.endswith(", expected a tokenizers file")
+
+
+def chat(cli: Any, model: Path, prompt: str = "hello") -> str:
+    return refused(cli, "run", model, "--chat", "--prompt", prompt, within=model)
+
+
+def test_a_model_without_a_chat_template_cannot_chat(cli, float_model):
+    (float_model / "chat_template.jinja").unlink()
+    assert chat(cli, float_model) == (
+        f"chat template in {float_model}: got none, expected chat_template.jinja or tokenizer_config.json's. "
+        "This may be a base model: leave out --chat."
+    )
+
+
+def test_a_template_that_is_no_jinja_is_named(cli, float_model):
+    (float_model / "chat_template.jinja").write_text("{% for message in messages %}")
+    message = chat(cli, float_model)
+    assert message.startswith(f"chat template in {float_model}: got ")
+    assert message.endswith(", expected a jinja2 template")
+
+
+def test_a_template_that_is_no_text_is_named(cli, float_model):
+    (float_model / "chat_template.jinja").write_bytes(b"abc\xff")
+    assert chat(cli, float_model) == (
+        f"chat template in {float_model}/chat_template.jinja: got byte 3 that is not UTF-8, expected UTF-8 text"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "got"),
+    [
+        ("{{ raise_exception('only system messages') }}", "only system messages"),
+        ("{{ messages[5]['content'] }}", "list object has no element 5"),
+        ("{{ 1 // 0 }}", "integer division or modulo by zero"),
+        ("{{ messages + 1 }}", 'can only concatenate list (not "int") to list'),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
+    ],
+)
+def test_a_template_that_fails_is_no_crash(cli, float_model, template, got):
+    (float_model / "chat_template.jinja").write_text(template)
+    message = chat(cli, float_model)
+    assert message == f"messages: got {got}, expected roles and contents that the chat template accepts"
+
+
+def test_a_settings_file_that_is_no_object_is_named(cli, float_model):
+    (float_model / "tokenizer_config.json").write_text("[]")
+    (float_model / "chat_template.jinja").unlink()
+    message = chat(cli, float_model)
+    assert message == f"JSON in {float_model}/tokenizer_config.json: got a list, expected an object"
+
+
+# --- run
+
+
+@pytest.mark.parametrize(("prompt", "new", "tokens"), [("x" * 129, 1, 129), ("x" * 65, 64, 65), ("", 1, 0)])
+def test_a_prompt_that_does_not_fit_the_context_is_refused(cli, shared_model, prompt, new, tokens):
+    args = ("run", shared_model, "--prompt", prompt, "--max-new-tokens", new)
+    assert refused(cli, *args, within=shared_model) == (
+        f"prompt: got {tokens} tokens and {new} new ones, expected 1 to 128 together. "
+        "Shorten the prompt or lower --max-new-tokens."
+    )
+
+
+def test_a_prompt_that_is_no_unicode_is_refused(cli, shared_model):
+    # As Python shows bytes of the command line that are not UTF-8.
+    args = ("run", shared_model, "--prompt", os.fsdecode(b"ab\xff"))
+    assert refused(cli, *args, within=shared_model) == (
+        "text: got character 2 that is not Unicode, expected text that UTF-8 can hold"
+    )
+
+
+# --- eval
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "text in {}: got nothing, expected some words"),
+        (" \n\t", "text in {}: got nothing, expected some words"),
+        (b"ab\xff", "text in {}: got byte 2 that is not UTF-8, expected UTF-8"),
+        ("seven t", "text: got 7 tokens, expected at least one chunk of 8. Lower --chunk-len."),
+    ],
+)
+def test_a_text_that_cannot_be_measured_is_refused(cli, tmp_path, shared_model, content, message):
+    path = write(tmp_path, content)
+    args = ("eval", shared_model, "--text", path, "--chunk-len", 8)
+    assert refused(cli, *args, within=shared_model) == message.format(path)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file or directory"), ("", "Is a directory")])
+def test_a_text_that_cannot_be_read_is_named(cli, tmp_path, shared_model, name, reason):
+    message = refused(cli, "eval", shared_model, "--text", tmp_path / name, within=tmp_path)
+    assert message == f"cannot read {tmp_path / name}: {reason}. Check the path."
+
+
+def test_models_of_different_vocabularies_are_not_compared(cli, tmp_path, shared_model):
+    other = write_model(tmp_path / "other", tiny_config(vocab_size=330))
+    args = ("eval", shared_model, "--against", other, "--chunks", 1, "--chunk-len", 4)
+    assert refused(cli, *args, within=tmp_path) == (
+        "vocabulary of --against: got 330, expected 320. Give the float original."
+    )
+
+
+def test_a_damaged_model_to_compare_with_is_found_before_anything_runs(cli, tmp_path, shared_model):
+    assert refused(cli, "eval", shared_model, "--against", tmp_path / "gone", within=tmp_path) == (
+        f"no directory {tmp_path}/gone: expected a model directory. Check the path."
+    )
+
+
+# --- help, version, environment
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_option_and_argument(cli, monkeypatch, command, flag):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = cli(command, flag)
+    assert (result.code, result.err) == (0, "")
+    parameters = typer.main.get_command(app).commands[command].params
+    assert parameters
+    names = [name for p in parameters for name in ([p.metavar] if p.param_type_name == "argument" else p.opts)]
+    assert [name for name in names if name not in result.out] == []
+
+
+def test_the_help_names_every_command_and_a_way_to_start(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = cli("--help")
+    assert (result.code, result.err) == (0, "")
+    commands = typer.main.get_command(app).commands
+    assert tuple(commands) == COMMANDS
+    assert [name for name in (*COMMANDS, "--version", "--debug") if name not in result.out] == []
+    assert "eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic" in result.out
+
+
+def test_version_is_the_packages(cli):
+    assert cli("--version") == Result(0, f"eightfold {__version__}\n", "")
+
+
+def test_env_as_json_is_one_line_with_what_a_bug_report_needs(cli):
+    result = cli("env", "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.count("\n") == 1
+    found = json.loads(result.out)
+    assert found["eightfold"] == __version__
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["packages"]["numpy"] is not None
+    assert isinstance(found["isa"], list)
+    assert found["threads"] >= 1
+    assert found["memory_bytes"] > found["memory_available_bytes"] > 0
+
+
+def test_env_for_people_has_a_line_for_each_fact(cli):
+    result = cli("env")
+    assert (result.code, result.err) == (0, "")
+    keys = [line.partition(":")[0] for line in result.out.splitlines()]
+    assert keys[:3] == ["eightfold", "python", "system"]
+    assert {"cpu", "isa", "threads", "memory", "memory_available", "packages"} <= set(keys)
+
+
+def test_the_package_runs_as_a_module_and_as_a_program():
+    programs = [[sys.executable, "-m", "eightfold"]]
+    script = shutil.which("eightfold", path=str(Path(sys.executable).parent))
+    programs += [[script]] if script else []
+    for program in programs:
+        done = subprocess.run([*program, "--version"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"eightfold {__version__}\n", "")
+
+
+def test_debug_shows_a_traceback_before_the_line(cli, tmp_path):
+    plain = error_line(cli("inspect", tmp_path / "gone"))
+    result = cli("--debug", "inspect", tmp_path / "gone")
+    lines = result.err.splitlines()
+    assert result.code == 2
+    assert lines[0] == "Traceback (most recent call last):"
+    assert any("checkpoint.py" in line for line in lines)
+    assert lines[-1] == f"eightfold: {plain}"
+    assert sum(line.startswith("eightfold: ") for line in lines) == 1

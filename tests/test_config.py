@@ -1,0 +1,397 @@
+"""config.json: two dialects in, both out, and nothing guessed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eightfold.config import (
+    DType,
+    ModelConfig,
+    RopeParameters,
+    both_dialects,
+    load_json_object,
+    parse_config,
+)
+from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
+from tests.conftest import FAMILIES, tiny_config
+
+WHERE = Path("m/config.json")
+
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+}
+
+# The same rotary embedding as transformers 4 and 5 write it.
+ROPE_DIALECTS: list[tuple[dict[str, Any], dict[str, Any], RopeParameters]] = [
+    (
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        RopeParameters(rope_theta=5e5),
+    ),
+    (
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+        RopeParameters(rope_theta=5e5, **LLAMA3),
+    ),
+    (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}},
+        RopeParameters(rope_theta=1e4, rope_type="linear", factor=4.0),
+    ),
+]
+ROPE_IDS = ["default", "llama3", "linear"]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """Return a config.json object; a key given as ... is left out."""
+    return {key: value for key, value in tiny_config(**changes).items() if value is not ...}
+
+
+def with_rope(rope: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**config(rope_theta=..., rope_scaling=...), **rope, **changes}
+
+
+def parse(raw: dict[str, Any]) -> ModelConfig:
+    return parse_config(raw, WHERE)
+
+
+def refusal(raw: dict[str, Any], kind: type[EightfoldError] = ConfigError) -> str:
+    with pytest.raises(kind) as error:
+        parse(raw)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- what is read
+
+
+def test_every_field_is_read():
+    raw = config(attention_bias=True, mlp_bias=True, sliding_window=7, use_sliding_window=True, max_window_layers=1)
+    assert parse({**raw, "layer_types": ["full_attention", "sliding_attention"], "unknown": {"any": "thing"}}) == (
+        ModelConfig(
+            architecture="LlamaForCausalLM",
+            dtype=DType.BF16,
+            vocab_size=320,
+            hidden_size=48,
+            intermediate_size=80,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            hidden_act="silu",
+            rope=RopeParameters(rope_theta=10000.0),
+            sliding_window=7,
+            use_sliding_window=True,
+            max_window_layers=1,
+            layer_types=("full_attention", "sliding_attention"),
+        )
+    )
+
+
+def test_sizes_follow_from_heads():
+    parsed = parse(config())
+    assert (parsed.q_size, parsed.kv_size) == (64, 32)
+
+
+@pytest.mark.parametrize("absent", [..., None])
+def test_absent_and_null_fields_have_the_usual_defaults(absent):
+    optional = ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "hidden_act", "head_dim")
+    parsed = parse(config(**dict.fromkeys((*optional, "num_key_value_heads", "torch_dtype", "rope_theta"), absent)))
+    assert parsed.head_dim == 48 // 4
+    assert parsed.num_kv_heads == parsed.num_heads == 4
+    assert parsed.dtype is None
+    assert parsed.rms_norm_eps == 1e-6
+    assert parsed.max_position_embeddings == 2048
+    assert parsed.tie_word_embeddings is False
+    assert parsed.hidden_act == "silu"
+    assert parsed.rope == RopeParameters(rope_theta=10000.0, rope_type="default")
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("prefix", ["", "torch."])
+def test_dtype_is_read_from_either_dialect(key, name, prefix):
+    raw = {**config(torch_dtype=...), key: prefix + name}
+    assert parse(raw).dtype is {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}[name]
+
+
+def test_dtype_may_be_said_twice():
+    assert parse(config(torch_dtype="float16", dtype="torch.float16")).dtype is DType.F16
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), ROPE_DIALECTS, ids=ROPE_IDS)
+def test_rope_is_read_from_either_dialect_and_from_both(old, new, expected):
+    assert parse(with_rope(old)).rope == expected
+    assert parse(with_rope(new)).rope == expected
+    assert parse(with_rope({**old, **new})).rope == expected
+
+
+def test_the_base_may_stand_inside_rope_scaling():
+    assert parse(with_rope({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}})).rope == (
+        RopeParameters(rope_theta=7.0, rope_type="linear", factor=2.0)
+    )
+
+
+def test_a_base_without_scaling_may_stand_beside_rope_parameters():
+    assert parse(with_rope({"rope_theta": 7, "rope_parameters": {"rope_type": "linear", "factor": 2}})).rope == (
+        RopeParameters(rope_theta=7.0, rope_type="linear", factor=2.0)
+    )
+
+
+# --- contradictions
+
+
+def test_two_dtypes_are_refused():
+    assert refusal(config(dtype="float16")) == (
+        '"torch_dtype" and "dtype" in m/config.json: got bfloat16 and float16, expected the same type. Remove one.'
+    )
+
+
+def test_two_rope_bases_are_refused():
+    assert refusal(with_rope({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}})) == (
+        '"rope_theta" and "rope_parameters" in m/config.json: got 10000 and 500000, expected the same base. '
+        "Remove the wrong one."
+    )
+
+
+def test_two_rope_scalings_are_refused():
+    old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0}
+    assert refusal(with_rope({"rope_scaling": old, "rope_parameters": new})) == (
+        "\"rope_scaling\" and \"rope_parameters\" in m/config.json: got {'factor': 2.0, 'rope_type': 'linear'} and "
+        "{'rope_type': 'linear', 'factor': 4.0}, expected the same scaling. Remove the wrong one."
+    )
+
+
+def test_a_scaling_beside_its_denial_is_refused():
+    raw = with_rope({"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}})
+    assert refusal(raw).startswith('"rope_scaling" and "rope_parameters" in m/config.json: got ')
+
+
+# --- values that make no sense
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
+)
+@pytest.mark.parametrize("absent", [..., None])
+def test_a_missing_size_is_named(key, absent):
+    assert refusal(config(**{key: absent})) == f'"{key}" in m/config.json: got nothing, expected a value'
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("vocab_size", "320", "got '320', expected a valid integer"),
+        ("vocab_size", 0, "got 0, expected greater than 0"),
+        ("hidden_size", -48, "got -48, expected greater than 0"),
+        ("hidden_size", [48], "got [48], expected a valid integer"),
+        ("num_hidden_layers", True, "got True, expected a valid integer"),
+        ("num_hidden_layers", 2.0, "got 2.0, expected a valid integer"),
+        ("num_hidden_layers", 2.5, "got 2.5, expected a valid integer"),
+        ("num_hidden_layers", 10**9, "got 1000000000, expected less than or equal to 10000"),
+        ("num_attention_heads", 0, "got 0, expected greater than 0"),
+        ("num_attention_heads", "4", "got '4', expected a valid integer"),
+        ("num_key_value_heads", 0, "got 0, expected greater than 0"),
+        ("num_key_value_heads", 3, "got 3, expected a divisor of 4 heads"),
+        ("num_key_value_heads", 8, "got 8, expected a divisor of 4 heads"),
+        ("head_dim", 15, "got 15, expected an even number, as rotary embedding pairs columns"),
+        ("head_dim", True, "got True, expected a valid integer"),
+        ("rms_norm_eps", "1e-5", "got '1e-5', expected a valid number"),
+        ("rms_norm_eps", 0, "got 0, expected greater than 0"),
+        ("rms_norm_eps", float("nan"), "got nan, expected a finite number"),
+        ("rms_norm_eps", float("inf"), "got inf, expected a finite number"),
+        ("max_position_embeddings", 0, "got 0, expected greater than 0"),
+        ("tie_word_embeddings", 1, "got 1, expected a valid boolean"),
+        ("tie_word_embeddings", "false", "got 'false', expected a valid boolean"),
+        ("attention_bias", "no", "got 'no', expected a valid boolean"),
+        ("sliding_window", 0, "got 0, expected greater than 0"),
+        ("layer_types", "full", "got 'full', expected a valid tuple"),
+        ("rope_theta", True, "got True, expected a number"),
+        ("rope_theta", "1e4", "got '1e4', expected a number"),
+        ("rope_theta", -1, "got -1, expected greater than 0"),
+        ("rope_theta", float("inf"), "got inf, expected a finite number"),
+        ("rope_scaling", "linear", "got 'linear', expected an object or null"),
+        ("rope_parameters", [1], "got [1], expected an object or null"),
+        ("architectures", ..., 'got nothing, expected a list such as ["LlamaForCausalLM"]'),
+        ("architectures", [], 'got nothing, expected a list such as ["LlamaForCausalLM"]'),
+        ("architectures", "Llama", 'got Llama, expected a list such as ["LlamaForCausalLM"]'),
+        ("architectures", [3], "got 3, expected a valid string"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(key, value, message):
+    assert refusal(config(**{key: value})) == f'"{key}" in m/config.json: {message}'
+
+
+@pytest.mark.parametrize("heads", [5, 7])
+def test_a_head_dim_that_does_not_come_out_even_is_refused(heads):
+    assert refusal(config(head_dim=..., num_attention_heads=heads)) == (
+        f'"hidden_size" in m/config.json: got 48, expected a multiple of num_attention_heads {heads}, or a head_dim'
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "linear", "factor": "x"}, "\"factor\" in m/config.json: got 'x', expected a valid number"),
+        ({"rope_type": "linear", "factor": 0}, '"factor" in m/config.json: got 0, expected greater than 0'),
+        (
+            {"rope_theta": [1]},
+            '"rope_parameters.rope_theta" in m/config.json: got [1], expected a number',
+        ),
+        (
+            {**LLAMA3, "original_max_position_embeddings": 64.5},
+            '"original_max_position_embeddings" in m/config.json: got 64.5, expected a valid integer',
+        ),
+    ],
+)
+def test_rope_parameters_that_make_no_sense_are_named(rope, message):
+    assert refusal(with_rope({"rope_parameters": rope})) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "got", "expected"),
+    [
+        ({"torch_dtype": "float64"}, '"torch_dtype"', "float64", "float32, float16 or bfloat16"),
+        ({"torch_dtype": ..., "dtype": "int8"}, '"dtype"', "int8", "float32, float16 or bfloat16"),
+        ({"torch_dtype": ["x"]}, '"torch_dtype"', "['x']", "float32, float16 or bfloat16"),
+        ({"hidden_act": "gelu"}, '"hidden_act"', "gelu", "silu"),
+        ({"hidden_act": " ge\n\r\u2028lu"}, '"hidden_act"', "ge lu", "silu"),  # a message is one line
+        ({"rope_scaling": {"type": "yarn"}}, "rope type", "yarn", "default, linear or llama3"),
+        ({"rope_scaling": {"type": ["x"]}}, "rope type", "['x']", "default, linear or llama3"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type", "dynamic", "default, linear or llama3"),
+    ],
+)
+def test_what_is_sound_but_unknown_is_named_with_what_is_known(changes, what, got, expected):
+    message = refusal(config(**changes), UnsupportedError)
+    assert message == f"{what} in m/config.json: got {got}, expected {expected}"
+
+
+# --- what is written
+
+
+@pytest.mark.parametrize("dtype_key", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize("dialect", [0, 1], ids=["old", "new"])
+@pytest.mark.parametrize("rope", ROPE_DIALECTS, ids=ROPE_IDS)
+def test_what_is_written_reads_as_what_was_read_in_both_dialects(rope, dialect, dtype_key):
+    raw = with_rope(rope[dialect], torch_dtype=...)
+    raw = {key: value for key, value in raw.items() if value is not ...} | {dtype_key: "float16"}
+    parsed = parse(raw)
+    written = both_dialects(raw, parsed, DType.F16)
+    assert json.loads(json.dumps(written)) == written
+    assert parse(written) == parsed
+    old_keys, new_keys = {"torch_dtype", "rope_theta", "rope_scaling"}, {"dtype", "rope_parameters"}
+    assert old_keys | new_keys <= written.keys()
+    for other in (old_keys, new_keys):
+        assert parse({key: value for key, value in written.items() if key not in other}) == parsed
+
+
+def test_the_old_dialect_has_no_scaling_when_there_is_none():
+    written = both_dialects(config(), parse(config()), DType.BF16)
+    assert written["rope_scaling"] is None
+    assert written["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
+
+
+def test_a_dtype_that_the_config_did_not_say_is_written():
+    raw = config(torch_dtype=...)
+    written = both_dialects(raw, parse(raw), DType.F16)
+    assert written["torch_dtype"] == written["dtype"] == "float16"
+
+
+def test_other_keys_are_kept_and_the_input_is_not_changed():
+    raw = config(vendor={"a": [1]}, quantization_config=None)
+    before = json.dumps(raw)
+    written = both_dialects(raw, parse(raw), DType.BF16)
+    assert json.dumps(raw) == before
+    assert {key: written[key] for key in raw if key != "quantization_config"} == {
+        key: value for key, value in raw.items() if key != "quantization_config"
+    }
+
+
+@pytest.mark.parametrize("value", [None, {}, {"quant_method": "gptq"}])
+def test_quantization_config_is_dropped(value):
+    raw = config(quantization_config=value)
+    assert "quantization_config" not in both_dialects(raw, parse(raw), DType.BF16)
+
+
+@pytest.mark.parametrize("dialect", [0, 1], ids=["old", "new"])
+@pytest.mark.parametrize("rope", ROPE_DIALECTS, ids=ROPE_IDS)
+def test_transformers_reads_the_config_that_quantize_writes(cli, tmp_path, rope, dialect):
+    from transformers import AutoConfig
+
+    from tests.conftest import write_model
+
+    source = write_model(tmp_path / "m", with_rope(rope[dialect]), tokenizer=False)
+    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16").code == 0
+    theirs = AutoConfig.from_pretrained(tmp_path / "out")
+    expected = {"rope_theta": rope[2].rope_theta, **rope[1]["rope_parameters"]}
+    assert dict(theirs.rope_parameters) == expected
+    assert str(theirs.dtype) == "torch.bfloat16"
+    assert (theirs.head_dim, theirs.num_key_value_heads) == (16, 2)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_transformers_reads_the_same_model_out_of_it(tmp_path, architecture):
+    from transformers import AutoConfig
+
+    raw = config(architecture=architecture)
+    written = both_dialects(raw, parse(raw), DType.BF16)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.architectures == [architecture]
+    assert theirs.rope_parameters["rope_theta"] == 10000.0
+    assert not hasattr(theirs, "quantization_config")
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_is_read_in_any_unicode_encoding(tmp_path, encoding):
+    (tmp_path / "f.json").write_bytes('{"é": 1}'.encode(encoding))
+    assert load_json_object(tmp_path / "f.json") == {"é": 1}
+
+
+def json_refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_json_object(path)
+    return str(error.value)
+
+
+def test_a_missing_json_file_is_named(tmp_path):
+    assert json_refusal(tmp_path / "f.json") == f"f.json in {tmp_path}: got no such file, expected a JSON file"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}'])
+def test_a_key_that_stands_twice_is_refused_at_any_depth(tmp_path, text):
+    (tmp_path / "f.json").write_text(text)
+    assert json_refusal(tmp_path / "f.json") == (
+        f'key "a" in {tmp_path}/f.json: got two values, expected one. Remove one.'
+    )
+
+
+@pytest.mark.parametrize(("content", "kind"), [(b"[]", "list"), (b"null", "NoneType"), (b"7", "int"), (b'"x"', "str")])
+def test_json_that_is_no_object_is_refused(tmp_path, content, kind):
+    (tmp_path / "f.json").write_bytes(content)
+    assert json_refusal(tmp_path / "f.json") == f"JSON in {tmp_path}/f.json: got a {kind}, expected an object"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe\xff", b"[" * 100_000, b"{}{}", b"1" * 5000])
+def test_what_is_no_json_is_refused(tmp_path, content):
+    (tmp_path / "f.json").write_bytes(content)
+    message = json_refusal(tmp_path / "f.json")
+    assert message.startswith(f"JSON in {tmp_path}/f.json: got ")
+    assert message.endswith(", expected a JSON object. Fetch the file again.")

@@ -1,0 +1,162 @@
+"""Who may import whom, what stays unloaded, and where the names of the format are spelled."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import eightfold
+from eightfold import scheme
+
+ROOT = Path(eightfold.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+
+# A module imports from its own package and from lower ranks.
+RANKS = {
+    "__init__": 0,
+    "data": 0,
+    "errors": 0,
+    "memory": 0,
+    "progress": 0,
+    "config": 1,
+    "families": 2,
+    "scheme": 2,
+    "tokenizer": 2,
+    "format": 3,
+    "reference": 4,
+    "importers": 5,
+    "quant": 5,
+    "evaluate": 6,
+    "report": 6,
+    "cli": 7,
+    "__main__": 8,
+}
+
+# Where torch is at home.
+TORCH_ALLOWED = ("reference/", "quant/", "importers/", "evaluate/perplexity.py")
+
+HEAVY = ("torch", "transformers", "gguf", "numpy", "pydantic", "tokenizers", "jinja2")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def part_of(path: Path) -> str:
+    """Return the top-level module or package of a source file."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the dotted names that are imported anywhere in a tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            assert node.module is not None
+            if node.module == "eightfold":
+                yield from (f"eightfold.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def at_import_time(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that loading a module imports: not those in functions or under TYPE_CHECKING."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from imported(node)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_module_has_a_rank():
+    assert {part_of(path) for path in SOURCES} == set(RANKS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_downwards(path):
+    ours = [name.split(".")[1] for name in imported(parse(path)) if name.startswith("eightfold.")]
+    own = part_of(path)
+    upwards = {part for part in ours if part in RANKS and part != own and RANKS[part] >= RANKS[own]}
+    assert upwards == set()
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if not name_of(p).startswith(TORCH_ALLOWED)], ids=name_of)
+def test_torch_is_loaded_with_a_module_only_where_it_is_at_home(path):
+    loaded = {name.split(".")[0] for name in at_import_time(parse(path))}
+    assert loaded.isdisjoint({"torch", "transformers", "gguf"})
+
+
+def test_the_scan_sees_imports_of_every_form():
+    tree = ast.parse(
+        "import torch.nn\nfrom eightfold import memory, errors\nfrom eightfold.cli.main import app\n"
+        "try:\n    import numpy\nexcept ImportError:\n    pass\n"
+        "class A:\n    import json\n"
+        "if TYPE_CHECKING:\n    import rich\n"
+        "def f():\n    import gguf\n"
+    )
+    always = {"torch.nn", "eightfold.memory", "eightfold.errors", "eightfold.cli.main", "numpy", "json"}
+    assert set(at_import_time(tree)) == always
+    assert set(imported(tree)) == always | {"rich", "gguf"}
+
+
+def spelled_suffixes(path: Path) -> set[str]:
+    """Return the suffixes of quantized tensors that stand in a file as strings, alone or behind a dot."""
+    # "weight" and "bias" are ordinary words; the others exist only in this format.
+    suffixes = {spec.suffix for specs in scheme.LINEAR_TENSORS.values() for spec in specs} - {"weight", "bias"}
+    strings = {node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant)}
+    return suffixes & {text.rpartition(".")[2] for text in strings if isinstance(text, str)}
+
+
+def test_scheme_spells_the_suffixes_of_quantized_tensors():
+    assert len(spelled_suffixes(ROOT / "scheme.py")) == 6
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "scheme.py"], ids=name_of)
+def test_no_other_file_spells_them(path):
+    assert spelled_suffixes(path) == set()
+
+
+def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+
+
+def test_the_command_line_starts_without_anything_heavy():
+    done = python(f"import sys, eightfold.cli.main; print([name for name in {HEAVY} if name in sys.modules])")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_inspect_works_where_torch_transformers_and_gguf_are_not_installed(float_model):
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'gguf')))\n"  # None: importing it raises
+        "from eightfold.cli.main import main\n"
+        "sys.argv[0] = 'eightfold'\n"
+        "sys.exit(main())\n"
+    )
+    done = python(code, "inspect", float_model)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "LlamaForCausalLM, 2 layers" in done.stdout
+    refused = python(code, "quantize", float_model, float_model.parent / "out", "--scheme", "w8a16")
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        2,
+        "",
+        "eightfold: eightfold quantize needs torch: got none installed. "
+        "Install it: pip install 'eightfold[quantize]'\n",
+    )
+    assert not (float_model.parent / "out").exists()

@@ -1,0 +1,491 @@
+"""Text, token ids, chat templates and the pieces of a stream, as transformers has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eightfold.errors import CheckpointError, EightfoldError, InputError
+from eightfold.tokenizer import StreamDecoder, Tokenizer, stop_token_ids
+from tests.conftest import CHAT_TEMPLATE, write_tokenizer
+
+TEXTS = {
+    "nothing": "",
+    "english": "The quick brown fox; it's 3.14159 o'clock.",
+    "chinese": "深度学习是机器学习的一个分支。",
+    "emoji": "🙂👩‍👩‍👧‍👦🇩🇪 ok",
+    "accents": "Zwölf große Boxkämpfer — e\u0301 ﬁ",
+    "code": "def f(x):\n\treturn {'a': x[1:],  'b': None}\n",
+    "spaces": "  two  and\n\n\nthree   ",
+    "special": "<s>hi</s><|user|> there </s>",
+}
+
+CHATS: dict[str, list[dict[str, Any]]] = {
+    "question": [{"role": "user", "content": "What's deep learning?"}],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好 🙂"}],
+    "turns": [
+        {"role": "user", "content": "  leading spaces\nand lines  "},
+        {"role": "assistant", "content": "def f():\n    return '</s>'"},
+        {"role": "user", "content": ""},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny tokenizer's directory, not to be changed."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The same, the test's own."""
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def with_template(directory: Path, template: Any) -> Tokenizer:
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    set_config(directory, chat_template=template)
+    return Tokenizer(directory)
+
+
+def set_config(directory: Path, **changes: Any) -> None:
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]] | None = None, prompt: bool = True) -> str:
+    return tokenizer.render_chat(messages or CHATS["question"], add_generation_prompt=prompt)
+
+
+# --- against transformers
+
+
+def assert_as_transformers(directory: Path, texts: Iterable[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    ours = Tokenizer(directory)
+    for text in texts:
+        for special in (True, False):
+            assert ours.encode(text, special_tokens=special) == theirs.encode(text, add_special_tokens=special)
+        ids = ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    for messages in CHATS.values():
+        for prompt in (True, False):
+            rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert ours.render_chat(messages, add_generation_prompt=prompt) == rendered
+            ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+            assert ours.encode_chat(messages, add_generation_prompt=prompt) == ids
+
+
+def test_tiny_tokenizer_as_transformers(shared):
+    assert_as_transformers(shared, TEXTS.values())
+
+
+@pytest.mark.golden
+def test_real_tokenizer_as_transformers(smol):
+    assert_as_transformers(smol / "smol-bf16", TEXTS.values())
+
+
+# What templates in the field do, each in the words of one or more of them.
+TEMPLATES = {
+    "plain": CHAT_TEMPLATE,
+    "blocks on lines of their own": "{% for m in messages %}\n    {% if loop.first %}\nA{% endif %}\n{{ m.content }}\n"
+    "  {% endfor %}\n\n{{ eos_token }}",
+    "tools is none": "{% if tools is not none %}tools{% endif %}{% if documents is none %}plain{% endif %}",
+    "tools is defined": "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools }}",
+    "tojson": "{{ messages | tojson }} {{ messages[0] | tojson(indent=2) }} {{ '<é>' | tojson(ensure_ascii=true) }}",
+    "tojson by position": "{{ '<é>' | tojson(true, 1) }} {{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}",
+    "loop controls": "{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
+    "generation has its own scope": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}",
+    "undefined": "{{ enable_thinking is defined }}{{ nothing }}{{ messages[0].nothing }}",
+    "strings": "{{ messages[0].content.strip().split('?')[0] | upper }}{{ messages[-1]['role'][::-1] }}",
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ unk_token is defined }}{{ pad_token is defined }}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_templates_as_transformers(directory, template):
+    transformers = pytest.importorskip("transformers")
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    for messages in CHATS.values():
+        rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert render(Tokenizer(directory), messages) == rendered
+
+
+# --- tokenizer.json
+
+
+def test_text_survives(shared):
+    tokenizer = Tokenizer(shared)
+    for name, text in TEXTS.items():
+        if name != "special":
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_read_from_text_and_left_out_of_it(shared):
+    tokenizer = Tokenizer(shared)
+    assert tokenizer.encode("<s></s>") == [256, 257]
+    assert tokenizer.decode([256, *tokenizer.encode("hi"), 257]) == "hi"
+
+
+def test_the_ids_that_a_model_puts_around_a_text_come_only_when_asked_for(directory):
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    path = str(directory / "tokenizer.json")
+    fast = FastTokenizer.from_file(path)
+    fast.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    fast.save(path)
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.encode("a") == [256, *tokenizer.encode("a", special_tokens=False)]
+    # A template writes its own: were BOS put before a chat, there would be two.
+    with_bos = with_template(directory, "{{ bos_token }}a")
+    assert with_bos.encode_chat([], add_generation_prompt=True) == tokenizer.encode("a")
+
+
+def test_padding_and_truncation_in_the_file_are_ignored(directory):
+    from tokenizers import Tokenizer as FastTokenizer
+
+    path = str(directory / "tokenizer.json")
+    expected = {text: Tokenizer(directory).encode(text) for text in TEXTS.values()}
+    fast = FastTokenizer.from_file(path)
+    fast.enable_padding(length=16, pad_id=258, pad_token="<|system|>")
+    fast.enable_truncation(4)
+    fast.save(path)
+    assert len(FastTokenizer.from_file(path).encode(TEXTS["english"]).ids) == 16
+    tokenizer = Tokenizer(directory)
+    assert {text: tokenizer.encode(text) for text in TEXTS.values()} == expected
+
+
+def test_a_missing_tokenizer_says_what_to_do(tmp_path):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json in .*got no such file.*Copy it from the float model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(CheckpointError, match=r"Only tokenizer\.model is there: load it with transformers"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xff", b'{"version": "1.0", "model": {"type": "Nope"}}'])
+def test_a_damaged_tokenizer_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer in .*tokenizer\.json: got .*, expected a tokenizers file"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "half \udcff", "ok 🙂 \ude42"])
+def test_text_that_is_not_unicode_is_refused(shared, text):
+    with pytest.raises(InputError, match=r"text: got character \d+ that is not Unicode"):
+        Tokenizer(shared).encode(text)
+
+
+# --- where a template comes from
+
+
+def test_template_as_a_string_in_the_settings(directory):
+    tokenizer = with_template(directory, "string {{ messages[0].role }}")
+    assert tokenizer.has_chat_template
+    assert render(tokenizer) == "string user"
+
+
+def test_template_as_a_list_of_named_ones(directory):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default {{ eos_token }}"}]
+    tokenizer = with_template(directory, named)
+    assert tokenizer.has_chat_template
+    assert render(tokenizer) == "default </s>"
+
+
+def test_template_as_a_file_wins_over_the_settings(directory):
+    set_config(directory, chat_template="settings")
+    (directory / "chat_template.jinja").write_text("file ü", encoding="utf-8")
+    assert render(Tokenizer(directory)) == "file ü"
+
+
+@pytest.mark.parametrize(
+    "template", [None, [], [{"name": "tool_use", "template": "x"}], 5, ["default"], {"default": "x"}]
+)
+def test_a_model_without_a_template_is_a_base_model(directory, template):
+    tokenizer = with_template(directory, template)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(CheckpointError, match=r"chat template in .*got none.*leave out --chat"):
+        render(tokenizer)
+
+
+def test_a_template_that_is_no_template_is_named(directory):
+    tokenizer = with_template(directory, "{% for m in messages %}")
+    assert tokenizer.has_chat_template
+    with pytest.raises(CheckpointError, match=r"chat template in .*expected a jinja2 template"):
+        render(tokenizer)
+    (directory / "chat_template.jinja").write_bytes(b"ok\xff")
+    with pytest.raises(CheckpointError, match=r"chat template in .*got byte 2 that is not UTF-8"):
+        render(Tokenizer(directory))
+
+
+# --- special tokens
+
+
+@pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "lstrip": False, "special": True}])
+def test_special_tokens_are_strings_or_objects(directory, token):
+    set_config(directory, eos_token=token, bos_token=token)
+    assert render(with_template(directory, "{{ bos_token }}|{{ eos_token }}")) == "</s>|</s>"
+
+
+def test_special_tokens_come_from_either_file_and_the_settings_win(directory):
+    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "map", "unk_token": {"content": "U"}}))
+    set_config(directory, eos_token="settings", pad_token=None)
+    tokenizer = with_template(directory, "{{ eos_token }} {{ unk_token }} {{ bos_token }} {{ pad_token is defined }}")
+    assert render(tokenizer) == "settings U <s> False"
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "chat_template.jinja").write_text("{{ eos_token }} {{ bos_token is defined }}")
+    assert render(Tokenizer(directory)) == "map False"
+
+
+def test_special_tokens_that_are_no_text_are_left_out(directory):
+    set_config(directory, eos_token=5, bos_token={"special": True}, unk_token=["x"])
+    template = "{{ eos_token is defined }}{{ bos_token is defined }}{{ unk_token is defined }}"
+    assert render(with_template(directory, template)) == "FalseFalseFalse"
+
+
+# --- templates are a stranger's programs
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate."),
+        ("{{ raise_exception('two\nlines') }}", "two lines"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[7].content }}", "list object has no element 7"),
+        ("{{ nothing.content }}", "'nothing' is undefined"),
+        ("{{ messages[0].content + 1 }}", 'can only concatenate str (not "int") to str'),
+        ("{{ messages[0].content.index('z') }}", "substring not found"),
+        ("{{ 'a' * 10**15 }}", "MemoryError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ range(10**9) | length }}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
+        ("{% include '/etc/passwd' %}", "no loader for this environment specified"),
+    ],
+)
+def test_a_template_that_refuses_or_fails_gives_one_clear_line(directory, template, message):
+    tokenizer = with_template(directory, template)
+    with pytest.raises(InputError) as failure:
+        render(tokenizer)
+    assert str(failure.value).startswith(f"messages: got {message}")
+    assert str(failure.value).endswith(", expected roles and contents that the chat template accepts")
+    assert "\n" not in str(failure.value)
+
+
+ESCAPES = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ ''['__class__']['__mro__'] }}",
+    "{{ (''|attr('__class__')).__mro__ }}",
+    "{{ messages.__class__.__init__.__globals__ }}",
+    "{{ raise_exception.__globals__['json'] }}",
+    "{{ strftime_now.__globals__['datetime'] }}",
+    "{{ strftime_now.__closure__[0] }}",
+    "{{ cycler.__init__.__globals__.os }}",
+    "{{ ('{0.__class__.__mro__}'|attr('format'))(1) }}",
+    "{{ '{0.__class__.__mro__}'.format(1) }}",
+    "{{ dict.mro() }}",
+    "{{ self._TemplateReference__context.environment.globals }}",
+]
+
+
+@pytest.mark.parametrize("template", ESCAPES)
+def test_a_template_that_reaches_for_python_is_stopped(directory, template):
+    with pytest.raises(InputError, match=r"^messages: got .*unsafe|^messages: got .*(undefined|no attribute)"):
+        render(with_template(directory, template))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ ''.__class__ }}", "{{ '{0.__class__}'.format(1) }}", "{{ ''|attr('__class__') }}"]
+)
+def test_what_a_template_may_not_see_prints_as_nothing(directory, template):
+    assert render(with_template(directory, template)) == ""
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.append(1) }}",
+        "{{ messages.pop() }}",
+        "{% set _ = messages.clear() %}",
+        "{% set _ = messages.reverse() %}",
+        "{{ messages.insert(0, 1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ messages[0].pop('role') }}",
+        "{% set _ = messages[0].setdefault('x', 1) %}",
+    ],
+)
+def test_a_template_cannot_change_what_it_is_given(directory, template):
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(InputError, match=r"got access to attribute '\w+' of '(list|dict)' object is unsafe"):
+        render(with_template(directory, template), messages)
+    assert messages == [{"role": "user", "content": "hi"}]
+
+
+def test_one_template_renders_many_chats(directory):
+    tokenizer = with_template(directory, "{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}")
+    assert [render(tokenizer) for _ in range(3)] == ["1", "1", "1"]
+
+
+def test_the_date_is_there_for_templates_that_print_it(directory):
+    assert render(with_template(directory, "{{ strftime_now('%Y')|int > 2000 }}")) == "True"
+
+
+# --- streams
+
+
+def pieces_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    stream = StreamDecoder(tokenizer)
+    return [*(stream.push(token) for token in ids), stream.finish()]
+
+
+def sentencepiece_like(directory: Path) -> Tokenizer:
+    """Llama 2's way: words begin with ▁, unknown characters are bytes, and the first space is dropped."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, normalizers
+
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁th"]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    merges = [("▁", "a")]
+    fast = FastTokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(parts)
+    directory.mkdir(exist_ok=True)
+    fast.save(str(directory / "tokenizer.json"))
+    return Tokenizer(directory)
+
+
+KINDS = ("byte level", "byte fallback")
+
+
+@pytest.fixture(scope="module")
+def kinds(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    return {
+        "byte level": Tokenizer(shared),
+        "byte fallback": sentencepiece_like(tmp_path_factory.mktemp("fallback")),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_pieces_joined_are_the_text(kinds, kind, text):
+    tokenizer = kinds[kind]
+    ids = tokenizer.encode(text)
+    pieces = pieces_of(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=30))
+def test_pieces_of_any_text_joined_are_the_text(kinds, kind, text):
+    tokenizer = kinds[kind]
+    ids = tokenizer.encode(text)
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ids=st.lists(st.integers(0, 262), max_size=20))
+def test_pieces_of_any_token_ids_joined_are_their_text(kinds, ids):
+    # Also of bytes that are no UTF-8, of special tokens between them, and of ids without a token.
+    tokenizer = kinds["byte level"]
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_whole_with_its_last_one(kinds):
+    tokenizer = kinds["byte level"]
+    ids = tokenizer.encode("a🙂b")
+    assert len(ids) == 6
+    assert pieces_of(tokenizer, ids) == ["a", "", "", "", "🙂", "b", ""]
+
+
+def test_words_keep_the_space_before_them(kinds):
+    tokenizer = kinds["byte fallback"]
+    ids = tokenizer.encode("x a é a")
+    assert "".join(pieces_of(tokenizer, ids)) == "x a é a"
+    assert pieces_of(tokenizer, tokenizer.encode("a a a")) == ["a", " a", " a", ""]
+
+
+def test_an_unfinished_character_comes_at_the_end_as_it_is(kinds):
+    tokenizer = kinds["byte level"]
+    ids = tokenizer.encode("a🙂")[:-1]
+    pieces = pieces_of(tokenizer, ids)
+    assert pieces[:-1] == ["a", "", "", ""]
+    assert pieces[-1] == tokenizer.decode(ids)[1:] != ""
+
+
+def test_a_stream_that_ends_well_has_nothing_left(kinds):
+    for tokenizer in kinds.values():
+        assert pieces_of(tokenizer, tokenizer.encode("abc"))[-1] == ""
+        assert pieces_of(tokenizer, []) == [""]
+
+
+def test_special_tokens_are_silent(kinds):
+    tokenizer = kinds["byte level"]
+    (a,) = tokenizer.encode("a")
+    assert pieces_of(tokenizer, [256, a, 257, a, 257]) == ["", "a", "", "a", "", ""]
+
+
+@pytest.mark.golden
+def test_pieces_of_a_real_vocabulary_joined_are_the_text(smol):
+    tokenizer = Tokenizer(smol / "smol-bf16")
+    for name, text in TEXTS.items():
+        ids = tokenizer.encode(text)
+        pieces = pieces_of(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids)
+        if name != "special":
+            assert "".join(pieces) == text
+
+
+# --- stop tokens
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (5, 7, {5}),
+        ([5, 6], 7, {5, 6}),
+        (0, 7, {0}),
+        (None, 7, {7}),
+        (None, [7, 8], {7, 8}),
+        ([], 7, set()),  # said, and said to be none
+        (None, None, set()),
+        ("5", None, set()),
+        ([5, None, "6", True, 7.0], None, {5}),
+        (True, None, set()),
+    ],
+)
+def test_stop_tokens_are_those_of_the_generation_settings_else_the_configs(tmp_path, generation, config, expected):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert stop_token_ids(tmp_path, {"eos_token_id": config}) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [({"eos_token_id": 7}, {7}), ({"eos_token_id": None}, set()), ({}, set())]
+)
+def test_stop_tokens_without_generation_settings_are_the_configs(tmp_path, config, expected):
+    assert stop_token_ids(tmp_path, config) == expected
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert stop_token_ids(tmp_path, config) == expected
+
+
+def test_damaged_generation_settings_are_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(EightfoldError, match=r"generation_config\.json"):
+        stop_token_ids(tmp_path, {})
