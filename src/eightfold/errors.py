@@ -55,6 +55,11 @@ class DependencyError(EightfoldError):
     """An optional package is needed for this command."""
 
 
+def plural(count: int, noun: str) -> str:
+    """Render a number with its noun and verb: `1 tensor is`, `3 tensors are`."""
+    return f"1 {noun} is" if count == 1 else f"{count} {noun}s are"
+
+
 def one_of(names: Any) -> str:
     """Render known names for an error message: `a, b or c`."""
     items = [str(name) for name in names]

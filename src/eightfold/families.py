@@ -8,6 +8,7 @@ Letters: E hidden size, F intermediate size, H query heads, G key/value heads, D
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,6 +117,12 @@ def layer_norms(config: ModelConfig) -> dict[str, int]:
 def layer_prefix(layer_idx: int) -> str:
     """Return the name prefix of a decoder layer, with its dot."""
     return f"model.layers.{layer_idx}."
+
+
+def layer_of(tensor: str) -> int | None:
+    """Return the index of the decoder layer that a tensor's name puts it in; None outside of them."""
+    found = re.match(r"model\.layers\.(\d+)\.", tensor)
+    return int(found[1]) if found else None
 
 
 def all_linears(config: ModelConfig) -> dict[str, LinearShape]:

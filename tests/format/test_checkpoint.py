@@ -186,7 +186,7 @@ def test_an_index_cannot_point_outside_the_directory(float_model, name):
 def test_an_index_cannot_name_what_is_no_file(float_model, name):
     weight_map = shard(float_model)
     write_index(float_model, {"weight_map": {**weight_map, "lm_head.weight": name}})
-    assert refusal(float_model).startswith(("1 shards of 3 are missing", "shard name"))
+    assert refusal(float_model).startswith(("1 shard is missing of 3", "shard name"))
 
 
 def test_an_index_that_names_the_wrong_shard_is_refused(float_model):

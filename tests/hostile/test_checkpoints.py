@@ -94,7 +94,7 @@ def test_missing_shards_are_listed(cli, float_model):
     shards = shard(float_model)
     shards[1].unlink()
     assert both_refused(cli, float_model) == (
-        f"1 shards of 2 are missing in {float_model}: got no model-00002-of-00002.safetensors, "
+        f"1 shard is missing of 2 in {float_model}: got no model-00002-of-00002.safetensors, "
         "expected every file that the index names. Fetch the missing files."
     )
 
@@ -353,7 +353,7 @@ def test_many_missing_tensors_do_not_flood_the_terminal(cli, float_model, config
 def test_an_untied_model_without_a_head_is_refused(cli, float_model, replace):
     replace({"lm_head.weight": None})
     assert both_refused(cli, float_model) == (
-        f"1 tensors are missing in {float_model}: got no lm_head.weight, expected all 21 of LlamaForCausalLM. "
+        f"1 tensor is missing in {float_model}: got no lm_head.weight, expected all 21 of LlamaForCausalLM. "
         "Fetch or write the directory again."
     )
 
@@ -535,6 +535,13 @@ def test_a_billion_layers_are_refused_at_once(cli, float_model, configure):
     assert both_refused(cli, float_model) == (
         f'"num_hidden_layers" in {float_model}/config.json: got 1000000000, expected less than or equal to 10000'
     )
+
+
+def test_fewer_layers_in_the_config_than_in_the_weights_are_refused(cli, float_model, configure):
+    configure(num_hidden_layers=1)
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"layers beyond config.json's 1 in {float_model}: got model.layers.1.")
+    assert message.endswith("as many as config.json says. config.json and the weights belong to different models.")
 
 
 def test_an_odd_head_dim_is_refused(cli, tmp_path):

@@ -97,13 +97,17 @@ def quantize(
     """
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.format.writer import OutputDirectory
+    from eightfold.quant.recipe import Recipe, assign_types
     from eightfold.scheme import NEEDS_CALIBRATION, SCHEMES
 
     started = time.monotonic()
     quant_type = SCHEMES[scheme.value]
+    recipe = Recipe(quant_type, weight_symmetric, tuple(keep_float or ()), save_dtype is SaveDtype.float32)
+    part_bytes = _part_bytes(part_size_gb)
     calibration = _Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
     # What can be refused is refused before torch is loaded and texts are tokenized.
     checkpoint = Checkpoint.open(source)
+    assign_types(checkpoint.config, recipe)
     OutputDirectory(target, source=source, overwrite=overwrite)
     samples = None
     if quant_type in NEEDS_CALIBRATION:
@@ -113,15 +117,14 @@ def quantize(
         console.note(f"{scheme.value} needs no calibration data; {calibration.given} changes nothing.")
     console.require_torch("quantize")
     from eightfold.quant.pipeline import quantize_checkpoint
-    from eightfold.quant.recipe import Recipe
 
     outcome = quantize_checkpoint(
         source,
         target,
-        Recipe(quant_type, weight_symmetric, tuple(keep_float or ()), save_dtype is SaveDtype.float32),
+        recipe,
         samples,
         overwrite=overwrite,
-        part_bytes=_part_bytes(part_size_gb),
+        part_bytes=part_bytes,
         legacy_names=legacy_names,
         progress=console.bars,
     )

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, load_json_object, parse_config
-from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
-from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, all_linears, all_norms
+from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
+from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, all_linears, all_norms, layer_of
 from eightfold.format.description import Description, check_entries, find_description, read_description
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
 from eightfold.scheme import DTypeRule, QuantType, TensorSpec, linear_tensors, weight_name
@@ -133,11 +133,20 @@ class Checkpoint:
         missing = [name for name, spec in expected.items() if name not in self.tensors and not spec.optional]
         if missing:
             raise CheckpointError(
-                f"{len(missing)} tensors are missing",
+                f"{plural(len(missing), 'tensor')} missing",
                 where=self.directory,
                 got=f"no {shortlist(missing, 12)}",
                 expected=f"all {len(expected)} of {self.config.architecture}",
                 action="Fetch or write the directory again.",
+            )
+        beyond = [name for name in self.tensors if (layer_of(name) or 0) >= self.config.num_layers]
+        if beyond:
+            raise CheckpointError(
+                f"layers beyond config.json's {self.config.num_layers}",
+                where=self.directory,
+                got=shortlist(beyond, 3),
+                expected="as many as config.json says",
+                action="config.json and the weights belong to different models.",
             )
         # First, because a weight without an entry would look like a float one of the wrong dtype.
         if self.description is not None:
@@ -291,7 +300,7 @@ def _read_indexed(index: Path) -> dict[str, TensorInfo]:
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{len(absent)} shards of {len(shards)} are missing",
+            f"{plural(len(absent), 'shard')} missing of {len(shards)}",
             where=index.parent,
             got=f"no {shortlist(absent)}",
             expected="every file that the index names",

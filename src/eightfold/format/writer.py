@@ -127,7 +127,6 @@ class OutputDirectory:
     def _commit(self) -> None:
         for path in self.path.rglob("*"):
             path.chmod(_mode(path))
-        (self.path / _LOCK).unlink()
         content = self._content()
         if content and not self._overwrite:
             raise OutputError(
@@ -140,25 +139,31 @@ class OutputDirectory:
             self._move_files(content)
             return
         self.path.chmod(DIRECTORY_MODE)
-        if not content:
+        if content:
+            self._replace()
+        else:
             self.path.rename(self.target)
-            return
+        (self.target / _LOCK).unlink()  # until here a killed run's sibling is known by it
+
+    def _replace(self) -> None:
+        """Put the new directory in the place of the old one, which goes only when that has worked."""
         old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.replaced-", dir=self.target.parent))
         try:
             self.target.rename(old / "old")
             self.path.rename(self.target)
-        except BaseException:  # Ctrl-C too: the old model goes only when the new one is in its place
+        except BaseException:  # Ctrl-C too
             if not self.target.exists():
                 (old / "old").rename(self.target)
+            old.rmdir()
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _move_files(self, content: list[Path]) -> None:
         for path in content:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # config.json makes a directory a model: it comes last.
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
+        written = [path for path in self.path.iterdir() if path.name != _LOCK]
+        for path in sorted(written, key=lambda path: path.name == "config.json"):
             path.rename(self.target / path.name)
 
 
