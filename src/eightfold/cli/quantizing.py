@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
 
 
+# Headings in the help.
+_CALIBRATION, _OUTPUT = "Calibration data", "Output"
+
+
 class SchemeName(str, Enum):
     """Schemes by their names on the command line."""
 
@@ -42,28 +46,36 @@ def quantize(
     scheme: Annotated[
         SchemeName,
         typer.Option(
+            metavar="SCHEME",
             help="w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations, by token. "
-            "w8a16: int8 weights only."
+            "w8a16: int8 weights only.",
         ),
     ],
     calib: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
+            rich_help_panel=_CALIBRATION,
             help="Calibration texts, one a line: JSON with text, prompt, inputs_pretokenized or messages, or plain. "
             "Default: a mixed set of 64.",
         ),
     ] = None,
     calib_limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use the first N calibration rows.")
+        int | None,
+        typer.Option(min=1, metavar="N", rich_help_panel=_CALIBRATION, help="Use the first N calibration rows."),
     ] = None,
     calib_texts: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="A calibration text; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", rich_help_panel=_CALIBRATION, help="A calibration text; may be given several times."
+        ),
     ] = None,
     calib_ids: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Calibration samples as token ids, one JSON list a line; no tokenizer is needed."
+            metavar="FILE",
+            rich_help_panel=_CALIBRATION,
+            help="Calibration samples as token ids, one JSON list a line; no tokenizer is needed.",
         ),
     ] = None,
     weight_symmetric: Annotated[
@@ -76,18 +88,30 @@ def quantize(
         ),
     ] = None,
     save_dtype: Annotated[
-        SaveDtype, typer.Option(help="Store floating tensors as the model does, or all as float32.")
+        SaveDtype,
+        typer.Option(
+            metavar="TYPE",
+            rich_help_panel=_OUTPUT,
+            help="Store floating tensors as the model does (model), or all as float32.",
+        ),
     ] = SaveDtype.model,
     part_size_gb: Annotated[
-        float | None, typer.Option(min=1e-6, metavar="GB", help="Split the weights into files of this size (GiB).")
+        float | None,
+        typer.Option(
+            min=1e-6, metavar="GB", rich_help_panel=_OUTPUT, help="Split the weights into files of this size (GiB)."
+        ),
     ] = None,
     legacy_names: Annotated[
         bool,
         typer.Option(
-            "--legacy-names", help="Also write the description under its older, suffixed name, for older MindIE."
+            "--legacy-names",
+            rich_help_panel=_OUTPUT,
+            help="Also write the description under its older, suffixed name, for older MindIE.",
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model directory.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=_OUTPUT, help="Replace OUT if it is a model directory.")
+    ] = False,
 ) -> None:
     """Turn a float Llama-family model into an 8-bit one.
 
