@@ -83,9 +83,9 @@ class ModelConfig(BaseModel):
     mlp_bias: bool = False
     hidden_act: str = "silu"
     rope: RopeParameters = RopeParameters()
-    sliding_window: PositiveInt | None = None
+    sliding_window: PositiveInt | None = 4096  # defaults as transformers has them for Mistral and Qwen; null is none
     use_sliding_window: bool | None = None  # None: the family decides
-    max_window_layers: int = 0
+    max_window_layers: int = 28
     layer_types: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
 
     @property
@@ -147,6 +147,8 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         head_dim=head_dim,
         rope=rope,
     )
+    if "sliding_window" in raw:
+        fields["sliding_window"] = raw["sliding_window"]
     try:
         config = ModelConfig.model_validate(fields)
     except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,6 @@ def q8_0_blocks(tensor: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     raw = np.concatenate([scale.view(np.uint8), values.view(np.uint8)], axis=-1)
     real = values.astype(np.float32) * scale.astype(np.float32)
     return raw.reshape(tensor.shape[0], -1), real.reshape(tensor.shape)
-
-
-ALPHABET = ["Ġ", *(chr(code) for code in range(33, 127)), *(chr(code) for code in range(161, 173))]
 
 
 def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
@@ -453,13 +451,16 @@ def test_tokenizer_is_rebuilt(tmp_path, source):
     assert chat == [tokens.index("<|user|>"), *rebuilt.encode("the"), 257, tokens.index("<|assistant|>")]
 
 
-def test_tokenizer_files_are_such_that_older_transformers_read_them_too(tmp_path, source):
-    import_gguf(source, tmp_path / "out", DType.BF16)
-    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" or "Fast" in settings["tokenizer_class"]
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_reads_the_tokenizer_that_was_written(tmp_path, architecture):
+    path = Source(float_config(architecture), architecture).write(tmp_path / "tiny.gguf")
+    import_gguf(path, tmp_path / "out", DType.BF16)
+    theirs, ours = (kind(tmp_path / "out") for kind in (transformers.AutoTokenizer.from_pretrained, Tokenizer))
     for text in TEXTS:
-        assert theirs.encode(text) == Tokenizer(tmp_path / "out").encode(text)
+        assert theirs.encode(text) == ours.encode(text)
+    # Names of the class that transformers 4 knows too.
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer")
 
 
 def test_generation_settings_are_the_files(tmp_path, source):
@@ -489,6 +490,16 @@ def test_a_file_that_names_no_architecture_is_refused(tmp_path):
     path = Source(float_config()).write(tmp_path / "tiny.gguf")
     path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architextur_"))
     with pytest.raises(EightfoldError, match=r"architecture in .*tiny\.gguf"):
+        import_gguf(path, tmp_path / "out", DType.BF16)
+
+
+def test_an_architecture_that_is_no_name_is_refused(tmp_path):
+    kinds = gguf.GGUFValueType
+    key = b"general.architecture"
+    field = struct.pack("<Q20sIIQB", len(key), key, kinds.ARRAY, kinds.UINT8, 1, 7)
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(UnsupportedError, match=r"architecture in .*got \[7\], expected a dense model"):
         import_gguf(path, tmp_path / "out", DType.BF16)
 
 
@@ -565,6 +576,26 @@ def test_a_tensor_type_without_a_rule_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "action"),
+    [(1e5, DType.F16, "Import as bf16"), (math.inf, DType.BF16, "fetch"), (math.nan, DType.BF16, "fetch")],
+)
+def test_values_that_the_type_cannot_hold_are_refused(tmp_path, value, dtype, action):
+    made = Source(float_config())
+    made.tensors["blk.1.attn_k.weight"][0][3, 4] = value
+    with pytest.raises(CheckpointError, match=rf"values of blk\.1\.attn_k\.weight in .*expected finite ones.*{action}"):
+        import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_float16_is_held(tmp_path):
+    made = Source(float_config())
+    made.tensors["blk.1.attn_v.weight"][0][3, 4] = -65504
+    import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", DType.F16)
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
+    assert float(found[3, 4]) == -65504
+
+
 def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, source):
     content, path = source.read_bytes(), tmp_path / "cut.gguf"
     for length in [*range(0, 200, 7), *range(200, len(content), len(content) // 60), len(content) - 1]:
@@ -581,6 +612,17 @@ def test_what_is_no_gguf_file_is_refused(tmp_path, content):
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"container in .*x\.gguf: .*expected a whole GGUF file"):
+        import_gguf(path, tmp_path / "out", DType.BF16)
+
+
+def test_a_damaged_count_does_not_read_on_past_the_end(tmp_path):
+    # One metadata field: an array that says it has 100,000 bytes, and has 3. Read on, each would be an empty value.
+    field = struct.pack("<Q1sIIQ", 1, b"a", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, 100_000) + bytes(3)
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(
+        CheckpointError, match=rf"container in .*: got it ends before byte {path.stat().st_size}, expected"
+    ):
         import_gguf(path, tmp_path / "out", DType.BF16)
 
 
@@ -648,8 +690,9 @@ def test_the_command_line(cli, tmp_path, source):
 
 
 @pytest.mark.golden
-def test_the_real_file_gives_the_real_model(smol, tmp_path):
-    import_gguf(smol / "smol.gguf", tmp_path / "out", DType.BF16)
+def test_the_real_file_gives_the_real_model(cli, smol, tmp_path):
+    made = cli("import-gguf", smol / "smol.gguf", tmp_path / "out", "--dtype", "bf16")
+    assert made.code == 0, made.err
     expected = load_file(smol / "smol-bf16" / "model.safetensors")
     assert_same_tensors(tmp_path / "out", expected, torch.bfloat16)
     ours, theirs = (Checkpoint.open(path) for path in (tmp_path / "out", smol / "smol-bf16"))

@@ -125,6 +125,21 @@ def test_tied_model_has_both_names_and_stays_tied(tmp_path):
     assert checkpoint.head_weight() == "model.embed_tokens.weight"
 
 
+def test_tied_model_with_another_head_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = write_model(tmp_path / "float", tiny_config(tie_word_embeddings=True))
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors")
+    quantize_checkpoint(source, tmp_path / "equal", Recipe(QuantType.W8A16))
+    tensors["lm_head.weight"][3, 5] += 1
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight in .*: got values that differ .*tie_word_embeddings"):
+        quantize_checkpoint(source, tmp_path / "out", Recipe(QuantType.W8A16))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("scheme", list(QuantType)[1:])
 def test_kept_linears_are_bit_equal_and_tagged_float(tmp_path, scheme):
     checkpoint, outcome = quantized(

@@ -239,6 +239,16 @@ def test_embed_refuses_ids_outside_the_vocabulary(tmp_path, ids, got):
     assert str(failure.value) == f"token id: got {got}, expected 0 to 319"
 
 
+def test_a_tied_head_is_the_embedding_also_where_a_copy_is_stored(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    directory = write_model(tmp_path / "m", tiny_config(tie_word_embeddings=True), tokenizer=False)
+    expected = Decoder(Checkpoint.open(directory)).logits([1, 2])
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": torch.zeros(320, 48)}, directory / "model.safetensors")
+    assert torch.equal(Decoder(Checkpoint.open(directory)).logits([1, 2]), expected)
+
+
 def test_on_layer_is_called_after_each_layer(tmp_path):
     calls: list[int] = []
     decoder_of(tmp_path, "llama").hidden_states([[1, 2]], lambda: calls.append(1))

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import Recipe
 from eightfold.reference import linear
 from eightfold.reference.linear import (
     EXACT_K,
@@ -20,6 +23,10 @@ from eightfold.reference.linear import (
     to_int8_,
     token_params,
 )
+from eightfold.reference.load import Decoder
+from eightfold.reference.tensors import load_float32
+from eightfold.scheme import QuantType
+from tests.conftest import token_samples, write_model
 
 T, K, N = 7, 65, 5
 
@@ -182,15 +189,23 @@ def test_static_w8a8_is_its_formula(input_offset):
 
 
 def test_static_w8a8_multiplies_by_the_reciprocal():
-    # 0.1 as float32 is a little more than a tenth: 10 * 0.05 is the half that decides, and the reciprocal rounds to 10.
-    layer = static_linear(0.1, 0.0, torch.zeros(N, dtype=torch.int32))
-    assert float(layer.inv_input_scale) == 10.0
-    x = torch.zeros(1, K)
-    x[0, 0] = 0.35  # below 3.5 tenths in float32; times 10 it is rounded up to 3.5, and then to the even 4
-    xq = rne_clamped(f64(x * torch.tensor([10.0]))).astype(np.int64)
-    assert xq[0, 0] == 4
-    expected = (xq @ f64(layer.weight).T) * f64(layer.deq_scale)
-    assert (np.abs(f64(layer(x)) - expected) <= 2.001 * ROUNDING * np.abs(expected)).all()
+    # The quotient in float32 is -117.49999; times the reciprocal, rounded to 3.3333333, it is -117.5, and -118 is even.
+    scale, x = torch.tensor([0.3]), torch.zeros(1, K)
+    x[0, 0] = -35.25
+    assert (float(torch.round(x[0, 0] / scale)), float(torch.round(x[0, 0] * (1 / scale)))) == (-117, -118)
+    layer = static_linear(0.3, 0.0, torch.zeros(N, dtype=torch.int32))
+    expected = -118 * f64(layer.weight)[:, 0] * f64(layer.deq_scale)
+    assert (np.abs(f64(layer(x))[0] - expected) <= 2.001 * ROUNDING * np.abs(expected)).all()
+
+
+def test_the_reciprocal_is_taken_once_at_load_in_float32(tmp_path):
+    source = write_model(tmp_path / "float", tokenizer=False)
+    quantize_checkpoint(source, tmp_path / "out", Recipe(QuantType.W8A8), token_samples())
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    stored = load_float32(checkpoint, "model.layers.0.mlp.down_proj.input_scale")
+    loaded = Decoder(checkpoint).block(0).down.linears[0]
+    assert loaded.inv_input_scale.dtype == torch.float32
+    assert torch.equal(loaded.inv_input_scale, 1 / stored)
 
 
 def tokens() -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,9 @@ def note(text: str) -> None:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON document as one line of stdout."""
-    print(json.dumps(content, ensure_ascii=False), flush=True)
+    """Print one JSON document as one line of stdout; what is not a number becomes null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    print(json.dumps(finite, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 class _BarTask:

@@ -64,6 +64,8 @@ def env(
         return
     packages = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found.pop("packages").items())
     for key in ("memory_bytes", "memory_available_bytes"):
-        found[key.removesuffix("_bytes")] = "unknown" if found[key] is None else console.size_text(found.pop(key))
+        found[key.removesuffix("_bytes")] = (
+            "unknown" if (nbytes := found.pop(key)) is None else console.size_text(nbytes)
+        )
     for key, value in {**found, "packages": packages}.items():
         print(f"{key + ':':18}{' '.join(value) if isinstance(value, list) else value}")

@@ -35,7 +35,7 @@ from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
 from eightfold.progress import Progress, silent
 from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.tensors import to_array
+from eightfold.reference.tensors import TORCH_DTYPES, to_array
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ def import_gguf(
             with progress("import", len(names), "tensor") as task:
                 for name, gguf_name in names.items():
                     task.at(name)
-                    writer.write(name, to_array(_ordered(file, config, name, file.tensor(gguf_name)), dtype))
+                    tensor = file.tensor(gguf_name)
+                    _require_range(tensor, gguf_name, dtype, source)
+                    writer.write(name, to_array(_ordered(file, config, name, tensor), dtype))
                     task.advance()
             writer.close()
         finally:
@@ -181,7 +183,11 @@ def _open(path: Path) -> _GgufFile:
         )
     file = _GgufFile(path, {**fields, **special}, tensors, gguf.dequantize)
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES or fields.get(f"{architecture}.expert_count"):
+    if (
+        not isinstance(architecture, str)
+        or architecture not in ARCHITECTURES
+        or fields.get(f"{architecture}.expert_count")
+    ):
         raise UnsupportedError(
             "architecture", where=path, got=architecture, expected=f"a dense model of {one_of(ARCHITECTURES)}"
         )
@@ -311,6 +317,19 @@ def _ordered(file: _GgufFile, config: ModelConfig, name: str, tensor: torch.Tens
         return tensor
     rest = tensor.shape[1:]
     return tensor.reshape(heads, config.head_dim // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)
+
+
+def _require_range(tensor: torch.Tensor, name: str, dtype: DType, source: Path) -> None:
+    lo, hi = (float(end) for end in torch.aminmax(tensor))
+    limit = torch.finfo(TORCH_DTYPES[dtype]).max
+    if not (-limit <= lo and hi <= limit):  # NaN is in no range
+        raise CheckpointError(
+            f"values of {name}",
+            where=source,
+            got=f"{lo:g} to {hi:g}",
+            expected=f"finite ones, at most {limit:g} in {dtype.value}",
+            action="Import as bf16." if dtype is DType.F16 else "The weights are damaged; fetch the file again.",
+        )
 
 
 def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:

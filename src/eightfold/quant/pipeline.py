@@ -153,6 +153,7 @@ class _Run:
         lengths = [len(sample) for sample in samples or ()]
         with progress(f"quantize to {self.recipe.scheme.value}", config.num_layers, "layer") as task:
             task.at("embedding")
+            self._require_tied_head()
             self.copy(weight_name(EMBEDDING))
             for layer_idx in range(config.num_layers):
                 task.at(f"layer {layer_idx}: {'weights' if hidden is None else 'calibrate'}")
@@ -165,6 +166,20 @@ class _Run:
             task.at("head")
             self.copy(weight_name(FINAL_NORM))
             self.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
+
+    def _require_tied_head(self) -> None:
+        """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
+        head, used = weight_name(LM_HEAD), self.checkpoint.head_weight()
+        if head == used or head not in self.checkpoint.tensors:
+            return
+        if not torch.equal(load_tensor(self.checkpoint, head), load_tensor(self.checkpoint, used)):
+            raise CheckpointError(
+                head,
+                where=self.checkpoint.directory,
+                got="values that differ from the embedding's",
+                expected="the same, because config.json says tie_word_embeddings",
+                action="Correct config.json, or remove the tensor.",
+            )
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
         self.writer.write(name, to_array(tensor, self.plan[name].planned.dtype))
