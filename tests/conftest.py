@@ -116,6 +116,12 @@ def float_model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "float")
 
 
+# quantize says this of every Llama that tiny_config() makes.
+HEAD_DIM_NOTE = (
+    "note: head_dim is 16 and not hidden_size / heads, which MindIE takes for Llama: it would misread OUT.\n"
+)
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command left behind."""

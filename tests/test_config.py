@@ -321,6 +321,29 @@ def test_other_keys_are_kept_and_the_input_is_not_changed():
     }
 
 
+def test_what_an_older_quantization_said_is_dropped():
+    raw = config(quantize="w8a8")
+    assert "quantize" not in both_dialects(raw, parse(raw), DType.BF16)
+
+
+@pytest.mark.parametrize(
+    ("rope", "text"),
+    [
+        ({"type": "linear", "rope_type": "llama3", "factor": 2.0}, "got linear and llama3, expected one"),
+        ({"rope_type": "linear"}, "rope scaling linear in .*: got no factor, expected a number"),
+        ({"rope_type": "llama3", "factor": 8.0}, "got no low_freq_factor, high_freq_factor, original_max_position"),
+    ],
+)
+def test_half_said_rope_scaling_is_refused(rope, text):
+    with pytest.raises(ConfigError, match=text):
+        parse(config(rope_scaling=rope))
+
+
+def test_partial_rotation_is_refused():
+    with pytest.raises(UnsupportedError, match='"partial_rotary_factor" in .*: got 0.5, expected 1'):
+        parse(config(partial_rotary_factor=0.5))
+
+
 @pytest.mark.parametrize("value", [None, {}, {"quant_method": "gptq"}])
 def test_quantization_config_is_dropped(value):
     raw = config(quantization_config=value)
@@ -338,7 +361,7 @@ def test_transformers_reads_the_config_that_quantize_writes(cli, tmp_path, rope,
     assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16").code == 0
     theirs = AutoConfig.from_pretrained(tmp_path / "out")
     expected = {"rope_theta": rope[2].rope_theta, **rope[1]["rope_parameters"]}
-    assert dict(theirs.rope_parameters) == expected
+    assert {key: value for key, value in theirs.rope_parameters.items() if key != "type"} == expected
     assert str(theirs.dtype) == "torch.bfloat16"
     assert (theirs.head_dim, theirs.num_key_value_heads) == (16, 2)
 

@@ -44,6 +44,10 @@ class DType(str, Enum):
 CONFIG_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 
 ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 # Strict: a layer count of `true` is a damaged file, not one layer.
 _STRICT = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
@@ -249,6 +253,15 @@ def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
         fields["rope_theta"] = theta
     if fields.get("rope_type", "default") not in ROPE_TYPES:
         raise UnsupportedError("rope type", where=where, got=fields["rope_type"], expected=one_of(ROPE_TYPES))
+    absent = [name for name in _ROPE_NEEDS.get(fields.get("rope_type", "default"), ()) if name not in fields]
+    if absent:
+        raise ConfigError(
+            f"rope scaling {fields['rope_type']}", where=where, got=f"no {', '.join(absent)}", expected="a number"
+        )
+    if raw.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise UnsupportedError(
+            '"partial_rotary_factor"', where=where, got=raw.get("partial_rotary_factor"), expected="1"
+        )
     try:
         return RopeParameters.model_validate(fields)
     except ValidationError as error:
@@ -281,23 +294,29 @@ def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any
     if not isinstance(value, dict):
         raise ConfigError(f'"{key}"', where=where, got=repr(value), expected="an object or null")
     scaling = dict(value)
-    old_name = scaling.pop("type", None)
-    scaling.setdefault("rope_type", old_name or "default")
+    old_name, new_name = scaling.pop("type", None), scaling.get("rope_type")
+    if old_name and new_name and old_name != new_name:
+        raise ConfigError(
+            f'"type" and "rope_type" of {key}', where=where, got=f"{old_name} and {new_name}", expected="one"
+        )
+    scaling["rope_type"] = new_name or old_name or "default"
     return scaling
 
 
 def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
     """Return config.json's object with dtype and rope said in both dialects.
 
-    Other keys are kept as they are, except a null or foreign `quantization_config`: present, it would hide the
-    description file from the loaders.
+    Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
+    description file from the loaders, or contradict it.
     """
     name = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
     scaling = {key: value for key, value in _scaling_fields(raw).items() if key != "rope_theta"}
-    out = {key: value for key, value in raw.items() if key != "quantization_config"}
+    out = {key: value for key, value in raw.items() if key not in ("quantization_config", "quantize")}
     out["torch_dtype"] = out["dtype"] = name
     out["rope_theta"] = config.rope.rope_theta
-    out["rope_scaling"] = None if config.rope.rope_type == "default" else scaling
+    # Readers from before `rope_type` know linear scaling by `type`.
+    old_name = {"type": "linear"} if config.rope.rope_type == "linear" else {}
+    out["rope_scaling"] = None if config.rope.rope_type == "default" else {**old_name, **scaling}
     out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **scaling}
     return out
 

@@ -161,6 +161,11 @@ def weight_name(module: str) -> str:
     return f"{module}.{WEIGHT}"
 
 
+def bias_name(module: str) -> str:
+    """Return the name of a module's float bias."""
+    return f"{module}.{BIAS}"
+
+
 def weight_file_stem(quant_type: QuantType) -> str:
     """Return the weight file's name without its ending: quant_model_weight_w8a8, ..."""
     return f"quant_model_weight_{quant_type.value.lower()}"

@@ -109,7 +109,6 @@ def test_hidden_files_and_hidden_indexes_are_ignored(float_model):
 def test_tensors_that_the_model_does_not_need_do_not_disturb(float_model):
     tensors = load_file(str(float_model / "model.safetensors"))
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    tensors["counter"] = torch.ones(1, dtype=torch.uint8)
     save_file(tensors, str(float_model / "model.safetensors"))
     assert len(Checkpoint.open(float_model).tensors) == len(tensors)
 

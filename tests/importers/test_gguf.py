@@ -396,7 +396,7 @@ def test_linear_scaling(tmp_path):
     config = import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", DType.BF16)
     assert (config.rope.rope_type, config.rope.factor) == ("linear", 4.0)
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert raw["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert raw["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
 
 
 def test_no_scaling_may_be_said_too(tmp_path):

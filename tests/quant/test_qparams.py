@@ -116,7 +116,8 @@ def test_quant_bias_without_bias_is_exact():
 def test_quant_bias_saturates_instead_of_wrapping():
     weight = QuantizedWeight(torch.zeros(2, 1, dtype=torch.int8), torch.full((2, 1), EPS), torch.zeros(2, 1))
     _, quant_bias = static_params(weight, torch.tensor([1e9, -1e9]), torch.tensor([EPS]), torch.tensor([0.0]))
-    assert quant_bias.tolist() == [2**31 - 1, -(2**31)]
+    room = 2**31 - 1 - 255 * 127  # K = 1: what the products and the offset can add to it
+    assert quant_bias.tolist() == [room, -room]
 
 
 def test_packed_deq_scale_holds_the_bits():

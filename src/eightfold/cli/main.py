@@ -19,6 +19,8 @@ from eightfold.errors import EightfoldError
 
 EXIT_USER = 2
 
+_OUT_OF_MEMORY = "out of memory: nothing was left half-written. Close other programs, or use a smaller model."
+
 # typer's own copy of click or an installed one, by version: the base of all usage errors either way.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -58,18 +60,18 @@ app.command("env")(inspecting.env)
 
 
 class _Stopped(BaseException):
-    """SIGINT or SIGTERM, so that what is half-written goes away; of KeyboardInterrupt typer would say nothing."""
+    """A signal to end, so that what is half-written goes away; of KeyboardInterrupt typer would say nothing."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise _Stopped("terminated" if number == signal.SIGTERM else "interrupted")
+    raise _Stopped("interrupted" if number == signal.SIGINT else "terminated")
 
 
 def main() -> int:
     """Run the command line; return the exit code: 0, or 2 with one line on stderr."""
     previous = {
         number: signal.signal(number, _stop)
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
@@ -98,9 +100,11 @@ def _run() -> int:
     except OSError as error:
         return _fail(_system_error(error), debug)
     except MemoryError:
-        return _fail(
-            "out of memory: nothing was left half-written. Close other programs, or use a smaller model.", debug
-        )
+        return _fail(_OUT_OF_MEMORY, debug)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's way of saying it
+            raise
+        return _fail(_OUT_OF_MEMORY, debug)
 
 
 def _fail(message: str, debug: bool) -> int:
@@ -131,6 +135,7 @@ def _system_error(error: OSError) -> str:
         errno.EDQUOT: "Your disk quota is used up; nothing was left half-written.",
         errno.EFBIG: "The file size limit is too small; nothing was left half-written.",
         errno.EACCES: "Check the permissions.",
+        errno.ENOMEM: "Close other programs, or use a smaller model; nothing was left half-written.",
         errno.EMFILE: "Raise the limit of open files (ulimit -n).",
     }.get(error.errno or 0, "")
     return f"{error.strerror or error}{where}. {advice}".strip()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.errors import ConfigError, InputError
+from eightfold.errors import CheckpointError, ConfigError, InputError
 from eightfold.reference.load import Decoder, Head
 
 # Tokens whose logits are held at a time: 128 x 128,256 float32 are 66 MB.
@@ -129,6 +129,8 @@ class _Tally:
     def result(self, chunks: int) -> Evaluation:
         nll_T = torch.cat(self._nll)
         nll = float(nll_T.mean())
+        if math.isnan(nll):
+            raise CheckpointError("log-likelihood", got="NaN", expected="a number", action="The weights are damaged.")
         if not self._kl:
             return Evaluation(nll, _exp(nll), len(nll_T), chunks)
         kl_T = torch.cat(self._kl)

@@ -17,7 +17,7 @@ from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, 
 from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, all_linears, all_norms, layer_of
 from eightfold.format.description import Description, check_entries, find_description, read_description
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
-from eightfold.scheme import DTypeRule, QuantType, TensorSpec, linear_tensors, weight_name
+from eightfold.scheme import DTypeRule, QuantType, TensorSpec, bias_name, linear_tensors, weight_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -154,6 +154,24 @@ class Checkpoint:
         for name, spec in expected.items():
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
+        self._refuse_unknown(expected)
+
+    def _refuse_unknown(self, expected: Mapping[str, _Expectation]) -> None:
+        """Refuse tensors that nothing here would read: a bias or a scale left out changes every result."""
+        harmless = {weight_name(LM_HEAD)} if self.config.tie_word_embeddings else set()
+        unknown = [
+            name
+            for name in self.tensors
+            if name not in expected and name not in harmless and not name.endswith("rotary_emb.inv_freq")
+        ]
+        if unknown:
+            raise UnsupportedError(
+                f"{plural(len(unknown), 'tensor')} unknown",
+                where=self.directory,
+                got=shortlist(unknown),
+                expected=f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}",
+                action="config.json may lack a setting such as attention_bias.",
+            )
 
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
@@ -161,6 +179,8 @@ class Checkpoint:
         yield weight_name(EMBEDDING), _Expectation((hidden.n, hidden.k), DTypeRule.SOURCE)
         for name, size in all_norms(config).items():
             yield weight_name(name), _Expectation((size,), DTypeRule.SOURCE)
+            if self.is_quantized:  # msModelSlim writes zeros there after outlier suppression
+                yield bias_name(name), _Expectation((size,), DTypeRule.SOURCE, optional=True)
         for name, linear in all_linears(config).items():
             if name == LM_HEAD and config.tie_word_embeddings:
                 continue

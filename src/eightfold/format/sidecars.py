@@ -1,7 +1,7 @@
 """The files beside the weights: tokenizer, chat template, generation settings, licence.
 
-They are carried over byte for byte. Nothing is executed: Python files travel only when config.json's `auto_map`
-names them, as data for other readers.
+They are carried over byte for byte. Nothing is executed: Python files travel as data for other readers, and only a
+tokenizer's and those that config.json's `auto_map` names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken"})
+_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe"})
+_WORDS = ("tokenizer", "tokenization", "generation")  # tokenizer.model.v3, tokenization_own.py, ...
+_NOT_TEXT = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".pkl"})
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _TEMPLATE_DIRECTORY = "additional_chat_templates"
 
@@ -30,6 +32,8 @@ def _is_sidecar(name: str) -> bool:
         return False
     if name.endswith(".index.json") or name.startswith(("quant_model_description", "eightfold_")):
         return False
+    if any(word in name for word in _WORDS) and Path(name).suffix not in _NOT_TEXT:
+        return True
     return Path(name).suffix in _SUFFIXES or name.upper().startswith(_LICENCES)
 
 

@@ -41,7 +41,9 @@ class OutputDirectory:
     def __init__(self, target: Path, *, source: Path, overwrite: bool = False) -> None:
         self.target = Path(os.path.realpath(target))
         self._prefix = f".{self.target.name}.partial-"
+        self._replaced = f".{self.target.name}.replaced-"
         self._overwrite = overwrite
+        _restore_replaced(self.target, self._replaced)
         self._check_target(Path(os.path.realpath(source)))
 
     def _check_target(self, source: Path) -> None:
@@ -85,6 +87,9 @@ class OutputDirectory:
             parent = self.target if self._inside else self.target.parent
             parent.mkdir(parents=True, exist_ok=True)
             _remove_dead_siblings(parent, self._prefix)
+            if self.target.exists():
+                for old in self.target.parent.glob(f"{glob.escape(self._replaced)}*"):
+                    shutil.rmtree(old, ignore_errors=True)
             self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=parent))
             try:
                 self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
@@ -147,7 +152,7 @@ class OutputDirectory:
 
     def _replace(self) -> None:
         """Put the new directory in the place of the old one, which goes only when that has worked."""
-        old = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.replaced-", dir=self.target.parent))
+        old = Path(tempfile.mkdtemp(prefix=self._replaced, dir=self.target.parent))
         try:
             self.target.rename(old / "old")
             self.path.rename(self.target)
@@ -159,7 +164,8 @@ class OutputDirectory:
         shutil.rmtree(old, ignore_errors=True)
 
     def _move_files(self, content: list[Path]) -> None:
-        for path in content:
+        # Without its config.json the old model no longer looks like one while the new files arrive.
+        for path in sorted(content, key=lambda path: path.name != "config.json"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         # config.json makes a directory a model: it comes last.
         written = [path for path in self.path.iterdir() if path.name != _LOCK]
@@ -171,6 +177,16 @@ def _mode(path: Path) -> int:
     if path.is_dir():
         return DIRECTORY_MODE
     return WEIGHTS_MODE if path.suffix == ".safetensors" else JSON_MODE
+
+
+def _restore_replaced(target: Path, prefix: str) -> None:
+    """Put back the model that a run set aside and was killed before it had put the new one in its place."""
+    if target.exists():
+        return
+    for old in target.parent.glob(f"{glob.escape(prefix)}*/old"):
+        old.rename(target)
+        old.parent.rmdir()
+        return
 
 
 def _remove_dead_siblings(parent: Path, prefix: str) -> None:

@@ -35,7 +35,7 @@ from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
 from eightfold.progress import Progress, silent
 from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.tensors import TORCH_DTYPES, to_array
+from eightfold.reference.tensors import require_range, to_array
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def import_gguf(
                 for name, gguf_name in names.items():
                     task.at(name)
                     tensor = file.tensor(gguf_name)
-                    _require_range(tensor, gguf_name, dtype, source)
+                    require_range(tensor, dtype, gguf_name, source, "Import as bf16.")
                     writer.write(name, to_array(_ordered(file, config, name, tensor), dtype))
                     task.advance()
             writer.close()
@@ -317,19 +317,6 @@ def _ordered(file: _GgufFile, config: ModelConfig, name: str, tensor: torch.Tens
         return tensor
     rest = tensor.shape[1:]
     return tensor.reshape(heads, config.head_dim // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)
-
-
-def _require_range(tensor: torch.Tensor, name: str, dtype: DType, source: Path) -> None:
-    lo, hi = (float(end) for end in torch.aminmax(tensor))
-    limit = torch.finfo(TORCH_DTYPES[dtype]).max
-    if not (-limit <= lo and hi <= limit):  # NaN is in no range
-        raise CheckpointError(
-            f"values of {name}",
-            where=source,
-            got=f"{lo:g} to {hi:g}",
-            expected=f"finite ones, at most {limit:g} in {dtype.value}",
-            action="Import as bf16." if dtype is DType.F16 else "The weights are damaged; fetch the file again.",
-        )
 
 
 def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_we
 from eightfold.quant.recipe import OutputTensor, Recipe, assign_types, plan_output, split_groups, tensor_name
 from eightfold.reference.decoder import Block, GroupCall, LinearGroup, apply_block_
 from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import TORCH_DTYPES, load_float32, load_tensor, require_finite, to_array
+from eightfold.reference.tensors import TORCH_DTYPES, load_float32, load_tensor, require_finite, require_range, to_array
 from eightfold.scheme import (
     DEQ_SCALE,
     INPUT_OFFSET,
@@ -130,6 +130,13 @@ def _outcome(checkpoint: Checkpoint, recipe: Recipe, types: dict[str, QuantType]
             f"{len(split)} groups of linears that share an input are stored in two ways (such as {split[0]}): "
             "vllm-ascend refuses that, MindIE takes it only with W8A8. Keep whole groups float."
         )
+    if not outcome.quantized:
+        outcome.notes.append("every linear is kept float: nothing is quantized.")
+    config = checkpoint.config
+    if config.architecture == "LlamaForCausalLM" and config.head_dim * config.num_heads != config.hidden_size:
+        outcome.notes.append(
+            f"head_dim is {config.head_dim} and not hidden_size / heads, which MindIE takes for Llama: it would misread OUT."
+        )
     if not recipe.weight_symmetric:
         outcome.notes.append("asymmetric W8A16: MindIE reads it rightly, vllm-ascend drops the sign of the offset.")
     return outcome
@@ -172,6 +179,7 @@ class _Run:
         head, used = weight_name(LM_HEAD), self.checkpoint.head_weight()
         if head == used or head not in self.checkpoint.tensors:
             return
+        require_finite(load_tensor(self.checkpoint, used), used, self.checkpoint)
         if not torch.equal(load_tensor(self.checkpoint, head), load_tensor(self.checkpoint, used)):
             raise CheckpointError(
                 head,
@@ -182,7 +190,10 @@ class _Run:
             )
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
-        self.writer.write(name, to_array(tensor, self.plan[name].planned.dtype))
+        dtype = self.plan[name].planned.dtype
+        if tensor.is_floating_point() and tensor.dtype != TORCH_DTYPES[dtype]:
+            require_range(tensor, dtype, name, self.checkpoint.directory, "Use --save-dtype float32.")
+        self.writer.write(name, to_array(tensor, dtype))
 
     def copy(self, name: str, source: str | None = None) -> None:
         """Write a float tensor as it is, or widened."""

@@ -82,14 +82,17 @@ def static_params(
 
     Returns:
         deq_scale (N,) float32 = input_scale * weight_scale, and quant_bias (N,) int32 = rne(bias / deq_scale -
-        input_offset * sum_k weight), clamped to int32: a bias far outside a dead channel's range would overflow.
+        input_offset * sum_k weight). The bias term is clamped so that sums stay in int32; it reaches the clamp
+        only in a channel whose weights are all next to nothing.
     """
     deq_scale = input_scale * weight.scale[:, 0]
     # float64: the products pass 2**24 for wide layers, where float32 would no longer hold every integer.
     correction = -input_offset.double() * weight.sum().double()
     if bias_N is not None:
-        correction = correction + bias_N.double() / deq_scale.double()
-    return deq_scale, torch.round(correction).clamp_(-(2**31), 2**31 - 1).to(torch.int32)
+        # What the other terms can add must not carry the int32 sum over its end.
+        room = max(0, 2**31 - 1 - (Q_MAX - Q_MIN) * Q_MAX * weight.values.shape[1])
+        correction += (bias_N.double() / deq_scale.double()).clamp(-room, room)
+    return deq_scale, torch.round(correction).to(torch.int32)
 
 
 def pack_deq_scale(deq_scale_N: Tensor) -> Tensor:

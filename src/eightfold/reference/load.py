@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.errors import InputError
+from eightfold.errors import InputError, UnsupportedError
 from eightfold.families import (
     EMBEDDING,
     FINAL_NORM,
+    LM_HEAD,
     InputGroup,
     LinearShape,
+    all_linears,
     input_groups,
     layer_norms,
     layer_prefix,
@@ -29,10 +31,9 @@ from eightfold.reference.linear import (
     W8A8DynamicLinear,
     W8A8Linear,
     W8A16Linear,
-    float_linear,
 )
-from eightfold.reference.tensors import load_float32, load_tensor
-from eightfold.scheme import QuantType, linear_tensors, weight_name
+from eightfold.reference.tensors import load_float32, load_tensor, require_finite
+from eightfold.scheme import QuantType, bias_name, linear_tensors, weight_name
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -111,7 +112,11 @@ class Decoder:
             raise InputError(
                 "token id", got=int(ids.max() if ids.max() >= vocab else ids.min()), expected=f"0 to {vocab - 1}"
             )
-        return load_tensor(self.checkpoint, weight_name(EMBEDDING))[ids].to(torch.float32)
+        name = weight_name(EMBEDDING)
+        rows = load_tensor(self.checkpoint, name)[ids].to(torch.float32)
+        if not torch.isfinite(rows).all():
+            require_finite(load_tensor(self.checkpoint, name), name, self.checkpoint)
+        return rows
 
     def block(self, layer_idx: int) -> Block:
         """Build one layer as the checkpoint stores it."""
@@ -136,10 +141,15 @@ class Decoder:
     def norms(self, layer_idx: int) -> dict[str, Tensor]:
         """Return the gains of one layer's norms, float32, by their name inside the layer."""
         prefix = layer_prefix(layer_idx)
-        return {
-            name: load_float32(self.checkpoint, weight_name(prefix + name))
-            for name in layer_norms(self.checkpoint.config)
-        }
+        return {name: self._norm(prefix + name) for name in layer_norms(self.checkpoint.config)}
+
+    def _norm(self, name: str) -> Tensor:
+        bias = bias_name(name)
+        if bias in self.checkpoint.tensors and load_tensor(self.checkpoint, bias).any():
+            raise UnsupportedError(
+                bias, where=self.checkpoint.directory, got="values other than zero", expected="zeros"
+            )
+        return load_float32(self.checkpoint, weight_name(name))
 
     def linear(self, prefix: str, linear: LinearShape) -> Linear:
         """Build one linear as the checkpoint stores it."""
@@ -150,15 +160,25 @@ class Decoder:
             for spec in linear_tensors(quant_type, linear.has_bias)
             if f"{name}.{spec.suffix}" in self.checkpoint.tensors
         }
+        for suffix, tensor in stored.items():
+            if tensor.is_floating_point():
+                require_finite(tensor, f"{name}.{suffix}", self.checkpoint)
         return LINEAR_FOR[quant_type](self.dynamic, **stored)
 
     def head(self) -> Head:
         """Build the final norm and the output head."""
         return Head(
-            load_float32(self.checkpoint, weight_name(FINAL_NORM)),
-            load_tensor(self.checkpoint, self.checkpoint.head_weight()).to(torch.float32),
+            self._norm(FINAL_NORM),
+            self._head_linear(),
             self.checkpoint.config.rms_norm_eps,
         )
+
+    def _head_linear(self) -> Linear:
+        config = self.checkpoint.config
+        if not config.tie_word_embeddings and self.checkpoint.quant_type(LM_HEAD) is not QuantType.FLOAT:
+            return self.linear("", all_linears(config)[LM_HEAD])
+        # Widened once: the head runs for every slice of tokens.
+        return FloatLinear(load_float32(self.checkpoint, self.checkpoint.head_weight()), None)
 
     def release_block(self, layer_idx: int) -> None:
         """Let go of the memory in which a layer's stored tensors were read."""
@@ -195,9 +215,9 @@ class Head:
     """The final norm and the output head."""
 
     norm: Tensor  # (E,) float32
-    weight: Tensor  # (V, E) float32
+    linear: Linear  # E to V
     eps: float
 
     def __call__(self, x_TE: Tensor) -> Tensor:
         """Return logits, (T, V) float32."""
-        return float_linear(rms_norm(x_TE, self.norm, self.eps), self.weight, None)
+        return self.linear(rms_norm(x_TE, self.norm, self.eps))

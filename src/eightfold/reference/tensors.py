@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +65,35 @@ def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> N
                     expected="a finite number",
                     action="The weights are damaged; fetch the model again.",
                 )
+
+
+def require_range(tensor: torch.Tensor, dtype: DType, name: str, where: Path, action: str) -> None:
+    """Check that a float tensor is finite and stays so in a dtype on disk.
+
+    Args:
+        tensor: any float dtype.
+        dtype: what it will be stored as.
+        name: of the tensor, for the message.
+        where: the file or directory it came from, for the message.
+        action: what to do when only the dtype is too narrow.
+
+    Raises:
+        CheckpointError: a value is NaN, infinite, or too large.
+    """
+    if not dtype.is_float or not tensor.numel():
+        return
+    lo, hi = (float(end) for end in torch.aminmax(tensor))
+    limit = torch.finfo(TORCH_DTYPES[dtype]).max
+    if -limit <= lo and hi <= limit:  # NaN is in no range
+        return
+    damaged = not (math.isfinite(lo) and math.isfinite(hi))
+    raise CheckpointError(
+        f"values of {name}",
+        where=where,
+        got=f"{lo:g} to {hi:g}",
+        expected=f"finite ones, at most {limit:g} in {dtype.value}",
+        action="The weights are damaged; fetch the model again." if damaged else action,
+    )
 
 
 def to_array(tensor: torch.Tensor, dtype: DType) -> NDArray[Any]:
