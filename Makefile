@@ -3,16 +3,18 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 
 .PHONY: demo test lint env fidelity readme clean
 
 env: $(STAMP)
 
-# torch goes first and alone: asked for together with others, pip may take a build with gigabytes of CUDA.
+# torch goes first and alone, so that no other package chooses its version. TORCH_FLAGS='--index-url ...' takes another
+# build of it.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
 
@@ -26,6 +28,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/fill_readme.py --check
 
 fidelity: env
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)

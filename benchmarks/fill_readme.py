@@ -22,7 +22,10 @@ README = Path(__file__).parent.parent / "README.md"
 
 def load(name: str) -> dict[str, Any]:
     """Return a results file."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path} is not there: run `make readme` first")
+    content: dict[str, Any] = json.loads(path.read_text())
     return content
 
 

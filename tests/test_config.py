@@ -340,7 +340,7 @@ def test_half_said_rope_scaling_is_refused(rope, text):
 
 
 def test_partial_rotation_is_refused():
-    with pytest.raises(UnsupportedError, match='"partial_rotary_factor" in .*: got 0.5, expected 1'):
+    with pytest.raises(UnsupportedError, match=r'"partial_rotary_factor" in .*: got 0\.5, expected 1'):
         parse(config(partial_rotary_factor=0.5))
 
 

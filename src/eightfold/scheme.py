@@ -1,6 +1,6 @@
 """The one table of the checkpoint format: for each quantization type its tensors.
 
-Writers, readers, `inspect` and the documentation are generated from it; no other file spells a tensor suffix.
+Writers, readers and `inspect` go by it; no other file spells a tensor suffix as a string.
 
 Shapes: N output features, K input features of the linear. A weight is (N, K).
 

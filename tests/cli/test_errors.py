@@ -51,7 +51,7 @@ def write(folder: Path, content: str | bytes, name: str = "data") -> Path:
         ('{"messages": [{"role": "user"}]}', "line 1 in {}: got an object with messages, expected " + KEYS),
         (b"fine\n\xff\n", "calibration file in {}: got byte 5 that is not UTF-8, expected UTF-8 text"),
         ('"\\ud800"', "text: got character 0 that is not Unicode, expected text that UTF-8 can hold"),
-        ('"fine"\n""', "calibration row 1 (counted from 0): got a text without tokens, expected some text"),
+        ('"fine"\n""', "line 2 in {}: got an empty text, expected some words. Remove it."),
     ],
 )
 def test_a_calibration_file_that_cannot_be_used_is_refused(cli, float_model, content, message):
@@ -341,13 +341,18 @@ def test_a_settings_file_that_is_no_object_is_named(cli, float_model):
 # --- run
 
 
-@pytest.mark.parametrize(("prompt", "new", "tokens"), [("x" * 129, 1, 129), ("x" * 65, 64, 65), ("", 1, 0)])
+@pytest.mark.parametrize(("prompt", "new", "tokens"), [("x" * 129, 1, 129), ("x" * 65, 64, 65)])
 def test_a_prompt_that_does_not_fit_the_context_is_refused(cli, shared_model, prompt, new, tokens):
     args = ("run", shared_model, "--prompt", prompt, "--max-new-tokens", new)
     assert refused(cli, *args, within=shared_model) == (
         f"prompt: got {tokens} tokens and {new} new ones, expected 1 to 128 together. "
         "Shorten the prompt or lower --max-new-tokens."
     )
+
+
+def test_an_empty_prompt_is_refused(cli, shared_model):
+    message = refused(cli, "run", shared_model, "--prompt", "", within=shared_model)
+    assert message == "prompt: got no tokens, expected at least one. Give some text with --prompt."
 
 
 def test_a_prompt_that_is_no_unicode_is_refused(cli, shared_model):

@@ -339,6 +339,32 @@ def test_an_old_model_survives_a_replacement_that_fails_at_the_last_step(tmp_pat
     assert snapshot(tmp_path) == before
 
 
+def set_aside(target):
+    """Leave a model as a run leaves it that is killed between its two renames."""
+    aside = target.parent / f".{target.name}.replaced-abc"
+    aside.mkdir()
+    target.rename(aside / "old")
+    return aside
+
+
+def test_an_old_model_set_aside_by_a_killed_run_is_put_back(tmp_path, float_model):
+    target = write_model(tmp_path / "out")
+    before = snapshot(target)
+    aside = set_aside(target)
+    with pytest.raises(OutputError, match="a directory that is not empty"):
+        OutputDirectory(target, source=float_model)
+    assert snapshot(target) == before
+    assert not aside.exists()
+
+
+def test_an_old_model_set_aside_is_removed_once_there_is_a_new_one(tmp_path, float_model):
+    target = tmp_path / "out"
+    aside = set_aside(write_model(target))
+    write_model(target)
+    make(target, float_model, overwrite=True)
+    assert not aside.exists()
+
+
 def test_too_little_space_is_known_before_anything_is_written(cli, float_model, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000_000))
     assert quantize_refused(cli, float_model) == (
@@ -534,7 +560,9 @@ def start_and_wait_until_it_writes(command: list[str], target: Path) -> subproce
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")], ids=["SIGINT", "SIGTERM"]
+    ("number", "word"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "terminated")],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 def test_a_signal_ends_a_run_in_one_line_and_leaves_nothing(tmp_path, long_job, number, word):
     process = start_and_wait_until_it_writes(long_job(tmp_path / "out"), tmp_path / "out")

@@ -126,7 +126,7 @@ def test_prompt_and_answer_may_fill_the_context(decoder):
     assert len(generate(decoder, list(range(CONTEXT - 2)), 2).token_ids) == 2
 
 
-@pytest.mark.parametrize(("prompt", "new"), [(CONTEXT - 2, 3), (CONTEXT, 1), (CONTEXT + 1, 0), (0, 4), (1, 10**12)])
+@pytest.mark.parametrize(("prompt", "new"), [(CONTEXT - 2, 3), (CONTEXT, 1), (CONTEXT + 1, 0), (1, 10**12)])
 def test_what_does_not_fit_the_context_is_refused_before_anything_is_computed(decoder, prompt, new):
     heard: list[int] = []
     with pytest.raises(CapacityError) as failure:
@@ -141,3 +141,8 @@ def test_what_does_not_fit_the_context_is_refused_before_anything_is_computed(de
 def test_a_prompt_with_a_foreign_token_is_refused(decoder):
     with pytest.raises(InputError, match=r"token id: got 320, expected 0 to 319"):
         generate(decoder, [1, 320], 3)
+
+
+def test_an_empty_prompt_is_refused(decoder):
+    with pytest.raises(CapacityError, match=r"^prompt: got no tokens, expected at least one\. Give some text"):
+        generate(decoder, [], 4)

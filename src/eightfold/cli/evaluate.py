@@ -47,7 +47,7 @@ def evaluate(
 
     token_ids = Tokenizer(model).encode(content, special_tokens=False)
     pieces = perplexity.cut_chunks(token_ids, chunks, chunk_len)
-    if len(pieces) < chunks:
+    if len(pieces) < chunks and text is not None:
         console.note(f"the text has {len(token_ids)} tokens: {len(pieces)} chunks of {chunk_len}, not {chunks}.")
     if chunk_len > checkpoints[0].config.max_position_embeddings:
         console.note(

@@ -111,11 +111,13 @@ def _row(line: str, number: int, where: Any) -> Row:
     if not line.lstrip().startswith(("{", '"')):
         return line.strip()
     value = _parse(line, number, where)
-    if isinstance(value, str):
-        return value
-    for key in TEXT_KEYS:
-        if isinstance(value.get(key), str):
-            return str(value[key])
+    texts = [value] if isinstance(value, str) else [value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)]
+    if texts:
+        if not texts[0].strip():
+            raise InputError(
+                f"line {number}", where=where, got="an empty text", expected="some words", action="Remove it."
+            )
+        return texts[0]
     messages = value.get("messages")
     if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
         return messages

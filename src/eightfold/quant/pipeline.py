@@ -135,7 +135,8 @@ def _outcome(checkpoint: Checkpoint, recipe: Recipe, types: dict[str, QuantType]
     config = checkpoint.config
     if config.architecture == "LlamaForCausalLM" and config.head_dim * config.num_heads != config.hidden_size:
         outcome.notes.append(
-            f"head_dim is {config.head_dim} and not hidden_size / heads, which MindIE takes for Llama: it would misread OUT."
+            f"head_dim is {config.head_dim} and not hidden_size / heads, which MindIE takes for Llama: "
+            "it would misread OUT."
         )
     if not recipe.weight_symmetric:
         outcome.notes.append("asymmetric W8A16: MindIE reads it rightly, vllm-ascend drops the sign of the offset.")

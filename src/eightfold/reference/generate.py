@@ -36,7 +36,9 @@ def generate(
     """
     config = decoder.checkpoint.config
     needed = len(prompt_ids) + max_new_tokens
-    if not prompt_ids or needed > config.max_position_embeddings:
+    if not prompt_ids:
+        raise CapacityError("prompt", got="no tokens", expected="at least one", action="Give some text with --prompt.")
+    if needed > config.max_position_embeddings:
         raise CapacityError(
             "prompt",
             got=f"{len(prompt_ids)} tokens and {max_new_tokens} new ones",

@@ -13,7 +13,6 @@ from eightfold.families import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
-    InputGroup,
     LinearShape,
     all_linears,
     input_groups,
@@ -183,10 +182,6 @@ class Decoder:
     def release_block(self, layer_idx: int) -> None:
         """Let go of the memory in which a layer's stored tensors were read."""
         self.checkpoint.release(self.checkpoint.layer_tensors(layer_prefix(layer_idx)))
-
-    def groups(self) -> tuple[InputGroup, ...]:
-        """Return the input groups of every layer."""
-        return input_groups(self.checkpoint.config)
 
     @torch.inference_mode()
     def hidden_states(self, sequences: Sequence[Sequence[int]], on_layer: Callable[[], None] = lambda: None) -> Tensor:

@@ -1,0 +1,115 @@
+"""Numbers that are damaged, too large, or belong to tensors nobody would read: refused by whoever meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eightfold.reference import linear
+from tests.conftest import tiny_config, write_model
+from tests.refusal import error_line, refused
+
+PLACES = ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
+
+
+def edit(directory, change, name="model.safetensors"):
+    """Change the tensors of a model directory in place."""
+    path = directory / name
+    path.chmod(0o600)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_run_and_eval_refuse_weights_that_are_not_finite(cli, float_model, place, value):
+    def damage(tensors):
+        tensors[place].view(-1)[: tensors[place].shape[-1] * 256] = value
+
+    edit(float_model, damage)
+    for command in (["run", float_model, "--prompt", "hello", "--json"], ["eval", float_model, "--chunk-len", "16"]):
+        message = error_line(cli(*command))
+        assert message.startswith(f"{place}[0, 0] in {float_model}/model.safetensors: got {value}")
+        assert message.endswith("expected a finite number. The weights are damaged; fetch the model again.")
+
+
+def test_values_beyond_float16_are_refused_when_they_would_be_stored_so(cli, tmp_path):
+    source = write_model(tmp_path / "float", tiny_config("Qwen2ForCausalLM", torch_dtype="float16"))
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit(source, lambda tensors: tensors.update({name: tensors[name].float() + 1e6}))
+    message = refused(cli, "quantize", source, tmp_path / "out", "--scheme", "w8a16", within=tmp_path)
+    assert message.startswith(f"values of {name} in {source}: got ")
+    assert message.endswith("expected finite ones, at most 65504 in F16. Use --save-dtype float32.")
+    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--save-dtype", "float32").code == 0
+
+
+def test_biases_that_the_config_does_not_announce_are_refused(cli, float_model, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    edit(float_model, lambda tensors: tensors.update({name: torch.ones(64)}))
+    message = refused(cli, "quantize", float_model, tmp_path / "out", "--scheme", "w8a16", within=tmp_path)
+    assert message.startswith(
+        f"1 tensor is unknown in {float_model}: got {name}, expected only those of LlamaForCausalLM"
+    )
+    assert message.endswith("config.json may lack a setting such as attention_bias.")
+
+
+def with_extra(cli, source, out, name, tensor, tag):
+    """Quantize, then add a tensor and its entry to the result."""
+    assert cli("quantize", source, out, "--scheme", "w8a16").code == 0
+    edit(out, lambda tensors: tensors.update({name: tensor}), "quant_model_weight_w8a16.safetensors")
+    path = out / "quant_model_description.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: tag}))
+
+
+def test_cache_scales_that_would_be_ignored_are_refused(cli, float_model, tmp_path):
+    name = "model.layers.0.self_attn.k_proj.kv_cache_scale"
+    with_extra(cli, float_model, tmp_path / "out", name, torch.ones(32), "C8")
+    assert error_line(cli("inspect", tmp_path / "out")).startswith(f"1 tensor is unknown in {tmp_path}/out: got {name}")
+
+
+def test_norm_biases_are_read_when_they_are_zero_and_refused_otherwise(cli, float_model, tmp_path):
+    name = "model.layers.0.input_layernorm.bias"
+    with_extra(cli, float_model, tmp_path / "out", name, torch.zeros(48), "FLOAT")
+    command = ["run", tmp_path / "out", "--prompt", "hello", "--max-new-tokens", "2"]
+    assert cli(*command).code == 0
+    edit(tmp_path / "out", lambda tensors: tensors[name].fill_(5), "quant_model_weight_w8a16.safetensors")
+    assert error_line(cli(*command)) == f"{name} in {tmp_path}/out: got values other than zero, expected zeros"
+
+
+def test_an_int8_head_is_read_as_what_it_is(cli, float_model, tmp_path):
+    from eightfold.quant.qparams import quantize_weight
+
+    out = tmp_path / "out"
+    assert cli("quantize", float_model, out, "--scheme", "w8a16").code == 0
+    evaluate = ["eval", out, "--chunks", "2", "--chunk-len", "64", "--json"]
+    before = cli(*evaluate).json()["nll"]
+
+    def quantize_head(tensors):
+        stored = quantize_weight(tensors["lm_head.weight"].float(), is_symmetric=True)
+        tensors["lm_head.weight"] = stored.values
+        tensors["lm_head.weight_scale"], tensors["lm_head.weight_offset"] = stored.scale, stored.offset
+
+    edit(out, quantize_head, "quant_model_weight_w8a16.safetensors")
+    path = out / "quant_model_description.json"
+    tags = {f"lm_head.{suffix}": "W8A16" for suffix in ("weight", "weight_scale", "weight_offset")}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **tags}))
+    # int8 moves a logit by about 1 % of the logits' deviation, which is about 7 here.
+    assert cli(*evaluate).json()["nll"] == pytest.approx(before, abs=0.3)
+
+
+def test_lack_of_memory_is_one_line(cli, float_model, monkeypatch):
+    def exhausted(*args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: ...")
+
+    monkeypatch.setattr(linear, "float_linear", exhausted)
+    message = error_line(cli("run", float_model, "--prompt", "hello"))
+    assert message == "out of memory: nothing was left half-written. Close other programs, or use a smaller model."
+
+
+def test_keeping_everything_float_is_noted(cli, float_model, tmp_path):
+    result = cli("quantize", float_model, tmp_path / "out", "--scheme", "w8a16", "--keep-float", "*")
+    assert "note: every linear is kept float: nothing is quantized.\n" in result.err
