@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import InputError
-from eightfold.quant.qparams import asymmetric
+from eightfold.reference.linear import asymmetric
 
 
 class MeanMinMax:

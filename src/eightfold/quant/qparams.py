@@ -1,4 +1,4 @@
-"""The formulas of int8: ranges to scales and offsets, weights to integers.
+"""The formulas of int8 for weights; those from a range to its parameters are in reference/linear.py.
 
     symmetric     scale = max(absmax / 127, EPS)              offset = 0
     asymmetric    scale = max((hi - lo) / 255, EPS)           offset = rne(-lo / scale) - 128,   lo <= 0 <= hi
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.reference.linear import EPS, Q_MAX, Q_MIN
+from eightfold.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 
 # Symmetric weights stay off -128, so that -w and w are stored alike.
 Q_MIN_SYMMETRIC = -127
@@ -37,18 +37,6 @@ class QuantizedWeight:
     def sum(self) -> Tensor:
         """Return sum_k of the integers, (N,) int32."""
         return self.values.sum(1, dtype=torch.int32)
-
-
-def symmetric(absmax: Tensor) -> Tensor:
-    """Return the scale for values in [-absmax, absmax]."""
-    return (absmax / Q_MAX).clamp(min=EPS)
-
-
-def asymmetric(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scale and offset for values in [min(lo, 0), max(hi, 0)]."""
-    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = ((hi - lo) / (Q_MAX - Q_MIN)).clamp(min=EPS)
-    return scale, torch.round(-lo / scale) + Q_MIN
 
 
 def quantize_weight(weight_NK: Tensor, *, is_symmetric: bool) -> QuantizedWeight:

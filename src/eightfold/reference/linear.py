@@ -163,6 +163,18 @@ class W8A8DynamicLinear:
         return y if self.bias is None else y.add_(self.bias)
 
 
+def symmetric(absmax: Tensor) -> Tensor:
+    """Return the scale for values in [-absmax, absmax]."""
+    return (absmax / Q_MAX).clamp(min=EPS)
+
+
+def asymmetric(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale and offset for values in [min(lo, 0), max(hi, 0)]."""
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    scale = ((hi - lo) / (Q_MAX - Q_MIN)).clamp(min=EPS)
+    return scale, torch.round(-lo / scale) + Q_MIN
+
+
 def to_int8_(scaled: Tensor, offset: Tensor) -> Tensor:
     """Return clamp(rne(scaled + offset)) as int8. Modifies `scaled`."""
     return scaled.add_(offset).round_().clamp_(Q_MIN, Q_MAX).to(torch.int8)
@@ -175,8 +187,6 @@ def token_params(x_TK: Tensor, mode: DynamicMode) -> tuple[Tensor, Tensor]:
     """
     lo, hi = torch.aminmax(x_TK, dim=1, keepdim=True)
     if mode == "symmetric":
-        scale = (torch.maximum(-lo, hi) / Q_MAX).clamp_(min=EPS)
+        scale = symmetric(torch.maximum(-lo, hi))
         return scale, torch.zeros_like(scale)
-    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-    scale = ((hi - lo) / 255).clamp_(min=EPS)
-    return scale, (-lo / scale).round_().add_(Q_MIN)
+    return asymmetric(lo, hi)
