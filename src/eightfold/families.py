@@ -28,7 +28,6 @@ class Family:
     """What distinguishes one architecture from the others."""
 
     architecture: str
-    title: str
     attention_bias: BiasRule
     mlp_bias: bool  # whether `mlp_bias` in config.json is meant
     qk_norm: bool  # RMS norm over each head's q and k, before RoPE
@@ -38,10 +37,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        Family("LlamaForCausalLM", "Llama 2, 3, 3.1, 3.2", "config", mlp_bias=True, qk_norm=False, window="never"),
-        Family("MistralForCausalLM", "Mistral", "never", mlp_bias=False, qk_norm=False, window="all"),
-        Family("Qwen2ForCausalLM", "Qwen2, Qwen2.5", "qkv", mlp_bias=False, qk_norm=False, window="flagged"),
-        Family("Qwen3ForCausalLM", "Qwen3", "config", mlp_bias=False, qk_norm=True, window="flagged"),
+        Family("LlamaForCausalLM", "config", mlp_bias=True, qk_norm=False, window="never"),
+        Family("MistralForCausalLM", "never", mlp_bias=False, qk_norm=False, window="all"),
+        Family("Qwen2ForCausalLM", "qkv", mlp_bias=False, qk_norm=False, window="flagged"),
+        Family("Qwen3ForCausalLM", "config", mlp_bias=False, qk_norm=True, window="flagged"),
     )
 }
 

@@ -115,7 +115,7 @@ def quantize(
 ) -> None:
     """Turn a float Llama-family model into an 8-bit one.
 
-    One layer is in memory at a time. OUT loads in MindIE and vllm-ascend, and in `eightfold run` and `eval`.
+    One layer is in memory at a time. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval` take it.
 
     Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --calib prompts.jsonl
     """

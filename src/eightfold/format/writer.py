@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 # As the reference tool leaves them: weights are read-only, nothing is open to others.
 DIRECTORY_MODE, WEIGHTS_MODE, JSON_MODE = 0o750, 0o400, 0o600
 
+# Room for headers, JSON files and rounding up to file system blocks, beside the tensors themselves.
+_SPARE_BYTES = 64 << 20
+
 _LOCK = ".lock"
 
 
@@ -115,11 +118,12 @@ class OutputDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def require_space(self, nbytes: int) -> None:
-        """Fail early when the file system cannot hold what is going to be written.
+        """Fail early when the file system cannot hold so many bytes of tensors and what goes with them.
 
         Raises:
             OutputError: fewer bytes are free.
         """
+        nbytes += _SPARE_BYTES
         free = shutil.disk_usage(self.path).free
         if free < nbytes:
             raise OutputError(

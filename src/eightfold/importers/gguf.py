@@ -65,8 +65,6 @@ _LAYER_NAME = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
 # Holds how Llama 3.1 stretches its rotary frequencies; no weight.
 _ROPE_FACTORS = "rope_freqs.weight"
 
-_SPARE_BYTES = 64 << 20
-
 
 @dataclass(frozen=True)
 class _GgufFile:
@@ -129,7 +127,7 @@ def import_gguf(
     names = _tensor_names(file, config)
     plan = [PlannedTensor(name, dtype, file.shape(gguf_name)) for name, gguf_name in names.items()]
     with OutputDirectory(target, source=source, overwrite=overwrite) as output:
-        output.require_space(total_bytes(plan) + _SPARE_BYTES)
+        output.require_space(total_bytes(plan))
         _write_tokenizer(source, output.path, raw)  # first: what can fail in seconds should not after minutes
         writer = ShardedWriter(output.path, "model", plan, metadata={"format": "pt"})
         try:

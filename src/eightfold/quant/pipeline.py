@@ -6,7 +6,7 @@ For each layer: read -> quantize weights -> (static W8A8: run the calibration sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,9 +51,6 @@ from eightfold.scheme import (
     weight_file_stem,
     weight_name,
 )
-
-# Room for headers, JSON files and rounding up to file system blocks, beside the tensors themselves.
-_SPARE_BYTES = 64 << 20
 
 
 @dataclass
@@ -110,7 +107,7 @@ def quantize_checkpoint(
     planned = [tensor.planned for tensor in plan.values()]
     outcome = _outcome(checkpoint, recipe, types, total_bytes(planned))
     with OutputDirectory(target, source=source, overwrite=overwrite) as output:
-        output.require_space(outcome.nbytes + _SPARE_BYTES)
+        output.require_space(outcome.nbytes)
         writer = ShardedWriter(output.path, weight_file_stem(recipe.scheme), planned, part_bytes=part_bytes)
         try:
             run = _Run(checkpoint, recipe, types, plan, writer)
@@ -227,8 +224,7 @@ class _Layer:
 
     def observed_block(self, decoder: Decoder) -> Block:
         """Return the layer with its linears quantized and their inputs observed."""
-        qkv, o, gate_up, down = (self._observed_group(decoder, group) for group in self._groups)
-        return replace(decoder.block(self._idx), qkv=qkv, o=o, gate_up=gate_up, down=down)
+        return decoder.block(self._idx, [self._observed_group(decoder, group) for group in self._groups])
 
     def _observed_group(self, decoder: Decoder, group: InputGroup) -> GroupCall:
         if not any(linear.name in self._weights for linear in group.linears):

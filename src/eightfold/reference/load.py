@@ -22,7 +22,7 @@ from eightfold.families import (
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.decoder import Block, LinearGroup, apply_block_, rms_norm
+from eightfold.reference.decoder import Block, GroupCall, LinearGroup, apply_block_, rms_norm
 from eightfold.reference.linear import (
     DynamicMode,
     FloatLinear,
@@ -117,12 +117,12 @@ class Decoder:
             require_finite(load_tensor(self.checkpoint, name), name, self.checkpoint)
         return rows
 
-    def block(self, layer_idx: int) -> Block:
-        """Build one layer as the checkpoint stores it."""
-        qkv, o, gate_up, down = (
+    def block(self, layer_idx: int, groups: Sequence[GroupCall] | None = None) -> Block:
+        """Build one layer: with its linears as the checkpoint stores them, or with other groups in their place."""
+        qkv, o, gate_up, down = groups or [
             LinearGroup(tuple(self.linear(layer_prefix(layer_idx), linear) for linear in group.linears))
             for group in input_groups(self.checkpoint.config)
-        )
+        ]
         norms = self.norms(layer_idx)
         return Block(
             self.checkpoint.config,

@@ -122,10 +122,10 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         kinds = Counter(types.values())
         quantized = sum(count for kind, count in kinds.items() if kind is not QuantType.FLOAT)
         kept = kinds[QuantType.FLOAT]
-        others = f"{kept} of them, " if kept else ""
-        notes.append(
-            f"int8: {quantized} of {len(types)} linears in the layers; float: {others}embedding, norms, lm_head"
-        )
+        head_is_float = config.tie_word_embeddings or checkpoint.quant_type(LM_HEAD) is QuantType.FLOAT
+        others = (f"{kept} of them, " if kept else "") + "embedding, norms" + (", lm_head" if head_is_float else "")
+        int8 = f"{quantized} of {len(types)} linears in the layers" + ("" if head_is_float else ", lm_head")
+        notes.append(f"int8: {int8}; float: {others}")
         bare = sum(
             f"{name}.{WEIGHT_OFFSET}" not in checkpoint.tensors
             for name, kind in types.items()
