@@ -31,6 +31,7 @@ RANKS = {
     "reference": 4,
     "importers": 5,
     "quant": 5,
+    "check": 6,
     "evaluate": 6,
     "report": 6,
     "cli": 7,

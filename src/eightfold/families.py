@@ -105,6 +105,26 @@ def input_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
     )
 
 
+@dataclass(frozen=True)
+class SmoothPair:
+    """A module whose output channels can be divided by what the linears reading them are multiplied by."""
+
+    source: str  # inside the layer
+    group: str  # title of the group that reads it
+    source_is_norm: bool
+
+
+SMOOTH_PAIRS = (
+    SmoothPair("input_layernorm", "qkv", source_is_norm=True),
+    SmoothPair("self_attn.v_proj", "o", source_is_norm=False),
+    SmoothPair("post_attention_layernorm", "gate_up", source_is_norm=True),
+    SmoothPair("mlp.up_proj", "down", source_is_norm=False),
+)
+
+ATTENTION = "self_attn"
+KEY, VALUE = "self_attn.k_proj", "self_attn.v_proj"
+
+
 def layer_norms(config: ModelConfig) -> dict[str, int]:
     """Return the norms of one layer: name inside the layer -> length of its gain."""
     norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}

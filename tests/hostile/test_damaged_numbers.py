@@ -65,19 +65,22 @@ def with_extra(cli, source, out, name, tensor, tag):
     path.write_text(json.dumps({**json.loads(path.read_text()), name: tag}))
 
 
-def test_cache_scales_that_would_be_ignored_are_refused(cli, float_model, tmp_path):
+def test_a_cache_scale_without_its_partner_is_refused(cli, float_model, tmp_path):
     name = "model.layers.0.self_attn.k_proj.kv_cache_scale"
     with_extra(cli, float_model, tmp_path / "out", name, torch.ones(32), "C8")
-    assert error_line(cli("inspect", tmp_path / "out")).startswith(f"1 tensor is unknown in {tmp_path}/out: got {name}")
+    assert error_line(cli("inspect", tmp_path / "out")).startswith(
+        f"1 tensor is missing in {tmp_path}/out: got no model.layers.0.self_attn.v_proj.kv_cache_scale"
+    )
 
 
-def test_norm_biases_are_read_when_they_are_zero_and_refused_otherwise(cli, float_model, tmp_path):
+def test_norm_biases_are_added(cli, float_model, tmp_path):
     name = "model.layers.0.input_layernorm.bias"
     with_extra(cli, float_model, tmp_path / "out", name, torch.zeros(48), "FLOAT")
     command = ["run", tmp_path / "out", "--prompt", "hello", "--max-new-tokens", "2"]
-    assert cli(*command).code == 0
+    plain = cli(*command)
+    assert plain.code == 0
     edit(tmp_path / "out", lambda tensors: tensors[name].fill_(5), "quant_model_weight_w8a16.safetensors")
-    assert error_line(cli(*command)) == f"{name} in {tmp_path}/out: got values other than zero, expected zeros"
+    assert cli(*command).out != plain.out
 
 
 def test_an_int8_head_is_read_as_what_it_is(cli, float_model, tmp_path):

@@ -12,10 +12,11 @@ from eightfold.config import DType
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe, assign_types, plan_output
+from eightfold.quant.plan import Plan
+from eightfold.quant.recipe import Recipe, assign_types
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_tensor
-from eightfold.scheme import QuantType
+from eightfold.scheme import SCHEMES, QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 
 LAYER = "model.layers.1"
@@ -140,7 +141,7 @@ def test_tied_model_with_another_head_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("scheme", list(QuantType)[1:])
+@pytest.mark.parametrize("scheme", list(SCHEMES.values()))
 def test_kept_linears_are_bit_equal_and_tagged_float(tmp_path, scheme):
     checkpoint, outcome = quantized(
         tmp_path, None, scheme, keep_float=("*.down_proj", "model.layers.0.self_attn.?_proj")
@@ -168,7 +169,7 @@ def test_all_linears_float_is_the_float_model(tmp_path):
     assert torch.equal(Decoder(checkpoint).logits(tokens), want)
 
 
-@pytest.mark.parametrize("scheme", list(QuantType)[1:])
+@pytest.mark.parametrize("scheme", list(SCHEMES.values()))
 def test_quantized_logits_stay_near_the_float_ones(tmp_path, scheme):
     checkpoint, _ = quantized(tmp_path, None, scheme)
     tokens = SAMPLES[0]
@@ -249,7 +250,7 @@ def test_norm_kept_in_float32_stays_float32(tmp_path):
 def test_plan_is_in_module_order(float_model):
     checkpoint = Checkpoint.open(float_model)
     recipe = Recipe(QuantType.W8A8)
-    names = list(plan_output(checkpoint, recipe, assign_types(checkpoint.config, recipe)))
+    names = list(Plan(checkpoint, recipe, assign_types(checkpoint.config, recipe), ()).tensors)
     assert names[0] == "model.embed_tokens.weight"
     assert names[1:8] == [
         f"model.layers.0.self_attn.q_proj.{suffix}"

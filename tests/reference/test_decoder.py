@@ -13,8 +13,9 @@ from eightfold.errors import CheckpointError, InputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.attention import _visible, attend, inverse_frequencies
-from eightfold.reference.decoder import Batch, KVCache, apply_block_, rms_norm, token_batches
+from eightfold.reference.attention import attend, inverse_frequencies, visible
+from eightfold.reference.decoder import Batch, apply_block_, rms_norm, token_batches
+from eightfold.reference.kvcache import KVCache
 from eightfold.reference.load import Decoder
 from eightfold.scheme import QuantType
 from tests.conftest import random_tensors, tiny_config, token_samples, write_model
@@ -149,11 +150,11 @@ def test_what_comes_later_changes_nothing_before_it(tmp_path):
 def test_window_masks():
     causal = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     two = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    assert _visible(4, 4, None).int().tolist() == causal
-    assert _visible(4, 4, 2).int().tolist() == two
-    assert _visible(2, 4, 2).int().tolist() == two[2:]  # the new tokens are the last ones
-    assert _visible(1, 4, 1).int().tolist() == [[0, 0, 0, 1]]
-    assert _visible(4, 4, 4).int().tolist() == causal
+    assert visible(4, 4, None).int().tolist() == causal
+    assert visible(4, 4, 2).int().tolist() == two
+    assert visible(2, 4, 2).int().tolist() == two[2:]  # the new tokens are the last ones
+    assert visible(1, 4, 1).int().tolist() == [[0, 0, 0, 1]]
+    assert visible(4, 4, 4).int().tolist() == causal
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 6, 7])

@@ -12,6 +12,30 @@ class Backend(str, Enum):
     reference = "reference"
 
 
+class AttentionMode(str, Enum):
+    """What a prompt's tokens attend over when keys and values are int8."""
+
+    cache = "cache"
+    mindie = "mindie"
+
+    @property
+    def mode(self) -> Literal["cache", "mindie"]:
+        """The same as the reference backend spells it."""
+        return self.value
+
+
+class TokensAs(str, Enum):
+    """How the tokens of a text are computed where prompts and answers differ."""
+
+    prompt = "prompt"
+    generated = "generated"
+
+    @property
+    def origin(self) -> Literal["prompt", "generated"]:
+        """The same as the reference backend spells it."""
+        return self.value
+
+
 class Dynamic(str, Enum):
     """How W8A8_DYNAMIC quantizes a token."""
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from eightfold.cli import console
-from eightfold.cli.choices import Backend, Dynamic
+from eightfold.cli.choices import AttentionMode, Backend, Dynamic, TokensAs
 
 
 def evaluate(
@@ -27,6 +27,19 @@ def evaluate(
     dynamic: Annotated[
         Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
     ] = Dynamic.asymmetric,
+    attention_mode: Annotated[
+        AttentionMode | None,
+        typer.Option(
+            help="With int8 keys and values: a prompt attends over what the cache holds (cache), or in float, as "
+            "MindIE does (mindie). Default: both are measured."
+        ),
+    ] = None,
+    tokens_as: Annotated[
+        TokensAs,
+        typer.Option(
+            help="Compute the text as a prompt, or as if it had been generated: w8a8-mix and mode mindie differ there."
+        ),
+    ] = TokensAs.prompt,
     backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
@@ -53,17 +66,30 @@ def evaluate(
         console.note(
             f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens."
         )
-    decoders = [Decoder(checkpoint, dynamic.mode) for checkpoint in checkpoints]
-    total = sum(checkpoint.config.num_layers for checkpoint in checkpoints)
-    with console.bars("evaluate", total + len(pieces), "step") as task:
-        result = perplexity.evaluate(decoders[0], pieces, decoders[1] if against else None, task.advance)
+    mode = (attention_mode or AttentionMode.cache).mode
+    decoders = [Decoder(checkpoint, dynamic.mode, mode) for checkpoint in checkpoints]
+    both = attention_mode is None and tokens_as is TokensAs.prompt and checkpoints[0].has_int8_attention
+    total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
+    with console.bars("evaluate", total + len(pieces) * (1 + both), "step") as task:
+        result = perplexity.evaluate(
+            decoders[0], pieces, decoders[1] if against else None, task.advance, tokens_as.origin
+        )
+        mindie = (
+            perplexity.evaluate(Decoder(checkpoints[0], dynamic.mode, "mindie"), pieces, None, task.advance)
+            if both
+            else None
+        )
     seconds = time.monotonic() - started
     if as_json:
         measured = {key: value for key, value in asdict(result).items() if value is not None}
+        if mindie is not None:
+            measured["ppl_mindie"] = mindie.ppl
         console.print_json({**measured, "seconds": round(seconds, 3), "backend": backend.value})
         return
     basis = f"{result.tokens} predictions, {result.chunks} chunks of {chunk_len}, {seconds:.1f} s"
     print(f"perplexity     {result.ppl:.4f}   ({basis})")
+    if mindie is not None:
+        print(f"mode mindie    {mindie.ppl:.4f}   (attention of a prompt in float; above: mode cache)")
     if result.ppl_against is not None and result.kl_mean is not None and result.top1_agreement is not None:
         print(f"against        {result.ppl_against:.4f}   ({against})")
         print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from eightfold import __version__
-from eightfold.cli import evaluate, importing, inspecting, quantizing, running
+from eightfold.cli import checking, evaluate, importing, inspecting, quantizing, running
 from eightfold.errors import EightfoldError
 
 EXIT_USER = 2
@@ -53,6 +53,7 @@ def options(
 
 app.command("import-gguf")(importing.import_gguf)
 app.command("quantize")(quantizing.quantize)
+app.command("check")(checking.check)
 app.command("inspect")(inspecting.inspect)
 app.command("run")(running.run)
 app.command("eval")(evaluate.evaluate)

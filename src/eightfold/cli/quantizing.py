@@ -1,4 +1,4 @@
-"""`eightfold quantize`: options to a recipe, calibration files to token ids."""
+"""`eightfold quantize`: options to a recipe, and what came of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import math
 import time
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from eightfold.cli import console
-from eightfold.errors import ConfigError
+from eightfold.cli.calibration import Calibration
+from eightfold.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
-    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.quant.outcome import Outcome
+    from eightfold.quant.recipe import Recipe
 
 
 # Headings in the help.
-_CALIBRATION, _OUTPUT = "Calibration data", "Output"
+_CALIBRATION, _ACTIVATIONS, _ATTENTION, _FLOAT, _OUTPUT = (
+    "Calibration data",
+    "Activations and outliers",
+    "Attention and its cache",
+    "What stays float",
+    "Output",
+)
 
 
 class SchemeName(str, Enum):
@@ -26,6 +34,7 @@ class SchemeName(str, Enum):
 
     w8a8 = "w8a8"
     w8a8_dynamic = "w8a8-dynamic"
+    w8a8_mix = "w8a8-mix"
     w8a16 = "w8a16"
 
 
@@ -36,6 +45,35 @@ class SaveDtype(str, Enum):
     float32 = "float32"
 
 
+class Observe(str, Enum):
+    """Where keys are observed for an int8 cache."""
+
+    post_rope = "post-rope"
+    pre_rope = "pre-rope"
+
+
+class Method(str, Enum):
+    """Outlier suppression."""
+
+    m1 = "m1"
+    m2 = "m2"
+    m3 = "m3"
+    m4 = "m4"
+    m5 = "m5"
+    m6 = "m6"
+
+
+class Act(str, Enum):
+    """Activation methods, by name or by msModelSlim's number."""
+
+    minmax = "minmax"
+    histogram = "histogram"
+    auto = "auto"
+    one = "1"
+    two = "2"
+    three = "3"
+
+
 def quantize(
     source: Annotated[
         Path, typer.Argument(metavar="FLOAT_DIR", help="A float model: config.json and safetensors files. Only read.")
@@ -44,13 +82,30 @@ def quantize(
         Path, typer.Argument(metavar="OUT", help="The directory to make. It appears when everything is written.")
     ],
     scheme: Annotated[
-        SchemeName,
+        SchemeName | None,
         typer.Option(
             metavar="SCHEME",
             help="w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations, by token. "
-            "w8a16: int8 weights only.",
+            "w8a8-mix: a prompt's tokens dynamic, generated ones static. w8a16: int8 weights only.",
         ),
-    ],
+    ] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", metavar="FILE", help="Choices from a YAML file; options on the command line go before them."
+        ),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the choices of this command line as such a file.")
+    ] = None,
+    weight_symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--weight-symmetric/--no-weight-symmetric",
+            help="Weights without offset (default). --no-weight-symmetric is for w8a16.",
+            show_default=False,
+        ),
+    ] = None,
     calib: Annotated[
         Path | None,
         typer.Option(
@@ -78,23 +133,89 @@ def quantize(
             help="Calibration samples as token ids, one JSON list a line; no tokenizer is needed.",
         ),
     ] = None,
-    weight_symmetric: Annotated[
-        bool, typer.Option(help="Weights without offset. --no-weight-symmetric is for w8a16.")
-    ] = True,
+    anti_outlier: Annotated[
+        Method | None,
+        typer.Option(
+            metavar="M",
+            rich_help_panel=_ACTIVATIONS,
+            help="Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, "
+            "m4 iterative (also o_proj and down_proj: the best for static w8a8), m5 CBQ, m6 searched (slow).",
+        ),
+    ] = None,
+    act_method: Annotated[
+        Act | None,
+        typer.Option(
+            metavar="METHOD",
+            rich_help_panel=_ACTIVATIONS,
+            help="Range of static inputs: minmax (1), histogram (2), or auto (3) by input. Default: minmax.",
+        ),
+    ] = None,
+    fa_quant: Annotated[
+        bool | None,
+        typer.Option("--fa-quant", rich_help_panel=_ATTENTION, help="FAQuant: q, k and v to int8, and an int8 cache."),
+    ] = None,
+    fa_amp: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", rich_help_panel=_ATTENTION, help="Leave FAQuant out in the N layers it suits least."
+        ),
+    ] = None,
+    kv_int8: Annotated[
+        bool | None,
+        typer.Option("--kv-int8", rich_help_panel=_ATTENTION, help="C8: an int8 key/value cache, scaled by channel."),
+    ] = None,
+    kv_symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--kv-symmetric/--no-kv-symmetric",
+            rich_help_panel=_ATTENTION,
+            help="The cache without offsets (default): loaders misread the others.",
+            show_default=False,
+        ),
+    ] = None,
+    kv_observe: Annotated[
+        Observe | None,
+        typer.Option(
+            metavar="WHERE",
+            rich_help_panel=_ATTENTION,
+            help="Take the range of keys after RoPE, as they are cached (post-rope, default), or before it, as "
+            "msModelSlim does (pre-rope).",
+        ),
+    ] = None,
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PATTERN", help="Leave linears float: a module name with * and ?; may be given several times."
+            metavar="PATTERN",
+            rich_help_panel=_FLOAT,
+            help="Leave linears float: a module name with * and ?; may be given several times. The name of an "
+            "attention module leaves FAQuant out there.",
         ),
     ] = None,
+    disable_level: Annotated[
+        str | None,
+        typer.Option(
+            metavar="Ln",
+            rich_help_panel=_FLOAT,
+            help="Leave the n linears with the widest inputs float, and those that share their input.",
+        ),
+    ] = None,
+    exact_levels: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact-levels", rich_help_panel=_FLOAT, help="Just n linears, even if that cuts q, k and v apart."
+        ),
+    ] = None,
+    quantize_lm_head: Annotated[
+        bool | None, typer.Option("--quantize-lm-head", rich_help_panel=_FLOAT, help="The output head to int8 too.")
+    ] = None,
     save_dtype: Annotated[
-        SaveDtype,
+        SaveDtype | None,
         typer.Option(
             metavar="TYPE",
             rich_help_panel=_OUTPUT,
-            help="Store floating tensors as the model does (model), or all as float32.",
+            help="Store floating tensors as the model does (model, default), or all as float32.",
         ),
-    ] = SaveDtype.model,
+    ] = None,
     part_size_gb: Annotated[
         float | None,
         typer.Option(
@@ -106,7 +227,8 @@ def quantize(
         typer.Option(
             "--legacy-names",
             rich_help_panel=_OUTPUT,
-            help="Also write the description under its older, suffixed name, for older MindIE.",
+            help="The layout of older MindIE: the description also under its suffixed name, `quantize` in "
+            "config.json, smoothed norms as .module.weight and .module.bias.",
         ),
     ] = False,
     overwrite: Annotated[
@@ -115,30 +237,47 @@ def quantize(
 ) -> None:
     """Turn a float Llama-family model into an 8-bit one.
 
-    One layer is in memory at a time. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval` take it.
+    One layer is in memory at a time. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval` take it,
+    and `eightfold check` tells what those loaders would do with it.
 
-    Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --calib prompts.jsonl
+    Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
     """
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.format.writer import OutputDirectory
-    from eightfold.quant.recipe import Recipe, assign_types
-    from eightfold.scheme import NEEDS_CALIBRATION, SCHEMES
+    from eightfold.quant.recipe import assign_types, require_level
 
     started = time.monotonic()
-    quant_type = SCHEMES[scheme.value]
-    recipe = Recipe(quant_type, weight_symmetric, tuple(keep_float or ()), save_dtype is SaveDtype.float32)
+    recipe = _recipe(
+        recipe_file,
+        scheme=scheme,
+        weight_symmetric=weight_symmetric,
+        keep_float=tuple(keep_float) if keep_float else None,
+        quantize_lm_head=quantize_lm_head,
+        anti_outlier=anti_outlier,
+        act_method=act_method,
+        disable_level=disable_level,
+        exact_levels=exact_levels,
+        fa_quant=fa_quant,
+        fa_amp=fa_amp,
+        kv_int8=kv_int8,
+        kv_symmetric=kv_symmetric,
+        kv_observe=kv_observe,
+        save_float32=None if save_dtype is None else save_dtype is SaveDtype.float32,
+    )
     part_bytes = _part_bytes(part_size_gb)
-    calibration = _Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
+    calibration = Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
     # What can be refused is refused before torch is loaded and texts are tokenized.
     checkpoint = Checkpoint.open(source)
-    assign_types(checkpoint.config, recipe)
+    require_level(recipe, assign_types(checkpoint.config, recipe))
     OutputDirectory(target, source=source, overwrite=overwrite)
     samples = None
-    if quant_type in NEEDS_CALIBRATION:
+    if recipe.needs_samples:
         samples = calibration.samples(checkpoint)
     elif calibration.given:
         calibration.check()
-        console.note(f"{scheme.value} needs no calibration data; {calibration.given} changes nothing.")
+        console.note(f"nothing here needs calibration data; {calibration.given} changes nothing.")
+    if not recipe.has_static_inputs and act_method is not None:
+        console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
     console.require_torch("quantize")
     from eightfold.quant.pipeline import quantize_checkpoint
 
@@ -152,13 +291,58 @@ def quantize(
         legacy_names=legacy_names,
         progress=console.bars,
     )
-    for text in outcome.notes:
-        console.note(text)
+    if save_recipe is not None:
+        _save(recipe, save_recipe)
+    _report(outcome)
     kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
     print(
-        f"{target}: {outcome.quantized} linears as {quant_type.value}{kept}, {console.size_text(outcome.nbytes)}, "
+        f"{target}: {outcome.quantized} linears as {recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}, "
         f"{time.monotonic() - started:.1f} s"
     )
+
+
+def _recipe(file: Path | None, **options: Any) -> Recipe:
+    """Return the recipe of a file, changed by the options that were given."""
+    from eightfold.quant.recipe_file import act_method_name, make_recipe, parse_level, read_recipe
+    from eightfold.scheme import SCHEMES
+
+    given = {key: value.value if isinstance(value, Enum) else value for key, value in options.items()}
+    choices = {key: value for key, value in given.items() if value is not None}
+    if "scheme" in choices:
+        choices["scheme"] = SCHEMES[choices["scheme"]]
+    if "act_method" in choices:
+        choices["act_method"] = act_method_name(choices["act_method"])
+    if "disable_level" in choices:
+        choices["disable_level"] = parse_level(choices["disable_level"])
+    return make_recipe({**(read_recipe(file) if file is not None else {}), **choices}, str(file or "the command line"))
+
+
+def _save(recipe: Recipe, path: Path) -> None:
+    from eightfold.quant.recipe_file import render_recipe
+
+    try:
+        path.write_text(render_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
+
+
+def _report(outcome: Outcome) -> None:
+    """Tell what was decided on the way."""
+    if outcome.smoothing is not None:
+        proof = outcome.smoothing
+        print(
+            f"outlier suppression {outcome.recipe.anti_outlier.value if outcome.recipe.anti_outlier else ''}: "
+            f"{len(proof.choices)} groups; the float model's logits move by {proof.max_logit_difference:.2g} at most "
+            f"(largest {proof.max_logit:.3g})"
+        )
+    if outcome.rolled_back:
+        rows = [
+            [row.module, f"{row.range_param:.2f}", "shares the input of one above" if row.of_group else "widest inputs"]
+            for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
+        ]
+        print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
+    for text in outcome.notes:
+        console.note(text)
 
 
 def _part_bytes(part_size_gb: float | None) -> int | None:
@@ -168,50 +352,3 @@ def _part_bytes(part_size_gb: float | None) -> int | None:
     if not math.isfinite(nbytes):
         raise ConfigError("--part-size-gb", got=part_size_gb, expected="a finite number")
     return max(1, round(nbytes))
-
-
-class _Calibration:
-    """The calibration options together."""
-
-    def __init__(self, file: Path | None, limit: int | None, texts: tuple[str, ...], ids: Path | None) -> None:
-        self._file, self._limit, self._texts, self._ids = file, limit, texts, ids
-        options = {"--calib": file, "--calib-texts": texts, "--calib-ids": ids}
-        self._sources = [name for name, value in options.items() if value]
-        self.given = self._sources[0] if self._sources else "--calib-limit" if limit is not None else None
-
-    def check(self) -> None:
-        """Refuse two sources at once.
-
-        Raises:
-            ConfigError: more than one of the options.
-        """
-        if len(self._sources) > 1:
-            raise ConfigError("calibration data", got=" and ".join(self._sources), expected="one of them")
-
-    def samples(self, checkpoint: Checkpoint) -> list[list[int]]:
-        """Return the calibration samples as token ids, none longer than the model's context."""
-        from eightfold.quant import dataset
-        from eightfold.tokenizer import Tokenizer
-
-        self.check()
-        rows: list[dataset.Row]
-        if self._ids is not None:
-            samples = dataset.read_token_ids(self._ids, self._limit, checkpoint.config.vocab_size)
-        else:
-            if self._file is not None:
-                rows = dataset.read_rows(self._file, self._limit)
-            elif self._texts:
-                rows = [*self._texts[: self._limit]]
-            else:
-                rows = dataset.default_rows()[: self._limit]
-                console.note(
-                    f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own."
-                )
-            samples = dataset.tokenize(rows, Tokenizer(checkpoint.directory))
-        context = checkpoint.config.max_position_embeddings
-        samples, cut = dataset.truncate(samples, context)
-        if cut:
-            console.note(
-                f"{cut} of {len(samples)} calibration samples were cut to the model's context of {context} tokens."
-            )
-        return samples

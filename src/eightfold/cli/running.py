@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from eightfold.cli import console
-from eightfold.cli.choices import Backend, Dynamic
+from eightfold.cli.choices import AttentionMode, Backend, Dynamic
 
 
 def run(
@@ -21,6 +21,13 @@ def run(
     dynamic: Annotated[
         Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
     ] = Dynamic.asymmetric,
+    attention_mode: Annotated[
+        AttentionMode,
+        typer.Option(
+            help="With int8 keys and values: a prompt attends over what the cache holds (cache), or in float, as "
+            "MindIE does (mindie)."
+        ),
+    ] = AttentionMode.cache,
     backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
@@ -50,7 +57,7 @@ def run(
 
     started = time.monotonic()
     result = generate(
-        Decoder(checkpoint, dynamic.mode),
+        Decoder(checkpoint, dynamic.mode, attention_mode.mode),
         prompt_ids,
         max_new_tokens,
         stop_token_ids(model, checkpoint.config_raw),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import CheckpointError, ConfigError, InputError
+from eightfold.reference.decoder import Origin
 from eightfold.reference.load import Decoder, Head
 
 # Tokens whose logits are held at a time: 128 x 128,256 float32 are 66 MB.
@@ -63,6 +64,7 @@ def evaluate(
     chunks: Sequence[Sequence[int]],
     against: Decoder | None = None,
     on_step: Callable[[], None] = lambda: None,
+    origin: Origin = "prompt",
 ) -> Evaluation:
     """Measure a model on chunks of equal length, and its distance from `against`.
 
@@ -71,12 +73,13 @@ def evaluate(
         chunks: token ids, each chunk at least two.
         against: usually the float model; the same vocabulary.
         on_step: called after each layer of each model, and after each chunk's logits.
+        origin: whether the chunks are computed as prompts, or as if they had been generated.
     """
     models = [decoder]
     if against is not None:
         _require_same_vocabulary(decoder, against)
         models.append(against)
-    hidden_TE = [model.hidden_states(chunks, on_step) for model in models]
+    hidden_TE = [model.hidden_states(chunks, on_step, origin) for model in models]
     heads = [model.head() for model in models]
     tally = _Tally()
     chunk_len = len(chunks[0])
@@ -85,7 +88,7 @@ def evaluate(
         for at in range(0, chunk_len - 1, _HEAD_TOKENS):
             end = min(at + _HEAD_TOKENS, chunk_len - 1)
             rows = slice(i * chunk_len + at, i * chunk_len + end)
-            log_probs = [_log_probs(head, x[rows]) for head, x in zip(heads, hidden_TE, strict=True)]
+            log_probs = [_log_probs(head, x[rows], origin) for head, x in zip(heads, hidden_TE, strict=True)]
             tally.add(log_probs, targets[at:end])
         on_step()
     return tally.result(len(chunks))
@@ -97,8 +100,8 @@ def _require_same_vocabulary(decoder: Decoder, against: Decoder) -> None:
         raise ConfigError("vocabulary of --against", got=theirs, expected=ours, action="Give the float original.")
 
 
-def _log_probs(head: Head, hidden_TE: Tensor) -> Tensor:
-    return torch.log_softmax(head(hidden_TE), dim=-1)
+def _log_probs(head: Head, hidden_TE: Tensor, origin: Origin) -> Tensor:
+    return torch.log_softmax(head(hidden_TE, origin), dim=-1)
 
 
 def _exp(nll: float) -> float:

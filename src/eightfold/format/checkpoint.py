@@ -14,10 +14,32 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, load_json_object, parse_config
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
-from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, all_linears, all_norms, layer_of
+from eightfold.families import (
+    ATTENTION,
+    EMBEDDING,
+    KEY,
+    LM_HEAD,
+    VALUE,
+    LinearShape,
+    all_linears,
+    all_norms,
+    layer_of,
+    layer_prefix,
+)
 from eightfold.format.description import Description, check_entries, find_description, read_description
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
-from eightfold.scheme import DTypeRule, QuantType, TensorSpec, bias_name, linear_tensors, weight_name
+from eightfold.scheme import (
+    FA_TENSORS,
+    KV_TENSORS,
+    NORM_BIAS,
+    NORM_WEIGHT,
+    DTypeRule,
+    QuantType,
+    TensorSpec,
+    legacy_norm,
+    linear_tensors,
+    weight_name,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,6 +112,33 @@ class Checkpoint:
     def quant_type(self, linear: str) -> QuantType:
         """Return how a linear (full module name) is stored."""
         return QuantType.FLOAT if self.description is None else self.description.quant_type(linear)
+
+    def attention_type(self, layer_idx: int) -> QuantType:
+        """Return how a layer's attention is quantized, by the tensors it has: FLOAT, C8 or FAQUANT.
+
+        Raises:
+            UnsupportedError: it has those of both.
+        """
+        prefix = layer_prefix(layer_idx)
+        found = [
+            kind
+            for kind, names in ((QuantType.FAQUANT, _fa_tensors(prefix)), (QuantType.C8, _kv_tensors(prefix)))
+            if any(name in self.tensors for name in names)
+        ]
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"attention of layer {layer_idx}",
+                where=self.directory,
+                got=f"tensors of {found[0].value} and of {found[1].value}",
+                expected="one of them",
+            )
+        return found[0] if found else QuantType.FLOAT
+
+    @property
+    def has_int8_attention(self) -> bool:
+        """Whether any layer keeps int8 keys and values."""
+        kinds = (self.attention_type(layer_idx) for layer_idx in range(self.config.num_layers))
+        return any(kind is not QuantType.FLOAT for kind in kinds)
 
     def head_weight(self) -> str:
         """Return the name of the tensor that the output head reads: the embedding's, when the model is tied."""
@@ -178,14 +227,35 @@ class Checkpoint:
         hidden = LinearShape(EMBEDDING, config.vocab_size, config.hidden_size, False)
         yield weight_name(EMBEDDING), _Expectation((hidden.n, hidden.k), DTypeRule.SOURCE)
         for name, size in all_norms(config).items():
-            yield weight_name(name), _Expectation((size,), DTypeRule.SOURCE)
-            if self.is_quantized:  # msModelSlim writes zeros there after outlier suppression
-                yield bias_name(name), _Expectation((size,), DTypeRule.SOURCE, optional=True)
+            yield from self._expected_norm(name, size)
         for name, linear in all_linears(config).items():
             if name == LM_HEAD and config.tie_word_embeddings:
                 continue
             for spec in linear_tensors(self._known_type(name), linear.has_bias):
-                yield f"{name}.{spec.suffix}", _Expectation.of(spec, linear)
+                yield f"{name}.{spec.suffix}", _Expectation.of(spec, N=linear.n, K=linear.k)
+        if self.is_quantized:
+            for layer_idx in range(config.num_layers):
+                yield from self._expected_attention(layer_idx)
+
+    def _expected_norm(self, name: str, size: int) -> Iterator[tuple[str, _Expectation]]:
+        yield f"{name}.{NORM_WEIGHT.suffix}", _Expectation.of(NORM_WEIGHT, E=size)
+        if self.is_quantized:  # msModelSlim writes zeros there after outlier suppression, in one of two places
+            for module in (name, legacy_norm(name)):
+                yield f"{module}.{NORM_BIAS.suffix}", _Expectation.of(NORM_BIAS, E=size)
+            yield weight_name(legacy_norm(name)), _Expectation((size,), DTypeRule.SOURCE, optional=True)
+
+    def _expected_attention(self, layer_idx: int) -> Iterator[tuple[str, _Expectation]]:
+        config, prefix, kind = self.config, layer_prefix(layer_idx), self.attention_type(layer_idx)
+        if kind is QuantType.FAQUANT:
+            for name, spec in _fa_tensors(prefix).items():
+                expectation = _Expectation.of(spec, H=config.num_heads, G=config.num_kv_heads)
+                # The published tables give one value for each channel of a head.
+                heads = expectation.shape[0]
+                expectation.also = ((heads, config.head_dim),)
+                yield name, expectation
+        if kind is QuantType.C8:
+            for name, spec in _kv_tensors(prefix).items():
+                yield name, _Expectation.of(spec, C=config.kv_size)
 
     def _known_type(self, linear: str) -> QuantType:
         # A weight without an entry is reported with all other missing things, as FLOAT.
@@ -197,7 +267,7 @@ class Checkpoint:
         if not spec.admits(info.dtype, self.dtype):
             raise self._wrong_dtype(info, spec.dtype_text(self.dtype))
         # One value for each row may be stored flat or as a column; both mean the same.
-        if info.shape != spec.shape and info.shape != tuple(size for size in spec.shape if size != 1):
+        if info.shape not in (spec.shape, tuple(size for size in spec.shape if size != 1), *spec.also):
             raise CheckpointError(
                 f"shape of {info.name}",
                 where=info.file,
@@ -223,10 +293,11 @@ class _Expectation:
 
     def __init__(self, shape: tuple[int, ...], rule: DTypeRule, optional: bool = False) -> None:
         self.shape, self.rule, self.optional = shape, rule, optional
+        self.also: tuple[tuple[int, ...], ...] = ()  # other shapes that mean the same
 
     @classmethod
-    def of(cls, spec: TensorSpec, linear: LinearShape) -> _Expectation:
-        return cls(spec.shape_for(linear.n, linear.k), spec.dtype, spec.optional)
+    def of(cls, spec: TensorSpec, **sizes: int) -> _Expectation:
+        return cls(spec.shape_for(**sizes), spec.dtype, spec.optional)
 
     def _allowed(self, model: DType) -> list[DType]:
         if self.rule in (DTypeRule.INT8, DTypeRule.INT32):
@@ -234,7 +305,7 @@ class _Expectation:
         if self.rule is DTypeRule.DEQ:
             return [self.rule.resolve(model)]
         # Loaders cast floating tensors, and some writers store offsets as int8.
-        return [*_FLOATS, DType.I8] if self.rule is DTypeRule.MODEL else list(_FLOATS)
+        return [*_FLOATS, DType.I8] if self.rule in (DTypeRule.MODEL, DTypeRule.INT8_OFFSET) else list(_FLOATS)
 
     def admits(self, dtype: str, model: DType) -> bool:
         return dtype in {kind.value for kind in self._allowed(model)}
@@ -242,6 +313,14 @@ class _Expectation:
     def dtype_text(self, model: DType) -> str:
         text = one_of(kind.value for kind in self._allowed(model))
         return text + (f" in a {model.value} model" if self.rule is DTypeRule.DEQ else "")
+
+
+def _fa_tensors(prefix: str) -> dict[str, TensorSpec]:
+    return {f"{prefix}{ATTENTION}.{spec.suffix}": spec for spec in FA_TENSORS}
+
+
+def _kv_tensors(prefix: str) -> dict[str, TensorSpec]:
+    return {f"{prefix}{linear}.{spec.suffix}": spec for linear in (KEY, VALUE) for spec in KV_TENSORS}
 
 
 def _require_directory(directory: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from eightfold.config import load_json_object
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
-from eightfold.scheme import DESCRIPTION_VERSION, QuantType, weight_name
+from eightfold.scheme import DESCRIPTION_VERSION, LINEAR_TENSORS, QuantType, weight_name
 
 SHORT_NAME = "quant_model_description.json"
 _PREFIX = "quant_model_description"
@@ -38,11 +38,14 @@ class Description:
         if tag is None:
             raise CheckpointError(name, where=self.path, got="no entry", expected="one for each tensor")
         try:
-            return QuantType(tag)
+            kind = QuantType(tag)
         except ValueError:
+            kind = None
+        if kind not in LINEAR_TENSORS:
             raise UnsupportedError(
-                f"type of {name}", where=self.path, got=tag, expected=one_of(kind.value for kind in QuantType)
-            ) from None
+                f"type of {name}", where=self.path, got=tag, expected=one_of(kind.value for kind in LINEAR_TENSORS)
+            )
+        return kind
 
 
 def find_description(directory: Path) -> Path | None:
@@ -74,7 +77,7 @@ def read_description(path: Path) -> Description:
             '"model_quant_type"',
             where=path,
             got=repr(model_type) if model_type is not None else "nothing",
-            expected=f"a type such as {one_of(kind.value for kind in QuantType)}",
+            expected=f"a type such as {one_of(kind.value for kind in LINEAR_TENSORS)}",
         )
     tags = {key: value for key, value in raw.items() if isinstance(value, str) and "." in key}
     return Description(path, model_type, tags)
@@ -83,6 +86,11 @@ def read_description(path: Path) -> Description:
 def render_description(model_quant_type: QuantType, tags: Mapping[str, QuantType]) -> str:
     """Render the file's text: the global keys, then one entry for each tensor, in the given order."""
     content = {"version": DESCRIPTION_VERSION, "model_quant_type": model_quant_type.value}
+    if QuantType.C8 in tags.values():
+        # One reader knows only the first, another only the second.
+        content.update({"kv_cache_type": QuantType.C8.value, "kv_quant_type": QuantType.C8.value})
+    if QuantType.FAQUANT in tags.values():
+        content["fa_quant_type"] = QuantType.FAQUANT.value
     content.update({name: tag.value for name, tag in tags.items()})
     return json.dumps(content, indent=4) + "\n"
 

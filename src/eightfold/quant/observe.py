@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eightfold.errors import InputError
+from eightfold.quant.statistics import require_finite_samples
 from eightfold.reference.linear import asymmetric
 
 
@@ -42,7 +42,7 @@ class MeanMinMax:
         row_lo, row_hi = torch.aminmax(x_TK, dim=1)
         lo = torch.stack([row_lo[begin:end].min() for begin, end in spans]).double()
         hi = torch.stack([row_hi[begin:end].max() for begin, end in spans]).double()
-        self._require_finite(lo, hi)
+        require_finite_samples(self._title, self.samples, lo, hi)
         seen = torch.arange(self.samples + 1, self.samples + len(spans) + 1)
         running_lo, running_hi = (self._lo + lo.cumsum(0)) / seen, (self._hi + hi.cumsum(0)) / seen
         self._lo, self._hi = self._lo + lo.sum(), self._hi + hi.sum()
@@ -54,14 +54,3 @@ class MeanMinMax:
     def params(self) -> tuple[Tensor, Tensor]:
         """Return the final scale and offset, each (1,) float32."""
         return asymmetric((self._lo / self.samples).float(), (self._hi / self.samples).float())
-
-    def _require_finite(self, lo: Tensor, hi: Tensor) -> None:
-        bad = (~(torch.isfinite(lo) & torch.isfinite(hi))).nonzero()
-        if len(bad):
-            raise InputError(
-                f"input of {self._title}",
-                where=f"calibration sample {self.samples + int(bad[0])} (counted from 0)",
-                got=f"values from {float(lo[bad[0]])} to {float(hi[bad[0]])}",
-                expected="finite numbers",
-                action="Remove the sample, or check the float model.",
-            )

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from eightfold.config import DType, ModelConfig
-from eightfold.errors import ConfigError
-from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, input_groups, layer_norms, layer_prefix
-from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.safetensors import PlannedTensor
-from eightfold.scheme import DTypeRule, QuantType, TensorSpec, linear_tensors, weight_name
+from eightfold.config import ModelConfig
+from eightfold.errors import ConfigError, one_of
+from eightfold.families import ATTENTION, LM_HEAD, all_linears, input_groups, layer_prefix
+from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
+from eightfold.scheme import LINEAR_TENSORS, NEEDS_CALIBRATION, QuantType
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices of one quantization."""
+    """The choices of one quantization: what decides every tensor of the output, apart from the calibration data."""
 
     scheme: QuantType
     weight_symmetric: bool = True  # False only for W8A16
-    keep_float: tuple[str, ...] = ()  # glob patterns on full module names
+    modules: tuple[tuple[str, QuantType], ...] = ()  # pattern on full module names -> type; the last match wins
+    keep_float: tuple[str, ...] = ()  # patterns; of an attention module: only its FAQuant is left out
+    quantize_lm_head: bool = False
+    anti_outlier: AntiOutlier | None = None
+    act_method: ActMethod = ActMethod.MINMAX
+    disable_level: int = 0  # so many further linears stay float
+    exact_levels: bool = False  # cut through groups with a common input, as the reference tool does
+    fa_quant: bool = False
+    fa_amp: int = 0  # so many layers go without it
+    kv_int8: bool = False
+    kv_symmetric: bool = True
+    kv_observe: KVObserve = KVObserve.POST_ROPE
     save_float32: bool = False  # store every floating tensor as float32
 
     def __post_init__(self) -> None:
@@ -31,31 +42,119 @@ class Recipe:
                 expected="W8A16",
                 action="Schemes with int8 activations need symmetric weights.",
             )
+        if self.fa_quant and self.kv_int8:
+            raise ConfigError(
+                "attention",
+                got="--fa-quant and --kv-int8",
+                expected="one of them",
+                action="FAQuant already keeps the cache in int8.",
+            )
+        if self.fa_amp and not self.fa_quant:
+            raise ConfigError("--fa-amp", got=self.fa_amp, expected="it together with --fa-quant")
+        if not self.kv_int8 and (not self.kv_symmetric or self.kv_observe is not KVObserve.POST_ROPE):
+            option = "--kv-observe" if self.kv_symmetric else "--no-kv-symmetric"
+            raise ConfigError(option, got="no --kv-int8", expected="them together")
+        self._check_counts()
+
+    def _check_counts(self) -> None:
+        for option, value in (("--disable-level", self.disable_level), ("--fa-amp", self.fa_amp)):
+            if value < 0:
+                raise ConfigError(option, got=value, expected="0 or more")
+        unknown = [kind.value for _, kind in self.modules if kind not in LINEAR_TENSORS]
+        if unknown:
+            raise ConfigError("modules", got=unknown[0], expected=one_of(kind.value for kind in LINEAR_TENSORS))
+
+    @property
+    def schemes(self) -> frozenset[QuantType]:
+        """Every type that this recipe can give a linear."""
+        return frozenset({self.scheme, *(kind for _, kind in self.modules)}) - {QuantType.FLOAT}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether samples have to run through the layers while they are quantized."""
+        return self.fa_quant or bool(self.schemes & NEEDS_CALIBRATION)
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether activation methods matter."""
+        return bool(self.schemes & NEEDS_CALIBRATION)
+
+    @property
+    def decides_by_comparison(self) -> bool:
+        """Whether all layers have to be looked at before it is known how the first is stored."""
+        return self.disable_level > 0 or self.fa_amp > 0
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether there is anything to do with calibration samples."""
+        return self.calibrates or self.anti_outlier is not None or self.kv_int8 or self.decides_by_comparison
 
 
 def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
-    """Return how each linear is going to be stored, by full module name; lm_head stays float.
+    """Return how each linear is going to be stored, by full module name; automatic roll-back not included.
 
     Raises:
-        ConfigError: a keep-float pattern matches no linear.
+        ConfigError: a pattern matches nothing.
     """
     linears = all_linears(config)
-    kept = {LM_HEAD}
+    types = dict.fromkeys(linears, recipe.scheme)
+    for pattern, kind in recipe.modules:
+        types.update(dict.fromkeys(_matches(pattern, linears, "modules", config), kind))
+    attentions = attention_modules(config) if recipe.fa_quant else {}
     for pattern in recipe.keep_float:
-        matches = {name for name in linears if fnmatchcase(name, pattern)}
-        if not matches:
-            near = difflib.get_close_matches(pattern, linears, n=1, cutoff=0.5)
-            example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
-            raise ConfigError(
-                "--keep-float",
-                got=f"{pattern!r}, which matches no linear",
-                expected=f"a name or pattern such as {example!r}",
-            )
-        kept |= matches
-    return {name: QuantType.FLOAT if name in kept else recipe.scheme for name in linears}
+        matches = _matches(pattern, [*linears, *attentions], "--keep-float", config)
+        types.update(dict.fromkeys(matches & linears.keys(), QuantType.FLOAT))
+    if not recipe.quantize_lm_head:
+        types[LM_HEAD] = QuantType.FLOAT
+    return types
 
 
-def split_groups(config: ModelConfig, types: dict[str, QuantType]) -> list[str]:
+def require_level(recipe: Recipe, types: Mapping[str, QuantType]) -> None:
+    """Refuse to roll back more linears than would be quantized.
+
+    Raises:
+        ConfigError: the level is larger.
+    """
+    candidates = sum(kind is not QuantType.FLOAT for kind in types.values())
+    if recipe.disable_level > candidates:
+        raise ConfigError(
+            "--disable-level",
+            got=f"L{recipe.disable_level}",
+            expected=f"at most L{candidates}, as many as there are linears to quantize",
+        )
+
+
+def fa_layers(config: ModelConfig, recipe: Recipe) -> frozenset[int]:
+    """Return the layers whose attention is quantized by FAQuant; automatic roll-back not included."""
+    if not recipe.fa_quant:
+        return frozenset()
+    return frozenset(
+        layer_idx
+        for module, layer_idx in attention_modules(config).items()
+        if not any(fnmatchcase(module, pattern) for pattern in recipe.keep_float)
+    )
+
+
+def attention_modules(config: ModelConfig) -> dict[str, int]:
+    """Return every attention module's full name -> its layer."""
+    return {f"{layer_prefix(layer_idx)}{ATTENTION}": layer_idx for layer_idx in range(config.num_layers)}
+
+
+def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfig) -> set[str]:
+    names = list(names)
+    found = {name for name in names if fnmatchcase(name, pattern)}
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+        example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
+        raise ConfigError(
+            option,
+            got=f"{pattern!r}, which matches no linear",
+            expected=f"a name or pattern such as {example!r}",
+        )
+    return found
+
+
+def split_groups(config: ModelConfig, types: Mapping[str, QuantType]) -> list[str]:
     """Return the groups of linears with a common input whose members are stored differently, as `layer: names`."""
     found = []
     for layer_idx in range(config.num_layers):
@@ -64,51 +163,3 @@ def split_groups(config: ModelConfig, types: dict[str, QuantType]) -> list[str]:
             if len(kinds) > 1:
                 found.append(f"layer {layer_idx}: {', '.join(linear.name for linear in group.linears)}")
     return found
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor of the output: what is planned for the file, and its entry in the description."""
-
-    planned: PlannedTensor
-    tag: QuantType
-
-
-def plan_output(checkpoint: Checkpoint, recipe: Recipe, types: dict[str, QuantType]) -> dict[str, OutputTensor]:
-    """Return every tensor of the output by name, in module order: embedding, layers, final norm, head."""
-    model, config = checkpoint.dtype, checkpoint.config
-    linears, norms = all_linears(config), all_norms(config)
-    plan: dict[str, OutputTensor] = {}
-
-    def add(name: str, rule: DTypeRule, shape: tuple[int, ...], tag: QuantType, source: str) -> None:
-        stored = checkpoint.tensors.get(source)
-        dtype = rule.resolve(model, DType(stored.dtype) if stored else None, recipe.save_float32)
-        plan[name] = OutputTensor(PlannedTensor(name, dtype, shape), tag)
-
-    def add_float(module: str, shape: tuple[int, ...]) -> None:
-        name = weight_name(module)
-        add(name, DTypeRule.SOURCE, shape, QuantType.FLOAT, checkpoint.head_weight() if module == LM_HEAD else name)
-
-    def add_linear(module: str) -> None:
-        linear = linears[module]
-        for spec in linear_tensors(types[module], linear.has_bias):
-            name = tensor_name(module, spec)
-            add(name, spec.dtype, spec.shape_for(linear.n, linear.k), spec.tag, name)
-
-    add_float(EMBEDDING, (config.vocab_size, config.hidden_size))
-    for layer_idx in range(config.num_layers):
-        prefix = layer_prefix(layer_idx)
-        for group in input_groups(config):
-            for linear in group.linears:
-                add_linear(prefix + linear.name)
-        for name in layer_norms(config):
-            add_float(prefix + name, (norms[prefix + name],))
-    for module in (name for name in norms if weight_name(name) not in plan):
-        add_float(module, (norms[module],))
-    add_float(LM_HEAD, (config.vocab_size, config.hidden_size))
-    return plan
-
-
-def tensor_name(module: str, spec: TensorSpec) -> str:
-    """Return the full name of one of a linear's tensors."""
-    return f"{module}.{spec.suffix}"

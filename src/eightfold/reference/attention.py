@@ -73,12 +73,13 @@ def attend(q_SHD: Tensor, k_CGD: Tensor, v_CGD: Tensor, window: int | None) -> T
     elif new == 1 and not slides:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     else:
-        mask = _visible(new, context, window)
+        mask = visible(new, context, window)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out[0].transpose(0, 1)
 
 
-def _visible(new: int, context: int, window: int | None) -> Tensor:
+def visible(new: int, context: int, window: int | None) -> Tensor:
+    """Return which of C positions each of the last S tokens sees, (S, C) bool."""
     query = torch.arange(context - new, context)[:, None]
     key = torch.arange(context)[None, :]
     mask = key <= query

@@ -12,49 +12,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.reference.attention import apply_rope, attend, rope_tables
-from eightfold.reference.linear import Linear
+from eightfold.reference.attention import apply_rope, rope_tables
+from eightfold.reference.kvcache import Attention, KVCache
+from eightfold.reference.linear import Linear, W8A8MixLinear
 
-
-class KVCache:
-    """Rotated keys and values of one sequence in one layer, (capacity, G, D) float32 each."""
-
-    def __init__(self, capacity: int, num_kv_heads: int, head_dim: int) -> None:
-        self._keys = torch.empty(capacity, num_kv_heads, head_dim)
-        self._values = torch.empty(capacity, num_kv_heads, head_dim)
-        self.context_len = 0
-
-    def append(self, k_SGD: Tensor, v_SGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens; return the keys and values of the whole context."""
-        end = self.context_len + k_SGD.shape[0]
-        self._keys[self.context_len : end] = k_SGD
-        self._values[self.context_len : end] = v_SGD
-        self.context_len = end
-        return self._keys[:end], self._values[:end]
+# Where tokens come from; what reads a prompt and what generates may compute differently.
+Origin = Literal["prompt", "generated"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which tokens belong to which sequence, and where they stand in it."""
+    """Which tokens belong to which sequence, where they stand in it, and whether they are the prompt's."""
 
     spans: Sequence[tuple[int, int]]  # (begin, end) of each sequence's tokens among the T
+    prompt_lens: Sequence[int]  # how many of each sequence's tokens, from the first on, are the prompt's
     cos_TD: Tensor
     sin_TD: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], inv_freq: Tensor, first_position: int = 0) -> Batch:
-        """Lay out sequences of the given lengths one after the other, each from `first_position` on."""
+    def of(
+        cls,
+        lengths: Sequence[int],
+        inv_freq: Tensor,
+        first_position: int = 0,
+        prompt_lens: Sequence[int] | None = None,
+    ) -> Batch:
+        """Lay out sequences of the given lengths one after the other, each from `first_position` on.
+
+        Without `prompt_lens` all tokens are prompts'.
+        """
         spans, at = [], 0
         for length in lengths:
             spans.append((at, at + length))
             at += length
         positions = torch.cat([torch.arange(first_position, first_position + length) for length in lengths])
-        return cls(spans, *rope_tables(positions, inv_freq))
+        return cls(spans, lengths if prompt_lens is None else prompt_lens, *rope_tables(positions, inv_freq))
+
+    def generated_T(self) -> Tensor:
+        """Return which tokens were generated, (T,) bool."""
+        generated = torch.zeros(self.spans[-1][1] if self.spans else 0, dtype=torch.bool)
+        for (begin, end), prompt_len in zip(self.spans, self.prompt_lens, strict=True):
+            generated[begin + prompt_len : end] = True
+        return generated
 
 
 # Reads (T, K), returns one (T, N) for each linear of the group.
@@ -69,7 +74,24 @@ class LinearGroup:
 
     def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Return every linear's output."""
-        return tuple(linear(x_TK) for linear in self.linears)
+        return tuple(
+            linear.by_origin(x_TK, batch.generated_T()) if isinstance(linear, W8A8MixLinear) else linear(x_TK)
+            for linear in self.linears
+        )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """rms_norm(x) * gain + bias."""
+
+    gain: Tensor  # float32
+    eps: float
+    bias: Tensor | None = None  # what shifting outliers leaves behind
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalize over the last dimension."""
+        y = rms_norm(x, self.gain, self.eps)
+        return y if self.bias is None else y + self.bias
 
 
 @dataclass(frozen=True)
@@ -77,37 +99,34 @@ class Block:
     """One decoder layer."""
 
     config: ModelConfig
-    window: int | None
-    input_norm: Tensor  # (E,)
-    post_norm: Tensor  # (E,)
-    q_norm: Tensor | None  # (D,)
-    k_norm: Tensor | None  # (D,)
+    input_norm: Norm  # E
+    post_norm: Norm  # E
+    q_norm: Norm | None  # D
+    k_norm: Norm | None  # D
     qkv: GroupCall
+    attention: Attention
     o: GroupCall
     gate_up: GroupCall
     down: GroupCall
 
     def __call__(self, x_TE: Tensor, batch: Batch, caches: Sequence[KVCache] | None = None) -> Tensor:
         """Return the layer's output, (T, E). `caches`: one for each sequence, which must then be one token run each."""
-        x_TE = x_TE + self._attention(rms_norm(x_TE, self.input_norm, self.config.rms_norm_eps), batch, caches)
-        gate, up = self.gate_up(rms_norm(x_TE, self.post_norm, self.config.rms_norm_eps), batch)
+        x_TE = x_TE + self._attend(self.input_norm(x_TE), batch, caches)
+        gate, up = self.gate_up(self.post_norm(x_TE), batch)
         (down,) = self.down(torch.nn.functional.silu(gate, inplace=True).mul_(up), batch)
         return x_TE + down
 
-    def _attention(self, n_TE: Tensor, batch: Batch, caches: Sequence[KVCache] | None) -> Tensor:
+    def _attend(self, n_TE: Tensor, batch: Batch, caches: Sequence[KVCache] | None) -> Tensor:
         dim = self.config.head_dim
         q, k, v = (y.reshape(len(y), -1, dim) for y in self.qkv(n_TE, batch))
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, self.config.rms_norm_eps)
-            k = rms_norm(k, self.k_norm, self.config.rms_norm_eps)
+            q, k = self.q_norm(q), self.k_norm(k)
         q = apply_rope(q, batch.cos_TD, batch.sin_TD)
         k = apply_rope(k, batch.cos_TD, batch.sin_TD)
         out = torch.empty_like(q)
         for i, (begin, end) in enumerate(batch.spans):
-            keys, values = k[begin:end], v[begin:end]
-            if caches is not None:
-                keys, values = caches[i].append(keys, values)
-            out[begin:end] = attend(q[begin:end], keys, values, self.window)
+            cache = None if caches is None else caches[i]
+            out[begin:end] = self.attention(q[begin:end], k[begin:end], v[begin:end], cache, batch.prompt_lens[i])
         (projected,) = self.o(out.flatten(1), batch)
         return projected
 
@@ -131,9 +150,14 @@ def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def apply_block_(
-    block: Block, hidden_TE: Tensor, lengths: Sequence[int], inv_freq: Tensor, max_tokens: int = 2048
+    block: Block,
+    hidden_TE: Tensor,
+    lengths: Sequence[int],
+    inv_freq: Tensor,
+    origin: Origin = "prompt",
+    max_tokens: int = 2048,
 ) -> None:
-    """Run one layer over many sequences, a few thousand tokens at a time. Modifies `hidden_TE`.
+    """Run one layer over many whole sequences, a few thousand tokens at a time. Modifies `hidden_TE`.
 
     The cut into batches changes no result that is not also changed by a matrix library's own blocking: sequences
     never see each other.
@@ -142,5 +166,6 @@ def apply_block_(
     for group in token_batches(lengths, max_tokens):
         sizes = [lengths[index] for index in group]
         piece = hidden_TE[at : at + sum(sizes)]
-        piece.copy_(block(piece, Batch.of(sizes, inv_freq)))
+        batch = Batch.of(sizes, inv_freq, prompt_lens=None if origin == "prompt" else [0] * len(sizes))
+        piece.copy_(block(piece, batch))
         at += sum(sizes)

@@ -1,4 +1,4 @@
-"""Greedy generation, one sequence, with a float32 key/value cache."""
+"""Greedy generation, one sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from eightfold.errors import CapacityError
-from eightfold.reference.decoder import Batch, KVCache
+from eightfold.reference.decoder import Batch, Origin
+from eightfold.reference.kvcache import KVCache
 from eightfold.reference.load import Decoder
 
 
@@ -46,15 +47,17 @@ def generate(
             action="Shorten the prompt or lower --max-new-tokens.",
         )
     blocks = [decoder.block(layer_idx) for layer_idx in range(config.num_layers)]
-    caches = [KVCache(needed, config.num_kv_heads, config.head_dim) for _ in blocks]
+    caches = [KVCache(needed, config.num_kv_heads, config.head_dim, block.attention.cache_dtype) for block in blocks]
     head, inv_freq = decoder.head(), decoder.inv_freq
     step_ids, produced = list(prompt_ids), list[int]()
     while len(produced) < max_new_tokens:
-        batch = Batch.of([len(step_ids)], inv_freq, first_position=caches[0].context_len)
+        origin: Origin = "generated" if produced else "prompt"
+        prompt_lens = [0 if produced else len(step_ids)]
+        batch = Batch.of([len(step_ids)], inv_freq, caches[0].context_len, prompt_lens)
         x_TE = decoder.embed(step_ids)
         for block, cache in zip(blocks, caches, strict=True):
             x_TE = block(x_TE, batch, [cache])
-        token = int(head(x_TE[-1:]).argmax())
+        token = int(head(x_TE[-1:], origin).argmax())
         if token in stop_ids:
             return Generation(produced, "stop")
         produced.append(token)

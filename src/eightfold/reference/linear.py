@@ -3,6 +3,7 @@
     FLOAT         y = x W^T + b
     W8A16         y = x ((W - weight_offset) * weight_scale)^T + b
     W8A8          y = (xq W^T + quant_bias) * deq_scale            xq = clamp(rne(x * (1 / input_scale) + input_offset))
+    W8A8_MIX      a prompt's tokens as W8A8_DYNAMIC, generated tokens as W8A8
     W8A8_DYNAMIC  y = (xq W^T - o_t * sum_k W) * s_t * weight_scale + b        one s_t, o_t for each token
 
     rne: round half to even; clamp to [-128, 127]. Reciprocals are float32 and taken once: at load,
@@ -161,6 +162,27 @@ class W8A8DynamicLinear:
         products.sub_(offset_T1.to(torch.int32) * self.weight_sum)
         y = products.to(torch.float32).mul_(scale_T1).mul_(self.weight_scale)
         return y if self.bias is None else y.add_(self.bias)
+
+
+@dataclass
+class W8A8MixLinear:
+    """int8 weights; activations by token for a prompt, with parameters from calibration for what is generated."""
+
+    prompt: W8A8DynamicLinear
+    generated: W8A8Linear
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """Return y for tokens of a prompt."""
+        return self.prompt(x_TK)
+
+    def by_origin(self, x_TK: Tensor, generated_T: Tensor) -> Tensor:
+        """Return y; `generated_T` (T,) bool says which tokens were generated, now or before a recomputation."""
+        if not generated_T.any():
+            return self.prompt(x_TK)
+        y_TN = self.generated(x_TK)
+        if not generated_T.all():
+            y_TN[~generated_T] = self.prompt(x_TK[~generated_T])
+        return y_TN
 
 
 def symmetric(absmax: Tensor) -> Tensor:

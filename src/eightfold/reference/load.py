@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eightfold.errors import InputError, UnsupportedError
+from eightfold.errors import InputError
 from eightfold.families import (
+    ATTENTION,
     EMBEDDING,
     FINAL_NORM,
+    KEY,
     LM_HEAD,
+    VALUE,
     LinearShape,
     all_linears,
     input_groups,
@@ -22,17 +25,38 @@ from eightfold.families import (
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.decoder import Block, GroupCall, LinearGroup, apply_block_, rms_norm
+from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
+from eightfold.reference.kvcache import (
+    Attention,
+    AttentionMode,
+    C8Attention,
+    ChannelScale,
+    FAQuantAttention,
+    FloatAttention,
+)
 from eightfold.reference.linear import (
     DynamicMode,
     FloatLinear,
     Linear,
     W8A8DynamicLinear,
     W8A8Linear,
+    W8A8MixLinear,
     W8A16Linear,
 )
 from eightfold.reference.tensors import load_float32, load_tensor, require_finite
-from eightfold.scheme import QuantType, bias_name, linear_tensors, weight_name
+from eightfold.scheme import (
+    FA_K,
+    FA_Q,
+    FA_V,
+    KV_OFFSET,
+    KV_SCALE,
+    SCALE,
+    QuantType,
+    bias_name,
+    legacy_norm,
+    linear_tensors,
+    weight_name,
+)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -60,7 +84,7 @@ def _w8a8_linear(
     quant_bias: Tensor,
     deq_scale: Tensor,
     **unused: Tensor,  # weight_scale and weight_offset say nothing new, bias is inside quant_bias
-) -> Linear:
+) -> W8A8Linear:
     if deq_scale.dtype == torch.int64:
         deq_scale = deq_scale.to(torch.int32).view(torch.float32)
     return W8A8Linear(weight, quant_bias, deq_scale, 1.0 / _flat(input_scale), _flat(input_offset))
@@ -68,9 +92,13 @@ def _w8a8_linear(
 
 def _dynamic_linear(
     mode: DynamicMode, *, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **unused: Tensor
-) -> Linear:
+) -> W8A8DynamicLinear:
     weight_sum = weight.sum(1, dtype=torch.int32)
     return W8A8DynamicLinear(weight, _flat(weight_scale), weight_sum, None if bias is None else _flat(bias), mode)
+
+
+def _mix_linear(mode: DynamicMode, **stored: Tensor) -> Linear:
+    return W8A8MixLinear(_dynamic_linear(mode, **stored), _w8a8_linear(mode, **stored))
 
 
 # Keyword arguments are the suffixes in scheme.py.
@@ -78,6 +106,7 @@ LINEAR_FOR: dict[QuantType, Callable[..., Linear]] = {
     QuantType.FLOAT: _float_linear,
     QuantType.W8A8: _w8a8_linear,
     QuantType.W8A8_DYNAMIC: _dynamic_linear,
+    QuantType.W8A8_MIX: _mix_linear,
     QuantType.W8A16: _w8a16_linear,
 }
 
@@ -89,10 +118,12 @@ class Decoder:
     Attributes:
         checkpoint: where the tensors come from.
         dynamic: how W8A8_DYNAMIC quantizes a token.
+        attention: what a prompt's tokens attend over when keys and values are quantized; see kvcache.py.
     """
 
     checkpoint: Checkpoint
     dynamic: DynamicMode = "asymmetric"
+    attention: AttentionMode = "cache"
 
     @property
     def inv_freq(self) -> Tensor:
@@ -117,38 +148,74 @@ class Decoder:
             require_finite(load_tensor(self.checkpoint, name), name, self.checkpoint)
         return rows
 
-    def block(self, layer_idx: int, groups: Sequence[GroupCall] | None = None) -> Block:
-        """Build one layer: with its linears as the checkpoint stores them, or with other groups in their place."""
+    def block(
+        self,
+        layer_idx: int,
+        groups: Sequence[GroupCall] | None = None,
+        attention: Attention | None = None,
+        norms: Mapping[str, Norm] | None = None,
+    ) -> Block:
+        """Build one layer: as the checkpoint stores it, or with other parts in their place."""
         qkv, o, gate_up, down = groups or [
             LinearGroup(tuple(self.linear(layer_prefix(layer_idx), linear) for linear in group.linears))
             for group in input_groups(self.checkpoint.config)
         ]
-        norms = self.norms(layer_idx)
+        norms = norms or self.norms(layer_idx)
         return Block(
             self.checkpoint.config,
-            sliding_window(self.checkpoint.config, layer_idx),
             norms["input_layernorm"],
             norms["post_attention_layernorm"],
             norms.get("self_attn.q_norm"),
             norms.get("self_attn.k_norm"),
             qkv,
+            attention or self.attend(layer_idx),
             o,
             gate_up,
             down,
         )
 
-    def norms(self, layer_idx: int) -> dict[str, Tensor]:
-        """Return the gains of one layer's norms, float32, by their name inside the layer."""
+    def norms(self, layer_idx: int) -> dict[str, Norm]:
+        """Return one layer's norms by their name inside the layer."""
         prefix = layer_prefix(layer_idx)
         return {name: self._norm(prefix + name) for name in layer_norms(self.checkpoint.config)}
 
-    def _norm(self, name: str) -> Tensor:
-        bias = bias_name(name)
-        if bias in self.checkpoint.tensors and load_tensor(self.checkpoint, bias).any():
-            raise UnsupportedError(
-                bias, where=self.checkpoint.directory, got="values other than zero", expected="zeros"
+    def _norm(self, name: str) -> Norm:
+        gain = load_float32(self.checkpoint, weight_name(name))
+        stored = [b for b in (bias_name(name), bias_name(legacy_norm(name))) if b in self.checkpoint.tensors]
+        bias = load_float32(self.checkpoint, stored[0]) if stored else None
+        # Writers put zeros there; adding them would only cost time.
+        kept = bias if bias is not None and bool(bias.any()) else None
+        return Norm(gain, self.checkpoint.config.rms_norm_eps, kept)
+
+    def attend(self, layer_idx: int) -> Attention:
+        """Build one layer's attention as the checkpoint stores it."""
+        window = sliding_window(self.checkpoint.config, layer_idx)
+        kind, prefix = self.checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
+        if kind is QuantType.C8:
+            key, value = (self._channel_scale(prefix + linear, KV_SCALE, KV_OFFSET) for linear in (KEY, VALUE))
+            return C8Attention(key=key, value=value, mode=self.attention, window=window)
+        if kind is QuantType.FAQUANT:
+            module = prefix + ATTENTION
+            key, value = (self._channel_scale(module, f"{part}.{SCALE}") for part in (FA_K, FA_V))
+            query_scale_H = self._head_scale(f"{module}.{FA_Q}.{SCALE}")
+            return FAQuantAttention(
+                key=key, value=value, mode=self.attention, window=window, query_scale_H=query_scale_H
             )
-        return load_float32(self.checkpoint, weight_name(name))
+        return FloatAttention(window)
+
+    def _channel_scale(self, module: str, scale: str, offset: str = "") -> ChannelScale:
+        config = self.checkpoint.config
+        shape = (config.num_kv_heads, config.head_dim)
+        stored = load_float32(self.checkpoint, f"{module}.{scale}")
+        scale_GD = stored.reshape(shape[0], -1).expand(shape).contiguous()
+        name = f"{module}.{offset}"
+        if not offset or name not in self.checkpoint.tensors:
+            return ChannelScale(scale_GD, torch.zeros(()))
+        return ChannelScale(scale_GD, load_float32(self.checkpoint, name).reshape(shape))
+
+    def _head_scale(self, name: str) -> Tensor:
+        """Return one scale for each head; a file may repeat it for each channel of the head."""
+        return load_float32(self.checkpoint, name).reshape(self.checkpoint.config.num_heads, -1)[:, 0]
 
     def linear(self, prefix: str, linear: LinearShape) -> Linear:
         """Build one linear as the checkpoint stores it."""
@@ -166,11 +233,11 @@ class Decoder:
 
     def head(self) -> Head:
         """Build the final norm and the output head."""
-        return Head(
-            self._norm(FINAL_NORM),
-            self._head_linear(),
-            self.checkpoint.config.rms_norm_eps,
-        )
+        return Head(self.final_norm(), self._head_linear())
+
+    def final_norm(self) -> Norm:
+        """Build the norm before the output head."""
+        return self._norm(FINAL_NORM)
 
     def _head_linear(self) -> Linear:
         config = self.checkpoint.config
@@ -184,8 +251,18 @@ class Decoder:
         self.checkpoint.release(self.checkpoint.layer_tensors(layer_prefix(layer_idx)))
 
     @torch.inference_mode()
-    def hidden_states(self, sequences: Sequence[Sequence[int]], on_layer: Callable[[], None] = lambda: None) -> Tensor:
+    def hidden_states(
+        self,
+        sequences: Sequence[Sequence[int]],
+        on_layer: Callable[[], None] = lambda: None,
+        origin: Origin = "prompt",
+    ) -> Tensor:
         """Run many sequences through all layers, one layer resident at a time.
+
+        Args:
+            sequences: token ids.
+            on_layer: called after each layer.
+            origin: whether they are computed as prompts are, or as if all of their tokens had been generated.
 
         Returns:
             (T, E) float32, the input of the final norm, sequences one after the other.
@@ -194,7 +271,7 @@ class Decoder:
         lengths = [len(sequence) for sequence in sequences]
         inv_freq = self.inv_freq
         for layer_idx in range(self.checkpoint.config.num_layers):
-            apply_block_(self.block(layer_idx), hidden, lengths, inv_freq)
+            apply_block_(self.block(layer_idx), hidden, lengths, inv_freq, origin)
             self.release_block(layer_idx)
             on_layer()
         return hidden
@@ -209,10 +286,12 @@ class Decoder:
 class Head:
     """The final norm and the output head."""
 
-    norm: Tensor  # (E,) float32
+    norm: Norm  # E
     linear: Linear  # E to V
-    eps: float
 
-    def __call__(self, x_TE: Tensor) -> Tensor:
-        """Return logits, (T, V) float32."""
-        return self.linear(rms_norm(x_TE, self.norm, self.eps))
+    def __call__(self, x_TE: Tensor, origin: Origin = "prompt") -> Tensor:
+        """Return logits, (T, V) float32, of tokens that are all of one origin."""
+        x = self.norm(x_TE)
+        if origin == "generated" and isinstance(self.linear, W8A8MixLinear):
+            return self.linear.generated(x)
+        return self.linear(x)

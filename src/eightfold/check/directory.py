@@ -1,0 +1,278 @@
+"""A model directory as it lies there, gathered once for the rules: nothing in it needs to be right.
+
+Checkpoint (format/checkpoint.py) refuses what does not fit together; here that is what is looked for. Only config.json
+must say how large the model is, and one safetensors file must be there.
+
+Letters: N output features, K input features of a linear; H query heads, G key/value heads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eightfold.config import DType, ModelConfig, load_json_object, parse_config
+from eightfold.errors import CheckpointError, EightfoldError
+from eightfold.families import (
+    ATTENTION,
+    EMBEDDING,
+    KEY,
+    LM_HEAD,
+    SMOOTH_PAIRS,
+    VALUE,
+    LinearShape,
+    all_linears,
+    all_norms,
+    input_groups,
+    layer_prefix,
+)
+from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
+from eightfold.scheme import FA_TENSORS, KV_TENSORS, bias_name, legacy_norm, weight_name
+
+DESCRIPTIONS = "quant_model_description*.json"
+NONZERO = "values other than zero"
+
+# What tensor names and shapes depend on; the rest of a config.json may be beyond our own reader.
+_GEOMETRY = (
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The linears of one layer that loaders join into one, and the norm before them."""
+
+    title: str  # qkv or gate_up
+    members: tuple[str, ...]  # full module names
+    norm: str
+
+    @property
+    def module(self) -> str:
+        """The module they are in: attention or MLP."""
+        return self.members[0].rpartition(".")[0]
+
+
+class RawDirectory:
+    """What lies in a directory.
+
+    Attributes:
+        path: the folder.
+        config: config.json as it stands.
+        model: the sizes in it.
+        descriptions: description files by name, those that could be read.
+        damaged: files that cannot be read -> a sentence that says why.
+        files: safetensors files by name -> their tensors.
+        tensors: every stored tensor; of one that is in two files, the last in alphabetical order.
+        linears: the linears of the layers, by full module name, without the head.
+        norms: the norms, by full module name -> length.
+        packed: what loaders join, layer by layer.
+        has_int8: whether any linear of the layers is stored as int8.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        model: ModelConfig,
+        descriptions: dict[str, dict[str, Any]],
+        files: dict[str, dict[str, TensorInfo]],
+        damaged: dict[str, str],
+    ) -> None:
+        self.path, self.config, self.model = path, config, model
+        self.descriptions, self.files, self.damaged = descriptions, files, damaged
+        self.tensors = {name: info for header in files.values() for name, info in header.items()}
+        self.linears: dict[str, LinearShape] = all_linears(model)
+        self.head = self.linears.pop(LM_HEAD)
+        self.norms = all_norms(model)
+        self.packed = tuple(_packed(model))
+        self.has_int8 = any(self.dtype_of(weight_name(name)) == DType.I8.value for name in self.linears)
+        self._maps: dict[Path, MappedFile] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> RawDirectory:
+        """Gather a directory.
+
+        Raises:
+            CheckpointError: no directory, or one without config.json or safetensors files.
+            ConfigError: config.json does not say how large the model is.
+            UnsupportedError: an architecture of which the tensors' names are not known.
+        """
+        if not path.is_dir():
+            raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
+        config = load_json_object(path / CONFIG_NAME)
+        model = _sizes(config, path / CONFIG_NAME)
+        damaged: dict[str, str] = {}
+        descriptions = {p.name: _json_object(p, damaged) for p in sorted(path.glob(DESCRIPTIONS))}
+        files = {p.name: _header(p, damaged) for p in sorted(path.glob("*.safetensors")) if p.name[0] != "."}
+        if not files:
+            raise CheckpointError("weights", where=path, got="no *.safetensors", expected="safetensors files")
+        readable = {name: content for name, content in descriptions.items() if name not in damaged}
+        return cls(path, config, model, readable, files, damaged)
+
+    def only(self, names: Iterable[str]) -> RawDirectory:
+        """Return the same directory with these safetensors files and no others."""
+        kept = set(names)
+        files = {name: header for name, header in self.files.items() if name in kept}
+        return RawDirectory(self.path, self.config, self.model, self.descriptions, files, self.damaged)
+
+    @property
+    def architecture(self) -> str:
+        """The first of config.json's architectures."""
+        return self.model.architecture
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """The attention modules, by full name."""
+        return tuple(layer_prefix(layer_idx) + ATTENTION for layer_idx in range(self.model.num_layers))
+
+    @property
+    def unpacked(self) -> tuple[str, ...]:
+        """The linears of the layers that loaders keep as they are."""
+        joined = {member for group in self.packed for member in group.members}
+        return tuple(name for name in self.linears if name not in joined)
+
+    def dtype_of(self, name: str) -> str | None:
+        """Return a tensor's element type by its safetensors name; None when it is not stored."""
+        return self.tensors[name].dtype if name in self.tensors else None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return a tensor's shape; None when it is not stored."""
+        return self.tensors[name].shape if name in self.tensors else None
+
+    def values(self, name: str) -> NDArray[Any] | None:
+        """Return a small tensor's values.
+
+        Returns:
+            float64 or int64, in the tensor's shape; None when it is not stored or of a type without a reader.
+        """
+        info = self.tensors.get(name)
+        if info is None or info.dtype not in {kind.value for kind in DType}:
+            return None
+        if info.file not in self._maps:
+            self._maps[info.file] = MappedFile(info.file)
+        array = self._maps[info.file].array(info)
+        if info.dtype == DType.BF16.value:
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float64 if DType(info.dtype).is_float else np.int64)
+
+    def is_nonzero(self, name: str) -> bool:
+        """Whether a tensor is stored and holds anything but zeros."""
+        values = self.values(name)
+        return values is not None and bool(np.any(values != 0))
+
+    def fits_int8(self, name: str) -> bool:
+        """Whether a tensor, if it is stored, holds integers from -128 to 127 only."""
+        values = self.values(name)
+        return values is None or bool(np.all((values == np.rint(values)) & (values >= -128) & (values <= 127)))
+
+    def duplicates(self) -> dict[str, list[str]]:
+        """Return the tensors that lie in more than one file -> those files."""
+        homes: dict[str, list[str]] = {}
+        for file, header in self.files.items():
+            for name in header:
+                homes.setdefault(name, []).append(file)
+        return {name: files for name, files in homes.items() if len(files) > 1}
+
+    def kv_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of an int8 key/value cache in every layer -> shape."""
+        return {
+            f"{layer_prefix(layer_idx)}{module}.{spec.suffix}": spec.shape_for(C=self.model.kv_size)
+            for layer_idx in range(self.model.num_layers)
+            for module in (KEY, VALUE)
+            for spec in KV_TENSORS
+        }
+
+    def fa_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the tensors of quantized attention in every layer -> shape."""
+        heads = {"H": self.model.num_heads, "G": self.model.num_kv_heads}
+        return {f"{module}.{s.suffix}": s.shape_for(**heads) for module in self.attentions for s in FA_TENSORS}
+
+    def norm_tensors(self) -> set[str]:
+        """Return the names a norm's tensors may have, in the present and the older layout."""
+        modules = [module for norm in self.norms for module in (norm, legacy_norm(norm))]
+        return {name(module) for module in modules for name in (weight_name, bias_name)}
+
+
+def differ(members: list[NDArray[Any]]) -> bool:
+    """Whether values that must be one are not, by the tolerance of torch.allclose: |a - b| <= 1e-8 + 1e-5 |b|."""
+    flat = np.concatenate([np.empty(0), *(member.reshape(-1) for member in members)])
+    return flat.size > 0 and not np.allclose(flat, flat[0])
+
+
+def cast(values: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
+    """Return values rounded to float16 or bfloat16, as float64."""
+    if dtype is DType.F16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float64)
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16  # to nearest, ties to even
+    return np.asarray(rounded.view(np.float32), np.float64)
+
+
+def entries(description: Mapping[str, Any]) -> dict[str, str]:
+    """Return a description's entries about tensors: name -> label."""
+    return {
+        key: value
+        for key, value in description.items()
+        if isinstance(value, str) and "." in key and not key.endswith(".quant_type")
+    }
+
+
+def _packed(model: ModelConfig) -> Iterator[Packed]:
+    norms = {pair.group: pair.source for pair in SMOOTH_PAIRS if pair.source_is_norm}
+    for layer_idx in range(model.num_layers):
+        prefix = layer_prefix(layer_idx)
+        for group in input_groups(model):
+            if group.title in norms:
+                members = tuple(prefix + linear.name for linear in group.linears)
+                yield Packed(group.title, members, prefix + norms[group.title])
+
+
+def _sizes(config: dict[str, Any], where: Path) -> ModelConfig:
+    try:
+        return parse_config(config, where)
+    except EightfoldError:
+        return parse_config({key: config[key] for key in _GEOMETRY if key in config}, where)
+
+
+def _json_object(path: Path, damaged: dict[str, str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())  # as loaders read it: of a repeated key, the last
+    except (OSError, ValueError, RecursionError) as error:
+        damaged[path.name] = f"It is no JSON: {error}. Fetch it again."
+        return {}
+    if not isinstance(content, dict):
+        damaged[path.name] = f"It holds a {type(content).__name__} and no object. Fetch it again."
+        return {}
+    return content
+
+
+def _header(path: Path, damaged: dict[str, str]) -> dict[str, TensorInfo]:
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        damaged[path.name] = str(error)
+        return {}
+
+
+def head_and_embedding(model: ModelConfig) -> tuple[str, ...]:
+    """Return the weights outside of the layers that a loader reads: the embedding, and the head of an untied model."""
+    embedding = weight_name(EMBEDDING)
+    return (embedding,) if model.tie_word_embeddings else (embedding, weight_name(LM_HEAD))

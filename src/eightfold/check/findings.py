@@ -1,0 +1,152 @@
+"""What a check comes back with: findings of single rules, and the report about one loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from eightfold.errors import EightfoldError
+
+_KEPT = 8  # places that a finding keeps; the others are counted
+_SHOWN = 2  # of those, in text
+
+
+class Outcome(str, Enum):
+    """What the loader does with what a rule found, from harmless to fatal."""
+
+    LOADS = "loads"
+    WARNS = "warns"  # loads; a person should know
+    IGNORES = "ignores"  # loads and drops something without a word; what it computes is right
+    MISDECODES = "misdecodes"  # loads and computes something wrong
+    REFUSES = "refuses"
+
+    @property
+    def severity(self) -> int:
+        """Position in the list above."""
+        return list(Outcome).index(self)
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether what the loader computes is right."""
+        return self not in (Outcome.MISDECODES, Outcome.REFUSES)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule found."""
+
+    rule: str  # stable, such as mindie.qkv-input-scale
+    outcome: Outcome
+    where: tuple[str, ...]  # tensors, modules, files or config keys: the first few
+    count: int  # of all of them
+    message: str
+
+    @property
+    def place(self) -> str:
+        """The first places in one text."""
+        more = f" and {self.count - _SHOWN} more" if self.count > _SHOWN else ""
+        return ", ".join(self.where[:_SHOWN]) + more
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding for JSON."""
+        return {
+            "rule": self.rule,
+            "outcome": self.outcome.value,
+            "where": list(self.where),
+            "count": self.count,
+            "message": self.message,
+        }
+
+
+def found(
+    rule: str,
+    outcome: Outcome,
+    where: Iterable[str],
+    does: str,
+    *,
+    got: Any = None,
+    expected: Any = None,
+    action: str = "",
+) -> Iterator[Finding]:
+    """Yield one finding about all places, and nothing when there are none.
+
+    Args:
+        rule: the rule's id.
+        outcome: what becomes of the directory.
+        where: every place that the rule applies to.
+        does: what the loader does there, in the form of an error's first part.
+        got: what there is.
+        expected: what the loader wants.
+        action: what to do about it.
+    """
+    places = tuple(dict.fromkeys(where))
+    if places:
+        text = str(EightfoldError(does, got=got, expected=expected, action=action))
+        yield Finding(rule, outcome, places[:_KEPT], len(places), text)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the loader makes of the directory, when nothing stops it."""
+
+    dtype: str  # of activations; "unknown" when config.json does not say
+    linears: dict[str, int]  # scheme -> linears of the layers
+    packs: dict[str, dict[str, int]]  # group of linears that become one -> how -> layers
+    kv_cache: str  # int8, float, or what is which
+    attention: str  # FAQuant, float, ...
+    attention_layers: int  # that are quantized
+
+    @property
+    def text(self) -> str:
+        """The same in one line."""
+        linears = ", ".join(f"{count} linears {scheme}" for scheme, count in self.linears.items())
+        packs = ", ".join(
+            f"{count} x {group} packed {how}" for group, kinds in self.packs.items() for how, count in kinds.items()
+        )
+        attention = f"{self.attention} attention"
+        if self.attention_layers:
+            attention += f" in {self.attention_layers} layers"
+        return f"{self.dtype}: {linears} ({packs}), {self.kv_cache} KV cache, {attention}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary for JSON."""
+        return {**self.__dict__, "text": self.text}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one loader does with one directory."""
+
+    loader: str
+    directory: str
+    findings: tuple[Finding, ...]  # worst first
+    summary: Summary
+
+    @classmethod
+    def of(cls, loader: str, directory: str, findings: Iterable[Finding], summary: Summary) -> Report:
+        """Sort the findings, worst first, and keep the order of the rules otherwise."""
+        ordered = sorted(findings, key=lambda finding: -finding.outcome.severity)
+        return cls(loader, directory, tuple(ordered), summary)
+
+    @property
+    def verdict(self) -> Outcome:
+        """The worst outcome."""
+        return self.findings[0].outcome if self.findings else Outcome.LOADS
+
+    @property
+    def loads(self) -> bool:
+        """Whether the loader takes the directory at all."""
+        return self.verdict is not Outcome.REFUSES
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {
+            "loader": self.loader,
+            "directory": self.directory,
+            "verdict": self.verdict.value,
+            "loads": self.loads,
+            "findings": [finding.as_dict() for finding in self.findings],
+            "summary": self.summary.as_dict(),
+        }

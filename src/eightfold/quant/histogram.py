@@ -1,0 +1,246 @@
+"""Activation method 2: the range that loses least, searched in a histogram of a linear's input.
+
+    grid      B bins over [lo, hi]; a sample outside widens both, the old counts are spread over the new bins
+    search    walk inwards from [0, B-1], 1e-5 of the mass at a time, until the error rises
+    error     sum_b (counts_b / bin) * integral over bin b of (x - nearest level)^2 dx,  LEVELS levels over the range
+
+This is HistogramObserver as torch had it from 1.11 on, which is what msModelSlim uses, oddities included, because
+another range would be another checkpoint:
+
+  - A sample is counted between the ends of the grid *cut to whole numbers*; the bins are then read as if they covered
+    the whole grid. Values beyond the cut ends are not counted: of [-0.9, 3.7] only [0, 3] is seen, stretched. Ends that
+    cut to the same number count between the extremes of the sample itself.
+  - Step after step comes from the right side, unless the left one skips more bins. So the left side rests for good
+    when a step of it leads nowhere.
+  - Counts are float32, thresholds are rounded to it, the integral behind the spread counts is rounded in one of two
+    places: an empty bin may hold slightly less than nothing.
+
+What differs is the cost: no dense grid is built, and steps that move no bin are jumped over.
+
+Letters: T tokens, K inputs, B bins, C candidate ranges.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from eightfold.errors import InputError
+from eightfold.reference.linear import asymmetric
+
+BINS = 2048
+LEVELS = 256  # of an int8 activation
+UPSAMPLE = 128  # cells of the dense grid in a bin
+STEP = 1e-5  # of the mass
+
+# Ranges whose error is computed at once. A search tries some dozens.
+_CHUNK = 16
+
+# The quantiles after 0, 1, ... steps, added up one by one: k * STEP differs in the last bit. As many as any walk takes.
+_FROM_LEFT = np.concatenate([[0.0], np.full(100_002, STEP)]).cumsum()
+_FROM_RIGHT = np.concatenate([[1.0], np.full(100_002, -STEP)]).cumsum()
+
+
+class HistogramObserver:
+    """Activation method 2: per-tensor, asymmetric, of least squared error."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._lo = self._hi = torch.zeros(())  # ends of the grid, () float32
+        self._counts_B = torch.zeros(BINS)
+        self._params = asymmetric(torch.zeros(1), torch.zeros(1))
+        self.samples = 0
+
+    def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Take in more samples, in order.
+
+        Args:
+            x_TK: (T, K) float32, the input of the linear for all tokens of these samples.
+            spans: (begin, end) of each sample's tokens.
+
+        Returns:
+            scale and offset, each (T, 1) float32: for a sample's tokens those that hold once it has been seen.
+
+        Raises:
+            InputError: a sample's activations are not finite.
+        """
+        samples = [x_TK[begin:end] for begin, end in spans]
+        extremes = [torch.aminmax(x_SK) for x_SK in samples]
+        self._require_finite(extremes)
+        seen = [self._see(x_SK, lo, hi) for x_SK, (lo, hi) in zip(samples, extremes, strict=True)]
+        lengths = torch.tensor([end - begin for begin, end in spans])
+        scale, offset = (torch.cat(values) for values in zip(*seen, strict=True))
+        return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
+
+    def params(self) -> tuple[Tensor, Tensor]:
+        """Return the final scale and offset, each (1,) float32."""
+        return self._params
+
+    def _see(self, x_SK: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        if self._lo == self._hi:  # nothing seen, or one value only: that is forgotten
+            self._lo, self._hi, self._counts_B = lo, hi, count(x_SK, lo, hi)
+        else:
+            old = self._counts_B, self._lo, self._hi
+            self._lo, self._hi, cells = widen(self._lo, self._hi, lo, hi)
+            self._counts_B = count(x_SK, self._lo, self._hi) + spread(*old, self._lo, self._hi, cells)
+        self.samples += 1
+        clip_lo, clip_hi = search_range(self._counts_B, self._lo, self._hi)
+        self._params = asymmetric(clip_lo[None], clip_hi[None])
+        return self._params
+
+    def _require_finite(self, extremes: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for index, (lo, hi) in enumerate(extremes):
+            if not (torch.isfinite(lo) and torch.isfinite(hi)):
+                raise InputError(
+                    f"input of {self._title}",
+                    where=f"calibration sample {self.samples + index} (counted from 0)",
+                    got=f"values from {float(lo)} to {float(hi)}",
+                    expected="finite numbers",
+                    action="Remove the sample, or check the float model.",
+                )
+
+
+def count(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Return the histogram of x, (B,) float32, between lo and hi cut to whole numbers (see the top of this file)."""
+    return torch.histc(x, BINS, min=float(int(lo)), max=float(int(hi)))
+
+
+def widen(lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return the grid over both ranges and how many cells of the old one's dense grid each of its bins holds.
+
+    A bin of the new grid is a whole number of cells; what that adds goes to the upper end, so a lower end of 0 stays.
+
+    Args:
+        lo: () float32, lower end of the old grid; `hi` the upper one, above it.
+        hi: see `lo`.
+        new_lo: () float32, the least new value; `new_hi` the greatest.
+        new_hi: see `new_lo`.
+    """
+    low, high = torch.minimum(new_lo, lo), torch.maximum(new_hi, hi)
+    row = BINS * _cell(lo, hi)  # a new bin of so many cells makes the grid so many rows wide
+    cells = int(torch.ceil((high - low) / row))
+    return low, high + (cells * row - (high - low)), cells
+
+
+def _cell(lo: Tensor, hi: Tensor) -> Tensor:
+    return (hi - lo) / (BINS * UPSAMPLE)
+
+
+def spread(counts_B: Tensor, lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Tensor, cells: int) -> Tensor:
+    """Return the counts of the grid [lo, hi] in the bins of the wider grid [new_lo, new_hi].
+
+    Every bin is UPSAMPLE cells of equal counts; a new bin is `cells` of them. The count of a new bin is the difference
+    of the integral over the cells between its ends, which is linear between the old bins' ends.
+    """
+    if new_lo == lo and new_hi == hi:
+        return counts_B
+    start = round(float((lo - new_lo) / _cell(lo, hi)))
+    dense = counts_B.repeat_interleave(UPSAMPLE).cumsum(0, dtype=torch.float64)
+    integral = torch.cat([torch.zeros(1, dtype=torch.float64), dense])  # from lo, after 0, 1, ... cells
+    upper = integral[(torch.arange(1, BINS + 1) * cells - start).clamp_(0, BINS * UPSAMPLE)]
+    lower = torch.cat([torch.zeros(1), upper[:-1].float()])
+    return ((upper - lower) / UPSAMPLE).float()
+
+
+def search_range(counts_B: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the part of [lo, hi] to which the search clips, as two () float32.
+
+    Args:
+        counts_B: (B,) float32.
+        lo: () float32, lower end of the first bin; `hi` the upper end of the last.
+        hi: see `lo`.
+    """
+    if lo == hi:
+        return lo, hi
+    best, least = (0, BINS - 1), float("inf")
+    walk = candidates(counts_B)
+    while chunk := list(islice(walk, _CHUNK)):
+        errors = [least, *quantization_errors(counts_B, float(hi) - float(lo), chunk).tolist()]
+        rising = next((at for at in range(len(chunk)) if errors[at + 1] > errors[at]), len(chunk))
+        if rising:
+            best, least = chunk[rising - 1], errors[rising]
+        if rising < len(chunk):
+            break
+    width = (hi - lo) / BINS
+    return lo + width * best[0], lo + width * (best[1] + 1)
+
+
+def candidates(counts_B: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield the (first, last) bins of the ranges to try, each inside the one before.
+
+    A step moves one end to the bin in which the next quantile of that side lies, the side that skips more bins; the
+    right one when they skip equally many, also when that is none.
+    """
+    total = float(counts_B.sum())
+    mass_B = counts_B.cumsum(0).numpy()
+    first, last, left, right = 0, BINS - 1, 0, 0  # steps taken from either side
+    while _FROM_LEFT[left] < _FROM_RIGHT[right]:
+        next_first = _first_reaching(mass_B, first, last, np.float32(_FROM_LEFT[left + 1] * total))
+        next_last = _last_within(mass_B, first, last, np.float32(_FROM_RIGHT[right + 1] * total))
+        if next_first - first > last - next_last:
+            first, left = next_first, left + 1
+        elif next_last < last:
+            last, right = next_last, right + 1
+        elif first < last:
+            right = _next_moving_step(mass_B[last], right + 1, total)
+            continue
+        else:
+            return
+        yield first, last
+
+
+def _first_reaching(mass_B: npt.NDArray[np.float32], first: int, last: int, threshold: np.float32) -> int:
+    reached = mass_B[first:last] >= threshold
+    at = int(reached.argmax()) if first < last else 0
+    return first + at if first < last and reached[at] else last
+
+
+def _last_within(mass_B: npt.NDArray[np.float32], first: int, last: int, threshold: np.float32) -> int:
+    within = mass_B[first + 1 : last + 1][::-1] <= threshold
+    at = int(within.argmax()) if first < last else 0
+    return last - at if first < last and within[at] else first
+
+
+def _next_moving_step(mass: np.float32, right: int, total: float) -> int:
+    """Return after how many steps, from `right` on, the next one from the right asks for less than this mass."""
+
+    def moves(step: int) -> bool:
+        return bool(mass > np.float32(_FROM_RIGHT[step + 1] * total))
+
+    return bisect_left(range(len(_FROM_RIGHT) - 1), True, lo=right, key=moves)
+
+
+def quantization_errors(counts_B: Tensor, extent: float, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the squared error that LEVELS levels over each range of bins make on the histogram, (C,) float32.
+
+    Every level stands for an interval, its own in the middle; what lies outside the range goes to the outermost. Counts
+    are taken as spread evenly over their bins.
+
+    Args:
+        counts_B: (B,) float32.
+        extent: hi - lo of the grid.
+        ranges: (first, last) bins of each, C of them.
+    """
+    width = extent / BINS
+    level_C1 = torch.tensor([width * (last - first + 1) / LEVELS for first, last in ranges])[:, None]
+    first_C1 = torch.tensor([first for first, _ in ranges])[:, None]
+    begin_CB = (torch.arange(BINS) - first_C1) * width
+    end_CB = begin_CB + width
+    begin_level_CB = torch.div(begin_CB, level_C1, rounding_mode="floor").clamp_(0, LEVELS - 1)
+    end_level_CB = torch.div(end_CB, level_C1, rounding_mode="floor").clamp_(0, LEVELS - 1)
+    density_B = counts_B / width
+    half_C1 = level_C1 / 2
+    from_begin = _square_integral(begin_CB - (begin_level_CB + 0.5) * level_C1, half_C1)
+    whole = (end_level_CB - begin_level_CB - 1) * _square_integral(-half_C1, half_C1)
+    to_end = _square_integral(-half_C1, end_CB - (end_level_CB * level_C1 + half_C1))
+    return (from_begin * density_B + whole * density_B + to_end * density_B).sum(1)
+
+
+def _square_integral(begin: Tensor, end: Tensor) -> Tensor:
+    return (end * end * end - begin * begin * begin) / 3

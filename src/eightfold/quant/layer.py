@@ -1,0 +1,294 @@
+"""One decoder layer on its way from float to int8: smooth -> quantize -> observe -> write.
+
+    norm -> linears      gain / s,   columns of the linears * s
+    linear -> linear     rows of the first / s,   columns of the second * s
+
+A norm's gain is rounded when it is stored. So s is taken as gain / stored gain, and the layer computes what it computed
+before however coarse the dtype on disk.
+
+Letters: E hidden size, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eightfold.families import (
+    ATTENTION,
+    KEY,
+    SMOOTH_PAIRS,
+    VALUE,
+    InputGroup,
+    LinearShape,
+    SmoothPair,
+    input_groups,
+    layer_norms,
+    layer_prefix,
+    sliding_window,
+)
+from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
+from eightfold.quant.calibrate import ObservedGroup, Observer, observer_for, static_member
+from eightfold.quant.plan import tensor_name
+from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_weight, static_params
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.smooth import SmoothScale, source_scale
+from eightfold.quant.survey import LayerSurvey, head_sharing
+from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
+from eightfold.reference.kvcache import FloatAttention
+from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
+from eightfold.reference.load import Decoder
+from eightfold.reference.tensors import load_float32
+from eightfold.scheme import (
+    DEQ_SCALE,
+    FA_TENSORS,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    KV_OFFSET,
+    KV_SCALE,
+    NEEDS_CALIBRATION,
+    NORM_BIAS,
+    QUANT_BIAS,
+    WEIGHT,
+    WEIGHT_OFFSET,
+    WEIGHT_SCALE,
+    QuantType,
+    bias_name,
+    legacy_norm,
+    linear_tensors,
+    weight_name,
+)
+
+
+class SmoothedLayer:
+    """A layer's float weights as they are going to be quantized; without scales, as they are."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layer_idx: int,
+        scales: Mapping[str, SmoothScale],
+        stored_dtype: Callable[[str], torch.dtype],
+    ) -> None:
+        self._decoder, self._idx, self._prefix = decoder, layer_idx, layer_prefix(layer_idx)
+        self._config = decoder.checkpoint.config
+        self._columns: dict[str, Tensor] = {}  # linear -> what its columns are multiplied by, (K,)
+        self._rows: dict[str, Tensor] = {}  # linear -> what its rows are divided by, (N,)
+        self.norms = decoder.norms(layer_idx)
+        for pair in SMOOTH_PAIRS:
+            if pair.group in scales:
+                self._apply(pair, scales[pair.group].scale, stored_dtype)
+
+    def _apply(self, pair: SmoothPair, scale_K: Tensor, stored_dtype: Callable[[str], torch.dtype]) -> None:
+        if pair.source_is_norm:
+            dtype = stored_dtype(weight_name(self._prefix + pair.source))
+            gain, scale_K = divide_gain(self.norms[pair.source].gain, scale_K, dtype)
+            self.norms[pair.source] = Norm(gain, self._config.rms_norm_eps)
+        else:
+            sharing = head_sharing(self._config, pair.group)
+            self._rows[pair.source] = scale_K if sharing is None else source_scale(scale_K, sharing)
+        for group in input_groups(self._config):
+            if group.title == pair.group:
+                self._columns.update({linear.name: scale_K for linear in group.linears})
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether anything differs from the source."""
+        return bool(self._columns)
+
+    def changes(self, linear: LinearShape) -> bool:
+        """Whether a linear's tensors differ from the source's."""
+        return linear.name in self._columns or linear.name in self._rows
+
+    def weight(self, linear: LinearShape) -> Tensor:
+        """Return (N, K) float32, made anew."""
+        weight = load_float32(self._decoder.checkpoint, weight_name(self._prefix + linear.name))
+        if linear.name in self._columns:
+            weight.mul_(self._columns[linear.name])
+        if linear.name in self._rows:
+            weight.div_(self._rows[linear.name][:, None])
+        return weight
+
+    def bias(self, linear: LinearShape) -> Tensor | None:
+        """Return (N,) float32, or None."""
+        if not linear.has_bias:
+            return None
+        bias = load_float32(self._decoder.checkpoint, bias_name(self._prefix + linear.name))
+        return bias.div_(self._rows[linear.name]) if linear.name in self._rows else bias
+
+    def linear(self, linear: LinearShape) -> Linear:
+        """Return the float linear."""
+        if not self.changes(linear):
+            return self._decoder.linear(self._prefix, linear)
+        return FloatLinear(self.weight(linear), self.bias(linear))
+
+    def block(self) -> Block:
+        """Return the whole float layer."""
+        groups: list[GroupCall] = [
+            LinearGroup(tuple(self.linear(linear) for linear in group.linears)) for group in input_groups(self._config)
+        ]
+        return self._decoder.block(self._idx, groups, norms=self.norms)
+
+
+def divide_gain(gain_E: Tensor, scale_E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a norm's gain after division, as a dtype on disk holds it, and the division that was really made."""
+    divided = gain_E / scale_E
+    if dtype == torch.float32:
+        return divided, scale_E
+    stored = divided.to(dtype).to(torch.float32)
+    return stored, torch.where(stored != 0, gain_E / stored, scale_E)
+
+
+@dataclass
+class QuantizedLayer:
+    """One layer's integers and, after its samples have passed, its activation parameters."""
+
+    decoder: Decoder
+    layer_idx: int
+    recipe: Recipe
+    types: Mapping[str, QuantType]
+    has_fa: bool
+    survey: LayerSurvey
+    stored_dtype: Callable[[str], torch.dtype]
+    _weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    _observers: dict[str, Observer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._config = self.decoder.checkpoint.config
+        self._prefix = layer_prefix(self.layer_idx)
+        self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
+        self._fa = FAQuantObserver() if self.has_fa else None
+        for group in input_groups(self._config):
+            for linear in group.linears:
+                if self._type(linear) is not QuantType.FLOAT:
+                    is_symmetric = self._type(linear) is not QuantType.W8A16 or self.recipe.weight_symmetric
+                    self._weights[linear.name] = quantize_weight(
+                        self.smoothed.weight(linear), is_symmetric=is_symmetric
+                    )
+
+    def _type(self, linear: LinearShape) -> QuantType:
+        return self.types[self._prefix + linear.name]
+
+    def observed_block(self) -> Block:
+        """Return the layer with its linears quantized and what they and attention read observed."""
+        window = sliding_window(self._config, self.layer_idx)
+        attention = WatchedAttention(FloatAttention(window), () if self._fa is None else (self._fa,))
+        groups = [self._observed_group(group) for group in input_groups(self._config)]
+        return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms)
+
+    def _observed_group(self, group: InputGroup) -> GroupCall:
+        members = tuple(self._member(linear) for linear in group.linears)
+        static = [linear for linear in group.linears if self._type(linear) in NEEDS_CALIBRATION]
+        if not static:
+            return LinearGroup(members)
+        range_param = self.survey.range_params.get(group.title)
+        observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param)
+        self._observers.update({linear.name: observer for linear in static})
+        return ObservedGroup(observer, members)
+
+    def _member(self, linear: LinearShape) -> Linear:
+        kind = self._type(linear)
+        if kind is QuantType.FLOAT:
+            return self.smoothed.linear(linear)
+        weight, bias = self._weights[linear.name], self.smoothed.bias(linear)
+        if kind is QuantType.W8A16:
+            return W8A16Linear(weight.values, weight.scale, weight.offset, bias)
+        if kind is QuantType.W8A8_DYNAMIC:
+            return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
+        return static_member(weight, bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the layer that is not the source's own, by full name."""
+        found: dict[str, Tensor] = {}
+        for group in input_groups(self._config):
+            for linear in group.linears:
+                module = self._prefix + linear.name
+                stored = {**self._float_tensors(linear), **self._int8_tensors(linear)}
+                found.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
+        found.update(self._norm_tensors())
+        found.update(self._fa_tensors())
+        if self.survey.kv is not None:
+            found.update(_kv_tensors(self._prefix, self.survey.kv))
+        return found
+
+    def _float_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
+        """Return what smoothing has changed of a linear's float tensors, by suffix."""
+        if not self.smoothed.changes(linear):
+            return {}
+        changed = {WEIGHT: self.smoothed.weight(linear)} if self._type(linear) is QuantType.FLOAT else {}
+        bias = self.smoothed.bias(linear)
+        if bias is not None:
+            changed[linear_tensors(QuantType.FLOAT, has_bias=True)[1].suffix] = bias
+        return changed
+
+    def _int8_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
+        """Return what a quantized linear stores beside its float bias, by suffix."""
+        weight = self._weights.get(linear.name)
+        if weight is None:
+            return {}
+        stored = {WEIGHT: weight.values, WEIGHT_SCALE: weight.scale, WEIGHT_OFFSET: weight.offset}
+        if linear.name in self._observers:
+            params = self._observers[linear.name].params()
+            stored.update(
+                static_tensors(
+                    weight, self.smoothed.bias(linear), params, self._prefix + linear.name, self.stored_dtype
+                )
+            )
+        return stored
+
+    def _norm_tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        method = self.recipe.anti_outlier
+        for name in layer_norms(self._config) if method is not None else ():
+            found.update(norm_tensors(self._prefix + name, self.smoothed.norms[name].gain))
+        return found
+
+    def _fa_tensors(self) -> dict[str, Tensor]:
+        if self._fa is None:
+            return {}
+        heads = (self._fa.query, self._fa.key, self._fa.value)
+        scales = [head.scale() for head in heads]
+        values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
+        module = self._prefix + ATTENTION
+        return {tensor_name(module, spec): value for spec, value in zip(FA_TENSORS, values, strict=True)}
+
+
+def static_tensors(
+    weight: QuantizedWeight,
+    bias_N: Tensor | None,
+    params: tuple[Tensor, Tensor],
+    module: str,
+    stored_dtype: Callable[[str], torch.dtype],
+) -> dict[str, Tensor]:
+    """Return what static W8A8 adds to a quantized weight, by suffix."""
+    scale, offset = params
+    # Deviates: the reference multiplies the float32 scale. A reader quantizes with the scale it finds in the
+    # file, rounded to the model's dtype (up to 0.4 % off in bfloat16), so that one belongs into deq_scale.
+    scale = scale.to(stored_dtype(f"{module}.{INPUT_SCALE}")).to(torch.float32)
+    deq_scale, quant_bias = static_params(weight, bias_N, scale, offset)
+    if stored_dtype(f"{module}.{DEQ_SCALE}") is torch.int64:
+        deq_scale = pack_deq_scale(deq_scale)
+    return {INPUT_SCALE: scale, INPUT_OFFSET: offset, QUANT_BIAS: quant_bias, DEQ_SCALE: deq_scale}
+
+
+def norm_tensors(module: str, gain: Tensor) -> dict[str, Tensor]:
+    """Return all that may be written of a norm after outlier suppression; the plan says which of it is."""
+    zeros = torch.zeros_like(gain)
+    return {
+        weight_name(module): gain,
+        f"{module}.{NORM_BIAS.suffix}": zeros,
+        weight_name(legacy_norm(module)): gain,
+        f"{legacy_norm(module)}.{NORM_BIAS.suffix}": zeros,
+    }
+
+
+def _kv_tensors(prefix: str, kv: KVParams) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{KEY}.{KV_SCALE}": kv.key_scale,
+        f"{prefix}{KEY}.{KV_OFFSET}": kv.key_offset,
+        f"{prefix}{VALUE}.{KV_SCALE}": kv.value_scale,
+        f"{prefix}{VALUE}.{KV_OFFSET}": kv.value_offset,
+    }

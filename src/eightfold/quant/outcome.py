@@ -1,0 +1,142 @@
+"""What a quantization did: for the user's terminal, and for eightfold_report.json in the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eightfold import __version__
+from eightfold.config import ModelConfig
+from eightfold.families import LM_HEAD
+from eightfold.quant.fallback import RolledBack
+from eightfold.quant.recipe import Recipe, split_groups
+from eightfold.quant.recipe_file import recipe_content
+from eightfold.scheme import QuantType
+
+REPORT_NAME = "eightfold_report.json"
+
+# Above this share of keys outside the cache's range the user is warned.
+CLIPPED_LIMIT = 0.001
+
+
+@dataclass
+class Smoothing:
+    """What outlier suppression did."""
+
+    choices: dict[str, str] = field(default_factory=dict)  # layer and group -> what was chosen
+    max_logit_difference: float = 0.0  # float model before and after, on the first sample
+    max_logit: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """What a quantization did."""
+
+    recipe: Recipe
+    types: Mapping[str, QuantType]  # of every linear
+    samples: int = 0
+    calibration_tokens: int = 0
+    calibration_sha256: str | None = None
+    tensors: int = 0
+    nbytes: int = 0  # of tensor data written
+    rolled_back: list[RolledBack] = field(default_factory=list)
+    attention_float: list[int] = field(default_factory=list)  # layers that fa_amp took FAQuant from
+    stretch_scores: dict[int, float] = field(default_factory=dict)
+    smoothing: Smoothing | None = None
+    clipped_keys: int = 0
+    keys: int = 0
+    notes: list[str] = field(default_factory=list)  # for the user, one line each
+
+    @property
+    def quantized(self) -> int:
+        """How many linears are int8."""
+        return sum(kind is not QuantType.FLOAT for kind in self.types.values())
+
+    @property
+    def kept_float(self) -> list[str]:
+        """The linears of the layers that are not."""
+        return [name for name, kind in self.types.items() if kind is QuantType.FLOAT and name != LM_HEAD]
+
+    def took_samples(self, samples: Sequence[Sequence[int]]) -> None:
+        """Remember which calibration data was used."""
+        self.samples, self.calibration_tokens = len(samples), sum(map(len, samples))
+        self.calibration_sha256 = hashlib.sha256(json.dumps([list(s) for s in samples]).encode()).hexdigest()
+
+    def add_clipping_note(self) -> None:
+        """Say what share of the keys an int8 cache cuts off whose range was taken before RoPE."""
+        if not self.keys:
+            return
+        share = self.clipped_keys / self.keys
+        advice = (
+            "warning: many keys lie outside the cache's range; --kv-observe post-rope avoids that."
+            if share > CLIPPED_LIMIT
+            else "they were observed before RoPE, as msModelSlim does."
+        )
+        self.notes.append(f"{share:.4%} of the calibration keys are clipped in the int8 cache: {advice}")
+
+    def report(self) -> dict[str, Any]:
+        """Return the content of the report: the same for the same source, recipe and data."""
+        content: dict[str, Any] = {
+            "eightfold": __version__,
+            "recipe": recipe_content(self.recipe),
+            "linears": {"quantized": self.quantized, "float": self.kept_float},
+        }
+        if self.samples:
+            content["calibration"] = {
+                "samples": self.samples,
+                "tokens": self.calibration_tokens,
+                "token_ids_sha256": self.calibration_sha256,
+            }
+        if self.smoothing is not None:
+            content["anti_outlier"] = {
+                "max_logit_difference": self.smoothing.max_logit_difference,
+                "max_logit": self.smoothing.max_logit,
+                "choices": self.smoothing.choices,
+            }
+        if self.rolled_back:
+            content["rolled_back"] = [
+                {"linear": row.module, "range_over_std": row.range_param, "only_with_its_group": row.of_group}
+                for row in self.rolled_back
+            ]
+        if self.stretch_scores:
+            content["attention"] = {
+                "float_layers": self.attention_float,
+                "stretch_scores": {str(layer_idx): score for layer_idx, score in self.stretch_scores.items()},
+            }
+        if self.keys:
+            content["kv_cache"] = {"clipped_keys": self.clipped_keys, "keys": self.keys}
+        content["notes"] = self.notes
+        return content
+
+
+def notes_for(config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType]) -> list[str]:
+    """Return what a user should know about a recipe on a model, one line each."""
+    notes = []
+    if split := split_groups(config, types):
+        notes.append(
+            f"{len(split)} groups of linears that share an input are stored in two ways (such as {split[0]}): "
+            "vllm-ascend refuses that, MindIE takes it only with W8A8. Keep whole groups float."
+        )
+    if all(kind is QuantType.FLOAT for kind in types.values()):
+        notes.append("every linear is kept float: nothing is quantized.")
+    if config.architecture == "LlamaForCausalLM" and config.head_dim * config.num_heads != config.hidden_size:
+        notes.append(
+            f"head_dim is {config.head_dim} and not hidden_size / heads, which MindIE takes for Llama: "
+            "it would misread OUT."
+        )
+    if not recipe.weight_symmetric:
+        notes.append("asymmetric W8A16: MindIE reads it rightly, vllm-ascend drops the sign of the offset.")
+    if recipe.fa_quant and recipe.scheme is not QuantType.W8A8:
+        notes.append(f"FAQuant with {recipe.scheme.value}: MindIE takes it only with W8A8.")
+    if recipe.kv_int8 and not recipe.kv_symmetric:
+        notes.append("an int8 cache with offsets: MindIE and vllm-ascend read only symmetric ones rightly.")
+    if recipe.quantize_lm_head:
+        notes.append("lm_head is quantized: try OUT in your loader first, its sources do not promise to read that.")
+        if config.tie_word_embeddings:
+            notes.append(
+                'the model is tied; OUT is not (config.json: "tie_word_embeddings": false), for its int8 head.'
+            )
+    return notes

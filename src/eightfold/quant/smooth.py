@@ -1,0 +1,194 @@
+"""Outlier suppression: a scale for each input channel of a group of linears.
+
+    y = x W^T = (x / s) (W s)^T        whoever makes x divides by s: a norm's gain, or the rows of v_proj and up_proj
+
+    m1   s = a**0.5 / w**0.5                                   a: max |x| of a channel, w: max |W|, at least SCALE_MIN
+    m2   s = 1 up to a threshold t, (r t)**0.5 / w**0.5 above;     r = max(1, reach / t)
+         t = spread + (max reach - spread) i / 99 of least mse of the first linear, for i in 0 .. 99;
+         as m1 when 3 spread >= max reach
+    m3   s = v / sqrt(max v * min v),  v = max(mean|x|**r, 1e-4);     r in 0, 0.05 .. 0.95 of least mse of all linears
+    m4   s = a**0.9 / w**0.1
+    m5   s = (h / largest h of the ordinary channels)**0.7 for outliers, 1 for the others;     h: max x, and max -x
+    m6   s = a**alpha / w**beta,  alpha and beta searched (flex_smooth.py)
+
+m1, m2, m4 and m6 keep s above SCALE_MIN. m2 quantizes the input minus its centre, and m3 only the weights; both look at
+the first sample only. Of equal errors m2 and m3 take the first.
+
+Where query heads share a value head, o_proj's channels share v_proj's rows: m4 averages s over those heads, m6 takes
+the largest a and the largest w.
+
+Letters: T tokens, K inputs, N outputs, G key/value heads, Q query heads sharing one, D head_dim.
+
+Sources: SmoothQuant, Xiao et al. 2023, arXiv:2211.10438 (m1); Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145
+(m2); AWQ, Lin et al. 2023, arXiv:2306.00978 (m3); CBQ, Ding et al. 2023, arXiv:2312.07950 (m5); all as the published
+msModelSlim wheel does them, its operations traced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eightfold.quant.flex_smooth import balance, search_exponents, weight_absmax
+from eightfold.quant.methods import AntiOutlier
+from eightfold.quant.qparams import quantize_weight
+from eightfold.quant.statistics import InputStats
+from eightfold.reference.linear import asymmetric, float_linear, to_int8_
+
+_THRESHOLDS = 100  # m2
+_RATIOS = 20  # m3
+
+
+@dataclass(frozen=True)
+class HeadSharing:
+    """How o_proj's input channels share v_proj's rows: as (G, Q, D)."""
+
+    kv_heads: int
+    queries: int  # to one kv head
+    head_dim: int
+
+    def split(self, channels: Tensor) -> Tensor:
+        """Return (H * D,) as (G, Q, D)."""
+        return channels.view(self.kv_heads, self.queries, self.head_dim)
+
+    def expand(self, shared_GD: Tensor) -> Tensor:
+        """Return (G, D) as (H * D,), repeated for each query head."""
+        return shared_GD[:, None].expand(-1, self.queries, -1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class SmoothScale:
+    """What a group's input is divided by, and the columns of its weights multiplied by."""
+
+    scale: Tensor  # (K,) float32, positive
+    note: str  # what was chosen, for a report
+
+
+def smooth_scale(
+    method: AntiOutlier,
+    stats: InputStats,
+    weights: Sequence[Tensor],
+    sharing: HeadSharing | None = None,
+    *,
+    weight_symmetric: bool = True,
+) -> SmoothScale:
+    """Return a group's scale by one of the methods.
+
+    Args:
+        method: m1, m2, m3 and m5 are meant for groups that read a norm.
+        stats: of the group's input. m2 and m3 need the first sample, m6 needs tokens.
+        weights: (N, K) float32 of all linears that read it, in module order. Not modified.
+        sharing: for o_proj, how query heads share v_proj's; the scale is then the same for all heads that share.
+        weight_symmetric: how weights will be quantized; m3 tries that.
+    """
+    if method is AntiOutlier.M2:
+        return _above_threshold(stats, weights)
+    if method is AntiOutlier.M3:
+        return _weight_aware(stats, weights, weight_symmetric)
+    if method is AntiOutlier.M5:
+        return _clipped_outliers(stats)
+    if method is AntiOutlier.M6:
+        alpha, beta = search_exponents(stats, weights)
+        scale = _balance_shared(stats.absmax, weight_absmax(weights), alpha, beta, sharing)
+        return SmoothScale(scale, f"alpha {alpha:.2f}, beta {beta:.2f}")
+    if method is AntiOutlier.M4:
+        scale = balance(stats.absmax, weight_absmax(weights), 0.9, 0.1)
+        return SmoothScale(scale if sharing is None else sharing.expand(sharing.split(scale).mean(1)), "alpha 0.9")
+    return SmoothScale(balance(stats.absmax, weight_absmax(weights), 0.5, 0.5), "alpha 0.5")
+
+
+def source_scale(scale: Tensor, sharing: HeadSharing) -> Tensor:
+    """Return what v_proj's rows are divided by, (G * D,), from o_proj's scale, (H * D,)."""
+    return sharing.split(scale)[:, 0].reshape(-1)
+
+
+def _balance_shared(
+    absmax: Tensor, weight_max: Tensor, alpha: float, beta: float, sharing: HeadSharing | None
+) -> Tensor:
+    if sharing is None:
+        return balance(absmax, weight_max, alpha, beta)
+    shared = balance(sharing.split(absmax).amax(1), sharing.split(weight_max).amax(1), alpha, beta)
+    return sharing.expand(shared)
+
+
+def _above_threshold(stats: InputStats, weights: Sequence[Tensor]) -> SmoothScale:
+    """m2."""
+    weight_max = weight_absmax(weights)
+    spread, top = torch.tensor(stats.spread), stats.reach.max()
+    if 3 * spread >= top:
+        return SmoothScale(balance(stats.absmax, weight_max, 0.5, 0.5), "alpha 0.5")
+    centre = (stats.lo + stats.hi) / 2
+    best, found, index = math.inf, torch.ones_like(centre), 0
+    for i in range(_THRESHOLDS):
+        threshold = spread + (top - spread) * i / (_THRESHOLDS - 1)
+        ratio = (stats.reach / threshold).clamp(min=1)
+        scale = torch.where(ratio <= 1, ratio, balance(ratio * threshold, weight_max, 0.5, 0.5))
+        error = _centred_error(stats.first, centre, scale, weights[0])
+        if error < best:
+            best, found, index = error, scale, i
+    return SmoothScale(found, f"threshold {index + 1} of {_THRESHOLDS}")
+
+
+def _centred_error(x_TK: Tensor, centre: Tensor, scale: Tensor, weight_NK: Tensor) -> float:
+    """Return the mean squared error of x W^T when (x - centre) / scale is quantized and the weight is not.
+
+    The wheel quantizes the weight too but does not round it, which leaves it as it is.
+    """
+    scaled = (x_TK - centre) / scale
+    lo, hi = scaled.amin()[None], scaled.amax()[None]
+    x_scale, x_offset = asymmetric(lo, hi)
+    quantized = to_int8_(scaled / x_scale, x_offset).to(torch.float32)
+    difference = (quantized - x_offset) * x_scale * scale + centre - x_TK
+    return float(float_linear(difference, weight_NK, None).square().mean())
+
+
+def _weight_aware(stats: InputStats, weights: Sequence[Tensor], weight_symmetric: bool) -> SmoothScale:
+    """m3."""
+    mean = stats.first.abs().mean(0)
+    best, found, index = math.inf, torch.ones_like(mean), 0
+    for i in range(_RATIOS):
+        scale = (mean ** (i / _RATIOS)).clamp(min=1e-4)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        error = sum(_rounding_error(stats.first, weight_NK, scale, weight_symmetric) for weight_NK in weights)
+        if error < best:
+            best, found, index = error, scale, i
+    return SmoothScale(found, f"ratio {index / _RATIOS:.2f}")
+
+
+def _rounding_error(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, weight_symmetric: bool) -> float:
+    """Return the mean squared error of x W^T when W * scale is quantized."""
+    quantized = quantize_weight(weight_NK * scale, is_symmetric=weight_symmetric)
+    real = (quantized.values.to(torch.float32) - quantized.offset) * quantized.scale / scale
+    return float(float_linear(x_TK, real - weight_NK, None).square().mean())
+
+
+def _clipped_outliers(stats: InputStats) -> SmoothScale:
+    """m5."""
+    scale = torch.maximum(_outlier_scale(stats.hi), _outlier_scale(-stats.lo))
+    return SmoothScale(scale, f"{int((scale > 1).sum())} outliers")
+
+
+def _outlier_scale(peaks: Tensor) -> Tensor:
+    """Return the scale by which peaks (K,) that stand out come nearer to the largest ordinary one."""
+    low, high = torch.quantile(peaks, torch.tensor([0.2, 0.8]))
+    limit = high + 1.5 * (high - low)
+    candidates = peaks[peaks > limit].sort().values
+    if len(candidates) > 1:
+        limit = _widest_gap(candidates)
+    ordinary = peaks[peaks <= limit].amax()
+    if ordinary <= 0:  # nothing to measure against
+        return torch.ones_like(peaks)
+    return torch.where(peaks > limit, (peaks / ordinary) ** 0.7, torch.ones_like(peaks))
+
+
+def _widest_gap(ascending: Tensor) -> Tensor:
+    """Return the last value below the cut with the widest gap, less the variance of what lies below it."""
+    below = ascending[:-1].double()
+    count = torch.arange(1, len(ascending), dtype=torch.float64)
+    variance = (below.square().cumsum(0) - below.cumsum(0).square() / count) / (count - 1).clamp(min=1)
+    metric = ascending[1:].double() - below - variance.clamp(min=0)
+    return ascending[int(metric.argmax())]

@@ -1,0 +1,181 @@
+"""The float pass: what has to be known of a layer before it is quantized.
+
+All calibration samples run through the float model, one layer at a time. Smoothing does not change what a layer
+computes, so the inputs of the smoothed model are these inputs divided by the scales found here.
+
+Letters: T tokens of all samples, E hidden size, K inputs, C = G * D key/value channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eightfold.config import ModelConfig
+from eightfold.families import SMOOTH_PAIRS, InputGroup, SmoothPair, input_groups, layer_prefix, sliding_window
+from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
+from eightfold.quant.methods import ActMethod, AntiOutlier
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
+from eightfold.quant.statistics import InputWatcher
+from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, apply_block_
+from eightfold.reference.kvcache import FloatAttention
+from eightfold.reference.load import Decoder
+from eightfold.reference.tensors import load_float32
+from eightfold.scheme import QuantType, weight_name
+
+# So many samples decide what is rolled back and which activation method an input gets.
+FEATURE_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """What was found about one layer."""
+
+    scales: Mapping[str, SmoothScale] = field(default_factory=dict)  # by title of the group that reads the input
+    range_params: Mapping[str, float] = field(default_factory=dict)  # of the smoothed input, by title
+    kv: KVParams | None = None
+    stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
+
+
+@dataclass(frozen=True)
+class WatchedGroup:
+    """Linears whose input, and perhaps outputs, are shown to somebody."""
+
+    inner: LinearGroup
+    watcher: InputWatcher | None
+    outputs: Callable[[Tensor, Tensor], None] | None = None  # sees k and v, each (T, C)
+
+    def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Return every linear's output."""
+        if self.watcher is not None:
+            self.watcher.update(x_TK, batch.spans)
+        outputs = self.inner(x_TK, batch)
+        if self.outputs is not None:
+            self.outputs(*outputs[1:])
+        return outputs
+
+
+def head_sharing(config: ModelConfig, group: str) -> HeadSharing | None:
+    """Return how o_proj's inputs share v_proj's outputs; None for other groups."""
+    if group != "o":
+        return None
+    return HeadSharing(config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+
+
+def smoothed_pairs(method: AntiOutlier | None) -> tuple[SmoothPair, ...]:
+    """Return what a method smooths."""
+    if method is None:
+        return ()
+    return tuple(pair for pair in SMOOTH_PAIRS if pair.source_is_norm or method.smooths_linear_pairs)
+
+
+def needs_features(recipe: Recipe) -> bool:
+    """Whether the ratio of largest value to standard deviation decides something."""
+    return recipe.disable_level > 0 or (recipe.has_static_inputs and recipe.act_method is ActMethod.AUTO)
+
+
+def needs_survey(recipe: Recipe) -> bool:
+    """Whether anything is taken from the float model."""
+    return recipe.anti_outlier is not None or recipe.kv_int8 or recipe.fa_amp > 0 or needs_features(recipe)
+
+
+class FloatPass:
+    """The samples on their way through the float model."""
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, samples: Sequence[Sequence[int]]) -> None:
+        self._decoder, self._recipe = decoder, recipe
+        self._config = decoder.checkpoint.config
+        everything = recipe.anti_outlier is not None or recipe.kv_int8
+        used = samples if everything else samples[:FEATURE_SAMPLES]
+        self._lengths = [len(sample) for sample in used]
+        self.hidden_TE = decoder.embed([token for sample in used for token in sample])
+        self._smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
+
+    def first_sample(self) -> Tensor:
+        """Return the first sample's hidden states, (T0, E)."""
+        return self.hidden_TE[: self._lengths[0]]
+
+    @torch.inference_mode()
+    def survey(self, layer_idx: int) -> LayerSurvey:
+        """Move all samples through one layer and return what was seen."""
+        recipe, prefix = self._recipe, layer_prefix(layer_idx)
+        kv = KVObserver(recipe.kv_observe) if recipe.kv_int8 else None
+        stretch = StretchObserver() if recipe.fa_amp else None
+        watchers = {group.title: self._watcher(prefix, group) for group in input_groups(self._config)}
+        groups: list[GroupCall] = [
+            self._watched(prefix, group, watchers[group.title], kv) for group in input_groups(self._config)
+        ]
+        seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
+        attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
+        apply_block_(
+            self._decoder.block(layer_idx, groups, attention), self.hidden_TE, self._lengths, self._decoder.inv_freq
+        )
+        scales = {
+            group.title: self._scale(prefix, group, watchers[group.title])
+            for group in input_groups(self._config)
+            if group.title in self._smoothed
+        }
+        return LayerSurvey(scales, self._range_params(watchers, scales), self._kv(kv, scales), _score(stretch))
+
+    def head_range_param(self) -> float:
+        """Return the range parameter of the output head's input, after the last layer."""
+        watcher = InputWatcher("the output head", sum(self._lengths), keep_first=False, keep_tokens=False)
+        x_TE = self._decoder.final_norm()(self.hidden_TE)
+        watcher.update(x_TE, Batch.of(self._lengths, self._decoder.inv_freq).spans)
+        return watcher.stats().features.range_param(None)
+
+    def _watcher(self, prefix: str, group: InputGroup) -> InputWatcher | None:
+        method = self._recipe.anti_outlier if group.title in self._smoothed else None
+        if method is None and not needs_features(self._recipe):
+            return None
+        return InputWatcher(
+            prefix + group.title,
+            sum(self._lengths),
+            keep_first=method in (AntiOutlier.M2, AntiOutlier.M3),
+            keep_tokens=method is AntiOutlier.M6,
+        )
+
+    def _watched(
+        self, prefix: str, group: InputGroup, watcher: InputWatcher | None, kv: KVObserver | None
+    ) -> WatchedGroup:
+        linears = LinearGroup(tuple(self._decoder.linear(prefix, linear) for linear in group.linears))
+        return WatchedGroup(linears, watcher, kv.projections if kv is not None and group.title == "qkv" else None)
+
+    def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher | None) -> SmoothScale:
+        assert watcher is not None and self._recipe.anti_outlier is not None
+        weights = [
+            load_float32(self._decoder.checkpoint, weight_name(prefix + linear.name)) for linear in group.linears
+        ]
+        return smooth_scale(
+            self._recipe.anti_outlier,
+            watcher.stats(),
+            weights,
+            head_sharing(self._config, group.title),
+            weight_symmetric=self._recipe.weight_symmetric or self._recipe.scheme is not QuantType.W8A16,
+        )
+
+    def _range_params(
+        self, watchers: Mapping[str, InputWatcher | None], scales: Mapping[str, SmoothScale]
+    ) -> dict[str, float]:
+        if not needs_features(self._recipe):
+            return {}
+        return {
+            title: watcher.stats().features.range_param(scales[title].scale if title in scales else None)
+            for title, watcher in watchers.items()
+            if watcher is not None
+        }
+
+    def _kv(self, observer: KVObserver | None, scales: Mapping[str, SmoothScale]) -> KVParams | None:
+        if observer is None:
+            return None
+        sharing = head_sharing(self._config, "o")
+        divisor = source_scale(scales["o"].scale, sharing) if "o" in scales and sharing is not None else None
+        return observer.params(self._recipe.kv_symmetric, divisor)
+
+
+def _score(observer: StretchObserver | None) -> float | None:
+    return None if observer is None else observer.score
