@@ -27,11 +27,12 @@ class Loader(str, Enum):
 def check(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory, quantized or float.")],
     loaders: Annotated[
-        list[Loader] | None, typer.Option("--for", help="The loader; may be given twice. [default: all]")
+        list[Loader] | None,
+        typer.Option("--for", metavar="LOADER", help="mindie, vllm-ascend or all (default); may be given twice."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
-    """Say what MindIE or vllm-ascend would do with a model directory, without either. Reads no weights.
+    """Say what MindIE or vllm-ascend would do with a model directory. Reads headers and small tensors only.
 
     Exit code 1 if one of them refuses the directory or would compute something wrong.
 

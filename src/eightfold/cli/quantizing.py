@@ -63,6 +63,13 @@ class Method(str, Enum):
     m6 = "m6"
 
 
+class Device(str, Enum):
+    """What computes while calibrating."""
+
+    cpu = "cpu"
+    npu = "npu"
+
+
 class Act(str, Enum):
     """Activation methods, by name or by msModelSlim's number."""
 
@@ -231,6 +238,9 @@ def quantize(
             "config.json, smoothed norms as .module.weight and .module.bias.",
         ),
     ] = False,
+    device: Annotated[
+        Device, typer.Option(metavar="DEVICE", help="cpu. npu is understood, and computed on the CPU too.")
+    ] = Device.cpu,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=_OUTPUT, help="Replace OUT if it is a model directory.")
     ] = False,
@@ -278,6 +288,8 @@ def quantize(
         console.note(f"nothing here needs calibration data; {calibration.given} changes nothing.")
     if not recipe.has_static_inputs and act_method is not None:
         console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
+    if device is Device.npu:
+        console.note("--device npu: this runs on the CPU; the output is the same for an NPU.")
     console.require_torch("quantize")
     from eightfold.quant.pipeline import quantize_checkpoint
 

@@ -1,23 +1,25 @@
 """Activation method 2: the range that loses least, searched in a histogram of a linear's input.
 
-    grid      B bins over [lo, hi]; a sample outside widens both, the old counts are spread over the new bins
-    search    walk inwards from [0, B-1], 1e-5 of the mass at a time, until the error rises
-    error     sum_b (counts_b / bin) * integral over bin b of (x - nearest level)^2 dx,  LEVELS levels over the range
+    grid      B bins over [lo, hi]; a sample outside widens it, and the old counts are spread over the new bins
+    search    walk inwards from all bins, a quantile of 1e-5 at a time, until the error rises
+    error     sum_b counts_b / width * integral over bin b of (x - nearest level)^2 dx      LEVELS levels in the range
 
-This is HistogramObserver as torch had it from 1.11 on, which is what msModelSlim uses, oddities included, because
-another range would be another checkpoint:
+This is torch's HistogramObserver in the old state in which msModelSlim keeps it: histogram and range are reproduced
+bit for bit, oddities included, as another range would be another checkpoint.
 
-  - A sample is counted between the ends of the grid *cut to whole numbers*; the bins are then read as if they covered
-    the whole grid. Values beyond the cut ends are not counted: of [-0.9, 3.7] only [0, 3] is seen, stretched. Ends that
-    cut to the same number count between the extremes of the sample itself.
-  - Step after step comes from the right side, unless the left one skips more bins. So the left side rests for good
-    when a step of it leads nowhere.
-  - Counts are float32, thresholds are rounded to it, the integral behind the spread counts is rounded in one of two
-    places: an empty bin may hold slightly less than nothing.
+  - A sample is counted between the ends of the grid *cut to whole numbers*, and the bins are then read as if they
+    covered the grid. Of [-0.9, 3.7] only [0, 3] is counted, and stretched. If both ends are cut to the same number,
+    the sample is counted between its own extremes.
+  - The first range tried is taken whatever its error.
+  - The right end moves unless the left one would skip more bins. A step that leads the left end nowhere is never
+    repeated, so from then on the left end rests.
+  - The integral behind the spread counts is rounded to float32 at the lower end of a bin and not at the upper one, so
+    an empty bin may hold slightly less than nothing.
 
-What differs is the cost: no dense grid is built, and steps that move no bin are jumped over.
+Equality in bits is worth the trouble because of the first two: a range that ends at 2.999 or at 3.001 gives another
+histogram, and inputs that are quantized by it carry the difference through all later layers.
 
-Letters: T tokens, K inputs, B bins, C candidate ranges.
+Letters: T tokens, K inputs, S tokens of one sample, B bins, C candidate ranges.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eightfold.errors import InputError
+from eightfold.quant.statistics import require_finite_samples
 from eightfold.reference.linear import asymmetric
 
 BINS = 2048
@@ -39,8 +41,8 @@ LEVELS = 256  # of an int8 activation
 UPSAMPLE = 128  # cells of the dense grid in a bin
 STEP = 1e-5  # of the mass
 
-# Ranges whose error is computed at once. A search tries some dozens.
-_CHUNK = 16
+# Ranges whose error is computed at once. Most searches end within three.
+_CHUNK = 4
 
 # The quantiles after 0, 1, ... steps, added up one by one: k * STEP differs in the last bit. As many as any walk takes.
 _FROM_LEFT = np.concatenate([[0.0], np.full(100_002, STEP)]).cumsum()
@@ -72,8 +74,9 @@ class HistogramObserver:
         """
         samples = [x_TK[begin:end] for begin, end in spans]
         extremes = [torch.aminmax(x_SK) for x_SK in samples]
-        self._require_finite(extremes)
-        seen = [self._see(x_SK, lo, hi) for x_SK, (lo, hi) in zip(samples, extremes, strict=True)]
+        lows, highs = (torch.stack(ends) for ends in zip(*extremes, strict=True))
+        require_finite_samples(self._title, self.samples, lows, highs)
+        seen = [self._see(*sample) for sample in zip(samples, lows, highs, strict=True)]
         lengths = torch.tensor([end - begin for begin, end in spans])
         scale, offset = (torch.cat(values) for values in zip(*seen, strict=True))
         return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
@@ -83,7 +86,7 @@ class HistogramObserver:
         return self._params
 
     def _see(self, x_SK: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        if self._lo == self._hi:  # nothing seen, or one value only: that is forgotten
+        if is_forgettable(self._lo, self._hi, lo, hi):
             self._lo, self._hi, self._counts_B = lo, hi, count(x_SK, lo, hi)
         else:
             old = self._counts_B, self._lo, self._hi
@@ -94,21 +97,19 @@ class HistogramObserver:
         self._params = asymmetric(clip_lo[None], clip_hi[None])
         return self._params
 
-    def _require_finite(self, extremes: Sequence[tuple[Tensor, Tensor]]) -> None:
-        for index, (lo, hi) in enumerate(extremes):
-            if not (torch.isfinite(lo) and torch.isfinite(hi)):
-                raise InputError(
-                    f"input of {self._title}",
-                    where=f"calibration sample {self.samples + index} (counted from 0)",
-                    got=f"values from {float(lo)} to {float(hi)}",
-                    expected="finite numbers",
-                    action="Remove the sample, or check the float model.",
-                )
-
 
 def count(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     """Return the histogram of x, (B,) float32, between lo and hi cut to whole numbers (see the top of this file)."""
-    return torch.histc(x, BINS, min=float(int(lo)), max=float(int(hi)))
+    return torch.histc(x, BINS, min=float(lo.trunc()), max=float(hi.trunc()))
+
+
+def is_forgettable(lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Tensor) -> bool:
+    """Return whether the grid [lo, hi] holds nothing, one value only, or hardly more beside what comes.
+
+    The reference forgets a single value, and fails where the new range is millions of times the old one.
+    """
+    wide = torch.maximum(new_hi, hi) - torch.minimum(new_lo, lo)
+    return bool(hi - lo <= (wide * 2.0**-24).clamp(min=1e-30))
 
 
 def widen(lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -135,8 +136,8 @@ def _cell(lo: Tensor, hi: Tensor) -> Tensor:
 def spread(counts_B: Tensor, lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Tensor, cells: int) -> Tensor:
     """Return the counts of the grid [lo, hi] in the bins of the wider grid [new_lo, new_hi].
 
-    Every bin is UPSAMPLE cells of equal counts; a new bin is `cells` of them. The count of a new bin is the difference
-    of the integral over the cells between its ends, which is linear between the old bins' ends.
+    Every bin is UPSAMPLE cells of equal counts; a new bin is `cells` of them. The count of a new bin is what the
+    integral over the cells gains between its ends. Only the old grid is dense here, however wide the new one is.
     """
     if new_lo == lo and new_hi == hi:
         return counts_B
@@ -237,9 +238,10 @@ def quantization_errors(counts_B: Tensor, extent: float, ranges: Sequence[tuple[
     density_B = counts_B / width
     half_C1 = level_C1 / 2
     from_begin = _square_integral(begin_CB - (begin_level_CB + 0.5) * level_C1, half_C1)
-    whole = (end_level_CB - begin_level_CB - 1) * _square_integral(-half_C1, half_C1)
+    whole = _square_integral(-half_C1, half_C1)
     to_end = _square_integral(-half_C1, end_CB - (end_level_CB * level_C1 + half_C1))
-    return (from_begin * density_B + whole * density_B + to_end * density_B).sum(1)
+    between_CB = end_level_CB - begin_level_CB - 1  # whole levels; -1 where a bin lies in one: begin and end overlap
+    return (from_begin * density_B + between_CB * (whole * density_B) + to_end * density_B).sum(1)
 
 
 def _square_integral(begin: Tensor, end: Tensor) -> Tensor:

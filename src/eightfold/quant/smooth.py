@@ -75,6 +75,7 @@ def smooth_scale(
     sharing: HeadSharing | None = None,
     *,
     weight_symmetric: bool = True,
+    biases: Sequence[Tensor | None] | None = None,
 ) -> SmoothScale:
     """Return a group's scale by one of the methods.
 
@@ -84,9 +85,10 @@ def smooth_scale(
         weights: (N, K) float32 of all linears that read it, in module order. Not modified.
         sharing: for o_proj, how query heads share v_proj's; the scale is then the same for all heads that share.
         weight_symmetric: how weights will be quantized; m3 tries that.
+        biases: (N,) float32 or None for each linear, for m2; None means that there are none.
     """
     if method is AntiOutlier.M2:
-        return _above_threshold(stats, weights)
+        return _above_threshold(stats, weights, biases or [None] * len(weights))
     if method is AntiOutlier.M3:
         return _weight_aware(stats, weights, weight_symmetric)
     if method is AntiOutlier.M5:
@@ -115,35 +117,59 @@ def _balance_shared(
     return sharing.expand(shared)
 
 
-def _above_threshold(stats: InputStats, weights: Sequence[Tensor]) -> SmoothScale:
+def _above_threshold(stats: InputStats, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> SmoothScale:
     """m2."""
     weight_max = weight_absmax(weights)
     spread, top = torch.tensor(stats.spread), stats.reach.max()
     if 3 * spread >= top:
         return SmoothScale(balance(stats.absmax, weight_max, 0.5, 0.5), "alpha 0.5")
     centre = (stats.lo + stats.hi) / 2
+    readers = _Readers(stats.first, weights, biases)
     best, found, index = math.inf, torch.ones_like(centre), 0
     for i in range(_THRESHOLDS):
-        threshold = spread + (top - spread) * i / (_THRESHOLDS - 1)
+        share = i / (_THRESHOLDS - 1)
+        threshold = (1 - share) * spread + share * top  # exactly `top` at last: then every scale is 1
         ratio = (stats.reach / threshold).clamp(min=1)
         scale = torch.where(ratio <= 1, ratio, balance(ratio * threshold, weight_max, 0.5, 0.5))
-        error = _centred_error(stats.first, centre, scale, weights[0])
+        error = readers.error(_input_error(stats.first, centre, scale))
         if error < best:
             best, found, index = error, scale, i
     return SmoothScale(found, f"threshold {index + 1} of {_THRESHOLDS}")
 
 
-def _centred_error(x_TK: Tensor, centre: Tensor, scale: Tensor, weight_NK: Tensor) -> float:
-    """Return the mean squared error of x W^T when (x - centre) / scale is quantized and the weight is not.
+def _input_error(x_TK: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """Return by how much x changes when (x - centre) / scale is quantized, (T, K)."""
+    scaled = (x_TK - centre).div_(scale)
+    x_scale, x_offset = asymmetric(scaled.amin()[None], scaled.amax()[None])
+    quantized = to_int8_(scaled.div_(x_scale), x_offset).to(torch.float32)
+    return quantized.sub_(x_offset).mul_(x_scale).mul_(scale).add_(centre).sub_(x_TK)
 
-    The wheel quantizes the weight too but does not round it, which leaves it as it is.
+
+class _Readers:
+    """What m2 compares: the first linear's output, or for q, k and v something like attention.
+
+    That is softmax(q_i k^T / sqrt(N)) v without mask, RoPE or heads: k (T, N) is taken whole, q in pieces as wide.
     """
-    scaled = (x_TK - centre) / scale
-    lo, hi = scaled.amin()[None], scaled.amax()[None]
-    x_scale, x_offset = asymmetric(lo, hi)
-    quantized = to_int8_(scaled / x_scale, x_offset).to(torch.float32)
-    difference = (quantized - x_offset) * x_scale * scale + centre - x_TK
-    return float(float_linear(difference, weight_NK, None).square().mean())
+
+    def __init__(self, x_TK: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        is_qkv = len(weights) == 3 and len(weights[0]) % len(weights[1]) == 0 and len(weights[1]) == len(weights[2])
+        self._weights = weights if is_qkv else weights[:1]
+        self._outputs = [float_linear(x_TK, *linear) for linear in zip(self._weights, biases, strict=False)]
+        self._exact = self._combine(self._outputs)
+
+    def error(self, input_error_TK: Tensor) -> float:
+        """Return the mean squared error that follows from an error of the input."""
+        pairs = zip(self._outputs, self._weights, strict=True)
+        changed = [output + float_linear(input_error_TK, weight_NK, None) for output, weight_NK in pairs]
+        return float(torch.nn.functional.mse_loss(self._combine(changed), self._exact))
+
+    def _combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        if len(outputs) == 1:
+            return outputs[0]
+        q, k, v = outputs
+        width = k.shape[1]
+        q_PTN = q.view(len(q), -1, width).transpose(0, 1)
+        return torch.softmax(q_PTN @ k.T / math.sqrt(width), dim=-1) @ v
 
 
 def _weight_aware(stats: InputStats, weights: Sequence[Tensor], weight_symmetric: bool) -> SmoothScale:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.families import SMOOTH_PAIRS, InputGroup, SmoothPair, input_groups, layer_prefix, sliding_window
+from eightfold.families import (
+    SMOOTH_PAIRS,
+    InputGroup,
+    LinearShape,
+    SmoothPair,
+    input_groups,
+    layer_prefix,
+    sliding_window,
+)
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.methods import ActMethod, AntiOutlier
 from eightfold.quant.recipe import Recipe
@@ -25,7 +33,7 @@ from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, apply_blo
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_float32
-from eightfold.scheme import QuantType, weight_name
+from eightfold.scheme import QuantType, bias_name, weight_name
 
 # So many samples decide what is rolled back and which activation method an input gets.
 FEATURE_SAMPLES = 5
@@ -155,8 +163,12 @@ class FloatPass:
             watcher.stats(),
             weights,
             head_sharing(self._config, group.title),
+            biases=[self._bias(prefix, linear) for linear in group.linears],
             weight_symmetric=self._recipe.weight_symmetric or self._recipe.scheme is not QuantType.W8A16,
         )
+
+    def _bias(self, prefix: str, linear: LinearShape) -> Tensor | None:
+        return load_float32(self._decoder.checkpoint, bias_name(prefix + linear.name)) if linear.has_bias else None
 
     def _range_params(
         self, watchers: Mapping[str, InputWatcher | None], scales: Mapping[str, SmoothScale]

@@ -1,0 +1,133 @@
+"""What is asked: texts, files, chats and token ids of a command line, as token ids; and answers as text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eightfold.errors import ConfigError, InputError, UnsupportedError
+from eightfold.tokenizer import Message, Tokenizer
+
+# A text, a chat, or token ids.
+Prompt = str | list[Message] | list[int]
+
+# What the adapter of a prompt without one is called.
+BASE = (None, "", "base")
+
+
+class PromptTokenizer(Tokenizer):
+    """A model's tokenizer that may use another chat template, and shows special tokens."""
+
+    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
+        super().__init__(directory)
+        self._other_template = chat_template
+
+    def _find_template(self) -> str | None:
+        return super()._find_template() if self._other_template is None else self._other_template
+
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """Return text with special tokens."""
+        return str(self._fast.decode(list(token_ids), skip_special_tokens=False))
+
+
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Return the prompts of a command line.
+
+    Raises:
+        InputError, ConfigError, UnsupportedError: a file, or the value of a flag, that cannot be used.
+    """
+    if args.is_chat_model and args.input_file is not None:
+        return [*read_chats(Path(args.input_file))]
+    if args.input_dict is not None:
+        prompts: list[Prompt] = [*read_input_dict(args.input_dict)]
+    elif args.input_ids is not None:
+        prompts = [*args.input_ids]
+    else:
+        prompts = [text_or_file(text) for text in args.input_texts]
+    if not args.is_chat_model:
+        return prompts
+    return [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def text_or_file(text: str) -> str:
+    """Return a text, or the content of the file that it names."""
+    path = Path(text)
+    try:
+        if not path.is_file():
+            return text
+    except (OSError, ValueError):  # too long for a name, or a null byte
+        return text
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "text file", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
+        ) from None
+
+
+def read_input_dict(entries: Any) -> list[str]:
+    """Return the prompts of --input_dict.
+
+    Raises:
+        ConfigError: not a list of objects with a prompt.
+        UnsupportedError: a prompt with an adapter.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError("--input_dict", got=json.dumps(entries), expected='a list such as [{"prompt": "Hello"}]')
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise ConfigError("--input_dict", got=json.dumps(entry), expected='an object such as {"prompt": "Hello"}')
+        if entry.get("adapter") not in BASE:
+            raise UnsupportedError("--input_dict", got=f"adapter {entry['adapter']}", action="LoRA is not made.")
+    return [entry["prompt"] for entry in entries]
+
+
+def read_chats(path: Path) -> list[list[Message]]:
+    """Return the chats of --input_file, one a line.
+
+    Raises:
+        InputError: unreadable, empty, or a line that is no list of messages.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "chat file", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
+        ) from None
+    chats = [_chat(line, number, path) for number, line in enumerate(lines, 1) if line.strip()]
+    if not chats:
+        raise InputError("chat file", where=path, got="no rows", expected="one chat a line")
+    return chats
+
+
+def _chat(line: str, number: int, where: Path) -> list[Message]:
+    try:
+        messages = json.loads(line)
+    except (ValueError, RecursionError):
+        messages = None
+    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+        return messages
+    raise InputError(
+        f"line {number}", where=where, got=line[:60], expected='a list such as [{"role": "user", "content": "Hello"}]'
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Return a prompt's token ids; the tokenizer may be absent where prompts are ids already."""
+    if isinstance(prompt, str):
+        assert tokenizer is not None
+        return tokenizer.encode(prompt)
+    ids = [item for item in prompt if isinstance(item, int)]
+    if len(ids) == len(prompt):
+        return ids
+    assert tokenizer is not None
+    return tokenizer.encode_chat([item for item in prompt if isinstance(item, dict)], add_generation_prompt=True)
