@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from examples.server import benchmark
 
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.reference.generate import generate
@@ -231,6 +232,25 @@ def test_the_benchmark_goes_below_the_working_directory_by_default(pa, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert answers(pa("--max_output_length", 1, "--input_texts", "a"))
     assert (tmp_path / "benchmark_result" / "benchmark.csv").read_text().startswith(COLUMNS)
+
+
+def test_the_report_is_for_owner_and_group_whatever_was_there(tmp_path):
+    path = tmp_path / "times.csv"
+    path.write_text("old and longer than what comes")
+    path.chmod(0o666)
+    benchmark.write_csv(path, {"a": "1", "b": "x,y"})
+    assert path.read_text() == 'a,b\n1,"x,y"\n'
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_the_benchmark_tries_two_tokens_first(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
+    monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", str(tmp_path / "times.csv"))
+    runner = run_pa.PARunner(str(model), max_output_length=5)
+    real, asked = runner.engine.answer, []
+    monkeypatch.setattr(runner.engine, "answer", lambda ids, count, stop: asked.append(count) or real(ids, count, stop))
+    runner.infer(["hello"])
+    assert asked == [2, 5]
 
 
 # --- what has no effect, and what is refused

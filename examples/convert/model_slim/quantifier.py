@@ -333,10 +333,28 @@ def _pad_token_notes(args: argparse.Namespace) -> list[str]:
 
 # --- commands
 
+# A command line -> the modules that stay float when it has no --disable_names.
+DefaultNames = Callable[[argparse.Namespace], Sequence[str]]
 
-def run(
-    argv: Sequence[str], prog: str, default_names: Callable[[argparse.Namespace], Sequence[str]] = lambda args: ()
-) -> int:
+
+def _no_names(args: argparse.Namespace) -> Sequence[str]:
+    return ()
+
+
+def read_arguments(argv: Sequence[str], prog: str, default_names: DefaultNames = _no_names) -> argparse.Namespace:
+    """Return the checked flags of a command line, with the names that stay float by default.
+
+    Raises:
+        ConfigError, UnsupportedError: a flag that is refused.
+    """
+    args = build_parser(prog).parse_args(argv)
+    refuse(args)
+    if args.disable_names is None:
+        args.disable_names = list(default_names(args))
+    return args
+
+
+def run(argv: Sequence[str], prog: str, default_names: DefaultNames = _no_names) -> int:
     """Quantize as a MindIE command line asks; return the exit code.
 
     Args:
@@ -346,10 +364,7 @@ def run(
     """
 
     def work() -> int:
-        args = build_parser(prog).parse_args(argv)
-        refuse(args)
-        if args.disable_names is None:
-            args.disable_names = list(default_names(args))
+        args = read_arguments(argv, prog, default_names)
         for text in notes(args):
             console.note(text)
         sys.argv = ["eightfold", *quantize_arguments(args)]

@@ -40,7 +40,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 def balance(absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float) -> Tensor:
     """Return max(a**alpha / w**beta, SCALE_MIN) for tensors of one shape, float32."""
-    return (absmax**alpha / weight_absmax**beta).clamp(min=SCALE_MIN)
+    return (absmax**alpha * weight_absmax**-beta).clamp(min=SCALE_MIN)
 
 
 def weight_absmax(weights: Sequence[Tensor]) -> Tensor:

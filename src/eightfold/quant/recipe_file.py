@@ -43,7 +43,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError, and dates that do not exist
         raise InputError("recipe", where=path, got=f"no YAML ({error})", expected="keys and values") from None
     if not isinstance(content, dict):
         raise InputError("recipe", where=path, got=type(content).__name__, expected="keys and values")
@@ -113,7 +113,7 @@ def _value(key: str, value: Any, where: Path) -> Any:
 
 
 def _type(name: Any, key: str, where: Path, known: dict[str, QuantType]) -> QuantType:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(key, where=where, got=repr(name), expected=one_of(known))
     return known[name]
 
@@ -125,14 +125,16 @@ def parse_level(text: str) -> int:
         ConfigError: anything else.
     """
     digits = text[1:] if text[:1] in ("L", "l") else ""
-    if not (digits.isascii() and digits.isdigit()):
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
         raise ConfigError("--disable-level", got=repr(text), expected="L0, L1, L2, ...: so many linears stay float")
     return int(digits)
 
 
 def act_method_name(value: Any) -> Any:
     """Return an activation method's name; msModelSlim's numbers are understood."""
-    return {1: "minmax", 2: "histogram", 3: "auto", "1": "minmax", "2": "histogram", "3": "auto"}.get(value, value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        return value
+    return {"1": "minmax", "2": "histogram", "3": "auto"}.get(str(value), value)
 
 
 def _expected(problem: Any) -> str:

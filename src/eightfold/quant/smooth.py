@@ -123,18 +123,22 @@ def _above_threshold(stats: InputStats, weights: Sequence[Tensor], biases: Seque
     spread, top = torch.tensor(stats.spread), stats.reach.max()
     if 3 * spread >= top:
         return SmoothScale(balance(stats.absmax, weight_max, 0.5, 0.5), "alpha 0.5")
-    centre = (stats.lo + stats.hi) / 2
+    centre, smoothed = (stats.lo + stats.hi) / 2, balance(stats.reach, weight_max, 0.5, 0.5)
     readers = _Readers(stats.first, weights, biases)
-    best, found, index = math.inf, torch.ones_like(centre), 0
+    best, found, note = math.inf, torch.ones_like(centre), ""
+    tried: Tensor | None = None
     for i in range(_THRESHOLDS):
         share = i / (_THRESHOLDS - 1)
-        threshold = (1 - share) * spread + share * top  # exactly `top` at last: then every scale is 1
-        ratio = (stats.reach / threshold).clamp(min=1)
-        scale = torch.where(ratio <= 1, ratio, balance(ratio * threshold, weight_max, 0.5, 0.5))
+        threshold = (1 - share) * spread + share * top  # exactly `top` at last: then no channel is above it
+        above = stats.reach > threshold
+        if tried is not None and torch.equal(above, tried):
+            continue
+        tried = above
+        scale = torch.where(above, smoothed, 1.0)
         error = readers.error(_input_error(stats.first, centre, scale))
         if error < best:
-            best, found, index = error, scale, i
-    return SmoothScale(found, f"threshold {index + 1} of {_THRESHOLDS}")
+            best, found, note = error, scale, f"{int(above.sum())} channels above {float(threshold):.3g}"
+    return SmoothScale(found, note)
 
 
 def _input_error(x_TK: Tensor, centre: Tensor, scale: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """What a group of linears reads while the float model runs over the calibration set.
 
-    per channel     absmax, lo, hi       over all tokens
-    per sample b    std_b                unbiased deviation of its whole (T_b, K) input; std = max_b std_b
-    around a moving centre               c_b = (lo + hi) / 2 of the samples 0..b
-                    reach                max_b (max_t x - c_b), one-sided
-                    spread               max_b of the unbiased deviation of x - c_b
-    range_param     max(|t_max|, |t_min|) / std        over the first samples, of x / s for any scale s
+    absmax, lo, hi     of each channel, over all tokens
+    reach, spread      max_b (max_t x - c_b), by channel, and max_b std(x - c_b);   c_b = (lo + hi) / 2 of samples 0..b
+    range_param        max |x| / max_b std(x - d_b);   d_b = lo + hi of sample b alone; also of x / s for any scale s
 
-reach and spread depend on the order of the samples; that is how the reference tool computes what its method m2 reads.
+std is the unbiased deviation of a sample's whole (T_b, K) input, less a centre for each channel. That reach is
+one-sided and depends on the order of the samples, and that d_b is twice the middle, is how the reference tool has it.
 
 Letters: T tokens of several samples, K channels, B samples.
+
+Source: the published msModelSlim wheel, its operations traced; range_param checked against its records.
 """
 
 from __future__ import annotations
@@ -29,14 +29,36 @@ _TINY = 1e-300
 
 
 @dataclass(frozen=True)
+class _Moments:
+    """Sums over one sample, enough for the deviation of (x - centre) / scale."""
+
+    sums: Tensor  # (K,) float64
+    squares: Tensor  # (K,) float64, sums of squares
+    tokens: int
+
+    @classmethod
+    def of(cls, x_TK: Tensor) -> _Moments:
+        wide = x_TK.double()
+        return cls(wide.sum(0), wide.square_().sum(0), len(x_TK))
+
+    def deviation(self, centre: Tensor, inverse: Tensor | None = None) -> float:
+        """Return the unbiased standard deviation of all elements of (x - centre) * inverse; (K,) float64 both."""
+        sums = self.sums - self.tokens * centre
+        squares = self.squares - 2 * centre * self.sums + self.tokens * centre.square()
+        if inverse is not None:
+            sums, squares = sums * inverse, squares * inverse.square()
+        count = self.tokens * len(sums)
+        variance = (squares.sum() - sums.sum().square() / count) / max(count - 1, 1)
+        return math.sqrt(max(float(variance), 0.0))
+
+
+@dataclass(frozen=True)
 class Features:
     """Moments and extremes of the first samples, enough for range_param of the input divided by any scale."""
 
-    sums_BK: Tensor  # (B, K) float64, B = min(FEATURE_SAMPLES, samples)
-    squares_BK: Tensor  # (B, K) float64, sums of squares
-    lo: Tensor  # (K,) float32, over these samples
-    hi: Tensor  # (K,) float32
-    counts: tuple[int, ...]  # elements (tokens x K) of each sample
+    moments: tuple[_Moments, ...]  # of min(FEATURE_SAMPLES, samples) samples
+    lo_BK: Tensor  # (B, K) float32, extremes of each
+    hi_BK: Tensor
 
     def range_param(self, scale: Tensor | None = None) -> float:
         """Return the largest magnitude of x / scale in deviations: how much of the range is there for outliers.
@@ -44,11 +66,11 @@ class Features:
         Args:
             scale: (K,) float32, positive; None means 1.
         """
-        inverse = torch.ones_like(self.lo, dtype=torch.float64) if scale is None else scale.double().reciprocal()
-        sums, squares = self.sums_BK @ inverse, self.squares_BK @ inverse.square()
-        moments = zip(sums.tolist(), squares.tolist(), self.counts, strict=True)
-        std = max(_deviation(total, square, count) for total, square, count in moments)
-        extreme = max(abs(float((self.hi * inverse).max())), abs(float((self.lo * inverse).min())))
+        lo_BK, hi_BK = self.lo_BK.double(), self.hi_BK.double()
+        inverse = torch.ones_like(lo_BK[0]) if scale is None else scale.double().reciprocal()
+        centres_BK = lo_BK + hi_BK
+        std = max(moments.deviation(centre, inverse) for moments, centre in zip(self.moments, centres_BK, strict=True))
+        extreme = float((torch.maximum(-lo_BK, hi_BK) * inverse).amax())
         return extreme / max(std, _TINY)  # an input of zeros gives 0
 
 
@@ -59,7 +81,6 @@ class InputStats:
     absmax: Tensor  # (K,) max |x| over all tokens
     lo: Tensor  # (K,) extremes over all tokens
     hi: Tensor  # (K,)
-    std: float  # largest over samples
     first: Tensor  # (T0, K) the first sample's input; (0, K) when it was not kept
     tokens: Tensor  # (Ts, K) evenly spaced tokens of all samples, all of them when they are few; or (0, K)
     features: Features  # of the first samples
@@ -94,11 +115,10 @@ class InputWatcher:
         # Tensors of one element widen to (K,) with the first sample.
         self._lo, self._hi = torch.tensor(math.inf), torch.tensor(-math.inf)
         self._reach = torch.tensor(-math.inf)
-        self._std = self._spread = 0.0
+        self._spread = 0.0
         self._first: Tensor | None = None
         self._tokens: list[Tensor] = []
-        self._moments: list[tuple[Tensor, Tensor, int]] = []  # of the first samples
-        self._early_lo, self._early_hi = self._lo, self._hi
+        self._features: list[tuple[_Moments, Tensor, Tensor]] = []  # of the first samples
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> None:
         """Take in more samples, in order.
@@ -121,16 +141,13 @@ class InputWatcher:
         self._tokens_seen += len(x_TK)
 
     def _take(self, x_TK: Tensor, lo: Tensor, hi: Tensor) -> None:
-        wide = x_TK.double()
-        sums, squares, count = wide.sum(0), wide.square_().sum(0), x_TK.numel()
+        moments = _Moments.of(x_TK)
         self._lo, self._hi = torch.minimum(self._lo, lo), torch.maximum(self._hi, hi)
         centre = (self._lo + self._hi) / 2
         self._reach = torch.maximum(self._reach, hi - centre)
-        self._std = max(self._std, _deviation(float(sums.sum()), float(squares.sum()), count))
-        self._spread = max(self._spread, _deviation(*_shifted(sums, squares, centre.double(), len(x_TK)), count))
+        self._spread = max(self._spread, moments.deviation(centre.double()))
         if self._samples < FEATURE_SAMPLES:
-            self._moments.append((sums, squares, count))
-            self._early_lo, self._early_hi = self._lo, self._hi
+            self._features.append((moments, lo, hi))
         if self._samples == 0 and self._keep_first:
             self._first = x_TK.clone()
         self._samples += 1
@@ -138,15 +155,14 @@ class InputWatcher:
     def stats(self) -> InputStats:
         """Return what has been seen; at least one sample must have been."""
         nothing = torch.zeros(0, len(self._lo))
-        sums, squares, counts = zip(*self._moments, strict=True)
+        moments, lo, hi = zip(*self._features, strict=True)
         return InputStats(
             absmax=torch.maximum(-self._lo, self._hi),
             lo=self._lo,
             hi=self._hi,
-            std=self._std,
             first=nothing if self._first is None else self._first,
             tokens=torch.cat(self._tokens) if self._tokens else nothing,
-            features=Features(torch.stack(sums), torch.stack(squares), self._early_lo, self._early_hi, counts),
+            features=Features(moments, torch.stack(lo), torch.stack(hi)),
             reach=self._reach,
             spread=self._spread,
         )
@@ -173,15 +189,3 @@ def require_finite_samples(title: str, seen: int, lo_B: Tensor, hi_B: Tensor) ->
             expected="finite numbers",
             action="Remove the sample, or check the float model.",
         )
-
-
-def _shifted(sums_K: Tensor, squares_K: Tensor, centre_K: Tensor, tokens: int) -> tuple[float, float]:
-    """Return sum and sum of squares of x - centre over all elements, from those of x by channel (float64)."""
-    total = (sums_K - tokens * centre_K).sum()
-    square = (squares_K - 2 * centre_K * sums_K + tokens * centre_K.square()).sum()
-    return float(total), float(square)
-
-
-def _deviation(total: float, square: float, count: int) -> float:
-    """Return the unbiased standard deviation of `count` numbers with this sum and sum of squares."""
-    return math.sqrt(max(square - total * total / count, 0.0) / max(count - 1, 1))

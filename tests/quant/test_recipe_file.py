@@ -1,0 +1,141 @@
+"""Recipes as files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from eightfold.errors import ConfigError, InputError
+from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe_file import make_recipe, parse_level, read_recipe, render_recipe
+from eightfold.scheme import QuantType
+from tests.refusal import error_line
+
+RECIPES = [
+    *(Recipe(kind) for kind in (QuantType.W8A8, QuantType.W8A8_DYNAMIC, QuantType.W8A8_MIX)),
+    Recipe(QuantType.W8A16, weight_symmetric=False),
+    Recipe(
+        QuantType.W8A8,
+        modules=(("*.down_proj", QuantType.W8A8_DYNAMIC), ("model.layers.0.*", QuantType.FLOAT)),
+        keep_float=("*.o_proj", "*é?"),
+        quantize_lm_head=True,
+        anti_outlier=AntiOutlier.M4,
+        act_method=ActMethod.HISTOGRAM,
+        disable_level=3,
+        exact_levels=True,
+        fa_quant=True,
+        fa_amp=2,
+        save_float32=True,
+    ),
+    Recipe(QuantType.W8A8_DYNAMIC, kv_int8=True, kv_symmetric=False, kv_observe=KVObserve.PRE_ROPE),
+    Recipe(QuantType.W8A8, act_method=ActMethod.AUTO, anti_outlier=AntiOutlier.M6),
+]
+
+
+def made(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return make_recipe(read_recipe(path), str(path))
+
+
+def refusal(tmp_path, text, kind=ConfigError):
+    with pytest.raises(kind) as caught:
+        made(tmp_path, text)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_round_trip(tmp_path, recipe):
+    assert made(tmp_path, render_recipe(recipe)) == recipe
+
+
+def test_the_last_pattern_stays_last(tmp_path):
+    recipe = made(tmp_path, 'scheme: w8a8\nmodules:\n  "*.z": w8a16\n  "*.a": float\n')
+    assert recipe.modules == (("*.z", QuantType.W8A16), ("*.a", QuantType.FLOAT))
+
+
+@pytest.mark.parametrize(("value", "method"), [(1, "minmax"), (2, "histogram"), (3, "auto"), ('"2"', "histogram")])
+def test_act_method_by_number(tmp_path, value, method):
+    assert made(tmp_path, f"scheme: w8a8\nact_method: {value}\n").act_method.value == method
+
+
+@pytest.mark.parametrize("level", ["L4", "l4", "4"])
+def test_level_as_text_or_number(tmp_path, level):
+    assert made(tmp_path, f"scheme: w8a8\ndisable_level: {level}\n").disable_level == 4
+
+
+@pytest.mark.parametrize("text", ["", "4", "L", "L-1", "Lx", "L1.5", "L²"])
+def test_level_is_ln(text):
+    with pytest.raises(ConfigError, match="L0, L1, L2"):
+        parse_level(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "scheme: w8a8\nanti_outlir: m4\n",
+            "key 'anti_outlir' in {path}: got a key that recipes do not have, expected 'anti_outlier'",
+        ),
+        ("scheme: w4a4\n", "scheme in {path}: got 'w4a4', expected w8a8, w8a8-dynamic, w8a8-mix or w8a16"),
+        ("scheme: float\n", "scheme in {path}: got 'float'"),
+        ('scheme: w8a8\nmodules: {"*.o_proj": int4}\n', "modules in {path}: got 'int4'"),
+        ("scheme: w8a8\nmodules: ['*.o_proj']\n", "modules in {path}: got ['*.o_proj'], expected pattern: type"),
+        ("scheme: w8a8\ndisable_level: five\n", "--disable-level: got 'five'"),
+        ("scheme: w8a8\ndisable_level: -1\n", "--disable-level: got -1, expected 0 or more"),
+        ("scheme: w8a8\nfa_quant: true\nkv_int8: true\n", "got --fa-quant and --kv-int8, expected one of them"),
+        ("scheme: w8a8\nfa_amp: 1\n", "--fa-amp: got 1"),
+        ("scheme: w8a8\nkv_symmetric: false\n", "--no-kv-symmetric: got no --kv-int8"),
+        ("scheme: w8a8\nweight_symmetric: false\n", "--no-weight-symmetric: got scheme W8A8, expected W8A16"),
+        ("scheme: w8a8\nanti_outlier: m9\n", "anti_outlier in {path}: got 'm9'"),
+        ("scheme: w8a8\nact_method: 4\n", "act_method in {path}: got 4"),
+        ("scheme: w8a8\nkeep_float: '*.o_proj'\n", "keep_float in {path}: got '*.o_proj'"),
+        ("anti_outlier: m4\n", "--scheme: got none"),
+    ],
+)
+def test_refused_choices(tmp_path, text, found):
+    message = refusal(tmp_path, text)
+    assert found.format(path=tmp_path / "recipe.yaml") in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["a: [", "- scheme\n", "w8a8", "", "\x01"])
+def test_not_a_mapping(tmp_path, text):
+    assert refusal(tmp_path, text, InputError).startswith(f"recipe in {tmp_path / 'recipe.yaml'}: got ")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary").write_bytes(b"scheme: \xff\xfe\n")
+    with pytest.raises(InputError, match="no YAML"):
+        read_recipe(tmp_path / "binary")
+
+
+def test_command_line_goes_before_the_file(cli, tmp_path, float_model):
+    file, saved = tmp_path / "recipe.yaml", tmp_path / "saved.yaml"
+    file.write_text("scheme: w8a8\nact_method: 2\nkeep_float: ['*.down_proj']\nsave_float32: true\n")
+    options = ("--scheme", "w8a8-dynamic", "--keep-float", "*.o_proj", "--save-recipe", saved)
+    ran = cli("quantize", float_model, tmp_path / "out", "--recipe", file, *options)
+    assert ran.code == 0, ran.err
+    content = yaml.safe_load(saved.read_text())
+    found = [content[key] for key in ("scheme", "act_method", "keep_float", "save_float32")]
+    assert found == ["w8a8-dynamic", "histogram", ["*.o_proj"], True]
+    description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert description["model.layers.0.self_attn.o_proj.weight"] == "FLOAT"
+    assert description["model.layers.0.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
+    again = cli("quantize", float_model, tmp_path / "again", "--recipe", saved)
+    assert again.code == 0, again.err
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_command_line_can_contradict_a_file(cli, tmp_path, float_model):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("scheme: w8a8\nkv_int8: true\n")
+    message = error_line(cli("quantize", float_model, tmp_path / "out", "--recipe", file, "--fa-quant"))
+    assert message.startswith("attention: got --fa-quant and --kv-int8")
+    assert not (tmp_path / "out").exists()

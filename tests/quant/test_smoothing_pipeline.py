@@ -1,0 +1,239 @@
+"""Every option of a recipe on every family: what is on disk, and that it still computes the model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from eightfold.errors import ConfigError
+from eightfold.families import all_norms
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import Recipe
+from eightfold.reference.load import Decoder
+from eightfold.reference.tensors import load_tensor
+from eightfold.scheme import QuantType
+from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
+
+SAMPLES = token_samples(4)
+LAYERS = [f"model.layers.{i}" for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    made = {name: write_model(folder / name, tiny_config(name), tokenizer=False) for name in FAMILIES}
+    made["tied"] = write_model(folder / "tied", tiny_config(tie_word_embeddings=True), tokenizer=False)
+    return made
+
+
+@pytest.fixture
+def quantized(models, tmp_path):
+    def make(model="LlamaForCausalLM", scheme=QuantType.W8A8, name="out", legacy_names=False, **recipe):
+        quantize_checkpoint(
+            models[model], tmp_path / name, Recipe(scheme, **recipe), SAMPLES, legacy_names=legacy_names
+        )
+        return Checkpoint.open(tmp_path / name)
+
+    return make
+
+
+def report(checkpoint):
+    return json.loads((checkpoint.directory / "eightfold_report.json").read_text())
+
+
+def logits(checkpoint, **options):
+    return Decoder(checkpoint, **options).logits(SAMPLES[0])
+
+
+def contents(checkpoint):
+    return {path.name: path.read_bytes() for path in checkpoint.directory.iterdir()}
+
+
+def error(found, want):
+    """Deviation of logits from others, as a share of their own."""
+    return float((found - want).std() / want.std())
+
+
+@pytest.mark.parametrize("method", list(AntiOutlier))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_smoothing_changes_nothing_but_ranges(models, quantized, family, method):
+    out = quantized(family, anti_outlier=method, save_float32=True)
+    said = report(out)["anti_outlier"]
+    assert 0 <= said["max_logit_difference"] <= 1e-3 * said["max_logit"]
+    groups = {"qkv", "gate_up"} | ({"o", "down"} if method.smooths_linear_pairs else set())
+    assert said["choices"].keys() == {f"{layer}.{group}" for layer in LAYERS for group in groups}
+    for norm in all_norms(out.config):
+        bias = f"{norm}.bias"
+        assert (bias in out.tensors) == method.adds_norm_bias
+        assert not method.adds_norm_bias or not load_tensor(out, bias).any()
+    # int8 has an error of about 1/100 of a deviation; two layers keep it below 1/5.
+    assert error(logits(out), logits(Checkpoint.open(models[family]))) < 0.2
+
+
+@pytest.mark.parametrize("method", [AntiOutlier.M1, AntiOutlier.M4, AntiOutlier.M6])
+def test_legacy_names_repeat_smoothed_norms(quantized, method):
+    plain = quantized(anti_outlier=method, name="plain")
+    legacy = quantized(anti_outlier=method, name="legacy", legacy_names=True)
+    for norm in all_norms(plain.config):
+        repeated = {f"{norm}.module.weight", f"{norm}.module.bias"}
+        if not method.adds_norm_bias:
+            assert not repeated & legacy.tensors.keys()
+            continue
+        assert repeated <= legacy.tensors.keys()
+        assert f"{norm}.bias" not in legacy.tensors
+        gain = load_tensor(legacy, f"{norm}.weight")
+        assert torch.equal(load_tensor(legacy, f"{norm}.module.weight"), gain)
+        assert torch.equal(gain, load_tensor(plain, f"{norm}.weight"))
+    assert torch.equal(logits(plain), logits(legacy))
+
+
+ATTENTIONS = [
+    {"fa_quant": True},
+    {"kv_int8": True},
+    {"kv_int8": True, "kv_symmetric": False},
+    {"kv_int8": True, "kv_observe": KVObserve.PRE_ROPE},
+]
+
+
+@pytest.mark.parametrize("choice", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_attention_is_stored_and_near_float(models, quantized, family, choice):
+    out = quantized(family, keep_float=("*_proj",), **choice)
+    tags = out.description.tags
+    if "fa_quant" in choice:
+        sizes = {"q": 4, "k": 2, "v": 2}
+        names = {f"self_attn.fa_{part}.{kind}": (n, 1) for part, n in sizes.items() for kind in ("scale", "offset")}
+    else:
+        names = {f"self_attn.{p}_proj.kv_cache_{kind}": (32,) for p in "kv" for kind in ("scale", "offset")}
+    for name, shape in ((f"{layer}.{name}", shape) for layer in LAYERS for name, shape in names.items()):
+        assert tags[name] == ("FAQuant" if "fa_quant" in choice else "C8")
+        assert out.tensors[name].shape == shape
+        assert not name.endswith("offset") or "kv_symmetric" in choice or not load_tensor(out, name).any()
+    assert ("kv_cache" in report(out)) == ("kv_observe" in choice)
+    want = logits(Checkpoint.open(models[family]))
+    found = logits(out)
+    # Only attention is int8: an error of about 1/100 of a deviation in each part, and keys that RoPE carried beyond
+    # a range taken before it are cut.
+    assert 0 < error(found, want) < (0.1 if "kv_observe" in choice else 0.05)
+    # A prompt alone reads nothing back in this mode.
+    torch.testing.assert_close(logits(out, attention="mindie"), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_at_once_runs(models, quantized, family):
+    want = logits(Checkpoint.open(models[family]))
+    for i, choice in enumerate(ATTENTIONS[:2]):
+        out = quantized(family, name=f"out{i}", anti_outlier=AntiOutlier.M4, act_method=ActMethod.AUTO, **choice)
+        found = logits(out)
+        assert torch.isfinite(found).all()
+        assert error(found, want) < 0.25
+
+
+def test_mix_stores_the_tensors_of_w8a8(quantized):
+    static, mix = (
+        quantized("Qwen2ForCausalLM", kind, name=kind.value) for kind in (QuantType.W8A8, QuantType.W8A8_MIX)
+    )
+    assert static.tensors.keys() == mix.tensors.keys()
+    for name in static.tensors:
+        assert torch.equal(load_tensor(static, name), load_tensor(mix, name))
+        old, new = static.description.tags[name], mix.description.tags[name]
+        assert new == ("W8A8_MIX" if old == "W8A8" else old)
+    dynamic = quantized("Qwen2ForCausalLM", QuantType.W8A8_DYNAMIC, name="dynamic")
+    assert torch.equal(logits(mix), logits(dynamic))
+    head = Decoder(mix).head()
+    generated = Decoder(mix).hidden_states([SAMPLES[0]], origin="generated")
+    assert torch.equal(head(generated, "generated"), logits(static))
+
+
+@pytest.mark.parametrize("scheme", [QuantType.W8A8, QuantType.W8A8_MIX, QuantType.W8A8_DYNAMIC, QuantType.W8A16])
+@pytest.mark.parametrize("model", ["tied", "LlamaForCausalLM"])
+def test_quantized_head(quantized, model, scheme):
+    plain = quantized(model, scheme, name="plain")
+    out = quantized(model, scheme, quantize_lm_head=True)
+    assert plain.config_raw["tie_word_embeddings"] == (model == "tied")
+    assert out.config_raw["tie_word_embeddings"] is False
+    assert out.quant_type("lm_head") is scheme
+    assert out.tensors["model.embed_tokens.weight"].dtype == "BF16"
+    # The head is all that differs: 1/100 of a deviation for weights, as much for inputs.
+    assert 0 < error(logits(out), logits(plain)) < 0.05
+
+
+def kept_float(checkpoint):
+    proj = (name for name in checkpoint.description.tags if name.endswith("_proj.weight"))
+    return {name.removesuffix(".weight") for name in proj if checkpoint.description.tags[name] == "FLOAT"}
+
+
+@pytest.mark.parametrize("method", [None, AntiOutlier.M4])
+def test_levels_roll_back_and_say_so(quantized, method):
+    exact = quantized(name="exact", disable_level=3, exact_levels=True, anti_outlier=method)
+    rows = report(exact)["rolled_back"]
+    assert len(rows) == 3
+    assert {row["linear"] for row in rows} == kept_float(exact)
+    widths = [row["range_over_std"] for row in rows]
+    assert widths == sorted(widths, reverse=True)
+    whole = quantized(disable_level=3, anti_outlier=method)
+    rows = report(whole)["rolled_back"]
+    assert {row["linear"] for row in rows} == kept_float(whole) >= kept_float(exact)
+    assert {row["linear"] for row in rows if not row["only_with_its_group"]} == kept_float(exact)
+    assert set(report(whole)["linears"]["float"]) == kept_float(whole)
+    assert torch.isfinite(logits(whole)).all()
+
+
+@pytest.mark.parametrize(
+    ("level", "options"), [(15, {}), (16, {"quantize_lm_head": True}), (13, {"keep_float": ("*.down_proj",)})]
+)
+def test_level_beyond_all_linears_is_refused(quantized, tmp_path, level, options):
+    with pytest.raises(ConfigError, match=f"got L{level}, expected at most L{level - 1}"):
+        quantized(disable_level=level, **options)
+    assert not list(tmp_path.iterdir())
+    out = quantized(disable_level=level - 1, **options)
+    assert all(tag == "FLOAT" for tag in out.description.tags.values())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fa_amp_leaves_attention_float(quantized, count):
+    out = quantized(fa_quant=True, fa_amp=count)
+    said = report(out)["attention"]
+    scores = said["stretch_scores"]
+    assert scores.keys() == {"0", "1"}
+    assert len(said["float_layers"]) == min(count, 2)
+    if count == 1:
+        assert scores[str(said["float_layers"][0])] == min(scores.values())
+    for i, layer in enumerate(LAYERS):
+        kind = QuantType.FLOAT if i in said["float_layers"] else QuantType.FAQUANT
+        assert out.attention_type(i) is kind
+        assert (f"{layer}.self_attn.fa_q.scale" in out.tensors) == (kind is QuantType.FAQUANT)
+    assert torch.isfinite(logits(out)).all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"anti_outlier": AntiOutlier.M2},
+        {"anti_outlier": AntiOutlier.M4},
+        {"anti_outlier": AntiOutlier.M6},
+        {"act_method": ActMethod.AUTO, "disable_level": 2, "quantize_lm_head": True},
+        {"act_method": ActMethod.HISTOGRAM, "fa_quant": True, "fa_amp": 1},
+        {"kv_int8": True, "kv_symmetric": False, "kv_observe": KVObserve.PRE_ROPE},
+    ],
+)
+def test_two_runs_give_the_same_bytes(quantized, recipe):
+    first, second = (contents(quantized("Qwen3ForCausalLM", name=name, **recipe)) for name in ("a", "b"))
+    assert first == second
+
+
+def test_cache_range_of_values_follows_smoothing(quantized):
+    common = {"model": "Qwen2ForCausalLM", "keep_float": ("*_proj",), "save_float32": True, "kv_int8": True}
+    plain, smooth = quantized(name="plain", **common), quantized(anti_outlier=AntiOutlier.M4, **common)
+    for layer in LAYERS:
+        value, key = f"{layer}.self_attn.v_proj", f"{layer}.self_attn.k_proj"
+        ratio = load_tensor(plain, f"{value}.bias") / load_tensor(smooth, f"{value}.bias")
+        scales = [load_tensor(out, f"{value}.kv_cache_scale") for out in (plain, smooth)]
+        # One division more in float32 on either side.
+        torch.testing.assert_close(scales[0] / scales[1], ratio, rtol=1e-6, atol=0)
+        assert ratio.std() > 0.01
+        assert torch.equal(*(load_tensor(out, f"{key}.kv_cache_scale") for out in (plain, smooth)))
