@@ -29,6 +29,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/fill_readme.py --check
+	$(BIN)/python docs/make_format.py --check
 
 fidelity: env
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)

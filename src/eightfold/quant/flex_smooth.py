@@ -31,15 +31,18 @@ from eightfold.reference.linear import asymmetric, float_linear, int_matmul, sym
 SCALE_MIN = 1e-5
 GRID = 20
 
-# Where the search begins: near most results, so that the other candidates are soon dropped.
-_LIKELY = 12
+# Where a search begins: alpha near 0.85 and beta near 0.1, as most results, so that other candidates are soon dropped.
+_LIKELY_ALPHA, _LIKELY_BETA = 17, 2
 
 # Outputs computed at once: a few MiB, so that the passes over them stay in the cache.
 _PIECE_ELEMENTS = 1 << 20
 
 
 def balance(absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float) -> Tensor:
-    """Return max(a**alpha / w**beta, SCALE_MIN) for tensors of one shape, float32."""
+    """Return max(a**alpha / w**beta, SCALE_MIN) for tensors of one shape, float32.
+
+    A product, as in the wheel: another last bit of s can tip an activation's offset from one integer to the next.
+    """
     return (absmax**alpha * weight_absmax**-beta).clamp(min=SCALE_MIN)
 
 
@@ -56,21 +59,24 @@ def search_exponents(stats: InputStats, weights: Sequence[Tensor]) -> tuple[floa
         weights: (N, K) float32 of the linears that read it.
     """
     error = _Error(stats, weights)
-    alpha, best = _least(lambda i, limit: error(i, GRID - i, limit), GRID, math.inf)
-    # The best pair so far is among these candidates again, and stays if nothing beats it.
-    beta, _ = _least(lambda j, limit: error(alpha, j, limit), GRID - alpha, best)
+    alpha, best = _least(lambda i, limit: error(i, GRID - i, limit), _LIKELY_ALPHA)
+    # The best pair of the first step is among these candidates again.
+    beta, _ = _least(lambda i, limit: error(alpha, i, limit), _LIKELY_BETA, (GRID - alpha, best))
     return alpha / GRID, beta / GRID
 
 
-def _least(error: Callable[[int, float], float], found: int, best: float) -> tuple[int, float]:
+def _least(
+    error: Callable[[int, float], float], likely: int, known: tuple[int, float] = (-1, math.inf)
+) -> tuple[int, float]:
     """Return the grid point of least error, and that error.
 
     Args:
         error: of a grid point; may return infinity instead of anything above the limit.
-        found: the best one so far.
-        best: its error; infinity when there is none.
+        likely: where to begin.
+        known: a grid point and its error.
     """
-    for i in sorted(range(GRID + 1), key=lambda i: abs(i - _LIKELY)):
+    found, best = known
+    for i in sorted(set(range(GRID + 1)) - {found}, key=lambda i: abs(i - likely)):
         value = error(i, best)
         if value < best or (value == best and i > found):
             found, best = i, value
