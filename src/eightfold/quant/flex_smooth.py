@@ -35,7 +35,7 @@ GRID = 20
 _LIKELY_ALPHA, _LIKELY_BETA = 17, 2
 
 # Outputs computed at once: a few MiB, so that the passes over them stay in the cache.
-_PIECE_ELEMENTS = 1 << 20
+_PIECE_ELEMENTS = 1 << 19
 
 
 def balance(absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float) -> Tensor:
