@@ -67,6 +67,7 @@ class Device(str, Enum):
     """What computes while calibrating."""
 
     cpu = "cpu"
+    cuda = "cuda"
     npu = "npu"
 
 
@@ -239,7 +240,8 @@ def quantize(
         ),
     ] = False,
     device: Annotated[
-        Device, typer.Option(metavar="DEVICE", help="cpu. npu is understood, and computed on the CPU too.")
+        Device,
+        typer.Option(metavar="DEVICE", help="cpu, cuda, or npu: the last needs torch_npu, and is the CPU without it."),
     ] = Device.cpu,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", rich_help_panel=_OUTPUT, help="Replace OUT if it is a model directory.")
@@ -288,10 +290,13 @@ def quantize(
         console.note(f"nothing here needs calibration data; {calibration.given} changes nothing.")
     if not recipe.has_static_inputs and act_method is not None:
         console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
-    if device is Device.npu:
-        console.note("--device npu: this runs on the CPU; the output is the same for an NPU.")
     console.require_torch("quantize")
     from eightfold.quant.pipeline import quantize_checkpoint
+    from eightfold.reference.device import find_device
+
+    torch_device, remark = find_device(device.value)
+    if remark:
+        console.note(remark)
 
     outcome = quantize_checkpoint(
         source,
@@ -301,6 +306,7 @@ def quantize(
         overwrite=overwrite,
         part_bytes=part_bytes,
         legacy_names=legacy_names,
+        device=torch_device,
         progress=console.bars,
     )
     if save_recipe is not None:

@@ -179,7 +179,7 @@ def candidates(counts_B: Tensor) -> Iterator[tuple[int, int]]:
     right one when they skip equally many, also when that is none.
     """
     total = float(counts_B.sum())
-    mass_B = counts_B.cumsum(0).numpy()
+    mass_B = counts_B.cumsum(0).cpu().numpy()
     first, last, left, right = 0, BINS - 1, 0, 0  # steps taken from either side
     while _FROM_LEFT[left] < _FROM_RIGHT[right]:
         next_first = _first_reaching(mass_B, first, last, np.float32(_FROM_LEFT[left + 1] * total))

@@ -31,8 +31,9 @@ from eightfold.quant.proof import UnchangedProof
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey
 from eightfold.reference.decoder import apply_block_
+from eightfold.reference.device import CPU, use
 from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import TORCH_DTYPES, load_tensor, require_finite, require_range, to_array
+from eightfold.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
 from eightfold.scheme import QuantType, description_names, weight_file_stem, weight_name
 
 
@@ -45,6 +46,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     part_bytes: int | None = None,
     legacy_names: bool = False,
+    device: torch.device = CPU,
     progress: Progress = silent,
 ) -> Outcome:
     """Quantize a float model directory.
@@ -58,6 +60,8 @@ def quantize_checkpoint(
         part_bytes: start a new weight file at this size; None writes one file.
         legacy_names: the older MindIE layout: the description also under its suffixed name, `quantize` in config.json,
             smoothed norms as `.module.weight` and `.module.bias`.
+        device: where the float model and its observers compute. Integer products are exact on any; what float32 sums
+            round differently moves an observed range in its last bits.
         progress: who is told.
 
     Raises:
@@ -72,7 +76,7 @@ def quantize_checkpoint(
     outcome = Outcome(recipe, types, notes=notes_for(checkpoint.config, recipe, types))
     if samples:
         outcome.took_samples(samples)
-    with OutputDirectory(target, source=source, overwrite=overwrite) as output:
+    with OutputDirectory(target, source=source, overwrite=overwrite) as output, use(device):
         run = _Run(checkpoint, recipe, samples, outcome, fa_layers(checkpoint.config, recipe), progress)
         if recipe.decides_by_comparison:
             run.compare_layers()
@@ -125,7 +129,7 @@ class _Sink:
     def copy(self, name: str, source: str | None = None) -> None:
         """Write a float tensor as it is, or widened."""
         source = source or name
-        tensor = load_tensor(self.checkpoint, source)
+        tensor = mapped_tensor(self.checkpoint, source)
         require_finite(tensor, source, self.checkpoint)
         self.write(name, tensor.reshape(self.plan[name].planned.shape))
         self.checkpoint.release([source])
@@ -284,8 +288,8 @@ class _Run:
         head, used = weight_name(LM_HEAD), self.checkpoint.head_weight()
         if head == used or head not in self.checkpoint.tensors:
             return
-        require_finite(load_tensor(self.checkpoint, used), used, self.checkpoint)
-        if not torch.equal(load_tensor(self.checkpoint, head), load_tensor(self.checkpoint, used)):
+        require_finite(mapped_tensor(self.checkpoint, used), used, self.checkpoint)
+        if not torch.equal(mapped_tensor(self.checkpoint, head), mapped_tensor(self.checkpoint, used)):
             raise CheckpointError(
                 head,
                 where=self.checkpoint.directory,

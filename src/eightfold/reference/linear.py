@@ -70,7 +70,8 @@ def int_matmul(xq_TK: Tensor, weight_NK: Tensor) -> Tensor:
         (T, N) int32; sums stay inside as long as K < 131,072 (128 * 128 * K < 2**31).
     """
     # oneDNN also reads the stride of a dimension of one, where it means nothing: with K = 1 its result is garbage.
-    product = _fast_int_matmul() if weight_NK.shape[1] > 1 else None
+    on_cpu = xq_TK.device.type == "cpu"
+    product = _fast_int_matmul() if on_cpu and weight_NK.shape[1] > 1 else None
     return int_matmul_float(xq_TK, weight_NK) if product is None else product(xq_TK, weight_NK.T)
 
 
@@ -79,7 +80,7 @@ def int_matmul_float(xq_TK: Tensor, weight_NK: Tensor) -> Tensor:
 
     Products of int8 are exact in float32, and so are sums of up to EXACT_K of them; longer rows are cut.
     """
-    total = torch.zeros(xq_TK.shape[0], weight_NK.shape[0], dtype=torch.int32)
+    total = torch.zeros(xq_TK.shape[0], weight_NK.shape[0], dtype=torch.int32, device=xq_TK.device)
     for at in range(0, weight_NK.shape[1], EXACT_K):
         piece = slice(at, at + EXACT_K)
         total += (xq_TK[:, piece].to(torch.float32) @ weight_NK[:, piece].to(torch.float32).T).to(torch.int32)
@@ -92,7 +93,7 @@ def float_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tens
     oneDNN is asked directly where torch has it: on CPUs of other makers, the BLAS behind F.linear was measured at
     half its speed (see docs/log.md).
     """
-    if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if x_TK.device.type == "cpu" and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
         return y
     return torch.nn.functional.linear(x_TK, weight_NK, bias_N)

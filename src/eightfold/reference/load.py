@@ -43,7 +43,7 @@ from eightfold.reference.linear import (
     W8A8MixLinear,
     W8A16Linear,
 )
-from eightfold.reference.tensors import load_float32, load_tensor, require_finite
+from eightfold.reference.tensors import load_float32, load_tensor, mapped_tensor, require_finite
 from eightfold.scheme import (
     FA_K,
     FA_Q,
@@ -137,16 +137,16 @@ class Decoder:
             InputError: an id is outside the vocabulary.
         """
         vocab = self.checkpoint.config.vocab_size
-        ids = torch.tensor(token_ids, dtype=torch.int64)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
         if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
             raise InputError(
                 "token id", got=int(ids.max() if ids.max() >= vocab else ids.min()), expected=f"0 to {vocab - 1}"
             )
         name = weight_name(EMBEDDING)
-        rows = load_tensor(self.checkpoint, name)[ids].to(torch.float32)
+        rows = mapped_tensor(self.checkpoint, name)[ids].to(torch.float32)
         if not torch.isfinite(rows).all():
-            require_finite(load_tensor(self.checkpoint, name), name, self.checkpoint)
-        return rows
+            require_finite(mapped_tensor(self.checkpoint, name), name, self.checkpoint)
+        return rows.to(torch.get_default_device())
 
     def block(
         self,

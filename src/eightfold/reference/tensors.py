@@ -26,10 +26,18 @@ TORCH_DTYPES = {
 }
 
 
-def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def mapped_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """Return a stored tensor in its own dtype and shape, as a view of the mapped file. Not to be modified."""
     tensor = torch.from_numpy(checkpoint.array(name))
     return tensor.view(torch.bfloat16) if checkpoint.tensors[name].dtype == DType.BF16.value else tensor
+
+
+def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Return a stored tensor in its own dtype and shape, on the device in use. Not to be modified.
+
+    On the CPU it is a view of the mapped file.
+    """
+    return mapped_tensor(checkpoint, name).to(torch.get_default_device())
 
 
 def load_float32(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -98,7 +106,7 @@ def require_range(tensor: torch.Tensor, dtype: DType, name: str, where: Path, ac
 
 def to_array(tensor: torch.Tensor, dtype: DType) -> NDArray[Any]:
     """Return a tensor as an array in a dtype on disk, rounded once, to nearest even; BF16 as uint16 bit patterns."""
-    stored = tensor.detach().to(TORCH_DTYPES[dtype]).contiguous()
+    stored = tensor.detach().to(TORCH_DTYPES[dtype]).cpu().contiguous()
     if dtype is DType.BF16:
         return np.asarray(stored.view(torch.uint16).numpy())
     return np.asarray(stored.numpy())
