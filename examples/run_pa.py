@@ -24,12 +24,12 @@ from examples.arguments import exit_code
 from examples.server import benchmark
 from examples.server.arguments import MAX_BLOCK_SIZE, build_parser, refuse
 from examples.server.generate import AdmissionError, Limits, Request, Timing, generate_requests
-from examples.server.prompts import Prompt, PromptTokenizer, encode, read_prompts, text_or_file
+from examples.server.prompts import Prompt, encode, read_prompts, text_or_file
 
 from eightfold.cli import console
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.memory import total_bytes
-from eightfold.tokenizer import stop_token_ids
+from eightfold.tokenizer import Tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
     from examples.server.engine import Engine
@@ -94,7 +94,7 @@ class PARunner:
         if max_position_embeddings is not None:
             changed = {"max_position_embeddings": max_position_embeddings}
             checkpoint.config = checkpoint.config.model_copy(update=changed)
-        self.tokenizer = PromptTokenizer(checkpoint.directory, chat_template) if load_tokenizer else None
+        self.tokenizer = Tokenizer(checkpoint.directory, chat_template) if load_tokenizer else None
         self.stop_ids = stop_token_ids(checkpoint.directory, checkpoint.config_raw)
         self.engine: Engine = Engine(checkpoint)
         LOG.info("hbm_capacity(GB): %.2f, init_memory(GB): %.2f", (total_bytes() or 0) / GIB, peak_bytes() / GIB)
@@ -176,7 +176,7 @@ class PARunner:
 
     def _decode(self, token_ids: list[int]) -> Any:
         if self.tokenizer is not None:
-            return self.tokenizer.decode_all(token_ids)
+            return self.tokenizer.decode(token_ids, keep_special=True)
         import torch
 
         return torch.tensor(token_ids, dtype=torch.int64)

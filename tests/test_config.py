@@ -305,6 +305,22 @@ def test_the_old_dialect_has_no_scaling_when_there_is_none():
     assert written["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
 
 
+@pytest.mark.parametrize("dialect", [0, 1], ids=["old", "new"])
+def test_linear_scaling_is_written_by_the_names_that_each_dialect_takes(dialect):
+    raw = with_rope(ROPE_DIALECTS[2][dialect])
+    written = both_dialects(raw, parse(raw), DType.BF16)
+    # MindIE knows rope_type dynamic, yarn and llama3 only, and linear as a type.
+    assert written["rope_scaling"] == {"type": "linear", "factor": 4.0}
+    assert written["rope_parameters"] == {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}
+
+
+def test_llama3_scaling_is_written_by_one_name_in_both_dialects():
+    raw = with_rope(ROPE_DIALECTS[1][0])
+    written = both_dialects(raw, parse(raw), DType.BF16)
+    assert written["rope_scaling"] == LLAMA3
+    assert written["rope_parameters"] == {"rope_theta": 5e5, **LLAMA3}
+
+
 def test_a_dtype_that_the_config_did_not_say_is_written():
     raw = config(torch_dtype=...)
     written = both_dialects(raw, parse(raw), DType.F16)

@@ -28,6 +28,7 @@ RANKS = {
     "scheme": 2,
     "tokenizer": 2,
     "format": 3,
+    "native": 4,
     "reference": 4,
     "importers": 5,
     "quant": 5,
@@ -118,14 +119,16 @@ def test_the_scan_sees_imports_of_every_form():
 
 def spelled_suffixes(path: Path) -> set[str]:
     """Return the suffixes of quantized tensors that stand in a file as strings, alone or behind a dot."""
-    # "weight" and "bias" are ordinary words; the others exist only in this format.
-    suffixes = {spec.suffix for specs in scheme.LINEAR_TENSORS.values() for spec in specs} - {"weight", "bias"}
+    tables = (*scheme.LINEAR_TENSORS.values(), scheme.FA_TENSORS, scheme.KV_TENSORS)
+    parts = {part for specs in tables for spec in specs for part in spec.suffix.split(".")}
+    # "weight", "scale" and the like are ordinary words; the others exist only in this format.
+    suffixes = (parts | set(scheme.REDUCE_SCALES)) - {"weight", "bias", "scale", "offset"}
     strings = {node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant)}
-    return suffixes & {text.rpartition(".")[2] for text in strings if isinstance(text, str)}
+    return suffixes & {part for text in strings if isinstance(text, str) for part in text.split(".")}
 
 
 def test_scheme_spells_the_suffixes_of_quantized_tensors():
-    assert len(spelled_suffixes(ROOT / "scheme.py")) == 6
+    assert len(spelled_suffixes(ROOT / "scheme.py")) == 13
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "scheme.py"], ids=name_of)

@@ -1,4 +1,4 @@
-"""Text, token ids, chat templates and the pieces of a stream, as transformers has them."""
+"""Text, token ids and chat templates, as transformers has them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from eightfold.errors import CheckpointError, EightfoldError, InputError
-from eightfold.tokenizer import StreamDecoder, Tokenizer, stop_token_ids
+from eightfold.tokenizer import Tokenizer, stop_token_ids
 from tests.conftest import CHAT_TEMPLATE, write_tokenizer
-
-TEXTS = {
-    "nothing": "",
-    "english": "The quick brown fox; it's 3.14159 o'clock.",
-    "chinese": "深度学习是机器学习的一个分支。",
-    "emoji": "🙂👩‍👩‍👧‍👦🇩🇪 ok",
-    "accents": "Zwölf große Boxkämpfer — e\u0301 ﬁ",
-    "code": "def f(x):\n\treturn {'a': x[1:],  'b': None}\n",
-    "spaces": "  two  and\n\n\nthree   ",
-    "special": "<s>hi</s><|user|> there </s>",
-}
+from tests.texts import TEXTS
 
 CHATS: dict[str, list[dict[str, Any]]] = {
     "question": [{"role": "user", "content": "What's deep learning?"}],
@@ -141,6 +129,13 @@ def test_special_tokens_are_read_from_text_and_left_out_of_it(shared):
     assert tokenizer.decode([256, *tokenizer.encode("hi"), 257]) == "hi"
 
 
+def test_special_tokens_can_be_kept(shared):
+    tokenizer = Tokenizer(shared)
+    ids = [256, *tokenizer.encode("hi"), 257]
+    assert tokenizer.decode(ids, keep_special=True) == "<s>hi</s>"
+    assert tokenizer.decode(ids, keep_special=False) == "hi"
+
+
 def test_the_ids_that_a_model_puts_around_a_text_come_only_when_asked_for(directory):
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers.processors import TemplateProcessing
@@ -211,6 +206,17 @@ def test_template_as_a_file_wins_over_the_settings(directory):
     set_config(directory, chat_template="settings")
     (directory / "chat_template.jinja").write_text("file ü", encoding="utf-8")
     assert render(Tokenizer(directory)) == "file ü"
+
+
+def test_a_template_that_is_given_wins_over_the_models(directory):
+    assert render(Tokenizer(directory, "given {{ eos_token }}")) == "given </s>"
+    (directory / "chat_template.jinja").unlink()
+    assert not Tokenizer(directory).has_chat_template
+    tokenizer = Tokenizer(directory, chat_template="{{ messages[0].role }}")
+    assert tokenizer.has_chat_template
+    assert render(tokenizer) == "user"
+    with pytest.raises(CheckpointError, match=r"^chat template: got .*, expected a jinja2 template$"):
+        render(Tokenizer(directory, "{% for %}"))
 
 
 @pytest.mark.parametrize(
@@ -343,114 +349,6 @@ def test_one_template_renders_many_chats(directory):
 
 def test_the_date_is_there_for_templates_that_print_it(directory):
     assert render(with_template(directory, "{{ strftime_now('%Y')|int > 2000 }}")) == "True"
-
-
-# --- streams
-
-
-def pieces_of(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    stream = StreamDecoder(tokenizer)
-    return [*(stream.push(token) for token in ids), stream.finish()]
-
-
-def sentencepiece_like(directory: Path) -> Tokenizer:
-    """Llama 2's way: words begin with ▁, unknown characters are bytes, and the first space is dropped."""
-    from tokenizers import Tokenizer as FastTokenizer
-    from tokenizers import decoders, models, normalizers
-
-    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁th"]
-    vocab = {symbol: index for index, symbol in enumerate(symbols)}
-    merges = [("▁", "a")]
-    fast = FastTokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    fast.decoder = decoders.Sequence(parts)
-    directory.mkdir(exist_ok=True)
-    fast.save(str(directory / "tokenizer.json"))
-    return Tokenizer(directory)
-
-
-KINDS = ("byte level", "byte fallback")
-
-
-@pytest.fixture(scope="module")
-def kinds(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    return {
-        "byte level": Tokenizer(shared),
-        "byte fallback": sentencepiece_like(tmp_path_factory.mktemp("fallback")),
-    }
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_pieces_joined_are_the_text(kinds, kind, text):
-    tokenizer = kinds[kind]
-    ids = tokenizer.encode(text)
-    pieces = pieces_of(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids)
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
-@given(text=st.text(max_size=30))
-def test_pieces_of_any_text_joined_are_the_text(kinds, kind, text):
-    tokenizer = kinds[kind]
-    ids = tokenizer.encode(text)
-    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-@settings(max_examples=200, deadline=None)
-@given(ids=st.lists(st.integers(0, 262), max_size=20))
-def test_pieces_of_any_token_ids_joined_are_their_text(kinds, ids):
-    # Also of bytes that are no UTF-8, of special tokens between them, and of ids without a token.
-    tokenizer = kinds["byte level"]
-    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-def test_a_character_of_several_tokens_comes_whole_with_its_last_one(kinds):
-    tokenizer = kinds["byte level"]
-    ids = tokenizer.encode("a🙂b")
-    assert len(ids) == 6
-    assert pieces_of(tokenizer, ids) == ["a", "", "", "", "🙂", "b", ""]
-
-
-def test_words_keep_the_space_before_them(kinds):
-    tokenizer = kinds["byte fallback"]
-    ids = tokenizer.encode("x a é a")
-    assert "".join(pieces_of(tokenizer, ids)) == "x a é a"
-    assert pieces_of(tokenizer, tokenizer.encode("a a a")) == ["a", " a", " a", ""]
-
-
-def test_an_unfinished_character_comes_at_the_end_as_it_is(kinds):
-    tokenizer = kinds["byte level"]
-    ids = tokenizer.encode("a🙂")[:-1]
-    pieces = pieces_of(tokenizer, ids)
-    assert pieces[:-1] == ["a", "", "", ""]
-    assert pieces[-1] == tokenizer.decode(ids)[1:] != ""
-
-
-def test_a_stream_that_ends_well_has_nothing_left(kinds):
-    for tokenizer in kinds.values():
-        assert pieces_of(tokenizer, tokenizer.encode("abc"))[-1] == ""
-        assert pieces_of(tokenizer, []) == [""]
-
-
-def test_special_tokens_are_silent(kinds):
-    tokenizer = kinds["byte level"]
-    (a,) = tokenizer.encode("a")
-    assert pieces_of(tokenizer, [256, a, 257, a, 257]) == ["", "a", "", "a", "", ""]
-
-
-@pytest.mark.golden
-def test_pieces_of_a_real_vocabulary_joined_are_the_text(smol):
-    tokenizer = Tokenizer(smol / "smol-bf16")
-    for name, text in TEXTS.items():
-        ids = tokenizer.encode(text)
-        pieces = pieces_of(tokenizer, ids)
-        assert "".join(pieces) == tokenizer.decode(ids)
-        if name != "special":
-            assert "".join(pieces) == text
 
 
 # --- stop tokens

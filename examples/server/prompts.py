@@ -1,10 +1,9 @@
-"""What is asked: texts, files, chats and token ids of a command line, as token ids; and answers as text."""
+"""What is asked: texts, files, chats and token ids of a command line, as token ids."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,6 @@ Prompt = str | list[Message] | list[int]
 
 # What the adapter of a prompt without one is called.
 BASE = (None, "", "base")
-
-
-class PromptTokenizer(Tokenizer):
-    """A model's tokenizer that may use another chat template, and shows special tokens."""
-
-    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
-        super().__init__(directory)
-        self._other_template = chat_template
-
-    def _find_template(self) -> str | None:
-        return super()._find_template() if self._other_template is None else self._other_template
-
-    def decode_all(self, token_ids: Sequence[int]) -> str:
-        """Return text with special tokens."""
-        return str(self._fast.decode(list(token_ids), skip_special_tokens=False))
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:

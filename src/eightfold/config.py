@@ -314,11 +314,20 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
     out = {key: value for key, value in raw.items() if key not in ("quantization_config", "quantize")}
     out["torch_dtype"] = out["dtype"] = name
     out["rope_theta"] = config.rope.rope_theta
-    # Readers from before `rope_type` know linear scaling by `type`.
-    old_name = {"type": "linear"} if config.rope.rope_type == "linear" else {}
-    out["rope_scaling"] = None if config.rope.rope_type == "default" else {**old_name, **scaling}
+    out["rope_scaling"] = _old_scaling(scaling)
     out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **scaling}
     return out
+
+
+def _old_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
+    """Return `rope_scaling` by the names that all its readers take.
+
+    Linear scaling is older than `rope_type`: MindIE refuses it by that name, transformers 4 and vLLM take `type` too.
+    """
+    kind, rest = scaling["rope_type"], {key: value for key, value in scaling.items() if key != "rope_type"}
+    if kind == "default":
+        return None
+    return {"type": kind, **rest} if kind == "linear" else scaling
 
 
 def _scaling_fields(raw: Mapping[str, Any]) -> dict[str, Any]:

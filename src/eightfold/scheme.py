@@ -97,6 +97,7 @@ FA_Q, FA_K, FA_V = "fa_q", "fa_k", "fa_v"
 SCALE = "scale"
 OFFSET = "offset"
 LEGACY_NORM = "module"  # older writers keep a smoothed norm's weight and bias below this
+REDUCE_SCALES = ("reduce_scale", "gather_scale")  # quantized communication: of o_proj and down_proj; not written here
 
 _WEIGHT_FORMULA = "weight = (stored - weight_offset) * weight_scale"
 _KEPT_BIAS = "float bias"

@@ -19,12 +19,21 @@ Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 
 class Tokenizer:
-    """The tokenizer of a model directory."""
+    """The tokenizer of a model directory.
 
-    def __init__(self, directory: Path) -> None:
+    Attributes:
+        directory: the folder.
+        chat_template: a jinja2 template to use in place of the model's; None for the model's own.
+
+    Raises:
+        CheckpointError: tokenizer.json is not there, or damaged.
+    """
+
+    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
         self.directory = directory
+        self.chat_template = chat_template
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
@@ -59,9 +68,9 @@ class Tokenizer:
             ) from None
         return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return text without special tokens."""
-        return str(self._fast.decode(list(token_ids), skip_special_tokens=True))
+    def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Return text, without special tokens unless they are to be kept."""
+        return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         """Render messages with the model's chat template and return token ids."""
@@ -101,13 +110,12 @@ class Tokenizer:
         try:
             return _sandbox().from_string(source)
         except TemplateError as error:
-            raise CheckpointError(
-                "chat template", where=self.directory, got=error, expected="a jinja2 template"
-            ) from None
+            where = self.directory if self.chat_template is None else None
+            raise CheckpointError("chat template", where=where, got=error, expected="a jinja2 template") from None
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model comes with a chat template."""
+        """Whether there is a chat template: one that was given, or the model's."""
         return self._find_template() is not None
 
     def _template_source(self) -> str:
@@ -123,6 +131,8 @@ class Tokenizer:
         return source
 
     def _find_template(self) -> str | None:
+        if self.chat_template is not None:
+            return self.chat_template
         path = self.directory / "chat_template.jinja"
         if path.is_file():
             try:

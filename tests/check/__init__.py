@@ -38,13 +38,14 @@ atexit.register(_MADE.cleanup)
 @functools.cache
 def made(scheme: str, dtype: str, architecture: str, options: tuple[tuple[str, Any], ...]) -> Path:
     """Return a directory that no test may change."""
-    name = "-".join([scheme, dtype, architecture, *(f"{key}_{value}" for key, value in options)])
+    name = re.sub(r"[^\w.-]+", "_", "-".join([scheme, dtype, architecture, *(f"{k}_{v}" for k, v in options)]))
     config = tiny_config(architecture, head_dim=HEAD_DIM, torch_dtype=dtype)
     if architecture == "LlamaForCausalLM" and dict(options).get("attention_bias"):
         config["attention_bias"] = True
     source = write_model(Path(_MADE.name) / f"{name}-float", config, tokenizer=False)
     asymmetric = dict(options).get("asymmetric", False)
-    recipe = Recipe(SCHEMES[scheme], weight_symmetric=not asymmetric)
+    modules = tuple((pattern, SCHEMES[kind]) for pattern, kind in dict(options).get("modules", ()))
+    recipe = Recipe(SCHEMES[scheme], weight_symmetric=not asymmetric, modules=modules)
     quantize_checkpoint(source, Path(_MADE.name) / name, recipe, token_samples())
     return Path(_MADE.name) / name
 
@@ -101,12 +102,6 @@ class Toy:
         self.remove(*names)
         weights = {f"{linear}.weight": stored[f"{linear}.weight"].half() for linear in linears}
         return self.change(weights, "FLOAT")
-
-    def make_down_dynamic(self) -> Toy:
-        """Store one linear as W8A8_DYNAMIC, as a quantizer that mixes schemes does."""
-        kept = {f"{DOWN}.{suffix}": "W8A8_DYNAMIC" for suffix in ("weight", "weight_scale", "weight_offset")}
-        self.remove(*[name for name in self.load() if name.startswith(DOWN) and name not in kept])
-        return self.describe(kept)
 
     def add_kv_cache(self, offset: float = 0.0, keys: tuple[str, ...] = ("kv_quant_type", "kv_cache_type")) -> Toy:
         """Add an int8 key/value cache to every layer."""

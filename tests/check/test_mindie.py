@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.check import mindie, mindie_config
+from eightfold.check import mindie, mindie_config, vllm_ascend
 from eightfold.check.directory import RawDirectory, cast, differ
 from eightfold.check.findings import Report
 from eightfold.config import DType
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import Recipe
+from eightfold.scheme import QuantType
 from tests.check import (
     DOWN,
     GATE,
@@ -157,15 +160,37 @@ LABEL_CASES = [
     case(
         "static under dynamic",
         lambda t: t.describe({"model_quant_type": "W8A8_DYNAMIC"}),
-        "static-as-dynamic ignores",
+        "mixed-scheme ignores",
     ),
     case("a whole group float", lambda t: t.keep_float(Q, K, V)),
     case("part of a group float", lambda t: t.keep_float(UP), "unpacked-group loads"),
     case("part of a dynamic group float", lambda t: t.keep_float(K), "mixed-group refuses", scheme="w8a8-dynamic"),
 ]
 
+
+def mixed(scheme: str, pattern: str, kind: str, *expected: str) -> Case:
+    """Return the case of a directory whose recipe gives some linears another scheme."""
+    return case(
+        f"{kind} for {pattern} in {scheme}", lambda t: None, *expected, scheme=scheme, modules=((pattern, kind),)
+    )
+
+
+DOWN_ONLY, QKV_ONLY = "*.down_proj", "*.self_attn.[qkv]_proj"
+MIXED_CASES = [
+    mixed("w8a8", DOWN_ONLY, "w8a8-dynamic", "mixed-scheme refuses"),
+    mixed("w8a8", DOWN_ONLY, "w8a16", "mixed-scheme refuses"),
+    mixed("w8a8", DOWN_ONLY, "w8a8-mix", "mixed-scheme ignores"),
+    mixed("w8a8", QKV_ONLY, "w8a8-dynamic", "mixed-scheme refuses", "label misdecodes"),
+    mixed("w8a8-mix", DOWN_ONLY, "w8a8-dynamic", "mixed-scheme refuses"),
+    mixed("w8a8-mix", DOWN_ONLY, "w8a8", "mixed-scheme ignores"),
+    mixed("w8a8-dynamic", DOWN_ONLY, "w8a8", "mixed-scheme ignores"),
+    mixed("w8a8-dynamic", DOWN_ONLY, "w8a16", "mixed-scheme misdecodes"),
+    mixed("w8a8-dynamic", QKV_ONLY, "w8a16", "label misdecodes"),
+    mixed("w8a16", DOWN_ONLY, "w8a8-dynamic", "mixed-scheme ignores"),
+    mixed("w8a16", DOWN_ONLY, "w8a8", "mixed-scheme ignores"),
+]
+
 TENSOR_CASES = [
-    case("one linear of another scheme", Toy.make_down_dynamic, "missing-tensor refuses"),
     case("no deq_scale", lambda t: t.remove(f"{O}.deq_scale"), "missing-tensor refuses"),
     case(
         "dynamic without offsets",
@@ -225,7 +250,7 @@ TENSOR_CASES = [
     case("bias of a mix", lambda t: None, "linear-bias misdecodes", scheme="w8a8-mix", attention_bias=True),
     case("bias of zero", fill(0.0, ROW, f"{O}.bias"), scheme="w8a16"),
     case("bias of another class", lambda t: None, "model-class warns", scheme="w8a16", architecture="Qwen2ForCausalLM"),
-    case("an int8 head", store_as(torch.int8, "lm_head.weight"), "lm-head warns"),
+    case("an int8 head", store_as(torch.int8, "lm_head.weight"), "lm-head misdecodes"),
     case(
         "an int8 head of a tied model",
         all_of(store_as(torch.int8, "lm_head.weight"), lambda t: t.configure(tie_word_embeddings=True)),
@@ -255,7 +280,7 @@ ATTENTION_CASES = [
     case("a tensor without entry", lambda t: t.describe({f"{O}.deq_scale": ...}), "tensor-without-entry loads"),
 ]
 
-CASES = [*CONFIG_CASES, *LABEL_CASES, *TENSOR_CASES, *ATTENTION_CASES]
+CASES = [*CONFIG_CASES, *LABEL_CASES, *MIXED_CASES, *TENSOR_CASES, *ATTENTION_CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -349,6 +374,36 @@ def test_files_of_somebody_else_are_refused(tmp_path, monkeypatch):
     assert findings(report(toy.path)) == set()
 
 
+# --- configurations as quantize writes them
+
+
+LLAMA3_WITHIN = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"type": "linear", "factor": 2.0},
+        {"type": "linear", "rope_type": "linear", "factor": 2.0},
+        LLAMA3_WITHIN,
+    ],
+    ids=["linear", "linear by type", "linear by both", "llama3"],
+)
+def test_no_loader_objects_to_the_scaling_that_is_written(tmp_path, scaling):
+    config = tiny_config(head_dim=12, torch_dtype="float16", rope_scaling=scaling)
+    source = write_model(tmp_path / "float", config, tokenizer=False)
+    quantize_checkpoint(source, tmp_path / "out", Recipe(QuantType.W8A16), None)
+    assert findings(report(tmp_path / "out")) == set()
+    assert vllm_ascend.check(RawDirectory.open(tmp_path / "out")).findings == ()
+
+
 # --- what it makes of a directory
 
 
@@ -382,6 +437,22 @@ def test_a_message_says_what_it_does_what_there_is_and_what_to_do(tmp_path):
     found = report(toy.path).findings[0]
     assert (found.count, len(found.where)) == (10, 8)
     assert found.place == f"{Q}.quant_bias, {K}.quant_bias and 8 more"
+
+
+def test_schemes_that_quantize_does_not_name_are_named_with_their_linears(tmp_path):
+    found = report(Toy(tmp_path, modules=((DOWN_ONLY, "w8a8-dynamic"),)).path).findings[0]
+    assert found.where == (DOWN, DOWN.replace("layers.0", "layers.1"))
+    assert found.message == (
+        "picks the tensors of every int8 linear by quantize, whatever its label, and raises AssertionError: weight "
+        "does not exist: got W8A8_DYNAMIC under quantize w8a8, expected one scheme. "
+        "Write the directory again, in one scheme."
+    )
+
+
+def test_an_int8_head_is_read_without_its_scale(tmp_path):
+    found = report(Toy(tmp_path).change({"lm_head.weight": torch.ones(320, 48, dtype=torch.int8)}).path).findings[0]
+    assert found.where == ("lm_head.weight",)
+    assert found.message == "reads this weight alone, without a scale: got I8, expected float. Keep it float."
 
 
 def test_the_directory_is_only_read(tmp_path):

@@ -109,7 +109,7 @@ TENSOR_CASES = [
         "entry-without-tensor ignores",
     ),
     case("an index of our own", write("quant_model_weight_w8a8.safetensors.index.json", FLOAT_INDEX)),
-    case("one linear of another scheme", Toy.make_down_dynamic),
+    case("linears of another scheme", lambda t: None, modules=(("*.down_proj", "w8a8-dynamic"),)),
     case("no input_scale", lambda t: t.remove(f"{O}.input_scale"), "missing-tensor refuses"),
     case("no norm", lambda t: t.remove(f"{NORM}.weight"), "missing-tensor refuses"),
     case("no deq_scale", lambda t: t.remove(f"{O}.deq_scale"), "empty-parameter misdecodes"),

@@ -461,6 +461,21 @@ def test_the_package_runs_as_a_module_and_as_a_program():
         assert (done.returncode, done.stdout, done.stderr) == (0, f"eightfold {__version__}\n", "")
 
 
+@pytest.mark.parametrize("command", [["quantize"], ["run", "--nope"], ["nope"], ["check", "x", "--for", "y"]])
+def test_a_usage_error_names_the_program_however_it_was_started(command):
+    done = subprocess.run([sys.executable, "-m", "eightfold", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    path = "eightfold" if command == ["nope"] else f"eightfold {command[0]}"
+    assert done.stderr.startswith("eightfold: ")
+    assert done.stderr.endswith(f" Try: {path} --help\n")
+
+
+def test_the_help_names_the_program_however_it_was_started():
+    done = subprocess.run([sys.executable, "-m", "eightfold", "env", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[:3] == ["Usage:", "eightfold", "env"]
+
+
 def test_debug_shows_a_traceback_before_the_line(cli, tmp_path):
     plain = error_line(cli("inspect", tmp_path / "gone"))
     result = cli("--debug", "inspect", tmp_path / "gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import re
@@ -20,6 +21,7 @@ from eightfold.tokenizer import Tokenizer
 from examples import run_pa
 from tests.conftest import CHAT_TEMPLATE, Result, write_model
 
+EXAMPLES = Path(run_pa.__file__).parent
 QUESTION = "What's deep learning?"
 IDLE = ("WORLD_SIZE", "ASCEND_RT_VISIBLE_DEVICES", "ATB_LLM_BENCHMARK_ENABLE", "ATB_LLM_BENCHMARK_FILEPATH")
 
@@ -88,7 +90,7 @@ def test_events_come_in_the_order_of_the_original(pa, model):
 def test_the_default_question_is_continued_greedily(pa, model):
     tokenizer = Tokenizer(model)
     ids = answer_to(model, tokenizer.encode(QUESTION))
-    assert answers(pa("--ignore_eos")) == [tokenizer._fast.decode(ids, skip_special_tokens=False)]
+    assert answers(pa("--ignore_eos")) == [tokenizer.decode(ids, keep_special=True)]
 
 
 def test_one_prompt_is_copied_and_counts_add_up(pa):
@@ -102,7 +104,7 @@ def test_several_prompts_may_exceed_the_batch_and_files_are_read(pa, model, tmp_
     result = pa("--input_texts", "one", tmp_path / "prompt.txt", "three", "--ignore_eos", "--max_input_length", 16)
     tokenizer = Tokenizer(model)
     expected = [answer_to(model, tokenizer.encode(text)) for text in ("one", "from a file", "three")]
-    assert answers(result) == [tokenizer._fast.decode(ids, skip_special_tokens=False) for ids in expected]
+    assert answers(result) == [tokenizer.decode(ids, keep_special=True) for ids in expected]
 
 
 def stopping_config(model: Path, tmp_path: Path, stop: int) -> Path:
@@ -148,7 +150,23 @@ def test_chats_are_rendered_with_a_template(pa, model, tmp_path, how):
     result = pa("--is_chat_model", "--input_texts", "hi", "--ignore_eos", "--max_input_length", 32, *extra)
     tokenizer = Tokenizer(model)
     ids = answer_to(model, tokenizer.encode(rendered, special_tokens=False))
-    assert answers(result) == [tokenizer._fast.decode(ids, skip_special_tokens=False)]
+    assert answers(result) == [tokenizer.decode(ids, keep_special=True)]
+
+
+def test_a_template_on_the_command_line_that_is_none_is_refused(pa):
+    message = refused(pa("--is_chat_model", "--chat_template", "{% for %}"))
+    assert message.startswith("chat template: got ")
+    assert message.endswith(", expected a jinja2 template")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.py")), ids=lambda path: path.name)
+def test_examples_use_what_is_public(path):
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    members = [node for node in nodes if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)]
+    own = {node.attr for node in members if isinstance(node.ctx, ast.Store)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    own |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    assert {node.attr for node in members} - own == set()
 
 
 def test_a_file_of_chats_replaces_other_input(pa, tmp_path):

@@ -161,7 +161,7 @@ def test_a_map_whose_file_is_absent_or_elsewhere_is_left_out_with_a_note(code, t
     assert resolve_auto_map(raw, code) == (
         {"vocab_size": 1},
         [],
-        f'config.json: "auto_map" left out, because {absent} is not in {code}',
+        f'config.json: "auto_map" left out, because {absent} is not in its directory',
     )
     assert "auto_map" in raw
 
@@ -192,7 +192,17 @@ def test_quantize_says_that_it_left_a_map_out(cli, tmp_path):
     (source / "evil.py").touch()
     result = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16")
     assert result.code == 0
-    left_out = f'note: config.json: "auto_map" left out, because ../evil.py is not in {source}\n'
+    left_out = 'note: config.json: "auto_map" left out, because ../evil.py is not in its directory\n'
     assert result.err == HEAD_DIM_NOTE + left_out
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not (tmp_path / "out" / "evil.py").exists()
+
+
+def test_reports_of_equal_models_in_different_places_are_equal(cli, tmp_path):
+    reports = []
+    for place in ("a", "b/c"):
+        source = write_model(tmp_path / place / "m", tiny_config(auto_map={"AutoModelForCausalLM": "gone.Own"}))
+        assert cli("quantize", source, tmp_path / place / "out", "--scheme", "w8a16").code == 0
+        reports.append((tmp_path / place / "out" / "eightfold_report.json").read_bytes())
+    assert reports[0] == reports[1]
+    assert b"gone.py" in reports[0]

@@ -73,6 +73,37 @@ def test_a_cache_scale_without_its_partner_is_refused(cli, float_model, tmp_path
     )
 
 
+def with_attention(cli, source, out, dtype):
+    """Quantize, then add FAQuant's tensors to every layer of the result, offsets of zero in a dtype."""
+    assert cli("quantize", source, out, "--scheme", "w8a16").code == 0
+    heads = {f"model.layers.{i}.self_attn.fa_{p}": n for i in range(2) for p, n in (("q", 4), ("k", 2), ("v", 2))}
+    scales = {f"{name}.scale": torch.full((n, 1), 0.02) for name, n in heads.items()}
+    offsets = {f"{name}.offset": torch.zeros(n, 1, dtype=dtype) for name, n in heads.items()}
+    edit(out, lambda tensors: tensors.update({**scales, **offsets}), "quant_model_weight_w8a16.safetensors")
+    path = out / "quant_model_description.json"
+    tags = {**dict.fromkeys([*scales, *offsets], "FAQuant"), "fa_quant_type": "FAQuant"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **tags}))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=["int8", "bfloat16"])
+@pytest.mark.parametrize(
+    ("part", "layer", "values", "got"),
+    [("q", 0, [0, 0, 0, -3], "-3 to 0"), ("k", 1, [5, 5], "5 to 5"), ("v", 0, [1, 0], "0 to 1")],
+)
+def test_an_offset_of_quantized_attention_is_refused(cli, float_model, tmp_path, part, layer, values, got, dtype):
+    out, weights = tmp_path / "out", "quant_model_weight_w8a16.safetensors"
+    with_attention(cli, float_model, out, dtype)
+    commands = (["run", out, "--prompt", "hello"], ["eval", out, "--chunks", "1", "--chunk-len", "16"])
+    assert [cli(*command).code for command in commands] == [0, 0]
+    name = f"model.layers.{layer}.self_attn.fa_{part}.offset"
+    edit(out, lambda tensors: tensors[name].copy_(torch.tensor(values)[:, None]), weights)
+    for command in commands:
+        assert error_line(cli(*command)) == (
+            f"values of {name} in {out}/{weights}: got {got}, expected zeros. "
+            "Attention is computed without offsets; quantize it symmetrically."
+        )
+
+
 def test_norm_biases_are_added(cli, float_model, tmp_path):
     name = "model.layers.0.input_layernorm.bias"
     with_extra(cli, float_model, tmp_path / "out", name, torch.zeros(48), "FLOAT")

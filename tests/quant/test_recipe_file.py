@@ -102,6 +102,74 @@ def test_refused_choices(tmp_path, text, found):
     assert "\n" not in message
 
 
+FLAGS = "true or false"
+COUNT = "a whole number"
+PATTERNS = """a list of patterns, such as ['*.down_proj']"""
+MODULES = "pattern: type"
+METHODS = "'m1', 'm2', 'm3', 'm4', 'm5' or 'm6'"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "got", "expected"),
+    [
+        ("fa_quant", "'yes'", "'yes'", FLAGS),
+        ("fa_quant", "1", "1", FLAGS),
+        ("kv_int8", "null", "null", FLAGS),
+        ("exact_levels", "[true]", "[True]", FLAGS),
+        ("weight_symmetric", "'false'", "'false'", FLAGS),
+        ("save_float32", "0.0", "0.0", FLAGS),
+        ("disable_level", "true", "true", f"{COUNT} or Ln"),
+        ("disable_level", "2.0", "2.0", f"{COUNT} or Ln"),
+        ("disable_level", "null", "null", f"{COUNT} or Ln"),
+        ("fa_amp", "true", "true", COUNT),
+        ("fa_amp", "'2'", "'2'", COUNT),
+        ("keep_float", "null", "null", PATTERNS),
+        ("keep_float", "", "null", PATTERNS),
+        ("keep_float", "'*.o_proj'", "'*.o_proj'", PATTERNS),
+        ("keep_float", "[1]", "[1]", PATTERNS),
+        ("keep_float", "{'*': float}", "{'*': 'float'}", PATTERNS),
+        ("modules", "null", "null", MODULES),
+        ("modules", "{0: w8a16}", "{0: 'w8a16'}", MODULES),
+        ("modules", "{'*': null}", "null", "w8a8, w8a8-dynamic, w8a8-mix, w8a16 or float"),
+        ("anti_outlier", "4", "4", METHODS),
+        ("anti_outlier", "false", "false", METHODS),
+        ("act_method", "null", "null", "'minmax', 'histogram' or 'auto'"),
+        ("act_method", "true", "true", "'minmax', 'histogram' or 'auto'"),
+        ("kv_observe", "null", "null", "'post-rope' or 'pre-rope'"),
+    ],
+)
+def test_values_are_read_strictly_and_asked_for_in_words_of_the_file(tmp_path, key, value, got, expected):
+    assert refusal(tmp_path, f"scheme: w8a8\n{key}: {value}\n") == (
+        f"{key} in {tmp_path / 'recipe.yaml'}: got {got}, expected {expected}"
+    )
+
+
+def test_a_missing_scheme_is_asked_for_in_words_of_the_file(tmp_path):
+    assert refusal(tmp_path, "scheme: null\n") == (
+        f"scheme in {tmp_path / 'recipe.yaml'}: got null, expected w8a8, w8a8-dynamic, w8a8-mix or w8a16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "first", "second"),
+    [
+        ("scheme: w8a8\nfa_quant: true\n\nfa_quant: false\n", "fa_quant", 2, 4),
+        ("scheme: w8a8\nscheme: w8a8\n", "scheme", 1, 2),
+        ("'scheme': w8a8\nkv_int8: true\nscheme: w8a16\n", "scheme", 1, 3),
+        ('scheme: w8a8\nmodules:\n  "*.o_proj": w8a16\n  "*": float\n  "*.o_proj": float\n', "*.o_proj", 3, 5),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_lines(tmp_path, text, key, first, second):
+    assert refusal(tmp_path, text) == (
+        f"key {key!r} in {tmp_path / 'recipe.yaml'}: got it in line {first} and in line {second}, expected it once. "
+        "Remove one."
+    )
+
+
+def test_no_anti_outlier_may_be_said(tmp_path):
+    assert made(tmp_path, "scheme: w8a8\nanti_outlier: null\n").anti_outlier is None
+
+
 @pytest.mark.parametrize("text", ["a: [", "- scheme\n", "w8a8", "", "\x01"])
 def test_not_a_mapping(tmp_path, text):
     assert refusal(tmp_path, text, InputError).startswith(f"recipe in {tmp_path / 'recipe.yaml'}: got ")

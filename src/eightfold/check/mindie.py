@@ -25,6 +25,7 @@ from eightfold.check.mindie_config import (
     REDUCE,
     description_file,
     label,
+    labelled_scheme,
     labels,
     model_dtype,
     quantize,
@@ -40,6 +41,7 @@ from eightfold.scheme import (
     KV_OFFSET,
     LINEAR_TENSORS,
     OFFSET,
+    REDUCE_SCALES,
     WEIGHT_OFFSET,
     QuantType,
     bias_name,
@@ -49,8 +51,9 @@ from eightfold.scheme import (
 
 LOADER = "mindie"
 
+_ONE_SCHEME = "Write the directory again, in one scheme."
+
 _FLOAT = QuantType.FLOAT.value
-_REDUCED = ("reduce_scale", "gather_scale")  # of o_proj and down_proj; in no scheme of ours
 
 
 def check(d: RawDirectory) -> Report:
@@ -76,6 +79,24 @@ def is_integer(d: RawDirectory, linear: str) -> bool:
 
 def _static_linears(d: RawDirectory) -> list[str]:
     return [name for name in d.linears if is_integer(d, name)] if INPUT_SCALE in scheme(d).reads else []
+
+
+def _mixed_linears(d: RawDirectory) -> list[str]:
+    """Return the int8 linears of which the label names another scheme than `quantize` does."""
+    known = [name for name in d.linears if is_integer(d, name)] if scheme(d).labels else []
+    return [name for name in known if labelled_scheme(d, name) not in (None, scheme(d))]
+
+
+def _lacking(d: RawDirectory) -> list[str]:
+    """Return those of another scheme that have not all tensors which `quantize` asks for."""
+    return [name for name in _mixed_linears(d) if any(f"{name}.{s}" not in d.tensors for s in scheme(d).reads)]
+
+
+def _uncounted(d: RawDirectory) -> list[str]:
+    """Return the linears of groups whose label `quantize` does not count as quantized, though it is not FLOAT."""
+    known = {*scheme(d).labels, _FLOAT, None}
+    members = [member for group in d.packed for member in group.members] if scheme(d).labels else []
+    return [member for member in members if label(d, member) not in known]
 
 
 def _required(d: RawDirectory) -> Iterator[str]:
@@ -122,9 +143,7 @@ def label_missing(d: RawDirectory) -> Iterator[Finding]:
 
 def label_unknown(d: RawDirectory) -> Iterator[Finding]:
     """A label that `quantize` does not count makes the group a float one, whatever its weights are."""
-    known = {*scheme(d).labels, _FLOAT, None}
-    strange = [member for group in d.packed for member in group.members if label(d, member) not in known]
-    strange = strange if scheme(d).labels else []
+    strange = _uncounted(d)
     does = f"takes linears with this label for float ones under quantize {quantize(d)}"
     got = ", ".join(sorted({str(label(d, name)) for name in strange}))
     action = "One directory holds one scheme and FLOAT."
@@ -145,12 +164,22 @@ def label_and_weight(d: RawDirectory) -> Iterator[Finding]:
     yield from found("mindie.label-and-weight", Outcome.MISDECODES, wrong, does, got=got, action=action)
 
 
-def static_as_dynamic(d: RawDirectory) -> Iterator[Finding]:
-    """Under w8a8_dynamic the label W8A8 counts as dynamic; static activation parameters are not read."""
-    linears = [name for name in d.linears if label(d, name) == QuantType.W8A8.value]
-    where = linears if quantize(d) == "w8a8_dynamic" else []
-    does = f"runs W8A8 linears with dynamic activations under this quantize, without their {INPUT_SCALE}"
-    yield from found("mindie.static-as-dynamic", Outcome.IGNORES, where, does, got=quantize(d))
+def mixed_schemes(d: RawDirectory) -> Iterator[Finding]:
+    """`quantize` picks the tensors of every int8 linear: of another scheme, it lacks some or runs as one of this."""
+    lacking, told = _lacking(d), {*_lacking(d), *_uncounted(d)}
+    kept = {QuantType.W8A16.value} if scheme(d).pack.startswith("W8A8") else set()  # labels that keep inputs float
+    rounded = [name for name in _mixed_linears(d) if name not in told and label(d, name) in kept]
+    taken = [name for name in _mixed_linears(d) if name not in told and label(d, name) not in kept]
+    does = "picks the tensors of every int8 linear by quantize, whatever its label, and "
+    for outcome, where, ends in (
+        (Outcome.REFUSES, lacking, "raises AssertionError: weight does not exist"),
+        (Outcome.MISDECODES, rounded, "rounds inputs to int8 that the label keeps float"),
+        (Outcome.IGNORES, taken, "quantizes inputs, or leaves them float, as quantize says"),
+    ):
+        got = f"{', '.join(sorted({str(label(d, name)) for name in where}))} under quantize {quantize(d)}"
+        yield from found(
+            "mindie.mixed-scheme", outcome, where, does + ends, got=got, expected="one scheme", action=_ONE_SCHEME
+        )
 
 
 def mixed_group(d: RawDirectory) -> Iterator[Finding]:
@@ -170,10 +199,11 @@ def mixed_group(d: RawDirectory) -> Iterator[Finding]:
 
 def missing_tensors(d: RawDirectory) -> Iterator[Finding]:
     """Every lookup of a tensor that no file has is an AssertionError."""
-    absent = [name for name in _required(d) if name not in d.tensors]
+    lacking = set(_lacking(d))
+    absent = [name for name in _required(d) if name not in d.tensors and name.rpartition(".")[0] not in lacking]
     does = "raises AssertionError: weight does not exist; quantize, and no label, says which tensors an int8 linear has"
-    got, action = f"quantize {quantize(d)}", "Write the directory again, in one scheme."
-    yield from found("mindie.missing-tensor", Outcome.REFUSES, absent, does, got=got, action=action)
+    got = f"quantize {quantize(d)}"
+    yield from found("mindie.missing-tensor", Outcome.REFUSES, absent, does, got=got, action=_ONE_SCHEME)
 
 
 def shapes(d: RawDirectory) -> Iterator[Finding]:
@@ -266,15 +296,12 @@ def linear_biases(d: RawDirectory) -> Iterator[Finding]:
 
 
 def embedding_and_head(d: RawDirectory) -> Iterator[Finding]:
-    """The embedding is read as it stands; so is the head, in the sources that are public."""
-    names = [name for name in head_and_embedding(d.model) if d.dtype_of(name) in INTEGERS]
-    for name in names:
-        is_head = name == weight_name(LM_HEAD)
-        outcome = Outcome.WARNS if is_head else Outcome.MISDECODES
-        unknown = "; no source says that an int8 head works" if is_head else ""
-        does = f"reads this weight alone, without a scale{unknown}"
-        rule = "mindie.lm-head" if is_head else "mindie.embedding"
-        yield from found(rule, outcome, [name], does, got=d.dtype_of(name), expected="float", action="Keep it float.")
+    """Embedding and head are loaded as float weights, whatever `quantize` says: no scale is looked for."""
+    does, action = "reads this weight alone, without a scale", "Keep it float."
+    for name in (name for name in head_and_embedding(d.model) if d.dtype_of(name) in INTEGERS):
+        rule = "mindie.lm-head" if name == weight_name(LM_HEAD) else "mindie.embedding"
+        got = d.dtype_of(name)
+        yield from found(rule, Outcome.MISDECODES, [name], does, got=got, expected="float", action=action)
     idle = [weight_name(LM_HEAD)] if d.model.tie_word_embeddings else []
     idle = [name for name in idle if d.dtype_of(name) in INTEGERS]
     does = "reads the embedding for the head of a tied model, and not this int8 head"
@@ -328,7 +355,7 @@ def fa_offsets(d: RawDirectory) -> Iterator[Finding]:
 
 def reduce_tensors(d: RawDirectory) -> Iterator[Finding]:
     """Quantized communication wants two scales of o_proj and down_proj in every layer."""
-    names = [f"{name}.{suffix}" for name in d.unpacked for suffix in _REDUCED] if setting(d, REDUCE) else []
+    names = [f"{name}.{suffix}" for name in d.unpacked for suffix in REDUCE_SCALES] if setting(d, REDUCE) else []
     absent = [name for name in names if name not in d.tensors]
     does, action = "raises AssertionError: weight does not exist", f"Remove {REDUCE}."
     yield from found("mindie.reduce-tensor", Outcome.REFUSES, absent, does, action=action)
@@ -339,7 +366,7 @@ def reduce_tensors(d: RawDirectory) -> Iterator[Finding]:
 
 def unread_tensors(d: RawDirectory) -> Iterator[Finding]:
     """A tensor that nothing asks for is not read."""
-    suffixes = {spec.suffix for specs in LINEAR_TENSORS.values() for spec in specs} | set(_REDUCED)
+    suffixes = {spec.suffix for specs in LINEAR_TENSORS.values() for spec in specs} | set(REDUCE_SCALES)
     known = {f"{linear}.{suffix}" for linear in d.linears for suffix in suffixes}
     known |= {weight_name(EMBEDDING), *(f"{LM_HEAD}.{suffix}" for suffix in suffixes)}
     known |= d.norm_tensors() | set(d.kv_tensors()) | set(d.fa_tensors())
@@ -363,7 +390,7 @@ RULES = (
     label_missing,
     label_unknown,
     label_and_weight,
-    static_as_dynamic,
+    mixed_schemes,
     mixed_group,
     missing_tensors,
     shapes,

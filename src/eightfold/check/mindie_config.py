@@ -88,11 +88,14 @@ def routed(d: RawDirectory) -> dict[str, Any]:
     return d.descriptions.get(_router_file(d) or "", {})
 
 
+def _own_name(kind: str) -> str:
+    return "w8a8_pdmix" if kind == "w8a8_mix" else kind
+
+
 def quantize(d: RawDirectory) -> str | None:
     """Return config.json's `quantize`, else model_quant_type in small letters; None makes it a float model."""
     own, described = d.config.get("quantize"), routed(d).get("model_quant_type")
-    kind = str(described or "").lower() if own is None else str(own)
-    return "w8a8_pdmix" if kind == "w8a8_mix" else kind or None
+    return _own_name(str(described or "").lower() if own is None else str(own)) or None
 
 
 def _description_names(d: RawDirectory) -> list[str]:
@@ -120,6 +123,11 @@ def label(d: RawDirectory, module: str) -> str | None:
 def scheme(d: RawDirectory) -> Scheme:
     """Return what `quantize` means."""
     return SCHEMES.get(quantize(d) or "", _NO_SCHEME)
+
+
+def labelled_scheme(d: RawDirectory, module: str) -> Scheme | None:
+    """Return what a module's label would mean, were it asked; None for FLOAT and what is not known here."""
+    return SCHEMES.get(_own_name((label(d, module) or "").lower()))
 
 
 def _own_settings(d: RawDirectory) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from eightfold import __version__
 from eightfold.cli import checking, evaluate, importing, inspecting, quantizing, running
 from eightfold.errors import EightfoldError
 
+PROGRAM = "eightfold"  # in messages, however the program was started
 EXIT_USER = 2
 
 _OUT_OF_MEMORY = "out of memory: nothing was left half-written. Close other programs, or use a smaller model."
@@ -25,7 +26,7 @@ _OUT_OF_MEMORY = "out of memory: nothing was left half-written. Close other prog
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
-    name="eightfold",
+    name=PROGRAM,
     help="8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU.",
     epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello",
     no_args_is_help=True,
@@ -85,7 +86,7 @@ def main() -> int:
 def _run() -> int:
     debug = "--debug" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -120,7 +121,7 @@ def _fail(message: str, debug: bool) -> int:
 def _usage_error(error: Any) -> int:
     message = error.format_message()
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "eightfold"
+    path = context.command_path if context is not None else PROGRAM
     if not message:  # no arguments: the help has been shown
         error.show()
         return EXIT_USER

@@ -15,6 +15,9 @@ from eightfold.cli.calibration import Calibration
 from eightfold.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
+    import torch
+
+    from eightfold.format.checkpoint import Checkpoint
     from eightfold.quant.outcome import Outcome
     from eightfold.quant.recipe import Recipe
 
@@ -254,10 +257,6 @@ def quantize(
 
     Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
     """
-    from eightfold.format.checkpoint import Checkpoint
-    from eightfold.format.writer import OutputDirectory
-    from eightfold.quant.recipe import assign_types, require_level
-
     started = time.monotonic()
     recipe = _recipe(
         recipe_file,
@@ -277,26 +276,14 @@ def quantize(
         save_float32=None if save_dtype is None else save_dtype is SaveDtype.float32,
     )
     part_bytes = _part_bytes(part_size_gb)
-    calibration = Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
     # What can be refused is refused before torch is loaded and texts are tokenized.
-    checkpoint = Checkpoint.open(source)
-    require_level(recipe, assign_types(checkpoint.config, recipe))
-    OutputDirectory(target, source=source, overwrite=overwrite)
-    samples = None
-    if recipe.needs_samples:
-        samples = calibration.samples(checkpoint)
-    elif calibration.given:
-        calibration.check()
-        console.note(f"nothing here needs calibration data; {calibration.given} changes nothing.")
+    checkpoint = _checked(source, target, recipe, overwrite)
+    calibration = Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
+    samples = _samples(calibration, checkpoint, recipe)
     if not recipe.has_static_inputs and act_method is not None:
         console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
     console.require_torch("quantize")
     from eightfold.quant.pipeline import quantize_checkpoint
-    from eightfold.reference.device import find_device
-
-    torch_device, remark = find_device(device.value)
-    if remark:
-        console.note(remark)
 
     outcome = quantize_checkpoint(
         source,
@@ -306,17 +293,13 @@ def quantize(
         overwrite=overwrite,
         part_bytes=part_bytes,
         legacy_names=legacy_names,
-        device=torch_device,
+        device=_torch_device(device),
         progress=console.bars,
     )
     if save_recipe is not None:
         _save(recipe, save_recipe)
     _report(outcome)
-    kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
-    print(
-        f"{target}: {outcome.quantized} linears as {recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}, "
-        f"{time.monotonic() - started:.1f} s"
-    )
+    print(f"{target}: {_summary(outcome)}, {time.monotonic() - started:.1f} s")
 
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:
@@ -333,6 +316,37 @@ def _recipe(file: Path | None, **options: Any) -> Recipe:
     if "disable_level" in choices:
         choices["disable_level"] = parse_level(choices["disable_level"])
     return make_recipe({**(read_recipe(file) if file is not None else {}), **choices}, str(file or "the command line"))
+
+
+def _checked(source: Path, target: Path, recipe: Recipe, overwrite: bool) -> Checkpoint:
+    """Open the float model; refuse a recipe or an output directory that does not go with it."""
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.format.writer import OutputDirectory
+    from eightfold.quant.recipe import assign_types, require_level
+
+    checkpoint = Checkpoint.open(source)
+    require_level(recipe, assign_types(checkpoint.config, recipe))
+    OutputDirectory(target, source=source, overwrite=overwrite)
+    return checkpoint
+
+
+def _samples(calibration: Calibration, checkpoint: Checkpoint, recipe: Recipe) -> list[list[int]] | None:
+    """Return the calibration samples; None when the recipe has no use for any."""
+    if recipe.needs_samples:
+        return calibration.samples(checkpoint)
+    if calibration.given:
+        calibration.check()
+        console.note(f"nothing here needs calibration data; {calibration.given} changes nothing.")
+    return None
+
+
+def _torch_device(device: Device) -> torch.device:
+    from eightfold.reference.device import find_device
+
+    found, remark = find_device(device.value)
+    if remark:
+        console.note(remark)
+    return found
 
 
 def _save(recipe: Recipe, path: Path) -> None:
@@ -361,6 +375,11 @@ def _report(outcome: Outcome) -> None:
         print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
     for text in outcome.notes:
         console.note(text)
+
+
+def _summary(outcome: Outcome) -> str:
+    kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
+    return f"{outcome.quantized} linears as {outcome.recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}"
 
 
 def _part_bytes(part_size_gb: float | None) -> int | None:

@@ -62,7 +62,7 @@ def resolve_auto_map(raw: dict[str, Any], source: Path) -> tuple[dict[str, Any],
     absent = sorted(name for name in files if Path(name).name != name or not (source / name).is_file())
     if absent:
         kept = {key: value for key, value in raw.items() if key != "auto_map"}
-        return kept, [], f'config.json: "auto_map" left out, because {", ".join(absent)} is not in {source}'
+        return kept, [], f'config.json: "auto_map" left out, because {", ".join(absent)} is not in its directory'
     return raw, [source / name for name in sorted(files)], None
 
 

@@ -5,15 +5,17 @@ anti_outlier: m4
 modules:
   "*.down_proj": w8a8-dynamic        # the last pattern that matches wins
   "model.layers.0.*": float
+
+It is read strictly: no key stands twice, and no value is taken for one of another kind.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+import json
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -21,7 +23,11 @@ from eightfold.errors import ConfigError, DependencyError, InputError, one_of
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES, QuantType
 
-_KEYS = tuple(field.name for field in fields(Recipe))
+if TYPE_CHECKING:
+    import yaml
+
+_KINDS: dict[str, Any] = get_type_hints(Recipe)
+_KEYS = tuple(_KINDS)
 _TYPE_NAMES = {**SCHEMES, "float": QuantType.FLOAT}
 _NAMES = {kind: name for name, kind in _TYPE_NAMES.items()}
 
@@ -31,7 +37,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: unreadable, no YAML, or no mapping.
-        ConfigError: an unknown key, or a value of the wrong kind.
+        ConfigError: an unknown key, one that stands twice, or a value of the wrong kind.
     """
     try:
         import yaml
@@ -40,7 +46,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
             "--recipe needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
         ) from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _require_once(yaml.compose(text, yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
     except (ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError, and dates that do not exist
@@ -63,7 +71,7 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
-            ".".join(map(str, first["loc"][:1])), where=where, got=repr(first["input"]), expected=_expected(first)
+            ".".join(map(str, first["loc"][:1])), where=where, got=_shown(first["input"]), expected=_expected(first)
         ) from None
 
 
@@ -90,6 +98,27 @@ def render_recipe(recipe: Recipe) -> str:
     return text
 
 
+def _require_once(node: yaml.Node | None, where: Path) -> None:
+    """Refuse keys that stand twice, in the file or in a value: YAML itself lets the last one win."""
+    whole = _entries(node)
+    for entries in (whole, *(_entries(value) for _, value in whole)):
+        lines: dict[str, int] = {}
+        for key, _ in entries:
+            line = key.start_mark.line + 1
+            name = str(key.value)
+            if name in lines:
+                got = f"it in line {lines[name]} and in line {line}"
+                raise ConfigError(f"key {name!r}", where=where, got=got, expected="it once", action="Remove one.")
+            lines[name] = line
+
+
+def _entries(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return the keys and values of a mapping; nothing of other nodes."""
+    import yaml
+
+    return list(node.value) if isinstance(node, yaml.MappingNode) else []
+
+
 def _value(key: str, value: Any, where: Path) -> Any:
     if key not in _KEYS:
         near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
@@ -102,19 +131,42 @@ def _value(key: str, value: Any, where: Path) -> Any:
     if key == "scheme":
         return _type(value, "scheme", where, SCHEMES)
     if key == "modules":
-        if not isinstance(value, dict):
-            raise ConfigError("modules", where=where, got=repr(value), expected="pattern: type")
-        return tuple((str(pattern), _type(name, "modules", where, _TYPE_NAMES)) for pattern, name in value.items())
+        if not (isinstance(value, dict) and all(isinstance(pattern, str) for pattern in value)):
+            raise ConfigError("modules", where=where, got=_shown(value), expected="pattern: type")
+        return tuple((pattern, _type(name, "modules", where, _TYPE_NAMES)) for pattern, name in value.items())
     if key == "disable_level" and isinstance(value, str):
         return parse_level(value)
     if key == "act_method":
         return act_method_name(value)
+    return _plain_value(key, value, where)
+
+
+def _plain_value(key: str, value: Any, where: Path) -> Any:
+    """Check a value that is a flag, a count or a list; make_recipe looks at those that are words."""
+    kind = _KINDS[key]
+    if kind is bool:
+        fits, expected = isinstance(value, bool), "true or false"
+    elif kind is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+        expected = "a whole number or Ln" if key == "disable_level" else "a whole number"
+    elif key == "keep_float":
+        fits = isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)
+        expected = "a list of patterns, such as ['*.down_proj']"
+    else:
+        return value
+    if not fits:
+        raise ConfigError(key, where=where, got=_shown(value), expected=expected)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a recipe spells it, as far as Python spells it otherwise."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _type(name: Any, key: str, where: Path, known: dict[str, QuantType]) -> QuantType:
     if not isinstance(name, str) or name not in known:
-        raise ConfigError(key, where=where, got=repr(name), expected=one_of(known))
+        raise ConfigError(key, where=where, got=_shown(name), expected=one_of(known))
     return known[name]
 
 

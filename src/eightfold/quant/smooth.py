@@ -3,16 +3,15 @@
     y = x W^T = (x / s) (W s)^T        whoever makes x divides by s: a norm's gain, or the rows of v_proj and up_proj
 
     m1   s = a**0.5 / w**0.5                                   a: max |x| of a channel, w: max |W|, at least SCALE_MIN
-    m2   s = 1 up to a threshold t, (r t)**0.5 / w**0.5 above;     r = max(1, reach / t)
-         t = spread + (max reach - spread) i / 99 of least mse of the first linear, for i in 0 .. 99;
-         as m1 when 3 spread >= max reach
+    m2   s = reach**0.5 / w**0.5 where reach > t, else 1;      as m1 when 3 spread >= max reach
+         t between spread and max reach, the one of 100 with the least error (see _Readers)
     m3   s = v / sqrt(max v * min v),  v = max(mean|x|**r, 1e-4);     r in 0, 0.05 .. 0.95 of least mse of all linears
     m4   s = a**0.9 / w**0.1
     m5   s = (h / largest h of the ordinary channels)**0.7 for outliers, 1 for the others;     h: max x, and max -x
     m6   s = a**alpha / w**beta,  alpha and beta searched (flex_smooth.py)
 
-m1, m2, m4 and m6 keep s above SCALE_MIN. m2 quantizes the input minus its centre, and m3 only the weights; both look at
-the first sample only. Of equal errors m2 and m3 take the first.
+m1, m2, m4 and m6 keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized weights;
+both look at the first sample only. Of equal errors they take the first.
 
 Where query heads share a value head, o_proj's channels share v_proj's rows: m4 averages s over those heads, m6 takes
 the largest a and the largest w.
@@ -129,7 +128,9 @@ def _above_threshold(stats: InputStats, weights: Sequence[Tensor], biases: Seque
     tried: Tensor | None = None
     for i in range(_THRESHOLDS):
         share = i / (_THRESHOLDS - 1)
-        threshold = (1 - share) * spread + share * top  # exactly `top` at last: then no channel is above it
+        # Exactly `top` at last, so that no channel is above it: s = 1 is always tried. This deviates: the wheel's sum
+        # may round to one bit below `top`, as the last bits of spread have it, and then s = 1 is not tried.
+        threshold = (1 - share) * spread + share * top
         above = stats.reach > threshold
         if tried is not None and torch.equal(above, tried):
             continue
@@ -172,8 +173,8 @@ class _Readers:
             return outputs[0]
         q, k, v = outputs
         width = k.shape[1]
-        q_PTN = q.view(len(q), -1, width).transpose(0, 1)
-        return torch.softmax(q_PTN @ k.T / math.sqrt(width), dim=-1) @ v
+        pieces = [torch.softmax(piece @ k.T / math.sqrt(width), dim=-1) @ v for piece in torch.split(q, width, dim=1)]
+        return torch.cat(pieces, dim=1)
 
 
 def _weight_aware(stats: InputStats, weights: Sequence[Tensor], weight_symmetric: bool) -> SmoothScale:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.errors import InputError
+from eightfold.errors import InputError, UnsupportedError
 from eightfold.families import (
     ATTENTION,
     EMBEDDING,
@@ -50,6 +50,7 @@ from eightfold.scheme import (
     FA_V,
     KV_OFFSET,
     KV_SCALE,
+    OFFSET,
     SCALE,
     QuantType,
     bias_name,
@@ -188,7 +189,11 @@ class Decoder:
         return Norm(gain, self.checkpoint.config.rms_norm_eps, kept)
 
     def attend(self, layer_idx: int) -> Attention:
-        """Build one layer's attention as the checkpoint stores it."""
+        """Build one layer's attention as the checkpoint stores it.
+
+        Raises:
+            UnsupportedError: FAQuant with an offset that is not zero.
+        """
         window = sliding_window(self.checkpoint.config, layer_idx)
         kind, prefix = self.checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
         if kind is QuantType.C8:
@@ -196,6 +201,8 @@ class Decoder:
             return C8Attention(key=key, value=value, mode=self.attention, window=window)
         if kind is QuantType.FAQUANT:
             module = prefix + ATTENTION
+            for part in (FA_Q, FA_K, FA_V):
+                self._require_zeros(f"{module}.{part}.{OFFSET}")
             key, value = (self._channel_scale(module, f"{part}.{SCALE}") for part in (FA_K, FA_V))
             query_scale_H = self._head_scale(f"{module}.{FA_Q}.{SCALE}")
             return FAQuantAttention(
@@ -212,6 +219,20 @@ class Decoder:
         if not offset or name not in self.checkpoint.tensors:
             return ChannelScale(scale_GD, torch.zeros(()))
         return ChannelScale(scale_GD, load_float32(self.checkpoint, name).reshape(shape))
+
+    def _require_zeros(self, name: str) -> None:
+        """Refuse an offset that nothing here would subtract."""
+        if name not in self.checkpoint.tensors:
+            return
+        lo, hi = (float(end) for end in torch.aminmax(load_float32(self.checkpoint, name)))
+        if lo or hi:
+            raise UnsupportedError(
+                f"values of {name}",
+                where=self.checkpoint.tensors[name].file,
+                got=f"{lo:g} to {hi:g}",
+                expected="zeros",
+                action="Attention is computed without offsets; quantize it symmetrically.",
+            )
 
     def _head_scale(self, name: str) -> Tensor:
         """Return one scale for each head; a file may repeat it for each channel of the head."""

@@ -1,0 +1,291 @@
+// Attention of a few query rows over a run of cached positions: softmax by pages, each with its own maximum.
+//
+//   S = q . k * q_scale          m_b = max of S over page b
+//   int8     p = rne(127 exp(S - m_b))      int8x2   p = rne(65535 exp(S - m_b)), as two bytes      bf16   p = exp(S - m_b)
+//   acc = sum_b e^(m_b - m) p . v           sum = sum_b e^(m_b - m) sum p
+//
+// Pages begin at multiples of kPage, and pages are taken in order, so a row's result depends on nothing but its own
+// query and the cache. Online softmax over blocks: Dao et al. 2022, arXiv:2205.14135.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernels.h"
+#include "rows.h"
+
+namespace eightfold::EF_ISA {
+
+constexpr int kQueryRows = W == 8 ? 2 : 3;  // rows whose scores share a load of keys
+constexpr int kValueRows = W == 8 ? 2 : 4;  // rows whose sums share a load of values
+constexpr int kValueCols = 4;
+
+struct Visible {
+    int begin, end;  // inside the page
+};
+
+inline Visible visible(const AttnRows& in, int row, int first) {
+    const int last = in.last[row];
+    const int begin = in.window > 0 ? std::max(0, last - in.window + 1 - first) : 0;
+    return {std::min(begin, kPage), std::clamp(last + 1 - first, 0, std::min(kPage, in.end - first))};
+}
+
+// Scores of NR rows of int8 queries: sums of (k + 128) q.
+template <int NR>
+inline void score_i8(const uint8_t* keys, const int8_t* q, size_t ldq, int groups, int columns, int32_t* out) {
+    for (int at = 0; at < columns; at += kAttnCols * W) {
+        I acc[NR][kAttnCols];
+        for (int r = 0; r < NR; r++)
+            for (int c = 0; c < kAttnCols; c++) acc[r][c] = i_set(0);
+        for (int d = 0; d < groups; d++) {
+            const uint8_t* line = keys + (d * kPage + at) * 4;
+            I qr[NR];
+            for (int r = 0; r < NR; r++) {
+                int32_t four;
+                std::memcpy(&four, q + r * ldq + d * 4, 4);
+                qr[r] = i_set(four);
+            }
+#pragma GCC unroll 8
+            for (int c = 0; c < kAttnCols; c++) {
+                const I k = i_load(line + c * W * 4);
+                for (int r = 0; r < NR; r++) acc[r][c] = dot4(acc[r][c], k, qr[r]);
+            }
+        }
+        for (int r = 0; r < NR; r++)
+            for (int c = 0; c < kAttnCols; c++) i_store(out + r * kPage + at + c * W, acc[r][c]);
+    }
+}
+
+// Scores of NR rows of float queries over bfloat16 keys.
+template <int NR>
+inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int groups, int columns, float* out) {
+    for (int at = 0; at < columns; at += kAttnCols * W) {
+        F acc[NR][kAttnCols];
+        for (int r = 0; r < NR; r++)
+            for (int c = 0; c < kAttnCols; c++) acc[r][c] = f_set(0.0f);
+        for (int d = 0; d < groups; d++) {
+            const uint8_t* line = keys + (d * kPage + at) * 4;
+#pragma GCC unroll 8
+            for (int c = 0; c < kAttnCols; c++) {
+                const I k = i_load(line + c * W * 4);
+                for (int r = 0; r < NR; r++) {
+                    acc[r][c] = f_fma(low_bf16(k), f_set(q[r * ldq + 2 * d]), acc[r][c]);
+                    acc[r][c] = f_fma(high_bf16(k), f_set(q[r * ldq + 2 * d + 1]), acc[r][c]);
+                }
+            }
+        }
+        for (int r = 0; r < NR; r++)
+            for (int c = 0; c < kAttnCols; c++) f_store(out + r * kPage + at + c * W, acc[r][c]);
+    }
+}
+
+// out[r][d] = sum over positions of p v; p: (NR, kPage) bytes.
+template <int NR>
+inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int value_dim, int32_t* out) {
+    for (int at = 0; at < value_dim; at += kValueCols * W) {
+        const int cols = std::min(kValueCols, (value_dim - at) / W);
+        const auto run = [&]<int NC>() {
+            I acc[NR][NC];
+            for (int r = 0; r < NR; r++)
+                for (int c = 0; c < NC; c++) acc[r][c] = i_set(0);
+            for (int g = 0; g < groups; g++) {
+                const uint8_t* line = values + (g * value_dim + at) * 4;
+                I v[NC];
+#pragma GCC unroll 4
+                for (int c = 0; c < NC; c++) v[c] = i_load(line + c * W * 4);
+                for (int r = 0; r < NR; r++) {
+                    int32_t four;
+                    std::memcpy(&four, p + r * kPage + g * 4, 4);
+                    const I pr = i_set(four);
+#pragma GCC unroll 4
+                    for (int c = 0; c < NC; c++) acc[r][c] = dot4(acc[r][c], pr, v[c]);
+                }
+            }
+            for (int r = 0; r < NR; r++)
+                for (int c = 0; c < NC; c++) i_store(out + r * value_dim + at + c * W, acc[r][c]);
+        };
+        switch (cols) {
+            case 1: run.template operator()<1>(); break;
+            case 2: run.template operator()<2>(); break;
+            case 3: run.template operator()<3>(); break;
+            default: run.template operator()<4>(); break;
+        }
+    }
+}
+
+template <int NR>
+inline void weigh_bf16(const uint8_t* values, const float* p, int groups, int value_dim, float* out) {
+    for (int at = 0; at < value_dim; at += W) {
+        F acc[NR];
+        for (int r = 0; r < NR; r++) acc[r] = f_set(0.0f);
+        for (int g = 0; g < groups; g++) {
+            const I v = i_load(values + (g * value_dim + at) * 4);
+            for (int r = 0; r < NR; r++) {
+                acc[r] = f_fma(low_bf16(v), f_set(p[r * kPage + 2 * g]), acc[r]);
+                acc[r] = f_fma(high_bf16(v), f_set(p[r * kPage + 2 * g + 1]), acc[r]);
+            }
+        }
+        for (int r = 0; r < NR; r++) f_store(out + r * value_dim + at, acc[r]);
+    }
+}
+
+// Calls f.operator()<NR>(row) for all rows, kMax or fewer at a time.
+template <int kMax, typename Step>
+inline void by_rows(int rows, Step f) {
+    for (int r = 0; r < rows;) {
+        const int n = std::min(kMax, rows - r);
+        if (n == 1) f.template operator()<1>(r);
+        if constexpr (kMax >= 2) if (n == 2) f.template operator()<2>(r);
+        if constexpr (kMax >= 3) if (n == 3) f.template operator()<3>(r);
+        if constexpr (kMax >= 4) if (n == 4) f.template operator()<4>(r);
+        r += n;
+    }
+}
+
+// exp(s - max) over what is visible, zero elsewhere, in place; returns max, or minus infinity if nothing is visible.
+inline float exponentials(float* s, Visible see, int columns) {
+    if (see.begin >= see.end) {
+        std::fill(s, s + columns, 0.0f);
+        return -std::numeric_limits<float>::infinity();
+    }
+    F top = f_set(s[see.begin]);
+    int i = see.begin;
+    for (; i + W <= see.end; i += W) top = f_max(top, f_load(s + i));
+    float max = f_hmax(top);
+    for (; i < see.end; i++) max = std::max(max, s[i]);
+    const F shift = f_set(max);
+    for (i = 0; i < columns; i += W) f_store(s + i, exp_lanes(f_sub(f_load(s + i), shift)));
+    std::fill(s, s + see.begin, 0.0f);
+    std::fill(s + see.end, s + columns, 0.0f);
+    return max;
+}
+
+struct Page {
+    alignas(64) int32_t scores[2 * kMaxAttnRows * kPage];   // integers, then floats in the same place
+    alignas(64) float real[kMaxAttnRows * kPage];
+    alignas(64) uint8_t high[kMaxAttnRows * kPage];
+    alignas(64) uint8_t low[kMaxAttnRows * kPage];
+    float max[kMaxAttnRows];
+    float sum[kMaxAttnRows];
+};
+
+inline void score_page(const AttnRows& in, const uint8_t* keys, int columns, Page& page) {
+    const int dq = (in.head_dim + 3) / 4 * 4;
+    if (in.kind == CacheKind::bf16) {
+        by_rows<kQueryRows>(in.rows, [&]<int NR>(int r) {
+            score_bf16<NR>(keys, in.qf + r * dq, dq, in.head_dim / 2, columns, page.real + r * kPage);
+        });
+        return;
+    }
+    const int planes = in.kind == CacheKind::int8x2 ? 2 : 1;
+    by_rows<kQueryRows>(in.rows * planes, [&]<int NR>(int r) {
+        score_i8<NR>(keys, in.q8 + r * dq, dq, dq / 4, columns, page.scores + r * kPage);
+    });
+    for (int r = 0; r < in.rows; r++) {
+        const int32_t* s = page.scores + r * planes * kPage;
+        const I shift = i_set(128 * in.q_sum[r * planes]);
+        const F scale = f_set(in.q_scale[r]);
+        for (int i = 0; i < columns; i += W) {
+            F v = to_f(i_sub(i_load(s + i), shift));
+            if (planes == 2) {
+                const I shift_low = i_set(128 * in.q_sum[r * 2 + 1]);
+                v = f_fma(v, f_set(256.0f), to_f(i_sub(i_load(s + kPage + i), shift_low)));
+            }
+            f_store(page.real + r * kPage + i, f_mul(v, scale));
+        }
+    }
+}
+
+// Softmax numerators of a page, quantized as the cache's kind has it, and their sums.
+inline void normalize_page(const AttnRows& in, int first, int columns, Page& page) {
+    for (int r = 0; r < in.rows; r++) {
+        float* s = page.real + r * kPage;
+        page.max[r] = exponentials(s, visible(in, r, first), columns);
+        if (in.kind == CacheKind::bf16) {
+            F sum = f_set(0.0f);
+            for (int i = 0; i < columns; i += W) sum = f_add(sum, f_load(s + i));
+            page.sum[r] = f_hsum(sum);
+            continue;
+        }
+        const bool wide = in.kind == CacheKind::int8x2;
+        const F levels = f_set(wide ? 65535.0f : 127.0f);
+        const I mask = i_set(255);
+        I sum = i_set(0);
+        for (int i = 0; i < columns; i += W) {
+            const I q = to_i(f_mul(f_load(s + i), levels));
+            sum = i_add(sum, q);
+            store_low_bytes(page.high + r * kPage + i, wide ? i_sra8(q) : q, W);
+            if (wide) store_low_bytes(page.low + r * kPage + i, i_and(q, mask), W);
+        }
+        page.sum[r] = static_cast<float>(i_hsum(sum));
+    }
+}
+
+// Adds what a page contributes: state = state e^(old - max) + page e^(page max - max).
+inline void accumulate(AttnState out, int r, float page_max, float page_sum, const float* page_acc, int value_dim) {
+    if (page_max == -std::numeric_limits<float>::infinity()) return;
+    const float max = std::max(out.max[r], page_max);
+    const float old_weight = std::exp(out.max[r] - max), new_weight = std::exp(page_max - max);
+    const F a = f_set(old_weight), b = f_set(new_weight);
+    float* acc = out.acc + r * value_dim;
+    for (int i = 0; i < value_dim; i += W) {
+        f_store(acc + i, f_fma(f_load(acc + i), a, f_mul(f_load(page_acc + i), b)));
+    }
+    out.sum[r] = out.sum[r] * old_weight + page_sum * new_weight;
+    out.max[r] = max;
+}
+
+inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, Page& page, AttnState out) {
+    const int value_dim = (in.head_dim + 15) / 16 * 16;
+    alignas(64) int32_t product[2][kValueRows * 512];
+    alignas(64) float real[kValueRows * 512];
+    by_rows<kValueRows>(in.rows, [&]<int NR>(int r) {
+        if (in.kind == CacheKind::bf16) {
+            weigh_bf16<NR>(values, page.real + r * kPage, columns / 2, value_dim, real);
+        } else {
+            weigh_i8<NR>(values, page.high + r * kPage, columns / 4, value_dim, product[0]);
+            if (in.kind == CacheKind::int8x2) {
+                weigh_i8<NR>(values, page.low + r * kPage, columns / 4, value_dim, product[1]);
+            }
+            for (int i = 0; i < NR * value_dim; i += W) {
+                F v = to_f(i_load(product[0] + i));
+                if (in.kind == CacheKind::int8x2) v = f_fma(v, f_set(256.0f), to_f(i_load(product[1] + i)));
+                f_store(real + i, v);
+            }
+        }
+        for (int i = 0; i < NR; i++) {
+            accumulate(out, r + i, page.max[r + i], page.sum[r + i], real + i * value_dim, value_dim);
+        }
+    });
+}
+
+inline void attend(const AttnRows& in, AttnState out) {
+    const int value_dim = (in.head_dim + 15) / 16 * 16;
+    std::fill(out.max, out.max + in.rows, -std::numeric_limits<float>::infinity());
+    std::fill(out.sum, out.sum + in.rows, 0.0f);
+    std::fill(out.acc, out.acc + in.rows * value_dim, 0.0f);
+    Page page;
+    for (int first = in.first; first < in.end; first += kPage) {
+        int end = 0;
+        for (int r = 0; r < in.rows; r++) {
+            const Visible see = visible(in, r, first);
+            if (see.begin < see.end) end = std::max(end, see.end);
+        }
+        if (end == 0) continue;
+        const int width = kAttnCols * W;  // scores come in such runs
+        const int columns = std::min(kPage, (end + width - 1) / width * width);
+        score_page(in, in.keys[first / kPage], columns, page);
+        normalize_page(in, first, columns, page);
+        weigh_page(in, in.values[first / kPage], columns, page, out);
+    }
+}
+
+inline void merge(AttnState into, AttnState from, int rows, int value_dim) {
+    for (int r = 0; r < rows; r++) {
+        accumulate(into, r, from.max[r], from.sum[r], from.acc + r * value_dim, value_dim);
+    }
+}
+
+}  // namespace eightfold::EF_ISA

@@ -1,0 +1,234 @@
+// The border to Python: arrays are checked here, once; below are plain pointers.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu.h"
+#include "model.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace eightfold {
+
+void bind_kernels(nb::module_& m);  // bind_kernels.cc
+
+namespace {
+
+template <typename T>
+using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Output = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Weight = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = std::vector<float>;
+
+Floats floats(const Vector<float>& from) { return {from.data(), from.data() + from.size()}; }
+
+void require(bool holds, const std::string& what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+DType float_type(const Weight& weight) {
+    if (weight.dtype() == nb::dtype<float>()) return DType::f32;
+    if (weight.dtype() == nb::dtype<uint16_t>()) return DType::bf16;  // numpy has no bfloat16
+    const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    require(weight.dtype() == half, "expected float32, float16, or bfloat16 as uint16");
+    return DType::f16;
+}
+
+// Keeps the arrays alive that a model reads.
+struct Bound {
+    Model model;
+    int vocab;
+    std::vector<nb::object> kept;
+};
+
+LinearKind kind_of(const std::string& name) {
+    const std::pair<const char*, LinearKind> kinds[] = {{"float", LinearKind::floating},
+                                                        {"w8a8", LinearKind::w8a8},
+                                                        {"dynamic", LinearKind::dynamic},
+                                                        {"mix", LinearKind::mix},
+                                                        {"w8a16", LinearKind::w8a16}};
+    for (const auto& [known, kind] : kinds)
+        if (name == known) return kind;
+    throw std::invalid_argument("unknown kind of linear: " + name);
+}
+
+Group& group_of(Model& model, int layer, const std::string& group) {
+    if (group == "head") return model.head;
+    Model::Layer& of = model.layers.at(layer);
+    if (group == "qkv") return of.qkv;
+    if (group == "o") return of.o;
+    if (group == "gate_up") return of.gate_up;
+    if (group == "down") return of.down;
+    throw std::invalid_argument("unknown group of linears: " + group);
+}
+
+void add_linear(Bound& self, int layer, const std::string& group, const std::string& kind, Weight weight,
+                const Vector<float>& scale, const Vector<float>& offset, const Vector<float>& bias,
+                const Vector<float>& deq_scale, const Vector<int32_t>& quant_bias, float inv_input_scale,
+                float input_offset) {
+    Linear linear;
+    linear.kind = kind_of(kind);
+    linear.outputs = static_cast<int>(weight.shape(0));
+    linear.inputs = static_cast<int>(weight.shape(1));
+    const size_t n = weight.shape(0);
+    const bool is_int = linear.kind != LinearKind::floating;
+    require(is_int == (weight.dtype() == nb::dtype<int8_t>()), "the weight's dtype does not suit its kind");
+    if (!is_int) linear.dtype = float_type(weight);
+    require(scale.size() == (is_int ? n : 0), "weight_scale: expected one for each row");
+    require(offset.size() == 0 || offset.size() == n, "weight_offset: expected one for each row");
+    require(bias.size() == 0 || bias.size() == n, "bias: expected one for each row");
+    const size_t static_size = linear.is_static() ? n : 0;
+    require(deq_scale.size() == static_size && quant_bias.size() == static_size,
+            "deq_scale and quant_bias: expected one for each row");
+    linear.weight = weight.data();
+    linear.scale = floats(scale);
+    linear.offset = floats(offset);
+    linear.bias = floats(bias);
+    linear.deq_scale = floats(deq_scale);
+    linear.quant_bias.assign(quant_bias.data(), quant_bias.data() + quant_bias.size());
+    linear.weight_sum.resize(is_int ? n : 0);
+    linear.inv_input_scale = inv_input_scale;
+    linear.input_offset = input_offset;
+    self.kept.push_back(nb::cast(weight));
+    group_of(self.model, layer, group).linears.push_back(std::move(linear));
+}
+
+void set_norms(Bound& self, int layer, const Vector<float>& input_gain, const Vector<float>& input_bias,
+               const Vector<float>& post_gain, const Vector<float>& post_bias) {
+    Model::Layer& to = self.model.layers.at(layer);
+    to.input_gain = floats(input_gain);
+    to.input_bias = floats(input_bias);
+    to.post_gain = floats(post_gain);
+    to.post_bias = floats(post_bias);
+}
+
+void set_attention(Bound& self, int layer, const std::string& kind, int window, const Vector<float>& query_norm,
+                   const Vector<float>& key_norm, const Vector<float>& query_inv, const Vector<float>& score_scale,
+                   const std::vector<Floats>& key, const std::vector<Floats>& value) {
+    AttentionParams& to = self.model.attention.at(layer);
+    require(kind == "bf16" || kind == "int8" || kind == "int8x2", "unknown kind of cache: " + kind);
+    to.kind = kind == "bf16" ? CacheKind::bf16 : kind == "int8" ? CacheKind::int8 : CacheKind::int8x2;
+    to.window = window;
+    to.query_norm = floats(query_norm);
+    to.key_norm = floats(key_norm);
+    to.query_inv = floats(query_inv);
+    to.score_scale = floats(score_scale);
+    if (to.kind == CacheKind::bf16) return;
+    require(key.size() == 3 && value.size() == 3, "expected scales, reciprocals and offsets");
+    to.key_scale = key[0], to.key_inv = key[1], to.key_offset = key[2];
+    to.value_scale = value[0], to.value_inv = value[1], to.value_offset = value[2];
+}
+
+void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t>& positions,
+             const Vector<uint8_t>& generated, const Vector<int32_t>& starts, const Matrix<int32_t>& tables,
+             const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best) {
+    const size_t tokens = token_ids.size(), sequences = tables.shape(0), rows = logit_tokens.size();
+    require(positions.size() == tokens && generated.size() == tokens, "positions, generated: expected one a token");
+    require(starts.size() == sequences + 1 && starts.data()[sequences] == static_cast<int32_t>(tokens),
+            "starts: expected one for each sequence, and the number of tokens");
+    require(logits.size() == rows * static_cast<size_t>(self.vocab), "logits: expected (rows, vocabulary)");
+    require(best.size() == 0 || best.size() == rows, "best: expected one for each row");
+    const int pages = self.model.cache_pages();
+    for (size_t s = 0; s < sequences; s++) {
+        require(starts.data()[s] < starts.data()[s + 1], "starts: expected at least one token a sequence");
+        const int last = positions.data()[starts.data()[s + 1] - 1];
+        require(last / kPage < static_cast<int>(tables.shape(1)), "tables: too narrow for the positions");
+        for (int i = 0; i <= last / kPage; i++) {
+            const int page = tables.data()[s * tables.shape(1) + i];
+            require(page >= 0 && page < pages, "tables: a page outside the cache");
+        }
+        for (int t = starts.data()[s]; t + 1 < starts.data()[s + 1]; t++) {
+            require(positions.data()[t + 1] == positions.data()[t] + 1, "positions: expected to rise by one");
+        }
+        require(positions.data()[starts.data()[s]] >= 0, "positions: negative");
+    }
+    for (size_t t = 0; t < tokens; t++) {
+        require(token_ids.data()[t] >= 0 && token_ids.data()[t] < self.vocab, "token_ids: outside the vocabulary");
+    }
+    for (size_t r = 0; r < rows; r++) {
+        require(logit_tokens.data()[r] >= 0 && logit_tokens.data()[r] < static_cast<int32_t>(tokens),
+                "logit_tokens: outside the batch");
+    }
+    Batch batch;
+    batch.tokens = static_cast<int>(tokens);
+    batch.sequences = static_cast<int>(sequences);
+    batch.table_width = static_cast<int>(tables.shape(1));
+    batch.logit_rows = static_cast<int>(rows);
+    batch.token_ids = token_ids.data();
+    batch.positions = positions.data();
+    batch.generated = generated.data();
+    batch.starts = starts.data();
+    batch.tables = tables.data();
+    batch.logit_tokens = logit_tokens.data();
+    batch.logits = logits.data();
+    batch.best = best.size() ? best.data() : nullptr;
+    nb::gil_scoped_release release;
+    if (tokens > 0) self.model.forward(batch);
+}
+
+ModelConfig make_config(int num_layers, int hidden, int intermediate, int vocab, int heads, int kv_heads, int head_dim,
+                        float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+    require(heads % kv_heads == 0, "heads: expected a multiple of kv_heads");
+    require(head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number up to 512");
+    require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
+    return {num_layers, hidden, intermediate, vocab, {heads, kv_heads, head_dim}, eps, symmetric_tokens,
+            floats(inv_freq)};
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+    nb::set_leak_warnings(false);
+    m.def("available_isas", &available_isas);
+    m.def("usable_cpus", &usable_cpus);
+    m.attr("PAGE") = kPage;
+    bind_kernels(m);
+    nb::class_<Bound>(m, "Model")
+        .def(
+            "__init__",
+            [](Bound* self, const std::string& isa, int threads, int num_layers, int hidden, int intermediate, int vocab,
+               int heads, int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+                require(threads >= 1, "threads: expected at least 1");
+                new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, eps,
+                                              symmetric_tokens, inv_freq),
+                                  kernels_for(isa), threads},
+                                 vocab,
+                                 {}};
+            },
+            nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a, "vocab"_a, "heads"_a,
+            "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
+        .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a, "offset"_a,
+             "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
+        .def("set_norms", &set_norms, "layer"_a, nb::kw_only(), "input_gain"_a, "input_bias"_a, "post_gain"_a,
+             "post_bias"_a)
+        .def("set_attention", &set_attention, "layer"_a, "kind"_a, nb::kw_only(), "window"_a, "query_norm"_a,
+             "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a)
+        .def("set_embedding",
+             [](Bound& self, Weight weight) {
+                 self.model.embedding = weight.data();
+                 self.model.embedding_dtype = float_type(weight);
+                 self.kept.push_back(nb::cast(weight));
+             })
+        .def("set_final_norm",
+             [](Bound& self, const Vector<float>& gain, const Vector<float>& bias) {
+                 self.model.final_gain = floats(gain);
+                 self.model.final_bias = floats(bias);
+             })
+        .def("finish", [](Bound& self) { self.model.finish(); }, nb::call_guard<nb::gil_scoped_release>())
+        .def("allocate_cache", [](Bound& self, int pages) { self.model.allocate_cache(pages); })
+        .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
+             "logit_tokens"_a, "logits"_a, "best"_a)
+        .def_prop_ro("threads", [](const Bound& self) { return self.model.threads(); })
+        .def_prop_ro("page_bytes", [](const Bound& self) { return self.model.page_bytes(); })
+        .def_prop_ro("weight_bytes", [](const Bound& self) { return self.model.weight_bytes(); });
+}
+
+}  // namespace eightfold

@@ -1,0 +1,87 @@
+#include "cache.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+
+namespace eightfold {
+
+namespace {
+
+int group_of(CacheKind kind) { return kind == CacheKind::bf16 ? 2 : 4; }
+int size_of(CacheKind kind) { return kind == CacheKind::bf16 ? 2 : 1; }
+
+size_t key_bytes(Shape shape, CacheKind kind) {
+    return static_cast<size_t>(shape.query_dim()) * kPage * size_of(kind);
+}
+size_t value_bytes(Shape shape, CacheKind kind) {
+    return static_cast<size_t>(shape.value_dim()) * kPage * size_of(kind);
+}
+
+uint16_t to_bf16(float x) {  // to nearest even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace
+
+size_t Cache::page_bytes(Shape shape, CacheKind kind) {
+    return static_cast<size_t>(shape.kv_heads) * (key_bytes(shape, kind) + value_bytes(shape, kind));
+}
+
+Cache::Cache(Shape shape, const std::vector<AttentionParams>& layers, int pages)
+    : shape_(shape), layers_(layers), pages_(pages) {
+    for (const AttentionParams& layer : layers) {
+        layer_at_.push_back(bytes_);
+        bytes_ += page_bytes(shape, layer.kind) * static_cast<size_t>(pages);
+    }
+    if (bytes_ == 0) return;
+    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<uint8_t*>(memory);
+    madvise(memory_, bytes_, MADV_HUGEPAGE);
+}
+
+Cache::~Cache() {
+    if (memory_ != nullptr) munmap(memory_, bytes_);
+}
+
+uint8_t* Cache::keys(int layer, int page, int head) const {
+    const CacheKind kind = layers_[layer].kind;
+    const size_t one_head = key_bytes(shape_, kind) + value_bytes(shape_, kind);
+    return memory_ + layer_at_[layer] + page_bytes(shape_, kind) * static_cast<size_t>(page) + one_head * head;
+}
+
+uint8_t* Cache::values(int layer, int page, int head) const {
+    return keys(layer, page, head) + key_bytes(shape_, layers_[layer].kind);
+}
+
+void Cache::store(const Kernels& kernels, int layer, int page, int at, const float* k, const float* v) const {
+    const AttentionParams& params = layers_[layer];
+    const int dim = shape_.head_dim, value_dim = shape_.value_dim(), group = group_of(params.kind);
+    int8_t k8[512], v8[512];
+    for (int g = 0; g < shape_.kv_heads; g++) {
+        uint8_t* keys_at = keys(layer, page, g);
+        uint8_t* values_at = values(layer, page, g);
+        const float *kg = k + g * dim, *vg = v + g * dim;
+        if (params.kind == CacheKind::bf16) {
+            auto* keys16 = reinterpret_cast<uint16_t*>(keys_at);
+            auto* values16 = reinterpret_cast<uint16_t*>(values_at);
+            for (int d = 0; d < dim; d++) {
+                keys16[(d / group * kPage + at) * group + d % group] = to_bf16(kg[d]);
+                values16[(at / group * value_dim + d) * group + at % group] = to_bf16(vg[d]);
+            }
+            continue;
+        }
+        kernels.quantize_heads(kg, dim, params.key_inv.data() + g * dim, params.key_offset.data() + g * dim, 1, k8);
+        kernels.quantize_heads(vg, dim, params.value_inv.data() + g * dim, params.value_offset.data() + g * dim, 1, v8);
+        for (int d = 0; d < dim; d++) {
+            keys_at[(d / group * kPage + at) * group + d % group] = static_cast<uint8_t>(k8[d] + 128);
+            values_at[(at / group * value_dim + d) * group + at % group] = static_cast<uint8_t>(v8[d]);
+        }
+    }
+}
+
+}  // namespace eightfold

@@ -1,0 +1,85 @@
+#include "cpu.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <stdexcept>
+#include <thread>
+
+namespace eightfold {
+
+namespace {
+
+struct Isa {
+    const char* name;
+    const char* needs;
+    bool available;
+    const Kernels& (*kernels)();
+};
+
+std::vector<Isa> isas() {
+    std::vector<Isa> found = {{"scalar", "", true, scalar_kernels}};
+#ifdef EIGHTFOLD_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vnni");
+    found.push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2_kernels});
+    found.push_back({"avx512", "AVX-512 F, BW, VL, DQ and VNNI", avx512, avx512_kernels});
+#endif
+    return found;
+}
+
+// CPUs of a cgroup's quota, or 0 when there is none.
+int quota() {
+    double limit = 0, period = 0;
+    std::ifstream v2("/sys/fs/cgroup/cpu.max");
+    std::string first;
+    if (v2 >> first >> period && first != "max") limit = std::stod(first);
+    if (limit <= 0) {
+        std::ifstream quota_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+        std::ifstream period_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+        if (!(quota_file >> limit && period_file >> period)) limit = 0;
+    }
+    return limit > 0 && period > 0 ? std::max(1, static_cast<int>(std::ceil(limit / period))) : 0;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : isas())
+        if (isa.available) names.push_back(isa.name);
+    return names;
+}
+
+const Kernels& kernels_for(const std::string& name) {
+    const std::vector<Isa> all = isas();
+    if (name.empty()) {
+        const auto best = std::find_if(all.rbegin(), all.rend(), [](const Isa& isa) { return isa.available; });
+        return best->kernels();
+    }
+    std::string known;
+    for (const Isa& isa : all) {
+        if (name == isa.name) {
+            if (isa.available) return isa.kernels();
+            throw std::invalid_argument(std::string("this CPU lacks ") + isa.needs);
+        }
+        known += known.empty() ? isa.name : std::string(", ") + isa.name;
+    }
+    throw std::invalid_argument("expected one of " + known);
+}
+
+int usable_cpus() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    int count = static_cast<int>(std::thread::hardware_concurrency());
+    if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
+    const int most = quota();
+    return std::max(1, most > 0 ? std::min(count, most) : count);
+}
+
+}  // namespace eightfold

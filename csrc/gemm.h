@@ -1,0 +1,169 @@
+// Matrix products as dot products of rows: both operands are contiguous along K, so weights are used as they lie in
+// the file. Four weight rows meet kCols rows of activations; the sums stay in registers until K ends, then four
+// registers at a time are folded into four numbers.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace eightfold::EF_ISA {
+
+constexpr int kCols = W == 8 ? 2 : 6;      // accumulators are 4 * kCols of 16 or 32 registers
+constexpr int kFloatCols = W == 8 ? 2 : 4;
+constexpr int kBlock = 8192;               // of K: the activation rows of a tile stay in the first cache
+constexpr int kFloatBlock = 2048;
+
+template <int C>
+inline void tile_i8(const int8_t* const w[4], const uint8_t* x, size_t ldx, int inner, int32_t sums[C][4]) {
+    constexpr int step = 4 * W;
+    I acc[4][C];
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < C; c++) acc[r][c] = i_set(0);
+    int k = 0;
+    for (; k + step <= inner; k += step) {
+        const I w0 = i_load(w[0] + k), w1 = i_load(w[1] + k), w2 = i_load(w[2] + k), w3 = i_load(w[3] + k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            const I xc = i_load(x + c * ldx + k);
+            acc[0][c] = dot4(acc[0][c], xc, w0);
+            acc[1][c] = dot4(acc[1][c], xc, w1);
+            acc[2][c] = dot4(acc[2][c], xc, w2);
+            acc[3][c] = dot4(acc[3][c], xc, w3);
+        }
+    }
+    if (k < inner) {
+        I wr[4];
+        for (int r = 0; r < 4; r++) wr[r] = i_load_bytes(w[r] + k, inner - k);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            const I xc = i_load(x + c * ldx + k);  // padded
+            for (int r = 0; r < 4; r++) acc[r][c] = dot4(acc[r][c], xc, wr[r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; c++) {
+        const I column[4] = {acc[0][c], acc[1][c], acc[2][c], acc[3][c]};
+        hsum4(column, sums[c]);
+    }
+}
+
+template <int C>
+inline void tile_float(const void* const w[4], DType type, const float* x, size_t ldx, int inner, float sums[C][4]) {
+    F acc[4][C];
+    for (int r = 0; r < 4; r++)
+        for (int c = 0; c < C; c++) acc[r][c] = f_set(0.0f);
+    const auto run = [&](auto load) {
+        for (int k = 0; k < inner; k += W) {
+            const int n = std::min(W, inner - k);
+            F wr[4];
+            for (int r = 0; r < 4; r++) wr[r] = load(w[r], k, n);
+#pragma GCC unroll 4
+            for (int c = 0; c < C; c++) {
+                const F xc = n == W ? f_load(x + c * ldx + k) : f_load_n(x + c * ldx + k, n);
+                for (int r = 0; r < 4; r++) acc[r][c] = f_fma(xc, wr[r], acc[r][c]);
+            }
+        }
+    };
+    if (type == DType::bf16) {
+        run([](const void* p, int k, int n) { return load_bf16(static_cast<const uint16_t*>(p) + k, n); });
+    } else if (type == DType::f16) {
+        run([](const void* p, int k, int n) { return load_f16(static_cast<const uint16_t*>(p) + k, n); });
+    } else {
+        run([](const void* p, int k, int n) {
+            const float* at = static_cast<const float*>(p) + k;
+            return n == W ? f_load(at) : f_load_n(at, n);
+        });
+    }
+    for (int c = 0; c < C; c++) {
+        const F column[4] = {acc[0][c], acc[1][c], acc[2][c], acc[3][c]};
+        hsum4(column, sums[c]);
+    }
+}
+
+// Writes or adds the sums of up to four weight rows to their places.
+template <typename T, int C>
+inline void put(const T sums[C][4], int rows, T* out, size_t ldo, bool adds) {
+    for (int c = 0; c < C; c++)
+        for (int r = 0; r < rows; r++) out[c * ldo + r] = adds ? out[c * ldo + r] + sums[c][r] : sums[c][r];
+}
+
+// Walks over activation rows in tiles of nearly equal height, and over the weight rows for each.
+template <int kMax, typename Tile>
+inline void walk(int xrows, int rows, Tile tile) {
+    const int tiles = (xrows + kMax - 1) / kMax;
+    for (int i = 0, t = 0; i < tiles; i++) {
+        const int height = (xrows - t) / (tiles - i);
+        for (int n = 0; n < rows; n += 4) tile(t, height, n, std::min(4, rows - n));
+        t += height;
+    }
+}
+
+inline void gemm_i8(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t ldx, int xrows, int inner,
+                    int32_t* out, size_t ldo) {
+    for (int k = 0; k < inner; k += kBlock) {
+        const int length = std::min(kBlock, inner - k);
+        walk<kCols>(xrows, rows, [&](int t, int height, int n, int count) {
+            const int8_t* wr[4];
+            for (int r = 0; r < 4; r++) wr[r] = w + (n + std::min(r, count - 1)) * ldw + k;
+            const uint8_t* xt = x + t * ldx + k;
+            const auto run = [&]<int C>() {
+                if constexpr (C <= kCols) {
+                    alignas(64) int32_t sums[C][4];
+                    tile_i8<C>(wr, xt, ldx, length, sums);
+                    put<int32_t, C>(sums, count, out + t * ldo + n, ldo, k > 0);
+                }
+            };
+            switch (height) {
+                case 1: run.template operator()<1>(); break;
+                case 2: run.template operator()<2>(); break;
+                case 3: run.template operator()<3>(); break;
+                case 4: run.template operator()<4>(); break;
+                case 5: run.template operator()<5>(); break;
+                default: run.template operator()<6>(); break;
+            }
+        });
+    }
+}
+
+// The sums of one output are taken in the same order whatever the other rows are: results do not depend on the batch.
+inline void gemm_float(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,
+                       int inner, float* out, size_t ldo) {
+    const size_t size = type == DType::f32 ? 4 : 2;
+    for (int k = 0; k < inner; k += kFloatBlock) {
+        const int length = std::min(kFloatBlock, inner - k);
+        walk<kFloatCols>(xrows, rows, [&](int t, int height, int n, int count) {
+            const void* wr[4];
+            for (int r = 0; r < 4; r++)
+                wr[r] = static_cast<const char*>(w) + ((n + std::min(r, count - 1)) * ldw + k) * size;
+            const float* xt = x + t * ldx + k;
+            const auto run = [&]<int C>() {
+                if constexpr (C <= kFloatCols) {
+                    alignas(64) float sums[C][4];
+                    tile_float<C>(wr, type, xt, ldx, length, sums);
+                    put<float, C>(sums, count, out + t * ldo + n, ldo, k > 0);
+                }
+            };
+            switch (height) {
+                case 1: run.template operator()<1>(); break;
+                case 2: run.template operator()<2>(); break;
+                case 3: run.template operator()<3>(); break;
+                default: run.template operator()<4>(); break;
+            }
+        });
+    }
+}
+
+inline void row_sums(const int8_t* w, size_t ldw, int rows, int inner, int32_t* out) {
+    const I ones = i_set(0x01010101);  // as unsigned bytes
+    for (int n = 0; n < rows; n++) {
+        const int8_t* row = w + n * ldw;
+        I acc = i_set(0);
+        int k = 0;
+        for (; k + 4 * W <= inner; k += 4 * W) acc = dot4(acc, ones, i_load(row + k));
+        if (k < inner) acc = dot4(acc, ones, i_load_bytes(row + k, inner - k));
+        out[n] = i_hsum(acc);
+    }
+}
+
+}  // namespace eightfold::EF_ISA

@@ -1,0 +1,32 @@
+// One instruction set's kernels: included by isa_*.cc after the lanes (simd_*.h) were chosen.
+#include "attend.h"
+#include "gemm.h"
+#include "kernels.h"
+#include "rows.h"
+
+namespace eightfold::EF_ISA {
+
+constexpr Kernels kTable = {
+    EF_NAME,
+    W,
+    gemm_i8,
+    gemm_float,
+    row_sums,
+    rms_norm,
+    widen,
+    quantize_static,
+    quantize_token,
+    quantize_16,
+    finish_static,
+    finish_token,
+    finish_16,
+    add,
+    silu_mul,
+    rope,
+    quantize_heads,
+    attend,
+    merge,
+    argmax,
+};
+
+}  // namespace eightfold::EF_ISA

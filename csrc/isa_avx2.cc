@@ -1,0 +1,11 @@
+#define EF_ISA isa_avx2
+#define EF_NAME "avx2"
+#include "simd_avx2.h"
+
+#include "isa.inl"
+
+namespace eightfold {
+
+const Kernels& avx2_kernels() { return EF_ISA::kTable; }
+
+}  // namespace eightfold

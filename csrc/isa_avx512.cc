@@ -1,0 +1,11 @@
+#define EF_ISA isa_avx512
+#define EF_NAME "avx512"
+#include "simd_avx512.h"
+
+#include "isa.inl"
+
+namespace eightfold {
+
+const Kernels& avx512_kernels() { return EF_ISA::kTable; }
+
+}  // namespace eightfold

@@ -1,0 +1,116 @@
+// The table of kernels: what an instruction set has to provide. Every function is pure: it reads and writes only what
+// its arguments point to, so any number of threads may call it.
+//
+// Letters: T tokens, K inputs and N outputs of a linear, D head_dim. Weights are (N, K), row-major, as in the file.
+//
+// Activations of int8 linears are stored as u8 = int8 + 128, because the dot-product instructions multiply unsigned by
+// signed; `sum x w = sum (x + 128) w - 128 sum w`, and the last term is known once for each weight row.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace eightfold {
+
+enum class DType : int { f32, f16, bf16 };
+
+// Positions of one page of the KV cache, and of one block of the online softmax.
+constexpr int kPage = 128;
+
+// Rows of activations that one call of `attend` takes.
+constexpr int kMaxAttnRows = 24;
+
+// Key positions whose partial softmax is computed in one go; the cut is fixed so that results do not depend on threads.
+constexpr int kSplit = 1024;
+
+// Bytes to which rows of activations are padded; a kernel may read the padding of them, never that of weights.
+constexpr int kAlign = 64;
+
+enum class CacheKind : int {
+    bf16,    // keys and values in bfloat16
+    int8,    // int8 by head; queries int8, probabilities 7 bit (FAQuant)
+    int8x2,  // int8 by channel; queries and probabilities 16 bit (C8)
+};
+
+// A page of keys and values of one head.
+//   keys    [D / g][kPage][g]    g = 4 bytes: 4 int8 as u8 = k + 128, or 2 bfloat16
+//   values  [kPage / g][Dv][g]   Dv: D rounded up to 16
+struct AttnRows {
+    CacheKind kind;
+    int rows;      // queries of several tokens and of all heads that share the keys
+    int head_dim;  // D
+    const int8_t* q8;       // int8: (rows, Dq); int8x2: (rows, 2, Dq), high and low half; Dq: D rounded up to 4
+    const float* qf;        // bf16: (rows, Dq), already times 1 / sqrt(D)
+    const int32_t* q_sum;   // sum of q8, for each row (and half)
+    const float* q_scale;   // from integer products to scores, for each row
+    const int32_t* last;    // the last position a row sees
+    int window;             // how many positions a row sees; 0 for all
+    const uint8_t* const* keys;    // pages of this head, by position / kPage
+    const uint8_t* const* values;  // likewise
+    int first;   // first position, a multiple of kPage
+    int end;     // one past the last position
+};
+
+// Softmax of some positions: sum of exp(s - max), and that times the values (rows, Dv), in units of the value scale.
+struct AttnState {
+    float* max;
+    float* sum;
+    float* acc;
+};
+
+struct RowParams {   // of one quantized row of activations
+    float scale;
+    int32_t offset;  // int8 offset; activations are (q - offset) * scale
+    int32_t sum;     // of 16-bit activations
+};
+
+struct Kernels {
+    const char* name;
+    int lanes;
+
+    // out[t][n] = sum_k x[t][k] w[n][k]; x rows start at multiples of ldx bytes, out rows at multiples of ldo.
+    void (*gemm_i8)(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t ldx, int xrows, int inner,
+                    int32_t* out, size_t ldo);
+    void (*gemm_float)(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,
+                       int inner, float* out, size_t ldo);
+    void (*row_sums)(const int8_t* w, size_t ldw, int rows, int inner, int32_t* out);
+
+    // y = x / rms(x) * gain + bias; gain null: y = x / rms(x) only. y may be x.
+    void (*rms_norm)(const float* x, int n, const float* gain, const float* bias, float eps, float* y);
+    void (*widen)(const void* x, DType type, int n, float* y);
+
+    // Activations to u8 = int8 + 128, up to the next multiple of kAlign filled with 128.
+    void (*quantize_static)(const float* x, int n, float inv_scale, float offset, uint8_t* out);
+    RowParams (*quantize_token)(const float* x, int n, bool symmetric, uint8_t* out);
+    // 16 bit: out holds (high + 128), and `low` unsigned, x = (256 high + low) * scale.
+    RowParams (*quantize_16)(const float* x, int n, uint8_t* high, uint8_t* low);
+
+    // Integer products to reals; y (rows) may be the products' own memory.
+    void (*finish_static)(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, float* y);
+    void (*finish_token)(const int32_t* acc, int n, const int32_t* weight_sum, const float* weight_scale,
+                         const float* bias, RowParams row, float* y);
+    void (*finish_16)(const int32_t* high, const int32_t* low, int n, const int32_t* weight_sum,
+                      const float* weight_scale, const float* weight_offset, const float* bias, RowParams row,
+                      float* y);
+
+    void (*add)(float* x, const float* y, int n);
+    void (*silu_mul)(const float* gate, const float* up, int n, float* y);
+    // Rotates halves: (a, b) -> (a cos - b sin, b cos + a sin); cos and sin (n / 2).
+    void (*rope)(float* x, int n, const float* cos, const float* sin);
+    // int8 with one scale for each element, or one for all when step is 0: clamp(rne(x * inv + offset)).
+    void (*quantize_heads)(const float* x, int n, const float* inv_scale, const float* offset, int step, int8_t* out);
+
+    void (*attend)(const AttnRows& in, AttnState out);
+    // Takes the positions that follow those of `into` into it.
+    void (*merge)(AttnState into, AttnState from, int rows, int value_dim);
+
+    int (*argmax)(const float* x, int n);
+};
+
+const Kernels& scalar_kernels();
+#ifdef EIGHTFOLD_X86
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace eightfold

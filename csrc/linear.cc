@@ -1,0 +1,122 @@
+#include "linear.h"
+
+#include <algorithm>
+
+namespace eightfold {
+
+size_t Linear::weight_bytes() const {
+    const size_t size = kind != LinearKind::floating ? 1 : dtype == DType::f32 ? 4 : 2;
+    return size * static_cast<size_t>(outputs) * static_cast<size_t>(inputs);
+}
+
+void Linear::prepare(const Kernels& kernels, int begin, int end) {
+    if (kind == LinearKind::floating || kind == LinearKind::none) return;
+    const auto* rows = static_cast<const int8_t*>(weight) + static_cast<size_t>(begin) * inputs;
+    kernels.row_sums(rows, inputs, end - begin, inputs, weight_sum.data() + begin);
+    if (!is_static()) return;
+    // Wraps around as the products do: only the total has to fit.
+    for (int n = begin; n < end; n++) {
+        quant_bias[n] = static_cast<int32_t>(static_cast<uint32_t>(quant_bias[n]) -
+                                             128u * static_cast<uint32_t>(weight_sum[n]));
+    }
+}
+
+void Prepared::reserve(int tokens, int width) {
+    inputs = width;
+    ld = (static_cast<size_t>(width) + kAlign - 1) / kAlign * kAlign;
+    storage.resize(2 * ld * tokens + kAlign);
+    const auto at = reinterpret_cast<uintptr_t>(storage.data());
+    bytes = storage.data() + (kAlign - at % kAlign) % kAlign;
+    params.resize(tokens);
+}
+
+int Group::outputs() const {
+    int total = 0;
+    for (const Linear& linear : linears) total += linear.outputs;
+    return total;
+}
+
+void Group::find_forms() {
+    for (const Linear& linear : linears) {
+        Form form{linear.kind, 0, 0};
+        if (linear.is_static()) form = {linear.kind, linear.inv_input_scale, linear.input_offset};
+        const auto at = std::find(forms.begin(), forms.end(), form);
+        form_of.push_back(static_cast<int>(at - forms.begin()));
+        if (at == forms.end()) forms.push_back(form);
+    }
+}
+
+void Group::cut(int threads, bool paired) {
+    for (std::vector<Chunk>* chunks : {&few, &many}) {
+        const size_t distinct = paired ? 1 : linears.size();
+        for (size_t i = 0; i < distinct; i++) {
+            const int rows = linears[i].outputs;
+            int step = kChunkRows;
+            // A few tokens: small chunks, so that threads end together; as many of the same size as threads like.
+            if (chunks == &few) step = std::clamp(rows / (threads * 6) / 4 * 4, 8, kChunkRows);
+            for (int n = 0; n < rows; n += step) {
+                chunks->push_back({static_cast<int>(i), n, std::min(step, rows - n)});
+            }
+        }
+    }
+}
+
+void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,
+                    std::vector<Prepared>& prepared, std::vector<float>& row) const {
+    const int width = inputs();
+    if (normalizes) {
+        row.resize(width);
+        kernels.rms_norm(x, width, gain, norm_bias, eps, row.data());
+        x = row.data();
+    }
+    for (size_t i = 0; i < forms.size(); i++) {
+        const Form& form = forms[i];
+        Prepared& to = prepared[i];
+        uint8_t* out = to.bytes + static_cast<size_t>(t) * to.planes(form.kind) * to.ld;
+        if (form.kind == LinearKind::floating) {
+            std::copy(x, x + width, to.real.data() + static_cast<size_t>(t) * width);
+        } else if (form.kind == LinearKind::w8a16) {
+            to.params[t] = kernels.quantize_16(x, width, out, out + to.ld);
+        } else if (form.kind == LinearKind::w8a8 || (form.kind == LinearKind::mix && is_generated)) {
+            kernels.quantize_static(x, width, form.inv_scale, form.offset, out);
+        } else {
+            to.params[t] = kernels.quantize_token(x, width, symmetric, out);
+        }
+    }
+}
+
+void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t0, int t1, const uint8_t* generated,
+                     const std::vector<Prepared>& prepared, Scratch& scratch, float* y, size_t ldy) const {
+    const Linear& linear = linears[which];
+    const Prepared& from = prepared[form_of[which]];
+    const int width = linear.inputs, rows = t1 - t0;
+    if (linear.kind == LinearKind::floating) {
+        const size_t size = linear.dtype == DType::f32 ? 4 : 2;
+        const auto* weight = static_cast<const char*>(linear.weight) + static_cast<size_t>(n0) * width * size;
+        kernels.gemm_float(weight, linear.dtype, width, count, from.real.data() + static_cast<size_t>(t0) * width,
+                           width, rows, width, y, ldy);
+        for (int t = 0; t < rows && !linear.bias.empty(); t++) kernels.add(y + t * ldy, linear.bias_at(n0), count);
+        return;
+    }
+    const int planes = from.planes(linear.kind);
+    const auto* weight = static_cast<const int8_t*>(linear.weight) + static_cast<size_t>(n0) * width;
+    int32_t* sums = scratch.sums.data();
+    kernels.gemm_i8(weight, width, count, from.bytes + static_cast<size_t>(t0) * planes * from.ld, from.ld,
+                    rows * planes, width, sums, kChunkRows);
+    for (int t = 0; t < rows; t++) {
+        const int32_t* acc = sums + static_cast<size_t>(t) * planes * kChunkRows;
+        float* out = y + t * ldy;
+        if (linear.kind == LinearKind::w8a16) {
+            kernels.finish_16(acc, acc + kChunkRows, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
+                              linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0),
+                              from.params[t0 + t], out);
+        } else if (linear.kind == LinearKind::w8a8 || (linear.kind == LinearKind::mix && generated[t0 + t])) {
+            kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, out);
+        } else {
+            kernels.finish_token(acc, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
+                                 linear.bias_at(n0), from.params[t0 + t], out);
+        }
+    }
+}
+
+}  // namespace eightfold

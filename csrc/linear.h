@@ -1,0 +1,98 @@
+// Linears of every scheme, and groups of them that read the same input.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace eightfold {
+
+enum class LinearKind : int { none, floating, w8a8, dynamic, mix, w8a16 };
+
+struct Linear {
+    LinearKind kind = LinearKind::none;
+    int outputs = 0, inputs = 0;  // N, K
+    const void* weight = nullptr; // (N, K), as it lies in the file
+    DType dtype = DType::f32;     // of floating weights
+    std::vector<float> scale;     // (N), weight_scale
+    std::vector<float> offset;    // (N), weight_offset; empty: zero
+    std::vector<float> bias;      // (N) or empty
+    std::vector<float> deq_scale; // (N)
+    std::vector<int32_t> quant_bias;  // (N), less 128 times the weight sums
+    std::vector<int32_t> weight_sum;  // (N)
+    float inv_input_scale = 0, input_offset = 0;
+
+    bool is_static() const { return kind == LinearKind::w8a8 || kind == LinearKind::mix; }
+    size_t weight_bytes() const;
+
+    // What an int8 kernel needs beside the file: sums of weight rows [begin, end).
+    void prepare(const Kernels& kernels, int begin, int end);
+    const float* bias_at(int n) const { return bias.empty() ? nullptr : bias.data() + n; }
+};
+
+// How an input is written down for one or several linears.
+struct Form {
+    LinearKind kind = LinearKind::none;
+    float inv_scale = 0, offset = 0;
+    bool operator==(const Form&) const = default;
+};
+
+// Rows of one input in one form.
+struct Prepared {
+    int inputs = 0;
+    size_t ld = 0;                 // bytes from row to row
+    std::vector<uint8_t> storage;  // (T, planes, ld)
+    uint8_t* bytes = nullptr;      // the same, aligned
+    std::vector<float> real;       // (T, inputs), floating only
+    std::vector<RowParams> params; // (T)
+    void reserve(int tokens, int inputs);
+    int planes(LinearKind kind) const { return kind == LinearKind::w8a16 ? 2 : 1; }
+};
+
+constexpr int kChunkRows = 64;    // weight rows of a chunk, at most
+constexpr int kTokenBlock = 64;   // tokens that meet them at a time
+
+// What one thread needs for products.
+struct Scratch {
+    std::vector<int32_t> sums = std::vector<int32_t>(2 * kTokenBlock * kChunkRows);
+    std::vector<float> first = std::vector<float>(kTokenBlock * kChunkRows);
+    std::vector<float> second = std::vector<float>(kTokenBlock * kChunkRows);
+    std::vector<float> row;          // one input row, before it is quantized
+    std::vector<Prepared> prepared;  // a few rows, prepared by this thread alone
+    uint64_t prepared_for = 0;
+    std::vector<int8_t> q8;          // query rows of an attention unit, one below the other
+    std::vector<int32_t> q_sum, last;
+    std::vector<float> qf, q_scale, states;
+    std::vector<const uint8_t*> keys, values;
+};
+
+struct Chunk {  // rows of one linear; of a paired group, of the first and the second at once
+    int linear, begin, count;
+};
+
+struct Group {
+    std::vector<Linear> linears;
+    std::vector<Form> forms;     // the different ones
+    std::vector<int> form_of;    // of each linear
+    const float* gain = nullptr; // of the norm before it
+    const float* norm_bias = nullptr;
+    bool normalizes = false;
+    float eps = 0;
+    std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
+
+    void find_forms();
+    void cut(int threads, bool paired);
+    int inputs() const { return linears.front().inputs; }
+    int outputs() const;
+
+    // Writes row t of the input in every form; x (K) is read only. `symmetric`: how a token is quantized.
+    void prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,
+                 std::vector<Prepared>& prepared, std::vector<float>& row) const;
+
+    // y[t - t0][0 .. count) of one linear, rows n0 on, tokens [t0, t1); ldy: floats from row to row.
+    void multiply(const Kernels& kernels, int linear, int n0, int count, int t0, int t1, const uint8_t* generated,
+                  const std::vector<Prepared>& prepared, Scratch& scratch, float* y, size_t ldy) const;
+};
+
+}  // namespace eightfold

@@ -1,0 +1,124 @@
+// The decoder: one forward() is the whole step of a flattened batch, prompts and generated tokens in any mix.
+//
+//   x += o(attention(rope(q(n)), rope(k(n)), v(n)))      n = rms_norm(x) * g
+//   x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'
+//
+// Letters: T tokens of all sequences, S sequences, E hidden size, F intermediate size, H query heads, G key/value
+// heads, D head_dim, V vocabulary.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cache.h"
+#include "linear.h"
+#include "pool.h"
+
+namespace eightfold {
+
+struct ModelConfig {
+    int layers = 0, hidden = 0, intermediate = 0, vocab = 0;
+    Shape shape;
+    float eps = 0;
+    bool symmetric_tokens = false;     // how dynamic linears quantize a token
+    std::vector<float> inv_freq;       // (D / 2)
+};
+
+// What a step computes on. Pointers need to last for the call.
+struct Batch {
+    int tokens = 0, sequences = 0, table_width = 0, logit_rows = 0;
+    const int32_t* token_ids = nullptr;    // (T)
+    const int32_t* positions = nullptr;    // (T), rising by one inside a sequence
+    const uint8_t* generated = nullptr;    // (T): not part of a prompt
+    const int32_t* starts = nullptr;       // (S + 1): tokens of sequence s are starts[s] .. starts[s + 1] - 1
+    const int32_t* tables = nullptr;       // (S, table_width): pages of each sequence
+    const int32_t* logit_tokens = nullptr; // (R): tokens whose logits are wanted
+    float* logits = nullptr;               // (R, V) or null
+    int32_t* best = nullptr;               // (R) the likeliest token, or null
+};
+
+class Model {
+public:
+    Model(ModelConfig config, const Kernels& kernels, int threads);
+
+    // Filled in before finish().
+    struct Layer {
+        Group qkv, o, gate_up, down;
+        std::vector<float> input_gain, input_bias, post_gain, post_bias;  // biases may be empty
+    };
+    std::vector<Layer> layers;
+    std::vector<AttentionParams> attention;
+    Group head;
+    std::vector<float> final_gain, final_bias;
+    const void* embedding = nullptr;  // (V, E)
+    DType embedding_dtype = DType::f32;
+
+    void finish();
+    void allocate_cache(int pages);
+    void forward(const Batch& batch);
+
+    int threads() const { return pool_.threads(); }
+    size_t cache_bytes() const { return cache_ ? cache_->bytes() : 0; }
+    int cache_pages() const { return cache_ ? cache_->pages() : 0; }
+    size_t page_bytes() const;  // of all layers
+    size_t weight_bytes() const;  // that a decode step reads
+
+private:
+    struct Unit {  // some query rows of one key/value head, over some of their context
+        int sequence, first_token, tokens, head, heads, kv_head;
+        int begin, end;    // positions
+        int tile, part, parts;
+    };
+    struct Step {  // what a run reads; see Pool
+        Batch batch;
+        bool alone;  // every thread prepares the few input rows for itself
+        std::vector<Unit> units;
+        uint64_t id;
+    };
+
+    static void program(void* model, Pool::Walk& walk);
+    void walk_through(Pool::Walk& walk, const Step& step);
+    bool attention_phases(Pool::Walk& walk, const Step& step, int layer);
+    bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                       float* output, bool adds);
+    bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use);
+    bool head_phases(Pool::Walk& walk, const Step& step);
+    bool prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
+                       const int32_t* rows);
+    const std::vector<Prepared>& prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
+                                              const float* input, int tokens, const int32_t* rows);
+
+    void embed(const Step& step, int t);
+    void rotate_and_store(const Step& step, int layer, int t);
+    void quantize_query(int layer, int t, int head);
+    void attend(const Step& step, int layer, const Unit& unit, Scratch& scratch);
+    void write_heads(int layer, const Unit& unit, AttnState state);
+    std::vector<Unit> plan_units(const Batch& batch) const;
+    void reserve(const Batch& batch, const std::vector<Unit>& units);
+    int row_len(const Unit& unit) const { return unit.tokens * unit.heads; }
+
+    ModelConfig config_;
+    const Kernels& kernels_;
+    Pool pool_;
+    std::unique_ptr<Cache> cache_;
+    std::array<Step, Pool::kSlots> steps_;
+    std::vector<Scratch> scratch_;        // of each thread
+    std::vector<Prepared> prepared_;      // shared by all
+    uint64_t step_count_ = 0;
+
+    int capacity_ = 0;                    // tokens
+    std::vector<int> sequence_of_;        // (T)
+    std::vector<float> x_, qkv_, heads_, act_, cos_, sin_;
+    std::vector<int8_t> q8_;              // (T, H, planes, Dq)
+    std::vector<int32_t> q_sum_;          // (T, H, planes)
+    std::vector<float> q_scale_, qf_;     // (T, H), (T, H, Dq)
+    std::vector<float> partial_;          // states of split units
+    std::unique_ptr<std::atomic<int>[]> parts_done_;  // of each tile
+    size_t partial_stride_ = 0;
+    int tiles_ = 0;
+};
+
+}  // namespace eightfold

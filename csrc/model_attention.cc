@@ -1,0 +1,170 @@
+// Attention of a step: rotate and store the new tokens, then softmax over the cache in units of a few query rows.
+#include <algorithm>
+#include <cmath>
+
+#include "model.h"
+
+namespace eightfold {
+
+namespace {
+
+constexpr int kStoreTokens = 4;
+
+// The state of `rows` rows in memory of kMaxAttnRows * (2 + value_dim) floats.
+AttnState state_at(float* memory) { return {memory, memory + kMaxAttnRows, memory + 2 * kMaxAttnRows}; }
+
+}  // namespace
+
+bool Model::attention_phases(Pool::Walk& walk, const Step& step, int layer) {
+    const int tokens = step.batch.tokens;
+    if (!walk.phase((tokens + kStoreTokens - 1) / kStoreTokens, [&](int i) {
+            for (int t = i * kStoreTokens; t < std::min(tokens, (i + 1) * kStoreTokens); t++) {
+                rotate_and_store(step, layer, t);
+            }
+        })) {
+        return false;
+    }
+    return walk.phase(static_cast<int>(step.units.size()),
+                      [&](int i) { attend(step, layer, step.units[i], scratch_[walk.thread()]); });
+}
+
+void Model::rotate_and_store(const Step& step, int layer, int t) {
+    const Shape& shape = config_.shape;
+    const AttentionParams& params = attention[layer];
+    const int dim = shape.head_dim, all = shape.heads + 2 * shape.kv_heads;
+    float* q = qkv_.data() + static_cast<size_t>(t) * all * dim;
+    float *k = q + shape.heads * dim, *v = k + shape.kv_heads * dim;
+    const float *cos = cos_.data() + static_cast<size_t>(t) * dim / 2, *sin = sin_.data() + static_cast<size_t>(t) * dim / 2;
+    for (int h = 0; h < shape.heads + shape.kv_heads; h++) {
+        float* row = q + h * dim;
+        const std::vector<float>& gain = h < shape.heads ? params.query_norm : params.key_norm;
+        if (!gain.empty()) kernels_.rms_norm(row, dim, gain.data(), nullptr, config_.eps, row);
+        kernels_.rope(row, dim, cos, sin);
+        if (h < shape.heads) quantize_query(layer, t, h);
+    }
+    const Batch& batch = step.batch;
+    const int position = batch.positions[t];
+    const int32_t* table = batch.tables + static_cast<size_t>(sequence_of_[t]) * batch.table_width;
+    cache_->store(kernels_, layer, table[position / kPage], position % kPage, k, v);
+}
+
+void Model::quantize_query(int layer, int t, int head) {
+    const Shape& shape = config_.shape;
+    const AttentionParams& params = attention[layer];
+    const int dim = shape.head_dim, dq = shape.query_dim(), all = shape.heads + 2 * shape.kv_heads;
+    const float* q = qkv_.data() + (static_cast<size_t>(t) * all + head) * dim;
+    const size_t at = static_cast<size_t>(t) * shape.heads + head;
+    const float root = 1.0f / std::sqrt(static_cast<float>(dim));
+    if (params.kind == CacheKind::bf16) {
+        float* out = qf_.data() + at * dq;
+        for (int d = 0; d < dim; d++) out[d] = q[d] * root;
+        std::fill(out + dim, out + dq, 0.0f);
+        return;
+    }
+    int8_t* out = q8_.data() + at * 2 * dq;
+    int32_t* sum = q_sum_.data() + at * 2;
+    sum[0] = sum[1] = 0;
+    if (params.kind == CacheKind::int8) {
+        kernels_.quantize_heads(q, dim, &params.query_inv[head], nullptr, 0, out);
+        for (int d = 0; d < dim; d++) sum[0] += out[d];
+        std::fill(out + dim, out + dq, 0);
+        q_scale_[at] = params.score_scale[head];
+        return;
+    }
+    // 16 bit of q * key_scale: high and low half, both signed. Key offsets move all scores alike: softmax forgets them.
+    const float* key_scale = params.key_scale.data() + head / shape.queries_per_kv() * dim;
+    float largest = 1e-30f;
+    for (int d = 0; d < dim; d++) largest = std::max(largest, std::fabs(q[d] * key_scale[d]));
+    const float scale = largest / 32639.0f;  // 127 * 256 + 127
+    for (int d = 0; d < dq; d++) {
+        const int value = d < dim ? static_cast<int>(std::nearbyint(q[d] * key_scale[d] / scale)) : 0;
+        const int high = (value + 128) >> 8, low = value - high * 256;
+        out[d] = static_cast<int8_t>(high);
+        out[dq + d] = static_cast<int8_t>(low);
+        sum[0] += high;
+        sum[1] += low;
+    }
+    q_scale_[at] = scale * root;
+}
+
+void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scratch) {
+    const Shape& shape = config_.shape;
+    const Batch& batch = step.batch;
+    const AttentionParams& params = attention[layer];
+    const int rows = row_len(unit), dq = shape.query_dim();
+    const int planes = params.kind == CacheKind::int8x2 ? 2 : 1;
+    scratch.q8.resize(static_cast<size_t>(rows) * planes * dq);
+    scratch.qf.resize(static_cast<size_t>(rows) * dq);
+    scratch.q_sum.resize(rows * planes);
+    scratch.q_scale.resize(rows);
+    scratch.last.resize(rows);
+    for (int r = 0; r < rows; r++) {
+        const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
+        const size_t at = static_cast<size_t>(t) * shape.heads + head;
+        scratch.last[r] = batch.positions[t];
+        if (params.kind == CacheKind::bf16) {
+            std::copy_n(qf_.data() + at * dq, dq, scratch.qf.data() + static_cast<size_t>(r) * dq);
+        } else {
+            std::copy_n(q8_.data() + at * 2 * dq, planes * dq, scratch.q8.data() + static_cast<size_t>(r) * planes * dq);
+            std::copy_n(q_sum_.data() + at * 2, planes, scratch.q_sum.data() + r * planes);
+            scratch.q_scale[r] = q_scale_[at];
+        }
+    }
+    const int begin = params.window > 0
+                          ? std::max(unit.begin, (batch.positions[unit.first_token] - params.window + 1) / kPage * kPage)
+                          : unit.begin;
+    const int32_t* table = batch.tables + static_cast<size_t>(unit.sequence) * batch.table_width;
+    const int pages = (unit.end + kPage - 1) / kPage;
+    scratch.keys.resize(pages);
+    scratch.values.resize(pages);
+    for (int i = begin / kPage; i < pages; i++) {
+        scratch.keys[i] = cache_->keys(layer, table[i], unit.kv_head);
+        scratch.values[i] = cache_->values(layer, table[i], unit.kv_head);
+    }
+    AttnRows in{params.kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
+                scratch.q_scale.data(), scratch.last.data(), params.window, scratch.keys.data(),
+                scratch.values.data(), begin, unit.end};
+    scratch.states.resize(2 * partial_stride_);
+    const bool parted = unit.parts > 1;
+    float* memory = parted ? partial_.data() + (&unit - step.units.data()) * partial_stride_ : scratch.states.data();
+    const AttnState state = state_at(memory);
+    in.end = std::max(begin, std::min(unit.end, (begin / kSplit + 1) * kSplit));
+    kernels_.attend(in, state);
+    while (in.end < unit.end) {
+        const AttnState next = state_at(scratch.states.data() + partial_stride_);
+        in.first = in.end;
+        in.end = std::min(unit.end, in.first + kSplit);
+        kernels_.attend(in, next);
+        kernels_.merge(state, next, rows, shape.value_dim());
+    }
+    if (!parted) return write_heads(layer, unit, state);
+    // Whoever ends last puts the parts together, in their order.
+    if (parts_done_[unit.tile].fetch_add(1) + 1 < unit.parts) return;
+    float* first = memory - static_cast<size_t>(unit.part) * partial_stride_;
+    for (int part = 1; part < unit.parts; part++) {
+        kernels_.merge(state_at(first), state_at(first + part * partial_stride_), rows, shape.value_dim());
+    }
+    parts_done_[unit.tile].store(0);
+    write_heads(layer, unit, state_at(first));
+}
+
+void Model::write_heads(int layer, const Unit& unit, AttnState state) {
+    const Shape& shape = config_.shape;
+    const AttentionParams& params = attention[layer];
+    const int dim = shape.head_dim;
+    for (int r = 0; r < row_len(unit); r++) {
+        const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
+        float* out = heads_.data() + (static_cast<size_t>(t) * shape.heads + head) * dim;
+        const float* acc = state.acc + static_cast<size_t>(r) * shape.value_dim();
+        const float total = state.sum[r];
+        if (params.kind == CacheKind::bf16) {
+            for (int d = 0; d < dim; d++) out[d] = acc[d] / total;
+        } else {
+            const float* scale = params.value_scale.data() + unit.kv_head * dim;
+            const float* offset = params.value_offset.data() + unit.kv_head * dim;
+            for (int d = 0; d < dim; d++) out[d] = (acc[d] / total - offset[d]) * scale[d];
+        }
+    }
+}
+
+}  // namespace eightfold

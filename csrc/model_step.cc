@@ -1,0 +1,154 @@
+// The phases of a step.
+#include <algorithm>
+#include <cmath>
+
+#include "model.h"
+
+namespace eightfold {
+
+namespace {
+
+constexpr int kRowsOfChunk = 8;  // tokens of a chunk where each is little work
+
+int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
+
+}  // namespace
+
+void Model::program(void* model, Pool::Walk& walk) {
+    Model& self = *static_cast<Model*>(model);
+    self.walk_through(walk, self.steps_[walk.slot()]);
+}
+
+void Model::walk_through(Pool::Walk& walk, const Step& step) {
+    const int tokens = step.batch.tokens;
+    if (!walk.phase(chunk_count(tokens, kRowsOfChunk), [&](int i) {
+            for (int t = i * kRowsOfChunk; t < std::min(tokens, (i + 1) * kRowsOfChunk); t++) embed(step, t);
+        })) {
+        return;
+    }
+    for (int i = 0; i < config_.layers; i++) {
+        const Layer& layer = layers[i];
+        if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false)) return;
+        if (!attention_phases(walk, step, i)) return;
+        if (!linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true)) return;
+        if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2)) return;
+        if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true)) return;
+    }
+    (void)head_phases(walk, step);
+}
+
+void Model::embed(const Step& step, int t) {
+    const int size = config_.hidden, half = config_.shape.head_dim / 2;
+    const size_t row = static_cast<size_t>(step.batch.token_ids[t]) * size;
+    const size_t bytes = embedding_dtype == DType::f32 ? 4 : 2;
+    kernels_.widen(static_cast<const char*>(embedding) + row * bytes, embedding_dtype, size,
+                   x_.data() + static_cast<size_t>(t) * size);
+    for (int i = 0; i < half; i++) {
+        const float angle = static_cast<float>(step.batch.positions[t]) * config_.inv_freq[i];
+        cos_[static_cast<size_t>(t) * half + i] = std::cos(angle);
+        sin_[static_cast<size_t>(t) * half + i] = std::sin(angle);
+    }
+}
+
+bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
+                          const int32_t* rows) {
+    if (step.alone) return true;
+    return walk.phase(chunk_count(tokens, kRowsOfChunk), [&](int i) {
+        for (int t = i * kRowsOfChunk; t < std::min(tokens, (i + 1) * kRowsOfChunk); t++) {
+            const int row = rows != nullptr ? rows[t] : t;
+            group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],
+                          config_.symmetric_tokens, prepared_, scratch_[walk.thread()].row);
+        }
+    });
+}
+
+const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
+                                                 const float* input, int tokens, const int32_t* rows) {
+    if (!step.alone) return prepared_;
+    const uint64_t key = step.id * (4 * static_cast<uint64_t>(config_.layers) + 1) + use + 1;
+    if (scratch.prepared_for == key) return scratch.prepared;
+    scratch.prepared_for = key;
+    for (Prepared& prepared : scratch.prepared) {
+        prepared.reserve(tokens, group.inputs());
+        prepared.real.resize(static_cast<size_t>(tokens) * group.inputs());
+    }
+    for (int t = 0; t < tokens; t++) {
+        const int row = rows != nullptr ? rows[t] : t;
+        group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],
+                      config_.symmetric_tokens, scratch.prepared, scratch.row);
+    }
+    return scratch.prepared;
+}
+
+bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                          float* output, bool adds) {
+    const int tokens = step.batch.tokens;
+    if (!prepare_phase(walk, step, group, input, tokens, nullptr)) return false;
+    const std::vector<Chunk>& chunks = tokens <= kRowsOfChunk ? group.few : group.many;
+    const int blocks = chunk_count(tokens, kTokenBlock);
+    const size_t ld = group.outputs();
+    return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
+        const Chunk& chunk = chunks[i / blocks];
+        const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+        size_t column = chunk.begin;
+        for (int j = 0; j < chunk.linear; j++) column += group.linears[j].outputs;
+        Scratch& scratch = scratch_[walk.thread()];
+        const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
+        float* out = output + t0 * ld + column;
+        float* to = adds ? scratch.first.data() : out;
+        const size_t ldy = adds ? kChunkRows : ld;
+        group.multiply(kernels_, chunk.linear, chunk.begin, chunk.count, t0, t1, step.batch.generated, prepared,
+                       scratch, to, ldy);
+        for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, chunk.count);
+    });
+}
+
+bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use) {
+    const int tokens = step.batch.tokens;
+    if (!prepare_phase(walk, step, group, x_.data(), tokens, nullptr)) return false;
+    const std::vector<Chunk>& chunks = tokens <= kRowsOfChunk ? group.few : group.many;
+    const int blocks = chunk_count(tokens, kTokenBlock);
+    const size_t ld = config_.intermediate;
+    return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
+        const Chunk& chunk = chunks[i / blocks];
+        const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+        Scratch& scratch = scratch_[walk.thread()];
+        const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
+        float *gate = scratch.first.data(), *up = scratch.second.data();
+        for (int j = 0; j < 2; j++) {
+            group.multiply(kernels_, j, chunk.begin, chunk.count, t0, t1, step.batch.generated, prepared, scratch,
+                           j == 0 ? gate : up, kChunkRows);
+        }
+        for (int t = 0; t < t1 - t0; t++) {
+            kernels_.silu_mul(gate + t * kChunkRows, up + t * kChunkRows, chunk.count,
+                              act_.data() + (t0 + t) * ld + chunk.begin);
+        }
+    });
+}
+
+bool Model::head_phases(Pool::Walk& walk, const Step& step) {
+    const Batch& batch = step.batch;
+    const int rows = batch.logit_rows;
+    if (rows == 0) return true;
+    if (!prepare_phase(walk, step, head, x_.data(), rows, batch.logit_tokens)) return false;
+    const std::vector<Chunk>& chunks = rows <= kRowsOfChunk ? head.few : head.many;
+    const int blocks = chunk_count(rows, kTokenBlock);
+    const size_t ld = config_.vocab;
+    if (!walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
+            const Chunk& chunk = chunks[i / blocks];
+            const int t0 = i % blocks * kTokenBlock, t1 = std::min(rows, t0 + kTokenBlock);
+            Scratch& scratch = scratch_[walk.thread()];
+            const int use = 4 * config_.layers;
+            const auto& prepared = prepared_for(scratch, step, head, use, x_.data(), rows, batch.logit_tokens);
+            uint8_t generated[kTokenBlock];
+            for (int t = t0; t < t1; t++) generated[t - t0] = batch.generated[batch.logit_tokens[t]];
+            head.multiply(kernels_, 0, chunk.begin, chunk.count, t0, t1, generated - t0, prepared, scratch,
+                          batch.logits + t0 * ld + chunk.begin, ld);
+        })) {
+        return false;
+    }
+    if (batch.best == nullptr) return true;
+    return walk.phase(rows, [&](int t) { batch.best[t] = kernels_.argmax(batch.logits + t * ld, config_.vocab); });
+}
+
+}  // namespace eightfold

@@ -1,0 +1,130 @@
+#include "pool.h"
+
+#include <chrono>
+
+#ifdef EIGHTFOLD_X86
+#include <immintrin.h>
+#endif
+
+namespace eightfold {
+
+namespace {
+
+// About 20 and 60 microseconds: longer than a chunk of a decode step, and than what Python does between two steps.
+constexpr int kPhaseSpins = 1000, kRunSpins = 3000;
+
+// A thread is at most kSlots runs late, so few bits tell runs apart; the others count chunks.
+constexpr int kCountBits = 24;
+
+uint32_t none_done(uint32_t epoch) { return epoch << kCountBits; }
+
+void relax() {
+#ifdef EIGHTFOLD_X86
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads, int max_phases)
+    : max_phases_(max_phases), phases_(new Phase[max_phases]), places_(new Place[threads]) {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+    stops_.store(true);
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+}
+
+int Pool::next_slot() {
+    const uint32_t epoch = epoch_.load() + 1;
+    leave_before(epoch >= kSlots ? epoch - kSlots + 1 : 0);
+    return static_cast<int>(epoch % kSlots);
+}
+
+void Pool::quiesce() {
+    // An empty run: from here on, nobody enters the last one.
+    const uint32_t epoch = epoch_.load() + 1;
+    leave_before(epoch >= kSlots ? epoch - kSlots + 1 : 0);
+    jobs_[epoch % kSlots] = {};
+    epoch_.store(epoch);
+    leave_before(epoch);
+}
+
+void Pool::leave_before(uint32_t epoch) {
+    for (int i = 1; i < threads(); i++) {
+        for (uint32_t walks; (walks = places_[i].epoch.load()) != 0 && walks < epoch;) std::this_thread::yield();
+    }
+}
+
+void Pool::run(Program program, void* context) {
+    const uint32_t epoch = epoch_.load() + 1;
+    jobs_[epoch % kSlots] = {program, context};
+    for (int i = 0; i < max_phases_; i++) {
+        phases_[i].next.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_relaxed);
+        phases_[i].done.store(none_done(epoch), std::memory_order_relaxed);
+    }
+    epoch_.store(epoch);
+    epoch_.notify_all();
+    Walk walk(*this, 0, epoch);
+    program(context, walk);
+}
+
+void Pool::work(int worker) {
+    uint32_t seen = 0;
+    for (;;) {
+        uint32_t epoch = epoch_.load();
+        for (int i = 0; i < kRunSpins && epoch == seen; i++) {
+            relax();
+            epoch = epoch_.load();
+        }
+        if (epoch == seen) {
+            epoch_.wait(seen);
+            continue;
+        }
+        if (stops_.load()) return;
+        // Announced first, then looked at again: whoever reuses a slot sees the announcement, or is seen here.
+        places_[worker].epoch.store(epoch);
+        if (epoch_.load() == epoch) {
+            const Job job = jobs_[epoch % kSlots];
+            Walk walk(*this, worker, epoch);
+            if (job.program != nullptr) job.program(job.context, walk);
+            seen = epoch;
+        }
+        places_[worker].epoch.store(0);
+    }
+}
+
+int Pool::Walk::claim(Phase& phase, int chunks) const {
+    uint64_t value = phase.next.load(std::memory_order_relaxed);
+    while (value >> 32 == epoch_ && static_cast<int>(value & 0xffffffffu) < chunks) {
+        if (phase.next.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel)) {
+            return static_cast<int>(value & 0xffffffffu);
+        }
+    }
+    return -1;
+}
+
+void Pool::Walk::finish(Phase& phase, int chunks) const {
+    if (phase.done.fetch_add(1) + 1 == none_done(epoch_) + static_cast<uint32_t>(chunks)) phase.done.notify_all();
+}
+
+bool Pool::Walk::wait(Phase& phase, int chunks) const {
+    for (int spins = 0;; spins++) {
+        const uint32_t done = phase.done.load();
+        // A late thread must not wait on a later run's count, which may happen to be the one it has read.
+        if ((done ^ none_done(epoch_)) >> kCountBits != 0) return false;
+        if (done == none_done(epoch_) + static_cast<uint32_t>(chunks)) return true;
+        if (spins < kPhaseSpins) {
+            relax();
+        } else {
+            phase.done.wait(done);
+        }
+    }
+}
+
+}  // namespace eightfold

@@ -1,0 +1,99 @@
+// A pool whose threads all walk through the same program of phases.
+//
+// A phase is a number of chunks, claimed one after the other from a counter. It has ended when all its chunks are
+// done, not when all threads have come by: a thread whose core is busy elsewhere holds nobody up unless it was stopped
+// inside a chunk. It finds the phases it has missed finished, or the run over. Waiting is a short spin, then a futex.
+//
+// What a program reads between chunks must stay as it is while a late thread may still read it. So the arguments of a
+// run live in one of kSlots places that are used in turn.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace eightfold {
+
+class Pool {
+    struct alignas(64) Phase {
+        std::atomic<uint64_t> next{0};  // epoch in the high half, next chunk in the low half
+        std::atomic<uint32_t> done{0};  // the epoch's last 8 bits, and how many chunks are done
+    };
+
+public:
+    static constexpr uint32_t kSlots = 8;
+
+    Pool(int threads, int max_phases);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+    // What one thread sees of a run.
+    class Walk {
+    public:
+        int thread() const { return thread_; }
+        int slot() const { return static_cast<int>(epoch_ % kSlots); }
+
+        // Does some of the next phase's chunks; returns when all are done. False: the run is over, return at once.
+        template <typename Chunk>
+        [[nodiscard]] bool phase(int chunks, Chunk chunk) {
+            Phase& phase = pool_.phases_[index_++];
+            for (int i; (i = claim(phase, chunks)) >= 0;) {
+                chunk(i);
+                finish(phase, chunks);
+            }
+            return wait(phase, chunks);
+        }
+
+    private:
+        friend class Pool;
+        Walk(Pool& pool, int thread, uint32_t epoch) : pool_(pool), thread_(thread), epoch_(epoch) {}
+
+        Pool& pool_;
+        int thread_;
+        uint32_t epoch_;
+        int index_ = 0;
+
+        int claim(Phase& phase, int chunks) const;
+        void finish(Phase& phase, int chunks) const;
+        bool wait(Phase& phase, int chunks) const;
+    };
+
+    using Program = void (*)(void* context, Walk& walk);
+
+    // The slot of the next run; its arguments may now be written.
+    int next_slot();
+
+    // Waits until no thread reads anything of earlier runs.
+    void quiesce();
+
+    // Runs a program on all threads; returns when its chunks are done. One caller at a time.
+    void run(Program program, void* context);
+
+private:
+    struct Job {
+        Program program = nullptr;
+        void* context = nullptr;
+    };
+    struct alignas(64) Place {
+        std::atomic<uint32_t> epoch{0};  // that its worker walks through, 0: none
+    };
+
+    void work(int worker);
+    void leave_before(uint32_t epoch);
+
+    int max_phases_;
+    std::unique_ptr<Phase[]> phases_;
+    std::unique_ptr<Place[]> places_;
+    std::array<Job, kSlots> jobs_{};
+    std::atomic<uint32_t> epoch_{0};
+    std::atomic<bool> stops_{false};
+    std::vector<std::thread> workers_;
+};
+
+}  // namespace eightfold

@@ -1,0 +1,201 @@
+// Work on single rows: norms, quantization, what follows an integer product, rotations, activations.
+// No product is fused with a sum unless it says so: the reference rounds after each.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace eightfold::EF_ISA {
+
+// Calls f(i, n): n lanes from i on, n < W only at the end.
+template <typename Step>
+inline void lanes(int size, Step f) {
+    int i = 0;
+    for (; i + W <= size; i += W) f(i, W);
+    if (i < size) f(i, size - i);
+}
+
+inline F get(const float* p, int n) { return n == W ? f_load(p) : f_load_n(p, n); }
+inline void set(float* p, F x, int n) { n == W ? f_store(p, x) : f_store_n(p, x, n); }
+inline I get(const int32_t* p, int n) { return n == W ? i_load(p) : i_load_n(p, n); }
+
+// e**x = 2**n e**r, |r| <= ln 2 / 2, the second factor by its series: within 2 units in the last place.
+inline F exp_lanes(F x) {
+    x = f_min(f_max(x, f_set(-87.0f)), f_set(88.0f));
+    const I n = to_i(f_mul(x, f_set(1.44269504f)));
+    const F whole = to_f(n);
+    F r = f_fma(whole, f_set(-0.693359375f), x);
+    r = f_fma(whole, f_set(2.12194440e-4f), r);
+    F p = f_set(1.0f / 5040);
+    for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = f_fma(p, r, f_set(c));
+    return scale_2n(p, n);
+}
+
+inline void rms_norm(const float* x, int n, const float* gain, const float* bias, float eps, float* y) {
+    F squares = f_set(0.0f);
+    lanes(n, [&](int i, int m) {
+        const F v = get(x + i, m);
+        squares = f_fma(v, v, squares);
+    });
+    const float mean = f_hsum(squares) / static_cast<float>(n);
+    const F inverse = f_set(1.0f / std::sqrt(mean + eps));
+    lanes(n, [&](int i, int m) {
+        F v = f_mul(get(x + i, m), inverse);
+        if (gain != nullptr) v = f_mul(v, get(gain + i, m));
+        if (bias != nullptr) v = f_add(v, get(bias + i, m));
+        set(y + i, v, m);
+    });
+}
+
+inline void widen(const void* x, DType type, int n, float* y) {
+    lanes(n, [&](int i, int m) {
+        if (type == DType::bf16) set(y + i, load_bf16(static_cast<const uint16_t*>(x) + i, m), m);
+        if (type == DType::f16) set(y + i, load_f16(static_cast<const uint16_t*>(x) + i, m), m);
+        if (type == DType::f32) set(y + i, get(static_cast<const float*>(x) + i, m), m);
+    });
+}
+
+// clamp(rne(scaled + offset)): the clamp goes first, integers beyond 32 bit have no conversion.
+inline I to_int8(F scaled, F offset) {
+    return to_i(f_min(f_max(f_add(scaled, offset), f_set(-128.0f)), f_set(127.0f)));
+}
+
+inline void pad_row(uint8_t* out, int n, uint8_t value) {
+    const int padded = (n + kAlign - 1) / kAlign * kAlign;
+    std::memset(out + n, value, static_cast<size_t>(padded - n));
+}
+
+inline void quantize_static(const float* x, int n, float inv_scale, float offset, uint8_t* out) {
+    const F inv = f_set(inv_scale), off = f_set(offset);
+    const I bias = i_set(128);
+    lanes(n, [&](int i, int m) {
+        store_low_bytes(out + i, i_add(to_int8(f_mul(get(x + i, m), inv), off), bias), m);
+    });
+    pad_row(out, n, 128);
+}
+
+struct Range {
+    float lo, hi;
+};
+
+// Smallest and largest value, and zero.
+inline Range range_with_zero(const float* x, int n) {
+    F lo = f_set(0.0f), hi = f_set(0.0f);
+    lanes(n, [&](int i, int m) {
+        const F v = get(x + i, m);  // missing lanes are zeros
+        lo = f_min(lo, v);
+        hi = f_max(hi, v);
+    });
+    return {f_hmin(lo), f_hmax(hi)};
+}
+
+constexpr float kEps = 1.1920928955078125e-07f;  // least scale, as in the reference
+
+inline RowParams quantize_token(const float* x, int n, bool symmetric, uint8_t* out) {
+    const Range range = range_with_zero(x, n);
+    float scale, offset = 0.0f;
+    if (symmetric) {
+        scale = std::max(std::max(-range.lo, range.hi) / 127.0f, kEps);
+    } else {
+        scale = std::max((range.hi - range.lo) / 255.0f, kEps);
+        offset = std::nearbyint(-range.lo / scale) - 128.0f;
+    }
+    quantize_static(x, n, 1.0f / scale, offset, out);
+    return {scale, static_cast<int32_t>(offset), 0};
+}
+
+inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low) {
+    const Range range = range_with_zero(x, n);
+    // 32512 = 127 * 256: the high half stays inside int8.
+    const float scale = std::max(std::max(-range.lo, range.hi) / 32512.0f, 1e-30f);
+    const F inv = f_set(1.0f / scale), limit = f_set(32512.0f), minus = f_set(-32512.0f);
+    const I bias = i_set(128), mask = i_set(255);
+    I sum = i_set(0);
+    lanes(n, [&](int i, int m) {
+        const I q = to_i(f_min(f_max(f_mul(get(x + i, m), inv), minus), limit));
+        sum = i_add(sum, q);
+        store_low_bytes(high + i, i_add(i_sra8(q), bias), m);
+        store_low_bytes(low + i, i_and(q, mask), m);
+    });
+    pad_row(high, n, 128);
+    pad_row(low, n, 0);
+    return {scale, 0, i_hsum(sum)};
+}
+
+inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, float* y) {
+    lanes(n, [&](int i, int m) {
+        set(y + i, f_mul(to_f(i_add(get(acc + i, m), get(bias + i, m))), get(deq_scale + i, m)), m);
+    });
+}
+
+inline void finish_token(const int32_t* acc, int n, const int32_t* weight_sum, const float* weight_scale,
+                         const float* bias, RowParams row, float* y) {
+    const I offset = i_set(row.offset + 128);
+    const F scale = f_set(row.scale);
+    lanes(n, [&](int i, int m) {
+        const I sums = i_sub(get(acc + i, m), i_mul(offset, get(weight_sum + i, m)));
+        F v = f_mul(f_mul(to_f(sums), scale), get(weight_scale + i, m));
+        if (bias != nullptr) v = f_add(v, get(bias + i, m));
+        set(y + i, v, m);
+    });
+}
+
+inline void finish_16(const int32_t* high, const int32_t* low, int n, const int32_t* weight_sum,
+                      const float* weight_scale, const float* weight_offset, const float* bias, RowParams row,
+                      float* y) {
+    const I offset = i_set(128);
+    const F scale = f_set(row.scale), shift = f_set(256.0f), sum = f_set(static_cast<float>(-row.sum));
+    lanes(n, [&](int i, int m) {
+        const F top = to_f(i_sub(get(high + i, m), i_mul(offset, get(weight_sum + i, m))));
+        F v = f_fma(top, shift, to_f(get(low + i, m)));
+        if (weight_offset != nullptr) v = f_fma(sum, get(weight_offset + i, m), v);
+        v = f_mul(f_mul(v, scale), get(weight_scale + i, m));
+        if (bias != nullptr) v = f_add(v, get(bias + i, m));
+        set(y + i, v, m);
+    });
+}
+
+inline void add(float* x, const float* y, int n) {
+    lanes(n, [&](int i, int m) { set(x + i, f_add(get(x + i, m), get(y + i, m)), m); });
+}
+
+inline void silu_mul(const float* gate, const float* up, int n, float* y) {
+    const F one = f_set(1.0f), zero = f_set(0.0f);
+    lanes(n, [&](int i, int m) {
+        const F g = get(gate + i, m);
+        const F silu = f_div(g, f_add(one, exp_lanes(f_sub(zero, g))));
+        set(y + i, f_mul(silu, get(up + i, m)), m);
+    });
+}
+
+inline void rope(float* x, int n, const float* cos, const float* sin) {
+    const int half = n / 2;
+    lanes(half, [&](int i, int m) {
+        const F a = get(x + i, m), b = get(x + half + i, m), c = get(cos + i, m), s = get(sin + i, m);
+        set(x + i, f_sub(f_mul(a, c), f_mul(b, s)), m);
+        set(x + half + i, f_add(f_mul(b, c), f_mul(a, s)), m);
+    });
+}
+
+inline void quantize_heads(const float* x, int n, const float* inv_scale, const float* offset, int step, int8_t* out) {
+    lanes(n, [&](int i, int m) {
+        const F inv = step ? get(inv_scale + i, m) : f_set(*inv_scale);
+        const F off = offset == nullptr ? f_set(0.0f) : step ? get(offset + i, m) : f_set(*offset);
+        store_low_bytes(out + i, to_int8(f_mul(get(x + i, m), inv), off), m);
+    });
+}
+
+inline int argmax(const float* x, int n) {
+    F best = f_set(x[0]);
+    lanes(n, [&](int i, int m) {
+        if (m == W) best = f_max(best, f_load(x + i));
+        else for (int j = i; j < i + m; j++) best = f_max(best, f_set(x[j]));
+    });
+    const float top = f_hmax(best);
+    return static_cast<int>(std::find(x, x + n, top) - x);
+}
+
+}  // namespace eightfold::EF_ISA

@@ -1,0 +1,1 @@
+"""The compiled core behind typed functions; no torch."""

@@ -1,0 +1,75 @@
+"""The compiled extension, found or missed with a clear message, and what the user chose for it.
+
+EIGHTFOLD_ISA forces an instruction set, EIGHTFOLD_THREADS the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+from eightfold.errors import ConfigError, UnsupportedError
+
+ISA_VARIABLE, THREADS_VARIABLE = "EIGHTFOLD_ISA", "EIGHTFOLD_THREADS"
+
+
+def is_built() -> bool:
+    """Whether the extension is there."""
+    try:
+        extension()
+    except UnsupportedError:
+        return False
+    return True
+
+
+def extension() -> Any:
+    """Return the extension module.
+
+    Raises:
+        UnsupportedError: it was not built, or cannot be loaded.
+    """
+    try:
+        return importlib.import_module("eightfold.native._core")
+    except ImportError as error:
+        raise UnsupportedError(
+            "native backend",
+            got=f"no compiled extension ({error})",
+            expected="one built when eightfold was installed",
+            action="Install a C++ compiler and reinstall eightfold, or use --backend reference.",
+        ) from None
+
+
+def choose_isa() -> str:
+    """Return the instruction set to use: what EIGHTFOLD_ISA says, else the best of this CPU.
+
+    Raises:
+        ConfigError: unknown, or this CPU lacks it.
+    """
+    available: list[str] = extension().available_isas()
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    if wanted and wanted not in available:
+        raise ConfigError(
+            ISA_VARIABLE,
+            got=wanted,
+            expected=f"{' or '.join(available)}, which this CPU has",
+            action="Unset it to take the best.",
+        )
+    return wanted or available[-1]
+
+
+def choose_threads(threads: int | None = None) -> int:
+    """Return how many threads compute: as asked, as EIGHTFOLD_THREADS says, or one for each usable CPU.
+
+    Raises:
+        ConfigError: not a number from 1 on.
+    """
+    if threads is not None:
+        return threads
+    text = os.environ.get(THREADS_VARIABLE, "")
+    if not text:
+        usable: int = extension().usable_cpus()
+        return usable
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ConfigError(THREADS_VARIABLE, got=text, expected="a number from 1 on")
+    return int(text)

@@ -1,0 +1,246 @@
+"""Checkpoint -> native model. Weights stay where they are, in the mapped files; only small tensors are copied.
+
+Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from eightfold.config import DType
+from eightfold.errors import CheckpointError, UnsupportedError
+from eightfold.families import (
+    ATTENTION,
+    EMBEDDING,
+    FINAL_NORM,
+    KEY,
+    LM_HEAD,
+    VALUE,
+    LinearShape,
+    all_linears,
+    input_groups,
+    layer_norms,
+    layer_prefix,
+    sliding_window,
+)
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.native import core
+from eightfold.native.model import NativeModel
+from eightfold.native.rotary import inverse_frequencies
+from eightfold.scheme import (
+    BIAS,
+    DEQ_SCALE,
+    FA_K,
+    FA_Q,
+    FA_V,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    KV_OFFSET,
+    KV_SCALE,
+    NEEDS_CALIBRATION,
+    QUANT_BIAS,
+    SCALE,
+    WEIGHT,
+    WEIGHT_OFFSET,
+    WEIGHT_SCALE,
+    QuantType,
+    bias_name,
+    legacy_norm,
+    weight_name,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+KINDS = {
+    QuantType.FLOAT: "float",
+    QuantType.W8A8: "w8a8",
+    QuantType.W8A8_DYNAMIC: "dynamic",
+    QuantType.W8A8_MIX: "mix",
+    QuantType.W8A16: "w8a16",
+}
+
+# Sums of K products of an unsigned and a signed byte fit 32 bits up to here: 255 * 128 * K < 2**31.
+MAX_INPUTS = 65_793
+
+_NOTHING: NDArray[Any] = np.zeros(0, np.float32)
+_NO_INTEGERS: NDArray[Any] = np.zeros(0, np.int32)
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    threads: int | None = None,
+    dynamic: Literal["asymmetric", "symmetric"] = "asymmetric",
+) -> NativeModel:
+    """Build the native model of a checkpoint.
+
+    Args:
+        checkpoint: any scheme.
+        threads: how many compute; None takes one for each CPU this process may use.
+        dynamic: how W8A8_DYNAMIC quantizes a token.
+
+    Raises:
+        UnsupportedError: no compiled extension, or a shape outside its limits.
+        CheckpointError: a scale that is not a finite number.
+    """
+    config = checkpoint.config
+    _require_shapes(checkpoint)
+    isa = core.choose_isa()
+    model = core.extension().Model(
+        isa=isa,
+        threads=core.choose_threads(threads),
+        num_layers=config.num_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        symmetric_tokens=dynamic == "symmetric",
+        inv_freq=inverse_frequencies(config.rope, config.head_dim),
+    )
+    loader = _Loader(checkpoint, model)
+    for layer_idx in range(config.num_layers):
+        loader.add_layer(layer_idx)
+    loader.add_ends()
+    model.finish()
+    return NativeModel(model, config, isa)
+
+
+def _require_shapes(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    widest = max(linear.k for linear in all_linears(config).values())
+    for what, got, most in (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512)):
+        if got > most:
+            raise UnsupportedError(
+                what,
+                where=checkpoint.directory,
+                got=got,
+                expected=f"at most {most}",
+                action="Use --backend reference.",
+            )
+
+
+class _Loader:
+    """Hands a checkpoint's tensors to the extension."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
+        self.checkpoint, self.config, self.model = checkpoint, checkpoint.config, model
+
+    def add_layer(self, layer_idx: int) -> None:
+        prefix = layer_prefix(layer_idx)
+        for group in input_groups(self.config):
+            for linear in group.linears:
+                self._add_linear(layer_idx, group.title, prefix + linear.name, linear)
+        norms = {name: self._norm(prefix + name) for name in layer_norms(self.config)}
+        (input_gain, input_bias), (post_gain, post_bias) = norms["input_layernorm"], norms["post_attention_layernorm"]
+        self.model.set_norms(
+            layer_idx, input_gain=input_gain, input_bias=input_bias, post_gain=post_gain, post_bias=post_bias
+        )
+        none = (_NOTHING, _NOTHING)
+        query_norm, key_norm = norms.get("self_attn.q_norm", none)[0], norms.get("self_attn.k_norm", none)[0]
+        self.model.set_attention(
+            layer_idx, window=sliding_window(self.config, layer_idx) or 0, query_norm=query_norm, key_norm=key_norm,
+            **self._attention(layer_idx)
+        )  # fmt: skip
+
+    def add_ends(self) -> None:
+        self.model.set_embedding(self.checkpoint.array(weight_name(EMBEDDING)))
+        self.model.set_final_norm(*self._norm(FINAL_NORM))
+        if self.config.tie_word_embeddings:
+            self._add_float(-1, "head", self.checkpoint.head_weight(), _NOTHING)
+        else:
+            self._add_linear(-1, "head", LM_HEAD, all_linears(self.config)[LM_HEAD])
+
+    def _add_linear(self, layer_idx: int, group: str, module: str, linear: LinearShape) -> None:
+        kind = self.checkpoint.quant_type(module)
+        bias = self._values(f"{module}.{BIAS}") if linear.has_bias else _NOTHING
+        if kind is QuantType.FLOAT:
+            self._add_float(layer_idx, group, weight_name(module), bias)
+            return
+        is_static = kind in NEEDS_CALIBRATION
+        weight_scale = f"{module}.{WEIGHT_SCALE}"
+        offset = self._values(f"{module}.{WEIGHT_OFFSET}") if kind is QuantType.W8A16 else _NOTHING
+        self.model.add_linear(
+            layer_idx,
+            group,
+            KINDS[kind],
+            self.checkpoint.array(f"{module}.{WEIGHT}"),
+            scale=self._values(weight_scale) if weight_scale in self.checkpoint.tensors else _ones(linear),
+            offset=offset if offset.any() else _NOTHING,
+            bias=bias,
+            deq_scale=self._deq_scale(module) if is_static else _NOTHING,
+            quant_bias=self._integers(f"{module}.{QUANT_BIAS}") if is_static else _NO_INTEGERS,
+            inv_input_scale=float(np.float32(1) / self._values(f"{module}.{INPUT_SCALE}")[0]) if is_static else 0.0,
+            input_offset=float(self._values(f"{module}.{INPUT_OFFSET}")[0]) if is_static else 0.0,
+        )
+
+    def _add_float(self, layer_idx: int, group: str, weight: str, bias: NDArray[Any]) -> None:
+        self.model.add_linear(
+            layer_idx, group, "float", self.checkpoint.array(weight), scale=_NOTHING, offset=_NOTHING, bias=bias,
+            deq_scale=_NOTHING, quant_bias=_NO_INTEGERS, inv_input_scale=0.0, input_offset=0.0,
+        )  # fmt: skip
+
+    def _norm(self, module: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        gain = self._values(weight_name(module))
+        stored = [b for b in (bias_name(module), bias_name(legacy_norm(module))) if b in self.checkpoint.tensors]
+        bias = self._values(stored[0]) if stored else _NOTHING
+        return gain, bias if bias.any() else _NOTHING
+
+    def _attention(self, layer_idx: int) -> dict[str, Any]:
+        """Return the kind of cache and its scales: (scale, reciprocal, offset) of keys and of values, (G * D,) each."""
+        kind, prefix = self.checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
+        if kind is QuantType.FLOAT:
+            return {"kind": "bf16", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": [], "value": []}
+        if kind is QuantType.C8:
+            key, value = (self._channels(f"{prefix}{part}", KV_SCALE, KV_OFFSET) for part in (KEY, VALUE))
+            return {"kind": "int8x2", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": key, "value": value}
+        module, heads, dim = prefix + ATTENTION, self.config.num_heads, self.config.head_dim
+        key, value = (self._channels(f"{module}.{part}", SCALE, "") for part in (FA_K, FA_V))
+        query_scale = self._values(f"{module}.{FA_Q}.{SCALE}").reshape(heads, -1)[:, 0]
+        key_scale = np.repeat(key[0].reshape(-1, dim)[:, 0], heads // self.config.num_kv_heads)
+        score_scale = query_scale * key_scale / np.float32(np.sqrt(dim))
+        query_inv = np.float32(1) / query_scale
+        return {"kind": "int8", "query_inv": query_inv, "score_scale": score_scale, "key": key, "value": value}
+
+    def _channels(self, module: str, scale: str, offset: str) -> list[NDArray[Any]]:
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        stored = self._values(f"{module}.{scale}").reshape(shape[0], -1)
+        scale_C = np.ascontiguousarray(np.broadcast_to(stored, shape)).reshape(-1)
+        name = f"{module}.{offset}"
+        offset_C = self._values(name) if name in self.checkpoint.tensors else np.zeros_like(scale_C)
+        return [scale_C, np.float32(1) / scale_C, offset_C]
+
+    def _deq_scale(self, module: str) -> NDArray[Any]:
+        stored = self.checkpoint.array(f"{module}.{DEQ_SCALE}").reshape(-1)
+        if stored.dtype == np.int64:  # float32 bits in the low half
+            return stored.astype(np.int32).view(np.float32)
+        return self._values(f"{module}.{DEQ_SCALE}")
+
+    def _integers(self, name: str) -> NDArray[Any]:
+        return np.ascontiguousarray(self.checkpoint.array(name).reshape(-1), dtype=np.int32)
+
+    def _values(self, name: str) -> NDArray[Any]:
+        """Return a small tensor as a flat float32 copy."""
+        array = self.checkpoint.array(name).reshape(-1)
+        if self.checkpoint.tensors[name].dtype == DType.BF16.value:
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        values = np.array(array, dtype=np.float32)
+        if not np.isfinite(values).all():
+            at = int((~np.isfinite(values)).argmax())
+            raise CheckpointError(
+                f"{name}[{at}]",
+                where=self.checkpoint.tensors[name].file,
+                got=float(values[at]),
+                expected="a finite number",
+                action="The weights are damaged; fetch the model again.",
+            )
+        return values
+
+
+def _ones(linear: LinearShape) -> NDArray[Any]:
+    return np.ones(linear.n, np.float32)

@@ -1,0 +1,122 @@
+"""The native model: one call for each step, over a paged cache of keys and values.
+
+Letters: T tokens of a step, S sequences, R tokens whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eightfold.config import ModelConfig
+from eightfold.errors import CapacityError
+from eightfold.memory import available_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PAGE = 128  # positions of a page of the cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens of one sequence.
+
+    Attributes:
+        token_ids: at least one.
+        first_position: how many tokens of the sequence are in the cache already.
+        pages: of the sequence, in order; as many as its positions need, these tokens included.
+        prompt_len: how many of the sequence's tokens, from its first on, are the prompt's.
+        wants: whether logits are wanted of its last token.
+        wants_all: of all its tokens.
+    """
+
+    token_ids: Sequence[int]
+    first_position: int
+    pages: Sequence[int]
+    prompt_len: int
+    wants: bool = True
+    wants_all: bool = False
+
+
+class NativeModel:
+    """A model in the compiled core."""
+
+    def __init__(self, core_model: Any, config: ModelConfig, isa: str) -> None:
+        self._model, self.config, self.isa = core_model, config, isa
+        self.pages = 0
+        self._logits: NDArray[Any] = np.empty((0, config.vocab_size), np.float32)
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute."""
+        return int(self._model.threads)
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page of the cache, all layers together."""
+        return int(self._model.page_bytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads, whatever its batch."""
+        return int(self._model.weight_bytes)
+
+    def allocate_cache(self, positions: int) -> None:
+        """Make a cache for so many positions; what the old one held is lost.
+
+        Raises:
+            CapacityError: there is not enough memory for it.
+        """
+        pages = -(-positions // PAGE)
+        needed, free = pages * self.page_bytes, available_bytes()
+        if free is not None and needed > free:
+            raise CapacityError(
+                "key/value cache",
+                got=f"{needed / 2**20:.0f} MiB for {positions} positions",
+                expected=f"at most {free / 2**20:.0f} MiB, which are free",
+                action="Lower --max-new-tokens or shorten the prompt.",
+            )
+        self._model.allocate_cache(pages)
+        self.pages = pages
+
+    def forward(self, chunks: Sequence[Chunk]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Run one step.
+
+        Returns:
+            Logits (R, V) float32 of the tokens that are wanted, in order, and the likeliest token of each, (R,) int32.
+            The logits are overwritten by the next step.
+        """
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        starts = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        tables = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int32)
+        positions = np.empty(starts[-1], np.int32)
+        generated = np.zeros(starts[-1], np.uint8)
+        wanted: list[int] = []
+        for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1], starts[1:], strict=True)):
+            tables[i, : len(chunk.pages)] = chunk.pages
+            positions[begin:end] = np.arange(chunk.first_position, chunk.first_position + end - begin)
+            generated[begin:end] = positions[begin:end] >= chunk.prompt_len
+            wanted += range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
+        logits = self._rows(len(wanted))
+        best = np.empty(len(wanted), np.int32)
+        self._model.forward(
+            token_ids=np.fromiter((t for chunk in chunks for t in chunk.token_ids), np.int32, starts[-1]),
+            positions=positions,
+            generated=generated,
+            starts=starts,
+            tables=tables,
+            logit_tokens=np.array(wanted, np.int32),
+            logits=logits,
+            best=best,
+        )
+        return logits, best
+
+    def _rows(self, count: int) -> NDArray[Any]:
+        if len(self._logits) < count:
+            self._logits = np.empty((count, self.config.vocab_size), np.float32)
+        return self._logits[:count]

@@ -1,0 +1,202 @@
+"""Damaged and foreign config.json and descriptions: one line that says what is wrong, and nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tiny_config, write_model
+from tests.hostile import EMBEDDING, NORM, Q_PROJ
+from tests.refusal import both_refused, quantize_refused
+
+# --- config.json
+
+
+def test_a_missing_config_json_is_named(cli, float_model):
+    (float_model / "config.json").unlink()
+    assert both_refused(cli, float_model) == (f"config.json in {float_model}: got no such file, expected a JSON file")
+
+
+def test_a_config_json_that_is_a_directory_is_refused(cli, float_model):
+    (float_model / "config.json").unlink()
+    (float_model / "config.json").mkdir()
+    assert both_refused(cli, float_model) == f"Is a directory in {float_model}/config.json."
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\xff", b'{"a":' * 50_000])
+def test_a_config_json_that_is_no_json_is_refused(cli, float_model, content):
+    (float_model / "config.json").write_bytes(content)
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"JSON in {float_model}/config.json: got ")
+    assert message.endswith(", expected a JSON object. Fetch the file again.")
+
+
+def test_a_config_json_that_is_no_object_is_refused(cli, float_model):
+    (float_model / "config.json").write_text("[1, 2]")
+    assert both_refused(cli, float_model) == f"JSON in {float_model}/config.json: got a list, expected an object"
+
+
+def test_a_key_twice_in_config_json_is_refused(cli, float_model):
+    text = (float_model / "config.json").read_text()
+    (float_model / "config.json").write_text(text[:-1] + ', "num_hidden_layers": 1}')
+    assert both_refused(cli, float_model) == (
+        f'key "num_hidden_layers" in {float_model}/config.json: got two values, expected one. Remove one.'
+    )
+
+
+def test_a_boolean_layer_count_does_not_drop_layers(cli, float_model, configure):
+    configure(num_hidden_layers=True)
+    assert both_refused(cli, float_model) == (
+        f'"num_hidden_layers" in {float_model}/config.json: got True, expected a valid integer'
+    )
+
+
+def test_a_billion_layers_are_refused_at_once(cli, float_model, configure):
+    configure(num_hidden_layers=10**9)
+    assert both_refused(cli, float_model) == (
+        f'"num_hidden_layers" in {float_model}/config.json: got 1000000000, expected less than or equal to 10000'
+    )
+
+
+def test_fewer_layers_in_the_config_than_in_the_weights_are_refused(cli, float_model, configure):
+    configure(num_hidden_layers=1)
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"layers beyond config.json's 1 in {float_model}: got model.layers.1.")
+    assert message.endswith("as many as config.json says. config.json and the weights belong to different models.")
+
+
+def test_an_odd_head_dim_is_refused(cli, tmp_path):
+    source = write_model(tmp_path / "float", tiny_config(head_dim=16), tokenizer=False)
+    (source / "config.json").write_text(json.dumps(tiny_config(head_dim=15)))
+    assert both_refused(cli, source) == (
+        f'"head_dim" in {source}/config.json: got 15, expected an even number, as rotary embedding pairs columns'
+    )
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlamaModel", "llamaforcausallm", "x\ny"])
+def test_an_unknown_architecture_is_refused_with_the_known_ones(cli, float_model, configure, name):
+    configure(architectures=[name])
+    assert both_refused(cli, float_model) == (
+        f"architecture in config.json: got {' '.join(name.split())}, "
+        "expected LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"load_in_8bit": True}, "unknown"),
+        ("fp8", "fp8"),
+    ],
+)
+def test_a_model_that_another_tool_quantized_is_refused(cli, float_model, configure, value, got):
+    configure(quantization_config=value)
+    assert both_refused(cli, float_model) == (
+        f'"quantization_config" in {float_model}/config.json: got {got}, expected a float model. '
+        "Start from the model's unquantized weights."
+    )
+
+
+@pytest.mark.parametrize("value", [None, {}])
+def test_an_empty_quantization_config_is_a_float_model(cli, float_model, configure, value):
+    configure(quantization_config=value)
+    assert cli("inspect", float_model).code == 0
+
+
+def test_half_a_surrogate_pair_in_config_json_does_no_harm(cli, tmp_path, float_model, configure):
+    configure(_name_or_path="\ud800")
+    assert cli("quantize", float_model, tmp_path / "out", "--scheme", "w8a16").code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_bytes())["_name_or_path"] == "\ud800"
+
+
+# --- descriptions
+
+
+@pytest.fixture
+def quantized(cli, tmp_path) -> Path:
+    source = write_model(tmp_path / "original", tokenizer=False)
+    assert cli("quantize", source, tmp_path / "float", "--scheme", "w8a16").code == 0
+    return tmp_path / "float"
+
+
+def describe(directory: Path, **changes: Any) -> Path:
+    """Change quant_model_description.json; a key given as ... is left out."""
+    path = directory / "quant_model_description.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    return path
+
+
+def test_a_quantized_model_is_not_quantized_again(cli, quantized):
+    assert cli("inspect", quantized).code == 0
+    assert quantize_refused(cli, quantized) == (
+        f"model in {quantized}: got a quantized one, expected float weights. Start from its float original."
+    )
+
+
+def test_a_description_that_names_absent_tensors_is_refused(cli, quantized):
+    describe(quantized, **{"model.layers.9.mlp.up_proj.weight": "W8A16", "a.b": "FLOAT"})
+    assert both_refused(cli, quantized) == (
+        f"tensors that the description names in {quantized}: got 2 missing (a.b, model.layers.9.mlp.up_proj.weight), "
+        "expected every one in a safetensors file. Fetch the directory again."
+    )
+
+
+@pytest.mark.parametrize("name", [Q_PROJ, "model.layers.1.mlp.up_proj.weight_scale", NORM, EMBEDDING])
+@pytest.mark.parametrize("value", [..., None, 8])
+def test_a_description_without_an_entry_for_a_tensor_is_refused(cli, quantized, name, value):
+    path = describe(quantized, **{name: value})
+    assert both_refused(cli, quantized) == f"entries in {path}: got none for {name}, expected one for each tensor"
+
+
+def test_a_scheme_that_is_not_known_is_refused_with_the_known_ones(cli, quantized):
+    path = describe(quantized, **{Q_PROJ: "W4A16"})
+    assert both_refused(cli, quantized) == (
+        f"type of {Q_PROJ} in {path}: got W4A16, expected FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX or W8A16"
+    )
+
+
+@pytest.mark.parametrize(("value", "got"), [(..., "nothing"), (None, "nothing"), (7, "7"), (["W8A8"], "['W8A8']")])
+def test_a_description_without_its_type_is_refused(cli, quantized, value, got):
+    path = describe(quantized, model_quant_type=value)
+    assert both_refused(cli, quantized) == (
+        f'"model_quant_type" in {path}: got {got}, expected a type such as FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX or W8A16'
+    )
+
+
+def test_a_description_that_is_no_json_is_refused(cli, quantized):
+    path = quantized / "quant_model_description.json"
+    path.write_text("{")
+    message = both_refused(cli, quantized)
+    assert message.startswith(f"JSON in {path}: got ")
+    assert message.endswith(", expected a JSON object. Fetch the file again.")
+
+
+def test_a_description_that_calls_int8_weights_float_is_refused(cli, quantized):
+    describe(quantized, **{Q_PROJ: "FLOAT"})
+    assert both_refused(cli, quantized) == (
+        f"dtype of {Q_PROJ} in {quantized}/quant_model_weight_w8a16.safetensors: got I8, "
+        "expected F32, F16 or BF16. Write the directory again."
+    )
+
+
+def test_a_description_that_calls_one_scheme_another_is_refused(cli, quantized):
+    describe(quantized, **{Q_PROJ: "W8A8"})
+    message = both_refused(cli, quantized)
+    prefix = Q_PROJ.removesuffix("weight")
+    assert message.startswith(
+        f"4 tensors are missing in {quantized}: got no {prefix}input_scale, {prefix}input_offset, "
+        f"{prefix}quant_bias, {prefix}deq_scale, expected all "
+    )
+
+
+def test_a_description_beside_float_weights_is_refused(cli, float_model):
+    (float_model / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"entries in {float_model}/quant_model_description.json: got none for lm_head.weight, ")
+    assert message.endswith(" and 13 more, expected one for each tensor")
