@@ -11,8 +11,8 @@ import torch
 
 from eightfold.errors import ConfigError, InputError
 from eightfold.evaluate import perplexity
-from eightfold.evaluate.perplexity import cut_chunks, evaluate
-from eightfold.evaluate.text import default_text, read_text
+from eightfold.evaluate.perplexity import evaluate
+from eightfold.evaluate.text import cut_chunks, default_text, read_text
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from eightfold.quant.attention import (
+    HEADROOM,
     FAQuantObserver,
     HeadRange,
     KVObserver,
     StretchObserver,
+    TurnedRange,
     recall_window,
     stretch_score,
+    turned_extremes,
 )
 from eightfold.quant.methods import KVObserve
+from eightfold.reference.attention import apply_rope, rope_tables
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -78,12 +84,17 @@ def test_faquant_cuts_queries_and_keys_but_not_values():
     assert observer.query.scale().item() == observer.key.scale().item() <= 2 / 127 + 1e-8
 
 
+def kv_observer(observe):
+    """One head of one pair, which RoPE does not turn."""
+    return KVObserver(observe, torch.zeros(1), 8)
+
+
 def observed(observe, is_symmetric=True, divisor=None):
-    observer = KVObserver(observe)
+    observer = kv_observer(observe)
     k, v, rotated = torch.tensor([[1.0, -4], [2, 3]]), torch.tensor([[-1.0, 8], [3, 2]]), torch.tensor([[6.0, -1]] * 2)
     observer.projections(k, v)
     for row in rotated:
-        observer(torch.zeros(1, 2, 1), row.reshape(1, 2, 1), torch.zeros(1, 2, 1))
+        observer(torch.zeros(1, 1, 2), row.reshape(1, 1, 2), torch.zeros(1, 1, 2))
     return observer.params(is_symmetric, divisor)
 
 
@@ -97,12 +108,90 @@ def test_keys_are_watched_before_rope():
 
 def test_keys_are_watched_after_rope():
     params = observed(KVObserve.POST_ROPE)
-    assert torch.equal(params.key_scale, torch.tensor([6.0, 1.0]) / 127)
+    assert torch.equal(params.key_scale, torch.tensor([6.0, 1.0]) * 1.25 / 127)
+    assert not params.key_offset.any()
     assert (params.clipped_keys, params.keys) == (0, 0)
 
 
+def turned_range(w, context_len, *keys):
+    found = TurnedRange(torch.tensor([w]), context_len)
+    for k_SD in keys:
+        found.see(torch.tensor(k_SD)[:, None])
+    return found.lo.tolist(), found.hi.tolist()
+
+
+def test_a_pair_that_turns_fully_reaches_its_radius_in_both_channels():
+    # 6 steps of 1.1 are more than a whole turn; headroom alone would give 3.75 and 3.75.
+    assert turned_range(1.1, 7, [[3.0, 3.0], [3.0, -4.0]]) == ([-5, -5], [5, 5])
+
+
+def test_a_pair_that_does_not_turn_has_headroom_only():
+    assert turned_range(0.0, 1000, [[2.0, -4.0]], [[-1.0, 3.0]]) == ([-1.25, -5], [2.5, 3.75])
+
+
+def test_a_slow_pair_turns_as_far_as_the_context():
+    lo, hi = turned_range(0.01, 171, [[2.0, 0.0]])
+    # To 1.7 past a quarter turn: the second channel reaches the radius, the first goes below zero.
+    # 0.01 * 170 and a cosine: a few roundings of float32.
+    assert lo == pytest.approx([2 * math.cos(1.7), 0], abs=1e-6)
+    assert hi == [2.5, 2]
+
+
+def test_a_key_is_turned_back_from_where_it_stood():
+    lo, hi = turned_range(0.5, 4, [[0.0, 0.0]] * 3 + [[2.0, 0.0]])
+    # From -1.5 to 0: roundings as above.
+    assert lo == pytest.approx([0, -2 * math.sin(1.5)], abs=1e-6)
+    assert hi == pytest.approx([2.5, 0], abs=1e-6)
+
+
+def test_a_sample_may_be_longer_than_the_context():
+    # At position 2: turned back by up to 2, from 0.93 through 0, and not ahead.
+    lo, hi = turned_range(1.0, 1, [[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]])
+    assert lo[1] == pytest.approx(5 * math.sin(math.atan2(4, 3) - 2), abs=1e-6)
+    assert hi == [5, 5]
+
+
+@pytest.mark.parametrize("span", [0.0, 0.3, 1.7, 3.5, 6.2, 6.4, 50.0])
+def test_turned_extremes_are_those_of_all_angles_between(span):
+    steps = 2000
+    k_SGD = normal(40, 3, 4).double()
+    back = -torch.rand(40, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 7
+    ahead = (back + span).clamp(min=0)
+    lo, hi = turned_extremes(k_SGD, back, ahead)
+    x, y = k_SGD.chunk(2, dim=-1)
+    angles = back + (ahead - back) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)[:, None, None]
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+    turned = torch.cat((x * cos - y * sin, x * sin + y * cos), dim=-1)
+    # A peak between two angles `step` apart is missed by at most r (1 - cos(step / 2)) < r step^2 / 8.
+    step = float((ahead - back).max()) / steps
+    missed = torch.hypot(x, y).repeat(1, 1, 2) * step**2 / 8 + 1e-12
+    for found, sampled in ((hi, turned.amax(0)), (-lo, -turned.amin(0))):
+        assert (found >= sampled - 1e-12).all()
+        assert (found <= sampled + missed).all()
+
+
+def test_the_range_holds_the_calibration_keys_at_every_position():
+    context_len, heads = 300, 2
+    inv_freq = torch.tensor([1.0, 0.1, 0.01, 0.001])
+    k_SGD = normal(20, heads, 8) + 3 * normal(heads, 8, seed=1)
+    cos, sin = rope_tables(torch.arange(context_len), inv_freq)
+    found = TurnedRange(inv_freq, context_len)
+    found.see(apply_rope(k_SGD, cos[:20], sin[:20]))
+    moved = [apply_rope(k_SGD, cos[p].expand(20, 8), sin[p].expand(20, 8)) for p in range(context_len)]
+    everywhere = torch.stack(moved).flatten(0, 1).flatten(1)
+    # Angles up to 300 are exact to 2**-16 in float32, keys up to 12.
+    slack = 12 * 2.0**-14
+    assert (found.hi >= everywhere.amax(0) - slack).all()
+    assert (found.lo <= everywhere.amin(0) + slack).all()
+    # Nor is it wider than the radius, or headroom, needs.
+    radius = torch.hypot(*k_SGD.chunk(2, dim=-1)).amax(0).repeat(1, 2).flatten()
+    widest = torch.maximum(found.hi, -found.lo)
+    seen = everywhere[: 20 * 20].abs().amax(0)  # at positions 0 to 19, where the sample stood and more
+    assert (widest <= torch.maximum(radius, HEADROOM * seen) + slack).all()
+
+
 def test_rotated_keys_are_kept_as_they_were():
-    observer, key = KVObserver(KVObserve.PRE_ROPE), torch.full((1, 1, 1), 9.0)
+    observer, key = kv_observer(KVObserve.PRE_ROPE), torch.full((1, 1, 1), 9.0)
     observer.projections(torch.ones(1, 1), torch.ones(1, 1))
     observer(key, key, key)
     key.zero_()
@@ -110,7 +199,7 @@ def test_rotated_keys_are_kept_as_they_were():
 
 
 def test_clipping_begins_past_128_below_and_127_above():
-    observer = KVObserver(KVObserve.PRE_ROPE)
+    observer = kv_observer(KVObserve.PRE_ROPE)
     observer.projections(torch.full((1, 1), 127.0), torch.ones(1, 1))  # scale 1
     keys = torch.tensor([-129.0, -128.5, -128.4, 127.4, 127.6, 128.0]).reshape(6, 1, 1)
     observer(keys, keys, keys)

@@ -5,11 +5,44 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal
 
+from eightfold.cli import console
+from eightfold.errors import UnsupportedError
+
 
 class Backend(str, Enum):
     """What computes."""
 
+    auto = "auto"
+    native = "native"
     reference = "reference"
+
+    def resolve(self, needs_reference: str = "") -> Backend:
+        """Return which of the two is meant; what was not asked for by name is said in a note.
+
+        Args:
+            needs_reference: what the native backend cannot do of what was asked; empty if it can do all.
+
+        Raises:
+            UnsupportedError: native was asked for and cannot be had.
+        """
+        if self is Backend.reference:
+            return self
+        from eightfold.native import core
+
+        if self is Backend.native:
+            core.extension()
+            if needs_reference:
+                raise UnsupportedError(
+                    "--backend native",
+                    got=needs_reference,
+                    expected="something else",
+                    action="Use --backend reference.",
+                )
+            return self
+        reason = needs_reference or ("" if core.is_built() else "it was installed without a C++ compiler")
+        if reason:
+            console.note(f"the native backend is not used: {reason}. The reference backend is slow.")
+        return Backend.reference if reason else Backend.native
 
 
 class AttentionMode(str, Enum):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eightfold.cli import console
 from eightfold.cli.choices import AttentionMode, Backend, Dynamic, TokensAs
+
+if TYPE_CHECKING:
+    from eightfold.format.checkpoint import Checkpoint
 
 
 def evaluate(
@@ -40,32 +44,41 @@ def evaluate(
             help="Compute the text as a prompt, or as if it had been generated: w8a8-mix and mode mindie differ there."
         ),
     ] = TokensAs.prompt,
-    backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
+    backend: Annotated[
+        Backend,
+        typer.Option(
+            help="What computes: native (fast; perplexity only), reference, or native where that does what is asked."
+        ),
+    ] = Backend.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
     """Measure perplexity, and with --against the KL divergence from another model.
 
     Example: eightfold eval Llama-3.2-1B-w8a8 --text wiki.test.txt --against Llama-3.2-1B
     """
-    from eightfold.evaluate.text import default_text, read_text
+    from eightfold.evaluate.text import cut_chunks, default_text, read_text
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.tokenizer import Tokenizer
 
     started = time.monotonic()
     checkpoints = [Checkpoint.open(path) for path in (model, against) if path is not None]
     content = default_text() if text is None else read_text(text)
-    console.require_torch("eval")
-    from eightfold.evaluate import perplexity
-    from eightfold.reference.load import Decoder
-
     token_ids = Tokenizer(model).encode(content, special_tokens=False)
-    pieces = perplexity.cut_chunks(token_ids, chunks, chunk_len)
+    pieces = cut_chunks(token_ids, chunks, chunk_len)
     if len(pieces) < chunks and text is not None:
         console.note(f"the text has {len(token_ids)} tokens: {len(pieces)} chunks of {chunk_len}, not {chunks}.")
     if chunk_len > checkpoints[0].config.max_position_embeddings:
         console.note(
             f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens."
         )
+    backend = backend.resolve(_needs_reference(checkpoints, attention_mode))
+    if backend is Backend.native:
+        _evaluate_native(checkpoints[0], pieces, dynamic, tokens_as, as_json, started)
+        return
+    console.require_torch("eval --backend reference")
+    from eightfold.evaluate import perplexity
+    from eightfold.reference.load import Decoder
+
     mode = (attention_mode or AttentionMode.cache).mode
     decoders = [Decoder(checkpoint, dynamic.mode, mode) for checkpoint in checkpoints]
     both = attention_mode is None and tokens_as is TokensAs.prompt and checkpoints[0].has_int8_attention
@@ -94,3 +107,35 @@ def evaluate(
         print(f"against        {result.ppl_against:.4f}   ({against})")
         print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")
         print(f"same top token {result.top1_agreement:.2%}")
+
+
+def _needs_reference(checkpoints: list[Checkpoint], attention_mode: AttentionMode | None) -> str:
+    """Return what of all that was asked for the native backend cannot do."""
+    if len(checkpoints) > 1:
+        return "--against compares in torch"
+    if checkpoints[0].has_int8_attention and attention_mode is not AttentionMode.cache:
+        return "attention mode mindie is measured too (--attention-mode cache measures the other alone)"
+    return ""
+
+
+def _evaluate_native(
+    checkpoint: Checkpoint,
+    pieces: list[list[int]],
+    dynamic: Dynamic,
+    tokens_as: TokensAs,
+    as_json: bool,
+    started: float,
+) -> None:
+    from eightfold.evaluate.native import negative_log_likelihood
+    from eightfold.native.load import load_model
+
+    native = load_model(checkpoint, dynamic=dynamic.mode)
+    with console.bars("evaluate", len(pieces), "chunk") as task:
+        nll = negative_log_likelihood(native, pieces, task.advance, generated=tokens_as is TokensAs.generated)
+    tokens, seconds = sum(map(len, pieces)) - len(pieces), time.monotonic() - started
+    if as_json:
+        measured = {"nll": nll, "ppl": math.exp(min(nll, 709.0)), "tokens": tokens, "chunks": len(pieces)}
+        console.print_json({**measured, "seconds": round(seconds, 3), "backend": "native"})
+        return
+    basis = f"{tokens} predictions, {len(pieces)} chunks of {len(pieces[0])}, {seconds:.1f} s"
+    print(f"perplexity     {math.exp(min(nll, 709.0)):.4f}   ({basis})")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
 from eightfold.cli import console
 from eightfold.cli.choices import AttentionMode, Backend, Dynamic
+
+if TYPE_CHECKING:
+    from eightfold.format.checkpoint import Checkpoint
 
 
 def run(
@@ -28,7 +33,12 @@ def run(
             "MindIE does (mindie)."
         ),
     ] = AttentionMode.cache,
-    backend: Annotated[Backend, typer.Option(help="What computes.")] = Backend.reference,
+    backend: Annotated[
+        Backend, typer.Option(help="What computes: native, reference (torch; slow), or the first that is there.")
+    ] = Backend.auto,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many threads compute. Default: one a CPU.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
     """Answer one prompt, greedily, and show the text as it comes.
@@ -44,10 +54,6 @@ def run(
         prompt_ids = tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
         prompt_ids = tokenizer.encode(prompt)
-    console.require_torch("run")
-    from eightfold.reference.generate import generate
-    from eightfold.reference.load import Decoder
-
     stream = StreamDecoder(tokenizer)
 
     def show(token: int) -> None:
@@ -55,14 +61,14 @@ def run(
             sys.stdout.write(stream.push(token))
             sys.stdout.flush()
 
+    mindie = attention_mode is AttentionMode.mindie and checkpoint.has_int8_attention
+    backend = backend.resolve("--attention-mode mindie" if mindie else "")
+    if backend is Backend.reference:
+        answer = _reference(checkpoint, dynamic, attention_mode)
+    else:
+        answer = _native(checkpoint, dynamic, threads)
     started = time.monotonic()
-    result = generate(
-        Decoder(checkpoint, dynamic.mode, attention_mode.mode),
-        prompt_ids,
-        max_new_tokens,
-        stop_token_ids(model, checkpoint.config_raw),
-        show,
-    )
+    result = answer(prompt_ids, max_new_tokens, stop_token_ids(model, checkpoint.config_raw), show)
     seconds = time.monotonic() - started
     if as_json:
         console.print_json(
@@ -79,3 +85,29 @@ def run(
     print(stream.finish())
     count = len(result.token_ids)
     print(f"[{len(prompt_ids)} + {count} tokens, {seconds:.1f} s, {result.finish_reason}]", file=sys.stderr)
+
+
+class _Generation(Protocol):
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]: ...
+
+
+# Prompt, new tokens at most, stop tokens, and who is told of each token.
+_Answer = Callable[[Sequence[int], int, frozenset[int], Callable[[int], None]], _Generation]
+
+
+def _reference(checkpoint: Checkpoint, dynamic: Dynamic, attention_mode: AttentionMode) -> _Answer:
+    console.require_torch("run --backend reference")
+    from eightfold.reference.generate import generate
+    from eightfold.reference.load import Decoder
+
+    return functools.partial(generate, Decoder(checkpoint, dynamic.mode, attention_mode.mode))
+
+
+def _native(checkpoint: Checkpoint, dynamic: Dynamic, threads: int | None) -> _Answer:
+    from eightfold.native.generate import generate
+    from eightfold.native.load import load_model
+
+    return functools.partial(generate, load_model(checkpoint, threads=threads, dynamic=dynamic.mode))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.errors import CheckpointError, ConfigError, InputError
+from eightfold.errors import CheckpointError, ConfigError
 from eightfold.reference.decoder import Origin
 from eightfold.reference.load import Decoder, Head
 
@@ -36,26 +36,6 @@ class Evaluation:
     kl_mean: float | None = None
     kl_p99: float | None = None
     top1_agreement: float | None = None  # share of positions with the same most likely token
-
-
-def cut_chunks(token_ids: Sequence[int], chunks: int, chunk_len: int) -> list[list[int]]:
-    """Return the first chunks of equal length, at most as many as the text fills.
-
-    Raises:
-        InputError: the text does not fill a single chunk.
-        ConfigError: a chunk of fewer than two tokens predicts nothing.
-    """
-    if chunk_len < 2 or chunks < 1:
-        raise ConfigError("chunks", got=f"{chunks} of {chunk_len} tokens", expected="at least 1 of at least 2 tokens")
-    available = min(chunks, len(token_ids) // chunk_len)
-    if available < 1:
-        raise InputError(
-            "text",
-            got=f"{len(token_ids)} tokens",
-            expected=f"at least one chunk of {chunk_len}",
-            action="Lower --chunk-len.",
-        )
-    return [list(token_ids[i * chunk_len : (i + 1) * chunk_len]) for i in range(available)]
 
 
 @torch.inference_mode()

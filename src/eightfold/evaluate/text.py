@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from eightfold.errors import InputError
+from eightfold.errors import ConfigError, InputError
 
 
 def default_text() -> str:
@@ -28,3 +29,23 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise InputError("text", where=path, got="nothing", expected="some words")
     return text
+
+
+def cut_chunks(token_ids: Sequence[int], chunks: int, chunk_len: int) -> list[list[int]]:
+    """Return the first chunks of equal length, at most as many as the text fills.
+
+    Raises:
+        InputError: the text does not fill a single chunk.
+        ConfigError: a chunk of fewer than two tokens predicts nothing.
+    """
+    if chunk_len < 2 or chunks < 1:
+        raise ConfigError("chunks", got=f"{chunks} of {chunk_len} tokens", expected="at least 1 of at least 2 tokens")
+    available = min(chunks, len(token_ids) // chunk_len)
+    if available < 1:
+        raise InputError(
+            "text",
+            got=f"{len(token_ids)} tokens",
+            expected=f"at least one chunk of {chunk_len}",
+            action="Lower --chunk-len.",
+        )
+    return [list(token_ids[i * chunk_len : (i + 1) * chunk_len]) for i in range(available)]

@@ -4,15 +4,26 @@
         lo, hi = ends of the narrowest window that holds floor(p N) of a sample's N values     p = 0.9999 for q and k
         scale  = max(|lo|, |hi|) / 127 over the samples' extremes, offset 0                    p = 1 for v
 
-    C8, for each channel of k and v: extremes over all tokens and samples
+    C8, for each channel of v, and of k before RoPE: extremes over all tokens and samples
 
-Letters: S tokens of one sample, H query heads, G kv heads, D head_dim, C = G * D channels.
+    C8, for each channel of k after RoPE: the wider of
+        turned     extremes over all tokens, each at every position p of the context: r cos(a + p w), r sin(a + p w)
+        headroom   HEADROOM times the extremes where the tokens stood
 
-Source: attention quantization as msModelSlim computes it, checked against its output.
+A text of a few hundred tokens shows hardly anything of a pair of channels that RoPE turns once in 20,000 positions: one
+of the two may stay near zero there and be as long as the pair, r, further on. So such a key is turned to where it will
+stand. Headroom is for texts unlike the calibration set; where turning widens a range already, none is added.
+
+Letters: S tokens of one sample, H query heads, G kv heads, D head_dim, C = G * D channels, I = D / 2 rotary pairs,
+w angle per position, r and a radius and angle of a key's pair.
+
+Source: attention quantization as msModelSlim computes it, checked against its output. Turned ranges are our own; the
+figures are in docs/log.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +36,9 @@ from eightfold.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 
 # The share of a sample's values that the range of queries and keys has to hold; of values all.
 QK_SHARE, VALUE_SHARE = 0.9999, 1.0
+
+# How much further than the calibration keys reached, at their own positions, the keys of other texts may reach.
+HEADROOM = 1.25
 
 Watcher = Callable[[Tensor, Tensor, Tensor], None]  # sees q (S, H, D), k and v (S, G, D)
 
@@ -113,6 +127,56 @@ class ChannelRange:
         return scale, torch.zeros_like(scale)
 
 
+class TurnedRange(ChannelRange):
+    """Running range of each channel of the rotated keys, at every position of the context.
+
+    Args:
+        inv_freq_I: (I,) float32, the angles w by which one position turns each pair.
+        context_len: how many positions the model has.
+    """
+
+    def __init__(self, inv_freq_I: Tensor, context_len: int) -> None:
+        super().__init__()
+        self._inv_freq_I, self._context_len = inv_freq_I, context_len
+
+    def see(self, k_SGD: Tensor) -> None:
+        """Take in one sample's rotated keys, which stand at positions 0 to S - 1."""
+        position_S = torch.arange(len(k_SGD), dtype=torch.float32)
+        back_SI = position_S[:, None] * -self._inv_freq_I
+        ahead_SI = (self._context_len - 1 - position_S).clamp(min=0)[:, None] * self._inv_freq_I
+        self.update(torch.stack(turned_extremes(k_SGD, back_SI, ahead_SI)).flatten(0, 1).flatten(1))
+        self.update(torch.stack(torch.aminmax(k_SGD.flatten(1), dim=0)) * HEADROOM)
+
+
+def turned_extremes(k_SGD: Tensor, back_SI: Tensor, ahead_SI: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest value, (S, G, D) each, of every channel while its pair turns.
+
+    Args:
+        k_SGD: keys; channels d and d + D / 2 are a pair.
+        back_SI: the angles, at most 0, from which the pairs are turned; 0 is where they stand.
+        ahead_SI: the angles, at least 0, up to which.
+    """
+    x_SGI, y_SGI = k_SGD.chunk(2, dim=-1)
+    radius, angle = torch.hypot(x_SGI, y_SGI), torch.atan2(y_SGI, x_SGI)
+    begin, end = angle + back_SI[:, None], angle + ahead_SI[:, None]
+    ends = [_cosine_extremes(begin - shift, end - shift) for shift in (0.0, math.pi / 2)]
+    lo, hi = (torch.cat([radius * cosine for cosine in cosines], dim=-1) for cosines in zip(*ends, strict=True))
+    return lo, hi
+
+
+def _cosine_extremes(begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest cosine of the angles from `begin` to `end`."""
+    cos_begin, cos_end = begin.cos(), end.cos()
+    lo, hi = torch.minimum(cos_begin, cos_end), torch.maximum(cos_begin, cos_end)
+    return lo.masked_fill(_passes(begin, end, math.pi), -1.0), hi.masked_fill(_passes(begin, end, 0.0), 1.0)
+
+
+def _passes(begin: Tensor, end: Tensor, angle: float) -> Tensor:
+    """Return whether `angle`, or that and whole turns, lies between `begin` and `end`."""
+    turn = 2 * math.pi
+    return torch.floor((end - angle) / turn) > torch.floor((begin - angle) / turn)
+
+
 @dataclass(frozen=True)
 class KVParams:
     """What C8 stores for one layer, (C,) float32 each, and the share of keys that its range cuts off."""
@@ -126,11 +190,17 @@ class KVParams:
 
 
 class KVObserver:
-    """The channel ranges of one layer's cache; keys before RoPE, or after it, where they are used."""
+    """The channel ranges of one layer's cache; keys before RoPE, or after it, where they are used.
 
-    def __init__(self, observe: KVObserve) -> None:
+    Args:
+        observe: which.
+        inv_freq_I: see TurnedRange.
+        context_len: see TurnedRange.
+    """
+
+    def __init__(self, observe: KVObserve, inv_freq_I: Tensor, context_len: int) -> None:
         self._before = observe is KVObserve.PRE_ROPE
-        self._key, self._value = ChannelRange(), ChannelRange()
+        self._key, self._value = TurnedRange(inv_freq_I, context_len), ChannelRange()
         self._rotated: list[Tensor] = []  # kept only where the range was not taken from them
 
     def projections(self, k_TC: Tensor, v_TC: Tensor) -> None:
@@ -144,7 +214,7 @@ class KVObserver:
         if self._before:
             self._rotated.append(k_SGD.flatten(1).clone())
         else:
-            self._key.update(k_SGD.flatten(1))
+            self._key.see(k_SGD)
 
     def params(self, is_symmetric: bool, value_divisor_C: Tensor | None) -> KVParams:
         """Return the parameters; `value_divisor_C` is what smoothing divides v_proj's outputs by."""

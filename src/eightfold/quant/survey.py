@@ -111,7 +111,8 @@ class FloatPass:
     def survey(self, layer_idx: int) -> LayerSurvey:
         """Move all samples through one layer and return what was seen."""
         recipe, prefix = self._recipe, layer_prefix(layer_idx)
-        kv = KVObserver(recipe.kv_observe) if recipe.kv_int8 else None
+        context_len = self._config.max_position_embeddings
+        kv = KVObserver(recipe.kv_observe, self._decoder.inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers = {group.title: self._watcher(prefix, group) for group in input_groups(self._config)}
         groups: list[GroupCall] = [
