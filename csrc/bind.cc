@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu.h"
+#include "measure.h"
 #include "model.h"
 
 namespace nb = nanobind;
@@ -129,7 +130,8 @@ void set_attention(Bound& self, int layer, const std::string& kind, int window, 
 
 void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t>& positions,
              const Vector<uint8_t>& generated, const Vector<int32_t>& starts, const Matrix<int32_t>& tables,
-             const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best) {
+             const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best,
+             bool float_prompts) {
     const size_t tokens = token_ids.size(), sequences = tables.shape(0), rows = logit_tokens.size();
     require(positions.size() == tokens && generated.size() == tokens, "positions, generated: expected one a token");
     require(starts.size() == sequences + 1 && starts.data()[sequences] == static_cast<int32_t>(tokens),
@@ -148,7 +150,10 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
         for (int t = starts.data()[s]; t + 1 < starts.data()[s + 1]; t++) {
             require(positions.data()[t + 1] == positions.data()[t] + 1, "positions: expected to rise by one");
         }
-        require(positions.data()[starts.data()[s]] >= 0, "positions: negative");
+        const int first = starts.data()[s];
+        require(positions.data()[first] >= 0, "positions: negative");
+        require(!float_prompts || generated.data()[first] || positions.data()[first] == 0,
+                "float_prompts: expected a prompt whole, from its first token on");
     }
     for (size_t t = 0; t < tokens; t++) {
         require(token_ids.data()[t] >= 0 && token_ids.data()[t] < self.vocab, "token_ids: outside the vocabulary");
@@ -170,6 +175,7 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.logit_tokens = logit_tokens.data();
     batch.logits = logits.data();
     batch.best = best.size() ? best.data() : nullptr;
+    batch.float_prompts = float_prompts;
     nb::gil_scoped_release release;
     if (tokens > 0) self.model.forward(batch);
 }
@@ -191,6 +197,10 @@ NB_MODULE(_core, m) {
     m.def("usable_cpus", &usable_cpus);
     m.attr("PAGE") = kPage;
     bind_kernels(m);
+    m.def("int8_tops", &int8_tops, "threads"_a, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<ReadProbe>(m, "ReadProbe")
+        .def(nb::init<int, size_t>(), "threads"_a, "nbytes"_a)
+        .def("gb_s", &ReadProbe::gb_s, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Bound>(m, "Model")
         .def(
             "__init__",
@@ -225,7 +235,7 @@ NB_MODULE(_core, m) {
         .def("finish", [](Bound& self) { self.model.finish(); }, nb::call_guard<nb::gil_scoped_release>())
         .def("allocate_cache", [](Bound& self, int pages) { self.model.allocate_cache(pages); })
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
-             "logit_tokens"_a, "logits"_a, "best"_a)
+             "logit_tokens"_a, "logits"_a, "best"_a, "float_prompts"_a = false)
         .def_prop_ro("threads", [](const Bound& self) { return self.model.threads(); })
         .def_prop_ro("page_bytes", [](const Bound& self) { return self.model.page_bytes(); })
         .def_prop_ro("weight_bytes", [](const Bound& self) { return self.model.weight_bytes(); });

@@ -2,13 +2,18 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <string>
 #include <vector>
 
+#include "cache.h"
 #include "cpu.h"
 #include "linear.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -48,29 +53,60 @@ void row_sums(const std::string& isa, In<int8_t, 2> weight, Out<int32_t> out) {
                               static_cast<int>(weight.shape(1)), out.data());
 }
 
+// Outputs of the three that follow may have room for the padding: then it is seen too.
 void quantize_static(const std::string& isa, In<float, 1> x, float inv_scale, float offset, Out<uint8_t> out) {
     std::vector<uint8_t> row(x.size() + kAlign);
     kernels_for(isa).quantize_static(x.data(), static_cast<int>(x.size()), inv_scale, offset, row.data());
-    std::memcpy(out.data(), row.data(), x.size());
+    std::memcpy(out.data(), row.data(), std::min(row.size(), out.size()));
 }
 
 nb::tuple quantize_token(const std::string& isa, In<float, 1> x, bool symmetric, Out<uint8_t> out) {
     std::vector<uint8_t> row(x.size() + kAlign);
     const RowParams p = kernels_for(isa).quantize_token(x.data(), static_cast<int>(x.size()), symmetric, row.data());
-    std::memcpy(out.data(), row.data(), x.size());
+    std::memcpy(out.data(), row.data(), std::min(row.size(), out.size()));
     return nb::make_tuple(p.scale, p.offset);
 }
 
 nb::tuple quantize_16(const std::string& isa, In<float, 1> x, Out<uint8_t> high, Out<uint8_t> low) {
     std::vector<uint8_t> a(x.size() + kAlign), b(x.size() + kAlign);
     const RowParams p = kernels_for(isa).quantize_16(x.data(), static_cast<int>(x.size()), a.data(), b.data());
-    std::memcpy(high.data(), a.data(), x.size());
-    std::memcpy(low.data(), b.data(), x.size());
+    std::memcpy(high.data(), a.data(), std::min(a.size(), high.size()));
+    std::memcpy(low.data(), b.data(), std::min(b.size(), low.size()));
     return nb::make_tuple(p.scale, p.sum);
 }
 
-void rms_norm(const std::string& isa, In<float, 1> x, In<float, 1> gain, float eps, Out<float> y) {
-    kernels_for(isa).rms_norm(x.data(), static_cast<int>(x.size()), gain.data(), nullptr, eps, y.data());
+const float* or_null(const In<float, 1>& x) { return x.size() ? x.data() : nullptr; }
+
+void finish_static(const std::string& isa, In<int32_t, 1> acc, In<int32_t, 1> bias, In<float, 1> deq_scale,
+                   Out<float> y) {
+    kernels_for(isa).finish_static(acc.data(), static_cast<int>(acc.size()), bias.data(), deq_scale.data(), y.data());
+}
+
+void finish_token(const std::string& isa, In<int32_t, 1> acc, In<int32_t, 1> weight_sum, In<float, 1> weight_scale,
+                  In<float, 1> bias, float scale, int offset, Out<float> y) {
+    kernels_for(isa).finish_token(acc.data(), static_cast<int>(acc.size()), weight_sum.data(), weight_scale.data(),
+                                  or_null(bias), {scale, offset, 0}, y.data());
+}
+
+void finish_16(const std::string& isa, In<int32_t, 1> high, In<int32_t, 1> low, In<int32_t, 1> weight_sum,
+               In<float, 1> weight_scale, In<float, 1> weight_offset, In<float, 1> bias, float scale, int sum,
+               Out<float> y) {
+    kernels_for(isa).finish_16(high.data(), low.data(), static_cast<int>(high.size()), weight_sum.data(),
+                               weight_scale.data(), or_null(weight_offset), or_null(bias), {scale, 0, sum}, y.data());
+}
+
+void add(const std::string& isa, Out<float> x, In<float, 1> y) {
+    kernels_for(isa).add(x.data(), y.data(), static_cast<int>(y.size()));
+}
+
+void quantize_heads(const std::string& isa, In<float, 1> x, In<float, 1> inv_scale, In<float, 1> offset,
+                    Out<int8_t> out) {
+    kernels_for(isa).quantize_heads(x.data(), static_cast<int>(x.size()), inv_scale.data(), or_null(offset),
+                                    inv_scale.size() > 1, out.data());
+}
+
+void rms_norm(const std::string& isa, In<float, 1> x, In<float, 1> gain, In<float, 1> bias, float eps, Out<float> y) {
+    kernels_for(isa).rms_norm(x.data(), static_cast<int>(x.size()), or_null(gain), or_null(bias), eps, y.data());
 }
 
 void silu_mul(const std::string& isa, In<float, 1> gate, In<float, 1> up, Out<float> y) {
@@ -90,6 +126,93 @@ int argmax(const std::string& isa, In<float, 1> x) {
     return kernels_for(isa).argmax(x.data(), static_cast<int>(x.size()));
 }
 
+// Rows of one head, padded from D to Dq.
+template <typename T>
+std::vector<T> padded_heads(const In<T, 2>& q, int width) {
+    std::vector<T> to(q.shape(0) * static_cast<size_t>(width));
+    for (size_t r = 0; r < q.shape(0); r++) std::copy_n(q.data() + r * q.shape(1), q.shape(1), to.data() + r * width);
+    return to;
+}
+
+// k and v (C, D) go through a cache of one head with scales of one, its pages in reverse order.
+void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf, In<float, 1> q_scale,
+            In<int32_t, 1> last, int window, In<float, 2> k, In<float, 2> v, int first, int end, Out<float> max,
+            Out<float> sum, Out<float> acc) {
+    const int context = static_cast<int>(k.shape(0)), dim = static_cast<int>(k.shape(1));
+    const int pages = (context + kPage - 1) / kPage, rows = static_cast<int>(last.size());
+    AttentionParams params;
+    params.kind = static_cast<CacheKind>(kind);
+    params.key_inv = params.value_inv = std::vector<float>(dim, 1.0f);
+    params.key_offset = params.value_offset = std::vector<float>(dim, 0.0f);
+    const std::vector<AttentionParams> layers = {params};
+    const Shape shape{1, 1, dim};
+    const Cache cache(shape, layers, pages);
+    const Kernels& kernels = kernels_for(isa);
+    for (int c = 0; c < context; c++) {
+        cache.store(kernels, 0, pages - 1 - c / kPage, c % kPage, k.data() + c * dim, v.data() + c * dim);
+    }
+    std::vector<const uint8_t*> keys, values;
+    for (int i = 0; i < pages; i++) {
+        keys.push_back(cache.keys(0, pages - 1 - i, 0));
+        values.push_back(cache.values(0, pages - 1 - i, 0));
+    }
+    const std::vector<int8_t> integers = padded_heads(q8, shape.query_dim());
+    const std::vector<float> reals = padded_heads(qf, shape.query_dim());
+    std::vector<int32_t> sums(q8.shape(0));
+    for (size_t r = 0; r < q8.shape(0); r++) {
+        sums[r] = std::accumulate(q8.data() + r * dim, q8.data() + (r + 1) * dim, 0);
+    }
+    const AttnRows in{params.kind, rows, dim, integers.data(), reals.data(), sums.data(), q_scale.data(), last.data(),
+                      window, keys.data(), values.data(), first, end};
+    kernels.attend(in, {max.data(), sum.data(), acc.data()});
+}
+
+void merge(const std::string& isa, Out<float> max, Out<float> sum, Out<float> acc, Out<float> from_max,
+           Out<float> from_sum, Out<float> from_acc) {
+    const int rows = static_cast<int>(max.size());
+    kernels_for(isa).merge({max.data(), sum.data(), acc.data()}, {from_max.data(), from_sum.data(), from_acc.data()},
+                           rows, static_cast<int>(acc.size()) / rows);
+}
+
+// A program for the pool: chunk i of a phase adds to its number what the phase before made of another, so that a phase
+// which begins early, or a chunk that is done twice or never, changes the result.
+struct Chain {
+    std::vector<std::vector<uint64_t>> numbers;  // of each phase's chunks
+
+    static void program(void* context, Pool::Walk& walk) {
+        Chain& chain = *static_cast<Chain*>(context);
+        for (size_t p = 0; p < chain.numbers.size(); p++) {
+            std::vector<uint64_t>& made = chain.numbers[p];
+            const bool goes_on = walk.phase(static_cast<int>(made.size()), [&](int i) {
+                const size_t before = p > 0 ? chain.numbers[p - 1].size() : 0;
+                made[i] += before > 0 ? 31 * chain.numbers[p - 1][i % before] + i : i + 1;
+            });
+            if (!goes_on) return;
+        }
+    }
+};
+
+// Runs one program after the other in one pool; returns the sum of each one's numbers.
+std::vector<uint64_t> pool_runs(int threads, const std::vector<std::vector<int>>& chunks) {
+    std::vector<Chain> chains(chunks.size());
+    size_t most = 1;
+    for (size_t r = 0; r < chunks.size(); r++) {
+        for (int count : chunks[r]) chains[r].numbers.emplace_back(count);
+        most = std::max(most, chunks[r].size());
+    }
+    std::vector<uint64_t> sums;
+    Pool pool(threads, static_cast<int>(most));
+    for (Chain& chain : chains) {
+        pool.next_slot();
+        pool.run(Chain::program, &chain);
+        uint64_t sum = 0;
+        for (const std::vector<uint64_t>& made : chain.numbers) sum = std::accumulate(made.begin(), made.end(), sum);
+        sums.push_back(sum);
+        if (sums.size() % 100 == 0) pool.quiesce();
+    }
+    return sums;
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -100,11 +223,22 @@ void bind_kernels(nb::module_& m) {
     kernels.def("quantize_static", &quantize_static, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
     kernels.def("quantize_token", &quantize_token, "isa"_a, "x"_a, "symmetric"_a, "out"_a);
     kernels.def("quantize_16", &quantize_16, "isa"_a, "x"_a, "high"_a, "low"_a);
-    kernels.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "eps"_a, "y"_a);
+    kernels.def("finish_static", &finish_static, "isa"_a, "acc"_a, "bias"_a, "deq_scale"_a, "y"_a);
+    kernels.def("finish_token", &finish_token, "isa"_a, "acc"_a, "weight_sum"_a, "weight_scale"_a, "bias"_a, "scale"_a,
+                "offset"_a, "y"_a);
+    kernels.def("finish_16", &finish_16, "isa"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
+                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a);
+    kernels.def("add", &add, "isa"_a, "x"_a, "y"_a);
+    kernels.def("quantize_heads", &quantize_heads, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
+    kernels.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "bias"_a, "eps"_a, "y"_a);
     kernels.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a, "y"_a);
     kernels.def("rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a);
     kernels.def("widen", &widen, "isa"_a, "x"_a, "dtype"_a, "y"_a);
     kernels.def("argmax", &argmax, "isa"_a, "x"_a);
+    kernels.def("attend", &attend, "isa"_a, "kind"_a, "q8"_a, "qf"_a, "q_scale"_a, "last"_a, "window"_a, "k"_a, "v"_a,
+                "first"_a, "end"_a, "max"_a, "sum"_a, "acc"_a);
+    kernels.def("merge", &merge, "isa"_a, "max"_a, "sum"_a, "acc"_a, "from_max"_a, "from_sum"_a, "from_acc"_a);
+    kernels.def("pool_runs", &pool_runs, "threads"_a, "chunks"_a, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace eightfold

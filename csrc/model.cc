@@ -94,9 +94,14 @@ std::vector<Model::Unit> Model::plan_units(const Batch& batch) const {
     const int heads = std::min(per_kv, kMaxAttnRows), tile_tokens = std::max(1, kMaxAttnRows / per_kv);
     std::vector<Unit> tiles;
     for (int s = 0; s < batch.sequences; s++) {
-        for (int t = batch.starts[s]; t < batch.starts[s + 1]; t += tile_tokens) {
-            const int tokens = std::min(tile_tokens, batch.starts[s + 1] - t);
-            const int end = batch.positions[t + tokens - 1] + 1;
+        for (int t = batch.starts[s], next; t < batch.starts[s + 1]; t = next) {
+            int tokens = 1;
+            while (tokens < tile_tokens && t + tokens < batch.starts[s + 1] &&
+                   (!batch.float_prompts || batch.generated[t + tokens] == batch.generated[t])) {
+                tokens++;
+            }
+            next = t + tokens;
+            const int end = batch.positions[next - 1] + 1;
             for (int g = 0; g < config_.shape.kv_heads; g++)
                 for (int h = 0; h < per_kv; h += heads) {
                     const int tile = static_cast<int>(tiles.size());
@@ -140,6 +145,18 @@ void Model::reserve(const Batch& batch, const std::vector<Unit>& units) {
         for (Prepared& prepared : prepared_) {
             prepared.reserve(tokens, widest);
             prepared.real.resize(n * widest);
+        }
+    }
+    if (batch.float_prompts) {
+        int pages = 0;
+        fresh_page_.resize(batch.sequences);
+        for (int s = 0; s < batch.sequences; s++) {
+            fresh_page_[s] = pages;
+            pages += batch.positions[batch.starts[s + 1] - 1] / kPage + 1;
+        }
+        if (fresh_ == nullptr || fresh_->pages() < pages) {
+            pool_.quiesce();
+            fresh_ = std::make_unique<Cache>(shape, fresh_params_, pages);
         }
     }
     int tiles = 0, parts = 1;

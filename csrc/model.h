@@ -36,8 +36,9 @@ struct Batch {
     const int32_t* starts = nullptr;       // (S + 1): tokens of sequence s are starts[s] .. starts[s + 1] - 1
     const int32_t* tables = nullptr;       // (S, table_width): pages of each sequence
     const int32_t* logit_tokens = nullptr; // (R): tokens whose logits are wanted
-    float* logits = nullptr;               // (R, V) or null
+    float* logits = nullptr;               // (R, V)
     int32_t* best = nullptr;               // (R) the likeliest token, or null
+    bool float_prompts = false;  // a prompt's tokens attend over the fresh keys and values, not over int8 ones
 };
 
 class Model {
@@ -93,17 +94,22 @@ private:
 
     void embed(const Step& step, int t);
     void rotate_and_store(const Step& step, int layer, int t);
-    void quantize_query(int layer, int t, int head);
+    void quantize_query(const AttentionParams& params, int t, int head);
     void attend(const Step& step, int layer, const Unit& unit, Scratch& scratch);
-    void write_heads(int layer, const Unit& unit, AttnState state);
+    void write_heads(const AttentionParams& params, const Unit& unit, AttnState state);
     std::vector<Unit> plan_units(const Batch& batch) const;
     void reserve(const Batch& batch, const std::vector<Unit>& units);
+    bool is_fresh(const Batch& batch, int layer, int t) const {
+        return batch.float_prompts && !batch.generated[t] && attention[layer].kind != CacheKind::bf16;
+    }
     int row_len(const Unit& unit) const { return unit.tokens * unit.heads; }
 
     ModelConfig config_;
     const Kernels& kernels_;
     Pool pool_;
     std::unique_ptr<Cache> cache_;
+    std::vector<AttentionParams> fresh_params_{1};  // bf16
+    std::unique_ptr<Cache> fresh_;                  // of one layer at a time: keys and values of whole prompts
     std::array<Step, Pool::kSlots> steps_;
     std::vector<Scratch> scratch_;        // of each thread
     std::vector<Prepared> prepared_;      // shared by all
@@ -111,6 +117,7 @@ private:
 
     int capacity_ = 0;                    // tokens
     std::vector<int> sequence_of_;        // (T)
+    std::vector<int> fresh_page_;         // (S): first page of each sequence in fresh_
     std::vector<float> x_, qkv_, heads_, act_, cos_, sin_;
     std::vector<int8_t> q8_;              // (T, H, planes, Dq)
     std::vector<int32_t> q_sum_;          // (T, H, planes)

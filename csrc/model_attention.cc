@@ -40,17 +40,19 @@ void Model::rotate_and_store(const Step& step, int layer, int t) {
         const std::vector<float>& gain = h < shape.heads ? params.query_norm : params.key_norm;
         if (!gain.empty()) kernels_.rms_norm(row, dim, gain.data(), nullptr, config_.eps, row);
         kernels_.rope(row, dim, cos, sin);
-        if (h < shape.heads) quantize_query(layer, t, h);
+        if (h < shape.heads) quantize_query(is_fresh(step.batch, layer, t) ? fresh_params_[0] : attention[layer], t, h);
     }
     const Batch& batch = step.batch;
     const int position = batch.positions[t];
     const int32_t* table = batch.tables + static_cast<size_t>(sequence_of_[t]) * batch.table_width;
     cache_->store(kernels_, layer, table[position / kPage], position % kPage, k, v);
+    if (is_fresh(batch, layer, t)) {
+        fresh_->store(kernels_, 0, fresh_page_[sequence_of_[t]] + position / kPage, position % kPage, k, v);
+    }
 }
 
-void Model::quantize_query(int layer, int t, int head) {
+void Model::quantize_query(const AttentionParams& params, int t, int head) {
     const Shape& shape = config_.shape;
-    const AttentionParams& params = attention[layer];
     const int dim = shape.head_dim, dq = shape.query_dim(), all = shape.heads + 2 * shape.kv_heads;
     const float* q = qkv_.data() + (static_cast<size_t>(t) * all + head) * dim;
     const size_t at = static_cast<size_t>(t) * shape.heads + head;
@@ -90,9 +92,11 @@ void Model::quantize_query(int layer, int t, int head) {
 void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scratch) {
     const Shape& shape = config_.shape;
     const Batch& batch = step.batch;
+    const bool fresh = is_fresh(batch, layer, unit.first_token);
     const AttentionParams& params = attention[layer];
+    const CacheKind kind = fresh ? CacheKind::bf16 : params.kind;
     const int rows = row_len(unit), dq = shape.query_dim();
-    const int planes = params.kind == CacheKind::int8x2 ? 2 : 1;
+    const int planes = kind == CacheKind::int8x2 ? 2 : 1;
     scratch.q8.resize(static_cast<size_t>(rows) * planes * dq);
     scratch.qf.resize(static_cast<size_t>(rows) * dq);
     scratch.q_sum.resize(rows * planes);
@@ -102,7 +106,7 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
         const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
         const size_t at = static_cast<size_t>(t) * shape.heads + head;
         scratch.last[r] = batch.positions[t];
-        if (params.kind == CacheKind::bf16) {
+        if (kind == CacheKind::bf16) {
             std::copy_n(qf_.data() + at * dq, dq, scratch.qf.data() + static_cast<size_t>(r) * dq);
         } else {
             std::copy_n(q8_.data() + at * 2 * dq, planes * dq, scratch.q8.data() + static_cast<size_t>(r) * planes * dq);
@@ -118,10 +122,12 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
     scratch.keys.resize(pages);
     scratch.values.resize(pages);
     for (int i = begin / kPage; i < pages; i++) {
-        scratch.keys[i] = cache_->keys(layer, table[i], unit.kv_head);
-        scratch.values[i] = cache_->values(layer, table[i], unit.kv_head);
+        const Cache& from = fresh ? *fresh_ : *cache_;
+        const int page = fresh ? fresh_page_[unit.sequence] + i : table[i], of_layer = fresh ? 0 : layer;
+        scratch.keys[i] = from.keys(of_layer, page, unit.kv_head);
+        scratch.values[i] = from.values(of_layer, page, unit.kv_head);
     }
-    AttnRows in{params.kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
+    AttnRows in{kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
                 scratch.q_scale.data(), scratch.last.data(), params.window, scratch.keys.data(),
                 scratch.values.data(), begin, unit.end};
     scratch.states.resize(2 * partial_stride_);
@@ -137,7 +143,7 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
         kernels_.attend(in, next);
         kernels_.merge(state, next, rows, shape.value_dim());
     }
-    if (!parted) return write_heads(layer, unit, state);
+    if (!parted) return write_heads(fresh ? fresh_params_[0] : params, unit, state);
     // Whoever ends last puts the parts together, in their order.
     if (parts_done_[unit.tile].fetch_add(1) + 1 < unit.parts) return;
     float* first = memory - static_cast<size_t>(unit.part) * partial_stride_;
@@ -145,12 +151,11 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
         kernels_.merge(state_at(first), state_at(first + part * partial_stride_), rows, shape.value_dim());
     }
     parts_done_[unit.tile].store(0);
-    write_heads(layer, unit, state_at(first));
+    write_heads(fresh ? fresh_params_[0] : params, unit, state_at(first));
 }
 
-void Model::write_heads(int layer, const Unit& unit, AttnState state) {
+void Model::write_heads(const AttentionParams& params, const Unit& unit, AttnState state) {
     const Shape& shape = config_.shape;
-    const AttentionParams& params = attention[layer];
     const int dim = shape.head_dim;
     for (int r = 0; r < row_len(unit); r++) {
         const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;

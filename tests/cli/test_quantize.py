@@ -15,12 +15,14 @@ def test_every_family_and_scheme_quantizes_and_runs(cli, tmp_path, architecture,
     source = write_model(tmp_path / "float", tiny_config(architecture))
     made = cli("quantize", source, tmp_path / "out", "--scheme", scheme, "--calib-limit", 4)
     assert made.code == 0, made.err
-    ran = cli("run", tmp_path / "out", "--prompt", "hello", "--max-new-tokens", 5, "--json")
-    assert ran.code == 0, ran.err
-    document = ran.json()
-    assert set(document) == {"text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend"}
-    assert document["prompt_tokens"] == 5
-    assert document["backend"] == "reference"
+    for backend in ("native", "reference"):
+        words = ("--prompt", "hello", "--max-new-tokens", 5, "--json", "--backend", backend)
+        ran = cli("run", tmp_path / "out", *words)
+        assert ran.code == 0, ran.err
+        document = ran.json()
+        assert set(document) == {"text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend"}
+        assert document["prompt_tokens"] == 5
+        assert document["backend"] == backend
 
 
 def test_description_names_every_tensor_once(cli, tmp_path, float_model):

@@ -14,6 +14,7 @@ from eightfold.cli import console
 from eightfold.cli.choices import AttentionMode, Backend, Dynamic, TokensAs
 
 if TYPE_CHECKING:
+    from eightfold.evaluate.evaluation import Evaluation
     from eightfold.format.checkpoint import Checkpoint
 
 
@@ -56,6 +57,7 @@ def evaluate(
 
     Example: eightfold eval Llama-3.2-1B-w8a8 --text wiki.test.txt --against Llama-3.2-1B
     """
+    from eightfold.evaluate.evaluation import Evaluation
     from eightfold.evaluate.text import cut_chunks, default_text, read_text
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.tokenizer import Tokenizer
@@ -71,9 +73,11 @@ def evaluate(
         console.note(
             f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens."
         )
-    backend = backend.resolve(_needs_reference(checkpoints, attention_mode))
+    backend = backend.resolve("--against compares in torch" if against else "")
     if backend is Backend.native:
-        _evaluate_native(checkpoints[0], pieces, dynamic, tokens_as, as_json, started)
+        ppl, ppl_mindie = _evaluate_native(checkpoints[0], pieces, dynamic, attention_mode, tokens_as)
+        result = Evaluation(math.log(ppl), ppl, sum(map(len, pieces)) - len(pieces), len(pieces))
+        _report(result, ppl_mindie, chunk_len, time.monotonic() - started, backend, as_json, against)
         return
     console.require_torch("eval --backend reference")
     from eightfold.evaluate import perplexity
@@ -92,50 +96,51 @@ def evaluate(
             if both
             else None
         )
-    seconds = time.monotonic() - started
+    _report(result, mindie.ppl if mindie else None, chunk_len, time.monotonic() - started, backend, as_json, against)
+
+
+def _report(
+    result: Evaluation,
+    ppl_mindie: float | None,
+    chunk_len: int,
+    seconds: float,
+    backend: Backend,
+    as_json: bool,
+    against: Path | None,
+) -> None:
     if as_json:
         measured = {key: value for key, value in asdict(result).items() if value is not None}
-        if mindie is not None:
-            measured["ppl_mindie"] = mindie.ppl
+        if ppl_mindie is not None:
+            measured["ppl_mindie"] = ppl_mindie
         console.print_json({**measured, "seconds": round(seconds, 3), "backend": backend.value})
         return
     basis = f"{result.tokens} predictions, {result.chunks} chunks of {chunk_len}, {seconds:.1f} s"
     print(f"perplexity     {result.ppl:.4f}   ({basis})")
-    if mindie is not None:
-        print(f"mode mindie    {mindie.ppl:.4f}   (attention of a prompt in float; above: mode cache)")
+    if ppl_mindie is not None:
+        print(f"mode mindie    {ppl_mindie:.4f}   (attention of a prompt in float; above: mode cache)")
     if result.ppl_against is not None and result.kl_mean is not None and result.top1_agreement is not None:
         print(f"against        {result.ppl_against:.4f}   ({against})")
         print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")
         print(f"same top token {result.top1_agreement:.2%}")
 
 
-def _needs_reference(checkpoints: list[Checkpoint], attention_mode: AttentionMode | None) -> str:
-    """Return what of all that was asked for the native backend cannot do."""
-    if len(checkpoints) > 1:
-        return "--against compares in torch"
-    if checkpoints[0].has_int8_attention and attention_mode is not AttentionMode.cache:
-        return "attention mode mindie is measured too (--attention-mode cache measures the other alone)"
-    return ""
-
-
 def _evaluate_native(
     checkpoint: Checkpoint,
     pieces: list[list[int]],
     dynamic: Dynamic,
+    attention_mode: AttentionMode | None,
     tokens_as: TokensAs,
-    as_json: bool,
-    started: float,
-) -> None:
+) -> tuple[float, float | None]:
+    """Return the perplexity, and that of mode `mindie` where both modes are measured."""
     from eightfold.evaluate.native import negative_log_likelihood
     from eightfold.native.load import load_model
 
-    native = load_model(checkpoint, dynamic=dynamic.mode)
-    with console.bars("evaluate", len(pieces), "chunk") as task:
-        nll = negative_log_likelihood(native, pieces, task.advance, generated=tokens_as is TokensAs.generated)
-    tokens, seconds = sum(map(len, pieces)) - len(pieces), time.monotonic() - started
-    if as_json:
-        measured = {"nll": nll, "ppl": math.exp(min(nll, 709.0)), "tokens": tokens, "chunks": len(pieces)}
-        console.print_json({**measured, "seconds": round(seconds, 3), "backend": "native"})
-        return
-    basis = f"{tokens} predictions, {len(pieces)} chunks of {len(pieces[0])}, {seconds:.1f} s"
-    print(f"perplexity     {math.exp(min(nll, 709.0)):.4f}   ({basis})")
+    both = attention_mode is None and tokens_as is TokensAs.prompt and checkpoint.has_int8_attention
+    modes = [AttentionMode.cache, AttentionMode.mindie] if both else [attention_mode or AttentionMode.cache]
+    found = []
+    with console.bars("evaluate", len(pieces) * len(modes), "chunk") as task:
+        for mode in modes:
+            native = load_model(checkpoint, dynamic=dynamic.mode, attention=mode.mode)
+            nll = negative_log_likelihood(native, pieces, task.advance, generated=tokens_as is TokensAs.generated)
+            found.append(math.exp(min(nll, 709.0)))
+    return found[0], found[1] if both else None

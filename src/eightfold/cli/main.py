@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from eightfold import __version__
-from eightfold.cli import checking, evaluate, importing, inspecting, quantizing, running
+from eightfold.cli import benching, checking, evaluate, importing, inspecting, quantizing, running
 from eightfold.errors import EightfoldError
 
 PROGRAM = "eightfold"  # in messages, however the program was started
@@ -58,6 +58,7 @@ app.command("check")(checking.check)
 app.command("inspect")(inspecting.inspect)
 app.command("run")(running.run)
 app.command("eval")(evaluate.evaluate)
+app.command("bench")(benching.bench)
 app.command("env")(inspecting.env)
 
 

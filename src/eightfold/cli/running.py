@@ -61,12 +61,11 @@ def run(
             sys.stdout.write(stream.push(token))
             sys.stdout.flush()
 
-    mindie = attention_mode is AttentionMode.mindie and checkpoint.has_int8_attention
-    backend = backend.resolve("--attention-mode mindie" if mindie else "")
+    backend = backend.resolve()
     if backend is Backend.reference:
         answer = _reference(checkpoint, dynamic, attention_mode)
     else:
-        answer = _native(checkpoint, dynamic, threads)
+        answer = _native(checkpoint, dynamic, attention_mode, threads)
     started = time.monotonic()
     result = answer(prompt_ids, max_new_tokens, stop_token_ids(model, checkpoint.config_raw), show)
     seconds = time.monotonic() - started
@@ -106,8 +105,10 @@ def _reference(checkpoint: Checkpoint, dynamic: Dynamic, attention_mode: Attenti
     return functools.partial(generate, Decoder(checkpoint, dynamic.mode, attention_mode.mode))
 
 
-def _native(checkpoint: Checkpoint, dynamic: Dynamic, threads: int | None) -> _Answer:
+def _native(checkpoint: Checkpoint, dynamic: Dynamic, attention_mode: AttentionMode, threads: int | None) -> _Answer:
     from eightfold.native.generate import generate
     from eightfold.native.load import load_model
 
-    return functools.partial(generate, load_model(checkpoint, threads=threads, dynamic=dynamic.mode))
+    return functools.partial(
+        generate, load_model(checkpoint, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
+    )

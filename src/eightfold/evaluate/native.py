@@ -45,7 +45,8 @@ def negative_log_likelihood(
     model.allocate_cache(max(map(len, chunks)))
     total, count = 0.0, 0
     for chunk in chunks:
-        total += sum(_log_probs(model, chunk, at, generated) for at in range(0, len(chunk) - 1, _STEP_TOKENS))
+        step = len(chunk) if model.float_prompts and not generated else _STEP_TOKENS
+        total += sum(_log_probs(model, chunk[: at + step + 1], at, generated) for at in range(0, len(chunk) - 1, step))
         count += len(chunk) - 1
         on_chunk()
     if math.isnan(total):
@@ -54,8 +55,8 @@ def negative_log_likelihood(
 
 
 def _log_probs(model: NativeModel, chunk: Sequence[int], at: int, generated: bool) -> float:
-    """Return the sum of log p of the tokens that follow those of one step."""
-    tokens = chunk[at : min(at + _STEP_TOKENS, len(chunk) - 1)]
+    """Return the sum of log p of the tokens after `at`, computed in one step."""
+    tokens = chunk[at:-1]
     pages = range(-(-(at + len(tokens)) // PAGE))
     logits, _ = model.forward([Chunk(tokens, at, pages, 0 if generated else len(chunk), wants_all=True)])
     targets = np.asarray(chunk[at + 1 : at + 1 + len(tokens)])

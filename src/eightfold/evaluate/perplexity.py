@@ -11,31 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eightfold.errors import CheckpointError, ConfigError
+from eightfold.evaluate.evaluation import Evaluation
 from eightfold.reference.decoder import Origin
 from eightfold.reference.load import Decoder, Head
 
 # Tokens whose logits are held at a time: 128 x 128,256 float32 are 66 MB.
 _HEAD_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured. The second half is None without a model to compare with."""
-
-    nll: float
-    ppl: float
-    tokens: int  # predictions
-    chunks: int
-    ppl_against: float | None = None
-    kl_mean: float | None = None
-    kl_p99: float | None = None
-    top1_agreement: float | None = None  # share of positions with the same most likely token
 
 
 @torch.inference_mode()

@@ -59,7 +59,8 @@ def generate(
     step_ids = list(prompt_ids)
     while len(produced) < max_new_tokens:
         while step_ids:
-            piece, step_ids = step_ids[:PREFILL_TOKENS], step_ids[PREFILL_TOKENS:]
+            cut = len(step_ids) if model.float_prompts else PREFILL_TOKENS
+            piece, step_ids = step_ids[:cut], step_ids[cut:]
             used = pages[: -(-(at + len(piece)) // PAGE)]
             _, best = model.forward([Chunk(piece, at, used, len(prompt_ids), wants=not step_ids)])
             at += len(piece)

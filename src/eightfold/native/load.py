@@ -74,6 +74,7 @@ def load_model(
     *,
     threads: int | None = None,
     dynamic: Literal["asymmetric", "symmetric"] = "asymmetric",
+    attention: Literal["cache", "mindie"] = "cache",
 ) -> NativeModel:
     """Build the native model of a checkpoint.
 
@@ -81,6 +82,8 @@ def load_model(
         checkpoint: any scheme.
         threads: how many compute; None takes one for each CPU this process may use.
         dynamic: how W8A8_DYNAMIC quantizes a token.
+        attention: what a prompt's tokens attend over when keys and values are int8: what the cache holds, or the fresh
+            keys and values (in bfloat16); prompts then have to run whole.
 
     Raises:
         UnsupportedError: no compiled extension, or a shape outside its limits.
@@ -108,7 +111,8 @@ def load_model(
         loader.add_layer(layer_idx)
     loader.add_ends()
     model.finish()
-    return NativeModel(model, config, isa)
+    float_prompts = attention == "mindie" and checkpoint.has_int8_attention
+    return NativeModel(model, config, isa, float_prompts)
 
 
 def _require_shapes(checkpoint: Checkpoint) -> None:

@@ -43,10 +43,17 @@ class Chunk:
 
 
 class NativeModel:
-    """A model in the compiled core."""
+    """A model in the compiled core.
 
-    def __init__(self, core_model: Any, config: ModelConfig, isa: str) -> None:
-        self._model, self.config, self.isa = core_model, config, isa
+    Attributes:
+        config: of the checkpoint.
+        isa: the instruction set of its kernels.
+        float_prompts: prompts attend over fresh keys and values and have to run whole, in one chunk.
+        pages: of the cache.
+    """
+
+    def __init__(self, core_model: Any, config: ModelConfig, isa: str, float_prompts: bool = False) -> None:
+        self._model, self.config, self.isa, self.float_prompts = core_model, config, isa, float_prompts
         self.pages = 0
         self._logits: NDArray[Any] = np.empty((0, config.vocab_size), np.float32)
 
@@ -113,6 +120,7 @@ class NativeModel:
             logit_tokens=np.array(wanted, np.int32),
             logits=logits,
             best=best,
+            float_prompts=self.float_prompts,
         )
         return logits, best
 

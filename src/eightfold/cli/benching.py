@@ -1,0 +1,104 @@
+"""`eightfold bench`: how fast a model runs here, and how much of the machine that is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eightfold.cli import console
+
+if TYPE_CHECKING:
+    from eightfold.native.measure import Measurement
+
+
+def bench(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
+    prompt_len: Annotated[int, typer.Option(min=1, help="Random tokens in a prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to answer with, whatever they are.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many compute. Default: EIGHTFOLD_THREADS, or one for each usable CPU."),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions after one to warm up; medians count.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
+) -> None:
+    """Measure how fast a model runs on this machine, beside what the machine could do at most.
+
+    Each repetition takes fresh random prompts; nothing is reused, no stop token stops it. Example:
+    eightfold bench Llama-3.2-1B-w8a8 --batch 8
+
+    prefill_tok_s: prompt tokens of all sequences / time to the first token of the last one.
+
+    decode_tok_s: tokens after the first ones / time from the first to the last token.
+
+    output_tok_s: all new tokens / all time, prompts included.
+
+    bytes_per_token: what one decode step reads, whatever the batch: every weight byte of the linears and the head once
+    (of the embedding only a row, not counted), and the keys and values of every sequence at its mean context,
+    prompt + new / 2.
+
+    read_gb_s: bytes_per_token x decode steps a second; bandwidth_fraction: that / measured_bandwidth_gb_s.
+
+    measured_bandwidth_gb_s: all threads read 1 GiB, best of 3 passes; measured in turn with the repetitions.
+
+    measured_int8_tops: all threads multiply and add bytes in registers by the widest dot product of this CPU, two
+    operations for each product; best of 3 passes, in turn with the repetitions.
+
+    int8_fraction: 2 x int8 weights of the layers x prefill_tok_s / measured_int8_tops. W8A16 needs two passes, so at
+    most 0.5; float layers and attention are no part of it.
+
+    load_s: from opening the directory to a model that can run. peak_rss_mib: the process' largest resident size
+    after one repetition, mapped weights included.
+    """
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.native import measure
+    from eightfold.native.load import load_model
+
+    started = time.perf_counter()
+    checkpoint = Checkpoint.open(model)
+    work = measure.Workload(prompt_len, new_tokens, batch)
+    work.require_context(checkpoint.config)
+    native = load_model(checkpoint, threads=threads)
+    load_s = time.perf_counter() - started
+    runner = measure.Runner(native, work)
+    with console.bars("bench", 1 + repeat, "run") as task:
+        found = measure.measure(runner, repeat, task.advance)
+    result = {**measure.summary(found, checkpoint, native, work), "load_s": load_s}
+    if as_json:
+        console.print_json({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()})
+        return
+    scheme = checkpoint.description.model_quant_type if checkpoint.description else "FLOAT"
+    for line in _lines(f"{model}: {scheme}", result, found):
+        print(line)
+
+
+def _lines(title: str, result: dict[str, Any], found: Measurement) -> list[str]:
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    memory = "" if result["peak_rss_mib"] is None else f", peak memory {result['peak_rss_mib']:.0f} MiB"
+    sequences = "1 sequence" if result["batch"] == 1 else f"{result['batch']} sequences"
+    load = f"loaded in {result['load_s']:.2f} s{memory}"
+    step = f"{console.size_text(result['bytes_per_token'])} a step, {result['read_gb_s']:.1f} GB/s"
+    decode = f"{result['bandwidth_fraction']:.0%} of the reading limit ({step})"
+    return [
+        f"{title}, {result['isa']}, {threads}; {load}",
+        f"{sequences}, {result['prompt_len']} tokens in, {result['new_tokens']} out; "
+        f"median of {result['repeat']} (least to most)",
+        "",
+        _row("limits   reading", found.of("read_gb_s"), "GB/s", 1),
+        _row("         int8 products", found.of("int8_tops"), "TOPS", 2),
+        _row(
+            "reached  prefill", found.of("prefill_tok_s"), "tok/s", 1, f"{result['int8_fraction']:.0%} of int8 products"
+        ),
+        _row("         decode", found.of("decode_tok_s"), "tok/s", 1, decode),
+        _row("         output", found.of("output_tok_s"), "tok/s", 1, "prompts included"),
+    ]
+
+
+def _row(title: str, values: list[float], unit: str, digits: int, note: str = "") -> str:
+    spread = f"({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{title:24}{median(values):10.{digits}f} {unit:6} {spread:22} {note}".rstrip()

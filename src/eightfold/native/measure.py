@@ -1,0 +1,298 @@
+"""How fast the native model runs, and how fast this machine could.
+
+A repetition feeds fresh random prompts, then its own likeliest tokens back, whatever they are. The first token of a
+batch is there when every sequence has one; what comes before is prefill, what comes after is decoding.
+
+Letters: B sequences, P prompt tokens of each, T new tokens of each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from eightfold.config import ModelConfig
+from eightfold.errors import CapacityError
+from eightfold.families import LM_HEAD, all_linears, sliding_window
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.memory import available_bytes
+from eightfold.native import core
+from eightfold.native.generate import PREFILL_TOKENS
+from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.scheme import QuantType
+
+READ_BYTES = 1 << 30  # of the buffer that is read to measure the bandwidth
+PASSES = 3  # over it; the best counts
+
+RATES = ("prefill_tok_s", "decode_tok_s", "output_tok_s")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one repetition computes: B sequences of P tokens in and T out."""
+
+    prompt_len: int = 512
+    new_tokens: int = 128  # at least 2: the rate of decoding is taken between the first and the last
+    batch: int = 1
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence takes."""
+        return self.prompt_len + self.new_tokens
+
+    @property
+    def pages(self) -> int:
+        """Pages of the cache that a sequence takes."""
+        return -(-self.context // PAGE)
+
+    def require_context(self, config: ModelConfig) -> None:
+        """Compare with the model's context.
+
+        Raises:
+            CapacityError: a sequence is longer.
+        """
+        if self.context > config.max_position_embeddings:
+            raise CapacityError(
+                "context",
+                got=f"{self.prompt_len} tokens in and {self.new_tokens} out",
+                expected=f"at most {config.max_position_embeddings} together, which is all this model can look back on",
+                action="Lower --prompt-len or --new-tokens.",
+            )
+
+    def require_memory(self, page_bytes: int) -> None:
+        """Compare with the memory that is free.
+
+        Raises:
+            CapacityError: the caches of all sequences do not fit.
+        """
+        needed, free = self.batch * self.pages * page_bytes, available_bytes()
+        if free is not None and needed > free:
+            raise CapacityError(
+                "key/value cache",
+                got=f"{needed / 2**20:.0f} MiB for {self.batch} x {self.context} positions",
+                expected=f"at most {free / 2**20:.0f} MiB, which are free",
+                action="Lower --batch, --prompt-len or --new-tokens.",
+            )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One repetition's seconds: to the first token of every sequence, and from there to the last."""
+
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second, all sequences together."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    output_tok_s: float
+
+    @classmethod
+    def of(cls, timing: Timing, work: Workload) -> Rates:
+        """Divide a repetition's tokens by its seconds."""
+        return cls(
+            prefill_tok_s=work.batch * work.prompt_len / timing.prefill_s,
+            decode_tok_s=work.batch * (work.new_tokens - 1) / timing.decode_s,
+            output_tok_s=work.batch * work.new_tokens / (timing.prefill_s + timing.decode_s),
+        )
+
+
+class Runner:
+    """Repeats a workload on a model, in one cache that is allocated in advance and overwritten each time."""
+
+    def __init__(self, model: NativeModel, work: Workload, seed: int = 0) -> None:
+        """Allocate the cache.
+
+        Raises:
+            CapacityError: the model's context or the memory is too small.
+        """
+        work.require_context(model.config)
+        work.require_memory(model.page_bytes)
+        self.model, self.work, self._random = model, work, np.random.default_rng(seed)
+        model.allocate_cache(work.batch * work.pages * PAGE)
+
+    def once(self) -> Timing:
+        """Run one repetition on fresh random tokens."""
+        shape = (self.work.batch, self.work.prompt_len)
+        prompts = self._random.integers(0, self.model.config.vocab_size, shape).tolist()
+        started = time.perf_counter()
+        tokens = self._prefill(prompts)
+        first = time.perf_counter()
+        for step in range(1, self.work.new_tokens):
+            tokens = self._decode(tokens, self.work.prompt_len + step - 1)
+        return Timing(first - started, time.perf_counter() - first)
+
+    def _prefill(self, prompts: list[list[int]]) -> list[int]:
+        best: list[int] = []
+        for chunks in _packed(prompts, self.work.pages):
+            _, found = self.model.forward(chunks)
+            best += found.tolist()
+        return best
+
+    def _decode(self, tokens: list[int], position: int) -> list[int]:
+        used, pages = position // PAGE + 1, self.work.pages
+        _, best = self.model.forward(
+            [
+                Chunk([token], position, range(i * pages, i * pages + used), self.work.prompt_len)
+                for i, token in enumerate(tokens)
+            ]
+        )
+        found: list[int] = best.tolist()
+        return found
+
+
+def _packed(prompts: list[list[int]], pages: int) -> Iterator[list[Chunk]]:
+    """Cut prompts into steps of PREFILL_TOKENS tokens; sequence i owns the pages from i * pages on."""
+    chunks: list[Chunk] = []
+    room = PREFILL_TOKENS
+    for i, prompt in enumerate(prompts):
+        at = 0
+        while at < len(prompt):
+            end = min(at + room, len(prompt))
+            used = range(i * pages, i * pages + -(-end // PAGE))
+            chunks.append(Chunk(prompt[at:end], at, used, len(prompt), wants=end == len(prompt)))
+            room -= end - at
+            at = end
+            if not room:
+                yield chunks
+                chunks, room = [], PREFILL_TOKENS
+    if chunks:
+        yield chunks
+
+
+class Limits:
+    """Measures what this machine can do at most; its buffer is larger than any cache."""
+
+    def __init__(self, threads: int) -> None:
+        """Allocate and fill the buffer.
+
+        Raises:
+            CapacityError: not enough memory for it.
+        """
+        free = available_bytes()
+        if free is not None and free < READ_BYTES:
+            raise CapacityError(
+                "buffer to measure the bandwidth with",
+                got=f"{free / 2**20:.0f} MiB of free memory",
+                expected=f"at least {READ_BYTES / 2**20:.0f} MiB",
+                action="Close other programs.",
+            )
+        self._extension, self._threads = core.extension(), threads
+        self._probe: Any = self._extension.ReadProbe(threads, READ_BYTES)
+
+    def read_gb_s(self) -> float:
+        """Return 10^9 bytes a second that all threads read together."""
+        return float(self._probe.gb_s(PASSES))
+
+    def int8_tops(self) -> float:
+        """Return 10^12 operations a second, two for each product of bytes that all threads sum in registers."""
+        return float(self._extension.int8_tops(self._threads, PASSES))
+
+
+@dataclass
+class Measurement:
+    """One entry for each repetition."""
+
+    rates: list[Rates] = field(default_factory=list)
+    read_gb_s: list[float] = field(default_factory=list)
+    int8_tops: list[float] = field(default_factory=list)
+    peak_rss_bytes: int | None = None  # before the buffer of the limits was there
+
+    def of(self, name: str) -> list[float]:
+        """Return one of the rates, or of the limits, of every repetition."""
+        values: list[float] = [getattr(r, name) for r in self.rates] if name in RATES else getattr(self, name)
+        return values
+
+
+def measure(runner: Runner, repeat: int, advance: Callable[[], None] = lambda: None) -> Measurement:
+    """Warm up once; then measure limits and model in turn, because the speed of a shared machine drifts.
+
+    Raises:
+        CapacityError: no memory for the buffer of the limits.
+    """
+    found = Measurement()
+    runner.once()
+    found.peak_rss_bytes = peak_rss_bytes()
+    advance()
+    limits = Limits(runner.model.threads)
+    for _ in range(repeat):
+        found.read_gb_s.append(limits.read_gb_s())
+        found.int8_tops.append(limits.int8_tops())
+        found.rates.append(Rates.of(runner.once(), runner.work))
+        advance()
+    return found
+
+
+def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work: Workload) -> dict[str, Any]:
+    """Return medians, and what they are of the limits: the keys that `eightfold bench --json` prints."""
+    prefill, decode, output = (median(found.of(name)) for name in RATES)
+    bandwidth, tops = median(found.read_gb_s), median(found.int8_tops)
+    mean_context = work.prompt_len + work.new_tokens / 2
+    step_bytes = model.weight_bytes + work.batch * cache_bytes(checkpoint, model.page_bytes, mean_context)
+    read_gb_s = step_bytes * decode / work.batch / 1e9
+    return {
+        "prefill_tok_s": prefill,
+        "decode_tok_s": decode,
+        "output_tok_s": output,
+        "bytes_per_token": round(step_bytes),
+        "read_gb_s": read_gb_s,
+        "measured_bandwidth_gb_s": bandwidth,
+        "bandwidth_fraction": read_gb_s / bandwidth,
+        "measured_int8_tops": tops,
+        "int8_fraction": 2 * int8_elements(checkpoint) * prefill / (tops * 1e12),
+        "peak_rss_mib": None if found.peak_rss_bytes is None else found.peak_rss_bytes / 2**20,
+        "isa": model.isa,
+        "threads": model.threads,
+        "batch": work.batch,
+        "prompt_len": work.prompt_len,
+        "new_tokens": work.new_tokens,
+        "repeat": len(found.rates),
+        "weights_bytes": model.weight_bytes,
+        "kv_bytes_per_token": model.page_bytes // PAGE,
+    }
+
+
+def int8_elements(checkpoint: Checkpoint) -> int:
+    """Return how many int8 weights every token of a prompt meets: those of the layers, not the head's."""
+    return sum(
+        linear.n * linear.k
+        for name, linear in all_linears(checkpoint.config).items()
+        if name != LM_HEAD and checkpoint.quant_type(name) is not QuantType.FLOAT
+    )
+
+
+def cache_bytes(checkpoint: Checkpoint, page_bytes: int, context: float) -> float:
+    """Return the bytes of keys and values that one new token of a sequence reads.
+
+    Args:
+        checkpoint: its int8 attention and sliding windows count.
+        page_bytes: of all layers.
+        context: positions that the token sees, itself included.
+    """
+    config = checkpoint.config
+    layers = range(config.num_layers)
+    widths = [2 if checkpoint.attention_type(i) is QuantType.FLOAT else 1 for i in layers]  # bytes of an element
+    seen = [min(context, sliding_window(config, i) or context) for i in layers]
+    read = sum(width * positions for width, positions in zip(widths, seen, strict=True))
+    return page_bytes / PAGE * read / sum(widths)
+
+
+def peak_rss_bytes() -> int | None:
+    """Return the largest resident size of this process so far; None where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -1,0 +1,69 @@
+"""Which backend computes, and that the two agree where a command shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from eightfold.native import core
+from tests.conftest import tiny_config, write_model
+
+
+@pytest.fixture
+def quantized(cli, tmp_path):
+    source = write_model(tmp_path / "float", tiny_config())
+    made = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--kv-int8", "--calib-limit", 4)
+    assert made.code == 0, made.err
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def not_built(monkeypatch):
+    """As after an installation without a compiler."""
+
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(core.importlib, "import_module", missing)
+
+
+def test_native_is_the_default(cli, quantized):
+    assert cli("run", quantized, "--prompt", "hello", "--max-new-tokens", 2, "--json").json()["backend"] == "native"
+
+
+def test_without_the_extension_the_reference_computes_and_says_so(cli, quantized, not_built):
+    result = cli("run", quantized, "--prompt", "hello", "--max-new-tokens", 2, "--json")
+    assert result.json()["backend"] == "reference"
+    assert "the native backend is not used: it was installed without a C++ compiler" in result.err
+
+
+def test_without_the_extension_native_is_refused(cli, quantized, not_built):
+    result = cli("run", quantized, "--prompt", "hello", "--backend", "native")
+    assert result.code == 2
+    assert "native backend: got no compiled extension" in result.err
+    assert "--backend reference" in result.err
+
+
+def test_an_unknown_instruction_set_is_refused(cli, quantized, monkeypatch):
+    monkeypatch.setenv("EIGHTFOLD_ISA", "mmx")
+    result = cli("run", quantized, "--prompt", "hello")
+    assert result.code == 2
+    assert "EIGHTFOLD_ISA: got mmx, expected " in result.err
+
+
+@pytest.mark.parametrize("tokens_as", ["prompt", "generated"])
+def test_perplexities_agree(cli, quantized, tokens_as):
+    words = ("--chunks", 2, "--chunk-len", 150, "--tokens-as", tokens_as, "--json")
+    found = {b: cli("eval", quantized, *words, "--backend", b).json() for b in ("native", "reference")}
+    assert found["native"]["backend"] == "native"
+    assert ("ppl_mindie" in found["native"]) == (tokens_as == "prompt")
+    for key in found["native"].keys() - {"seconds", "backend"}:
+        # Keys of bfloat16 instead of float32, 16 bit of activations: 1e-3 of a logit near 1, averaged over 298 tokens.
+        assert found["native"][key] == pytest.approx(found["reference"][key], rel=1e-3), key
+
+
+def test_a_comparison_needs_the_reference(cli, quantized, float_model):
+    refused = cli("eval", quantized, "--against", float_model, "--backend", "native")
+    assert refused.code == 2
+    assert "--backend native: got --against compares in torch" in refused.err
+    done = cli("eval", quantized, "--against", float_model, "--chunks", 1, "--chunk-len", 20, "--json")
+    assert done.json()["backend"] == "reference"
