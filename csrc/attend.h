@@ -71,8 +71,8 @@ inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int grou
             for (int c = 0; c < kAttnCols; c++) {
                 const I k = i_load(line + c * W * 4);
                 for (int r = 0; r < NR; r++) {
-                    acc[r][c] = f_fma(low_bf16(k), f_set(q[r * ldq + 2 * d]), acc[r][c]);
-                    acc[r][c] = f_fma(high_bf16(k), f_set(q[r * ldq + 2 * d + 1]), acc[r][c]);
+                    acc[r][c] = f_acc(acc[r][c], low_bf16(k), f_set(q[r * ldq + 2 * d]));
+                    acc[r][c] = f_acc(acc[r][c], high_bf16(k), f_set(q[r * ldq + 2 * d + 1]));
                 }
             }
         }
@@ -123,8 +123,8 @@ inline void weigh_bf16(const uint8_t* values, const float* p, int groups, int va
         for (int g = 0; g < groups; g++) {
             const I v = i_load(values + (g * value_dim + at) * 4);
             for (int r = 0; r < NR; r++) {
-                acc[r] = f_fma(low_bf16(v), f_set(p[r * kPage + 2 * g]), acc[r]);
-                acc[r] = f_fma(high_bf16(v), f_set(p[r * kPage + 2 * g + 1]), acc[r]);
+                acc[r] = f_acc(acc[r], low_bf16(v), f_set(p[r * kPage + 2 * g]));
+                acc[r] = f_acc(acc[r], high_bf16(v), f_set(p[r * kPage + 2 * g + 1]));
             }
         }
         for (int r = 0; r < NR; r++) f_store(out + r * value_dim + at, acc[r]);
@@ -261,11 +261,19 @@ inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, P
     });
 }
 
+// Asks for a page before it is needed: pages lie anywhere, so the machine cannot guess.
+inline void prefetch(const uint8_t* at, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 inline void attend(const AttnRows& in, AttnState out) {
     const int value_dim = (in.head_dim + 15) / 16 * 16;
     std::fill(out.max, out.max + in.rows, -std::numeric_limits<float>::infinity());
     std::fill(out.sum, out.sum + in.rows, 0.0f);
     std::fill(out.acc, out.acc + in.rows * value_dim, 0.0f);
+    const size_t element = in.kind == CacheKind::bf16 ? 2 : 1;
+    const size_t key_bytes = (in.head_dim + 3) / 4 * 4 * kPage * element, value_bytes = value_dim * kPage * element;
+    if (in.first < in.end) prefetch(in.keys[in.first / kPage], key_bytes);
     Page page;
     for (int first = in.first; first < in.end; first += kPage) {
         int end = 0;
@@ -276,7 +284,9 @@ inline void attend(const AttnRows& in, AttnState out) {
         if (end == 0) continue;
         const int width = kAttnCols * W;  // scores come in such runs
         const int columns = std::min(kPage, (end + width - 1) / width * width);
+        prefetch(in.values[first / kPage], value_bytes);
         score_page(in, in.keys[first / kPage], columns, page);
+        if (first + kPage < in.end) prefetch(in.keys[first / kPage + 1], key_bytes);
         normalize_page(in, first, columns, page);
         weigh_page(in, in.values[first / kPage], columns, page, out);
     }

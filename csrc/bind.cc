@@ -31,6 +31,8 @@ using Floats = std::vector<float>;
 
 Floats floats(const Vector<float>& from) { return {from.data(), from.data() + from.size()}; }
 
+constexpr int kMaxThreads = 1024;
+
 void require(bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument(what);
 }
@@ -136,23 +138,27 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     require(positions.size() == tokens && generated.size() == tokens, "positions, generated: expected one a token");
     require(starts.size() == sequences + 1 && starts.data()[sequences] == static_cast<int32_t>(tokens),
             "starts: expected one for each sequence, and the number of tokens");
+    require(starts.data()[0] == 0, "starts: expected to begin at 0");
+    for (size_t s = 0; s < sequences; s++) {
+        require(starts.data()[s] < starts.data()[s + 1], "starts: expected at least one token a sequence");
+    }
     require(logits.size() == rows * static_cast<size_t>(self.vocab), "logits: expected (rows, vocabulary)");
     require(best.size() == 0 || best.size() == rows, "best: expected one for each row");
     const int pages = self.model.cache_pages();
     for (size_t s = 0; s < sequences; s++) {
-        require(starts.data()[s] < starts.data()[s + 1], "starts: expected at least one token a sequence");
+        const int first = starts.data()[s];
+        const int64_t begin = positions.data()[first];
+        require(begin >= 0, "positions: negative");
+        for (int t = first; t < starts.data()[s + 1]; t++) {
+            require(positions.data()[t] == begin + (t - first), "positions: expected to rise by one");
+        }
         const int last = positions.data()[starts.data()[s + 1] - 1];
         require(last / kPage < static_cast<int>(tables.shape(1)), "tables: too narrow for the positions");
         for (int i = 0; i <= last / kPage; i++) {
             const int page = tables.data()[s * tables.shape(1) + i];
             require(page >= 0 && page < pages, "tables: a page outside the cache");
         }
-        for (int t = starts.data()[s]; t + 1 < starts.data()[s + 1]; t++) {
-            require(positions.data()[t + 1] == positions.data()[t] + 1, "positions: expected to rise by one");
-        }
-        const int first = starts.data()[s];
-        require(positions.data()[first] >= 0, "positions: negative");
-        require(!float_prompts || generated.data()[first] || positions.data()[first] == 0,
+        require(!float_prompts || generated.data()[first] || begin == 0,
                 "float_prompts: expected a prompt whole, from its first token on");
     }
     for (size_t t = 0; t < tokens; t++) {
@@ -178,6 +184,11 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.float_prompts = float_prompts;
     nb::gil_scoped_release release;
     if (tokens > 0) self.model.forward(batch);
+}
+
+void allocate_cache(Bound& self, int pages) {
+    require(pages >= 0, "pages: expected 0 or more");
+    self.model.allocate_cache(pages);
 }
 
 ModelConfig make_config(int num_layers, int hidden, int intermediate, int vocab, int heads, int kv_heads, int head_dim,
@@ -206,7 +217,7 @@ NB_MODULE(_core, m) {
             "__init__",
             [](Bound* self, const std::string& isa, int threads, int num_layers, int hidden, int intermediate, int vocab,
                int heads, int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
-                require(threads >= 1, "threads: expected at least 1");
+                require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
                 new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, eps,
                                               symmetric_tokens, inv_freq),
                                   kernels_for(isa), threads},
@@ -233,9 +244,9 @@ NB_MODULE(_core, m) {
                  self.model.final_bias = floats(bias);
              })
         .def("finish", [](Bound& self) { self.model.finish(); }, nb::call_guard<nb::gil_scoped_release>())
-        .def("allocate_cache", [](Bound& self, int pages) { self.model.allocate_cache(pages); })
+        .def("allocate_cache", &allocate_cache)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
-             "logit_tokens"_a, "logits"_a, "best"_a, "float_prompts"_a = false)
+             "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "float_prompts"_a = false)
         .def_prop_ro("threads", [](const Bound& self) { return self.model.threads(); })
         .def_prop_ro("page_bytes", [](const Bound& self) { return self.model.page_bytes(); })
         .def_prop_ro("weight_bytes", [](const Bound& self) { return self.model.weight_bytes(); });

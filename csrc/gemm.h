@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -11,17 +12,24 @@ namespace eightfold::EF_ISA {
 
 constexpr int kCols = W == 8 ? 2 : 6;      // accumulators are 4 * kCols of 16 or 32 registers
 constexpr int kFloatCols = W == 8 ? 2 : 4;
-constexpr int kBlock = 8192;               // of K: the activation rows of a tile stay in the first cache
+constexpr int kBlock = 3072;               // of K: the activation rows of a tile stay in the first cache
 constexpr int kFloatBlock = 2048;
+constexpr int kAhead = 2048;               // bytes of a weight row
 
 template <int C>
-inline void tile_i8(const int8_t* const w[4], const uint8_t* x, size_t ldx, int inner, int32_t sums[C][4]) {
+inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx, int inner,
+                    int32_t sums[C][4]) {
     constexpr int step = 4 * W;
+    // What is read kAhead bytes later: further along these rows, or the beginning of the next four, `next` bytes on.
+    const int ahead = std::min(kAhead, inner);
+    const ptrdiff_t wraps = static_cast<ptrdiff_t>(next) - inner;
     I acc[4][C];
     for (int r = 0; r < 4; r++)
         for (int c = 0; c < C; c++) acc[r][c] = i_set(0);
     int k = 0;
     for (; k + step <= inner; k += step) {
+        const ptrdiff_t later = k + ahead + (k + ahead < inner ? 0 : wraps);
+        for (int r = 0; r < 4; r++) __builtin_prefetch(w[r] + later);
         const I w0 = i_load(w[0] + k), w1 = i_load(w[1] + k), w2 = i_load(w[2] + k), w3 = i_load(w[3] + k);
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
@@ -49,21 +57,30 @@ inline void tile_i8(const int8_t* const w[4], const uint8_t* x, size_t ldx, int 
 }
 
 template <int C>
-inline void tile_float(const void* const w[4], DType type, const float* x, size_t ldx, int inner, float sums[C][4]) {
+inline void tile_float(const void* const w[4], DType type, size_t next, const float* x, size_t ldx, int inner,
+                       float sums[C][4]) {
+    const int size = type == DType::f32 ? 4 : 2, ahead = std::min(kAhead / size, inner);
+    const ptrdiff_t wraps = static_cast<ptrdiff_t>(next) - inner;
     F acc[4][C];
     for (int r = 0; r < 4; r++)
         for (int c = 0; c < C; c++) acc[r][c] = f_set(0.0f);
-    const auto run = [&](auto load) {
-        for (int k = 0; k < inner; k += W) {
-            const int n = std::min(W, inner - k);
-            F wr[4];
-            for (int r = 0; r < 4; r++) wr[r] = load(w[r], k, n);
+    const auto step = [&](auto load, int k, int n) {
+        F wr[4];
+        for (int r = 0; r < 4; r++) wr[r] = load(w[r], k, n);
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) {
-                const F xc = n == W ? f_load(x + c * ldx + k) : f_load_n(x + c * ldx + k, n);
-                for (int r = 0; r < 4; r++) acc[r][c] = f_fma(xc, wr[r], acc[r][c]);
-            }
+        for (int c = 0; c < C; c++) {
+            const F xc = n == W ? f_load(x + c * ldx + k) : f_load_n(x + c * ldx + k, n);
+            for (int r = 0; r < 4; r++) acc[r][c] = f_acc(acc[r][c], xc, wr[r]);
         }
+    };
+    const auto run = [&](auto load) {
+        int k = 0;
+        for (; k + W <= inner; k += W) {
+            const ptrdiff_t later = (k + ahead + (k + ahead < inner ? 0 : wraps)) * size;
+            for (int r = 0; r < 4; r++) __builtin_prefetch(static_cast<const char*>(w[r]) + later);
+            step(load, k, W);
+        }
+        if (k < inner) step(load, k, inner - k);
     };
     if (type == DType::bf16) {
         run([](const void* p, int k, int n) { return load_bf16(static_cast<const uint16_t*>(p) + k, n); });
@@ -81,9 +98,29 @@ inline void tile_float(const void* const w[4], DType type, const float* x, size_
     }
 }
 
+// Four rows that are multiplied at once. Of a few activation rows each weight is needed once, and comes from memory:
+// then they are far apart, four long runs, which is what machines read best.
+struct Rows {
+    int first, stride, count;
+    int row(int r) const { return first + std::min(r, count - 1) * stride; }
+};
+
 // Writes or adds the sums of up to four weight rows to their places.
 template <typename T, int C>
-inline void put(const T sums[C][4], int rows, T* out, size_t ldo, bool adds) {
+inline void put(const T sums[C][4], Rows at, T* out, size_t ldo, bool adds) {
+    if (at.stride != 1) {
+        for (int c = 0; c < C; c++)
+            for (int r = 0; r < 4; r++) {
+                T& to = out[c * ldo + r * at.stride];
+                to = adds ? to + sums[c][r] : sums[c][r];
+            }
+        return;
+    }
+    const int rows = at.count;
+    if (rows == 4 && !adds) {
+        for (int c = 0; c < C; c++) std::memcpy(out + c * ldo, sums[c], sizeof sums[c]);
+        return;
+    }
     for (int c = 0; c < C; c++)
         for (int r = 0; r < rows; r++) out[c * ldo + r] = adds ? out[c * ldo + r] + sums[c][r] : sums[c][r];
 }
@@ -92,9 +129,14 @@ inline void put(const T sums[C][4], int rows, T* out, size_t ldo, bool adds) {
 template <int kMax, typename Tile>
 inline void walk(int xrows, int rows, Tile tile) {
     const int tiles = (xrows + kMax - 1) / kMax;
+    if (tiles == 1 && rows % 4 == 0) {
+        const int stride = rows / 4;
+        for (int n = 0; n < stride; n++) tile(0, xrows, Rows{n, stride, 4});
+        return;
+    }
     for (int i = 0, t = 0; i < tiles; i++) {
         const int height = (xrows - t) / (tiles - i);
-        for (int n = 0; n < rows; n += 4) tile(t, height, n, std::min(4, rows - n));
+        for (int n = 0; n < rows; n += 4) tile(t, height, Rows{n, 1, std::min(4, rows - n)});
         t += height;
     }
 }
@@ -103,15 +145,15 @@ inline void gemm_i8(const int8_t* w, size_t ldw, int rows, const uint8_t* x, siz
                     int32_t* out, size_t ldo) {
     for (int k = 0; k < inner; k += kBlock) {
         const int length = std::min(kBlock, inner - k);
-        walk<kCols>(xrows, rows, [&](int t, int height, int n, int count) {
+        walk<kCols>(xrows, rows, [&](int t, int height, Rows at) {
             const int8_t* wr[4];
-            for (int r = 0; r < 4; r++) wr[r] = w + (n + std::min(r, count - 1)) * ldw + k;
+            for (int r = 0; r < 4; r++) wr[r] = w + at.row(r) * ldw + k;
             const uint8_t* xt = x + t * ldx + k;
             const auto run = [&]<int C>() {
                 if constexpr (C <= kCols) {
                     alignas(64) int32_t sums[C][4];
-                    tile_i8<C>(wr, xt, ldx, length, sums);
-                    put<int32_t, C>(sums, count, out + t * ldo + n, ldo, k > 0);
+                    tile_i8<C>(wr, at.stride == 1 ? 4 * ldw : ldw, xt, ldx, length, sums);
+                    put<int32_t, C>(sums, at, out + t * ldo + at.first, ldo, k > 0);
                 }
             };
             switch (height) {
@@ -132,16 +174,16 @@ inline void gemm_float(const void* w, DType type, size_t ldw, int rows, const fl
     const size_t size = type == DType::f32 ? 4 : 2;
     for (int k = 0; k < inner; k += kFloatBlock) {
         const int length = std::min(kFloatBlock, inner - k);
-        walk<kFloatCols>(xrows, rows, [&](int t, int height, int n, int count) {
+        walk<kFloatCols>(xrows, rows, [&](int t, int height, Rows at) {
             const void* wr[4];
             for (int r = 0; r < 4; r++)
-                wr[r] = static_cast<const char*>(w) + ((n + std::min(r, count - 1)) * ldw + k) * size;
+                wr[r] = static_cast<const char*>(w) + (at.row(r) * ldw + k) * size;
             const float* xt = x + t * ldx + k;
             const auto run = [&]<int C>() {
                 if constexpr (C <= kFloatCols) {
                     alignas(64) float sums[C][4];
-                    tile_float<C>(wr, type, xt, ldx, length, sums);
-                    put<float, C>(sums, count, out + t * ldo + n, ldo, k > 0);
+                    tile_float<C>(wr, type, at.stride == 1 ? 4 * ldw : ldw, xt, ldx, length, sums);
+                    put<float, C>(sums, at, out + t * ldo + at.first, ldo, k > 0);
                 }
             };
             switch (height) {

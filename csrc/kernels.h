@@ -21,7 +21,7 @@ constexpr int kPage = 128;
 constexpr int kMaxAttnRows = 24;
 
 // Key positions whose partial softmax is computed in one go; the cut is fixed so that results do not depend on threads.
-constexpr int kSplit = 1024;
+constexpr int kSplit = 256;
 
 // Bytes to which rows of activations are padded; a kernel may read the padding of them, never that of weights.
 constexpr int kAlign = 64;

@@ -4,6 +4,12 @@
 
 namespace eightfold {
 
+namespace {
+
+constexpr size_t kPrefetchBytes = 32 << 10;
+
+}  // namespace
+
 size_t Linear::weight_bytes() const {
     const size_t size = kind != LinearKind::floating ? 1 : dtype == DType::f32 ? 4 : 2;
     return size * static_cast<size_t>(outputs) * static_cast<size_t>(inputs);
@@ -52,13 +58,23 @@ void Group::cut(int threads, bool paired) {
         for (size_t i = 0; i < distinct; i++) {
             const int rows = linears[i].outputs;
             int step = kChunkRows;
-            // A few tokens: small chunks, so that threads end together; as many of the same size as threads like.
-            if (chunks == &few) step = std::clamp(rows / (threads * 6) / 4 * 4, 8, kChunkRows);
+            // A few tokens: as large as still lets threads end together; memory is read best in long runs.
+            if (chunks == &few) step = std::max(rows / (threads * 6) / 4 * 4, 8);
             for (int n = 0; n < rows; n += step) {
                 chunks->push_back({static_cast<int>(i), n, std::min(step, rows - n)});
             }
         }
     }
+}
+
+void Group::prefetch(int thread) const {
+    if (thread >= static_cast<int>(few.size())) return;
+    const Chunk& chunk = few[thread];
+    const Linear& linear = linears[chunk.linear];
+    const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
+    const size_t bytes = std::min(row * static_cast<size_t>(chunk.count), kPrefetchBytes);
+    const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,

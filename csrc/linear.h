@@ -50,7 +50,7 @@ struct Prepared {
     int planes(LinearKind kind) const { return kind == LinearKind::w8a16 ? 2 : 1; }
 };
 
-constexpr int kChunkRows = 64;    // weight rows of a chunk, at most
+constexpr int kChunkRows = 64;    // weight rows that are multiplied at a time
 constexpr int kTokenBlock = 64;   // tokens that meet them at a time
 
 // What one thread needs for products.
@@ -85,6 +85,9 @@ struct Group {
     void cut(int threads, bool paired);
     int inputs() const { return linears.front().inputs; }
     int outputs() const;
+
+    // Asks for the weights that a thread is likely to read first.
+    void prefetch(int thread) const;
 
     // Writes row t of the input in every form; x (K) is read only. `symmetric`: how a token is quantized.
     void prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,

@@ -93,9 +93,8 @@ __attribute__((target("avx512f"))) uint64_t read_avx512(const uint8_t* p, size_t
 
 #endif
 
-// --- multiplying: `rounds` rounds of kSums independent sums; a loop's products are 4 bytes deep
+// --- multiplying: so many rounds of independent sums, enough of them to hide the latency of one
 
-constexpr int kSums = 12;  // enough to hide the latency of a dot product, and they fit the registers
 constexpr int64_t kRounds = 24'000'000;
 
 // Products and sums of one round are not written down as asm, so the compiler has to be kept from foreseeing them.
@@ -120,30 +119,37 @@ int64_t multiply_words(int64_t rounds) {
 // Without VNNI: pairs of byte products, pairs of those, and the sum, three instructions for 32 products. Our own AVX2
 // kernel takes more of them, because these saturate.
 __attribute__((target("avx2"))) int64_t multiply_avx2(int64_t rounds) {
+    constexpr int count = 6;
     __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(-5), ones = _mm256_set1_epi16(1);
-    __m256i sums[kSums] = {};
+    __m256i sums[count];
+    for (int i = 0; i < count; i++) sums[i] = _mm256_set1_epi32(i);
     for (int64_t i = 0; i < rounds; i++) {
+#pragma GCC unroll 6
         for (__m256i& sum : sums) {
             EIGHTFOLD_OPAQUE("x", a);
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
         }
     }
-    for (const __m256i& sum : sums) kept.fetch_add(static_cast<uint32_t>(_mm256_extract_epi32(sum, 0)));
-    return rounds * kSums * 32;
+    alignas(32) uint64_t words[4 * count];
+    for (int i = 0; i < count; i++) _mm256_store_si256(reinterpret_cast<__m256i*>(words) + i, sums[i]);
+    for (const uint64_t word : words) kept.fetch_add(word);
+    return rounds * count * 32;
 }
 
 __attribute__((target("avx512f,avx512vnni"))) int64_t multiply_avx512(int64_t rounds) {
+    constexpr int count = 12;
     __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-5);
-    __m512i sums[kSums] = {};
+    __m512i sums[count];
+    for (int i = 0; i < count; i++) sums[i] = _mm512_set1_epi32(i);  // sums that begin alike would be taken as one
     for (int64_t i = 0; i < rounds; i++) {
         EIGHTFOLD_OPAQUE("v", a);
 #pragma GCC unroll 12
         for (__m512i& sum : sums) sum = _mm512_dpbusd_epi32(sum, a, b);
     }
-    alignas(64) uint64_t words[8 * kSums];
-    for (int i = 0; i < kSums; i++) _mm512_store_si512(words + 8 * i, sums[i]);
+    alignas(64) uint64_t words[8 * count];
+    for (int i = 0; i < count; i++) _mm512_store_si512(words + 8 * i, sums[i]);
     for (const uint64_t word : words) kept.fetch_add(word);
-    return rounds * kSums * 64;
+    return rounds * count * 64;
 }
 
 #endif

@@ -44,6 +44,7 @@ struct Batch {
 class Model {
 public:
     Model(ModelConfig config, const Kernels& kernels, int threads);
+    ~Model() { pool_.quiesce(); }  // late threads still read steps_
 
     // Filled in before finish().
     struct Layer {
@@ -83,9 +84,10 @@ private:
     static void program(void* model, Pool::Walk& walk);
     void walk_through(Pool::Walk& walk, const Step& step);
     bool attention_phases(Pool::Walk& walk, const Step& step, int layer);
+    // `next`: the weights that are read after these.
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
-                       float* output, bool adds);
-    bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use);
+                       float* output, bool adds, const Group& next);
+    bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next);
     bool head_phases(Pool::Walk& walk, const Step& step);
     bool prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
                        const int32_t* rows);

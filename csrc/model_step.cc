@@ -12,6 +12,14 @@ constexpr int kRowsOfChunk = 8;  // tokens of a chunk where each is little work
 
 int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
+// Calls f(first row, rows) for the pieces of a chunk that products are made of.
+template <typename Step>
+void by_rows(const Chunk& chunk, Step f) {
+    for (int n = chunk.begin; n < chunk.begin + chunk.count; n += kChunkRows) {
+        f(n, std::min(kChunkRows, chunk.begin + chunk.count - n));
+    }
+}
+
 }  // namespace
 
 void Model::program(void* model, Pool::Walk& walk) {
@@ -28,11 +36,12 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
     }
     for (int i = 0; i < config_.layers; i++) {
         const Layer& layer = layers[i];
-        if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false)) return;
+        const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : head;
+        if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
         if (!attention_phases(walk, step, i)) return;
-        if (!linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true)) return;
-        if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2)) return;
-        if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true)) return;
+        if (!linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true, layer.gate_up)) return;
+        if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2, layer.down)) return;
+        if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after)) return;
     }
     (void)head_phases(walk, step);
 }
@@ -81,7 +90,7 @@ const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& s
 }
 
 bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
-                          float* output, bool adds) {
+                          float* output, bool adds, const Group& next) {
     const int tokens = step.batch.tokens;
     if (!prepare_phase(walk, step, group, input, tokens, nullptr)) return false;
     const std::vector<Chunk>& chunks = tokens <= kRowsOfChunk ? group.few : group.many;
@@ -94,16 +103,17 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
         for (int j = 0; j < chunk.linear; j++) column += group.linears[j].outputs;
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
-        float* out = output + t0 * ld + column;
-        float* to = adds ? scratch.first.data() : out;
-        const size_t ldy = adds ? kChunkRows : ld;
-        group.multiply(kernels_, chunk.linear, chunk.begin, chunk.count, t0, t1, step.batch.generated, prepared,
-                       scratch, to, ldy);
-        for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, chunk.count);
-    });
+        by_rows(chunk, [&](int n, int count) {
+            float* out = output + t0 * ld + column + (n - chunk.begin);
+            float* to = adds ? scratch.first.data() : out;
+            const size_t ldy = adds ? kChunkRows : ld;
+            group.multiply(kernels_, chunk.linear, n, count, t0, t1, step.batch.generated, prepared, scratch, to, ldy);
+            for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, count);
+        });
+    }, [&] { if (step.alone) next.prefetch(walk.thread()); });
 }
 
-bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use) {
+bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next) {
     const int tokens = step.batch.tokens;
     if (!prepare_phase(walk, step, group, x_.data(), tokens, nullptr)) return false;
     const std::vector<Chunk>& chunks = tokens <= kRowsOfChunk ? group.few : group.many;
@@ -115,15 +125,16 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group,
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
         float *gate = scratch.first.data(), *up = scratch.second.data();
-        for (int j = 0; j < 2; j++) {
-            group.multiply(kernels_, j, chunk.begin, chunk.count, t0, t1, step.batch.generated, prepared, scratch,
-                           j == 0 ? gate : up, kChunkRows);
-        }
-        for (int t = 0; t < t1 - t0; t++) {
-            kernels_.silu_mul(gate + t * kChunkRows, up + t * kChunkRows, chunk.count,
-                              act_.data() + (t0 + t) * ld + chunk.begin);
-        }
-    });
+        by_rows(chunk, [&](int n, int count) {
+            for (int j = 0; j < 2; j++) {
+                group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, scratch,
+                               j == 0 ? gate : up, kChunkRows);
+            }
+            for (int t = 0; t < t1 - t0; t++) {
+                kernels_.silu_mul(gate + t * kChunkRows, up + t * kChunkRows, count, act_.data() + (t0 + t) * ld + n);
+            }
+        });
+    }, [&] { if (step.alone) next.prefetch(walk.thread()); });
 }
 
 bool Model::head_phases(Pool::Walk& walk, const Step& step) {
@@ -142,8 +153,10 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step) {
             const auto& prepared = prepared_for(scratch, step, head, use, x_.data(), rows, batch.logit_tokens);
             uint8_t generated[kTokenBlock];
             for (int t = t0; t < t1; t++) generated[t - t0] = batch.generated[batch.logit_tokens[t]];
-            head.multiply(kernels_, 0, chunk.begin, chunk.count, t0, t1, generated - t0, prepared, scratch,
-                          batch.logits + t0 * ld + chunk.begin, ld);
+            by_rows(chunk, [&](int n, int count) {
+                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, scratch,
+                              batch.logits + t0 * ld + n, ld);
+            });
         })) {
         return false;
     }

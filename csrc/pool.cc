@@ -30,10 +30,17 @@ void relax() {
 
 Pool::Pool(int threads, int max_phases)
     : max_phases_(max_phases), phases_(new Phase[max_phases]), places_(new Place[threads]) {
-    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+    try {
+        for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+    } catch (...) {  // a limit on threads: those that have started must not be left behind
+        stop();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     stops_.store(true);
     epoch_.fetch_add(1);
     epoch_.notify_all();
@@ -111,6 +118,11 @@ int Pool::Walk::claim(Phase& phase, int chunks) const {
 
 void Pool::Walk::finish(Phase& phase, int chunks) const {
     if (phase.done.fetch_add(1) + 1 == none_done(epoch_) + static_cast<uint32_t>(chunks)) phase.done.notify_all();
+}
+
+// Whether this is a late thread, whose run has ended.
+bool Pool::Walk::is_over(const Phase& phase) const {
+    return (phase.done.load() ^ none_done(epoch_)) >> kCountBits != 0;
 }
 
 bool Pool::Walk::wait(Phase& phase, int chunks) const {

@@ -42,11 +42,19 @@ public:
         // Does some of the next phase's chunks; returns when all are done. False: the run is over, return at once.
         template <typename Chunk>
         [[nodiscard]] bool phase(int chunks, Chunk chunk) {
+            return phase(chunks, chunk, [] {});
+        }
+
+        // As above; when no chunk is left to claim, `idle` may bring in what comes next while others finish.
+        template <typename Chunk, typename Idle>
+        [[nodiscard]] bool phase(int chunks, Chunk chunk, Idle idle) {
             Phase& phase = pool_.phases_[index_++];
             for (int i; (i = claim(phase, chunks)) >= 0;) {
                 chunk(i);
                 finish(phase, chunks);
             }
+            if (is_over(phase)) return false;
+            idle();
             return wait(phase, chunks);
         }
 
@@ -61,6 +69,7 @@ public:
 
         int claim(Phase& phase, int chunks) const;
         void finish(Phase& phase, int chunks) const;
+        bool is_over(const Phase& phase) const;
         bool wait(Phase& phase, int chunks) const;
     };
 
@@ -85,6 +94,7 @@ private:
     };
 
     void work(int worker);
+    void stop();
     void leave_before(uint32_t epoch);
 
     int max_phases_;

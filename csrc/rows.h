@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernels.h"
 
@@ -188,14 +189,15 @@ inline void quantize_heads(const float* x, int n, const float* inv_scale, const 
     });
 }
 
+// The first of the largest; NaN is never it, and where there is nothing else the answer is 0.
 inline int argmax(const float* x, int n) {
-    F best = f_set(x[0]);
-    lanes(n, [&](int i, int m) {
-        if (m == W) best = f_max(best, f_load(x + i));
-        else for (int j = i; j < i + m; j++) best = f_max(best, f_set(x[j]));
+    F best = f_set(-std::numeric_limits<float>::infinity());
+    lanes(n, [&](int i, int m) {  // f_max returns its second where one is NaN
+        if (m == W) best = f_max(f_load(x + i), best);
+        else for (int j = i; j < i + m; j++) best = f_max(f_set(x[j]), best);
     });
-    const float top = f_hmax(best);
-    return static_cast<int>(std::find(x, x + n, top) - x);
+    const float* at = std::find(x, x + n, f_hmax(best));
+    return at == x + n ? 0 : static_cast<int>(at - x);
 }
 
 }  // namespace eightfold::EF_ISA

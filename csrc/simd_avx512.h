@@ -50,9 +50,19 @@ inline I to_i(F x) { return _mm512_cvtps_epi32(x); }
 inline F scale_2n(F x, I n) { return _mm512_scalef_ps(x, _mm512_cvtepi32_ps(n)); }
 inline void store_low_bytes(void* p, I x, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask_n(n), x); }
 
-inline I dot4(I acc, I a, I b) { return _mm512_dpbusd_epi32(acc, a, b); }
+// As instructions and not as intrinsics: compilers have been seen to copy and spill accumulators around those.
+inline F f_acc(F acc, F a, F b) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
+inline I dot4(I acc, I a, I b) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+}
 
-inline __m256i load_halves(const uint16_t* p, int n) { return _mm256_maskz_loadu_epi16(mask_n(n < W ? n : W), p); }
+inline __m256i load_halves(const uint16_t* p, int n) {
+    return n >= W ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(mask_n(n), p);
+}
 inline F load_bf16(const uint16_t* p, int n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p, n)), 16));
 }

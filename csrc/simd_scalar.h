@@ -22,8 +22,8 @@ inline F f_sub(F a, F b) { return a - b; }
 inline F f_mul(F a, F b) { return a * b; }
 inline F f_div(F a, F b) { return a / b; }
 inline F f_fma(F a, F b, F c) { return std::fma(a, b, c); }
-inline F f_min(F a, F b) { return b < a ? b : a; }
-inline F f_max(F a, F b) { return b > a ? b : a; }
+inline F f_min(F a, F b) { return a < b ? a : b; }  // b where one is NaN, as the vector instructions have it
+inline F f_max(F a, F b) { return a > b ? a : b; }
 inline float f_hsum(F x) { return x; }
 inline float f_hmax(F x) { return x; }
 inline float f_hmin(F x) { return x; }
@@ -46,6 +46,8 @@ inline F as_f(I x) { F y; std::memcpy(&y, &x, 4); return y; }
 inline F scale_2n(F x, I n) { return x * as_f((n + 127) << 23); }
 inline void store_low_bytes(void* p, I x, int) { const uint8_t b = static_cast<uint8_t>(x); std::memcpy(p, &b, 1); }
 
+inline F f_acc(F acc, F a, F b) { return std::fma(a, b, acc); }  // as f_fma, where many are summed
+
 // acc + a0 b0 + a1 b1 + a2 b2 + a3 b3 of the unsigned bytes of a and the signed bytes of b.
 inline I dot4(I acc, I a, I b) {
     uint8_t x[4];
@@ -55,9 +57,14 @@ inline I dot4(I acc, I a, I b) {
     return acc + x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
 }
 
-inline F load_bf16(const uint16_t* p, int) { return as_f(static_cast<I>(static_cast<uint32_t>(*p) << 16)); }
+inline uint32_t load_half(const void* p) {  // of any alignment, as all loads
+    uint16_t x;
+    std::memcpy(&x, p, 2);
+    return x;
+}
+inline F load_bf16(const uint16_t* p, int) { return as_f(static_cast<I>(load_half(p) << 16)); }
 inline F load_f16(const uint16_t* p, int) {
-    const uint32_t h = *p, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    const uint32_t h = load_half(p), sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
     if (exponent == 0) {  // zero or subnormal: mantissa * 2**-24
         const float x = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
         return sign ? -x : x;

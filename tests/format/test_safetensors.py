@@ -119,17 +119,25 @@ def test_every_tensor_starts_at_a_multiple_of_its_element_size(tmp_path):
     assert [info.name for info in infos.values() if info.begin % DType(info.dtype).itemsize] == []
 
 
-@pytest.mark.parametrize("extra", range(8))
-def test_the_header_is_padded_with_spaces_to_a_multiple_of_8(tmp_path, extra):
+def test_tensors_of_whole_cache_lines_start_at_one(tmp_path):
+    sizes = [1, 64, 3, 128, 5, 192]
+    path = tmp_path / "f.safetensors"
+    write(path, {f"t{i}": (DType.I8, random_array(DType.I8, (size,))) for i, size in enumerate(sizes)})
+    begins = {info.name: info.begin for info in read_header(path).values()}
+    assert [begins[f"t{i}"] % 64 for i in (1, 3, 5)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("extra", range(0, 64, 9))
+def test_the_header_is_padded_with_spaces_to_a_cache_line(tmp_path, extra):
     path = tmp_path / "f.safetensors"
     write(path, {"n" * (1 + extra): (DType.I8, random_array(DType.I8, (3,)))})
     blob = path.read_bytes()
     length = int.from_bytes(blob[:8], "little")
-    assert length % 8 == 0
+    assert (8 + length) % 64 == 0
     assert len(blob) == 8 + length + 3
     header = blob[8 : 8 + length]
     assert header.rstrip(b" ").endswith(b"}")
-    assert len(header) - len(header.rstrip(b" ")) < 8
+    assert len(header) - len(header.rstrip(b" ")) < 64
 
 
 def test_the_header_has_no_metadata_unless_given(tmp_path):

@@ -17,6 +17,7 @@ from eightfold.quant.recipe import Recipe
 from eightfold.report import environment as environment_module
 from eightfold.report.contents import Contents, Part, describe, ranges
 from eightfold.report.environment import environment
+from eightfold.report.native import describe_native
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, random_tensors, tiny_config, token_samples, write_model
 
@@ -214,7 +215,7 @@ def test_inspect_prints_what_describe_says(cli, tmp_path):
     assert lines[3].startswith(f"  size    {contents.nbytes / 1000:.1f} kB of tensors, {share} of the BF16 model; ")
     assert lines[3].endswith("kB in 1 file")
     assert lines[4] == "  note    int8: 13 of 14 linears in the layers; float: 1 of them, embedding, norms, lm_head"
-    rows = [line.split() for line in lines[7:]]
+    rows = [line.split() for line in lines[7 : lines.index("", 7)]]
     assert lines[6].split() == ["module", "layers", "scheme", "weight", "shape", "count", "size"]
     assert len(rows) == len(contents.parts) == 11
     assert ["mlp.down_proj", "0", "FLOAT", "BF16", "48x80", "1", "7.7", "kB"] in rows
@@ -222,12 +223,13 @@ def test_inspect_prints_what_describe_says(cli, tmp_path):
     assert ["norms", "FLOAT", "BF16", "48", "5", "480", "B"] in rows
 
 
-def test_inspect_as_json_is_describe(cli, tmp_path):
+def test_inspect_as_json_is_describe_and_the_native_core(cli, tmp_path):
     directory = write_model(tmp_path / "float")
     shown = cli("inspect", directory, "--json")
     assert shown.code == 0, shown.err
     expected = json.loads(json.dumps(describe(Checkpoint.open(directory)).as_dict()))
-    assert shown.json() == expected
+    native = json.loads(json.dumps(describe_native(Checkpoint.open(directory)).as_dict()))
+    assert shown.json() == {**expected, "native": native}
     assert shown.json()["parts"][0] == {
         "name": "embed_tokens",
         "layers": "",

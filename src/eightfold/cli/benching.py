@@ -27,33 +27,41 @@ def bench(
     repeat: Annotated[int, typer.Option(min=1, help="Repetitions after one to warm up; medians count.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
-    """Measure how fast a model runs on this machine, beside what the machine could do at most.
+    """Measure how fast a model runs here, beside what this machine could do at most.
 
-    Each repetition takes fresh random prompts; nothing is reused, no stop token stops it. Example:
-    eightfold bench Llama-3.2-1B-w8a8 --batch 8
+    Fresh random prompts each time; nothing is reused, no stop token ends it.
+    Shown are medians. Example: eightfold bench Llama-3.2-1B-w8a8 --batch 8
 
-    prefill_tok_s: prompt tokens of all sequences / time to the first token of the last one.
+    prefill_tok_s: prompt tokens / time until every sequence has its first.
 
-    decode_tok_s: tokens after the first ones / time from the first to the last token.
+    decode_tok_s: tokens after the first ones / time from first to last.
 
     output_tok_s: all new tokens / all time, prompts included.
 
-    bytes_per_token: what one decode step reads, whatever the batch: every weight byte of the linears and the head once
-    (of the embedding only a row, not counted), and the keys and values of every sequence at its mean context,
-    prompt + new / 2.
+    bytes_per_token: what one decode step reads, whatever its batch: every
+    weight byte of the linears and the head once (the embedding's row is not
+    counted), and every sequence's keys and values at its mean context,
+    which is prompt + new / 2.
 
-    read_gb_s: bytes_per_token x decode steps a second; bandwidth_fraction: that / measured_bandwidth_gb_s.
+    read_gb_s: bytes_per_token x decode steps a second.
 
-    measured_bandwidth_gb_s: all threads read 1 GiB, best of 3 passes; measured in turn with the repetitions.
+    measured_bandwidth_gb_s: all threads read 1 GiB, the best of 3 passes;
+    measured in turn with the repetitions.
 
-    measured_int8_tops: all threads multiply and add bytes in registers by the widest dot product of this CPU, two
-    operations for each product; best of 3 passes, in turn with the repetitions.
+    bandwidth_fraction: read_gb_s / measured_bandwidth_gb_s.
 
-    int8_fraction: 2 x int8 weights of the layers x prefill_tok_s / measured_int8_tops. W8A16 needs two passes, so at
-    most 0.5; float layers and attention are no part of it.
+    measured_int8_tops: all threads multiply and add bytes in registers with
+    the widest dot product of this CPU, two operations for each product; the
+    best of 3 passes, in turn with the repetitions.
 
-    load_s: from opening the directory to a model that can run. peak_rss_mib: the process' largest resident size
-    after one repetition, mapped weights included.
+    int8_fraction: 2 x int8 weights in the layers x prefill_tok_s, of
+    measured_int8_tops. W8A16 takes two passes, so 0.5 is its most. Float
+    layers and attention count for nothing, though they take time.
+
+    load_s: from opening the directory to a model that can run.
+
+    peak_rss_mib: largest resident size of the process after one repetition,
+    mapped weights included.
     """
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.native import measure

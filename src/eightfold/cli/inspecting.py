@@ -11,24 +11,31 @@ from eightfold.cli import console
 
 if TYPE_CHECKING:
     from eightfold.report.contents import Contents
+    from eightfold.report.native import Native
 
 
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
-    """Say what a model directory holds: model, scheme of each group of layers, sizes. Reads no weights.
+    """Say what a model directory holds, and how this CPU would compute it. Reads no weights.
+
+    EIGHTFOLD_ISA forces an instruction set, EIGHTFOLD_THREADS a number of threads.
 
     Example: eightfold inspect Llama-3.2-1B-w8a8
     """
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.report.contents import describe
+    from eightfold.report.native import describe_native
 
-    contents = describe(Checkpoint.open(model))
+    checkpoint = Checkpoint.open(model)
+    contents, native = describe(checkpoint), describe_native(checkpoint)
     if as_json:
-        console.print_json(contents.as_dict())
-    else:
-        _print_contents(contents)
+        console.print_json({**contents.as_dict(), "native": native.as_dict()})
+        return
+    _print_contents(contents)
+    print()
+    _print_native(native)
 
 
 def _print_contents(contents: Contents) -> None:
@@ -49,6 +56,21 @@ def _print_contents(contents: Contents) -> None:
         for p in contents.parts
     ]
     for line in console.table(header, rows, right_from=4):
+        print(f"  {line}")
+
+
+def _print_native(native: Native) -> None:
+    if native.problem:
+        print(f"  cpu      {native.problem}")
+        return
+    others = [isa for isa in native.available_isas if isa != native.isa]
+    also = f"; EIGHTFOLD_ISA also takes {' or '.join(others)}" if others else ""
+    print(f"  cpu      {native.isa}, {native.isa_reason}{also}")
+    print(f"  threads  {native.threads}, {native.threads_reason}")
+    print()
+    header = ("computed", "scheme", "stored", "count", "by")
+    rows = [(k.modules, k.scheme, k.dtype, str(k.count), k.how) for k in native.kernels]
+    for line in console.table(header, rows, right_from=len(header)):
         print(f"  {line}")
 
 

@@ -220,6 +220,10 @@ class PlannedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+# Bytes of a cache line, and of the widest vector.
+ALIGNMENT = 64
+
+
 class FileWriter:
     """Writes one safetensors file whose tensors are known beforehand, in any order, each once."""
 
@@ -228,8 +232,9 @@ class FileWriter:
         self._pending: dict[str, tuple[PlannedTensor, int]] = {}
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         at = 0
-        # Wide elements first: every tensor then starts at a multiple of its element size.
-        for tensor in sorted(plan, key=lambda tensor: -tensor.dtype.itemsize):
+        # Whole cache lines first, then wide elements: weights start at a multiple of ALIGNMENT, which makes reading
+        # them from the mapped file faster, and all tensors at one of their element size.
+        for tensor in sorted(plan, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, -tensor.dtype.itemsize)):
             header[tensor.name] = {
                 "dtype": tensor.dtype.value,
                 "shape": list(tensor.shape),
@@ -238,7 +243,7 @@ class FileWriter:
             self._pending[tensor.name] = (tensor, at)
             at += tensor.nbytes
         blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        blob += b" " * (-len(blob) % 8)
+        blob += b" " * (-(8 + len(blob)) % ALIGNMENT)
         self._data_start = 8 + len(blob)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:

@@ -12,6 +12,7 @@ from typing import Any
 from eightfold.errors import ConfigError, UnsupportedError
 
 ISA_VARIABLE, THREADS_VARIABLE = "EIGHTFOLD_ISA", "EIGHTFOLD_THREADS"
+MAX_THREADS = 1024  # that the extension takes
 
 
 def is_built() -> bool:
@@ -62,14 +63,13 @@ def choose_threads(threads: int | None = None) -> int:
     """Return how many threads compute: as asked, as EIGHTFOLD_THREADS says, or one for each usable CPU.
 
     Raises:
-        ConfigError: not a number from 1 on.
+        ConfigError: not a number from 1 to MAX_THREADS.
     """
-    if threads is not None:
-        return threads
-    text = os.environ.get(THREADS_VARIABLE, "")
+    text = os.environ.get(THREADS_VARIABLE, "") if threads is None else str(threads)
     if not text:
         usable: int = extension().usable_cpus()
-        return usable
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise ConfigError(THREADS_VARIABLE, got=text, expected="a number from 1 on")
+        return min(usable, MAX_THREADS)
+    if not text.isascii() or not text.isdigit() or len(text) > 4 or not 1 <= int(text) <= MAX_THREADS:
+        what = THREADS_VARIABLE if threads is None else "threads"
+        raise ConfigError(what, got=text, expected=f"a number from 1 to {MAX_THREADS}")
     return int(text)

@@ -40,6 +40,7 @@ from eightfold.scheme import (
     KV_OFFSET,
     KV_SCALE,
     NEEDS_CALIBRATION,
+    OFFSET,
     QUANT_BIAS,
     SCALE,
     WEIGHT,
@@ -86,7 +87,7 @@ def load_model(
             keys and values (in bfloat16); prompts then have to run whole.
 
     Raises:
-        UnsupportedError: no compiled extension, or a shape outside its limits.
+        UnsupportedError: no compiled extension, a shape outside its limits, or FAQuant with an offset that is not zero.
         CheckpointError: a scale that is not a finite number.
     """
     config = checkpoint.config
@@ -204,6 +205,8 @@ class _Loader:
             key, value = (self._channels(f"{prefix}{part}", KV_SCALE, KV_OFFSET) for part in (KEY, VALUE))
             return {"kind": "int8x2", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": key, "value": value}
         module, heads, dim = prefix + ATTENTION, self.config.num_heads, self.config.head_dim
+        for part in (FA_Q, FA_K, FA_V):
+            self._require_zeros(f"{module}.{part}.{OFFSET}")
         key, value = (self._channels(f"{module}.{part}", SCALE, "") for part in (FA_K, FA_V))
         query_scale = self._values(f"{module}.{FA_Q}.{SCALE}").reshape(heads, -1)[:, 0]
         key_scale = np.repeat(key[0].reshape(-1, dim)[:, 0], heads // self.config.num_kv_heads)
@@ -218,6 +221,18 @@ class _Loader:
         name = f"{module}.{offset}"
         offset_C = self._values(name) if name in self.checkpoint.tensors else np.zeros_like(scale_C)
         return [scale_C, np.float32(1) / scale_C, offset_C]
+
+    def _require_zeros(self, name: str) -> None:
+        """Refuse an offset that nothing here would subtract."""
+        values = self._values(name) if name in self.checkpoint.tensors else _NOTHING
+        if values.any():
+            raise UnsupportedError(
+                f"values of {name}",
+                where=self.checkpoint.tensors[name].file,
+                got=f"{values.min():g} to {values.max():g}",
+                expected="zeros",
+                action="Attention is computed without offsets; quantize it symmetrically.",
+            )
 
     def _deq_scale(self, module: str) -> NDArray[Any]:
         stored = self.checkpoint.array(f"{module}.{DEQ_SCALE}").reshape(-1)

@@ -1,0 +1,324 @@
+"""Loading: what is refused and how, rotary frequencies, generation, and what is never imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eightfold.config import RopeParameters
+from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.native import core
+from eightfold.native.generate import Generation, generate
+from eightfold.native.load import load_model
+from eightfold.native.rotary import inverse_frequencies
+from eightfold.reference import attention as reference_attention
+from eightfold.reference import generate as reference_generate
+from eightfold.reference.load import Decoder
+from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
+from tests.native import NAME
+from tests.native.models import DYNAMIC, ISAS, VARIANTS, Variant, keys_and_values_in_bfloat16, native, write_variant
+
+
+def one_line(raised: pytest.ExceptionInfo[Exception]) -> str:
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("wanted", ["neon", "AVX2", "avx512_vnni"])
+def test_an_instruction_set_that_is_not_known_is_refused(checkpoint_of, monkeypatch, wanted):
+    monkeypatch.setenv("EIGHTFOLD_ISA", wanted)
+    with pytest.raises(ConfigError) as raised:
+        load_model(checkpoint_of("w8a8"), threads=1)
+    assert one_line(raised) == (
+        f"EIGHTFOLD_ISA: got {wanted}, expected {' or '.join(ISAS)}, which this CPU has. Unset it to take the best."
+    )
+
+
+def test_an_instruction_set_that_this_cpu_lacks_is_refused(checkpoint_of, monkeypatch):
+    """As on a CPU that has nothing but scalar code."""
+    monkeypatch.setattr(core.extension(), "available_isas", lambda: ["scalar"])
+    monkeypatch.setenv("EIGHTFOLD_ISA", "avx512")
+    with pytest.raises(ConfigError) as raised:
+        load_model(checkpoint_of("w8a8"), threads=1)
+    assert one_line(raised) == (
+        "EIGHTFOLD_ISA: got avx512, expected scalar, which this CPU has. Unset it to take the best."
+    )
+
+
+def test_without_a_choice_the_best_instruction_set_is_taken(checkpoint_of, monkeypatch):
+    monkeypatch.delenv("EIGHTFOLD_ISA", raising=False)
+    assert load_model(checkpoint_of("w8a8"), threads=1).isa == ISAS[-1]
+    monkeypatch.setenv("EIGHTFOLD_ISA", "")
+    assert load_model(checkpoint_of("w8a8"), threads=1).isa == ISAS[-1]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "٣", "1025", "99999999999999999999", " 2"])
+def test_a_number_of_threads_that_makes_no_sense_is_refused(checkpoint_of, monkeypatch, text):
+    monkeypatch.setenv("EIGHTFOLD_THREADS", text)
+    with pytest.raises(ConfigError, match=r"^EIGHTFOLD_THREADS: got .*, expected a number from 1 to 1024$") as raised:
+        load_model(checkpoint_of("w8a8"))
+    one_line(raised)
+
+
+@pytest.mark.parametrize("threads", [0, -3, 1025])
+def test_an_argument_for_threads_is_checked_too(checkpoint_of, threads):
+    with pytest.raises(ConfigError, match=rf"^threads: got {threads}, expected a number from 1 to 1024$"):
+        load_model(checkpoint_of("w8a8"), threads=threads)
+
+
+def test_threads_are_as_asked_as_the_variable_says_or_one_for_each_cpu(checkpoint_of, monkeypatch):
+    monkeypatch.setenv("EIGHTFOLD_THREADS", "3")
+    assert load_model(checkpoint_of("w8a8")).threads == 3
+    assert load_model(checkpoint_of("w8a8"), threads=2).threads == 2
+    monkeypatch.delenv("EIGHTFOLD_THREADS")
+    assert load_model(checkpoint_of("w8a8")).threads == core.extension().usable_cpus() >= 1
+
+
+def test_where_no_more_threads_may_start_there_is_an_error_and_no_crash():
+    code = (
+        "import resource, tests.native\n"
+        "from eightfold.native import core\n"
+        "core.extension().kernels.pool_runs(2, [[1]])\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"  # room for a few stacks
+        "try:\n"
+        "    core.extension().kernels.pool_runs(1000, [[5]])\n"
+        "except RuntimeError as error:\n"
+        "    print('refused')\n"
+        "print(core.extension().kernels.pool_runs(1, [[5]]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "refused\n[15]\n", "")
+
+
+def test_a_missing_extension_is_one_line(checkpoint_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, NAME, None)  # importing it raises
+    assert not core.is_built()
+    with pytest.raises(UnsupportedError) as raised:
+        load_model(checkpoint_of("w8a8"))
+    assert one_line(raised) == (
+        "native backend: got no compiled extension (import of eightfold.native._core halted; None in sys.modules), "
+        "expected one built when eightfold was installed. "
+        "Install a C++ compiler and reinstall eightfold, or use --backend reference."
+    )
+    monkeypatch.undo()
+    assert core.is_built()
+
+
+def damaged(tmp_path: Path, name: str, suffix: str, value: float) -> Checkpoint:
+    """Write a variant and put a value into the last element of the first tensor with a suffix."""
+    directory = write_variant(tmp_path, VARIANTS[name]).directory
+    file = next(directory.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensor = next(tensor for key, tensor in sorted(tensors.items()) if key.endswith(suffix))
+    tensor.view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    return Checkpoint.open(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("w8a16", "q_proj.weight_scale"),
+        ("w8a16 asymmetric", "q_proj.weight_offset"),
+        ("w8a8", "q_proj.input_scale"),
+        ("w8a8", "down_proj.input_offset"),
+        ("dynamic bias", "q_proj.bias"),
+        ("bfloat16", "model.norm.weight"),
+        ("w8a8 qk-norm", "q_norm.weight"),
+        ("faquant", "fa_q.scale"),
+        ("faquant", "fa_v.scale"),
+        ("c8", "k_proj.kv_cache_scale"),
+        ("c8 asymmetric", "v_proj.kv_cache_offset"),
+    ],
+)
+def test_a_number_that_is_none_is_refused(tmp_path, name, suffix, value):
+    checkpoint = damaged(tmp_path, name, suffix, value)
+    message = rf"^[\w.]*{suffix}\[\d+\] in .*\.safetensors: got {value}, expected a finite number\. The weights are "
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_model(checkpoint, threads=1)
+    one_line(raised)
+
+
+def test_faquant_with_offsets_is_refused_as_the_reference_does(tmp_path):
+    checkpoint = damaged(tmp_path, "faquant", "fa_k.offset", 3.0)
+    message = r"^values of model\.layers\.0\.self_attn\.fa_k\.offset in .*: got 0 to 3, expected zeros\. Attention "
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        load_model(checkpoint, threads=1)
+    with pytest.raises(UnsupportedError) as of_reference:
+        Decoder(checkpoint).attend(0)
+    assert one_line(raised) == one_line(of_reference)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 514}, r"^head_dim in .*: got 514, expected at most 512\. Use --backend reference\.$"),
+        (
+            {"intermediate_size": 65_794},
+            r"^inputs of a linear in .*: got 65794, expected at most 65793\. Use --backend ",
+        ),
+    ],
+)
+def test_shapes_beyond_the_limits_are_refused(tmp_path, changes, message):
+    config = tiny_config(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, **changes)
+    checkpoint = Checkpoint.open(write_model(tmp_path / "float", config, tokenizer=False))
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        load_model(checkpoint, threads=1)
+    one_line(raised)
+
+
+@pytest.mark.parametrize("changes", [{"head_dim": 512}, {"intermediate_size": 65_793}])
+def test_shapes_at_the_limits_run(tmp_path, changes):
+    config = tiny_config(hidden_size=8, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, **changes)
+    checkpoint = Checkpoint.open(write_model(tmp_path / "float", config, tokenizer=False))
+    with keys_and_values_in_bfloat16():
+        expected = Decoder(checkpoint).logits([1, 2, 3]).numpy()
+    for isa in ISAS:
+        model = native(checkpoint, isa)
+        model.allocate_cache(128)
+        tokens = np.array([1, 2, 3], np.int32)
+        logits = np.zeros((3, 320), np.float32)
+        model._model.forward(
+            token_ids=tokens, positions=tokens - 1, generated=np.zeros(3, np.uint8), starts=np.array([0, 3], np.int32),
+            tables=np.zeros((1, 1), np.int32), logit_tokens=tokens - 1, logits=logits, best=np.empty(0, np.int32),
+        )  # fmt: skip
+        # Sums of 65793 terms: sqrt(65793) roundings of 2**-24, and one step of a bfloat16 key or value.
+        assert np.abs(logits - expected).max() <= (2 * 65793**0.5 * 2.0**-24 + 2.0**-8) * np.abs(expected).max()
+
+
+ROPES = {
+    "default": RopeParameters(),
+    "large theta": RopeParameters(rope_theta=1e6),
+    "linear": RopeParameters(rope_type="linear", factor=3.0),
+    "llama3": RopeParameters(
+        rope_theta=5e5, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+    "llama3 short": RopeParameters(rope_type="llama3", factor=32.0, original_max_position_embeddings=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("head_dim", [2, 6, 16, 64, 80, 128, 256])
+def test_rotary_frequencies_are_the_references(rope, head_dim):
+    found = inverse_frequencies(ROPES[rope], head_dim)
+    expected = reference_attention.inverse_frequencies(ROPES[rope], head_dim).numpy()
+    assert (found.dtype, found.shape) == (np.float32, (head_dim // 2,))
+    # A power, which libraries round in their last bit, and up to four more roundings on either side.
+    np.testing.assert_allclose(found, expected, rtol=12 * 2.0**-24, atol=0)
+
+
+PROMPT = [1, 2, 3, 4, 5]
+
+
+def sure_tokens(decoder: Decoder, prompt: list[int]) -> list[int]:
+    """Return what the reference generates while its choice leads by more than 2 % of the largest logit.
+
+    That is twice what a step of an integer was measured to move logits by; see test_model.py.
+    """
+    tokens = reference_generate.generate(decoder, prompt, 12).token_ids
+    logits = decoder.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
+    best = logits.topk(2, dim=1).values
+    is_close = (best[:, 0] - best[:, 1]) <= 0.02 * logits.abs().max()
+    return tokens[: int(is_close.int().argmax())] if is_close.any() else tokens
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("name", ["bfloat16", "dynamic", "mix"])
+def test_generation_is_the_references(tmp_path, architecture, name):
+    config = tiny_config(architecture, sliding_window=4, use_sliding_window=True, max_window_layers=1)
+    checkpoint = write_variant(tmp_path, Variant(VARIANTS[name].recipe, config))
+    prompts = token_samples(6, seed=8)
+    with keys_and_values_in_bfloat16():
+        answers = [sure_tokens(Decoder(checkpoint), prompt) for prompt in prompts]
+    assert sum(map(len, answers)) >= 8
+    for isa in ISAS:
+        model = native(checkpoint, isa, threads=2)
+        for prompt, expected in zip(prompts, answers, strict=True):
+            found: list[int] = []
+            assert generate(model, prompt, len(expected), on_token=found.append) == Generation(expected, "length")
+            assert found == expected
+
+
+def test_generation_stops_at_a_stop_token_and_goes_on_over_pages(tmp_path):
+    config = tiny_config(max_position_embeddings=2048)
+    model = native(Checkpoint.open(write_model(tmp_path / "float", config, tokenizer=False)), ISAS[-1])
+    prompt = (token_samples(1, seed=9)[0] * 100)[:600]  # two pieces of a prompt
+    whole = generate(model, prompt, 150)
+    assert (len(whole.token_ids), whole.finish_reason) == (150, "length")
+    stop = whole.token_ids[100]
+    stopped = generate(model, prompt, 150, frozenset({stop}))
+    assert stopped == Generation(whole.token_ids[: whole.token_ids.index(stop)], "stop")
+    assert generate(model, prompt, 0) == Generation([], "length")
+
+
+@pytest.mark.parametrize(("prompt", "count"), [([], 3), ([1] * 120, 9)])
+def test_what_does_not_fit_the_context_is_refused(checkpoint_of, prompt, count):
+    with pytest.raises(CapacityError, match=r"^prompt: got "):
+        generate(native(checkpoint_of("w8a8"), ISAS[-1]), prompt, count)
+
+
+def test_a_cache_beyond_the_memory_is_refused(checkpoint_of, monkeypatch):
+    monkeypatch.setattr("eightfold.native.model.available_bytes", lambda: 1 << 20)
+    with pytest.raises(CapacityError, match=r"^key/value cache: got \d+ MiB for \d+ positions, expected at most 1 MiB"):
+        native(checkpoint_of("bfloat16"), ISAS[-1]).allocate_cache(1 << 20)
+
+
+def test_loading_and_generating_import_nothing_heavy(checkpoint_of):
+    code = (
+        "import sys, pathlib, tests.native\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'gguf', 'safetensors')))\n"  # importing them raises
+        "from eightfold.format.checkpoint import Checkpoint\n"
+        "from eightfold.native.generate import generate\n"
+        "from eightfold.native.load import load_model\n"
+        "model = load_model(Checkpoint.open(pathlib.Path(sys.argv[1])), threads=2)\n"
+        "generate(model, [1, 2, 3], 4)\n"
+        "heavy = ('torch', 'transformers', 'gguf', 'safetensors', 'tokenizers', 'jinja2', 'scipy')\n"
+        "print([name for name in heavy if sys.modules.get(name)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint_of("w8a8").directory)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_weights_are_read_where_they_lie(tmp_path):
+    """No copy: what changes in the mapped file changes the next step."""
+    checkpoint = write_variant(tmp_path, VARIANTS["dynamic"])
+    model = native(checkpoint, ISAS[-1])
+    model.allocate_cache(128)
+    before = generate(model, PROMPT, 1)
+    file = next(checkpoint.directory.glob("*.safetensors"))
+    header_len = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + header_len])
+    begin, end = header["lm_head.weight"]["data_offsets"]
+    with file.open("r+b") as out:
+        out.seek(8 + header_len + begin)
+        out.write(b"\0" * (end - begin))
+    assert generate(model, PROMPT, 1).token_ids == [0] != before.token_ids
+
+
+def test_the_scheme_of_a_token_is_the_one_asked_for(tmp_path):
+    checkpoint = write_variant(tmp_path, VARIANTS["dynamic"])
+    assert VARIANTS["dynamic"].recipe is not None and VARIANTS["dynamic"].recipe.scheme is DYNAMIC
+    found = {}
+    for mode in ("symmetric", "asymmetric"):
+        with torch.inference_mode():
+            expected = Decoder(checkpoint, dynamic=mode).logits(PROMPT)[-1]
+        found[mode] = int(expected.argmax()), expected
+        model = native(checkpoint, ISAS[-1], dynamic=mode)
+        assert generate(model, PROMPT, 1).token_ids == [found[mode][0]]
+    assert not torch.equal(found["symmetric"][1], found["asymmetric"][1])
