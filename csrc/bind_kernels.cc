@@ -149,7 +149,7 @@ void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf,
     const Cache cache(shape, layers, pages);
     const Kernels& kernels = kernels_for(isa);
     for (int c = 0; c < context; c++) {
-        cache.store(kernels, 0, pages - 1 - c / kPage, c % kPage, k.data() + c * dim, v.data() + c * dim);
+        cache.store(kernels, 0, pages - 1 - c / kPage, c % kPage, 0, k.data() + c * dim, v.data() + c * dim);
     }
     std::vector<const uint8_t*> keys, values;
     for (int i = 0; i < pages; i++) {

@@ -58,29 +58,26 @@ uint8_t* Cache::values(int layer, int page, int head) const {
     return keys(layer, page, head) + key_bytes(shape_, layers_[layer].kind);
 }
 
-void Cache::store(const Kernels& kernels, int layer, int page, int at, const float* k, const float* v) const {
+void Cache::store(const Kernels& kernels, int layer, int page, int at, int head, const float* k, const float* v) const {
     const AttentionParams& params = layers_[layer];
     const int dim = shape_.head_dim, value_dim = shape_.value_dim(), group = group_of(params.kind);
-    int8_t k8[512], v8[512];
-    for (int g = 0; g < shape_.kv_heads; g++) {
-        uint8_t* keys_at = keys(layer, page, g);
-        uint8_t* values_at = values(layer, page, g);
-        const float *kg = k + g * dim, *vg = v + g * dim;
-        if (params.kind == CacheKind::bf16) {
-            auto* keys16 = reinterpret_cast<uint16_t*>(keys_at);
-            auto* values16 = reinterpret_cast<uint16_t*>(values_at);
-            for (int d = 0; d < dim; d++) {
-                keys16[(d / group * kPage + at) * group + d % group] = to_bf16(kg[d]);
-                values16[(at / group * value_dim + d) * group + at % group] = to_bf16(vg[d]);
-            }
-            continue;
-        }
-        kernels.quantize_heads(kg, dim, params.key_inv.data() + g * dim, params.key_offset.data() + g * dim, 1, k8);
-        kernels.quantize_heads(vg, dim, params.value_inv.data() + g * dim, params.value_offset.data() + g * dim, 1, v8);
+    uint8_t *keys_at = keys(layer, page, head), *values_at = values(layer, page, head);
+    if (params.kind == CacheKind::bf16) {
+        auto* keys16 = reinterpret_cast<uint16_t*>(keys_at);
+        auto* values16 = reinterpret_cast<uint16_t*>(values_at);
         for (int d = 0; d < dim; d++) {
-            keys_at[(d / group * kPage + at) * group + d % group] = static_cast<uint8_t>(k8[d] + 128);
-            values_at[(at / group * value_dim + d) * group + at % group] = static_cast<uint8_t>(v8[d]);
+            keys16[(d / group * kPage + at) * group + d % group] = to_bf16(k[d]);
+            values16[(at / group * value_dim + d) * group + at % group] = to_bf16(v[d]);
         }
+        return;
+    }
+    int8_t k8[512], v8[512];
+    const size_t first = static_cast<size_t>(head) * dim;
+    kernels.quantize_heads(k, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1, k8);
+    kernels.quantize_heads(v, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1, v8);
+    for (int d = 0; d < dim; d++) {
+        keys_at[(d / group * kPage + at) * group + d % group] = static_cast<uint8_t>(k8[d] + 128);
+        values_at[(at / group * value_dim + d) * group + at % group] = static_cast<uint8_t>(v8[d]);
     }
 }
 

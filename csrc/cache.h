@@ -43,8 +43,8 @@ public:
     uint8_t* keys(int layer, int page, int head) const;
     uint8_t* values(int layer, int page, int head) const;
 
-    // Puts one token's rotated keys and values, (G, D) float32 each, at a position of a page.
-    void store(const Kernels& kernels, int layer, int page, int at, const float* k, const float* v) const;
+    // Puts one token's rotated key and its value, (D) float32 each, of one head at a position of a page.
+    void store(const Kernels& kernels, int layer, int page, int at, int head, const float* k, const float* v) const;
 
 private:
     Shape shape_;

@@ -182,6 +182,8 @@ void Model::forward(const Batch& batch) {
     Step& step = steps_[pool_.next_slot()];
     step.batch = batch;
     step.alone = batch.tokens <= kAloneTokens;
+    step.single = batch.tokens == batch.sequences && !batch.float_prompts &&
+                  config_.shape.queries_per_kv() <= kMaxAttnRows;
     step.units = units;
     step.id = ++step_count_;
     for (int s = 0; s < batch.sequences; s++) {

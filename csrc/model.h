@@ -76,14 +76,15 @@ private:
     };
     struct Step {  // what a run reads; see Pool
         Batch batch;
-        bool alone;  // every thread prepares the few input rows for itself
+        bool alone;   // every thread prepares the few input rows for itself
+        bool single;  // one token a sequence: a unit of attention rotates and stores what it needs itself
         std::vector<Unit> units;
         uint64_t id;
     };
 
     static void program(void* model, Pool::Walk& walk);
     void walk_through(Pool::Walk& walk, const Step& step);
-    bool attention_phases(Pool::Walk& walk, const Step& step, int layer);
+    bool attention_phases(Pool::Walk& walk, const Step& step, int layer, const Group& next);
     // `next`: the weights that are read after these.
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                        float* output, bool adds, const Group& next);
@@ -95,14 +96,28 @@ private:
                                               const float* input, int tokens, const int32_t* rows);
 
     void embed(const Step& step, int t);
-    void rotate_and_store(const Step& step, int layer, int t);
-    void quantize_query(const AttentionParams& params, int t, int head);
+    struct Query {  // where a quantized query goes
+        int8_t* q8;
+        int32_t* sum;
+        float *scale, *real;
+    };
+    Query query_at(int t, int head);
+    void rotate(int layer, int t, int head, float* row) const;
+    void rotate_query(const Step& step, int layer, int t, int head, Query to);
+    void rotate_and_store_key(const Step& step, int layer, int t, int kv_head);
+    void quantize_query(const AttentionParams& params, int head, const float* q, Query to) const;
+    void gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch);
     void attend(const Step& step, int layer, const Unit& unit, Scratch& scratch);
     void write_heads(const AttentionParams& params, const Unit& unit, AttnState state);
     std::vector<Unit> plan_units(const Batch& batch) const;
     void reserve(const Batch& batch, const std::vector<Unit>& units);
     bool is_fresh(const Batch& batch, int layer, int t) const {
         return batch.float_prompts && !batch.generated[t] && attention[layer].kind != CacheKind::bf16;
+    }
+    float* head_row(int t, int head) {  // queries first, then keys, then values
+        const Shape& shape = config_.shape;
+        const size_t all = shape.heads + 2 * static_cast<size_t>(shape.kv_heads);
+        return qkv_.data() + (static_cast<size_t>(t) * all + head) * shape.head_dim;
     }
     int row_len(const Unit& unit) const { return unit.tokens * unit.heads; }
 

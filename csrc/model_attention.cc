@@ -15,62 +15,72 @@ AttnState state_at(float* memory) { return {memory, memory + kMaxAttnRows, memor
 
 }  // namespace
 
-bool Model::attention_phases(Pool::Walk& walk, const Step& step, int layer) {
+bool Model::attention_phases(Pool::Walk& walk, const Step& step, int layer, const Group& next) {
     const int tokens = step.batch.tokens;
-    if (!walk.phase((tokens + kStoreTokens - 1) / kStoreTokens, [&](int i) {
+    if (!step.single && !walk.phase((tokens + kStoreTokens - 1) / kStoreTokens, [&](int i) {
             for (int t = i * kStoreTokens; t < std::min(tokens, (i + 1) * kStoreTokens); t++) {
-                rotate_and_store(step, layer, t);
+                for (int h = 0; h < config_.shape.heads; h++) rotate_query(step, layer, t, h, query_at(t, h));
+                for (int g = 0; g < config_.shape.kv_heads; g++) rotate_and_store_key(step, layer, t, g);
             }
         })) {
         return false;
     }
-    return walk.phase(static_cast<int>(step.units.size()),
-                      [&](int i) { attend(step, layer, step.units[i], scratch_[walk.thread()]); });
+    return walk.phase(
+        static_cast<int>(step.units.size()),
+        [&](int i) { attend(step, layer, step.units[i], scratch_[walk.thread()]); },
+        [&] { if (step.alone) next.prefetch(walk.thread()); });
 }
 
-void Model::rotate_and_store(const Step& step, int layer, int t) {
+Model::Query Model::query_at(int t, int head) {
+    const size_t at = static_cast<size_t>(t) * config_.shape.heads + head, dq = config_.shape.query_dim();
+    return {q8_.data() + at * 2 * dq, q_sum_.data() + at * 2, q_scale_.data() + at, qf_.data() + at * dq};
+}
+
+void Model::rotate(int layer, int t, int head, float* row) const {
     const Shape& shape = config_.shape;
-    const AttentionParams& params = attention[layer];
-    const int dim = shape.head_dim, all = shape.heads + 2 * shape.kv_heads;
-    float* q = qkv_.data() + static_cast<size_t>(t) * all * dim;
-    float *k = q + shape.heads * dim, *v = k + shape.kv_heads * dim;
-    const float *cos = cos_.data() + static_cast<size_t>(t) * dim / 2, *sin = sin_.data() + static_cast<size_t>(t) * dim / 2;
-    for (int h = 0; h < shape.heads + shape.kv_heads; h++) {
-        float* row = q + h * dim;
-        const std::vector<float>& gain = h < shape.heads ? params.query_norm : params.key_norm;
-        if (!gain.empty()) kernels_.rms_norm(row, dim, gain.data(), nullptr, config_.eps, row);
-        kernels_.rope(row, dim, cos, sin);
-        if (h < shape.heads) quantize_query(is_fresh(step.batch, layer, t) ? fresh_params_[0] : attention[layer], t, h);
-    }
+    const size_t at = static_cast<size_t>(t) * shape.head_dim / 2;
+    const std::vector<float>& gain = head < shape.heads ? attention[layer].query_norm : attention[layer].key_norm;
+    if (!gain.empty()) kernels_.rms_norm(row, shape.head_dim, gain.data(), nullptr, config_.eps, row);
+    kernels_.rope(row, shape.head_dim, cos_.data() + at, sin_.data() + at);
+}
+
+void Model::rotate_query(const Step& step, int layer, int t, int head, Query to) {
+    float row[512];  // a copy: several units may need the same query
+    std::copy_n(head_row(t, head), config_.shape.head_dim, row);
+    rotate(layer, t, head, row);
+    quantize_query(is_fresh(step.batch, layer, t) ? fresh_params_[0] : attention[layer], head, row, to);
+}
+
+void Model::rotate_and_store_key(const Step& step, int layer, int t, int kv_head) {
+    const Shape& shape = config_.shape;
     const Batch& batch = step.batch;
-    const int position = batch.positions[t];
-    const int32_t* table = batch.tables + static_cast<size_t>(sequence_of_[t]) * batch.table_width;
-    cache_->store(kernels_, layer, table[position / kPage], position % kPage, k, v);
+    float* k = head_row(t, shape.heads + kv_head);
+    const float* v = head_row(t, shape.heads + shape.kv_heads + kv_head);
+    rotate(layer, t, shape.heads + kv_head, k);
+    const int position = batch.positions[t], sequence = sequence_of_[t], at = position % kPage;
+    const int32_t* table = batch.tables + static_cast<size_t>(sequence) * batch.table_width;
+    cache_->store(kernels_, layer, table[position / kPage], at, kv_head, k, v);
     if (is_fresh(batch, layer, t)) {
-        fresh_->store(kernels_, 0, fresh_page_[sequence_of_[t]] + position / kPage, position % kPage, k, v);
+        fresh_->store(kernels_, 0, fresh_page_[sequence] + position / kPage, at, kv_head, k, v);
     }
 }
 
-void Model::quantize_query(const AttentionParams& params, int t, int head) {
+void Model::quantize_query(const AttentionParams& params, int head, const float* q, Query to) const {
     const Shape& shape = config_.shape;
-    const int dim = shape.head_dim, dq = shape.query_dim(), all = shape.heads + 2 * shape.kv_heads;
-    const float* q = qkv_.data() + (static_cast<size_t>(t) * all + head) * dim;
-    const size_t at = static_cast<size_t>(t) * shape.heads + head;
+    const int dim = shape.head_dim, dq = shape.query_dim();
     const float root = 1.0f / std::sqrt(static_cast<float>(dim));
     if (params.kind == CacheKind::bf16) {
-        float* out = qf_.data() + at * dq;
-        for (int d = 0; d < dim; d++) out[d] = q[d] * root;
-        std::fill(out + dim, out + dq, 0.0f);
+        for (int d = 0; d < dim; d++) to.real[d] = q[d] * root;
+        std::fill(to.real + dim, to.real + dq, 0.0f);
         return;
     }
-    int8_t* out = q8_.data() + at * 2 * dq;
-    int32_t* sum = q_sum_.data() + at * 2;
-    sum[0] = sum[1] = 0;
     if (params.kind == CacheKind::int8) {
-        kernels_.quantize_heads(q, dim, &params.query_inv[head], nullptr, 0, out);
-        for (int d = 0; d < dim; d++) sum[0] += out[d];
-        std::fill(out + dim, out + dq, 0);
-        q_scale_[at] = params.score_scale[head];
+        kernels_.quantize_heads(q, dim, &params.query_inv[head], nullptr, 0, to.q8);
+        std::fill(to.q8 + dim, to.q8 + dq, 0);
+        int32_t sum = 0;
+        for (int d = 0; d < dim; d++) sum += to.q8[d];
+        to.sum[0] = sum;
+        *to.scale = params.score_scale[head];
         return;
     }
     // 16 bit of q * key_scale: high and low half, both signed. Key offsets move all scores alike: softmax forgets them.
@@ -78,15 +88,46 @@ void Model::quantize_query(const AttentionParams& params, int t, int head) {
     float largest = 1e-30f;
     for (int d = 0; d < dim; d++) largest = std::max(largest, std::fabs(q[d] * key_scale[d]));
     const float scale = largest / 32639.0f;  // 127 * 256 + 127
+    int32_t high_sum = 0, low_sum = 0;
     for (int d = 0; d < dq; d++) {
         const int value = d < dim ? static_cast<int>(std::nearbyint(q[d] * key_scale[d] / scale)) : 0;
         const int high = (value + 128) >> 8, low = value - high * 256;
-        out[d] = static_cast<int8_t>(high);
-        out[dq + d] = static_cast<int8_t>(low);
-        sum[0] += high;
-        sum[1] += low;
+        to.q8[d] = static_cast<int8_t>(high);
+        to.q8[dq + d] = static_cast<int8_t>(low);
+        high_sum += high;
+        low_sum += low;
     }
-    q_scale_[at] = scale * root;
+    to.sum[0] = high_sum;
+    to.sum[1] = low_sum;
+    *to.scale = scale * root;
+}
+
+// Puts a unit's query rows one below the other.
+void Model::gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch) {
+    const int rows = row_len(unit), dq = config_.shape.query_dim(), planes = kind == CacheKind::int8x2 ? 2 : 1;
+    scratch.q8.resize(static_cast<size_t>(rows) * planes * dq);
+    scratch.qf.resize(static_cast<size_t>(rows) * dq);
+    scratch.q_sum.resize(rows * planes);
+    scratch.q_scale.resize(rows);
+    scratch.last.resize(rows);
+    for (int r = 0; r < rows; r++) {
+        const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
+        const Query to{scratch.q8.data() + static_cast<size_t>(r) * planes * dq, scratch.q_sum.data() + r * planes,
+                       scratch.q_scale.data() + r, scratch.qf.data() + static_cast<size_t>(r) * dq};
+        scratch.last[r] = step.batch.positions[t];
+        if (step.single) {
+            rotate_query(step, layer, t, head, to);
+            continue;
+        }
+        const Query from = query_at(t, head);
+        if (kind == CacheKind::bf16) {
+            std::copy_n(from.real, dq, to.real);
+        } else {
+            std::copy_n(from.q8, planes * dq, to.q8);
+            std::copy_n(from.sum, planes, to.sum);
+            *to.scale = *from.scale;
+        }
+    }
 }
 
 void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scratch) {
@@ -95,24 +136,11 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
     const bool fresh = is_fresh(batch, layer, unit.first_token);
     const AttentionParams& params = attention[layer];
     const CacheKind kind = fresh ? CacheKind::bf16 : params.kind;
-    const int rows = row_len(unit), dq = shape.query_dim();
-    const int planes = kind == CacheKind::int8x2 ? 2 : 1;
-    scratch.q8.resize(static_cast<size_t>(rows) * planes * dq);
-    scratch.qf.resize(static_cast<size_t>(rows) * dq);
-    scratch.q_sum.resize(rows * planes);
-    scratch.q_scale.resize(rows);
-    scratch.last.resize(rows);
-    for (int r = 0; r < rows; r++) {
-        const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
-        const size_t at = static_cast<size_t>(t) * shape.heads + head;
-        scratch.last[r] = batch.positions[t];
-        if (kind == CacheKind::bf16) {
-            std::copy_n(qf_.data() + at * dq, dq, scratch.qf.data() + static_cast<size_t>(r) * dq);
-        } else {
-            std::copy_n(q8_.data() + at * 2 * dq, planes * dq, scratch.q8.data() + static_cast<size_t>(r) * planes * dq);
-            std::copy_n(q_sum_.data() + at * 2, planes, scratch.q_sum.data() + r * planes);
-            scratch.q_scale[r] = q_scale_[at];
-        }
+    const int rows = row_len(unit);
+    gather_queries(step, layer, unit, kind, scratch);
+    // The token itself is in the last part of its context.
+    if (step.single && unit.end > batch.positions[unit.first_token]) {
+        rotate_and_store_key(step, layer, unit.first_token, unit.kv_head);
     }
     const int begin = params.window > 0
                           ? std::max(unit.begin, (batch.positions[unit.first_token] - params.window + 1) / kPage * kPage)

@@ -38,7 +38,7 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
         const Layer& layer = layers[i];
         const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : head;
         if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
-        if (!attention_phases(walk, step, i)) return;
+        if (!attention_phases(walk, step, i, layer.o)) return;
         if (!linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true, layer.gate_up)) return;
         if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2, layer.down)) return;
         if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after)) return;
