@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test lint env fidelity readme clean
+.PHONY: demo test sanitize lint env fidelity readme clean
 
 env: $(STAMP)
 
@@ -23,6 +23,11 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+# The native code under gcc's address, undefined-behaviour and thread sanitizers.
+sanitize: env
+	$(BIN)/pip install -q --disable-pip-version-check cmake ninja nanobind
+	tests/native/sanitize.sh $(BIN)/python $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

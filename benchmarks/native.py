@@ -130,7 +130,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print(f"{'model':16} {'shape':12} {'program':34}" + "".join(f"{head:>9}" for head in heads))
     for row in rows:
         cells = "".join(f"{'-' if row[name] is None else format(row[name], '.2f'):>9}" for name in (*FACTS, *LIMITS))
-        print(f"{row['model']:16} {row['shape']:12} {row['program']:24}{cells}")
+        print(f"{row['model']:16} {row['shape']:12} {row['program']:34}{cells}")
     print()
     for row in rows:
         for peer, rates in row.get("ratios", {}).items():

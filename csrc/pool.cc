@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 
 #ifdef EIGHTFOLD_X86
@@ -17,6 +18,15 @@ constexpr int kPhaseSpins = 1000, kRunSpins = 3000;
 constexpr int kCountBits = 24;
 
 uint32_t none_done(uint32_t epoch) { return epoch << kCountBits; }
+
+// A run is sleepy when the first thread slept a quarter of it; then up to so many runs are walked alone.
+constexpr int64_t kSleepyShare = 4;
+constexpr int kMostAlone = 64;
+
+int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
 
 void relax() {
 #ifdef EIGHTFOLD_X86
@@ -70,15 +80,29 @@ void Pool::leave_before(uint32_t epoch) {
 
 void Pool::run(Program program, void* context) {
     const uint32_t epoch = epoch_.load() + 1;
-    jobs_[epoch % kSlots] = {program, context};
+    const bool alone = alone_ > 0;
+    jobs_[epoch % kSlots] = alone ? Job{} : Job{program, context};
     for (int i = 0; i < max_phases_; i++) {
         phases_[i].next.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_relaxed);
         phases_[i].done.store(none_done(epoch), std::memory_order_relaxed);
     }
     epoch_.store(epoch);
-    epoch_.notify_all();
+    if (!alone) epoch_.notify_all();
     Walk walk(*this, 0, epoch);
+    const int64_t start = now_ns();
     program(context, walk);
+    if (alone) {
+        alone_--;
+    } else {
+        learn(walk.slept_ns_, now_ns() - start);
+    }
+}
+
+void Pool::learn(int64_t slept_ns, int64_t whole_ns) {
+    if (workers_.empty()) return;
+    const bool sleepy = slept_ns * kSleepyShare > whole_ns;
+    alone_ = sleepy ? std::max(alone_next_, 1) : 0;
+    alone_next_ = sleepy ? std::min(2 * alone_, kMostAlone) : alone_next_ / 2;
 }
 
 void Pool::work(int worker) {
@@ -134,7 +158,9 @@ bool Pool::Walk::wait(Phase& phase, int chunks) const {
         if (spins < kPhaseSpins) {
             relax();
         } else {
+            const int64_t start = now_ns();
             phase.done.wait(done);
+            slept_ns_ += now_ns() - start;
         }
     }
 }

@@ -4,6 +4,9 @@
 // done, not when all threads have come by: a thread whose core is busy elsewhere holds nobody up unless it was stopped
 // inside a chunk. It finds the phases it has missed finished, or the run over. Waiting is a short spin, then a futex.
 //
+// Where a run still had to sleep for long (some other program keeps a core busy), the next ones are walked alone, and
+// after ever more of them the others are tried again.
+//
 // What a program reads between chunks must stay as it is while a late thread may still read it. So the arguments of a
 // run live in one of kSlots places that are used in turn.
 #pragma once
@@ -66,6 +69,7 @@ public:
         int thread_;
         uint32_t epoch_;
         int index_ = 0;
+        mutable int64_t slept_ns_ = 0;
 
         int claim(Phase& phase, int chunks) const;
         void finish(Phase& phase, int chunks) const;
@@ -94,6 +98,7 @@ private:
     };
 
     void work(int worker);
+    void learn(int64_t slept_ns, int64_t whole_ns);
     void stop();
     void leave_before(uint32_t epoch);
 
@@ -103,6 +108,8 @@ private:
     std::array<Job, kSlots> jobs_{};
     std::atomic<uint32_t> epoch_{0};
     std::atomic<bool> stops_{false};
+    int alone_ = 0;       // how many more runs are walked alone
+    int alone_next_ = 0;  // how many it will be after the next sleepy run
     std::vector<std::thread> workers_;
 };
 

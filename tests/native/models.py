@@ -59,6 +59,7 @@ VARIANTS = {
     "float16": Variant(config=tiny_config(torch_dtype="float16")),
     "bfloat16": Variant(),
     "float tied": Variant(config=tiny_config(tie_word_embeddings=True)),
+    "float bias": Variant(config=tiny_config(attention_bias=True, mlp_bias=True)),
     "float odd": Variant(config={**ODD, "torch_dtype": "float32"}),
     "float many heads": Variant(config=MANY_HEADS),
     "float window": Variant(config=tiny_config("MistralForCausalLM", sliding_window=5)),

@@ -100,15 +100,18 @@ def test_generated_tokens_are_computed_as_the_reference_does(checkpoint_of, name
 
 
 @ISA
-def test_logits_of_chosen_tokens_in_any_order_and_more_than_once(checkpoint_of, isa):
-    model = native(checkpoint_of("w8a8"), isa)
+@pytest.mark.parametrize("name", ["w8a8", "mix"])
+def test_logits_of_chosen_tokens_in_any_order_and_more_than_once(checkpoint_of, name, isa):
+    """Prompt tokens and generated ones, which the output head of `mix` reads differently."""
+    model = native(checkpoint_of(name), isa)
     tokens = SAMPLES[0][:6]
-    whole = logits_of(model, tokens)
+    whole = logits_of(model, tokens, prompt_len=3)
     model.allocate_cache(len(tokens))
-    for wanted in ([5], [0, 3], [5, 0, 0, 2], [], [1] * 100):
+    for wanted in ([5], [2], [0, 3], [5, 0, 0, 2], [], [1, 4] * 50):
         logits = np.full((len(wanted), 320), 77, np.float32)
         best = np.full(len(wanted), 77, np.int32)
-        forward(model, token_ids=tokens, logit_tokens=wanted, logits=logits, best=best)
+        generated = np.array([0, 0, 0, 1, 1, 1], np.uint8)
+        forward(model, token_ids=tokens, generated=generated, logit_tokens=wanted, logits=logits, best=best)
         np.testing.assert_array_equal(logits, whole[wanted])
         np.testing.assert_array_equal(best, whole[wanted].argmax(1))
 
