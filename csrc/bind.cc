@@ -100,6 +100,7 @@ void add_linear(Bound& self, int layer, const std::string& group, const std::str
     linear.weight_sum.resize(is_int ? n : 0);
     linear.inv_input_scale = inv_input_scale;
     linear.input_offset = input_offset;
+    linear.ordinal = static_cast<int>(self.kept.size());
     self.kept.push_back(nb::cast(weight));
     group_of(self.model, layer, group).linears.push_back(std::move(linear));
 }
@@ -234,8 +235,13 @@ NB_MODULE(_core, m) {
              "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a)
         .def("set_embedding",
              [](Bound& self, Weight weight) {
-                 self.model.embedding = weight.data();
-                 self.model.embedding_dtype = float_type(weight);
+                 Linear& embedding = self.model.embedding;
+                 embedding.kind = LinearKind::floating;
+                 embedding.outputs = static_cast<int>(weight.shape(0));
+                 embedding.inputs = static_cast<int>(weight.shape(1));
+                 embedding.weight = weight.data();
+                 embedding.dtype = float_type(weight);
+                 embedding.ordinal = static_cast<int>(self.kept.size());
                  self.kept.push_back(nb::cast(weight));
              })
         .def("set_final_norm",
@@ -243,7 +249,7 @@ NB_MODULE(_core, m) {
                  self.model.final_gain = floats(gain);
                  self.model.final_bias = floats(bias);
              })
-        .def("finish", [](Bound& self) { self.model.finish(); }, nb::call_guard<nb::gil_scoped_release>())
+        .def("finish", [](Bound& self) { return self.model.finish(); }, nb::call_guard<nb::gil_scoped_release>())
         .def("allocate_cache", &allocate_cache)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
              "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "float_prompts"_a = false)

@@ -180,7 +180,7 @@ struct Chain {
     std::vector<std::vector<uint64_t>> numbers;  // of each phase's chunks
 
     static void program(void* context, Pool::Walk& walk) {
-        Chain& chain = *static_cast<Chain*>(context);
+        Chain& chain = static_cast<Chain*>(context)[walk.slot()];
         for (size_t p = 0; p < chain.numbers.size(); p++) {
             std::vector<uint64_t>& made = chain.numbers[p];
             const bool goes_on = walk.phase(static_cast<int>(made.size()), [&](int i) {
@@ -194,17 +194,16 @@ struct Chain {
 
 // Runs one program after the other in one pool; returns the sum of each one's numbers.
 std::vector<uint64_t> pool_runs(int threads, const std::vector<std::vector<int>>& chunks) {
-    std::vector<Chain> chains(chunks.size());
     size_t most = 1;
-    for (size_t r = 0; r < chunks.size(); r++) {
-        for (int count : chunks[r]) chains[r].numbers.emplace_back(count);
-        most = std::max(most, chunks[r].size());
-    }
+    for (const std::vector<int>& run : chunks) most = std::max(most, run.size());
+    std::vector<Chain> slots(Pool::kSlots);  // the old numbers of a slot are freed when it is used again
     std::vector<uint64_t> sums;
     Pool pool(threads, static_cast<int>(most));
-    for (Chain& chain : chains) {
-        pool.next_slot();
-        pool.run(Chain::program, &chain);
+    for (const std::vector<int>& run : chunks) {
+        Chain& chain = slots[pool.next_slot()];
+        chain.numbers.clear();
+        for (int count : run) chain.numbers.emplace_back(count);
+        pool.run(Chain::program, slots.data());
         uint64_t sum = 0;
         for (const std::vector<uint64_t>& made : chain.numbers) sum = std::accumulate(made.begin(), made.end(), sum);
         sums.push_back(sum);

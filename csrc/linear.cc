@@ -1,12 +1,25 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace eightfold {
 
 namespace {
 
 constexpr size_t kPrefetchBytes = 32 << 10;
+
+// Whether no number has all exponent bits set.
+template <typename T>
+bool is_finite(const T* at, size_t count, uint32_t exponent) {
+    bool found = false;
+    for (size_t i = 0; i < count; i++) {
+        T x;  // of any alignment
+        std::memcpy(&x, at + i, sizeof x);
+        found |= (x & exponent) == exponent;
+    }
+    return !found;
+}
 
 }  // namespace
 
@@ -15,16 +28,22 @@ size_t Linear::weight_bytes() const {
     return size * static_cast<size_t>(outputs) * static_cast<size_t>(inputs);
 }
 
-void Linear::prepare(const Kernels& kernels, int begin, int end) {
-    if (kind == LinearKind::floating || kind == LinearKind::none) return;
+bool Linear::prepare(const Kernels& kernels, int begin, int end) {
+    if (kind == LinearKind::none) return true;
+    if (kind == LinearKind::floating) {
+        const size_t first = static_cast<size_t>(begin) * inputs, count = static_cast<size_t>(end - begin) * inputs;
+        if (dtype == DType::f32) return is_finite(static_cast<const uint32_t*>(weight) + first, count, 0x7f800000u);
+        return is_finite(static_cast<const uint16_t*>(weight) + first, count, dtype == DType::f16 ? 0x7c00u : 0x7f80u);
+    }
     const auto* rows = static_cast<const int8_t*>(weight) + static_cast<size_t>(begin) * inputs;
     kernels.row_sums(rows, inputs, end - begin, inputs, weight_sum.data() + begin);
-    if (!is_static()) return;
+    if (!is_static()) return true;
     // Wraps around as the products do: only the total has to fit.
     for (int n = begin; n < end; n++) {
         quant_bias[n] = static_cast<int32_t>(static_cast<uint32_t>(quant_bias[n]) -
                                              128u * static_cast<uint32_t>(weight_sum[n]));
     }
+    return true;
 }
 
 void Prepared::reserve(int tokens, int width) {

@@ -15,6 +15,7 @@ struct Linear {
     int outputs = 0, inputs = 0;  // N, K
     const void* weight = nullptr; // (N, K), as it lies in the file
     DType dtype = DType::f32;     // of floating weights
+    int ordinal = 0;              // among all weights of a model, as they were added
     std::vector<float> scale;     // (N), weight_scale
     std::vector<float> offset;    // (N), weight_offset; empty: zero
     std::vector<float> bias;      // (N) or empty
@@ -26,8 +27,9 @@ struct Linear {
     bool is_static() const { return kind == LinearKind::w8a8 || kind == LinearKind::mix; }
     size_t weight_bytes() const;
 
-    // What an int8 kernel needs beside the file: sums of weight rows [begin, end).
-    void prepare(const Kernels& kernels, int begin, int end);
+    // What an int8 kernel needs beside the file: sums of weight rows [begin, end). False: a floating weight of these
+    // rows is not finite.
+    bool prepare(const Kernels& kernels, int begin, int end);
     const float* bias_at(int n) const { return bias.empty() ? nullptr : bias.data() + n; }
 };
 

@@ -22,7 +22,7 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       pool_(threads, config_.layers * kPhasesOfLayer + kOtherPhases),
       scratch_(threads) {}
 
-void Model::finish() {
+int Model::finish() {
     std::vector<Linear*> linears;
     size_t forms = 1;
     const auto take = [&](Group& group, const std::vector<float>* gain, const std::vector<float>* bias, bool paired) {
@@ -49,8 +49,10 @@ void Model::finish() {
     struct Job {
         std::vector<std::pair<Linear*, int>> pieces;
         const Kernels& kernels;
-    } job{{}, kernels_};
+        std::atomic<int> damaged;
+    } job{{}, kernels_, -1};
     constexpr int rows = 256;
+    if (embedding.weight != head.linears.front().weight) linears.push_back(&embedding);
     for (Linear* linear : linears)
         for (int n = 0; n < linear->outputs; n += rows) job.pieces.emplace_back(linear, n);
     pool_.next_slot();
@@ -59,11 +61,12 @@ void Model::finish() {
             Job& job = *static_cast<Job*>(context);
             (void)walk.phase(static_cast<int>(job.pieces.size()), [&](int i) {
                 auto [linear, n] = job.pieces[i];
-                linear->prepare(job.kernels, n, std::min(n + rows, linear->outputs));
+                if (!linear->prepare(job.kernels, n, std::min(n + rows, linear->outputs))) job.damaged = linear->ordinal;
             });
         },
         &job);
     pool_.quiesce();
+    return job.damaged;
 }
 
 void Model::allocate_cache(int pages) {

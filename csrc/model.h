@@ -55,10 +55,10 @@ public:
     std::vector<AttentionParams> attention;
     Group head;
     std::vector<float> final_gain, final_bias;
-    const void* embedding = nullptr;  // (V, E)
-    DType embedding_dtype = DType::f32;
+    Linear embedding;  // floating, (V, E)
 
-    void finish();
+    // Returns -1, or the ordinal of a weight that is not finite.
+    int finish();
     void allocate_cache(int pages);
     void forward(const Batch& batch);
 

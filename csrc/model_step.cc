@@ -49,8 +49,8 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
 void Model::embed(const Step& step, int t) {
     const int size = config_.hidden, half = config_.shape.head_dim / 2;
     const size_t row = static_cast<size_t>(step.batch.token_ids[t]) * size;
-    const size_t bytes = embedding_dtype == DType::f32 ? 4 : 2;
-    kernels_.widen(static_cast<const char*>(embedding) + row * bytes, embedding_dtype, size,
+    const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
+    kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, size,
                    x_.data() + static_cast<size_t>(t) * size);
     for (int i = 0; i < half; i++) {
         const float angle = static_cast<float>(step.batch.positions[t]) * config_.inv_freq[i];

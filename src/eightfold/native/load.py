@@ -111,7 +111,9 @@ def load_model(
     for layer_idx in range(config.num_layers):
         loader.add_layer(layer_idx)
     loader.add_ends()
-    model.finish()
+    damaged = model.finish()
+    if damaged >= 0:
+        loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
     return NativeModel(model, config, isa, float_prompts)
 
@@ -135,6 +137,7 @@ class _Loader:
 
     def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
         self.checkpoint, self.config, self.model = checkpoint, checkpoint.config, model
+        self.weights: list[str] = []  # as the extension has got them
 
     def add_layer(self, layer_idx: int) -> None:
         prefix = layer_prefix(layer_idx)
@@ -154,7 +157,7 @@ class _Loader:
         )  # fmt: skip
 
     def add_ends(self) -> None:
-        self.model.set_embedding(self.checkpoint.array(weight_name(EMBEDDING)))
+        self.model.set_embedding(self._weight(weight_name(EMBEDDING)))
         self.model.set_final_norm(*self._norm(FINAL_NORM))
         if self.config.tie_word_embeddings:
             self._add_float(-1, "head", self.checkpoint.head_weight(), _NOTHING)
@@ -174,7 +177,7 @@ class _Loader:
             layer_idx,
             group,
             KINDS[kind],
-            self.checkpoint.array(f"{module}.{WEIGHT}"),
+            self._weight(f"{module}.{WEIGHT}"),
             scale=self._values(weight_scale) if weight_scale in self.checkpoint.tensors else _ones(linear),
             offset=offset if offset.any() else _NOTHING,
             bias=bias,
@@ -186,7 +189,7 @@ class _Loader:
 
     def _add_float(self, layer_idx: int, group: str, weight: str, bias: NDArray[Any]) -> None:
         self.model.add_linear(
-            layer_idx, group, "float", self.checkpoint.array(weight), scale=_NOTHING, offset=_NOTHING, bias=bias,
+            layer_idx, group, "float", self._weight(weight), scale=_NOTHING, offset=_NOTHING, bias=bias,
             deq_scale=_NOTHING, quant_bias=_NO_INTEGERS, inv_input_scale=0.0, input_offset=0.0,
         )  # fmt: skip
 
@@ -250,15 +253,27 @@ class _Loader:
             array = (array.astype(np.uint32) << 16).view(np.float32)
         values = np.array(array, dtype=np.float32)
         if not np.isfinite(values).all():
-            at = int((~np.isfinite(values)).argmax())
+            self.require_finite(name)
+        return values
+
+    def _weight(self, name: str) -> NDArray[Any]:
+        self.weights.append(name)
+        return self.checkpoint.array(name)
+
+    def require_finite(self, name: str) -> None:
+        """Refuse a tensor with a number that is not finite, and name the first."""
+        array = self.checkpoint.array(name)
+        array = array.reshape(array.shape[0], -1) if array.ndim else array.reshape(1, 1)
+        if self.checkpoint.tensors[name].dtype == DType.BF16.value:
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        for row, column in np.argwhere(~np.isfinite(array))[:1]:
             raise CheckpointError(
-                f"{name}[{at}]",
+                f"{name}[{row}, {column}]",
                 where=self.checkpoint.tensors[name].file,
-                got=float(values[at]),
+                got=float(array[row, column]),
                 expected="a finite number",
                 action="The weights are damaged; fetch the model again.",
             )
-        return values
 
 
 def _ones(linear: LinearShape) -> NDArray[Any]:
