@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace eightfold {
@@ -8,6 +9,9 @@ namespace eightfold {
 namespace {
 
 constexpr size_t kPrefetchBytes = 32 << 10;
+
+// Chunks of a group for each thread.
+constexpr int kFewTurns = 4;
 
 // Whether no number has all exponent bits set.
 template <typename T>
@@ -72,17 +76,18 @@ void Group::find_forms() {
 }
 
 void Group::cut(int threads, bool paired) {
-    for (std::vector<Chunk>* chunks : {&few, &many}) {
-        const size_t distinct = paired ? 1 : linears.size();
-        for (size_t i = 0; i < distinct; i++) {
-            const int rows = linears[i].outputs;
-            int step = kChunkRows;
-            // A few tokens: as large as still lets threads end together; memory is read best in long runs.
-            if (chunks == &few) step = std::max(rows / (threads * 6) / 4 * 4, 8);
-            for (int n = 0; n < rows; n += step) {
-                chunks->push_back({static_cast<int>(i), n, std::min(step, rows - n)});
-            }
-        }
+    const size_t distinct = paired ? 1 : linears.size();
+    size_t bytes = 0;
+    for (size_t i = 0; i < distinct; i++) bytes += linears[i].weight_bytes();
+    for (size_t i = 0; i < distinct; i++) {
+        const int rows = linears[i].outputs, index = static_cast<int>(i);
+        for (int n = 0; n < rows; n += kManyRows) many.push_back({index, n, std::min(kManyRows, rows - n)});
+        // For a few tokens chunks of about equal size, as many as threads like: memory is read best in long runs, and
+        // all are to end together.
+        const double share = static_cast<double>(linears[i].weight_bytes()) / static_cast<double>(bytes);
+        const int turns = std::max(1, static_cast<int>(std::lround(share * kFewTurns)));
+        const int step = std::max(8, (rows / (turns * threads) + 3) / 4 * 4);
+        for (int n = 0; n < rows; n += step) few.push_back({index, n, std::min(step, rows - n)});
     }
 }
 
@@ -137,12 +142,12 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
     const auto* weight = static_cast<const int8_t*>(linear.weight) + static_cast<size_t>(n0) * width;
     int32_t* sums = scratch.sums.data();
     kernels.gemm_i8(weight, width, count, from.bytes + static_cast<size_t>(t0) * planes * from.ld, from.ld,
-                    rows * planes, width, sums, kChunkRows);
+                    rows * planes, width, sums, count);
     for (int t = 0; t < rows; t++) {
-        const int32_t* acc = sums + static_cast<size_t>(t) * planes * kChunkRows;
+        const int32_t* acc = sums + static_cast<size_t>(t) * planes * count;
         float* out = y + t * ldy;
         if (linear.kind == LinearKind::w8a16) {
-            kernels.finish_16(acc, acc + kChunkRows, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
+            kernels.finish_16(acc, acc + count, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
                               linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0),
                               from.params[t0 + t], out);
         } else if (linear.kind == LinearKind::w8a8 || (linear.kind == LinearKind::mix && generated[t0 + t])) {

@@ -52,14 +52,18 @@ struct Prepared {
     int planes(LinearKind kind) const { return kind == LinearKind::w8a16 ? 2 : 1; }
 };
 
-constexpr int kChunkRows = 64;    // weight rows that are multiplied at a time
-constexpr int kTokenBlock = 64;   // tokens that meet them at a time
+// How many weight rows meet how many tokens at a time: the products of both stay in the second cache. Of a few tokens the
+// weights come from memory, which is read best in long runs.
+constexpr int kManyRows = 64, kTokenBlock = 64;
+constexpr int kFewRows = 512, kFewTokens = 8;
+constexpr int kProducts = 4096;
+static_assert(kManyRows * kTokenBlock <= kProducts && kFewRows * kFewTokens <= kProducts);
 
 // What one thread needs for products.
 struct Scratch {
-    std::vector<int32_t> sums = std::vector<int32_t>(2 * kTokenBlock * kChunkRows);
-    std::vector<float> first = std::vector<float>(kTokenBlock * kChunkRows);
-    std::vector<float> second = std::vector<float>(kTokenBlock * kChunkRows);
+    std::vector<int32_t> sums = std::vector<int32_t>(2 * kProducts);
+    std::vector<float> first = std::vector<float>(kProducts);
+    std::vector<float> second = std::vector<float>(kProducts);
     std::vector<float> row;          // one input row, before it is quantized
     std::vector<Prepared> prepared;  // a few rows, prepared by this thread alone
     uint64_t prepared_for = 0;

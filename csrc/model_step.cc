@@ -14,9 +14,10 @@ int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
 // Calls f(first row, rows) for the pieces of a chunk that products are made of.
 template <typename Step>
-void by_rows(const Chunk& chunk, Step f) {
-    for (int n = chunk.begin; n < chunk.begin + chunk.count; n += kChunkRows) {
-        f(n, std::min(kChunkRows, chunk.begin + chunk.count - n));
+void by_rows(const Chunk& chunk, int tokens, Step f) {
+    const int step = tokens <= kFewTokens ? kFewRows : kManyRows;
+    for (int n = chunk.begin; n < chunk.begin + chunk.count; n += step) {
+        f(n, std::min(step, chunk.begin + chunk.count - n));
     }
 }
 
@@ -93,7 +94,7 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
                           float* output, bool adds, const Group& next) {
     const int tokens = step.batch.tokens;
     if (!prepare_phase(walk, step, group, input, tokens, nullptr)) return false;
-    const std::vector<Chunk>& chunks = tokens <= kRowsOfChunk ? group.few : group.many;
+    const std::vector<Chunk>& chunks = tokens <= kFewTokens ? group.few : group.many;
     const int blocks = chunk_count(tokens, kTokenBlock);
     const size_t ld = group.outputs();
     return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
@@ -103,10 +104,10 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
         for (int j = 0; j < chunk.linear; j++) column += group.linears[j].outputs;
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
-        by_rows(chunk, [&](int n, int count) {
+        by_rows(chunk, tokens, [&](int n, int count) {
             float* out = output + t0 * ld + column + (n - chunk.begin);
             float* to = adds ? scratch.first.data() : out;
-            const size_t ldy = adds ? kChunkRows : ld;
+            const size_t ldy = adds ? count : ld;
             group.multiply(kernels_, chunk.linear, n, count, t0, t1, step.batch.generated, prepared, scratch, to, ldy);
             for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, count);
         });
@@ -116,7 +117,7 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
 bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next) {
     const int tokens = step.batch.tokens;
     if (!prepare_phase(walk, step, group, x_.data(), tokens, nullptr)) return false;
-    const std::vector<Chunk>& chunks = tokens <= kRowsOfChunk ? group.few : group.many;
+    const std::vector<Chunk>& chunks = tokens <= kFewTokens ? group.few : group.many;
     const int blocks = chunk_count(tokens, kTokenBlock);
     const size_t ld = config_.intermediate;
     return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
@@ -125,13 +126,13 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group,
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
         float *gate = scratch.first.data(), *up = scratch.second.data();
-        by_rows(chunk, [&](int n, int count) {
+        by_rows(chunk, tokens, [&](int n, int count) {
             for (int j = 0; j < 2; j++) {
                 group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, scratch,
-                               j == 0 ? gate : up, kChunkRows);
+                               j == 0 ? gate : up, count);
             }
             for (int t = 0; t < t1 - t0; t++) {
-                kernels_.silu_mul(gate + t * kChunkRows, up + t * kChunkRows, count, act_.data() + (t0 + t) * ld + n);
+                kernels_.silu_mul(gate + t * count, up + t * count, count, act_.data() + (t0 + t) * ld + n);
             }
         });
     }, [&] { if (step.alone) next.prefetch(walk.thread()); });
@@ -142,7 +143,7 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step) {
     const int rows = batch.logit_rows;
     if (rows == 0) return true;
     if (!prepare_phase(walk, step, head, x_.data(), rows, batch.logit_tokens)) return false;
-    const std::vector<Chunk>& chunks = rows <= kRowsOfChunk ? head.few : head.many;
+    const std::vector<Chunk>& chunks = rows <= kFewTokens ? head.few : head.many;
     const int blocks = chunk_count(rows, kTokenBlock);
     const size_t ld = config_.vocab;
     if (!walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
@@ -153,7 +154,7 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step) {
             const auto& prepared = prepared_for(scratch, step, head, use, x_.data(), rows, batch.logit_tokens);
             uint8_t generated[kTokenBlock];
             for (int t = t0; t < t1; t++) generated[t - t0] = batch.generated[batch.logit_tokens[t]];
-            by_rows(chunk, [&](int n, int count) {
+            by_rows(chunk, rows, [&](int n, int count) {
                 head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, scratch,
                               batch.logits + t0 * ld + n, ld);
             });
