@@ -62,6 +62,20 @@ def versus() -> str:
     )
 
 
+def native() -> str:
+    """Return the table of prompt and answer speed beside other programs, SmolLM2 and one sequence."""
+    record = load("native")
+    about, *rows = record["rows"]
+    rows = [row for row in rows if row["model"].startswith("SmolLM2") and row["shape"] == "1x512x128"]
+    lines = ["| program | prompt, tok/s | answer, tok/s | of read bandwidth | memory |", "|---|---|---|---|---|"]
+    for row in rows:
+        share = f"{row['bandwidth_fraction']:.0%}" if row.get("bandwidth_fraction") else ""
+        speeds = f"{row['prefill_tok_s']:.0f} | {row['decode_tok_s']:.0f}"
+        lines.append(f"| {row['program']} | {speeds} | {share} | {row['peak_rss_mib']:.0f} MiB |")
+    basis = f"512 tokens in, 128 out, medians of {about['rounds']} rounds in turn."
+    return "\n".join([*lines, "", f"{basis} `benchmarks/native.py` on {machine(record)}."])
+
+
 def main() -> int:
     """Fill every marked place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,7 +86,7 @@ def main() -> int:
         save_results("demo", json.loads(args.demo.read_text()))
     text = README.read_text()
     filled = text
-    for name, render in (("demo", demo), ("versus", versus)):
+    for name, render in (("demo", demo), ("versus", versus), ("native", native)):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         filled = pattern.sub(rf"\g<1>{render()}\n\g<2>", filled)
     if args.check:

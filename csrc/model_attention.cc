@@ -189,13 +189,13 @@ void Model::write_heads(const AttentionParams& params, const Unit& unit, AttnSta
         const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
         float* out = heads_.data() + (static_cast<size_t>(t) * shape.heads + head) * dim;
         const float* acc = state.acc + static_cast<size_t>(r) * shape.value_dim();
-        const float total = state.sum[r];
+        const float inverse = 1.0f / state.sum[r];
         if (params.kind == CacheKind::bf16) {
-            for (int d = 0; d < dim; d++) out[d] = acc[d] / total;
+            for (int d = 0; d < dim; d++) out[d] = acc[d] * inverse;
         } else {
             const float* scale = params.value_scale.data() + unit.kv_head * dim;
             const float* offset = params.value_offset.data() + unit.kv_head * dim;
-            for (int d = 0; d < dim; d++) out[d] = (acc[d] / total - offset[d]) * scale[d];
+            for (int d = 0; d < dim; d++) out[d] = (acc[d] * inverse - offset[d]) * scale[d];
         }
     }
 }
