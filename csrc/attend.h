@@ -237,13 +237,15 @@ inline void accumulate(AttnState out, int r, float page_max, float page_sum, con
     out.max[r] = max;
 }
 
-inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, Page& page, AttnState out) {
+// Positions from `end` on hold what an earlier owner of the page left: their weight is zero, and where a zero would not
+// cancel them (bfloat16 has NaN) they are not read.
+inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, int end, Page& page, AttnState out) {
     const int value_dim = (in.head_dim + 15) / 16 * 16;
     alignas(64) int32_t product[2][kValueRows * 512];
     alignas(64) float real[kValueRows * 512];
     by_rows<kValueRows>(in.rows, [&]<int NR>(int r) {
         if (in.kind == CacheKind::bf16) {
-            weigh_bf16<NR>(values, page.real + r * kPage, columns / 2, value_dim, real);
+            weigh_bf16<NR>(values, page.real + r * kPage, (end + 1) / 2, value_dim, real);
         } else {
             weigh_i8<NR>(values, page.high + r * kPage, columns / 4, value_dim, product[0]);
             if (in.kind == CacheKind::int8x2) {
@@ -288,7 +290,7 @@ inline void attend(const AttnRows& in, AttnState out) {
         score_page(in, in.keys[first / kPage], columns, page);
         if (first + kPage < in.end) prefetch(in.keys[first / kPage + 1], key_bytes);
         normalize_page(in, first, columns, page);
-        weigh_page(in, in.values[first / kPage], columns, page, out);
+        weigh_page(in, in.values[first / kPage], columns, end, page, out);
     }
 }
 

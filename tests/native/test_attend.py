@@ -8,7 +8,7 @@ Letters: R query rows, C cached positions, D head_dim. U = 2**-24 is half a unit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -207,3 +207,15 @@ def test_merging_nothing_changes_nothing(isa):
     KERNELS.merge(isa, *nothing, *state)
     for found, expected in zip(nothing, before, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@ISA
+@pytest.mark.parametrize("context", [10, 11, 140])
+def test_what_an_earlier_owner_of_a_page_left_is_not_read(isa, context):
+    case = case_of("bf16", 5, context + 20, 16)
+    case = replace(case, last=np.full(5, context - 1, np.int32))
+    want = run(isa, case, 0, context)
+    case.v[context + context % 2 :] = np.nan  # the other half of a pair is cleared when the first is stored
+    case.k[context:] = np.nan
+    for found, expected in zip(run(isa, case, 0, context), want, strict=True):
+        assert np.array_equal(found, expected)

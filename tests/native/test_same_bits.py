@@ -1,6 +1,6 @@
 """A token's logits have the same bits however a prompt is cut, whatever else is in the step, on any number of threads.
 
-Long contexts run in parts of 1024 positions, which threads share when there are few of them; pages hold 128.
+Long contexts run in parts of 256 positions, which threads share when there are few of them; pages hold 128.
 """
 
 from __future__ import annotations
