@@ -116,7 +116,8 @@ inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int va
 }
 
 template <int NR>
-inline void weigh_bf16(const uint8_t* values, const float* p, int groups, int value_dim, float* out) {
+inline void weigh_bf16(const uint8_t* values, const float* p, int positions, int value_dim, float* out) {
+    const int groups = positions / 2;
     for (int at = 0; at < value_dim; at += W) {
         F acc[NR];
         for (int r = 0; r < NR; r++) acc[r] = f_set(0.0f);
@@ -126,6 +127,10 @@ inline void weigh_bf16(const uint8_t* values, const float* p, int groups, int va
                 acc[r] = f_acc(acc[r], low_bf16(v), f_set(p[r * kPage + 2 * g]));
                 acc[r] = f_acc(acc[r], high_bf16(v), f_set(p[r * kPage + 2 * g + 1]));
             }
+        }
+        if (positions % 2 != 0) {
+            const I v = i_load(values + (groups * value_dim + at) * 4);
+            for (int r = 0; r < NR; r++) acc[r] = f_acc(acc[r], low_bf16(v), f_set(p[r * kPage + 2 * groups]));
         }
         for (int r = 0; r < NR; r++) f_store(out + r * value_dim + at, acc[r]);
     }
@@ -245,7 +250,7 @@ inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, i
     alignas(64) float real[kValueRows * 512];
     by_rows<kValueRows>(in.rows, [&]<int NR>(int r) {
         if (in.kind == CacheKind::bf16) {
-            weigh_bf16<NR>(values, page.real + r * kPage, (end + 1) / 2, value_dim, real);
+            weigh_bf16<NR>(values, page.real + r * kPage, end, value_dim, real);
         } else {
             weigh_i8<NR>(values, page.high + r * kPage, columns / 4, value_dim, product[0]);
             if (in.kind == CacheKind::int8x2) {

@@ -67,9 +67,7 @@ void Cache::store(const Kernels& kernels, int layer, int page, int at, int head,
         auto* values16 = reinterpret_cast<uint16_t*>(values_at);
         for (int d = 0; d < dim; d++) {
             keys16[(d / group * kPage + at) * group + d % group] = to_bf16(k[d]);
-            uint16_t* pair = values16 + (at / group * value_dim + d) * group;
-            pair[at % group] = to_bf16(v[d]);
-            if (at % group == 0) pair[1] = 0;  // is read with it
+            values16[(at / group * value_dim + d) * group + at % group] = to_bf16(v[d]);
         }
         return;
     }
