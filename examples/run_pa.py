@@ -26,7 +26,6 @@ from examples.server.arguments import MAX_BLOCK_SIZE, build_parser, refuse
 from examples.server.generate import AdmissionError, Limits, Request, Timing, generate_requests
 from examples.server.prompts import Prompt, encode, read_prompts, text_or_file
 
-from eightfold.cli import console
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.memory import total_bytes
 from eightfold.tokenizer import Tokenizer, stop_token_ids
@@ -215,7 +214,7 @@ def _say_what_has_no_effect(args: argparse.Namespace) -> None:
         LOG.info("ASCEND_RT_VISIBLE_DEVICES=%s names NPUs; this runs on the CPU, in one process", devices)
     for name in IDLE_SWITCHES:
         if os.environ.get(name, "0") not in ("", "0"):
-            LOG.warning("%s has no effect on the reference backend", name)
+            LOG.warning("%s has no effect here", name)
     for name in ("enable_atb_torch", "trust_remote_code"):
         if getattr(args, name):
             LOG.info("--%s has no effect: see --help", name)
@@ -226,7 +225,6 @@ def _work(argv: Sequence[str]) -> int:
     refuse(args)
     _say_what_has_no_effect(args)
     prompts = read_prompts(args)
-    console.require_torch("run")
     runner = PARunner(
         args.model_path,
         max_batch_size=args.max_batch_size,

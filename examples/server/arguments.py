@@ -21,7 +21,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser of all flags, under the name by which the help calls the script."""
     parser = OneLineParser(
         prog=prog,
-        description="Answer prompts greedily with a float or quantized model, on the reference backend.",
+        description="Answer prompts greedily with a float or quantized model.",
         formatter_class=Defaults,
         epilog="True and False are written as these words.",
     )

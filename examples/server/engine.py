@@ -1,4 +1,4 @@
-"""A model on the reference backend that answers one request after the other, and says how long each token took.
+"""A model that answers one request after the other, and says how long each token took: native where it was built.
 
 Numbers are those of MindIE on an NPU: dynamic activations are quantized symmetrically, and the tokens of a prompt
 attend in float.
@@ -7,16 +7,15 @@ attend in float.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from eightfold.errors import CapacityError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.decoder import Block, GroupCall, Norm
-from eightfold.reference.generate import generate
-from eightfold.reference.kvcache import Attention
-from eightfold.reference.load import Decoder, Head
+from eightfold.native import core
 
 
 @dataclass(frozen=True)
@@ -31,34 +30,6 @@ class _Finished(Exception):
     """The answer is complete: a stop token came."""
 
 
-@dataclass(frozen=True)
-class LoadedDecoder(Decoder):
-    """A decoder that builds each layer once."""
-
-    _blocks: dict[int, Block] = field(default_factory=dict, compare=False)
-    _heads: list[Head] = field(default_factory=list, compare=False)
-
-    def block(
-        self,
-        layer_idx: int,
-        groups: Sequence[GroupCall] | None = None,
-        attention: Attention | None = None,
-        norms: Mapping[str, Norm] | None = None,
-    ) -> Block:
-        """Return a layer as the checkpoint stores it, or build one with other parts."""
-        if groups or attention or norms:
-            return super().block(layer_idx, groups, attention, norms)
-        if layer_idx not in self._blocks:
-            self._blocks[layer_idx] = super().block(layer_idx)
-        return self._blocks[layer_idx]
-
-    def head(self) -> Head:
-        """Return the final norm and the output head."""
-        if not self._heads:
-            self._heads.append(super().head())
-        return self._heads[0]
-
-
 class Engine:
     """A loaded model.
 
@@ -68,10 +39,7 @@ class Engine:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.context = checkpoint.config.max_position_embeddings
-        self._decoder = LoadedDecoder(checkpoint, dynamic="symmetric", attention="mindie")
-        for layer_idx in range(checkpoint.config.num_layers):
-            self._decoder.block(layer_idx)
-        self._decoder.head()
+        self._generate = _native(checkpoint) if core.is_built() else _reference(checkpoint)
 
     def require_room(self, prompt_len: int, max_new_tokens: int, request: str) -> None:
         """Check that a prompt and its answer fit.
@@ -103,5 +71,23 @@ class Engine:
                 raise _Finished
 
         with suppress(_Finished):
-            generate(self._decoder, prompt_ids, max_new_tokens, on_token=on_token)
+            self._generate(prompt_ids, max_new_tokens, on_token=on_token)
         return steps
+
+
+def _native(checkpoint: Checkpoint) -> Callable[..., Any]:
+    from eightfold.native.generate import generate
+    from eightfold.native.load import load_model
+
+    return partial(generate, load_model(checkpoint, dynamic="symmetric", attention="mindie"))
+
+
+def _reference(checkpoint: Checkpoint) -> Callable[..., Any]:
+    from eightfold.cli import console
+
+    console.require_torch("run_pa without the compiled extension")
+    from examples.server.loaded import LoadedDecoder
+
+    from eightfold.reference.generate import generate
+
+    return partial(generate, LoadedDecoder.of(checkpoint))

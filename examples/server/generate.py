@@ -3,7 +3,7 @@
 A turn admits waiting requests, in order, while the batch has room, and prefills them together; unless one of them is
 finished by that already, every running request then takes one decode step.
 
-The reference backend runs one sequence at a time. A request is therefore answered as a whole when it is admitted, and
+The engine runs one sequence at a time. A request is therefore answered as a whole when it is admitted, and
 its steps are then taken one by one as the batch would: a step of the batch lasts as long as those of its members
 together. The sum is the time that was really spent.
 """

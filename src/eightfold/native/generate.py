@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eightfold.config import ModelConfig
-from eightfold.errors import CapacityError
+from eightfold.errors import CapacityError, InputError
 from eightfold.native.model import PAGE, Chunk, NativeModel
 
 # Tokens of a prompt that run at once: enough for the matrix products, little enough for memory.
@@ -41,6 +41,17 @@ def require_room(config: ModelConfig, prompt_len: int, max_new_tokens: int) -> i
     return needed
 
 
+def require_ids(config: ModelConfig, token_ids: Sequence[int]) -> None:
+    """Check token ids against the vocabulary.
+
+    Raises:
+        InputError: one is outside.
+    """
+    outside = [token for token in token_ids if not 0 <= token < config.vocab_size]
+    if outside:
+        raise InputError("token id", got=outside[0], expected=f"0 to {config.vocab_size - 1}")
+
+
 def generate(
     model: NativeModel,
     prompt_ids: Sequence[int],
@@ -52,7 +63,9 @@ def generate(
 
     Raises:
         CapacityError: the prompt is empty, or prompt and answer do not fit the model's context or the memory.
+        InputError: an id is outside the vocabulary.
     """
+    require_ids(model.config, prompt_ids)
     model.allocate_cache(require_room(model.config, len(prompt_ids), max_new_tokens))
     pages = range(model.pages)
     at, produced = 0, list[int]()
