@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -50,6 +51,7 @@ struct Bound {
     Model model;
     int vocab;
     std::vector<nb::object> kept;
+    std::mutex mutex;  // one step at a time
 };
 
 LinearKind kind_of(const std::string& name) {
@@ -135,6 +137,8 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
              const Vector<uint8_t>& generated, const Vector<int32_t>& starts, const Matrix<int32_t>& tables,
              const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best,
              bool float_prompts) {
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(self.mutex);
     const size_t tokens = token_ids.size(), sequences = tables.shape(0), rows = logit_tokens.size();
     require(positions.size() == tokens && generated.size() == tokens, "positions, generated: expected one a token");
     require(starts.size() == sequences + 1 && starts.data()[sequences] == static_cast<int32_t>(tokens),
@@ -183,12 +187,13 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.logits = logits.data();
     batch.best = best.size() ? best.data() : nullptr;
     batch.float_prompts = float_prompts;
-    nb::gil_scoped_release release;
     if (tokens > 0) self.model.forward(batch);
 }
 
 void allocate_cache(Bound& self, int pages) {
     require(pages >= 0, "pages: expected 0 or more");
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(self.mutex);
     self.model.allocate_cache(pages);
 }
 
@@ -223,6 +228,7 @@ NB_MODULE(_core, m) {
                                               symmetric_tokens, inv_freq),
                                   kernels_for(isa), threads},
                                  vocab,
+                                 {},
                                  {}};
             },
             nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a, "vocab"_a, "heads"_a,

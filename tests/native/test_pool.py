@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
 from eightfold.native import core
+from eightfold.native.model import Chunk, NativeModel
 from tests.native.models import ISAS, logits_of, native
 
 pool_runs = core.extension().kernels.pool_runs
@@ -80,3 +83,25 @@ def test_a_model_with_more_threads_than_cores_beside_a_busy_one(checkpoint_of):
             model = native(checkpoint, ISAS[-1], threads)
             assert (logits_of(model, tokens, cuts) == expected).all()
             del model  # its threads end
+
+
+def test_two_python_threads_may_ask_one_model(checkpoint_of):
+    """Steps queue up; NativeModel's own logits buffer is shared, so each thread brings its own."""
+    checkpoint = checkpoint_of("float32")
+    model = native(checkpoint, ISAS[-1], threads=2)
+    model.allocate_cache(2 * 128)
+    want = {page: model.forward([Chunk([5 + page, 6, 7], 0, [page], 3)])[0].copy() for page in (0, 1)}
+    found: dict[int, list[bool]] = {0: [], 1: []}
+
+    def ask(page: int) -> None:
+        own = NativeModel(model._model, model.config, model.isa)
+        for _ in range(200):
+            logits, _ = own.forward([Chunk([5 + page, 6, 7], 0, [page], 3)])
+            found[page].append(np.array_equal(logits, want[page]))
+
+    askers = [threading.Thread(target=ask, args=(page,)) for page in (0, 1)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert all(found[0]) and all(found[1]) and len(found[0]) == len(found[1]) == 200

@@ -6,7 +6,6 @@ from enum import Enum
 from typing import Literal
 
 from eightfold.cli import console
-from eightfold.errors import UnsupportedError
 
 
 class Backend(str, Enum):
@@ -16,33 +15,24 @@ class Backend(str, Enum):
     native = "native"
     reference = "reference"
 
-    def resolve(self, needs_reference: str = "") -> Backend:
-        """Return which of the two is meant; what was not asked for by name is said in a note.
-
-        Args:
-            needs_reference: what the native backend cannot do of what was asked; empty if it can do all.
+    def resolve(self) -> Backend:
+        """Return which of the two is meant; that the fast one is not there is said in a note.
 
         Raises:
-            UnsupportedError: native was asked for and cannot be had.
+            UnsupportedError: native was asked for and was not built.
         """
-        if self is Backend.reference:
-            return self
         from eightfold.native import core
 
         if self is Backend.native:
             core.extension()
-            if needs_reference:
-                raise UnsupportedError(
-                    "--backend native",
-                    got=needs_reference,
-                    expected="something else",
-                    action="Use --backend reference.",
-                )
+        if self is not Backend.auto:
             return self
-        reason = needs_reference or ("" if core.is_built() else "it was installed without a C++ compiler")
-        if reason:
-            console.note(f"the native backend is not used: {reason}. The reference backend is slow.")
-        return Backend.reference if reason else Backend.native
+        if core.is_built():
+            return Backend.native
+        console.note(
+            "the native backend is not used: it was installed without a C++ compiler. The reference backend is slow."
+        )
+        return Backend.reference
 
 
 class AttentionMode(str, Enum):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from eightfold.cli.choices import AttentionMode, Backend, Dynamic, TokensAs
 if TYPE_CHECKING:
     from eightfold.evaluate.evaluation import Evaluation
     from eightfold.format.checkpoint import Checkpoint
+    from eightfold.native.model import NativeModel
 
 
 def evaluate(
@@ -47,9 +47,7 @@ def evaluate(
     ] = TokensAs.prompt,
     backend: Annotated[
         Backend,
-        typer.Option(
-            help="What computes: native (fast; perplexity only), reference, or native where that does what is asked."
-        ),
+        typer.Option(help="What computes: native, reference (torch; slow), or the first that is there."),
     ] = Backend.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
@@ -57,7 +55,6 @@ def evaluate(
 
     Example: eightfold eval Llama-3.2-1B-w8a8 --text wiki.test.txt --against Llama-3.2-1B
     """
-    from eightfold.evaluate.evaluation import Evaluation
     from eightfold.evaluate.text import cut_chunks, default_text, read_text
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.tokenizer import Tokenizer
@@ -73,11 +70,10 @@ def evaluate(
         console.note(
             f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens."
         )
-    backend = backend.resolve("--against compares in torch" if against else "")
+    backend = backend.resolve()
     if backend is Backend.native:
-        ppl, ppl_mindie = _evaluate_native(checkpoints[0], pieces, dynamic, attention_mode, tokens_as)
-        result = Evaluation(math.log(ppl), ppl, sum(map(len, pieces)) - len(pieces), len(pieces))
-        _report(result, ppl_mindie, chunk_len, time.monotonic() - started, backend, as_json, against)
+        found, ppl_mindie = _evaluate_native(checkpoints, pieces, dynamic, attention_mode, tokens_as)
+        _report(found, ppl_mindie, chunk_len, time.monotonic() - started, backend, as_json, against)
         return
     console.require_torch("eval --backend reference")
     from eightfold.evaluate import perplexity
@@ -125,22 +121,25 @@ def _report(
 
 
 def _evaluate_native(
-    checkpoint: Checkpoint,
+    checkpoints: list[Checkpoint],
     pieces: list[list[int]],
     dynamic: Dynamic,
     attention_mode: AttentionMode | None,
     tokens_as: TokensAs,
-) -> tuple[float, float | None]:
-    """Return the perplexity, and that of mode `mindie` where both modes are measured."""
-    from eightfold.evaluate.native import negative_log_likelihood
+) -> tuple[Evaluation, float | None]:
+    """Measure, and return the perplexity of mode `mindie` beside where both modes are measured."""
+    from eightfold.evaluate.native import evaluate
     from eightfold.native.load import load_model
 
-    both = attention_mode is None and tokens_as is TokensAs.prompt and checkpoint.has_int8_attention
-    modes = [AttentionMode.cache, AttentionMode.mindie] if both else [attention_mode or AttentionMode.cache]
-    found = []
-    with console.bars("evaluate", len(pieces) * len(modes), "chunk") as task:
-        for mode in modes:
-            native = load_model(checkpoint, dynamic=dynamic.mode, attention=mode.mode)
-            nll = negative_log_likelihood(native, pieces, task.advance, generated=tokens_as is TokensAs.generated)
-            found.append(math.exp(min(nll, 709.0)))
-    return found[0], found[1] if both else None
+    def load(checkpoint: Checkpoint, mode: AttentionMode) -> NativeModel:
+        return load_model(checkpoint, dynamic=dynamic.mode, attention=mode.mode)
+
+    generated = tokens_as is TokensAs.generated
+    both = attention_mode is None and not generated and checkpoints[0].has_int8_attention
+    with console.bars("evaluate", len(pieces) * (1 + both), "chunk") as task:
+        models = [load(checkpoint, attention_mode or AttentionMode.cache) for checkpoint in checkpoints]
+        found = evaluate(models[0], pieces, models[1] if models[1:] else None, task.advance, generated=generated)
+        if not both:
+            return found, None
+        mindie = load(checkpoints[0], AttentionMode.mindie)
+        return found, evaluate(mindie, pieces, None, task.advance).ppl

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from eightfold.errors import CheckpointError, ConfigError
-from eightfold.evaluate.evaluation import Evaluation
+from eightfold.errors import CheckpointError
+from eightfold.evaluate.evaluation import Evaluation, require_same_vocabulary, safe_exp
 from eightfold.reference.decoder import Origin
 from eightfold.reference.load import Decoder, Head
 
@@ -43,7 +43,7 @@ def evaluate(
     """
     models = [decoder]
     if against is not None:
-        _require_same_vocabulary(decoder, against)
+        require_same_vocabulary([decoder.checkpoint.config, against.checkpoint.config])
         models.append(against)
     hidden_TE = [model.hidden_states(chunks, on_step, origin) for model in models]
     heads = [model.head() for model in models]
@@ -60,21 +60,8 @@ def evaluate(
     return tally.result(len(chunks))
 
 
-def _require_same_vocabulary(decoder: Decoder, against: Decoder) -> None:
-    ours, theirs = decoder.checkpoint.config.vocab_size, against.checkpoint.config.vocab_size
-    if ours != theirs:
-        raise ConfigError("vocabulary of --against", got=theirs, expected=ours, action="Give the float original.")
-
-
 def _log_probs(head: Head, hidden_TE: Tensor, origin: Origin) -> Tensor:
     return torch.log_softmax(head(hidden_TE, origin), dim=-1)
-
-
-def _exp(nll: float) -> float:
-    try:
-        return math.exp(nll)
-    except OverflowError:  # past 709 nats a token: the weights are damaged, and the number should say so
-        return math.inf
 
 
 class _Tally:
@@ -101,14 +88,14 @@ class _Tally:
         if math.isnan(nll):
             raise CheckpointError("log-likelihood", got="NaN", expected="a number", action="The weights are damaged.")
         if not self._kl:
-            return Evaluation(nll, _exp(nll), len(nll_T), chunks)
+            return Evaluation(nll, safe_exp(nll), len(nll_T), chunks)
         kl_T = torch.cat(self._kl)
         return Evaluation(
             nll,
-            _exp(nll),
+            safe_exp(nll),
             len(nll_T),
             chunks,
-            ppl_against=_exp(float(torch.cat(self._nll_against).mean())),
+            ppl_against=safe_exp(float(torch.cat(self._nll_against).mean())),
             kl_mean=float(kl_T.mean()),
             kl_p99=float(kl_T.sort().values[math.ceil(0.99 * len(kl_T)) - 1]),
             top1_agreement=float(torch.cat(self._same_top).double().mean()),
