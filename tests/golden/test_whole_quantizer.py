@@ -92,6 +92,17 @@ def float_products(monkeypatch):
     monkeypatch.setattr(ObservedGroup, "__call__", call)
 
 
+def test_attention_parameters_with_the_reference_products(tmp_path, golden, smol, float_products):
+    checkpoint = made(tmp_path, smol, fa_quant=True)
+    tensors = require_same_description(checkpoint, golden, "fa-quant")
+    scales = [name for name in tensors if ".self_attn.fa_" in name and name.endswith(".scale")]
+    apart = np.concatenate([np.abs(checkpoint.array(name) / tensors[name] - 1).ravel() for name in scales])
+    assert len(apart) == 30 * 15
+    print("median", np.median(apart), "worst", apart.max())
+    assert np.median(apart) <= 0.0025
+    assert apart.max() <= 0.05
+
+
 def test_histogram_ranges(tmp_path, golden, smol):
     checkpoint = made(tmp_path, smol, act_method=ActMethod.HISTOGRAM)
     tensors = require_same_description(checkpoint, golden, "w8a8-act2")

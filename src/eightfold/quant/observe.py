@@ -3,7 +3,8 @@
     lo = mean_b min(x_b),  hi = mean_b max(x_b)      over the calibration samples b seen so far
 
 The mean over samples, and not the extreme: that is what activation method 1 of msModelSlim computes, although it is
-called min-max there.
+called min-max there. It is torch's mean of float32, taken anew for each sample, to the last bit: in a deep model a
+single bit of the first scale changes a few integers, and some layers later most of them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ class MeanMinMax:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._lo = torch.zeros(1, dtype=torch.float64)  # sum over samples
-        self._hi = torch.zeros(1, dtype=torch.float64)
-        self.samples = 0
+        self._lo_B = torch.zeros(0)  # of each sample
+        self._hi_B = torch.zeros(0)
+
+    @property
+    def samples(self) -> int:
+        """How many it has seen."""
+        return len(self._lo_B)
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Take in more samples, in order.
@@ -40,17 +45,16 @@ class MeanMinMax:
             InputError: a sample's activations are not finite.
         """
         row_lo, row_hi = torch.aminmax(x_TK, dim=1)
-        lo = torch.stack([row_lo[begin:end].min() for begin, end in spans]).double()
-        hi = torch.stack([row_hi[begin:end].max() for begin, end in spans]).double()
+        lo = torch.stack([row_lo[begin:end].min() for begin, end in spans])
+        hi = torch.stack([row_hi[begin:end].max() for begin, end in spans])
         require_finite_samples(self._title, self.samples, lo, hi)
-        seen = torch.arange(self.samples + 1, self.samples + len(spans) + 1)
-        running_lo, running_hi = (self._lo + lo.cumsum(0)) / seen, (self._hi + hi.cumsum(0)) / seen
-        self._lo, self._hi = self._lo + lo.sum(), self._hi + hi.sum()
-        self.samples += len(spans)
-        scale, offset = asymmetric(running_lo.float(), running_hi.float())
+        seen = range(self.samples + 1, self.samples + len(spans) + 1)
+        self._lo_B, self._hi_B = torch.cat([self._lo_B, lo]), torch.cat([self._hi_B, hi])
+        running_lo, running_hi = (torch.stack([x[:n].mean() for n in seen]) for x in (self._lo_B, self._hi_B))
+        scale, offset = asymmetric(running_lo, running_hi)
         lengths = torch.tensor([end - begin for begin, end in spans])
         return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
 
     def params(self) -> tuple[Tensor, Tensor]:
         """Return the final scale and offset, each (1,) float32."""
-        return asymmetric((self._lo / self.samples).float(), (self._hi / self.samples).float())
+        return asymmetric(self._lo_B.mean()[None], self._hi_B.mean()[None])
