@@ -14,16 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.quant.calibrate import ObservedGroup
 from eightfold.quant.dataset import read_rows, tokenize
 from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.linear import to_int8_
 from eightfold.scheme import QuantType
 from eightfold.tokenizer import Tokenizer
 
@@ -75,21 +72,6 @@ def test_attention_parameters(tmp_path, golden, smol):
     tensors = require_same_description(checkpoint, golden, "fa-quant")
     first = {name: value for name, value in tensors.items() if name.startswith("model.layers.0.self_attn.fa_")}
     assert relative(checkpoint, first, ".scale").max() <= 1e-4
-
-
-@pytest.fixture
-def float_products(monkeypatch):
-    """Multiply while calibrating what the reference multiplies, in its order."""
-
-    def call(group, x_TK, batch):
-        scale_T1, offset_T1 = group.observer.update(x_TK, batch.spans)
-        real_TK = (to_int8_(x_TK / scale_T1, offset_T1).to(torch.float32) - offset_T1) * scale_T1
-        return tuple(torch.cat([product(member, real_TK[b:e]) for b, e in batch.spans]) for member in group.members)
-
-    def product(member, real_SK):
-        return torch.nn.functional.linear(real_SK, member.weight * member.weight_scale[:, None], member.bias)
-
-    monkeypatch.setattr(ObservedGroup, "__call__", call)
 
 
 def test_attention_parameters_with_the_reference_products(tmp_path, golden, smol, float_products):
