@@ -30,7 +30,7 @@ using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 // Rows as a model keeps them: padded, aligned.
 Prepared padded(const uint8_t* x, size_t rows, size_t width) {
     Prepared to;
-    to.reserve(static_cast<int>(rows), static_cast<int>(width));
+    to.reserve(static_cast<int>(rows), static_cast<int>(width), false);
     for (size_t t = 0; t < rows; t++) std::memcpy(to.bytes + t * to.ld, x + t * width, width);
     return to;
 }

@@ -50,13 +50,19 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
     return true;
 }
 
-void Prepared::reserve(int tokens, int width) {
-    inputs = width;
+void Prepared::reserve(int tokens, int width, bool is_real) {
     ld = (static_cast<size_t>(width) + kAlign - 1) / kAlign * kAlign;
-    storage.resize(2 * ld * tokens + kAlign);
+    const size_t rows = static_cast<size_t>(tokens), bytes_needed = 2 * ld * rows + kAlign;
+    if (storage.size() < bytes_needed) storage.resize(bytes_needed);
     const auto at = reinterpret_cast<uintptr_t>(storage.data());
     bytes = storage.data() + (kAlign - at % kAlign) % kAlign;
-    params.resize(tokens);
+    if (params.size() < rows) params.resize(rows);
+    if (is_real && real.size() < rows * width) real.resize(rows * width);
+}
+
+bool Group::has_floating() const {
+    return std::any_of(linears.begin(), linears.end(),
+                       [](const Linear& linear) { return linear.kind == LinearKind::floating; });
 }
 
 int Group::outputs() const {
@@ -104,7 +110,7 @@ void Group::prefetch(int thread) const {
 void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,
                     std::vector<Prepared>& prepared, std::vector<float>& row) const {
     const int width = inputs();
-    if (normalizes) {
+    if (gain != nullptr) {
         row.resize(width);
         kernels.rms_norm(x, width, gain, norm_bias, eps, row.data());
         x = row.data();

@@ -42,13 +42,12 @@ struct Form {
 
 // Rows of one input in one form.
 struct Prepared {
-    int inputs = 0;
     size_t ld = 0;                 // bytes from row to row
     std::vector<uint8_t> storage;  // (T, planes, ld)
     uint8_t* bytes = nullptr;      // the same, aligned
     std::vector<float> real;       // (T, inputs), floating only
     std::vector<RowParams> params; // (T)
-    void reserve(int tokens, int inputs);
+    void reserve(int tokens, int width, bool is_real);  // memory only grows
     int planes(LinearKind kind) const { return kind == LinearKind::w8a16 ? 2 : 1; }
 };
 
@@ -81,9 +80,8 @@ struct Group {
     std::vector<Linear> linears;
     std::vector<Form> forms;     // the different ones
     std::vector<int> form_of;    // of each linear
-    const float* gain = nullptr; // of the norm before it
+    const float* gain = nullptr; // of the norm before it; null: there is none
     const float* norm_bias = nullptr;
-    bool normalizes = false;
     float eps = 0;
     std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
 
@@ -91,6 +89,7 @@ struct Group {
     void cut(int threads, bool paired);
     int inputs() const { return linears.front().inputs; }
     int outputs() const;
+    bool has_floating() const;
 
     // Asks for the weights that a thread is likely to read first.
     void prefetch(int thread) const;

@@ -26,13 +26,13 @@ int Model::finish() {
     std::vector<Linear*> linears;
     size_t forms = 1;
     const auto take = [&](Group& group, const std::vector<float>* gain, const std::vector<float>* bias, bool paired) {
-        group.normalizes = gain != nullptr;
         group.gain = gain != nullptr ? gain->data() : nullptr;
         group.norm_bias = bias != nullptr && !bias->empty() ? bias->data() : nullptr;
         group.eps = config_.eps;
         group.find_forms();
         group.cut(threads(), paired);
         forms = std::max(forms, group.forms.size());
+        if (group.has_floating()) real_width_ = std::max(real_width_, group.inputs());
         for (Linear& linear : group.linears) linears.push_back(&linear);
     };
     for (Layer& layer : layers) {
@@ -92,85 +92,90 @@ size_t Model::weight_bytes() const {
     return total;
 }
 
-std::vector<Model::Unit> Model::plan_units(const Batch& batch) const {
+void Model::plan_units(const Batch& batch) {
     const int per_kv = config_.shape.queries_per_kv();
     const int heads = std::min(per_kv, kMaxAttnRows), tile_tokens = std::max(1, kMaxAttnRows / per_kv);
-    std::vector<Unit> tiles;
+    units_.clear();
     for (int s = 0; s < batch.sequences; s++) {
         for (int t = batch.starts[s], next; t < batch.starts[s + 1]; t = next) {
-            int tokens = 1;
-            while (tokens < tile_tokens && t + tokens < batch.starts[s + 1] &&
-                   (!batch.float_prompts || batch.generated[t + tokens] == batch.generated[t])) {
-                tokens++;
+            next = t + 1;
+            while (next < std::min(t + tile_tokens, batch.starts[s + 1]) &&
+                   (!batch.float_prompts || batch.generated[next] == batch.generated[t])) {
+                next++;
             }
-            next = t + tokens;
             const int end = batch.positions[next - 1] + 1;
             for (int g = 0; g < config_.shape.kv_heads; g++)
                 for (int h = 0; h < per_kv; h += heads) {
-                    const int tile = static_cast<int>(tiles.size());
-                    tiles.push_back({s, t, tokens, g * per_kv + h, std::min(heads, per_kv - h), g, 0, end, tile, 0, 1});
+                    const int tile = static_cast<int>(units_.size());
+                    units_.push_back(
+                        {s, t, next - t, g * per_kv + h, std::min(heads, per_kv - h), g, 0, end, tile, 0, 1});
                 }
         }
     }
-    if (static_cast<int>(tiles.size()) >= 8 * threads()) return tiles;
-    std::vector<Unit> units;  // long contexts in parts, so that all threads have something to do
-    for (Unit tile : tiles) {
-        const int end = tile.end;
-        tile.parts = (end + kSplit - 1) / kSplit;
-        for (tile.part = 0; tile.part < tile.parts; tile.part++) {
-            tile.begin = tile.part * kSplit;
-            tile.end = std::min(end, tile.begin + kSplit);
-            units.push_back(tile);
+    const int tiles = static_cast<int>(units_.size());
+    if (tiles >= 8 * threads()) return;
+    // Few units: their contexts in parts, so that all threads have something to do. A tile's parts lie side by side.
+    int size = 0;
+    for (Unit& unit : units_) size += unit.parts = (unit.end + kSplit - 1) / kSplit;
+    units_.resize(size);
+    for (int i = tiles - 1; i >= 0; i--) {
+        const Unit tile = units_[i];
+        for (int part = tile.parts - 1; part >= 0; part--) {
+            Unit& unit = units_[--size] = tile;
+            unit.part = part;
+            unit.begin = part * kSplit;
+            unit.end = std::min(tile.end, unit.begin + kSplit);
         }
     }
-    return units;
 }
 
-void Model::reserve(const Batch& batch, const std::vector<Unit>& units) {
+void Model::reserve_tokens(int tokens) {
+    if (tokens <= capacity_) return;
+    pool_.quiesce();
+    capacity_ = tokens;
     const Shape& shape = config_.shape;
-    const int tokens = std::max(batch.tokens, batch.logit_rows);
-    if (tokens > capacity_) {
-        pool_.quiesce();
-        capacity_ = tokens;
-        const size_t n = static_cast<size_t>(tokens), heads = n * shape.heads;
-        sequence_of_.resize(n);
-        x_.resize(n * config_.hidden);
-        qkv_.resize(n * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
-        heads_.resize(heads * shape.head_dim);
-        act_.resize(n * config_.intermediate);
-        cos_.resize(n * shape.head_dim / 2);
-        sin_.resize(n * shape.head_dim / 2);
-        q8_.resize(heads * 2 * shape.query_dim());
-        q_sum_.resize(heads * 2);
-        q_scale_.resize(heads);
-        qf_.resize(heads * shape.query_dim());
-        const int widest = std::max({config_.hidden, config_.intermediate, shape.heads * shape.head_dim});
-        for (Prepared& prepared : prepared_) {
-            prepared.reserve(tokens, widest);
-            prepared.real.resize(n * widest);
-        }
+    const size_t n = static_cast<size_t>(tokens), heads = n * shape.heads;
+    sequence_of_.resize(n);
+    x_.resize(n * config_.hidden);
+    qkv_.resize(n * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
+    heads_.resize(heads * shape.head_dim);
+    act_.resize(n * config_.intermediate);
+    cos_.resize(n * shape.head_dim / 2);
+    sin_.resize(n * shape.head_dim / 2);
+    q8_.resize(heads * 2 * shape.query_dim());
+    q_sum_.resize(heads * 2);
+    q_scale_.resize(heads);
+    qf_.resize(heads * shape.query_dim());
+    const int widest = std::max({config_.hidden, config_.intermediate, shape.heads * shape.head_dim});
+    for (Prepared& prepared : prepared_) {
+        prepared.reserve(tokens, real_width_, true);
+        prepared.reserve(tokens, widest, false);
     }
-    if (batch.float_prompts) {
-        int pages = 0;
-        fresh_page_.resize(batch.sequences);
-        for (int s = 0; s < batch.sequences; s++) {
-            fresh_page_[s] = pages;
-            pages += batch.positions[batch.starts[s + 1] - 1] / kPage + 1;
-        }
-        if (fresh_ == nullptr || fresh_->pages() < pages) {
-            pool_.quiesce();
-            fresh_ = std::make_unique<Cache>(shape, fresh_params_, pages);
-        }
+}
+
+// Room for the fresh keys and values of whole prompts.
+void Model::reserve_prompts(const Batch& batch) {
+    int pages = 0;
+    fresh_page_.resize(batch.sequences);
+    for (int s = 0; s < batch.sequences; s++) {
+        fresh_page_[s] = pages;
+        pages += batch.positions[batch.starts[s + 1] - 1] / kPage + 1;
     }
+    if (fresh_ != nullptr && fresh_->pages() >= pages) return;
+    pool_.quiesce();
+    fresh_ = std::make_unique<Cache>(config_.shape, fresh_params_, pages);
+}
+
+void Model::reserve_units() {
     int tiles = 0, parts = 1;
-    for (const Unit& unit : units) {
+    for (const Unit& unit : units_) {
         tiles = std::max(tiles, unit.tile + 1);
         parts = std::max(parts, unit.parts);
     }
-    partial_stride_ = static_cast<size_t>(kMaxAttnRows) * (2 + shape.value_dim());
-    if (parts > 1 && partial_.size() < units.size() * partial_stride_) {
+    partial_stride_ = static_cast<size_t>(kMaxAttnRows) * (2 + config_.shape.value_dim());
+    if (parts > 1 && partial_.size() < units_.size() * partial_stride_) {
         pool_.quiesce();
-        partial_.resize(units.size() * partial_stride_);
+        partial_.resize(units_.size() * partial_stride_);
     }
     if (tiles > tiles_) {
         pool_.quiesce();
@@ -180,14 +185,16 @@ void Model::reserve(const Batch& batch, const std::vector<Unit>& units) {
 }
 
 void Model::forward(const Batch& batch) {
-    const std::vector<Unit> units = plan_units(batch);
-    reserve(batch, units);  // may take a slot
-    Step& step = steps_[pool_.next_slot()];
+    plan_units(batch);
+    reserve_tokens(std::max(batch.tokens, batch.logit_rows));
+    if (batch.float_prompts) reserve_prompts(batch);
+    reserve_units();
+    Step& step = steps_[pool_.next_slot()];  // last: to reserve may take a slot
     step.batch = batch;
     step.alone = batch.tokens <= kAloneTokens;
     step.single = batch.tokens == batch.sequences && !batch.float_prompts &&
                   config_.shape.queries_per_kv() <= kMaxAttnRows;
-    step.units = units;
+    step.units.swap(units_);
     step.id = ++step_count_;
     for (int s = 0; s < batch.sequences; s++) {
         std::fill(sequence_of_.begin() + batch.starts[s], sequence_of_.begin() + batch.starts[s + 1], s);

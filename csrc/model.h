@@ -63,7 +63,6 @@ public:
     void forward(const Batch& batch);
 
     int threads() const { return pool_.threads(); }
-    size_t cache_bytes() const { return cache_ ? cache_->bytes() : 0; }
     int cache_pages() const { return cache_ ? cache_->pages() : 0; }
     size_t page_bytes() const;  // of all layers
     size_t weight_bytes() const;  // that a decode step reads
@@ -109,8 +108,10 @@ private:
     void gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch);
     void attend(const Step& step, int layer, const Unit& unit, Scratch& scratch);
     void write_heads(const AttentionParams& params, const Unit& unit, AttnState state);
-    std::vector<Unit> plan_units(const Batch& batch) const;
-    void reserve(const Batch& batch, const std::vector<Unit>& units);
+    void plan_units(const Batch& batch);
+    void reserve_tokens(int tokens);
+    void reserve_prompts(const Batch& batch);
+    void reserve_units();
     bool is_fresh(const Batch& batch, int layer, int t) const {
         return batch.float_prompts && !batch.generated[t] && attention[layer].kind != CacheKind::bf16;
     }
@@ -130,7 +131,9 @@ private:
     std::array<Step, Pool::kSlots> steps_;
     std::vector<Scratch> scratch_;        // of each thread
     std::vector<Prepared> prepared_;      // shared by all
+    std::vector<Unit> units_;             // of the step being planned
     uint64_t step_count_ = 0;
+    int real_width_ = 0;                  // inputs of the widest group with floating linears
 
     int capacity_ = 0;                    // tokens
     std::vector<int> sequence_of_;        // (T)

@@ -78,10 +78,7 @@ const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& s
     const uint64_t key = step.id * (4 * static_cast<uint64_t>(config_.layers) + 1) + use + 1;
     if (scratch.prepared_for == key) return scratch.prepared;
     scratch.prepared_for = key;
-    for (Prepared& prepared : scratch.prepared) {
-        prepared.reserve(tokens, group.inputs());
-        prepared.real.resize(static_cast<size_t>(tokens) * group.inputs());
-    }
+    for (Prepared& prepared : scratch.prepared) prepared.reserve(tokens, group.inputs(), group.has_floating());
     for (int t = 0; t < tokens; t++) {
         const int row = rows != nullptr ? rows[t] : t;
         group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],

@@ -25,6 +25,7 @@ RANKS = {
     "progress": 0,
     "config": 1,
     "families": 2,
+    "generation": 2,
     "scheme": 2,
     "tokenizer": 2,
     "format": 3,

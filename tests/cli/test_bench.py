@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from eightfold.errors import CapacityError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.native import measure
+from eightfold.native import model as native_model
 from eightfold.native.generate import generate
 from eightfold.native.load import load_model
 from eightfold.native.measure import Measurement, Rates, Runner, Timing, Workload, cache_bytes, int8_elements
@@ -311,13 +312,13 @@ def test_a_prompt_beyond_the_context_is_refused(cli, models):
 
 def test_a_cache_beyond_the_memory_is_refused(cli, models, monkeypatch):
     page = load_model(Checkpoint.open(models["float"]), threads=1).page_bytes
-    monkeypatch.setattr(measure, "available_bytes", lambda: 40 * page - 1)
+    monkeypatch.setattr(native_model, "available_bytes", lambda: 40 * page - 1)
     message = error_line(cli("bench", models["float"], *SMALL, "--batch", 40))
     assert message == (
-        "key/value cache: got 1 MiB for 40 x 24 positions, expected at most 1 MiB, which are free. "
+        "key/value cache: got 1 MiB for 5120 positions, expected at most 1 MiB, which are free. "
         "Lower --batch, --prompt-len or --new-tokens."
     )
-    monkeypatch.setattr(measure, "available_bytes", lambda: max(40 * page, measure.READ_BYTES))
+    monkeypatch.setattr(native_model, "available_bytes", lambda: 40 * page)
     assert cli("bench", models["float"], *SMALL, "--batch", 40).code == 0
 
 

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from eightfold.config import RopeParameters
 from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.generation import Generation
 from eightfold.native import core
-from eightfold.native.generate import Generation, generate
+from eightfold.native.generate import generate
 from eightfold.native.load import load_model
+from eightfold.native.model import PAGE
 from eightfold.native.rotary import inverse_frequencies
 from eightfold.reference import attention as reference_attention
 from eightfold.reference import generate as reference_generate
@@ -322,3 +324,7 @@ def test_the_scheme_of_a_token_is_the_one_asked_for(tmp_path):
         model = native(checkpoint, ISAS[-1], dynamic=mode)
         assert generate(model, PROMPT, 1).token_ids == [found[mode][0]]
     assert not torch.equal(found["symmetric"][1], found["asymmetric"][1])
+
+
+def test_both_sides_of_the_border_mean_the_same_page():
+    assert core.extension().PAGE == PAGE

@@ -25,10 +25,12 @@ class Backend(str, Enum):
 
         if self is Backend.native:
             core.extension()
-        if self is not Backend.auto:
-            return self
-        if core.is_built():
+        if self is Backend.native or (self is Backend.auto and core.is_built()):
+            if core.extension().available_isas() == ["scalar"]:
+                console.note("this CPU has neither AVX2 nor AVX-512: plain C++ computes, which is slow.")
             return Backend.native
+        if self is Backend.reference:
+            return self
         console.note(
             "the native backend is not used: it was installed without a C++ compiler. The reference backend is slow."
         )

@@ -71,28 +71,9 @@ def evaluate(
             f"chunks are longer than the model's context of {checkpoints[0].config.max_position_embeddings} tokens."
         )
     backend = backend.resolve()
-    if backend is Backend.native:
-        found, ppl_mindie = _evaluate_native(checkpoints, pieces, dynamic, attention_mode, tokens_as)
-        _report(found, ppl_mindie, chunk_len, time.monotonic() - started, backend, as_json, against)
-        return
-    console.require_torch("eval --backend reference")
-    from eightfold.evaluate import perplexity
-    from eightfold.reference.load import Decoder
-
-    mode = (attention_mode or AttentionMode.cache).mode
-    decoders = [Decoder(checkpoint, dynamic.mode, mode) for checkpoint in checkpoints]
-    both = attention_mode is None and tokens_as is TokensAs.prompt and checkpoints[0].has_int8_attention
-    total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
-    with console.bars("evaluate", total + len(pieces) * (1 + both), "step") as task:
-        result = perplexity.evaluate(
-            decoders[0], pieces, decoders[1] if against else None, task.advance, tokens_as.origin
-        )
-        mindie = (
-            perplexity.evaluate(Decoder(checkpoints[0], dynamic.mode, "mindie"), pieces, None, task.advance)
-            if both
-            else None
-        )
-    _report(result, mindie.ppl if mindie else None, chunk_len, time.monotonic() - started, backend, as_json, against)
+    measure = _evaluate_native if backend is Backend.native else _evaluate_reference
+    result, ppl_mindie = measure(checkpoints, pieces, dynamic, attention_mode, tokens_as)
+    _report(result, ppl_mindie, chunk_len, time.monotonic() - started, backend, as_json, against)
 
 
 def _report(
@@ -134,8 +115,7 @@ def _evaluate_native(
     def load(checkpoint: Checkpoint, mode: AttentionMode) -> NativeModel:
         return load_model(checkpoint, dynamic=dynamic.mode, attention=mode.mode)
 
-    generated = tokens_as is TokensAs.generated
-    both = attention_mode is None and not generated and checkpoints[0].has_int8_attention
+    generated, both = tokens_as is TokensAs.generated, _both_modes(checkpoints[0], attention_mode, tokens_as)
     with console.bars("evaluate", len(pieces) * (1 + both), "chunk") as task:
         models = [load(checkpoint, attention_mode or AttentionMode.cache) for checkpoint in checkpoints]
         found = evaluate(models[0], pieces, models[1] if models[1:] else None, task.advance, generated=generated)
@@ -143,3 +123,31 @@ def _evaluate_native(
             return found, None
         mindie = load(checkpoints[0], AttentionMode.mindie)
         return found, evaluate(mindie, pieces, None, task.advance).ppl
+
+
+def _evaluate_reference(
+    checkpoints: list[Checkpoint],
+    pieces: list[list[int]],
+    dynamic: Dynamic,
+    attention_mode: AttentionMode | None,
+    tokens_as: TokensAs,
+) -> tuple[Evaluation, float | None]:
+    """As _evaluate_native, in torch."""
+    console.require_torch("eval --backend reference")
+    from eightfold.evaluate.perplexity import evaluate
+    from eightfold.reference.load import Decoder
+
+    both = _both_modes(checkpoints[0], attention_mode, tokens_as)
+    total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
+    with console.bars("evaluate", total + len(pieces) * (1 + both), "step") as task:
+        mode = (attention_mode or AttentionMode.cache).mode
+        models = [Decoder(checkpoint, dynamic.mode, mode) for checkpoint in checkpoints]
+        found = evaluate(models[0], pieces, models[1] if models[1:] else None, task.advance, tokens_as.origin)
+        if not both:
+            return found, None
+        return found, evaluate(Decoder(checkpoints[0], dynamic.mode, "mindie"), pieces, None, task.advance).ppl
+
+
+def _both_modes(checkpoint: Checkpoint, attention_mode: AttentionMode | None, tokens_as: TokensAs) -> bool:
+    """Return whether mode `mindie` is measured beside mode `cache`."""
+    return attention_mode is None and tokens_as is TokensAs.prompt and checkpoint.has_int8_attention

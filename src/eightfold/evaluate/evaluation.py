@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from eightfold.config import ModelConfig
-from eightfold.errors import ConfigError
+from eightfold.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,41 @@ class Evaluation:
     kl_p99: float | None = None
     top1_agreement: float | None = None  # share of positions with the same most likely token
 
+    @classmethod
+    def of(cls, chunks: int, tally: Tally) -> Evaluation:
+        """Average over positions.
+
+        Raises:
+            CheckpointError: a likelihood is NaN.
+        """
+        nll_T = np.concatenate(tally.nll)
+        nll = float(nll_T.mean())
+        if math.isnan(nll):
+            raise CheckpointError("log-likelihood", got="NaN", expected="a number", action="The weights are damaged.")
+        if not tally.kl:
+            return cls(nll, _exp(nll), len(nll_T), chunks)
+        kl_T = np.concatenate(tally.kl)
+        return cls(
+            nll,
+            _exp(nll),
+            len(nll_T),
+            chunks,
+            ppl_against=_exp(float(np.concatenate(tally.nll_against).mean())),
+            kl_mean=float(kl_T.mean()),
+            kl_p99=float(np.sort(kl_T)[math.ceil(0.99 * len(kl_T)) - 1]),
+            top1_agreement=float(np.concatenate(tally.same_top).mean()),
+        )
+
+
+@dataclass
+class Tally:
+    """What is kept of each position, in pieces; the last three stay empty without a model to compare with."""
+
+    nll: list[NDArray[Any]] = field(default_factory=list)  # float64
+    nll_against: list[NDArray[Any]] = field(default_factory=list)
+    kl: list[NDArray[Any]] = field(default_factory=list)
+    same_top: list[NDArray[Any]] = field(default_factory=list)  # bool
+
 
 def require_same_vocabulary(configs: Sequence[ModelConfig]) -> None:
     """Refuse to compare models of different vocabularies: the first is the one that is judged.
@@ -35,7 +76,7 @@ def require_same_vocabulary(configs: Sequence[ModelConfig]) -> None:
         raise ConfigError("vocabulary of --against", got=theirs, expected=ours, action="Give the float original.")
 
 
-def safe_exp(nll: float) -> float:
+def _exp(nll: float) -> float:
     """Return e**nll, infinity past what a float holds."""
     try:
         return math.exp(nll)

@@ -5,14 +5,12 @@ Letters: R positions of a step, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eightfold.errors import CheckpointError
-from eightfold.evaluate.evaluation import Evaluation, require_same_vocabulary, safe_exp
+from eightfold.evaluate.evaluation import Evaluation, Tally, require_same_vocabulary
 from eightfold.native.model import PAGE, Chunk, NativeModel
 
 if TYPE_CHECKING:
@@ -48,13 +46,14 @@ def evaluate(
     require_same_vocabulary([each.config for each in models])
     for each in models:
         each.allocate_cache(max(map(len, chunks)))
-    tally = _Tally()
+    tally = Tally()
     for chunk in chunks:
         step = len(chunk) if any(each.float_prompts for each in models) and not generated else _STEP_TOKENS
         for at in range(0, len(chunk) - 1, step):
-            tally.add([_log_probs(each, chunk[: at + step + 1], at, generated) for each in models], chunk[at + 1 :])
+            log_probs = [_log_probs(each, chunk[: at + step + 1], at, generated) for each in models]
+            _add(tally, log_probs, chunk[at + 1 :])
         on_chunk()
-    return tally.result(len(chunks))
+    return Evaluation.of(len(chunks), tally)
 
 
 def _log_probs(model: NativeModel, chunk: Sequence[int], at: int, generated: bool) -> NDArray[Any]:
@@ -72,39 +71,12 @@ def log_softmax(logits_RV: NDArray[Any]) -> NDArray[Any]:
     return shifted
 
 
-class _Tally:
-    """What is kept of each position."""
-
-    def __init__(self) -> None:
-        self._nll: tuple[list[NDArray[Any]], list[NDArray[Any]]] = ([], [])
-        self._kl: list[NDArray[Any]] = []
-        self._same_top: list[NDArray[Any]] = []
-
-    def add(self, log_probs: list[NDArray[Any]], following: Sequence[int]) -> None:
-        rows = np.arange(len(log_probs[0]))
-        targets = np.asarray(following[: len(rows)])
-        for kept, of_model in zip(self._nll, log_probs, strict=False):
-            kept.append(-of_model[rows, targets].astype(np.float64))
-        if len(log_probs) > 1:
-            judged, float_model = log_probs
-            self._kl.append((np.exp(float_model) * (float_model - judged)).sum(1, dtype=np.float64))
-            self._same_top.append(judged.argmax(1) == float_model.argmax(1))
-
-    def result(self, chunks: int) -> Evaluation:
-        nll_T = np.concatenate(self._nll[0])
-        nll = float(nll_T.mean())
-        if math.isnan(nll):
-            raise CheckpointError("log-likelihood", got="NaN", expected="a number", action="The weights are damaged.")
-        if not self._kl:
-            return Evaluation(nll, safe_exp(nll), len(nll_T), chunks)
-        kl_T = np.concatenate(self._kl)
-        return Evaluation(
-            nll,
-            safe_exp(nll),
-            len(nll_T),
-            chunks,
-            ppl_against=safe_exp(float(np.concatenate(self._nll[1]).mean())),
-            kl_mean=float(kl_T.mean()),
-            kl_p99=float(np.sort(kl_T)[math.ceil(0.99 * len(kl_T)) - 1]),
-            top1_agreement=float(np.concatenate(self._same_top).mean()),
-        )
+def _add(tally: Tally, log_probs: list[NDArray[Any]], following: Sequence[int]) -> None:
+    rows = np.arange(len(log_probs[0]))
+    targets = np.asarray(following[: len(rows)])
+    for kept, of_model in zip((tally.nll, tally.nll_against), log_probs, strict=False):
+        kept.append(-of_model[rows, targets].astype(np.float64))
+    if len(log_probs) > 1:
+        judged, float_model = log_probs
+        tally.kl.append((np.exp(float_model) * (float_model - judged)).sum(1, dtype=np.float64))
+        tally.same_top.append(judged.argmax(1) == float_model.argmax(1))

@@ -9,14 +9,12 @@ a chunk of C tokens gives C - 1 predictions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from eightfold.errors import CheckpointError
-from eightfold.evaluate.evaluation import Evaluation, require_same_vocabulary, safe_exp
+from eightfold.evaluate.evaluation import Evaluation, Tally, require_same_vocabulary
 from eightfold.reference.decoder import Origin
 from eightfold.reference.load import Decoder, Head
 
@@ -47,7 +45,7 @@ def evaluate(
         models.append(against)
     hidden_TE = [model.hidden_states(chunks, on_step, origin) for model in models]
     heads = [model.head() for model in models]
-    tally = _Tally()
+    tally = Tally()
     chunk_len = len(chunks[0])
     for i, chunk in enumerate(chunks):
         targets = torch.tensor(chunk[1:], dtype=torch.int64)
@@ -55,48 +53,20 @@ def evaluate(
             end = min(at + _HEAD_TOKENS, chunk_len - 1)
             rows = slice(i * chunk_len + at, i * chunk_len + end)
             log_probs = [_log_probs(head, x[rows], origin) for head, x in zip(heads, hidden_TE, strict=True)]
-            tally.add(log_probs, targets[at:end])
+            _add(tally, log_probs, targets[at:end])
         on_step()
-    return tally.result(len(chunks))
+    return Evaluation.of(len(chunks), tally)
 
 
 def _log_probs(head: Head, hidden_TE: Tensor, origin: Origin) -> Tensor:
     return torch.log_softmax(head(hidden_TE, origin), dim=-1)
 
 
-class _Tally:
-    """Sums over positions, in float64."""
-
-    def __init__(self) -> None:
-        self._nll: list[Tensor] = []  # of each model in turn
-        self._nll_against: list[Tensor] = []
-        self._kl: list[Tensor] = []
-        self._same_top: list[Tensor] = []
-
-    def add(self, log_probs: list[Tensor], targets_T: Tensor) -> None:
-        picked = [logp.gather(1, targets_T[:, None])[:, 0].double() for logp in log_probs]
-        self._nll.append(-picked[0])
-        if len(log_probs) > 1:
-            judged, float_model = log_probs
-            self._nll_against.append(-picked[1])
-            self._kl.append((float_model.exp() * (float_model - judged)).sum(-1).double())
-            self._same_top.append(judged.argmax(-1) == float_model.argmax(-1))
-
-    def result(self, chunks: int) -> Evaluation:
-        nll_T = torch.cat(self._nll)
-        nll = float(nll_T.mean())
-        if math.isnan(nll):
-            raise CheckpointError("log-likelihood", got="NaN", expected="a number", action="The weights are damaged.")
-        if not self._kl:
-            return Evaluation(nll, safe_exp(nll), len(nll_T), chunks)
-        kl_T = torch.cat(self._kl)
-        return Evaluation(
-            nll,
-            safe_exp(nll),
-            len(nll_T),
-            chunks,
-            ppl_against=safe_exp(float(torch.cat(self._nll_against).mean())),
-            kl_mean=float(kl_T.mean()),
-            kl_p99=float(kl_T.sort().values[math.ceil(0.99 * len(kl_T)) - 1]),
-            top1_agreement=float(torch.cat(self._same_top).double().mean()),
-        )
+def _add(tally: Tally, log_probs: list[Tensor], targets_T: Tensor) -> None:
+    picked = [logp.gather(1, targets_T[:, None])[:, 0].double() for logp in log_probs]
+    for kept, of_model in zip((tally.nll, tally.nll_against), picked, strict=False):
+        kept.append(-of_model.numpy())
+    if len(log_probs) > 1:
+        judged, float_model = log_probs
+        tally.kl.append((float_model.exp() * (float_model - judged)).sum(-1).double().numpy())
+        tally.same_top.append((judged.argmax(-1) == float_model.argmax(-1)).numpy())

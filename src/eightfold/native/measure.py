@@ -65,21 +65,6 @@ class Workload:
                 action="Lower --prompt-len or --new-tokens.",
             )
 
-    def require_memory(self, page_bytes: int) -> None:
-        """Compare with the memory that is free.
-
-        Raises:
-            CapacityError: the caches of all sequences do not fit.
-        """
-        needed, free = self.batch * self.pages * page_bytes, available_bytes()
-        if free is not None and needed > free:
-            raise CapacityError(
-                "key/value cache",
-                got=f"{needed / 2**20:.0f} MiB for {self.batch} x {self.context} positions",
-                expected=f"at most {free / 2**20:.0f} MiB, which are free",
-                action="Lower --batch, --prompt-len or --new-tokens.",
-            )
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -117,9 +102,8 @@ class Runner:
             CapacityError: the model's context or the memory is too small.
         """
         work.require_context(model.config)
-        work.require_memory(model.page_bytes)
         self.model, self.work, self._random = model, work, np.random.default_rng(seed)
-        model.allocate_cache(work.batch * work.pages * PAGE)
+        model.allocate_cache(work.batch * work.pages * PAGE, "Lower --batch, --prompt-len or --new-tokens.")
 
     def once(self) -> Timing:
         """Run one repetition on fresh random tokens."""

@@ -72,8 +72,12 @@ class NativeModel:
         """Bytes of weights that a step reads, whatever its batch."""
         return int(self._model.weight_bytes)
 
-    def allocate_cache(self, positions: int) -> None:
+    def allocate_cache(self, positions: int, action: str = "Lower --max-new-tokens or shorten the prompt.") -> None:
         """Make a cache for so many positions; what the old one held is lost.
+
+        Args:
+            positions: of all sequences.
+            action: what a user can do when they do not fit.
 
         Raises:
             CapacityError: there is not enough memory for it.
@@ -85,7 +89,7 @@ class NativeModel:
                 "key/value cache",
                 got=f"{needed / 2**20:.0f} MiB for {positions} positions",
                 expected=f"at most {free / 2**20:.0f} MiB, which are free",
-                action="Lower --max-new-tokens or shorten the prompt.",
+                action=action,
             )
         self._model.allocate_cache(pages)
         self.pages = pages

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from eightfold.errors import CapacityError
+from eightfold.generation import Generation, require_room
 from eightfold.reference.decoder import Batch, Origin
 from eightfold.reference.kvcache import KVCache
 from eightfold.reference.load import Decoder
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What was generated."""
-
-    token_ids: list[int]  # without the stop token
-    finish_reason: Literal["stop", "length"]
 
 
 @torch.inference_mode()
@@ -36,16 +26,7 @@ def generate(
         CapacityError: the prompt is empty, or prompt and answer do not fit the model's context.
     """
     config = decoder.checkpoint.config
-    needed = len(prompt_ids) + max_new_tokens
-    if not prompt_ids:
-        raise CapacityError("prompt", got="no tokens", expected="at least one", action="Give some text with --prompt.")
-    if needed > config.max_position_embeddings:
-        raise CapacityError(
-            "prompt",
-            got=f"{len(prompt_ids)} tokens and {max_new_tokens} new ones",
-            expected=f"1 to {config.max_position_embeddings} together",
-            action="Shorten the prompt or lower --max-new-tokens.",
-        )
+    needed = require_room(config, len(prompt_ids), max_new_tokens)
     blocks = [decoder.block(layer_idx) for layer_idx in range(config.num_layers)]
     caches = [KVCache(needed, config.num_kv_heads, config.head_dim, block.attention.cache_dtype) for block in blocks]
     head, inv_freq = decoder.head(), decoder.inv_freq

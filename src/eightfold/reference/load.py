@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.errors import InputError, UnsupportedError
+from eightfold.errors import UnsupportedError
 from eightfold.families import (
     ATTENTION,
     EMBEDDING,
@@ -24,6 +24,7 @@ from eightfold.families import (
     sliding_window,
 )
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.generation import require_ids
 from eightfold.reference.attention import inverse_frequencies
 from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
 from eightfold.reference.kvcache import (
@@ -137,12 +138,8 @@ class Decoder:
         Raises:
             InputError: an id is outside the vocabulary.
         """
-        vocab = self.checkpoint.config.vocab_size
+        require_ids(self.checkpoint.config, token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
-        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < vocab):
-            raise InputError(
-                "token id", got=int(ids.max() if ids.max() >= vocab else ids.min()), expected=f"0 to {vocab - 1}"
-            )
         name = weight_name(EMBEDDING)
         rows = mapped_tensor(self.checkpoint, name)[ids].to(torch.float32)
         if not torch.isfinite(rows).all():
