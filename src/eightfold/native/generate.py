@@ -34,7 +34,7 @@ def generate(
             cut = len(step_ids) if model.float_prompts else PREFILL_TOKENS
             piece, step_ids = step_ids[:cut], step_ids[cut:]
             used = pages[: -(-(at + len(piece)) // PAGE)]
-            _, best = model.forward([Chunk(piece, at, used, len(prompt_ids), wants=not step_ids)])
+            _, best = model.forward([Chunk(piece, at, used, len(prompt_ids), wants=not step_ids, logits=False)])
             at += len(piece)
         token = int(best[0])
         if token in stop_ids:

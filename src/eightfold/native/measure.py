@@ -127,7 +127,7 @@ class Runner:
         used, pages = position // PAGE + 1, self.work.pages
         _, best = self.model.forward(
             [
-                Chunk([token], position, range(i * pages, i * pages + used), self.work.prompt_len)
+                Chunk([token], position, range(i * pages, i * pages + used), self.work.prompt_len, logits=False)
                 for i, token in enumerate(tokens)
             ]
         )
@@ -144,7 +144,7 @@ def _packed(prompts: list[list[int]], pages: int) -> Iterator[list[Chunk]]:
         while at < len(prompt):
             end = min(at + room, len(prompt))
             used = range(i * pages, i * pages + -(-end // PAGE))
-            chunks.append(Chunk(prompt[at:end], at, used, len(prompt), wants=end == len(prompt)))
+            chunks.append(Chunk(prompt[at:end], at, used, len(prompt), wants=end == len(prompt), logits=False))
             room -= end - at
             at = end
             if not room:

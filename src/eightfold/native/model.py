@@ -30,8 +30,9 @@ class Chunk:
         first_position: how many tokens of the sequence are in the cache already.
         pages: of the sequence, in order; as many as its positions need, these tokens included.
         prompt_len: how many of the sequence's tokens, from its first on, are the prompt's.
-        wants: whether logits are wanted of its last token.
-        wants_all: of all its tokens.
+        wants: whether the choice after its last token is wanted.
+        wants_all: after each of its tokens.
+        logits: whether the choice comes with all logits, and not only as the likeliest token, which costs less.
     """
 
     token_ids: Sequence[int]
@@ -40,6 +41,7 @@ class Chunk:
     prompt_len: int
     wants: bool = True
     wants_all: bool = False
+    logits: bool = True
 
 
 class NativeModel:
@@ -98,8 +100,8 @@ class NativeModel:
         """Run one step.
 
         Returns:
-            Logits (R, V) float32 of the tokens that are wanted, in order, and the likeliest token of each, (R,) int32.
-            The logits are overwritten by the next step.
+            Logits (R', V) float32 after the tokens of the chunks that want them, in order, and the likeliest token
+            after every token that is wanted, (R,) int32. The logits are overwritten by the next step.
         """
         lengths = [len(chunk.token_ids) for chunk in chunks]
         starts = np.zeros(len(chunks) + 1, np.int32)
@@ -107,12 +109,14 @@ class NativeModel:
         tables = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int32)
         positions = np.empty(starts[-1], np.int32)
         generated = np.zeros(starts[-1], np.uint8)
-        wanted: list[int] = []
+        wanted, shown = list[int](), list[int]()
         for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1], starts[1:], strict=True)):
             tables[i, : len(chunk.pages)] = chunk.pages
             positions[begin:end] = np.arange(chunk.first_position, chunk.first_position + end - begin)
             generated[begin:end] = positions[begin:end] >= chunk.prompt_len
-            wanted += range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
+            rows = range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
+            shown += range(len(wanted), len(wanted) + len(rows)) if chunk.logits else []
+            wanted += rows
         logits = self._rows(len(wanted))
         best = np.empty(len(wanted), np.int32)
         self._model.forward(
@@ -126,7 +130,7 @@ class NativeModel:
             best=best,
             float_prompts=self.float_prompts,
         )
-        return logits, best
+        return logits if len(shown) == len(wanted) else logits[shown], best
 
     def _rows(self, count: int) -> NDArray[Any]:
         if len(self._logits) < count:
