@@ -228,9 +228,20 @@ def long_job(tmp_path_factory) -> Callable[[Path], list[str]]:
     return lambda out: [*EIGHTFOLD, "quantize", source, out, "--scheme", "w8a8", "--calib-ids", folder / "ids"]
 
 
+def hear_signals() -> None:
+    """Undo what the tests' own caller may ignore: under nohup a hang-up is, and a child inherits that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_and_wait_until_it_writes(command: list[str], target: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=target.parent
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=target.parent,
+        preexec_fn=hear_signals,
     )
     deadline = time.monotonic() + 60
     while not list(target.parent.glob(f".{target.name}.partial-*/*.safetensors")):
