@@ -31,14 +31,30 @@ using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 Prepared padded(const uint8_t* x, size_t rows, size_t width) {
     Prepared to;
     to.reserve(static_cast<int>(rows), static_cast<int>(width), false);
-    for (size_t t = 0; t < rows; t++) std::memcpy(to.bytes + t * to.ld, x + t * width, width);
+    const size_t ld = row_bytes(static_cast<int>(width));
+    for (size_t t = 0; t < rows; t++) std::memcpy(to.bytes + t * ld, x + t * width, width);
     return to;
 }
 
 void gemm_i8(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, Out<int32_t> out) {
     const Prepared rows = padded(x.data(), x.shape(0), x.shape(1));
-    kernels_for(isa).gemm_i8(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), rows.bytes, rows.ld,
+    kernels_for(isa).gemm_i8(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), rows.bytes,
+                             row_bytes(static_cast<int>(x.shape(1))),
                              static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)), out.data(), weight.shape(0));
+}
+
+// The same by packed blocks; out (blocks kLanes, N) has all lanes.
+void gemm_packed(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, Out<int32_t> out) {
+    const int tokens = static_cast<int>(x.shape(0)), inner = static_cast<int>(x.shape(1));
+    const int blocks = (tokens + kLanes - 1) / kLanes;
+    const size_t block = kLanes * row_bytes(inner);
+    const Prepared rows = padded(x.data(), x.shape(0), x.shape(1));
+    Prepared packed;
+    packed.reserve(tokens, inner, false);
+    const Kernels& kernels = kernels_for(isa);
+    for (int b = 0; b < blocks; b++) kernels.pack(rows.bytes + b * block, row_bytes(inner), packed.bytes + b * block);
+    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes, block, blocks,
+                        inner, out.data(), weight.shape(0));
 }
 
 void gemm_float(const std::string& isa, nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> weight,
@@ -217,6 +233,7 @@ std::vector<uint64_t> pool_runs(int threads, const std::vector<std::vector<int>>
 void bind_kernels(nb::module_& m) {
     nb::module_ kernels = m.def_submodule("kernels");
     kernels.def("gemm_i8", &gemm_i8, "isa"_a, "weight"_a, "x"_a, "out"_a);
+    kernels.def("gemm_packed", &gemm_packed, "isa"_a, "weight"_a, "x"_a, "out"_a);
     kernels.def("gemm_float", &gemm_float, "isa"_a, "weight"_a, "dtype"_a, "x"_a, "out"_a);
     kernels.def("row_sums", &row_sums, "isa"_a, "weight"_a, "out"_a);
     kernels.def("quantize_static", &quantize_static, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);

@@ -2,6 +2,7 @@
 #include "attend.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "packed.h"
 #include "rows.h"
 
 namespace eightfold::EF_ISA {
@@ -10,6 +11,8 @@ constexpr Kernels kTable = {
     EF_NAME,
     W,
     gemm_i8,
+    gemm_packed,
+    pack,
     gemm_float,
     row_sums,
     rms_norm,

@@ -26,6 +26,9 @@ constexpr int kSplit = 256;
 // Bytes to which rows of activations are padded; a kernel may read the padding of them, never that of weights.
 constexpr int kAlign = 64;
 
+// Tokens of a block of packed activations.
+constexpr int kLanes = 16;
+
 enum class CacheKind : int {
     bf16,    // keys and values in bfloat16
     int8,    // int8 by head; queries int8, probabilities 7 bit (FAQuant)
@@ -71,6 +74,12 @@ struct Kernels {
     // out[t][n] = sum_k x[t][k] w[n][k]; x rows start at multiples of ldx bytes, out rows at multiples of ldo.
     void (*gemm_i8)(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t ldx, int xrows, int inner,
                     int32_t* out, size_t ldo);
+    // Many tokens: x in packed blocks, [blocks][ceil(K / kAlign) kAlign / 4][kLanes][4], `block` bytes from one to the
+    // next; out rows are the lanes of all blocks.
+    void (*gemm_packed)(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int blocks, int inner,
+                        int32_t* out, size_t ldo);
+    // kLanes rows of ld bytes, a multiple of kAlign, to a block.
+    void (*pack)(const uint8_t* rows, size_t ld, uint8_t* block);
     void (*gemm_float)(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,
                        int inner, float* out, size_t ldo);
     void (*row_sums)(const int8_t* w, size_t ldw, int rows, int inner, int32_t* out);

@@ -51,8 +51,9 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
 }
 
 void Prepared::reserve(int tokens, int width, bool is_real) {
-    ld = (static_cast<size_t>(width) + kAlign - 1) / kAlign * kAlign;
-    const size_t rows = static_cast<size_t>(tokens), bytes_needed = 2 * ld * rows + kAlign;
+    const size_t ld = row_bytes(width);
+    const size_t rows = static_cast<size_t>(tokens + kLanes - 1) / kLanes * kLanes;
+    const size_t bytes_needed = 2 * ld * rows + kAlign;
     if (storage.size() < bytes_needed) storage.resize(bytes_needed);
     const auto at = reinterpret_cast<uintptr_t>(storage.data());
     bytes = storage.data() + (kAlign - at % kAlign) % kAlign;
@@ -107,22 +108,25 @@ void Group::prefetch(int thread) const {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,
-                    std::vector<Prepared>& prepared, std::vector<float>& row) const {
+void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric, bool packed,
+                    std::vector<Prepared>& prepared, Scratch& scratch) const {
     const int width = inputs();
     if (gain != nullptr) {
-        row.resize(width);
-        kernels.rms_norm(x, width, gain, norm_bias, eps, row.data());
-        x = row.data();
+        scratch.row.resize(width);
+        kernels.rms_norm(x, width, gain, norm_bias, eps, scratch.row.data());
+        x = scratch.row.data();
     }
+    const size_t ld = row_bytes(width);
+    if (packed) scratch.rows.resize(forms.size() * 2 * kLanes * ld);
     for (size_t i = 0; i < forms.size(); i++) {
         const Form& form = forms[i];
         Prepared& to = prepared[i];
-        uint8_t* out = to.bytes + static_cast<size_t>(t) * to.planes(form.kind) * to.ld;
+        uint8_t* out = packed ? scratch.rows.data() + (2 * i * kLanes + t % kLanes) * ld
+                              : to.bytes + static_cast<size_t>(t) * planes(form.kind) * ld;
         if (form.kind == LinearKind::floating) {
             std::copy(x, x + width, to.real.data() + static_cast<size_t>(t) * width);
         } else if (form.kind == LinearKind::w8a16) {
-            to.params[t] = kernels.quantize_16(x, width, out, out + to.ld);
+            to.params[t] = kernels.quantize_16(x, width, out, out + (packed ? kLanes : 1) * ld);
         } else if (form.kind == LinearKind::w8a8 || (form.kind == LinearKind::mix && is_generated)) {
             kernels.quantize_static(x, width, form.inv_scale, form.offset, out);
         } else {
@@ -131,8 +135,21 @@ void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_gener
     }
 }
 
+void Group::pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const {
+    const size_t ld = row_bytes(inputs()), size = kLanes * ld;
+    for (size_t i = 0; i < forms.size(); i++) {
+        if (forms[i].kind == LinearKind::floating) continue;
+        const int count = planes(forms[i].kind);
+        uint8_t* to = prepared[i].bytes + static_cast<size_t>(block) * count * size;
+        for (int plane = 0; plane < count; plane++) {
+            kernels.pack(scratch.rows.data() + (2 * i + plane) * size, ld, to + plane * size);
+        }
+    }
+}
+
 void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t0, int t1, const uint8_t* generated,
-                     const std::vector<Prepared>& prepared, Scratch& scratch, float* y, size_t ldy) const {
+                     const std::vector<Prepared>& prepared, bool packed, Scratch& scratch, float* y,
+                     size_t ldy) const {
     const Linear& linear = linears[which];
     const Prepared& from = prepared[form_of[which]];
     const int width = linear.inputs, rows = t1 - t0;
@@ -144,16 +161,24 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
         for (int t = 0; t < rows && !linear.bias.empty(); t++) kernels.add(y + t * ldy, linear.bias_at(n0), count);
         return;
     }
-    const int planes = from.planes(linear.kind);
+    const int many = planes(linear.kind);
+    const size_t ld = row_bytes(width);
     const auto* weight = static_cast<const int8_t*>(linear.weight) + static_cast<size_t>(n0) * width;
+    const uint8_t* x = from.bytes + static_cast<size_t>(t0) * many * ld;
     int32_t* sums = scratch.sums.data();
-    kernels.gemm_i8(weight, width, count, from.bytes + static_cast<size_t>(t0) * planes * from.ld, from.ld,
-                    rows * planes, width, sums, count);
+    if (packed) {
+        const int blocks = (rows + kLanes - 1) / kLanes * many;
+        kernels.gemm_packed(weight, width, count, x, kLanes * ld, blocks, width, sums, count);
+    } else {
+        kernels.gemm_i8(weight, width, count, x, ld, rows * many, width, sums, count);
+    }
     for (int t = 0; t < rows; t++) {
-        const int32_t* acc = sums + static_cast<size_t>(t) * planes * count;
+        const size_t row = packed ? t / kLanes * kLanes * many + t % kLanes : t * many;
+        const int32_t* acc = sums + row * count;
         float* out = y + t * ldy;
         if (linear.kind == LinearKind::w8a16) {
-            kernels.finish_16(acc, acc + count, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
+            const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
+            kernels.finish_16(acc, low, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
                               linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0),
                               from.params[t0 + t], out);
         } else if (linear.kind == LinearKind::w8a8 || (linear.kind == LinearKind::mix && generated[t0 + t])) {

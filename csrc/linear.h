@@ -42,14 +42,16 @@ struct Form {
 
 // Rows of one input in one form.
 struct Prepared {
-    size_t ld = 0;                 // bytes from row to row
-    std::vector<uint8_t> storage;  // (T, planes, ld)
+    std::vector<uint8_t> storage;  // (T, planes, ld), or of many tokens (T / kLanes, planes) packed blocks
     uint8_t* bytes = nullptr;      // the same, aligned
     std::vector<float> real;       // (T, inputs), floating only
     std::vector<RowParams> params; // (T)
     void reserve(int tokens, int width, bool is_real);  // memory only grows
-    int planes(LinearKind kind) const { return kind == LinearKind::w8a16 ? 2 : 1; }
 };
+
+// Bytes of a quantized row in memory, and how many rows a token takes.
+inline size_t row_bytes(int width) { return (static_cast<size_t>(width) + kAlign - 1) / kAlign * kAlign; }
+inline int planes(LinearKind kind) { return kind == LinearKind::w8a16 ? 2 : 1; }
 
 // How many weight rows meet how many tokens at a time: the products of both stay in the second cache. Of a few tokens the
 // weights come from memory, which is read best in long runs.
@@ -64,6 +66,7 @@ struct Scratch {
     std::vector<float> first = std::vector<float>(kProducts);
     std::vector<float> second = std::vector<float>(kProducts);
     std::vector<float> row;          // one input row, before it is quantized
+    std::vector<uint8_t> rows;       // quantized rows of a block, before they are packed
     std::vector<Prepared> prepared;  // a few rows, prepared by this thread alone
     uint64_t prepared_for = 0;
     std::vector<int8_t> q8;          // query rows of an attention unit, one below the other
@@ -94,13 +97,16 @@ struct Group {
     // Asks for the weights that a thread is likely to read first.
     void prefetch(int thread) const;
 
-    // Writes row t of the input in every form; x (K) is read only. `symmetric`: how a token is quantized.
-    void prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric,
-                 std::vector<Prepared>& prepared, std::vector<float>& row) const;
+    // Writes row t of the input in every form; x (K) is read only. `symmetric`: how a token is quantized. `packed`:
+    // quantized rows go to the scratch memory first, until pack() is called for their block.
+    void prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric, bool packed,
+                 std::vector<Prepared>& prepared, Scratch& scratch) const;
+    void pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const;
 
-    // y[t - t0][0 .. count) of one linear, rows n0 on, tokens [t0, t1); ldy: floats from row to row.
+    // y[t - t0][0 .. count) of one linear, rows n0 on, tokens [t0, t1); ldy: floats from row to row. `packed`: how the
+    // input was prepared; then t0 is the first of a block.
     void multiply(const Kernels& kernels, int linear, int n0, int count, int t0, int t1, const uint8_t* generated,
-                  const std::vector<Prepared>& prepared, Scratch& scratch, float* y, size_t ldy) const;
+                  const std::vector<Prepared>& prepared, bool packed, Scratch& scratch, float* y, size_t ldy) const;
 };
 
 }  // namespace eightfold

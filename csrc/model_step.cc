@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kRowsOfChunk = 8;  // tokens of a chunk where each is little work
 
+// Whether so many tokens are prepared in packed blocks.
+bool is_packed(int tokens) { return tokens > kFewTokens; }
+
 int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
 // Calls f(first row, rows) for the pieces of a chunk that products are made of.
@@ -63,12 +66,16 @@ void Model::embed(const Step& step, int t) {
 bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
                           const int32_t* rows) {
     if (step.alone) return true;
-    return walk.phase(chunk_count(tokens, kRowsOfChunk), [&](int i) {
-        for (int t = i * kRowsOfChunk; t < std::min(tokens, (i + 1) * kRowsOfChunk); t++) {
+    const bool packed = is_packed(tokens);
+    const int size = packed ? kLanes : 1;
+    return walk.phase(chunk_count(tokens, size), [&](int i) {
+        Scratch& scratch = scratch_[walk.thread()];
+        for (int t = i * size; t < std::min(tokens, (i + 1) * size); t++) {
             const int row = rows != nullptr ? rows[t] : t;
             group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],
-                          config_.symmetric_tokens, prepared_, scratch_[walk.thread()].row);
+                          config_.symmetric_tokens, packed, prepared_, scratch);
         }
+        if (packed) group.pack(kernels_, i, prepared_, scratch);
     });
 }
 
@@ -82,7 +89,7 @@ const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& s
     for (int t = 0; t < tokens; t++) {
         const int row = rows != nullptr ? rows[t] : t;
         group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],
-                      config_.symmetric_tokens, scratch.prepared, scratch.row);
+                      config_.symmetric_tokens, false, scratch.prepared, scratch);
     }
     return scratch.prepared;
 }
@@ -105,7 +112,8 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
             float* out = output + t0 * ld + column + (n - chunk.begin);
             float* to = adds ? scratch.first.data() : out;
             const size_t ldy = adds ? count : ld;
-            group.multiply(kernels_, chunk.linear, n, count, t0, t1, step.batch.generated, prepared, scratch, to, ldy);
+            group.multiply(kernels_, chunk.linear, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens),
+                           scratch, to, ldy);
             for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, count);
         });
     }, [&] { if (step.alone) next.prefetch(walk.thread()); });
@@ -125,8 +133,8 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group,
         float *gate = scratch.first.data(), *up = scratch.second.data();
         by_rows(chunk, tokens, [&](int n, int count) {
             for (int j = 0; j < 2; j++) {
-                group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, scratch,
-                               j == 0 ? gate : up, count);
+                group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens),
+                               scratch, j == 0 ? gate : up, count);
             }
             for (int t = 0; t < t1 - t0; t++) {
                 kernels_.silu_mul(gate + t * count, up + t * count, count, act_.data() + (t0 + t) * ld + n);
@@ -152,7 +160,7 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step) {
             uint8_t generated[kTokenBlock];
             for (int t = t0; t < t1; t++) generated[t - t0] = batch.generated[batch.logit_tokens[t]];
             by_rows(chunk, rows, [&](int n, int count) {
-                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, scratch,
+                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, is_packed(rows), scratch,
                               batch.logits + t0 * ld + n, ld);
             });
         })) {

@@ -95,6 +95,25 @@ inline F load_f16(const uint16_t* p, int n) { return _mm256_cvtph_ps(load_halves
 inline F low_bf16(I x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 inline F high_bf16(I x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536))); }
 
+// W rows of W lanes: pairs are woven, then pairs of pairs, then halves.
+inline void transpose(const int32_t* in, size_t ldi, int32_t* out, size_t ldo) {
+    I a[8], b[8];
+    for (int i = 0; i < 8; i++) a[i] = i_load(in + i * ldi);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        i_store(out + i * ldo, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+        i_store(out + (i + 4) * ldo, _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+    }
+}
+
 inline void hsum4(const I a[4], int32_t out[4]) {
     const I t = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out),

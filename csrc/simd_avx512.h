@@ -70,6 +70,30 @@ inline F load_f16(const uint16_t* p, int n) { return _mm512_cvtph_ps(load_halves
 inline F low_bf16(I x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline F high_bf16(I x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536))); }
 
+// W rows of W lanes: pairs are woven, then pairs of pairs, then quarters, twice.
+inline void transpose(const int32_t* in, size_t ldi, int32_t* out, size_t ldo) {
+    I a[16], b[16];
+    for (int i = 0; i < 16; i++) a[i] = i_load(in + i * ldi);
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            b[8 * j + i] = _mm512_shuffle_i32x4(a[8 * j + i], a[8 * j + i + 4], 0x88);
+            b[8 * j + i + 4] = _mm512_shuffle_i32x4(a[8 * j + i], a[8 * j + i + 4], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        i_store(out + i * ldo, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        i_store(out + (i + 8) * ldo, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    }
+}
+
 // Four horizontal sums: lanes are added pairwise while the four are woven into one.
 inline void hsum4(const I a[4], int32_t out[4]) {
     const I ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));

@@ -76,6 +76,9 @@ inline F load_f16(const uint16_t* p, int) {
 inline F low_bf16(I x) { return as_f(static_cast<I>(static_cast<uint32_t>(x) << 16)); }
 inline F high_bf16(I x) { return as_f(static_cast<I>(static_cast<uint32_t>(x) & 0xffff0000u)); }
 
+// W rows of W lanes.
+inline void transpose(const int32_t* in, size_t, int32_t* out, size_t) { std::memcpy(out, in, 4); }
+
 inline void hsum4(const I a[4], int32_t out[4]) { for (int i = 0; i < 4; i++) out[i] = a[i]; }
 inline void hsum4(const F a[4], float out[4]) { for (int i = 0; i < 4; i++) out[i] = a[i]; }
 

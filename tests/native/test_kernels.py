@@ -69,6 +69,17 @@ def exact_product(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 @ISA
 @pytest.mark.parametrize("inputs", INPUTS)
+def test_integer_products_of_packed_tokens_are_exact(isa, inputs):
+    for outputs, tokens in ((1, 1), (3, 16), (7, 17), (16, 33), (19, 63), (33, 64), (64, 80), (67, 97), (140, 130)):
+        weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
+        x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
+        out = np.full((-(-tokens // 16) * 16, outputs), 77, np.int32)
+        KERNELS.gemm_packed(isa, weight, x, out)
+        np.testing.assert_array_equal(out[:tokens], exact_product(weight, x))
+
+
+@ISA
+@pytest.mark.parametrize("inputs", INPUTS)
 def test_integer_products_are_exact(isa, inputs):
     for outputs in (*range(1, 10), 67):
         weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
