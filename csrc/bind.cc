@@ -136,7 +136,7 @@ void set_attention(Bound& self, int layer, const std::string& kind, int window, 
 void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t>& positions,
              const Vector<uint8_t>& generated, const Vector<int32_t>& starts, const Matrix<int32_t>& tables,
              const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best,
-             bool float_prompts) {
+             const Vector<int32_t>& choice_tokens, Output<int32_t> choices, bool float_prompts) {
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(self.mutex);
     const size_t tokens = token_ids.size(), sequences = tables.shape(0), rows = logit_tokens.size();
@@ -148,7 +148,8 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
         require(starts.data()[s] < starts.data()[s + 1], "starts: expected at least one token a sequence");
     }
     require(logits.size() == rows * static_cast<size_t>(self.vocab), "logits: expected (rows, vocabulary)");
-    require(best.size() == 0 || best.size() == rows, "best: expected one for each row");
+    require(best.size() == rows, "best: expected one for each row");
+    require(choices.size() == choice_tokens.size(), "choices: expected one for each token");
     const int pages = self.model.cache_pages();
     for (size_t s = 0; s < sequences; s++) {
         const int first = starts.data()[s];
@@ -169,9 +170,11 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     for (size_t t = 0; t < tokens; t++) {
         require(token_ids.data()[t] >= 0 && token_ids.data()[t] < self.vocab, "token_ids: outside the vocabulary");
     }
-    for (size_t r = 0; r < rows; r++) {
-        require(logit_tokens.data()[r] >= 0 && logit_tokens.data()[r] < static_cast<int32_t>(tokens),
-                "logit_tokens: outside the batch");
+    for (const Vector<int32_t>* wanted : {&logit_tokens, &choice_tokens}) {
+        for (size_t r = 0; r < wanted->size(); r++) {
+            require(wanted->data()[r] >= 0 && wanted->data()[r] < static_cast<int32_t>(tokens),
+                    "logit_tokens, choice_tokens: outside the batch");
+        }
     }
     Batch batch;
     batch.tokens = static_cast<int>(tokens);
@@ -185,7 +188,10 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.tables = tables.data();
     batch.logit_tokens = logit_tokens.data();
     batch.logits = logits.data();
-    batch.best = best.size() ? best.data() : nullptr;
+    batch.best = best.data();
+    batch.choice_rows = static_cast<int>(choices.size());
+    batch.choice_tokens = choice_tokens.data();
+    batch.choices = choices.data();
     batch.float_prompts = float_prompts;
     if (tokens > 0) self.model.forward(batch);
 }
@@ -255,10 +261,12 @@ NB_MODULE(_core, m) {
                  self.model.final_gain = floats(gain);
                  self.model.final_bias = floats(bias);
              })
-        .def("finish", [](Bound& self) { return self.model.finish(); }, nb::call_guard<nb::gil_scoped_release>())
+        .def("finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
+             "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def("allocate_cache", &allocate_cache)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
-             "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "float_prompts"_a = false)
+             "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "choice_tokens"_a, "choices"_a.noconvert(),
+             "float_prompts"_a = false)
         .def_prop_ro("threads", [](const Bound& self) { return self.model.threads(); })
         .def_prop_ro("page_bytes", [](const Bound& self) { return self.model.page_bytes(); })
         .def_prop_ro("weight_bytes", [](const Bound& self) { return self.model.weight_bytes(); });

@@ -101,14 +101,14 @@ void finish_static(const std::string& isa, In<int32_t, 1> acc, In<int32_t, 1> bi
 void finish_token(const std::string& isa, In<int32_t, 1> acc, In<int32_t, 1> weight_sum, In<float, 1> weight_scale,
                   In<float, 1> bias, float scale, int offset, Out<float> y) {
     kernels_for(isa).finish_token(acc.data(), static_cast<int>(acc.size()), weight_sum.data(), weight_scale.data(),
-                                  or_null(bias), {scale, offset, 0}, y.data());
+                                  or_null(bias), {scale, offset, 0, 0.0f}, y.data());
 }
 
 void finish_16(const std::string& isa, In<int32_t, 1> high, In<int32_t, 1> low, In<int32_t, 1> weight_sum,
                In<float, 1> weight_scale, In<float, 1> weight_offset, In<float, 1> bias, float scale, int sum,
                Out<float> y) {
     kernels_for(isa).finish_16(high.data(), low.data(), static_cast<int>(high.size()), weight_sum.data(),
-                               weight_scale.data(), or_null(weight_offset), or_null(bias), {scale, 0, sum}, y.data());
+                               weight_scale.data(), or_null(weight_offset), or_null(bias), {scale, 0, sum, 0.0f}, y.data());
 }
 
 void add(const std::string& isa, Out<float> x, In<float, 1> y) {

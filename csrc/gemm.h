@@ -196,6 +196,22 @@ inline void gemm_float(const void* w, DType type, size_t ldw, int rows, const fl
     }
 }
 
+inline void dot_rows(const void* w, DType type, size_t ldw, const int32_t* rows, int count, const float* x, int inner,
+                     float* out) {
+    const size_t size = type == DType::f32 ? 4 : 2;
+    for (int i = 0; i < count; i += 4) {
+        for (int k = 0; k < inner; k += kFloatBlock) {
+            const void* wr[4];
+            for (int r = 0; r < 4; r++) {
+                wr[r] = static_cast<const char*>(w) + (rows[std::min(i + r, count - 1)] * ldw + k) * size;
+            }
+            alignas(64) float sums[1][4];
+            tile_float<1>(wr, type, 0, x + k, inner, std::min(kFloatBlock, inner - k), sums);
+            for (int r = 0; r < std::min(4, count - i); r++) out[i + r] = k > 0 ? out[i + r] + sums[0][r] : sums[0][r];
+        }
+    }
+}
+
 inline void row_sums(const int8_t* w, size_t ldw, int rows, int inner, int32_t* out) {
     const I ones = i_set(0x01010101);  // as unsigned bytes
     for (int n = 0; n < rows; n++) {

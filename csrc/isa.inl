@@ -14,6 +14,7 @@ constexpr Kernels kTable = {
     gemm_packed,
     pack,
     gemm_float,
+    dot_rows,
     row_sums,
     rms_norm,
     widen,
@@ -30,6 +31,9 @@ constexpr Kernels kTable = {
     attend,
     merge,
     argmax,
+    shadow_row,
+    norm,
+    bounds,
 };
 
 }  // namespace eightfold::EF_ISA

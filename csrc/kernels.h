@@ -65,6 +65,18 @@ struct RowParams {   // of one quantized row of activations
     float scale;
     int32_t offset;  // int8 offset; activations are (q - offset) * scale
     int32_t sum;     // of 16-bit activations
+    float norm;      // |x|, where a group asks for it
+};
+
+struct ShadowRow {  // of a float row w that is kept as int8 too, w = scale q + e
+    float scale;
+    int32_t sum;    // of q
+    float error;    // |e|, and what float32 sums of w x / |x| may be off by; an upper bound
+    float norm;     // |scale q|, an upper bound
+};
+
+struct Bounds {
+    float lower, upper;  // the largest of each
 };
 
 struct Kernels {
@@ -82,6 +94,9 @@ struct Kernels {
     void (*pack)(const uint8_t* rows, size_t ld, uint8_t* block);
     void (*gemm_float)(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,
                        int inner, float* out, size_t ldo);
+    // out[i] = sum_k x[k] w[rows[i]][k], to the last bit as gemm_float has it.
+    void (*dot_rows)(const void* w, DType type, size_t ldw, const int32_t* rows, int count, const float* x, int inner,
+                     float* out);
     void (*row_sums)(const int8_t* w, size_t ldw, int rows, int inner, int32_t* out);
 
     // y = x / rms(x) * gain + bias; gain null: y = x / rms(x) only. y may be x.
@@ -114,6 +129,13 @@ struct Kernels {
     void (*merge)(AttnState into, AttnState from, int rows, int value_dim);
 
     int (*argmax)(const float* x, int n);
+
+    // A row of a shadow; q (n).
+    ShadowRow (*shadow_row)(const void* w, DType type, int n, int8_t* q);
+    float (*norm)(const float* x, int n);
+    // Of estimates y of w x: upper[i] = y[i] + error[i] x_norm + norm[i] x_error.
+    Bounds (*bounds)(const float* y, int n, const float* error, const float* norm, float x_norm, float x_error,
+                     float* upper);
 };
 
 const Kernels& scalar_kernels();

@@ -1,6 +1,7 @@
 // Linears of every scheme, and groups of them that read the same input.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -60,6 +61,12 @@ constexpr int kFewRows = 512, kFewTokens = 8;
 constexpr int kProducts = 4096;
 static_assert(kManyRows * kTokenBlock <= kProducts && kFewRows * kFewTokens <= kProducts);
 
+// A token whose value may turn out to be the largest.
+struct Candidate {
+    float upper;
+    int32_t index;
+};
+
 // What one thread needs for products.
 struct Scratch {
     std::vector<int32_t> sums = std::vector<int32_t>(2 * kProducts);
@@ -73,11 +80,29 @@ struct Scratch {
     std::vector<int32_t> q_sum, last;
     std::vector<float> qf, q_scale, states;
     std::vector<const uint8_t*> keys, values;
+    uint64_t choices_for = 0;                        // the step of the following
+    std::vector<float> floors, upper;                // (R): the likeliest of a row is at least that
+    std::vector<std::vector<Candidate>> candidates;  // (R)
+    std::vector<int32_t> indices;
 };
 
 struct Chunk {  // rows of one linear; of a paired group, of the first and the second at once
     int linear, begin, count;
 };
+
+// Whether so many tokens are prepared in packed blocks.
+inline bool is_packed(int tokens) { return tokens > kFewTokens; }
+
+inline int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
+
+// Calls f(first row, rows) for the pieces of a chunk that products are made of.
+template <typename Step>
+void by_rows(const Chunk& chunk, int tokens, Step f) {
+    const int step = tokens <= kFewTokens ? kFewRows : kManyRows;
+    for (int n = chunk.begin; n < chunk.begin + chunk.count; n += step) {
+        f(n, std::min(step, chunk.begin + chunk.count - n));
+    }
+}
 
 struct Group {
     std::vector<Linear> linears;
@@ -86,6 +111,7 @@ struct Group {
     const float* gain = nullptr; // of the norm before it; null: there is none
     const float* norm_bias = nullptr;
     float eps = 0;
+    bool wants_norm = false;     // of 16-bit inputs
     std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
 
     void find_forms();

@@ -7,7 +7,7 @@ namespace eightfold {
 
 namespace {
 
-constexpr int kPhasesOfLayer = 10, kOtherPhases = 4;
+constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
 
 // Up to so many tokens, each thread prepares the inputs of products itself: a phase of its own would take longer.
 constexpr int kAloneTokens = 2;
@@ -22,7 +22,7 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       pool_(threads, config_.layers * kPhasesOfLayer + kOtherPhases),
       scratch_(threads) {}
 
-int Model::finish() {
+int Model::finish(bool forgets_head) {
     std::vector<Linear*> linears;
     size_t forms = 1;
     const auto take = [&](Group& group, const std::vector<float>* gain, const std::vector<float>* bias, bool paired) {
@@ -42,15 +42,18 @@ int Model::finish() {
         take(layer.down, nullptr, nullptr, false);
     }
     take(head, &final_gain, &final_bias, false);
+    make_shadow();
+    forms = std::max(forms, shadow_.forms.size());
     prepared_.resize(forms);
     for (Scratch& scratch : scratch_) scratch.prepared.resize(forms);
 
     // Weight sums, in pieces of rows, by all threads: this also brings the file into memory.
     struct Job {
         std::vector<std::pair<Linear*, int>> pieces;
-        const Kernels& kernels;
+        Model& model;
+        bool forgets_head;
         std::atomic<int> damaged;
-    } job{{}, kernels_, -1};
+    } job{{}, *this, forgets_head, -1};
     constexpr int rows = 256;
     if (embedding.weight != head.linears.front().weight) linears.push_back(&embedding);
     for (Linear* linear : linears)
@@ -61,7 +64,9 @@ int Model::finish() {
             Job& job = *static_cast<Job*>(context);
             (void)walk.phase(static_cast<int>(job.pieces.size()), [&](int i) {
                 auto [linear, n] = job.pieces[i];
-                if (!linear->prepare(job.kernels, n, std::min(n + rows, linear->outputs))) job.damaged = linear->ordinal;
+                const int end = std::min(n + rows, linear->outputs);
+                if (!linear->prepare(job.model.kernels_, n, end)) job.damaged = linear->ordinal;
+                if (linear == &job.model.head.linears.front()) job.model.shadow_rows(n, end, job.forgets_head);
             });
         },
         &job);
@@ -88,7 +93,8 @@ size_t Model::weight_bytes() const {
     };
     for (const Layer& layer : layers)
         for (const Group* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) add(*group);
-    add(head);
+    if (shadow_.linears.empty()) add(head);
+    else total += shadow_.linears.front().weight_bytes();
     return total;
 }
 
@@ -153,6 +159,13 @@ void Model::reserve_tokens(int tokens) {
     }
 }
 
+void Model::reserve_choices(int rows) {
+    const size_t size = static_cast<size_t>(rows) * config_.vocab;
+    if (choice_logits_.size() >= size) return;
+    pool_.quiesce();
+    choice_logits_.resize(size);
+}
+
 // Room for the fresh keys and values of whole prompts.
 void Model::reserve_prompts(const Batch& batch) {
     int pages = 0;
@@ -186,7 +199,8 @@ void Model::reserve_units() {
 
 void Model::forward(const Batch& batch) {
     plan_units(batch);
-    reserve_tokens(std::max(batch.tokens, batch.logit_rows));
+    reserve_tokens(std::max({batch.tokens, batch.logit_rows, batch.choice_rows}));
+    if (shadow_.linears.empty()) reserve_choices(batch.choice_rows);
     if (batch.float_prompts) reserve_prompts(batch);
     reserve_units();
     Step& step = steps_[pool_.next_slot()];  // last: to reserve may take a slot

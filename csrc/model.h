@@ -37,7 +37,10 @@ struct Batch {
     const int32_t* tables = nullptr;       // (S, table_width): pages of each sequence
     const int32_t* logit_tokens = nullptr; // (R): tokens whose logits are wanted
     float* logits = nullptr;               // (R, V)
-    int32_t* best = nullptr;               // (R) the likeliest token, or null
+    int32_t* best = nullptr;               // (R) the likeliest token of each
+    int choice_rows = 0;
+    const int32_t* choice_tokens = nullptr;  // (C): tokens of which only the likeliest next one is wanted
+    int32_t* choices = nullptr;              // (C)
     bool float_prompts = false;  // a prompt's tokens attend over the fresh keys and values, not over int8 ones
 };
 
@@ -57,15 +60,16 @@ public:
     std::vector<float> final_gain, final_bias;
     Linear embedding;  // floating, (V, E)
 
-    // Returns -1, or the ordinal of a weight that is not finite.
-    int finish();
+    // Returns -1, or the ordinal of a weight that is not finite. `forgets_head`: the head lies in a mapped file, whose
+    // pages need not stay in memory after its shadow was made.
+    int finish(bool forgets_head);
     void allocate_cache(int pages);
     void forward(const Batch& batch);
 
     int threads() const { return pool_.threads(); }
     int cache_pages() const { return cache_ ? cache_->pages() : 0; }
     size_t page_bytes() const;  // of all layers
-    size_t weight_bytes() const;  // that a decode step reads
+    size_t weight_bytes() const;  // that a step of greedy decoding reads
 
 private:
     struct Unit {  // some query rows of one key/value head, over some of their context
@@ -88,7 +92,18 @@ private:
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                        float* output, bool adds, const Group& next);
     bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next);
-    bool head_phases(Pool::Walk& walk, const Step& step);
+    struct HeadRows {  // tokens whose logits are computed
+        int count;
+        const int32_t* tokens;
+        float* logits;
+        int32_t* best;
+    };
+    bool head_phases(Pool::Walk& walk, const Step& step, HeadRows rows);
+    bool choice_phases(Pool::Walk& walk, const Step& step);
+    void find_candidates(const Step& step, const Chunk& chunk, int t0, int t1, Scratch& scratch);
+    void settle(const Step& step, int row, Scratch& scratch);
+    void make_shadow();
+    void shadow_rows(int begin, int end, bool forgets);
     bool prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
                        const int32_t* rows);
     const std::vector<Prepared>& prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
@@ -110,6 +125,7 @@ private:
     void write_heads(const AttentionParams& params, const Unit& unit, AttnState state);
     void plan_units(const Batch& batch);
     void reserve_tokens(int tokens);
+    void reserve_choices(int rows);
     void reserve_prompts(const Batch& batch);
     void reserve_units();
     bool is_fresh(const Batch& batch, int layer, int t) const {
@@ -123,6 +139,8 @@ private:
     int row_len(const Unit& unit) const { return unit.tokens * unit.heads; }
 
     ModelConfig config_;
+    static constexpr int kHeadUses = 3;  // inputs of the head: for logits, for logits of choices, for the shadow
+
     const Kernels& kernels_;
     Pool pool_;
     std::unique_ptr<Cache> cache_;
@@ -133,6 +151,12 @@ private:
     std::vector<Prepared> prepared_;      // shared by all
     std::vector<Unit> units_;             // of the step being planned
     uint64_t step_count_ = 0;
+    // A float head as int8, 16-bit activations: its products and their error bounds leave a few tokens whose exact
+    // logits decide which is the likeliest.
+    Group shadow_;                        // and the head itself, for the form of its input; empty: there is none
+    std::vector<int8_t> shadow_weight_;   // (V, E)
+    std::vector<float> shadow_error_, shadow_norm_;  // (V)
+    std::vector<float> choice_logits_;    // (C, V) where there is no shadow
     int real_width_ = 0;                  // inputs of the widest group with floating linears
 
     int capacity_ = 0;                    // tokens

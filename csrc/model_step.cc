@@ -10,20 +10,6 @@ namespace {
 
 constexpr int kRowsOfChunk = 8;  // tokens of a chunk where each is little work
 
-// Whether so many tokens are prepared in packed blocks.
-bool is_packed(int tokens) { return tokens > kFewTokens; }
-
-int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
-
-// Calls f(first row, rows) for the pieces of a chunk that products are made of.
-template <typename Step>
-void by_rows(const Chunk& chunk, int tokens, Step f) {
-    const int step = tokens <= kFewTokens ? kFewRows : kManyRows;
-    for (int n = chunk.begin; n < chunk.begin + chunk.count; n += step) {
-        f(n, std::min(step, chunk.begin + chunk.count - n));
-    }
-}
-
 }  // namespace
 
 void Model::program(void* model, Pool::Walk& walk) {
@@ -47,7 +33,13 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
         if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2, layer.down)) return;
         if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after)) return;
     }
-    (void)head_phases(walk, step);
+    const Batch& batch = step.batch;
+    if (!head_phases(walk, step, {batch.logit_rows, batch.logit_tokens, batch.logits, batch.best})) return;
+    if (!shadow_.linears.empty()) {
+        (void)choice_phases(walk, step);
+    } else {
+        (void)head_phases(walk, step, {batch.choice_rows, batch.choice_tokens, choice_logits_.data(), batch.choices});
+    }
 }
 
 void Model::embed(const Step& step, int t) {
@@ -82,7 +74,7 @@ bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group
 const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
                                                  const float* input, int tokens, const int32_t* rows) {
     if (!step.alone) return prepared_;
-    const uint64_t key = step.id * (4 * static_cast<uint64_t>(config_.layers) + 1) + use + 1;
+    const uint64_t key = step.id * (4 * static_cast<uint64_t>(config_.layers) + kHeadUses) + use + 1;
     if (scratch.prepared_for == key) return scratch.prepared;
     scratch.prepared_for = key;
     for (Prepared& prepared : scratch.prepared) prepared.reserve(tokens, group.inputs(), group.has_floating());
@@ -141,33 +133,6 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group,
             }
         });
     }, [&] { if (step.alone) next.prefetch(walk.thread()); });
-}
-
-bool Model::head_phases(Pool::Walk& walk, const Step& step) {
-    const Batch& batch = step.batch;
-    const int rows = batch.logit_rows;
-    if (rows == 0) return true;
-    if (!prepare_phase(walk, step, head, x_.data(), rows, batch.logit_tokens)) return false;
-    const std::vector<Chunk>& chunks = rows <= kFewTokens ? head.few : head.many;
-    const int blocks = chunk_count(rows, kTokenBlock);
-    const size_t ld = config_.vocab;
-    if (!walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
-            const Chunk& chunk = chunks[i / blocks];
-            const int t0 = i % blocks * kTokenBlock, t1 = std::min(rows, t0 + kTokenBlock);
-            Scratch& scratch = scratch_[walk.thread()];
-            const int use = 4 * config_.layers;
-            const auto& prepared = prepared_for(scratch, step, head, use, x_.data(), rows, batch.logit_tokens);
-            uint8_t generated[kTokenBlock];
-            for (int t = t0; t < t1; t++) generated[t - t0] = batch.generated[batch.logit_tokens[t]];
-            by_rows(chunk, rows, [&](int n, int count) {
-                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, is_packed(rows), scratch,
-                              batch.logits + t0 * ld + n, ld);
-            });
-        })) {
-        return false;
-    }
-    if (batch.best == nullptr) return true;
-    return walk.phase(rows, [&](int t) { batch.best[t] = kernels_.argmax(batch.logits + t * ld, config_.vocab); });
 }
 
 }  // namespace eightfold

@@ -105,7 +105,7 @@ inline RowParams quantize_token(const float* x, int n, bool symmetric, uint8_t* 
         offset = std::nearbyint(-range.lo / scale) - 128.0f;
     }
     quantize_static(x, n, 1.0f / scale, offset, out);
-    return {scale, static_cast<int32_t>(offset), 0};
+    return {scale, static_cast<int32_t>(offset), 0, 0.0f};
 }
 
 inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low) {
@@ -123,7 +123,7 @@ inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low)
     });
     pad_row(high, n, 128);
     pad_row(low, n, 0);
-    return {scale, 0, i_hsum(sum)};
+    return {scale, 0, i_hsum(sum), 0.0f};
 }
 
 inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, float* y) {
@@ -198,6 +198,69 @@ inline int argmax(const float* x, int n) {
     });
     const float* at = std::find(x, x + n, f_hmax(best));
     return at == x + n ? 0 : static_cast<int>(at - x);
+}
+
+inline float norm(const float* x, int n) {
+    F squares = f_set(0.0f);
+    lanes(n, [&](int i, int m) {
+        const F v = get(x + i, m);
+        squares = f_fma(v, v, squares);
+    });
+    return std::sqrt(f_hsum(squares));
+}
+
+inline F get(const void* x, DType type, int i, int n) {
+    if (type == DType::bf16) return load_bf16(static_cast<const uint16_t*>(x) + i, n);
+    if (type == DType::f16) return load_f16(static_cast<const uint16_t*>(x) + i, n);
+    return get(static_cast<const float*>(x) + i, n);
+}
+
+// A float32 sum of n products, in whatever order, is off by less than n 2**-24 of the sum of their sizes, which is at
+// most |w| |x|; twice that, and 1e-5 for the estimate's own few roundings, are added to the error.
+inline ShadowRow shadow_row(const void* w, DType type, int n, int8_t* q) {
+    F top = f_set(0.0f);
+    lanes(n, [&](int i, int m) {
+        const F v = get(w, type, i, m);
+        top = f_max(top, f_max(v, f_sub(f_set(0.0f), v)));
+    });
+    const float scale = std::max(f_hmax(top) / 127.0f, 1e-30f);
+    const F inv = f_set(1.0f / scale), minus = f_set(-scale), zero = f_set(0.0f);
+    F errors = zero, squares = zero;
+    I sum = i_set(0);
+    lanes(n, [&](int i, int m) {
+        const F v = get(w, type, i, m);
+        const I integers = to_int8(f_mul(v, inv), zero);
+        store_low_bytes(q + i, integers, m);
+        sum = i_add(sum, integers);
+        const F whole = to_f(integers), e = f_fma(whole, minus, v);
+        errors = f_fma(e, e, errors);
+        squares = f_fma(whole, whole, squares);
+    });
+    const float slack = 1.001f, length = scale * std::sqrt(f_hsum(squares)) * slack;
+    const float error = std::sqrt(f_hsum(errors)) * slack;
+    return {scale, i_hsum(sum), error + (error + length) * (1e-5f + 1.2e-7f * static_cast<float>(n)), length};
+}
+
+inline Bounds bounds(const float* y, int n, const float* error, const float* norm, float x_norm, float x_error,
+                     float* upper) {
+    const F a = f_set(x_norm), b = f_set(x_error), least = f_set(-std::numeric_limits<float>::infinity());
+    F lowest = least, highest = least;
+    int i = 0;
+    for (; i + W <= n; i += W) {
+        const F v = f_load(y + i), off = f_fma(f_load(error + i), a, f_mul(f_load(norm + i), b));
+        const F high = f_add(v, off);
+        f_store(upper + i, high);
+        lowest = f_max(f_sub(v, off), lowest);
+        highest = f_max(high, highest);
+    }
+    Bounds found{f_hmax(lowest), f_hmax(highest)};
+    for (; i < n; i++) {
+        const float off = std::fma(error[i], x_norm, norm[i] * x_error);
+        upper[i] = y[i] + off;
+        found.lower = std::max(found.lower, y[i] - off);
+        found.upper = std::max(found.upper, upper[i]);
+    }
+    return found;
 }
 
 }  // namespace eightfold::EF_ISA

@@ -122,7 +122,7 @@ def test_best_may_be_left_out(checkpoint_of, isa):
     tokens = SAMPLES[0][:6]
     expected = logits_of(model, tokens)[5:]
     logits = np.zeros((1, 320), np.float32)
-    forward(model, token_ids=tokens, logit_tokens=[5], logits=logits, best=np.empty(0, np.int32))
+    forward(model, token_ids=tokens, logit_tokens=[5], logits=logits)
     np.testing.assert_array_equal(logits, expected)
 
 
@@ -138,9 +138,11 @@ def forward(model, **changes) -> None:
         "logit_tokens": [len(tokens) - 1],
         "logits": np.zeros((1, 320), np.float32),
         "best": np.zeros(1, np.int32),
+        "choice_tokens": [],
+        "choices": np.zeros(0, np.int32),
         **changes,
     }
-    for name in ("positions", "starts", "tables", "logit_tokens"):
+    for name in ("positions", "starts", "tables", "logit_tokens", "choice_tokens"):
         arguments[name] = np.array(arguments[name], np.int32)
     model._model.forward(**arguments)
 
@@ -171,8 +173,10 @@ BAD = {
     "positions: nega": {"positions": [-(2**31), -(2**31) + 1, -(2**31) + 2]},
     "token_ids: outside": {"token_ids": [1, 320, 3]},
     "token_ids: out": {"token_ids": [1, -1, 3]},
-    "logit_tokens: outside": {"logit_tokens": [3]},
-    "logit_tokens: out": {"logit_tokens": [-1]},
+    "choice_tokens: outside": {"logit_tokens": [3]},
+    "choice_tokens: out": {"logit_tokens": [-1]},
+    "logit_tokens, choice_tokens: outside": {"choice_tokens": [3], "choices": np.zeros(1, np.int32)},
+    "choices: expected": {"choice_tokens": [2]},
 }
 
 

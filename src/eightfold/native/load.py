@@ -111,7 +111,7 @@ def load_model(
     for layer_idx in range(config.num_layers):
         loader.add_layer(layer_idx)
     loader.add_ends()
-    damaged = model.finish()
+    damaged = model.finish(forgets_head=True)  # it lies in a mapped file
     if damaged >= 0:
         loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention

@@ -109,28 +109,34 @@ class NativeModel:
         tables = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int32)
         positions = np.empty(starts[-1], np.int32)
         generated = np.zeros(starts[-1], np.uint8)
-        wanted, shown = list[int](), list[int]()
+        shown, chosen, is_shown = list[int](), list[int](), list[bool]()
         for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1], starts[1:], strict=True)):
             tables[i, : len(chunk.pages)] = chunk.pages
             positions[begin:end] = np.arange(chunk.first_position, chunk.first_position + end - begin)
             generated[begin:end] = positions[begin:end] >= chunk.prompt_len
             rows = range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
-            shown += range(len(wanted), len(wanted) + len(rows)) if chunk.logits else []
-            wanted += rows
-        logits = self._rows(len(wanted))
-        best = np.empty(len(wanted), np.int32)
+            (shown if chunk.logits else chosen).extend(rows)
+            is_shown += [chunk.logits] * len(rows)
+        logits = self._rows(len(shown))
+        best, choices = np.empty(len(shown), np.int32), np.empty(len(chosen), np.int32)
         self._model.forward(
             token_ids=np.fromiter((t for chunk in chunks for t in chunk.token_ids), np.int32, starts[-1]),
             positions=positions,
             generated=generated,
             starts=starts,
             tables=tables,
-            logit_tokens=np.array(wanted, np.int32),
+            logit_tokens=np.array(shown, np.int32),
             logits=logits,
             best=best,
+            choice_tokens=np.array(chosen, np.int32),
+            choices=choices,
             float_prompts=self.float_prompts,
         )
-        return logits if len(shown) == len(wanted) else logits[shown], best
+        if len(shown) and len(chosen):
+            both = np.empty(len(is_shown), np.int32)
+            both[is_shown], both[np.logical_not(is_shown)] = best, choices
+            best = both
+        return logits, best if len(shown) else choices
 
     def _rows(self, count: int) -> NDArray[Any]:
         if len(self._logits) < count:
