@@ -88,8 +88,8 @@ def hostile_heads() -> dict[str, np.ndarray]:
     sizes = head * np.exp(rng.normal(size=(700, 1)) * 8).astype(np.float32)
     outliers = head.copy()
     outliers[:, 3] *= 1e6
-    blind = head.copy()
-    blind[:, 5] = 0.0  # to the outlier of x
+    exact = np.clip(np.rint(head * 30), -126, 126)  # in int8: only x is rounded
+    exact[:, 4], exact[:, 5] = 127.0, 0.0  # and its outlier does not count
     return {
         "random": head,
         "all equal": np.repeat(head[:1], 700, 0),
@@ -98,7 +98,7 @@ def hostile_heads() -> dict[str, np.ndarray]:
         "zeros": np.zeros_like(head),
         "of all sizes": sizes,
         "outliers": outliers,
-        "blind": blind,
+        "exact": exact,
         "tiny": head * np.float32(1e-38),
         "huge": head * np.float32(1e37),
         "one row": head[:1].copy(),
@@ -111,7 +111,7 @@ def test_ties_and_near_ties_are_settled_as_all_logits_settle_them(isa, name):
     head = hostile_heads()[name]
     rng = np.random.default_rng(1)
     embedding = rng.normal(size=(len(head), HIDDEN)).astype(np.float32)
-    embedding[: len(head) // 2, 5] *= 1e5  # an outlier channel: the rest of x gets none of its 16 bits
+    embedding[: len(head) // 2, 5] *= 1000.0  # an outlier channel: the rest of x gets few of its 16 bits
     model = head_only(isa, head, embedding)
     for count in (1, 5, 40):
         ids = rng.integers(0, len(head), count).tolist()
