@@ -22,6 +22,24 @@ constexpr int kQueryRows = W == 8 ? 2 : 3;  // rows whose scores share a load of
 constexpr int kValueRows = W == 8 ? 2 : 4;  // rows whose sums share a load of values
 constexpr int kValueCols = 4;
 
+// Lines of the next page that are asked for in a step of each loop: of a page of 64 channels about a quarter while
+// scores are computed, a quarter in the softmax, the rest with the values.
+constexpr int kScoreLines = 6, kRowLines = 12, kWeighLines = 3;
+
+// Asks for the next page while this one is computed, a few lines at a time: pages lie anywhere, so the machine cannot
+// guess, and many lines at once would have to wait for each other.
+struct Ahead {
+    const uint8_t* at;
+    const uint8_t* end;
+
+    template <int kLines>
+    void ask() {
+        if (at >= end) return;
+        for (int i = 0; i < kLines; i++) __builtin_prefetch(at + 64 * i);
+        at += 64 * kLines;
+    }
+};
+
 struct Visible {
     int begin, end;  // inside the page
 };
@@ -34,12 +52,14 @@ inline Visible visible(const AttnRows& in, int row, int first) {
 
 // Scores of NR rows of int8 queries: sums of (k + 128) q.
 template <int NR>
-inline void score_i8(const uint8_t* keys, const int8_t* q, size_t ldq, int groups, int columns, int32_t* out) {
+inline void score_i8(const uint8_t* keys, const int8_t* q, size_t ldq, int groups, int columns, Ahead& ahead,
+                     int32_t* out) {
     for (int at = 0; at < columns; at += kAttnCols * W) {
         I acc[NR][kAttnCols];
         for (int r = 0; r < NR; r++)
             for (int c = 0; c < kAttnCols; c++) acc[r][c] = i_set(0);
         for (int d = 0; d < groups; d++) {
+            ahead.ask<kScoreLines>();
             const uint8_t* line = keys + (d * kPage + at) * 4;
             I qr[NR];
             for (int r = 0; r < NR; r++) {
@@ -83,7 +103,7 @@ inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int grou
 
 // out[r][d] = sum over positions of p v; p: (NR, kPage) bytes.
 template <int NR>
-inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int value_dim, int32_t* out) {
+inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int value_dim, Ahead& ahead, int32_t* out) {
     for (int at = 0; at < value_dim; at += kValueCols * W) {
         const int cols = std::min(kValueCols, (value_dim - at) / W);
         const auto run = [&]<int NC>() {
@@ -91,6 +111,7 @@ inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int va
             for (int r = 0; r < NR; r++)
                 for (int c = 0; c < NC; c++) acc[r][c] = i_set(0);
             for (int g = 0; g < groups; g++) {
+                ahead.ask<kWeighLines>();
                 const uint8_t* line = values + (g * value_dim + at) * 4;
                 I v[NC];
 #pragma GCC unroll 4
@@ -176,7 +197,7 @@ struct Page {
     float sum[kMaxAttnRows];
 };
 
-inline void score_page(const AttnRows& in, const uint8_t* keys, int columns, Page& page) {
+inline void score_page(const AttnRows& in, const uint8_t* keys, int columns, Ahead& ahead, Page& page) {
     const int dq = (in.head_dim + 3) / 4 * 4;
     if (in.kind == CacheKind::bf16) {
         by_rows<kQueryRows>(in.rows, [&]<int NR>(int r) {
@@ -186,34 +207,67 @@ inline void score_page(const AttnRows& in, const uint8_t* keys, int columns, Pag
     }
     const int planes = in.kind == CacheKind::int8x2 ? 2 : 1;
     by_rows<kQueryRows>(in.rows * planes, [&]<int NR>(int r) {
-        score_i8<NR>(keys, in.q8 + r * dq, dq, dq / 4, columns, page.scores + r * kPage);
+        score_i8<NR>(keys, in.q8 + r * dq, dq, dq / 4, columns, ahead, page.scores + r * kPage);
     });
-    for (int r = 0; r < in.rows; r++) {
-        const int32_t* s = page.scores + r * planes * kPage;
-        const I shift = i_set(128 * in.q_sum[r * planes]);
-        const F scale = f_set(in.q_scale[r]);
-        for (int i = 0; i < columns; i += W) {
-            F v = to_f(i_sub(i_load(s + i), shift));
-            if (planes == 2) {
-                const I shift_low = i_set(128 * in.q_sum[r * 2 + 1]);
-                v = f_fma(v, f_set(256.0f), to_f(i_sub(i_load(s + kPage + i), shift_low)));
-            }
-            f_store(page.real + r * kPage + i, f_mul(v, scale));
+}
+
+// Integer products of a row to scores.
+inline void finish_scores(const AttnRows& in, int r, int columns, Page& page) {
+    const int planes = in.kind == CacheKind::int8x2 ? 2 : 1;
+    const int32_t* s = page.scores + r * planes * kPage;
+    const I shift = i_set(128 * in.q_sum[r * planes]);
+    const F scale = f_set(in.q_scale[r]);
+    for (int i = 0; i < columns; i += W) {
+        F v = to_f(i_sub(i_load(s + i), shift));
+        if (planes == 2) {
+            const I shift_low = i_set(128 * in.q_sum[r * 2 + 1]);
+            v = f_fma(v, f_set(256.0f), to_f(i_sub(i_load(s + kPage + i), shift_low)));
         }
+        f_store(page.real + r * kPage + i, f_mul(v, scale));
     }
 }
 
+// The same for a row that sees the whole page, int8: its scores stay in registers.
+inline void normalize_whole(const AttnRows& in, int r, Page& page) {
+    constexpr int N = kPage / W;
+    const int32_t* scores = page.scores + r * kPage;
+    const I shift = i_set(128 * in.q_sum[r]);
+    const F scale = f_set(in.q_scale[r]), levels = f_set(127.0f);
+    F s[N];
+    for (int i = 0; i < N; i++) s[i] = f_mul(to_f(i_sub(i_load(scores + i * W), shift)), scale);
+    F top = s[0];
+    for (int i = 1; i < N; i++) top = f_max(top, s[i]);
+    page.max[r] = f_hmax(top);
+    const F most = f_set(page.max[r]);
+    I sum = i_set(0);
+    for (int i = 0; i < N; i++) {
+        const I q = to_i(f_mul(exp_lanes(f_sub(s[i], most)), levels));
+        sum = i_add(sum, q);
+        store_low_bytes(page.high + r * kPage + i * W, q, W);
+    }
+    page.sum[r] = static_cast<float>(i_hsum(sum));
+}
+
 // Softmax numerators of a page, quantized as the cache's kind has it, and their sums.
-inline void normalize_page(const AttnRows& in, int first, int columns, Page& page) {
+inline void normalize_page(const AttnRows& in, int first, int columns, Ahead& ahead, Page& page) {
     for (int r = 0; r < in.rows; r++) {
+        ahead.ask<kRowLines>();
+        const Visible see = visible(in, r, first);
+        if (in.kind == CacheKind::int8 && see.begin == 0 && see.end == kPage) {
+            normalize_whole(in, r, page);
+            ahead.ask<kRowLines>();
+            continue;
+        }
+        if (in.kind != CacheKind::bf16) finish_scores(in, r, columns, page);
         float* s = page.real + r * kPage;
-        page.max[r] = exponentials(s, visible(in, r, first), columns);
+        page.max[r] = exponentials(s, see, columns);
         if (in.kind == CacheKind::bf16) {
             F sum = f_set(0.0f);
             for (int i = 0; i < columns; i += W) sum = f_add(sum, f_load(s + i));
             page.sum[r] = f_hsum(sum);
             continue;
         }
+        ahead.ask<kRowLines>();
         const bool wide = in.kind == CacheKind::int8x2;
         const F levels = f_set(wide ? 65535.0f : 127.0f);
         const I mask = i_set(255);
@@ -232,7 +286,8 @@ inline void normalize_page(const AttnRows& in, int first, int columns, Page& pag
 inline void accumulate(AttnState out, int r, float page_max, float page_sum, const float* page_acc, int value_dim) {
     if (page_max == -std::numeric_limits<float>::infinity()) return;
     const float max = std::max(out.max[r], page_max);
-    const float old_weight = std::exp(out.max[r] - max), new_weight = std::exp(page_max - max);
+    const float smaller = std::exp(std::min(out.max[r], page_max) - max);  // the other is one
+    const float old_weight = page_max > out.max[r] ? smaller : 1.0f, new_weight = page_max > out.max[r] ? 1.0f : smaller;
     const F a = f_set(old_weight), b = f_set(new_weight);
     float* acc = out.acc + r * value_dim;
     for (int i = 0; i < value_dim; i += W) {
@@ -244,7 +299,8 @@ inline void accumulate(AttnState out, int r, float page_max, float page_sum, con
 
 // Positions from `end` on hold what an earlier owner of the page left: their weight is zero, and where a zero would not
 // cancel them (bfloat16 has NaN) they are not read.
-inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, int end, Page& page, AttnState out) {
+inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, int end, Ahead& ahead,
+                       Page& page, AttnState out) {
     const int value_dim = (in.head_dim + 15) / 16 * 16;
     alignas(64) int32_t product[2][kValueRows * 512];
     alignas(64) float real[kValueRows * 512];
@@ -252,9 +308,9 @@ inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, i
         if (in.kind == CacheKind::bf16) {
             weigh_bf16<NR>(values, page.real + r * kPage, end, value_dim, real);
         } else {
-            weigh_i8<NR>(values, page.high + r * kPage, columns / 4, value_dim, product[0]);
+            weigh_i8<NR>(values, page.high + r * kPage, columns / 4, value_dim, ahead, product[0]);
             if (in.kind == CacheKind::int8x2) {
-                weigh_i8<NR>(values, page.low + r * kPage, columns / 4, value_dim, product[1]);
+                weigh_i8<NR>(values, page.low + r * kPage, columns / 4, value_dim, ahead, product[1]);
             }
             for (int i = 0; i < NR * value_dim; i += W) {
                 F v = to_f(i_load(product[0] + i));
@@ -268,19 +324,13 @@ inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, i
     });
 }
 
-// Asks for a page before it is needed: pages lie anywhere, so the machine cannot guess.
-inline void prefetch(const uint8_t* at, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
-}
-
 inline void attend(const AttnRows& in, AttnState out) {
     const int value_dim = (in.head_dim + 15) / 16 * 16;
     std::fill(out.max, out.max + in.rows, -std::numeric_limits<float>::infinity());
     std::fill(out.sum, out.sum + in.rows, 0.0f);
     std::fill(out.acc, out.acc + in.rows * value_dim, 0.0f);
-    const size_t element = in.kind == CacheKind::bf16 ? 2 : 1;
-    const size_t key_bytes = (in.head_dim + 3) / 4 * 4 * kPage * element, value_bytes = value_dim * kPage * element;
-    if (in.first < in.end) prefetch(in.keys[in.first / kPage], key_bytes);
+    const int element = in.kind == CacheKind::bf16 ? 2 : 1;
+    const size_t bytes = ((in.head_dim + 3) / 4 * 4 + value_dim) * kPage * element;  // values follow their keys
     Page page;
     for (int first = in.first; first < in.end; first += kPage) {
         int end = 0;
@@ -291,11 +341,12 @@ inline void attend(const AttnRows& in, AttnState out) {
         if (end == 0) continue;
         const int width = kAttnCols * W;  // scores come in such runs
         const int columns = std::min(kPage, (end + width - 1) / width * width);
-        prefetch(in.values[first / kPage], value_bytes);
-        score_page(in, in.keys[first / kPage], columns, page);
-        if (first + kPage < in.end) prefetch(in.keys[first / kPage + 1], key_bytes);
-        normalize_page(in, first, columns, page);
-        weigh_page(in, in.values[first / kPage], columns, end, page, out);
+        const uint8_t* next = first + kPage < in.ahead ? in.keys[first / kPage + 1] : nullptr;
+        Ahead ahead{next, next == nullptr ? nullptr : next + bytes};
+        score_page(in, in.keys[first / kPage], columns, ahead, page);
+        normalize_page(in, first, columns, ahead, page);
+        weigh_page(in, in.values[first / kPage], columns, end, ahead, page, out);
+        while (ahead.at < ahead.end) ahead.ask<8>();
     }
 }
 

@@ -179,7 +179,7 @@ void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf,
         sums[r] = std::accumulate(q8.data() + r * dim, q8.data() + (r + 1) * dim, 0);
     }
     const AttnRows in{params.kind, rows, dim, integers.data(), reals.data(), sums.data(), q_scale.data(), last.data(),
-                      window, keys.data(), values.data(), first, end};
+                      window, keys.data(), values.data(), first, end, end};
     kernels.attend(in, {max.data(), sum.data(), acc.data()});
 }
 

@@ -52,6 +52,7 @@ struct AttnRows {
     const uint8_t* const* values;  // likewise
     int first;   // first position, a multiple of kPage
     int end;     // one past the last position
+    int ahead;   // one past the last position that is needed soon, by this call or the next
 };
 
 // Softmax of some positions: sum of exp(s - max), and that times the values (rows, Dv), in units of the value scale.

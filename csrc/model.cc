@@ -12,6 +12,9 @@ constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
 // Up to so many tokens, each thread prepares the inputs of products itself: a phase of its own would take longer.
 constexpr int kAloneTokens = 2;
 
+// Units of attention for each thread, and runs of kSplit positions of one unit at most.
+constexpr int kTurns = 8, kMostRun = 8;
+
 }  // namespace
 
 Model::Model(ModelConfig config, const Kernels& kernels, int threads)
@@ -114,23 +117,29 @@ void Model::plan_units(const Batch& batch) {
                 for (int h = 0; h < per_kv; h += heads) {
                     const int tile = static_cast<int>(units_.size());
                     units_.push_back(
-                        {s, t, next - t, g * per_kv + h, std::min(heads, per_kv - h), g, 0, end, tile, 0, 1});
+                        {s, t, next - t, g * per_kv + h, std::min(heads, per_kv - h), g, 0, end, tile, 1, 0});
                 }
         }
     }
+    slots_ = 0;
     const int tiles = static_cast<int>(units_.size());
-    if (tiles >= 8 * threads()) return;
-    // Few units: their contexts in parts, so that all threads have something to do. A tile's parts lie side by side.
-    int size = 0;
-    for (Unit& unit : units_) size += unit.parts = (unit.end + kSplit - 1) / kSplit;
+    if (tiles >= kTurns * threads()) return;
+    // Few tiles: their contexts in parts, so that all threads have something to do, but no more than they like: within a
+    // unit the next page is on its way while one is computed.
+    int total = 0, size = 0;
+    for (Unit& unit : units_) total += unit.parts = chunk_count(unit.end, kSplit);
+    const int run = std::clamp(total / (kTurns * threads()), 1, kMostRun) * kSplit;
+    for (const Unit& unit : units_) size += chunk_count(unit.end, run);
+    slots_ = total;
     units_.resize(size);
     for (int i = tiles - 1; i >= 0; i--) {
         const Unit tile = units_[i];
-        for (int part = tile.parts - 1; part >= 0; part--) {
+        total -= tile.parts;
+        for (int part = chunk_count(tile.end, run) - 1; part >= 0; part--) {
             Unit& unit = units_[--size] = tile;
-            unit.part = part;
-            unit.begin = part * kSplit;
-            unit.end = std::min(tile.end, unit.begin + kSplit);
+            unit.begin = part * run;
+            unit.end = std::min(tile.end, unit.begin + run);
+            unit.slot = total + unit.begin / kSplit;
         }
     }
 }
@@ -180,15 +189,11 @@ void Model::reserve_prompts(const Batch& batch) {
 }
 
 void Model::reserve_units() {
-    int tiles = 0, parts = 1;
-    for (const Unit& unit : units_) {
-        tiles = std::max(tiles, unit.tile + 1);
-        parts = std::max(parts, unit.parts);
-    }
+    const int tiles = units_.empty() ? 0 : units_.back().tile + 1;
     partial_stride_ = static_cast<size_t>(kMaxAttnRows) * (2 + config_.shape.value_dim());
-    if (parts > 1 && partial_.size() < units_.size() * partial_stride_) {
+    if (partial_.size() < slots_ * partial_stride_) {
         pool_.quiesce();
-        partial_.resize(units_.size() * partial_stride_);
+        partial_.resize(slots_ * partial_stride_);
     }
     if (tiles > tiles_) {
         pool_.quiesce();

@@ -75,7 +75,8 @@ private:
     struct Unit {  // some query rows of one key/value head, over some of their context
         int sequence, first_token, tokens, head, heads, kv_head;
         int begin, end;    // positions
-        int tile, part, parts;
+        int tile;
+        int parts, slot;   // of a tile that several units share: its runs of kSplit positions; where the unit's first is
     };
     struct Step {  // what a run reads; see Pool
         Batch batch;
@@ -169,7 +170,8 @@ private:
     std::vector<float> partial_;          // states of split units
     std::unique_ptr<std::atomic<int>[]> parts_done_;  // of each tile
     size_t partial_stride_ = 0;
-    int tiles_ = 0;
+    int tiles_ = 0;                       // most of all steps
+    int slots_ = 0;                       // of the step being planned
 };
 
 }  // namespace eightfold

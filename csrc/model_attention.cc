@@ -157,29 +157,33 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
     }
     AttnRows in{kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
                 scratch.q_scale.data(), scratch.last.data(), params.window, scratch.keys.data(),
-                scratch.values.data(), begin, unit.end};
+                scratch.values.data(), begin, unit.end, unit.end};
     scratch.states.resize(2 * partial_stride_);
     const bool parted = unit.parts > 1;
-    float* memory = parted ? partial_.data() + (&unit - step.units.data()) * partial_stride_ : scratch.states.data();
-    const AttnState state = state_at(memory);
-    in.end = std::max(begin, std::min(unit.end, (begin / kSplit + 1) * kSplit));
-    kernels_.attend(in, state);
-    while (in.end < unit.end) {
-        const AttnState next = state_at(scratch.states.data() + partial_stride_);
-        in.first = in.end;
-        in.end = std::min(unit.end, in.first + kSplit);
-        kernels_.attend(in, next);
-        kernels_.merge(state, next, rows, shape.value_dim());
+    const auto slot = [&](int i) { return state_at(partial_.data() + (unit.slot + i) * partial_stride_); };
+    const AttnState state = state_at(scratch.states.data());
+    const int start = parted ? unit.begin : begin;
+    for (int at = start / kSplit * kSplit; at < unit.end; at += kSplit) {
+        in.end = std::min(unit.end, at + kSplit);
+        in.first = std::min(std::max(at, begin), in.end);
+        const bool first = at <= start;
+        const AttnState to = parted ? slot((at - unit.begin) / kSplit)
+                             : first ? state
+                                     : state_at(scratch.states.data() + partial_stride_);
+        kernels_.attend(in, to);
+        if (!parted && !first) kernels_.merge(state, to, rows, shape.value_dim());
     }
-    if (!parted) return write_heads(fresh ? fresh_params_[0] : params, unit, state);
+    const AttentionParams& scales = fresh ? fresh_params_[0] : params;
+    if (!parted) return write_heads(scales, unit, state);
     // Whoever ends last puts the parts together, in their order.
-    if (parts_done_[unit.tile].fetch_add(1) + 1 < unit.parts) return;
-    float* first = memory - static_cast<size_t>(unit.part) * partial_stride_;
+    const int mine = chunk_count(unit.end - unit.begin, kSplit);
+    if (parts_done_[unit.tile].fetch_add(mine) + mine < unit.parts) return;
+    const int origin = -unit.begin / kSplit;
     for (int part = 1; part < unit.parts; part++) {
-        kernels_.merge(state_at(first), state_at(first + part * partial_stride_), rows, shape.value_dim());
+        kernels_.merge(slot(origin), slot(origin + part), rows, shape.value_dim());
     }
     parts_done_[unit.tile].store(0);
-    write_heads(fresh ? fresh_params_[0] : params, unit, state_at(first));
+    write_heads(scales, unit, slot(origin));
 }
 
 void Model::write_heads(const AttentionParams& params, const Unit& unit, AttnState state) {
