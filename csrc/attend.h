@@ -21,6 +21,7 @@ namespace eightfold::EF_ISA {
 constexpr int kQueryRows = W == 8 ? 2 : 3;  // rows whose scores share a load of keys
 constexpr int kValueRows = W == 8 ? 2 : 4;  // rows whose sums share a load of values
 constexpr int kValueCols = 4;
+constexpr int kRun = W < 4 ? 4 : W;         // columns come in such runs: whole lanes, and whole groups of values
 
 // Lines of the next page that are asked for in a step of each loop: of a page of 64 channels about a quarter while
 // scores are computed, a quarter in the softmax, the rest with the values.
@@ -50,14 +51,28 @@ inline Visible visible(const AttnRows& in, int row, int first) {
     return {std::min(begin, kPage), std::clamp(last + 1 - first, 0, std::min(kPage, in.end - first))};
 }
 
+// Calls f.operator()<NC>(at) for runs of NC * W columns, kAttnCols or a smaller power of two at a time.
+template <typename Step>
+inline void by_columns(int columns, Step f) {
+    int at = 0;
+    for (; at + kAttnCols * W <= columns; at += kAttnCols * W) f.template operator()<kAttnCols>(at);
+    if constexpr (kAttnCols >= 8) {
+        if (at + 4 * W <= columns) f.template operator()<4>(at), at += 4 * W;
+    }
+    if constexpr (kAttnCols >= 4) {
+        if (at + 2 * W <= columns) f.template operator()<2>(at), at += 2 * W;
+    }
+    if (at < columns) f.template operator()<1>(at);
+}
+
 // Scores of NR rows of int8 queries: sums of (k + 128) q.
 template <int NR>
 inline void score_i8(const uint8_t* keys, const int8_t* q, size_t ldq, int groups, int columns, Ahead& ahead,
                      int32_t* out) {
-    for (int at = 0; at < columns; at += kAttnCols * W) {
-        I acc[NR][kAttnCols];
+    by_columns(columns, [&]<int NC>(int at) {
+        I acc[NR][NC];
         for (int r = 0; r < NR; r++)
-            for (int c = 0; c < kAttnCols; c++) acc[r][c] = i_set(0);
+            for (int c = 0; c < NC; c++) acc[r][c] = i_set(0);
         for (int d = 0; d < groups; d++) {
             ahead.ask<kScoreLines>();
             const uint8_t* line = keys + (d * kPage + at) * 4;
@@ -68,27 +83,27 @@ inline void score_i8(const uint8_t* keys, const int8_t* q, size_t ldq, int group
                 qr[r] = i_set(four);
             }
 #pragma GCC unroll 8
-            for (int c = 0; c < kAttnCols; c++) {
+            for (int c = 0; c < NC; c++) {
                 const I k = i_load(line + c * W * 4);
                 for (int r = 0; r < NR; r++) acc[r][c] = dot4(acc[r][c], k, qr[r]);
             }
         }
         for (int r = 0; r < NR; r++)
-            for (int c = 0; c < kAttnCols; c++) i_store(out + r * kPage + at + c * W, acc[r][c]);
-    }
+            for (int c = 0; c < NC; c++) i_store(out + r * kPage + at + c * W, acc[r][c]);
+    });
 }
 
 // Scores of NR rows of float queries over bfloat16 keys.
 template <int NR>
 inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int groups, int columns, float* out) {
-    for (int at = 0; at < columns; at += kAttnCols * W) {
-        F acc[NR][kAttnCols];
+    by_columns(columns, [&]<int NC>(int at) {
+        F acc[NR][NC];
         for (int r = 0; r < NR; r++)
-            for (int c = 0; c < kAttnCols; c++) acc[r][c] = f_set(0.0f);
+            for (int c = 0; c < NC; c++) acc[r][c] = f_set(0.0f);
         for (int d = 0; d < groups; d++) {
             const uint8_t* line = keys + (d * kPage + at) * 4;
 #pragma GCC unroll 8
-            for (int c = 0; c < kAttnCols; c++) {
+            for (int c = 0; c < NC; c++) {
                 const I k = i_load(line + c * W * 4);
                 for (int r = 0; r < NR; r++) {
                     acc[r][c] = f_acc(acc[r][c], low_bf16(k), f_set(q[r * ldq + 2 * d]));
@@ -97,8 +112,8 @@ inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int grou
             }
         }
         for (int r = 0; r < NR; r++)
-            for (int c = 0; c < kAttnCols; c++) f_store(out + r * kPage + at + c * W, acc[r][c]);
-    }
+            for (int c = 0; c < NC; c++) f_store(out + r * kPage + at + c * W, acc[r][c]);
+    });
 }
 
 // out[r][d] = sum over positions of p v; p: (NR, kPage) bytes.
@@ -339,9 +354,9 @@ inline void attend(const AttnRows& in, AttnState out) {
             if (see.begin < see.end) end = std::max(end, see.end);
         }
         if (end == 0) continue;
-        const int width = kAttnCols * W;  // scores come in such runs
-        const int columns = std::min(kPage, (end + width - 1) / width * width);
-        const uint8_t* next = first + kPage < in.ahead ? in.keys[first / kPage + 1] : nullptr;
+        const int columns = (end + kRun - 1) / kRun * kRun;
+        // Of a page that is hardly begun, what is needed lies scattered, and most is not.
+        const uint8_t* next = first + kPage + kPage / 2 <= in.ahead ? in.keys[first / kPage + 1] : nullptr;
         Ahead ahead{next, next == nullptr ? nullptr : next + bytes};
         score_page(in, in.keys[first / kPage], columns, ahead, page);
         normalize_page(in, first, columns, ahead, page);
