@@ -25,6 +25,16 @@ bool is_finite(const T* at, size_t count, uint32_t exponent) {
     return !found;
 }
 
+// Rows of a chunk for many tokens: as many as fit, but so that threads end together; kLanes rows leave a product at once.
+int many_rows(int rows, int threads) {
+    int best = kManyRows;
+    const auto longest = [&](int size) { return chunk_count(chunk_count(rows, size), threads) * size; };
+    for (int size = kManyRows - kLanes; size >= 2 * kLanes; size -= kLanes) {
+        if (longest(size) < longest(best)) best = size;
+    }
+    return best;
+}
+
 }  // namespace
 
 size_t Linear::weight_bytes() const {
@@ -88,7 +98,8 @@ void Group::cut(int threads, bool paired) {
     for (size_t i = 0; i < distinct; i++) bytes += linears[i].weight_bytes();
     for (size_t i = 0; i < distinct; i++) {
         const int rows = linears[i].outputs, index = static_cast<int>(i);
-        for (int n = 0; n < rows; n += kManyRows) many.push_back({index, n, std::min(kManyRows, rows - n)});
+        const int size = many_rows(rows, threads);
+        for (int n = 0; n < rows; n += size) many.push_back({index, n, std::min(size, rows - n)});
         // For a few tokens chunks of about equal size, as many as threads like: memory is read best in long runs, and
         // all are to end together.
         const double share = static_cast<double>(linears[i].weight_bytes()) / static_cast<double>(bytes);

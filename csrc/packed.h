@@ -19,48 +19,36 @@ constexpr int kPackedRows = 64;                   // weight rows whose sums are 
 template <int B>
 constexpr int kRowsFor = W == 16 && B <= 2 ? 8 : 4;
 
-// sums[r][lane] = sum_k x[lane][k] w[r][k]; rows beyond `rows` are computed for nothing and not written.
-template <int B>
-inline void tile_packed(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int inner,
-                        int32_t* sums) {
-    constexpr int R = kRowsFor<B>, V = B * kVectors;
-    const int8_t* row[R];
-    for (int r = 0; r < R; r++) row[r] = w + std::min(r, rows - 1) * ldw;
+// sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks.
+template <int R, int B>
+inline void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t block, int inner, int32_t* sums) {
+    constexpr int V = B * kVectors;
     const int ahead = std::min(2048, inner);
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(R * ldw) - inner;
     I acc[R][V];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) acc[r][v] = i_set(0);
-    const auto step = [&](int k, const I* four) {
+    const auto step = [&](const int8_t* four, const uint8_t* lanes, int bytes) __attribute__((always_inline)) {
         I xs[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) {
-            xs[v] = i_load(x + v / kVectors * block + static_cast<size_t>(k) * kLanes + v % kVectors * (4 * W));
-        }
+        for (int v = 0; v < V; v++) xs[v] = i_load(lanes + v / kVectors * block + v % kVectors * (4 * W));
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-            for (int v = 0; v < V; v++) acc[r][v] = dot4(acc[r][v], xs[v], four[r]);
-        }
-    };
-    const auto fours = [&](int k, int bytes) {
-        I four[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < R; r++) {  // one row's weights at a time, so that all sums stay in registers
             int32_t value = 0;
-            std::memcpy(&value, row[r] + k, bytes);
-            four[r] = i_set(value);
+            std::memcpy(&value, four + r * ldw, bytes);
+            const I weights = i_set(value);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; v++) acc[r][v] = dot4(acc[r][v], xs[v], weights);
         }
-        step(k, four);
     };
     const int whole = inner / 4 * 4;
     for (int k = 0; k < whole;) {
-        const ptrdiff_t later = k + ahead + (k + ahead < inner ? 0 : wraps);
-        for (int r = 0; r < R; r++) __builtin_prefetch(row[r] + later);
-        for (const int end = std::min(whole, k + 64); k < end; k += 4) fours(k, 4);
+        const int8_t* later = w + k + ahead + (k + ahead < inner ? 0 : wraps);
+        for (int r = 0; r < R; r++) __builtin_prefetch(later + r * ldw);
+        for (const int end = std::min(whole, k + 64); k < end; k += 4) step(w + k, x + static_cast<size_t>(k) * kLanes, 4);
     }
-    if (whole < inner) fours(whole, inner - whole);
-    for (int r = 0; r < std::min(R, rows); r++)
+    if (whole < inner) step(w + whole, x + static_cast<size_t>(whole) * kLanes, inner - whole);
+    for (int r = 0; r < R; r++)
         for (int v = 0; v < V; v++) i_store(sums + r * B * kLanes + v * W, acc[r][v]);
 }
 
@@ -81,10 +69,14 @@ inline void gemm_packed(const int8_t* w, size_t ldw, int rows, const uint8_t* x,
     const auto run = [&]<int B>(int b) {
         for (int first = 0; first < rows; first += kPackedRows) {
             const int count = std::min(kPackedRows, rows - first);
-            for (int n = 0; n < count; n += kRowsFor<B>) {
-                tile_packed<B>(w + (first + n) * ldw, ldw, count - n, x + b * block, block, inner,
-                               sums + n * B * kLanes);
+            constexpr int R = kRowsFor<B>;
+            const int8_t* row = w + first * ldw;
+            const uint8_t* lanes = x + b * block;
+            int n = 0;
+            for (; n + R <= count; n += R) {
+                tile_packed<R, B>(row + n * ldw, ldw, lanes, block, inner, sums + n * B * kLanes);
             }
+            for (; n < count; n++) tile_packed<1, B>(row + n * ldw, ldw, lanes, block, inner, sums + n * B * kLanes);
             put_packed(sums, count, B * kLanes, out + static_cast<size_t>(b) * kLanes * ldo + first, ldo);
         }
     };
