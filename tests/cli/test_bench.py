@@ -123,6 +123,13 @@ def test_every_sequence_gets_what_generate_gives(models, monkeypatch, name, batc
     assert lengths == [24] * whole + [rest] * (rest > 0) + [batch] * 5
 
 
+def test_prompts_that_run_whole_are_not_cut(models, monkeypatch):
+    monkeypatch.setattr(measure, "PREFILL_TOKENS", 24)
+    recorder = Recorder(load_model(Checkpoint.open(models["fa"]), threads=2, attention="mindie"))
+    Runner(recorder, Workload(prompt_len=50, new_tokens=2, batch=3)).once()  # type: ignore[arg-type]
+    assert [[len(chunk.token_ids) for chunk in chunks] for chunks, _ in recorder.steps] == [[50]] * 3 + [[1] * 3]
+
+
 def test_each_repetition_has_prompts_of_its_own(models):
     recorder, runner = recorded(models["float"], Workload(prompt_len=40, new_tokens=2, batch=2))
     runner.once()
@@ -278,6 +285,16 @@ def test_bench_gives_json(cli, models, name, batch):
     assert found["threads"] == 2
     assert all(found[key] > 0 for key in KEYS - {"isa", "int8_fraction", "read_gb_s", "bandwidth_fraction"})
     assert found["int8_fraction"] == 0 or name != "float"
+
+
+def test_bench_computes_as_it_is_told(cli, models, monkeypatch):
+    from eightfold.native import load
+
+    told = []
+    real = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *args, **options: told.append(options) or real(*args, **options))
+    cli("bench", models["fa"], *SMALL, "--attention-mode", "mindie", "--dynamic", "symmetric", "--json").json()
+    assert told == [{"threads": None, "dynamic": "symmetric", "attention": "mindie"}]
 
 
 def test_bench_prints_limits_first(cli, models):

@@ -34,6 +34,11 @@ def test_tiles_are_those_of_the_sources(name):
     assert by_width(source, "kCols", isa.lanes) == isa.tokens
     assert by_width(source, "kFloatCols", isa.lanes) == isa.float_tokens
     assert f"I acc[{kernels.WEIGHT_ROWS}][C];" in source
+    found = re.search(r"kMostBlocks = W == 16 \? (\d+) : (\d+);", (CSRC / "packed.h").read_text())
+    lanes = re.search(r"kLanes = (\d+);", (CSRC / "kernels.h").read_text())
+    assert found is not None and lanes is not None
+    assert isa.packed_tokens == int(found[1] if isa.lanes == 16 else found[2]) * int(lanes[1])
+    assert f"kFewTokens = {kernels.FEW_TOKENS};" in (CSRC / "linear.h").read_text()
     assert isa.needs == "any CPU" or f'"{isa.needs}"' in (CSRC / "cpu.cc").read_text()
 
 
@@ -58,10 +63,13 @@ def test_each_scheme_has_its_kernel(tmp_path, monkeypatch, scheme, by):
     assert [(k.modules, k.scheme, k.dtype, k.count) for k in native.kernels] == [
         ("linears", scheme.value, "I8", 13),
         ("linears", "FLOAT", "BF16", 2),  # that one and the head
+        ("likeliest token", "FLOAT", "BF16", 1),
         ("attention", "FLOAT", "BF16", 2),
     ]
-    int8, floating, attention = (k.how for k in native.kernels)
-    assert int8 == f"plain integer products, 4 rows x 6 tokens; {by}; exact int32 sums"
+    int8, floating, choice, attention = (k.how for k in native.kernels)
+    tiles = "4 rows x 6 tokens, or x 16 in lanes where a step has more than 8"
+    assert int8 == f"plain integer products, {tiles}; {by}; exact int32 sums"
+    assert choice == "plain integer products over an int8 copy, then the exact logits of all that may be the largest"
     assert floating == "plain float32 products over BF16 rows widened to float32, 4 rows x 4 tokens"
     assert attention == "plain float32 products; keys and values in bfloat16; softmax by pages of 128"
 
@@ -83,7 +91,7 @@ def test_int8_attention_has_its_kernel(tmp_path, options, scheme, by):
 
 def test_a_tied_head_is_a_float_linear(tmp_path):
     source = write_model(tmp_path / "float", tiny_config(tie_word_embeddings=True))
-    (linears, _) = describe_native(Checkpoint.open(source)).kernels
+    linears, *_ = describe_native(Checkpoint.open(source)).kernels
     assert (linears.scheme, linears.dtype, linears.count) == ("FLOAT", "BF16", 15)
 
 
@@ -117,6 +125,7 @@ def test_inspect_prints_the_choice_and_the_kernels(cli, float_model, monkeypatch
     assert lines[at + 3].split() == ["computed", "scheme", "stored", "count", "by"]
     assert [line.split()[:4] for line in lines[at + 4 :]] == [
         ["linears", "FLOAT", "BF16", "15"],
+        ["likeliest", "token", "FLOAT", "BF16"],
         ["attention", "FLOAT", "BF16", "2"],
     ]
 

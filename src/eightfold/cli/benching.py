@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eightfold.cli import console
+from eightfold.cli.choices import AttentionMode, Dynamic
 
 if TYPE_CHECKING:
     from eightfold.native.measure import Measurement
@@ -24,6 +25,16 @@ def bench(
         int | None,
         typer.Option(min=1, help="How many compute. Default: EIGHTFOLD_THREADS, or one for each usable CPU."),
     ] = None,
+    dynamic: Annotated[
+        Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
+    ] = Dynamic.asymmetric,
+    attention_mode: Annotated[
+        AttentionMode,
+        typer.Option(
+            help="With int8 keys and values: a prompt attends over what the cache holds (cache), or in float, as "
+            "MindIE does (mindie)."
+        ),
+    ] = AttentionMode.cache,
     repeat: Annotated[int, typer.Option(min=1, help="Repetitions after one to warm up; medians count.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
@@ -40,8 +51,9 @@ def bench(
 
     bytes_per_token: what one decode step reads, whatever its batch: every
     weight byte of the linears and the head once (the embedding's row is not
-    counted), and every sequence's keys and values at its mean context,
-    which is prompt + new / 2.
+    counted; of a float head its int8 copy, and not the few rows that settle
+    which token is the likeliest), and every sequence's keys and values at
+    its mean context, which is prompt + new / 2.
 
     read_gb_s: bytes_per_token x decode steps a second.
 
@@ -71,7 +83,7 @@ def bench(
     checkpoint = Checkpoint.open(model)
     work = measure.Workload(prompt_len, new_tokens, batch)
     work.require_context(checkpoint.config)
-    native = load_model(checkpoint, threads=threads)
+    native = load_model(checkpoint, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
     load_s = time.perf_counter() - started
     runner = measure.Runner(native, work)
     with console.bars("bench", 1 + repeat, "run") as task:

@@ -20,7 +20,8 @@ class Isa:
         dot: how four unsigned bytes meet four signed ones in each lane.
         fma: how float32 products are summed.
         lanes: of 4 bytes.
-        tokens: rows of activations that meet four weight rows in registers, in int8.
+        tokens: rows of activations that meet four weight rows in registers, in int8, where a step has few.
+        packed_tokens: the same where it has more than FEW_TOKENS: tokens are then the lanes.
         float_tokens: the same in float32.
     """
 
@@ -29,17 +30,19 @@ class Isa:
     fma: str
     lanes: int
     tokens: int
+    packed_tokens: int
     float_tokens: int
 
 
 # By the name that EIGHTFOLD_ISA takes, worst first.
 ISAS = {
-    "scalar": Isa("any CPU", "plain integer products", "plain float32 products", 1, 6, 4),
-    "avx2": Isa("AVX2, FMA and F16C", "vpmaddwd on bytes widened to 16 bits", "float32 FMA", 8, 2, 2),
-    "avx512": Isa("AVX-512 F, BW, VL, DQ and VNNI", "vpdpbusd", "float32 FMA", 16, 6, 4),
+    "scalar": Isa("any CPU", "plain integer products", "plain float32 products", 1, 6, 16, 4),
+    "avx2": Isa("AVX2, FMA and F16C", "vpmaddwd on bytes widened to 16 bits", "float32 FMA", 8, 2, 16, 2),
+    "avx512": Isa("AVX-512 F, BW, VL, DQ and VNNI", "vpdpbusd", "float32 FMA", 16, 6, 64, 4),
 }
 
 WEIGHT_ROWS = 4  # that meet the tokens of a tile
+FEW_TOKENS = 8  # of a step
 
 # How a token is written down before it meets the weights.
 _INPUTS = {
@@ -61,7 +64,13 @@ def linear_kernel(kind: QuantType, isa: Isa, weight: str) -> str:
     if kind is QuantType.FLOAT:
         rows = "over float32 rows" if weight == "F32" else f"over {weight} rows widened to float32"
         return f"{isa.fma} {rows}, {_tile(isa.float_tokens)}"
-    return f"{isa.dot}, {_tile(isa.tokens)}; {_INPUTS[kind]}; exact int32 sums"
+    tiles = f"{_tile(isa.tokens)}, or x {isa.packed_tokens} in lanes where a step has more than {FEW_TOKENS}"
+    return f"{isa.dot}, {tiles}; {_INPUTS[kind]}; exact int32 sums"
+
+
+def head_kernel(isa: Isa) -> str:
+    """Say how the likeliest token is found behind a float head."""
+    return f"{isa.dot} over an int8 copy, then the exact logits of all that may be the largest"
 
 
 def attention_kernel(kind: QuantType, isa: Isa) -> str:

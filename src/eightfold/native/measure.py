@@ -118,7 +118,8 @@ class Runner:
 
     def _prefill(self, prompts: list[list[int]]) -> list[int]:
         best: list[int] = []
-        for chunks in _packed(prompts, self.work.pages):
+        step = self.work.prompt_len if self.model.float_prompts else PREFILL_TOKENS
+        for chunks in _packed(prompts, self.work.pages, step):
             _, found = self.model.forward(chunks)
             best += found.tolist()
         return best
@@ -135,10 +136,10 @@ class Runner:
         return found
 
 
-def _packed(prompts: list[list[int]], pages: int) -> Iterator[list[Chunk]]:
-    """Cut prompts into steps of PREFILL_TOKENS tokens; sequence i owns the pages from i * pages on."""
+def _packed(prompts: list[list[int]], pages: int, step: int) -> Iterator[list[Chunk]]:
+    """Cut prompts into steps of so many tokens; sequence i owns the pages from i * pages on."""
     chunks: list[Chunk] = []
-    room = PREFILL_TOKENS
+    room = step
     for i, prompt in enumerate(prompts):
         at = 0
         while at < len(prompt):
@@ -149,7 +150,7 @@ def _packed(prompts: list[list[int]], pages: int) -> Iterator[list[Chunk]]:
             at = end
             if not room:
                 yield chunks
-                chunks, room = [], PREFILL_TOKENS
+                chunks, room = [], step
     if chunks:
         yield chunks
 

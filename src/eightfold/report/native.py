@@ -59,8 +59,19 @@ def describe_native(checkpoint: Checkpoint) -> Native:
         available_isas=available,
         threads=core.choose_threads(),
         threads_reason=f"{core.THREADS_VARIABLE} says so" if counted else "one for each CPU this process may use",
-        kernels=(*_linears(checkpoint, kernels.ISAS[isa]), *_attention(checkpoint, kernels.ISAS[isa])),
+        kernels=_kernels(checkpoint, kernels.ISAS[isa]),
     )
+
+
+def _kernels(checkpoint: Checkpoint, isa: kernels.Isa) -> tuple[Kernel, ...]:
+    return *_linears(checkpoint, isa), *_choice(checkpoint, isa), *_attention(checkpoint, isa)
+
+
+def _choice(checkpoint: Checkpoint, isa: kernels.Isa) -> list[Kernel]:
+    if checkpoint.quant_type(LM_HEAD) is not QuantType.FLOAT:
+        return []
+    dtype = checkpoint.tensors[checkpoint.head_weight()].dtype
+    return [Kernel("likeliest token", QuantType.FLOAT.value, dtype, 1, kernels.head_kernel(isa))]
 
 
 def _linears(checkpoint: Checkpoint, isa: kernels.Isa) -> list[Kernel]:
