@@ -18,6 +18,7 @@ using namespace nb::literals;
 namespace eightfold {
 
 void bind_kernels(nb::module_& m);  // bind_kernels.cc
+void bind_sample(nb::module_& m);   // bind_sample.cc
 
 namespace {
 
@@ -220,6 +221,7 @@ NB_MODULE(_core, m) {
     m.def("usable_cpus", &usable_cpus);
     m.attr("PAGE") = kPage;
     bind_kernels(m);
+    bind_sample(m);
     m.def("int8_tops", &int8_tops, "threads"_a, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<ReadProbe>(m, "ReadProbe")
         .def(nb::init<int, size_t>(), "threads"_a, "nbytes"_a)

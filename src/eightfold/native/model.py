@@ -1,6 +1,7 @@
 """The native model: one call for each step, over a paged cache of keys and values.
 
-Letters: T tokens of a step, S sequences, R tokens whose logits are wanted, V vocabulary.
+Letters: T tokens of a step, S sequences, R tokens after which the choice is wanted, R' of them with logits, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -42,6 +43,29 @@ class Chunk:
     wants: bool = True
     wants_all: bool = False
     logits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step computes, as the core takes it: contiguous arrays, int32 where nothing else is said.
+
+    Attributes:
+        token_ids: (T,) of all sequences, one after the other.
+        positions: (T,) rising by one inside a sequence.
+        generated: (T,) uint8, whether a token is not part of its prompt.
+        starts: (S + 1,) where each sequence's tokens begin; T at the end.
+        tables: (S, pages) of each sequence, in order; what a sequence does not need is not read.
+        rows: (R,) the tokens after which the choice is wanted; those whose logits are wanted first.
+        shown: R', how many those are.
+    """
+
+    token_ids: NDArray[Any]
+    positions: NDArray[Any]
+    generated: NDArray[Any]
+    starts: NDArray[Any]
+    tables: NDArray[Any]
+    rows: NDArray[Any]
+    shown: int
 
 
 class NativeModel:
@@ -103,42 +127,57 @@ class NativeModel:
             Logits (R', V) float32 after the tokens of the chunks that want them, in order, and the likeliest token
             after every token that is wanted, (R,) int32. The logits are overwritten by the next step.
         """
-        lengths = [len(chunk.token_ids) for chunk in chunks]
         starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum(lengths, out=starts[1:])
+        np.cumsum([len(chunk.token_ids) for chunk in chunks], out=starts[1:])
         tables = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int32)
-        positions = np.empty(starts[-1], np.int32)
-        generated = np.zeros(starts[-1], np.uint8)
-        shown, chosen, is_shown = list[int](), list[int](), list[bool]()
-        for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1], starts[1:], strict=True)):
+        token_ids, positions, generated = list[int](), list[int](), np.zeros(starts[-1], np.uint8)
+        shown, others, is_shown = list[int](), list[int](), list[bool]()
+        for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
             tables[i, : len(chunk.pages)] = chunk.pages
-            positions[begin:end] = np.arange(chunk.first_position, chunk.first_position + end - begin)
-            generated[begin:end] = positions[begin:end] >= chunk.prompt_len
+            token_ids += chunk.token_ids
+            positions += range(chunk.first_position, chunk.first_position + end - begin)
+            generated[max(begin, begin + chunk.prompt_len - chunk.first_position) : end] = 1
             rows = range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
-            (shown if chunk.logits else chosen).extend(rows)
+            if chunk.logits:
+                shown += rows
+            else:
+                others += rows
             is_shown += [chunk.logits] * len(rows)
-        logits = self._rows(len(shown))
-        best, choices = np.empty(len(shown), np.int32), np.empty(len(chosen), np.int32)
+        batch = Step(_ints(token_ids), _ints(positions), generated, starts, tables, _ints(shown + others), len(shown))
+        logits, found = self.run(batch)
+        if not (shown and others):
+            return logits, found
+        best, mask = np.empty_like(found), np.array(is_shown)
+        best[mask], best[~mask] = found[: len(shown)], found[len(shown) :]
+        return logits, best
+
+    def run(self, step: Step) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Run one step that is laid out already.
+
+        Returns:
+            Logits (R', V) float32 and the likeliest tokens (R,) int32, for the rows in their order. The logits are
+            overwritten by the next step.
+        """
+        shown = step.shown
+        if len(self._logits) < shown:
+            self._logits = np.empty((shown, self.config.vocab_size), np.float32)
+        logits = self._logits[:shown]
+        best = np.empty(len(step.rows), np.int32)
         self._model.forward(
-            token_ids=np.fromiter((t for chunk in chunks for t in chunk.token_ids), np.int32, starts[-1]),
-            positions=positions,
-            generated=generated,
-            starts=starts,
-            tables=tables,
-            logit_tokens=np.array(shown, np.int32),
+            token_ids=step.token_ids,
+            positions=step.positions,
+            generated=step.generated,
+            starts=step.starts,
+            tables=step.tables,
+            logit_tokens=step.rows[:shown],
             logits=logits,
-            best=best,
-            choice_tokens=np.array(chosen, np.int32),
-            choices=choices,
+            best=best[:shown],
+            choice_tokens=step.rows[shown:],
+            choices=best[shown:],
             float_prompts=self.float_prompts,
         )
-        if len(shown) and len(chosen):
-            both = np.empty(len(is_shown), np.int32)
-            both[is_shown], both[np.logical_not(is_shown)] = best, choices
-            best = both
-        return logits, best if len(shown) else choices
+        return logits, best
 
-    def _rows(self, count: int) -> NDArray[Any]:
-        if len(self._logits) < count:
-            self._logits = np.empty((count, self.config.vocab_size), np.float32)
-        return self._logits[:count]
+
+def _ints(values: list[int]) -> NDArray[Any]:
+    return np.array(values, np.int32)

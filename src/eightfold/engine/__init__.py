@@ -1,0 +1,1 @@
+"""Many sequences on one native model: a paged cache, continuous batching, sampling, text."""

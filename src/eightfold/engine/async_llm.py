@@ -1,0 +1,252 @@
+"""The engine for servers: one thread runs it, and an asyncio loop never waits for a step.
+
+What goes in (requests, aborts) lies in a queue that the engine's thread empties between steps. What comes out of a step
+goes to the event loop in one call, which hands every reader its output. What a slow reader has not read becomes part of
+its next output, so nothing piles up. A reader that is cancelled, or that stops reading, aborts its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from eightfold.engine.engine import Engine
+from eightfold.engine.outputs import EngineStats, RequestOutput
+from eightfold.engine.sampling_params import SamplingParams
+from eightfold.engine.sequence import Request
+from eightfold.engine.settings import EngineConfig
+from eightfold.errors import InputError
+
+# To check and hash more tokens than these, all answers together, is left to a thread: the event loop goes on.
+QUICK_TOKENS = 16_384
+
+# Between two looks at whether all is answered, in a shutdown.
+LOOK_SECONDS = 0.02
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine answers no requests: it crashed, or it is shut down."""
+
+
+class _Reader:
+    """What one request's reader has not read yet."""
+
+    def __init__(self) -> None:
+        self._output: RequestOutput | None = None
+        self._error: EngineStoppedError | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        if self._output is not None:
+            output.begin_with(self._output)
+        self._output = output
+        self._ready.set()
+
+    def fail(self, error: EngineStoppedError) -> None:
+        self._error = error
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        await self._ready.wait()
+        output, self._output = self._output, None
+        if output is None:
+            assert self._error is not None
+            raise self._error
+        if self._error is None:
+            self._ready.clear()
+        return output
+
+
+class AsyncLLM:
+    """An engine in a thread of its own. Its methods are called from one event loop.
+
+    Attributes:
+        engine: what runs; from outside only its `prepare`, its tokenizer and its limits are to be used.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._ids = itertools.count()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._readers: dict[str, _Reader] = {}  # of the event loop
+        self._orders: deque[Callable[[], object]] = deque()  # to the engine's thread
+        self._ordered = threading.Condition()
+        self._refuses = self._stops = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="eightfold-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)  # a thread inside the core must not outlive the interpreter
+
+    @classmethod
+    def load(cls, directory: Path, config: EngineConfig) -> AsyncLLM:
+        """Load a model directory; see Engine.load."""
+        return cls(Engine.load(directory, config))
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts as they are now."""
+        return self.engine.stats
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether new requests are answered."""
+        return self._failure is None and not self._refuses
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What the engine crashed of; None if it did not."""
+        return self._failure
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        streams: bool = True,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a prompt; every item is an output with what is new, the last one is `finished`.
+
+        The request begins when the first item is asked for. It ends early when the reader is cancelled, closes the
+        iterator or forgets it.
+
+        Args:
+            prompt_ids: at least one token.
+            params: what is asked for.
+            request_id: that no unfinished request has; None for one that is made up.
+            streams: whether there is an item as soon as there is something new, and not only the last; without, an
+                answer costs less.
+
+        Raises:
+            CapacityError, InputError, UnsupportedError: see Engine.prepare; at once, or with the first item where it
+                takes a while to find out.
+            EngineStoppedError: the engine is shut down or crashed, or does so before the answer is complete.
+        """
+        self._require_running()
+        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        prepare = partial(self.engine.prepare, request_id, prompt_ids, params, streams=streams)
+        takes_long = params.structured is not None or len(prompt_ids) * params.n > QUICK_TOKENS
+        return self._stream(request_id, prepare if takes_long else None, None if takes_long else prepare())
+
+    async def _stream(
+        self, request_id: str, prepare: Callable[[], Request] | None, request: Request | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        if prepare is not None:
+            request = await asyncio.to_thread(prepare)
+        assert request is not None
+        reader = self._open(request_id)
+        finished = False
+        try:
+            self._order(partial(self.engine.submit, request))
+            while not finished:
+                output = await reader.get()
+                finished = output.finished
+                yield output
+        finally:
+            del self._readers[request_id]
+            if not finished:
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """End a request where it stands; its reader gets a last output. An unknown id is nothing."""
+        self._order(partial(self._abort, request_id))
+
+    async def shutdown(self, drain: float = 0.0) -> None:
+        """Take no more requests, let the others go on for `drain` seconds, end the rest and stop the thread."""
+        self._refuses = True
+        ends = asyncio.get_running_loop().time() + drain
+        while self._readers and self._thread.is_alive() and asyncio.get_running_loop().time() < ends:
+            await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        """End what is going on, and the thread."""
+        self._refuses = True
+        self._order(self._stop)
+        self._thread.join()
+        atexit.unregister(self._end)
+
+    def _open(self, request_id: str) -> _Reader:
+        """Make a reader of the running event loop."""
+        self._require_running()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._readers:
+                raise RuntimeError("AsyncLLM: another event loop than that of the requests that are being answered")
+            self._loop = loop
+        if request_id in self._readers:
+            raise InputError("request id", got=request_id, expected="one that no unfinished request has")
+        reader = self._readers[request_id] = _Reader()
+        return reader
+
+    def _require_running(self) -> None:
+        if self._failure is not None:
+            raise self._crashed()
+        if self._refuses:
+            raise EngineStoppedError("the engine is shutting down")
+
+    def _crashed(self) -> EngineStoppedError:
+        error = EngineStoppedError(f"the engine crashed: {type(self._failure).__name__}: {self._failure}")
+        error.__cause__ = self._failure
+        return error
+
+    # What follows runs in the engine's thread, `_order` and `_hand_out` apart.
+
+    def _order(self, order: Callable[[], object]) -> None:
+        with self._ordered:
+            self._orders.append(order)
+            self._ordered.notify()
+
+    def _run(self) -> None:
+        try:
+            while not self._stops:
+                if not self._orders and not self.engine.has_unfinished:
+                    with self._ordered:
+                        self._ordered.wait_for(lambda: self._orders)
+                while self._orders:
+                    self._orders.popleft()()
+                if self.engine.has_unfinished:
+                    self._deliver(self.engine.step())
+        except BaseException as error:
+            self._failure = error
+            self._call(self._fail_readers)
+
+    def _abort(self, request_id: str) -> None:
+        output = self.engine.abort(request_id)
+        if output is not None:
+            self._deliver([output])
+
+    def _stop(self) -> None:
+        self._stops = True
+        for request_id in self.engine.request_ids:
+            self._abort(request_id)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        if outputs and not self._call(partial(self._hand_out, outputs)):
+            for output in outputs:  # nobody is there to read
+                self.engine.abort(output.request_id)
+
+    def _call(self, function: Callable[[], None]) -> bool:
+        """Let the event loop call a function; return whether there is one."""
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # it is closed
+            return False
+        return True
+
+    def _hand_out(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            reader = self._readers.get(output.request_id)
+            if reader is not None:
+                reader.put(output)
+
+    def _fail_readers(self) -> None:
+        for reader in self._readers.values():
+            reader.fail(self._crashed())

@@ -1,0 +1,329 @@
+"""The engine: requests go in, every step moves some of them, outputs come out.
+
+A step is: schedule, one call of the native model, choose tokens, append them, finish what has ended. What a sequence
+answers depends on its prompt and parameters only: the core's results have the same bits in any company and any cut,
+and a sequence's randomness is its own.
+
+Letters: R rows after which a token is chosen, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eightfold.engine.admission import Admission, room_for_cache
+from eightfold.engine.block_manager import BlockManager
+from eightfold.engine.layout import Layout
+from eightfold.engine.outputs import EngineStats, RequestOutput
+from eightfold.engine.sampler import Sampled, choose_all, prompt_logprobs
+from eightfold.engine.scheduler import Limits, Scheduler
+from eightfold.engine.sequence import Request, TokenSequence
+from eightfold.engine.settings import EngineConfig
+from eightfold.engine.speculate import Lookup, Speculation, measure_row_cost
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.native.load import load_model
+from eightfold.native.model import PAGE, NativeModel
+from eightfold.scheme import QuantType
+from eightfold.tokenizer import Tokenizer, stop_token_ids
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eightfold.engine.sampling_params import SamplingParams
+
+
+class Engine:
+    """Many sequences on one model. One thread at a time calls its methods, `prepare` apart.
+
+    Attributes:
+        config: the limits as they were given.
+        model: the native model.
+        model_config: of the checkpoint.
+        tokenizer: of the checkpoint.
+        max_model_len: positions of a sequence, prompt and answer together.
+        notes: what a user should know about how it runs, one sentence each.
+    """
+
+    def __init__(
+        self,
+        model: NativeModel,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        tells_prompts: bool = False,
+    ) -> None:
+        """Allocate the cache.
+
+        Args:
+            model: whose cache is the engine's from now on.
+            tokenizer: of the same checkpoint.
+            config: the limits.
+            stop_ids: the model's own tokens that end an answer.
+            tells_prompts: some linears compute prompts and answers differently, so keys and values depend on it.
+
+        Raises:
+            CapacityError: the cache does not fit the memory.
+            ConfigError: a limit does not suit the model.
+        """
+        self.config, self.model, self.tokenizer, self.model_config = config, model, tokenizer, model.config
+        pages = room_for_cache(model, config)
+        self._admission = Admission(model, tokenizer, config, pages, stop_ids)
+        self.max_model_len = self._admission.max_model_len
+        self.blocks = BlockManager(pages)
+        self._caches_prefixes = config.prefix_caching and not model.float_prompts
+        limits = Limits(
+            sequences=config.max_num_seqs,
+            step_tokens=config.max_batched_tokens,
+            blocks=min(-(-self.max_model_len // PAGE), pages),
+            whole_prompts=model.float_prompts,
+            caches_prefixes=self._caches_prefixes,
+        )
+        self.scheduler = Scheduler(limits, self.blocks)
+        self._layout = Layout(self.scheduler.tables)
+        self._tells_prompts = tells_prompts
+        self._speculation = Speculation(config.speculate, measure_row_cost(model)) if config.speculate else None
+        self._requests: dict[str, Request] = {}
+        self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
+        self.notes = self._notes()
+
+    @classmethod
+    def load(cls, directory: Path, config: EngineConfig) -> Engine:
+        """Load a model directory.
+
+        Raises:
+            EightfoldError: the directory, the limits or the machine are not as they must be.
+        """
+        checkpoint = Checkpoint.open(directory)
+        tokenizer = Tokenizer(directory)
+        model = load_model(checkpoint, threads=config.threads, dynamic=config.dynamic, attention=config.attention_mode)
+        kinds = checkpoint.description.tags.values() if checkpoint.description else ()
+        return cls(
+            model,
+            tokenizer,
+            config,
+            stop_ids=stop_token_ids(directory, checkpoint.config_raw),
+            tells_prompts=QuantType.W8A8_MIX.value in kinds,
+        )
+
+    def prepare(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, streams: bool = True
+    ) -> Request:
+        """Check a request and make it ready for `submit`. Any thread may call it at any time.
+
+        Args:
+            request_id: that no unfinished request has.
+            prompt_ids: at least one token.
+            params: what is asked for.
+            streams: whether each step gives an output, and not only the last.
+
+        Raises:
+            CapacityError: the prompt is empty or too long for the context or the cache.
+            InputError: a token is outside the vocabulary, or the structured output asked for makes no sense.
+            UnsupportedError: the engine cannot do this in its mode.
+        """
+        request = self._admission.request(request_id, prompt_ids, params, streams)
+        first = request.sequences[0]
+        if self._caches_prefixes:
+            first.hash_blocks(first.prompt_len, self._tells_prompts)
+        lookup = Lookup(request.prompt_ids) if self._speculation is not None else None
+        for sequence in request.sequences:
+            sequence.hashes = list(first.hashes)
+            sequence.lookup = lookup and lookup.copy_for(sequence.token_ids)
+        return request
+
+    def submit(self, request: Request) -> None:
+        """Put a prepared request in line.
+
+        Raises:
+            InputError: there is an unfinished request with its id.
+        """
+        self._admission.require_new(request, self._requests)
+        self._requests[request.request_id] = request
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
+
+    def add_request(
+        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, streams: bool = True
+    ) -> None:
+        """Check a request and put it in line; see `prepare` and `submit`."""
+        self.submit(self.prepare(request_id, prompt_ids, params, streams=streams))
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request where it stands and return its last output; None if there is no such request."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish("abort")
+                self._finish(sequence)
+        return self._output(request, request.sequences)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is something to do."""
+        return bool(self._requests)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the unfinished requests."""
+        return list(self._requests)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts."""
+        counts = self.scheduler.counts
+        return EngineStats(
+            waiting=len(self.scheduler.waiting),
+            running=len(self.scheduler.running),
+            blocks_total=self.blocks.total,
+            blocks_used=self.blocks.used,
+            preemptions=counts.preemptions,
+            prefix_hit_tokens=counts.prefix_hit_tokens,
+            prefix_query_tokens=counts.prefix_query_tokens,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            drafted=self._drafted,
+            accepted=self._accepted,
+        )
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step and return the outputs of the requests that it moved."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            assert not self._requests, "the scheduler is stuck"
+            return []
+        if self._speculation is not None and all(sequence.remaining == 1 for sequence in plan):
+            self._drafted += self._speculation.draft(plan, self.config.max_batched_tokens)
+        step = self._layout.of(plan, self.scheduler.version)
+        started = time.perf_counter()
+        logits, best = self.model.run(step)
+        self._note_pace(plan, time.perf_counter() - started)
+        moved = self._advance(plan, logits)
+        self._choose(moved, logits, best)
+        return self._outputs(moved)
+
+    def assume_row_cost(self, row_cost: float) -> None:
+        """Decide on guesses by this instead of what was measured; see speculate.py."""
+        if self._speculation is not None:
+            self._speculation = Speculation(self.config.speculate, row_cost)
+
+    def check_integrity(self) -> None:
+        """Prove that every block is accounted for and every sequence is where it says it is."""
+        self.scheduler.check_integrity()
+        unfinished = {id(s) for r in self._requests.values() for s in r.sequences if s.finish_reason is None}
+        known = {id(s) for s in (*self.scheduler.waiting, *self.scheduler.running)}
+        assert known == unfinished, "the scheduler's sequences are not those of the unfinished requests"
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self.model.float_prompts:
+            return ()
+        return ("Attention mode mindie runs every prompt whole: chunked prefill and prefix caching are off.",)
+
+    def _note_pace(self, plan: list[TokenSequence], seconds: float) -> None:
+        prompt_tokens = [sequence.scheduled for sequence in plan if sequence.scheduled > 1]
+        self.scheduler.pace.note(len(plan) - len(prompt_tokens), sum(prompt_tokens), seconds)
+
+    def _advance(self, plan: list[TokenSequence], logits: NDArray[Any]) -> list[TokenSequence]:
+        """Note what was computed; return the sequences that get tokens."""
+        moved = []
+        for sequence in plan:
+            if sequence.computed < sequence.prompt_len:
+                self._prompt_tokens += min(sequence.scheduled, sequence.prompt_len - sequence.computed)
+            if sequence.wants_prompt_logits:
+                self._collect_prompt_logprobs(sequence, logits)
+            sequence.computed += sequence.scheduled
+            if sequence.computed == len(sequence.token_ids):
+                moved.append(sequence)
+            else:
+                self._name_blocks(sequence)
+        return moved
+
+    def _collect_prompt_logprobs(self, sequence: TokenSequence, logits: NDArray[Any]) -> None:
+        """Take the log-probabilities of the tokens behind the positions that were computed."""
+        request = sequence.request
+        found, top = request.prompt_logprobs, request.params.prompt_logprobs
+        assert found is not None and top is not None
+        begin = len(found)
+        end = min(sequence.computed + sequence.scheduled + 1, sequence.prompt_len)
+        if begin < end:
+            # Row `row` is the last scheduled token's; the one before token `begin` is wanted.
+            first = sequence.row - (sequence.scheduled - 1) + begin - 1 - sequence.computed
+            rows = logits[first : first + end - begin]
+            found += prompt_logprobs(rows, request.prompt_ids[begin:end], top, threads=self.model.threads)
+
+    def _choose(self, moved: list[TokenSequence], logits: NDArray[Any], best: NDArray[Any]) -> None:
+        """Choose tokens, position after position where there are drafts, until one differs from the draft."""
+        ids: list[int] = best.tolist()
+        going = moved
+        while going:
+            chosen = choose_all(
+                [sequence.sampler for sequence in going],
+                logits,
+                [ids[sequence.row] for sequence in going],
+                rows=[sequence.row for sequence in going if sequence.sampler.needs_logits],
+                threads=self.model.threads,
+            )
+            going = [sequence for sequence, each in zip(going, chosen, strict=True) if self._take(sequence, each)]
+        for sequence in moved:
+            sequence.draft = []
+            if sequence.finish_reason is None:
+                self._name_blocks(sequence)
+            else:
+                self._finish(sequence)
+
+    def _take(self, sequence: TokenSequence, sampled: Sampled) -> bool:
+        """Append a token or end the sequence; return whether the draft foretold it, so that the next row counts."""
+        self._generated_tokens += 1
+        if sequence.ends_with(sampled.token_id):
+            return False
+        foretold = bool(sequence.draft) and sequence.draft[0] == sampled.token_id
+        sequence.append(sampled)
+        if not foretold or sequence.finish_reason is not None:
+            return False
+        del sequence.draft[0]
+        sequence.computed += 1
+        sequence.row += 1
+        self._accepted += 1
+        return True
+
+    def _name_blocks(self, sequence: TokenSequence) -> None:
+        """Let others find the blocks that have become full."""
+        full = sequence.computed // PAGE
+        if full == sequence.named or not self._caches_prefixes:
+            return
+        sequence.hash_blocks(full * PAGE, self._tells_prompts)
+        for at in range(sequence.named, full):
+            self.blocks.name(sequence.blocks[at], sequence.hashes[at])
+        sequence.named = full
+
+    def _finish(self, sequence: TokenSequence) -> None:
+        """Take a sequence that has ended out of the line; its full blocks stay as long as nobody needs others."""
+        if sequence.slot >= 0:
+            self._name_blocks(sequence)
+        self.scheduler.remove(sequence)
+
+    def _outputs(self, moved: list[TokenSequence]) -> list[RequestOutput]:
+        now = time.monotonic()
+        by_request: dict[int, list[TokenSequence]] = {}
+        for sequence in moved:
+            by_request.setdefault(id(sequence.request), []).append(sequence)
+        outputs = []
+        for sequences in by_request.values():
+            request = sequences[0].request
+            if request.times.first_token is None:
+                request.times.first_token = now
+            if request.streams or request.is_finished:
+                outputs.append(self._output(request, sequences))
+        return outputs
+
+    def _output(self, request: Request, moved: list[TokenSequence]) -> RequestOutput:
+        output = request.output(moved)
+        if output.finished:
+            request.times.finished = time.monotonic()
+            del self._requests[request.request_id]
+        return output

@@ -1,0 +1,196 @@
+"""A request and its sequences: one for each of its n answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from eightfold.engine.block_manager import NO_PARENT, hash_block
+from eightfold.engine.outputs import CompletionOutput, FinishReason, Produced, RequestOutput, Times
+from eightfold.native.model import PAGE
+
+if TYPE_CHECKING:
+    from eightfold.engine.detokenizer import Detokenizer
+    from eightfold.engine.sampler import Sampled, Sampler
+    from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.engine.speculate import Lookup
+    from eightfold.tokenizer import Tokenizer
+
+
+class TokenSequence:
+    """The tokens of a prompt and one answer to it, and where the engine is with them.
+
+    Attributes:
+        request: it belongs to.
+        index: which of the request's answers.
+        order: of arrival; the lower, the older.
+        token_ids: prompt and answer.
+        prompt_len: how many of them are the prompt's.
+        max_len: tokens at which it ends for its length.
+        computed: tokens whose keys and values are in the cache.
+        scheduled: tokens of `token_ids` that the step to come computes.
+        draft: guesses that the step to come computes behind them.
+        blocks: of the cache, in order; none while it waits.
+        hashes: of its full blocks, as far as they are known.
+        named: how many of `blocks` the block manager knows by these.
+        row: of the step that runs, the first after which a token is chosen for it.
+        lookup: what drafts its tokens; None where nothing does.
+        slot: row of the scheduler's tables while it runs.
+        finish_reason: None while it goes on.
+    """
+
+    __slots__ = (
+        "blocks", "computed", "detokenizer", "draft", "finish_reason", "hashes", "index", "lookup", "max_len", "named",
+        "order", "produced", "prompt_len", "request", "row", "sampler", "scheduled", "shown", "slot", "stop_reason",
+        "token_ids",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, index: int, max_len: int, sampler: Sampler, detokenizer: Detokenizer) -> None:
+        self.request, self.index, self.max_len = request, index, max_len
+        self.sampler, self.detokenizer = sampler, detokenizer
+        self.lookup: Lookup | None = None
+        self.token_ids = list(request.prompt_ids)
+        self.prompt_len = len(self.token_ids)
+        self.order = self.computed = self.scheduled = self.named = self.row = 0
+        self.draft: list[int] = []
+        self.blocks: list[int] = []
+        self.hashes: list[bytes] = []
+        self.slot = -1
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.produced = Produced(logprobs=None if request.params.logprobs is None else [])
+        self.shown = (0, 0)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that have to be computed before the next one can be chosen."""
+        return len(self.token_ids) - self.computed
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the request still lacks log-probabilities of its prompt, and this sequence brings them."""
+        found = self.request.prompt_logprobs
+        return found is not None and self.index == 0 and len(found) < self.prompt_len
+
+    @property
+    def first_prompt_logits(self) -> int:
+        """The first position of the prompt whose logits are still wanted."""
+        return max(len(self.request.prompt_logprobs or ()) - 1, 0)
+
+    def hash_blocks(self, until: int, tells_prompt: bool) -> None:
+        """Extend `hashes` over the full blocks of the first `until` tokens.
+
+        Args:
+            until: tokens.
+            tells_prompt: whether keys and values depend on which tokens are the prompt's.
+        """
+        for begin in range(len(self.hashes) * PAGE, until - PAGE + 1, PAGE):
+            parent = self.hashes[-1] if self.hashes else NO_PARENT
+            prompt_tokens = min(max(self.prompt_len - begin, 0), PAGE) if tells_prompt else 0
+            self.hashes.append(hash_block(parent, self.token_ids[begin : begin + PAGE], prompt_tokens))
+
+    def append(self, sampled: Sampled) -> None:
+        """Add a chosen token, and end the sequence if it was the last."""
+        produced, request = self.produced, self.request
+        self.token_ids.append(sampled.token_id)
+        if self.lookup is not None:
+            self.lookup.follow()
+        produced.token_ids.append(sampled.token_id)
+        if produced.logprobs is not None:
+            produced.logprobs.append(sampled)
+        if request.reads_text:
+            piece = self.detokenizer.push((sampled.token_id,))
+            if piece:
+                produced.pieces.append(piece)
+            if self.detokenizer.stop_reason is not None:
+                self.finish("stop", self.detokenizer.stop_reason)
+                return
+        if self.sampler.is_finished:
+            self.finish("stop")
+        elif len(self.token_ids) == self.max_len:
+            self.finish("length")
+
+    def ends_with(self, token: int) -> bool:
+        """End the sequence if this is a stop token, which does not become part of it.
+
+        Before `min_tokens` the sampler lets none pass, unless nothing else can follow.
+        """
+        request = self.request
+        if token not in request.end_ids:
+            return False
+        self.finish("stop", None if token in request.eos_ids else token)
+        return True
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End the sequence and complete its text."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.draft = []
+        rest = self.detokenizer.finish() if self.request.reads_text else self.request.text_of(self.produced.token_ids)
+        if rest:
+            self.produced.pieces.append(rest)
+
+    def output(self) -> CompletionOutput:
+        """Return what there is; the next output's deltas begin here."""
+        produced = self.produced
+        found = CompletionOutput(self.index, produced, self.shown, self.finish_reason, self.stop_reason)
+        self.shown = (len(produced.token_ids), len(produced.pieces))
+        return found
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt, what was asked for, and its sequences.
+
+    Attributes:
+        request_id: chosen by the caller.
+        prompt_ids: of the prompt.
+        params: what was asked for.
+        eos_ids: the model's own tokens that end an answer; none if they are to be ignored.
+        streams: whether every step gives an output, and not only the last.
+        tokenizer: of the model.
+        end_ids: all tokens that end an answer.
+        reads_text: whether text is made as tokens come, and not from all of them at the end.
+        sequences: one for each answer.
+        times: when what happened.
+        cached_tokens: of the prompt that the first sequence found in the cache.
+        prompt_logprobs: those that are there so far; None: not asked for.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_ids: frozenset[int]
+    streams: bool
+    tokenizer: Tokenizer
+    end_ids: frozenset[int] = field(init=False)
+    reads_text: bool = field(init=False)
+    sequences: list[TokenSequence] = field(default_factory=list)
+    times: Times = field(default_factory=lambda: Times(time.monotonic()))
+    cached_tokens: int = 0
+    prompt_logprobs: list[Sampled | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.end_ids = self.eos_ids | set(self.params.stop_token_ids)
+        self.reads_text = self.streams or bool(self.params.stops)
+
+    def text_of(self, token_ids: list[int]) -> str:
+        """Return the text of a whole answer."""
+        return self.tokenizer.decode(token_ids, keep_special=not self.params.skip_special_tokens)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all answers are complete."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    def output(self, moved: list[TokenSequence]) -> RequestOutput:
+        """Return the state of the request, with the answers of the sequences that moved, or all at its end."""
+        finished = self.is_finished
+        shown = self.sequences if finished else moved
+        found = self.prompt_logprobs
+        if found is not None and len(found) < len(self.prompt_ids):
+            found = None
+        return RequestOutput(
+            self.request_id, self.prompt_ids, [sequence.output() for sequence in shown], finished, self.times,
+            self.cached_tokens, found,
+        )  # fmt: skip

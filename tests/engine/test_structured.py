@@ -1,0 +1,368 @@
+"""Answers of a given form: what random logits say under a grammar keeps to it, and bad forms are refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eightfold.engine.detokenizer import Detokenizer
+from eightfold.engine.sampler import Sampler, choose_all
+from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
+from eightfold.engine.structured import KEPT, MAX_REASON, Grammar, GrammarCompiler, fill_masks, mask_words
+from eightfold.errors import DependencyError, InputError
+from eightfold.tokenizer import Tokenizer
+from tests.conftest import write_tokenizer
+from tests.native.sample_oracle import unpacked
+from tests.test_stream_decoder import sentencepiece_like
+
+VOCAB, EOS = 320, 257  # of write_tokenizer; ids from 261 on have no token
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("level")
+    write_tokenizer(directory)
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+
+
+def write(
+    tokenizer: Tokenizer, grammar: Grammar, vocab: int, stop: int, seed: int, most: int = 3000, **fields: Any
+) -> tuple[str, str]:
+    """Return the text that random logits choose under a grammar, and why it ended."""
+    rng = np.random.default_rng(seed)
+    params = SamplingParams(seed=seed, max_tokens=None, **fields)
+    one = Sampler(params, [1], vocab, frozenset({stop}), 0, grammar)
+    text = Detokenizer(tokenizer, params)
+    for _ in range(most):
+        token = one.choose(rng.normal(0, 2, vocab).astype(np.float32), 0).token_id
+        if token == stop:
+            text.finish()
+            return text.text, "stop"
+        text.push([token])
+    return text.text, "length"
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer", "minimum": -99, "maximum": 99}, "y": {"type": "number", "multipleOf": 1}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["cat", "dog", None, 5]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+        "at": {"$ref": "#/$defs/spot"},
+    },
+    "required": ["name", "kind", "tags", "at"],
+    "additionalProperties": False,
+    "$defs": {"spot": {"type": "string", "pattern": "^[0-9]{2}:[0-9]{2}$"}},
+}
+
+
+def is_point(value: Any) -> bool:
+    return set(value) <= {"x", "y"} and isinstance(value["x"], int) and -99 <= value["x"] <= 99
+
+
+def is_person(value: Any) -> bool:
+    return (
+        list(value) == ["name", "kind", "tags", "at"]
+        and isinstance(value["name"], str)
+        and len(value["name"]) <= 8
+        and value["kind"] in ("cat", "dog", None, 5)
+        and all(isinstance(tag, bool) for tag in value["tags"])
+        and 1 <= len(value["tags"]) <= 3
+        and re.fullmatch("[0-9]{2}:[0-9]{2}", value["at"]) is not None
+    )
+
+
+FORMS = {
+    "a point": (StructuredOutput(json_schema=json.dumps(POINT)), lambda text: is_point(json.loads(text))),
+    "a person": (StructuredOutput(json_schema=json.dumps(PERSON)), lambda text: is_person(json.loads(text))),
+    "an expression": (
+        StructuredOutput(regex=r"(\+\d{2} )?\d{3}-[a-fé]{2,4}"),
+        lambda text: re.fullmatch(r"(\+\d{2} )?\d{3}-[a-fé]{2,4}", text) is not None,
+    ),
+    "a grammar": (
+        StructuredOutput(grammar='start: sum\nsum: NUMBER ("+" NUMBER){1,4} "="\nNUMBER: /[1-9][0-9]{0,3}/'),
+        lambda text: re.fullmatch(r"[1-9][0-9]{0,3}(\+[1-9][0-9]{0,3}){1,4}=", text) is not None,
+    ),
+    "choices": (
+        StructuredOutput(choices=('say "no"', "yes", "yes, é\n🙂", "a\\b", "%json {}", "/x/")),
+        lambda text: text in ('say "no"', "yes", "yes, é\n🙂", "a\\b", "%json {}", "/x/"),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_logits_keep_to_the_form(tokenizer, compiler, form):
+    structured, holds = FORMS[form]
+    for seed in range(12):
+        text, end = write(tokenizer, compiler.compile(structured), VOCAB, EOS, seed)
+        assert end == "stop"
+        assert holds(text), text
+
+
+def test_any_json_object(tokenizer, compiler):
+    """Closing is made likely: random logits would nest for ever."""
+    ends = {tokenizer.encode(character)[0]: 6.0 for character in '}]"'}
+    for seed in range(8):
+        grammar = compiler.compile(StructuredOutput(json_object=True))
+        text, end = write(tokenizer, grammar, VOCAB, EOS, seed, logit_bias=ends)
+        assert end == "stop"
+        assert isinstance(json.loads(text), dict)
+
+
+def test_a_form_holds_whatever_else_is_asked(tokenizer, compiler):
+    """Also against a bias, and where no stop token may come yet but nothing else can."""
+    structured, holds = FORMS["an expression"]
+    bias = {EOS: 100.0, tokenizer.encode("x")[0]: 100.0, tokenizer.encode("1")[0]: -100.0}
+    for fields in ({"temperature": 0}, {"top_k": 1}, {"top_p": 0.1}, {"logit_bias": bias}, {"min_tokens": 2000}):
+        text, end = write(tokenizer, compiler.compile(structured), VOCAB, EOS, 3, **fields)
+        assert end == "stop"
+        assert holds(text), text
+
+
+def test_every_choice_can_be_made(tokenizer, compiler):
+    structured = FORMS["choices"][0]
+    for choice in structured.choices:
+        grammar = compiler.compile(structured)
+        assert all(grammar.accept(token) for token in tokenizer.encode(choice))
+        assert grammar.is_complete
+        assert grammar.is_finished == (choice != "yes")
+
+
+def test_byte_fallback_vocabularies(tmp_path):
+    tokenizer = sentencepiece_like(tmp_path)
+    vocab = tokenizer._fast.get_vocab_size() + 5
+    compiler = GrammarCompiler(tokenizer, vocab, frozenset({0}))
+    structured, holds = FORMS["a person"]
+    text, end = write(tokenizer, compiler.compile(structured), vocab, 0, 1)
+    assert end == "stop"
+    assert holds(text.strip()), text
+
+
+@pytest.mark.golden
+def test_random_logits_over_a_real_vocabulary(smol):
+    tokenizer = Tokenizer(smol / "smol-bf16")
+    compiler = GrammarCompiler(tokenizer, 49152, frozenset({0, 2}))
+    for structured, holds in FORMS.values():
+        for seed in range(3):
+            text, end = write(tokenizer, compiler.compile(structured), 49152, 2, seed, logit_bias={0: -100})
+            assert end == "stop"
+            assert holds(text), text
+
+
+def allowed(grammar: Grammar) -> set[int]:
+    return set(np.flatnonzero(unpacked(grammar.mask(), VOCAB)).tolist())
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> set[int]:
+    return {tokenizer.encode(character)[0] for character in text}
+
+
+def test_masks_are_what_may_come_next(tokenizer, compiler):
+    grammar = compiler.compile(StructuredOutput(regex="a?b"))
+    a, b = (tokenizer.encode(character)[0] for character in "ab")
+    assert allowed(grammar) == {a, b}
+    assert not grammar.is_finished
+    assert grammar.accept(a)
+    assert allowed(grammar) == {b}
+    assert grammar.accept(b)
+    assert allowed(grammar) == {EOS}
+    assert grammar.is_finished and grammar.is_complete
+    assert grammar.accept(EOS)
+    assert grammar.error == ""
+
+
+def test_complete_is_not_finished(tokenizer, compiler):
+    grammar = compiler.compile(StructuredOutput(regex="a+"))
+    (a,) = tokenizer.encode("a")
+    assert not grammar.is_complete
+    grammar.accept(a)
+    assert grammar.is_complete and not grammar.is_finished
+    assert allowed(grammar) == {a, EOS}
+
+
+def test_ids_without_a_token_and_special_tokens_never_come(compiler):
+    grammar = compiler.compile(StructuredOutput(regex="(.|\n){5,}"))
+    assert max(allowed(grammar)) < 256
+
+
+def test_every_stop_token_may_end_a_form(tokenizer):
+    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({256, EOS}))
+    grammar = compiler.compile(StructuredOutput(choices=["a"]))
+    grammar.accept(tokenizer.encode("a")[0])
+    assert allowed(grammar) == {256, EOS}
+
+
+def test_a_token_against_the_form_ends_it(tokenizer, compiler):
+    grammar = compiler.compile(StructuredOutput(regex="ab"))
+    assert not grammar.accept(tokenizer.encode("x")[0])
+    assert grammar.is_finished
+    assert re.fullmatch("Parser Error: token .* doesn't satisfy the grammar; byte 'x' fails parse", grammar.error)
+    assert allowed(grammar) == {EOS}
+
+
+def test_json_has_only_so_much_space(tokenizer, compiler):
+    """Or a model that likes spaces goes on for ever."""
+    (space, brace) = tokenizer.encode(" {")
+    grammar = compiler.compile(StructuredOutput(json_object=True))
+    assert space not in allowed(grammar)
+    grammar.accept(brace)
+    for _ in range(40):
+        assert space in allowed(grammar)
+        assert grammar.accept(space)
+    assert space not in allowed(grammar)
+    assert allowed(grammar) >= ids_of(tokenizer, '"}')
+
+
+def test_masks_of_several_answers(tokenizer, compiler):
+    grammars = [compiler.compile(StructuredOutput(regex=regex)) for regex in ("a", "b", "[ab]")]
+    masks = fill_masks(grammars, VOCAB)
+    assert masks.shape == (3, mask_words(VOCAB))
+    for grammar, mask in zip(grammars, masks, strict=True):
+        np.testing.assert_array_equal(mask, grammar.mask())
+
+
+def test_answers_with_and_without_a_form_in_one_step(tokenizer, compiler):
+    regexes: list[str | None] = [None, "b", None, "a", "c"]
+    samplers = [
+        Sampler(
+            SamplingParams(temperature=0, logprobs=0),
+            [1],
+            VOCAB,
+            frozenset({EOS}),
+            0,
+            None if regex is None else compiler.compile(StructuredOutput(regex=regex)),
+        )
+        for regex in regexes
+    ]
+    rows = np.random.default_rng(0).normal(0, 1, (5, VOCAB)).astype(np.float32)
+    tokens = [each.token_id for each in choose_all(samplers, rows, [0] * 5)]
+    expected = [
+        int(row.argmax()) if regex is None else tokenizer.encode(regex)[0]
+        for row, regex in zip(rows, regexes, strict=True)
+    ]
+    assert tokens == expected
+    assert [one.is_finished for one in samplers] == [False, True, False, True, True]
+
+
+def test_grammars_of_one_form_do_not_share_how_far_they_are(tokenizer, compiler):
+    structured = StructuredOutput(regex="ab")
+    first, second = compiler.compile(structured), compiler.compile(structured)
+    first.accept(tokenizer.encode("a")[0])
+    assert allowed(first) == ids_of(tokenizer, "b")
+    assert allowed(second) == allowed(compiler.compile(structured)) == ids_of(tokenizer, "a")
+
+
+def test_only_so_many_forms_are_kept(tokenizer):
+    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+    made: list[StructuredOutput] = []
+    compile_one = compiler._compile
+    compiler._compile = lambda structured: made.append(structured) or compile_one(structured)  # type: ignore[method-assign, func-returns-value]
+    forms = [StructuredOutput(choices=[f"x{i}"]) for i in range(KEPT + 1)]
+    compiler.compile(forms[0])
+    for form in forms[1:KEPT]:
+        compiler.compile(form)
+        compiler.compile(forms[0])  # used all the time: it stays
+    assert made == forms[:KEPT]
+    compiler.compile(forms[KEPT])
+    compiler.compile(forms[0])
+    assert made == forms
+    compiler.compile(forms[1])  # the one that was not used for the longest time
+    assert made == [*forms, forms[1]]
+
+
+def test_threads_may_share_a_compiler(tokenizer, compiler):
+    texts: list[str] = []
+
+    def ask(seed: int) -> None:
+        for form in ("a person", "a grammar"):
+            text, _ = write(tokenizer, compiler.compile(FORMS[form][0]), VOCAB, EOS, seed)
+            texts.append(text if FORMS[form][1](text) else "")
+
+    askers = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert len(texts) == 8
+    assert all(texts)
+
+
+BAD: Sequence[tuple[dict[str, Any], str]] = [
+    ({"regex": "a("}, "structured regex: got .*unclosed group.*, expected one that llguidance understands"),
+    ({"regex": "(?=a)b"}, "structured regex: got .*look-around.* not supported"),
+    ({"grammar": "start: nothing"}, 'structured grammar: got .*unknown name: "nothing"'),
+    ({"grammar": "begin: /a/"}, "structured grammar: got .*start"),
+    ({"grammar": "start: ("}, "structured grammar: got "),
+    ({"json_schema": '{"type": "nope"}'}, "structured json_schema: got Invalid type: nope, expected"),
+    ({"json_schema": '{"$ref": "#/nope"}'}, "structured json_schema: got Pointer '/nope' does not exist"),
+    ({"json_schema": '{"not": {}}'}, "structured json_schema: got Unimplemented keys"),
+    ({"json_schema": '{"minimum": "x"}'}, "structured json_schema: got Expected f64 for 'minimum'"),
+    ({"json_schema": '{"$ref": "http://localhost/a.json"}'}, "structured json_schema: got .*does not fetch resources"),
+    ({"json_schema": json.dumps({"type": "x" * 1000})}, "structured json_schema: got Invalid type: x+"),
+]
+
+
+@pytest.mark.parametrize(("form", "pattern"), BAD)
+def test_bad_forms_are_refused_in_one_line(compiler, form, pattern):
+    with pytest.raises(InputError) as caught:
+        compiler.compile(StructuredOutput(**form))
+    message = str(caught.value)
+    assert re.match(pattern, message), message
+    assert "\n" not in message and len(message) < MAX_REASON + 100
+
+
+def test_a_form_too_complex_is_refused_or_ends(tokenizer, compiler):
+    """Whatever it is, it neither hangs nor kills."""
+    for structured in (
+        StructuredOutput(regex="(a{1,1000}){1,1000}"),
+        StructuredOutput(regex="(a|b)*a" + "(a|b)" * 200),
+        StructuredOutput(grammar="start: start start | start start start | /a/"),
+        StructuredOutput(json_schema=json.dumps({"$ref": "#"})),
+    ):
+        try:
+            grammar = compiler.compile(structured)
+        except InputError:
+            continue
+        write(tokenizer, grammar, VOCAB, EOS, 1, most=50)
+
+
+def test_a_tokenizer_that_llguidance_cannot_read(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer for structured output in .*tokenizer\.json: got "):
+        GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+
+
+def test_without_llguidance_the_extra_is_named(monkeypatch, tokenizer):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(DependencyError) as caught:
+        GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+    assert str(caught.value) == (
+        "structured output needs llguidance: got none installed. Install it: pip install 'eightfold[serve]'"
+    )
+
+
+def test_sampling_does_not_load_llguidance():
+    code = "import sys, eightfold.engine.sampler; print('llguidance' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
