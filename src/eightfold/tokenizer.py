@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,34 +66,63 @@ class Tokenizer:
             raise InputError(
                 "text", got=f"character {error.start} that is not Unicode", expected="text that UTF-8 can hold"
             ) from None
-        return list(self._fast.encode(text, add_special_tokens=special_tokens).ids)
+        # Of the library's calls this one lets other Python threads run meanwhile, and leaves out what is not needed.
+        return list(self._fast.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return text, without special tokens unless they are to be kept."""
         return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        """Render messages with the model's chat template and return token ids."""
-        return self.encode(
-            self.render_chat(messages, add_generation_prompt=add_generation_prompt), special_tokens=False
-        )
+    def piece(self, token_id: int) -> str | None:
+        """Return a token as tokenizer.json spells it, which need not be text; None if there is no such token."""
+        found = self._fast.id_to_token(token_id)
+        return None if found is None else str(found)
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Render messages with the model's chat template and return token ids."""
+        rendered = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, variables=variables
+        )
+        return self.encode(rendered, special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """Render messages with the model's chat template.
+
+        Args:
+            messages: the conversation so far.
+            add_generation_prompt: whether the assistant's turn is opened at the end.
+            tools: descriptions of functions that the assistant may call, as the template expects them.
+            variables: further ones that this template knows, such as enable_thinking; none of the above.
 
         Raises:
             CheckpointError: the model has no chat template.
             InputError: the template refuses these messages.
         """
-        template, special_tokens = self._template, self._special_tokens
+        given = {
+            **(variables or {}),
+            **self._special_tokens,
+            "messages": list(messages),
+            "tools": list(tools) if tools else None,  # templates ask whether it is none: an undefined name is not
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        template = self._template
         try:
-            rendered = template.render(
-                messages=list(messages),
-                tools=None,  # templates ask whether it is none, and an undefined name is not
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            )
+            rendered = template.render(given)
         except Exception as error:  # the template is a program: a division by zero in it is one too
             raise InputError(
                 "messages",
@@ -106,7 +135,7 @@ class Tokenizer:
     def _template(self) -> Any:
         from jinja2.exceptions import TemplateError
 
-        source = self._template_source()
+        source = self.template_source()
         try:
             return _sandbox().from_string(source)
         except TemplateError as error:
@@ -118,7 +147,20 @@ class Tokenizer:
         """Whether there is a chat template: one that was given, or the model's."""
         return self._find_template() is not None
 
-    def _template_source(self) -> str:
+    def require_template(self) -> None:
+        """Check the chat template as far as that goes without messages.
+
+        Raises:
+            CheckpointError: there is none, or it is not a jinja2 template.
+        """
+        _ = self._template
+
+    def template_source(self) -> str:
+        """Return the chat template.
+
+        Raises:
+            CheckpointError: there is none.
+        """
         source = self._find_template()
         if source is None:
             raise CheckpointError(

@@ -1,0 +1,128 @@
+"""Log-probabilities as OpenAI's two APIs and vLLM write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from eightfold.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from eightfold.engine.sampler import Sampled
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+_LEAST = -9999.0  # stands for minus infinity, which JSON has not
+
+
+class TokenTexts:
+    """The texts of single tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.of = lru_cache(65536)(self._of)
+        self.bytes_of = lru_cache(65536)(self._bytes_of)
+
+    def _of(self, token: int) -> str:
+        """Return a token's text; of a token that is part of a character its bytes, as OpenAI shows them."""
+        text = self._tokenizer.decode([token], keep_special=True)
+        if REPLACEMENT not in text:
+            return text
+        known = self.bytes_of(token)
+        return text if known is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        """Return a token's bytes; None where they are not known."""
+        text = self._tokenizer.decode([token], keep_special=True)
+        if REPLACEMENT not in text:
+            return text.encode("utf-8", "replace")
+        piece = self._tokenizer.piece(token) or ""
+        single = _SINGLE.fullmatch(piece)
+        if single:
+            return bytes.fromhex(single[1])
+        codes = [_BYTE_OF.get(symbol) for symbol in piece]
+        known = [code for code in codes if code is not None]
+        return bytes(known) if known and len(known) == len(codes) else None
+
+
+def _byte_symbols() -> dict[str, int]:
+    """Return which byte each symbol of a byte-level vocabulary stands for.
+
+    Bytes that are printable in Latin-1 stand for themselves, the others in order for symbols from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_symbols()
+_SINGLE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies that have no bytes otherwise write one
+
+
+def chat_logprobs(sampled: Sequence[Sampled], texts: TokenTexts) -> list[dict[str, Any]]:
+    """Return what stands under `logprobs.content` of a chat's choice."""
+    return [
+        {
+            **_named(each.token_id, each.logprob, texts),
+            "top_logprobs": [_named(token, logprob, texts) for token, logprob in each.top],
+        }
+        for each in sampled
+    ]
+
+
+def _named(token: int, logprob: float | None, texts: TokenTexts) -> dict[str, Any]:
+    known = texts.bytes_of(token)
+    return {
+        "token": texts.of(token),
+        "logprob": finite(logprob),
+        "bytes": None if known is None else list(known),
+    }
+
+
+def finite(logprob: float | None) -> float | None:
+    """Return a number that JSON has."""
+    return None if logprob is None else max(logprob, _LEAST)
+
+
+class CompletionLogprobs:
+    """What stands under `logprobs` of a completion's choice, piece by piece."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts, self._offset = texts, 0
+
+    def of(self, sampled: Sequence[Sampled | None], token_ids: Sequence[int], top: int) -> dict[str, Any]:
+        """Return them for the next tokens; None where nothing is known, as of a prompt's first token."""
+        tokens = [self._texts.of(token) for token in token_ids]
+        offsets = list[int]()
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if each is None else finite(each.logprob) for each in sampled],
+            "top_logprobs": [None if each is None else self._likeliest(each, top) for each in sampled] if top else None,
+            "text_offset": offsets,
+        }
+
+    def _likeliest(self, sampled: Sampled, top: int) -> dict[str, float | None]:
+        found = dict[str, float | None]()
+        for token, logprob in (*sampled.top[:top], (sampled.token_id, sampled.logprob)):
+            found.setdefault(self._texts.of(token), finite(logprob))
+        return found
+
+
+def prompt_logprobs(sampled: Sequence[Sampled | None] | None, texts: TokenTexts) -> list[Any] | None:
+    """Return vLLM's `prompt_logprobs`: for each token of the prompt what was likely there, by token id."""
+    if sampled is None:
+        return None
+    return [
+        None
+        if each is None
+        else {
+            str(token): {"logprob": finite(logprob), "decoded_token": texts.of(token)}
+            for token, logprob in (*each.top, (each.token_id, each.logprob))
+        }
+        for each in sampled
+    ]

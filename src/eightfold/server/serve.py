@@ -1,0 +1,154 @@
+"""The server's life: a socket, an event loop, and an end in good order.
+
+The first SIGTERM or SIGINT stops it: new requests and /health get 503, those that run may finish. A second one, or the
+end of the time for it, ends them too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from eightfold.errors import ConfigError
+from eightfold.server.app import create_app
+from eightfold.server.generation import ServedEngine
+from eightfold.server.service import Service
+from eightfold.server.settings import ServerSettings
+
+log = logging.getLogger("eightfold.server")
+
+KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep a connection, so that it is them who close it
+GRACE_SECONDS = 3.0  # for the last bytes of answers
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has an address and does not listen yet.
+
+    Raises:
+        ConfigError: the address is in use, or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise _not_ours(host, error) from None
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        raise _address_error(host, port, error) from None
+    return found
+
+
+def _not_ours(host: str, error: OSError) -> ConfigError:
+    return ConfigError("--host", got=host, expected="an address of this machine", action=f"{error.strerror}.")
+
+
+def _address_error(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        action = "Another program uses this one: choose another."
+        return ConfigError("--port", got=port, expected="a free one", action=action)
+    if error.errno == errno.EACCES:
+        action = "Lower ones need rights that you do not have."
+        return ConfigError("--port", got=port, expected="1024 or more", action=action)
+    return _not_ours(host, error)
+
+
+def serve(engine: ServedEngine, settings: ServerSettings, sock: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serve until a signal says to stop.
+
+    Args:
+        engine: that answers.
+        settings: how.
+        sock: from `bind`.
+        announce: is told the address once requests are accepted.
+
+    Raises:
+        ConfigError: another program was quicker to listen at the address.
+    """
+    host, port = sock.getsockname()[:2]
+    try:
+        Server(engine, settings, lambda: announce(f"http://{_in_url(host)}:{port}")).run(sockets=[sock])
+    except OSError as error:
+        raise _address_error(host, port, error) from None
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a stop of our own.
+
+    Attributes:
+        service: what it serves.
+    """
+
+    def __init__(self, engine: ServedEngine, settings: ServerSettings, ready: Callable[[], None]) -> None:
+        self.service = Service(engine, settings)
+        self._ready = ready
+        self._drain: asyncio.Task[None] | None = None
+        config = uvicorn.Config(
+            create_app(self.service),
+            lifespan="off",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=round(GRACE_SECONDS),
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone: `startup` has seen to them."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.add_signal_handler(number, self.stop)
+        self._ready()
+
+    def stop(self) -> None:
+        """Begin to stop; the second time, do not wait for anybody."""
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._finish())
+        else:
+            self.service.abort_all()
+
+    async def _finish(self) -> None:
+        """Let what runs come to its end, within the time for it."""
+        admission, timeout = self.service.admission, self.service.settings.drain_timeout
+        admission.is_draining = True
+        log.info("stopping: %d sequences may finish within %g s", admission.inside, timeout)
+        for seconds in (timeout, GRACE_SECONDS):
+            try:
+                await asyncio.wait_for(admission.wait_until_empty(), seconds)
+                break
+            except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+                log.warning("ending %d sequences that still run", admission.inside)
+                self.service.abort_all()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close everything."""
+        await super().shutdown(sockets)
+        self.service.close()
+        await self.service.engine.shutdown()
+        log.info("stopped")

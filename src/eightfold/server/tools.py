@@ -1,0 +1,221 @@
+"""Tools: what a request offers, and the calls in an answer.
+
+Calls are recognised in the two forms that chat templates of this field teach:
+
+    tagged    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, between pieces of text; Qwen and Hermes
+    json      {"name": ..., "parameters": {...}}, and nothing else in the answer; Llama 3
+
+What only looks like a call, or calls what was not offered, stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from eightfold.engine.sampling_params import StructuredOutput
+from eightfold.server.fields import Fields, shown, wrong
+from eightfold.server.problems import bad_request
+from eightfold.server.sampling import form_of
+from eightfold.server.settings import MAX_TOOLS
+
+Form = Literal["tagged", "json"]
+
+_BEGIN, _END = "<tool_call>", "</tool_call>"
+_PYTHON_TAG = "<|python_tag|>"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a request says about tools.
+
+    Attributes:
+        shown: what the template is given; None: nothing.
+        names: of functions whose calls are recognised.
+        form: in which calls are recognised; None: not at all.
+        forced: the form that the answer must have, which is a call.
+        one_only: only the first call of an answer counts.
+    """
+
+    shown: list[Any] | None = None
+    names: frozenset[str] = frozenset()
+    form: Form | None = None
+    forced: StructuredOutput | None = None
+    one_only: bool = False
+
+
+def read_tools(fields: Fields, template: str) -> ToolUse:
+    """Return what a request says about tools.
+
+    Raises:
+        ApiError: 400.
+    """
+    one_only = not fields.flag("parallel_tool_calls", True)
+    choice = fields.any("tool_choice")
+    tools = fields.items("tools", MAX_TOOLS) or []
+    functions = dict(_function(at, tool) for at, tool in enumerate(tools))
+    if choice in (None, "auto") and functions:
+        return ToolUse(tools, frozenset(functions), _form(template), None, one_only)
+    if choice in (None, "auto", "none"):
+        return ToolUse()
+    wanted = functions if choice == "required" else {name: functions[name] for name in [_named(choice, functions)]}
+    if not wanted:
+        raise bad_request("tool_choice: got required, expected tools to choose from", param="tool_choice")
+    use = ToolUse(tools, frozenset(wanted), "json", None, one_only=True)
+    return replace(use, forced=_forced(wanted))
+
+
+def _function(at: int, tool: Any) -> tuple[str, dict[str, Any]]:
+    where = f"tools[{at}]"
+    if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+        raise wrong(where, tool, 'an object with "type": "function" and a function')
+    function: dict[str, Any] = tool["function"]
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise wrong(f"{where}.function.name", name, "1 to 64 letters, digits, dots, dashes and underscores")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise wrong(f"{where}.function.parameters", parameters, "a JSON schema")
+    return name, function
+
+
+def _named(choice: Any, functions: dict[str, Any]) -> str:
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise wrong("tool_choice", choice, "none, auto, required or an object with a function's name")
+    if name not in functions:
+        raise bad_request(f"tool_choice: got {shown(name)}, expected one of tools", param="tool_choice")
+    return name
+
+
+def _form(template: str) -> Form | None:
+    if _BEGIN in template:
+        return "tagged"
+    return "json" if "tools" in template and '"parameters"' in template else None
+
+
+def _forced(functions: dict[str, dict[str, Any]]) -> StructuredOutput:
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": function.get("parameters") or {"type": "object"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, function in functions.items()
+    ]
+    return form_of({"json_schema": calls[0] if len(calls) == 1 else {"anyOf": calls}})
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that an answer makes; arguments are JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as OpenAI writes it."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+
+
+class ToolParser:
+    """Splits one answer into text and calls, as it comes."""
+
+    def __init__(self, use: ToolUse) -> None:
+        self._use = use
+        self._form = use.form
+        self._held = ""
+        self.calls = 0
+
+    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Take more of the answer; return the text and the calls that are certain now."""
+        if self._form is None:
+            return text, []
+        self._held += text
+        return self._tagged() if self._form == "tagged" else self._json()
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """Return what was held back: no more text will come."""
+        held, self._held = self._held, ""
+        if self._form == "tagged" and _BEGIN in held:
+            before, _, inner = held.partition(_BEGIN)
+            calls = self._accept(inner)
+            return (before.rstrip(), calls) if calls else (held, [])
+        calls = self._accept(held) if self._form == "json" else []
+        return ("", calls) if calls else (held, [])
+
+    def _json(self) -> tuple[str, list[ToolCall]]:
+        begin = self._held.lstrip()
+        if not begin or begin[0] in "{[" or _PYTHON_TAG.startswith(begin[: len(_PYTHON_TAG)]):
+            return "", []  # it may become a call
+        text, self._held, self._form = self._held, "", None
+        return text, []
+
+    def _tagged(self) -> tuple[str, list[ToolCall]]:
+        text, found = "", list[ToolCall]()
+        while _END in self._held and _BEGIN in self._held:
+            whole, end, after = self._held.partition(_END)
+            before, _, inner = whole.partition(_BEGIN)
+            calls = self._accept(inner)
+            text += before.rstrip() if calls else whole + end
+            found += calls
+            self._held = after
+        if _BEGIN not in self._held:
+            cut = _certain(self._held)
+            text, self._held = text + self._held[:cut], self._held[cut:]
+        return text, found
+
+    def _accept(self, text: str) -> list[ToolCall]:
+        """Return the calls that a text is, if it is nothing else."""
+        found = _objects(text.strip().removeprefix(_PYTHON_TAG))
+        calls = [_call(each) for each in found]
+        if any(call is None or call.name not in self._use.names for call in calls):
+            return []
+        real = [call for call in calls if call is not None]
+        if self._use.one_only:
+            real = real[: max(1 - self.calls, 0)]
+        self.calls += len(real)
+        return real
+
+
+def _certain(text: str) -> int:
+    """Return how much of a text is neither white space at its end nor the beginning of a tag."""
+    for size in range(min(len(_BEGIN) - 1, len(text)), 0, -1):
+        if _BEGIN.startswith(text[-size:]):
+            text = text[:-size]
+            break
+    return len(text.rstrip())
+
+
+def _objects(text: str) -> list[Any]:
+    """Return the JSON values that a text is, semicolons or white space between them; none if it is anything else."""
+    decoder = json.JSONDecoder(parse_constant=_refuse)
+    found, at = list[Any](), 0
+    try:
+        while at < len(text):
+            value, at = decoder.raw_decode(text, at)
+            found += value if isinstance(value, list) else [value]
+            while at < len(text) and text[at] in "; \t\r\n":
+                at += 1
+    except (ValueError, RecursionError):
+        return []
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _call(value: Any) -> ToolCall | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", value["name"], json.dumps(arguments, ensure_ascii=False))

@@ -1,0 +1,62 @@
+"""Pieces of streams, from outputs as an engine gives them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
+from eightfold.server.answers import ChatAnswer, CompletionAnswer
+from eightfold.server.generation import Usage
+from eightfold.server.logprobs import TokenTexts
+from eightfold.server.tools import ToolUse
+
+
+def outputs():
+    """Two answers: the first ends a step before the second, and is there again when all is finished."""
+    short, long = Produced([1], ["a"]), Produced([2], ["b"])
+    yield output([CompletionOutput(0, short, (0, 0), "stop", "x"), CompletionOutput(1, long, (0, 0))])
+    long.token_ids.append(3)
+    long.pieces.append("c")
+    again, rest = CompletionOutput(0, short, (1, 1), "stop", "x"), CompletionOutput(1, long, (1, 1), "length")
+    yield output([again, rest], finished=True)
+
+
+def output(answers, finished=False):
+    return RequestOutput("r", (9,), answers, finished, Times(0.0))
+
+
+def choices_of(answer):
+    raw = b"".join(answer.pieces(0, each) for each in outputs()).decode()
+    assert raw.endswith("\n\n")
+    return [json.loads(event.removeprefix("data: "))["choices"][0] for event in raw[:-2].split("\n\n")]
+
+
+@pytest.fixture
+def texts(tokenizer):
+    return TokenTexts(tokenizer)
+
+
+def test_every_answer_of_a_chat_ends_once(texts):
+    choices = choices_of(ChatAnswer("m", texts, ToolUse(), streams=True, shows_usage=False))
+    found = [(c["index"], c["delta"].get("content"), c["finish_reason"], c.get("stop_reason")) for c in choices]
+    assert found == [
+        (0, "", None, None), (0, "a", None, None), (0, None, "stop", "x"), (1, "", None, None), (1, "b", None, None),
+        (1, "c", None, None), (1, None, "length", None),
+    ]  # fmt: skip
+
+
+def test_every_answer_of_a_completion_ends_once(texts):
+    answer = CompletionAnswer("m", texts, n=2, logprobs=None, echo=None, max_tokens=9, shows_usage=False)
+    found = [(choice["index"], choice["text"], choice["finish_reason"]) for choice in choices_of(answer)]
+    assert found == [(0, "a", "stop"), (1, "b", None), (1, "c", "length")]
+
+
+def test_the_usage_is_an_event_of_its_own(texts):
+    answer = ChatAnswer("m\n", texts, ToolUse(), streams=True, shows_usage=True)
+    event = json.loads(answer.usage(Usage(5, 3, 2)).decode().removeprefix("data: "))
+    assert (event["choices"], event["model"], event["object"]) == ([], "m\n", "chat.completion.chunk")
+    assert event["usage"] == {
+        "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3},
+    }  # fmt: skip

@@ -1,0 +1,394 @@
+"""What surrounds answers: keys, ids, limits, faults, clients that leave, the end; with an engine that does as told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import openai
+import pytest
+
+from eightfold.errors import CapacityError
+from tests.server.running import eventually
+
+
+def error_of(raw):
+    return raw.json()["error"]
+
+
+def in_background(call):
+    """Start a call in a thread; return how to get its result."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+
+    def result():
+        thread.join(20)
+        return found[0]
+
+    return result
+
+
+# ---- Keys, ids, origins.
+
+
+def test_without_the_key_only_health_and_the_page_are_open(serve):
+    running = serve({"api_key": "sesame"})
+    assert [running.http.get(path).status_code for path in ("/health", "/")] == [200, 200]
+    for given in ("Bearer sesam", "Bearer sesame2", "sesame", "Basic sesame", "Bearer", "Bearer s\u00e9same", None):
+        headers = {} if given is None else {"authorization": given.encode("latin-1")}
+        for path in ("/v1/models", "/metrics", "/version", "/nowhere"):
+            raw = running.http.get(path, headers=headers)
+            assert (raw.status_code, raw.headers["www-authenticate"]) == (401, "Bearer")
+            assert (error_of(raw)["type"], error_of(raw)["code"]) == ("authentication_error", "invalid_api_key")
+    assert running.http.get("/v1/models", headers={"authorization": "bearer  sesame"}).status_code == 200
+    with running.openai("sesame") as client:
+        assert client.models.list().data[0].id == "tiny"
+    with running.openai("wrong") as client, pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
+        client.models.list()
+
+
+def test_a_sane_request_id_comes_back_and_others_are_replaced(serve):
+    running = serve()
+    for given, kept in (("abc-1.2_3:4", True), ("a" * 128, True), ("a" * 129, False), ("a b", False), ("", False)):
+        found = running.http.get("/health", headers={"x-request-id": given}).headers["x-request-id"]
+        assert (found == given, found.startswith("req_")) == (kept, not kept)
+    assert running.http.get("/nowhere").headers["x-request-id"].startswith("req_")
+
+
+def test_pages_of_allowed_origins_may_call(serve):
+    running = serve({"cors_origins": ("https://ours.example",), "api_key": "k"})
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+    ours = running.http.options("/v1/chat/completions", headers={"origin": "https://ours.example", **asks})
+    assert (ours.status_code, ours.headers["access-control-allow-origin"]) == (200, "https://ours.example")
+    other = running.http.options("/v1/chat/completions", headers={"origin": "https://other.example", **asks})
+    assert "access-control-allow-origin" not in other.headers
+    raw = running.http.get("/v1/models", headers={"origin": "https://ours.example"})
+    assert (raw.status_code, raw.headers["access-control-allow-origin"]) == (401, "https://ours.example")
+
+
+def test_without_the_option_no_origin_is_allowed(serve):
+    raw = serve().http.get("/health", headers={"origin": "https://other.example"})
+    assert not [name for name in raw.headers if name.startswith("access-control")]
+
+
+# ---- Faults of the engine.
+
+
+def test_what_the_engine_refuses_is_a_400(serve):
+    running = serve(refusal=CapacityError("prompt", got="too much"))
+    for stream in (False, True):
+        raw = running.chat(stream=stream)
+        assert (raw.status_code, error_of(raw)["message"]) == (400, "prompt: got too much")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_before_the_answer_is_a_500_that_tells_nothing(serve, stream, caplog):
+    raw = serve(fails_after=0).chat("a secret", stream=stream)
+    assert (raw.status_code, error_of(raw)["code"]) == (500, "internal_error")
+    assert "secret" not in raw.text
+    assert any(record.exc_info for record in caplog.records)
+
+
+def test_a_fault_within_a_stream_is_its_last_event(serve):
+    running = serve(answer="Hello there", fails_after=5)
+    events = running.events("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == "Hello"
+    assert events[-1]["error"]["code"] == "internal_error"
+    with running.openai() as client, pytest.raises(openai.APIError, match="internal error"):
+        list(client.completions.create(model="tiny", prompt="x", stream=True))
+
+
+def test_a_fault_of_one_prompt_ends_the_others(serve):
+    running = serve(answer="Hello there", fails_after=5)
+    assert running.post("/v1/completions", {"prompt": ["a", "b", "c"]}).status_code == 500
+    assert eventually(lambda: not running.engine.open)
+
+
+def test_a_crashed_engine_is_503_and_so_is_health(serve):
+    from eightfold.engine.async_llm import EngineStoppedError
+
+    running = serve(refusal=EngineStoppedError("the engine crashed: a secret"), is_healthy=False)
+    raw = running.chat()
+    assert (raw.status_code, error_of(raw)["code"], "secret" in raw.text) == (503, "engine_stopped", False)
+    health = running.http.get("/health")
+    assert (health.status_code, health.json()) == (503, {"status": "failed"})
+
+
+# ---- Clients that leave.
+
+
+def half_a_request(running, content, reads=b""):
+    """Send a request on a connection of its own, wait for some bytes of the answer, and leave."""
+    body = json.dumps(content).encode()
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        received = b""
+        while reads not in received:
+            received += connection.recv(65536)
+        if not reads:
+            assert eventually(lambda: running.engine.open)
+
+
+@pytest.mark.parametrize("prompt", ["x", ["x", "y", "z"]])
+def test_who_leaves_a_stream_ends_it(serve, prompt):
+    running = serve(answer="word " * 50, seconds=0.01)
+    half_a_request(running, {"prompt": prompt, "stream": True, "max_tokens": 200}, reads=b"data: ")
+    assert eventually(lambda: not running.engine.open)
+    assert set(running.engine.ended) == {"aborted"}
+    assert eventually(lambda: running.server.service.admission.inside == 0)
+    assert running.metric("answers_finished_total", reason="abort") == len(prompt)
+
+
+def test_who_leaves_while_waiting_ends_it(serve, caplog):
+    running = serve(stuck=True)
+    with caplog.at_level("INFO", "eightfold.server"):
+        half_a_request(running, {"prompt": "x"})
+        assert eventually(lambda: not running.engine.open)
+        assert eventually(lambda: [r.record.status for r in caplog.records if hasattr(r, "record")] == [499])
+    assert running.engine.ended == {"aborted": 1}
+
+
+def test_who_leaves_before_the_body_is_there_is_nobody(serve, caplog):
+    caplog.set_level("INFO", "eightfold.server")
+    running = serve()
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert eventually(lambda: running.server.service.admission.held_bytes == 1)
+    assert eventually(lambda: [record.record.status for record in caplog.records] == [499])
+    assert running.server.service.admission.held_bytes == 0
+    assert running.engine.last is None
+
+
+def test_a_body_that_does_not_come_is_a_408(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.body.BODY_SECONDS", 0.05)
+    running = serve()
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+
+
+# ---- Limits.
+
+
+def test_more_than_may_wait_get_a_429_that_says_when_to_come_back(serve):
+    running = serve({"max_num_seqs": 1, "max_waiting": 2}, stuck=True)
+    results = [in_background(lambda: running.chat()) for _ in range(3)]
+    assert eventually(lambda: running.server.service.admission.inside == 3)
+    raw = running.chat()
+    assert (raw.status_code, error_of(raw)["type"]) == (429, "rate_limit_error")
+    assert 1 <= int(raw.headers["retry-after"]) <= 60
+    with running.openai() as client, pytest.raises(openai.RateLimitError):
+        client.completions.create(model="tiny", prompt="x")
+    running.engine.stuck = False
+    assert [result().status_code for result in results] == [200, 200, 200]
+    assert running.chat().status_code == 200
+
+
+def test_a_request_that_can_never_be_admitted_is_a_400(serve):
+    running = serve({"max_num_seqs": 2, "max_waiting": 2})
+    raw = running.post("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2})
+    assert (raw.status_code, error_of(raw)["message"]) == (400, "prompts x n: got 6, expected at most 4")
+    assert running.post("/v1/completions", {"prompt": ["a", "b"], "n": 2}).status_code == 200
+
+
+def test_texts_that_are_being_read_are_limited_too(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.admission.MAX_HELD_BYTES", 100)
+    running = serve()
+    assert running.chat("x" * 200).status_code == 429
+    assert running.chat("x").status_code == 200
+    assert eventually(lambda: running.server.service.admission.held_bytes == 0)
+
+
+def test_a_stream_that_has_to_wait_begins_with_comments(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.respond.FIRST_SIGN_SECONDS", 0.02)
+    running = serve(stuck=True)
+    with running.http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as raw:
+        lines = raw.iter_lines()
+        assert (raw.status_code, next(lines)) == (200, ": waiting")
+        running.engine.stuck = False
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+
+
+# ---- The end.
+
+
+def test_at_the_end_running_answers_finish_and_new_ones_are_refused(serve):
+    running = serve({"drain_timeout": 20}, stuck=True)
+    result = in_background(lambda: running.chat())
+    assert eventually(lambda: running.engine.open)
+    running.stop_soon()
+    assert eventually(lambda: running.http.get("/health").status_code == 503)
+    assert running.http.get("/health").json() == {"status": "stopping"}
+    raw = running.chat()
+    assert (raw.status_code, raw.headers["retry-after"], error_of(raw)["code"]) == (503, "10", "stopping")
+    assert running.http.get("/metrics").status_code == 200
+    running.engine.stuck = False
+    assert result().json()["choices"][0]["message"]["content"] == "Hello!"
+    assert eventually(lambda: not running.engine.is_healthy)  # shut down
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_at_the_end_of_the_time_or_when_told_twice_they_are_ended(serve, twice):
+    running = serve({"drain_timeout": 20 if twice else 0.05}, stuck=True)
+    whole = in_background(lambda: running.chat())
+    assert eventually(lambda: len(running.engine.open) == 1)
+    begin = time.monotonic()
+    running.stop_soon()
+    if twice:
+        running.stop_soon()
+    raw = whole()
+    assert (raw.status_code, error_of(raw)["code"]) == (503, "stopping")
+    assert eventually(lambda: not running.engine.is_healthy)
+    assert time.monotonic() - begin < 5
+    assert running.engine.ended == {"aborted": 1}
+
+
+def test_a_stream_that_is_ended_says_so(serve):
+    running = serve({"drain_timeout": 0.05}, answer="word " * 100, seconds=0.01)
+    found = in_background(lambda: running.events("/v1/completions", {"prompt": "x", "max_tokens": 250}))
+    assert eventually(lambda: running.engine.open)
+    running.stop_soon()
+    assert found()[-1]["error"]["code"] == "stopping"
+
+
+# ---- The log and the metrics.
+
+
+def logged(capsys, count):
+    """Wait for so many lines of the log; return them."""
+    text = []
+
+    def there():
+        text.append(capsys.readouterr().err)
+        return "".join(text).count("\n") >= count
+
+    assert eventually(there)
+    return [json.loads(line) for line in "".join(text).splitlines()]
+
+
+@contextmanager
+def logs_set_up():
+    """Do what the command does, on the stderr that the test sees."""
+    from eightfold.server import logs
+
+    loggers = [logging.getLogger(name) for name in ("eightfold", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    logs.set_up("info")
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_a_request_is_one_line_in_the_log_without_its_words(serve, capsys):
+    running = serve()
+    asked = {"messages": [{"role": "user", "content": "a secret"}]}
+    with logs_set_up():
+        running.post("/v1/chat/completions?q=hidden", asked, headers={"x-request-id": "mine"})
+        running.http.get("/health")
+        (line,) = logged(capsys, 1)
+    assert {name: line[name] for name in ("id", "path", "status", "generated_tokens", "cached_tokens", "finish")} == {
+        "id": "mine",
+        "path": "/v1/chat/completions",
+        "status": 200,
+        "generated_tokens": 6,
+        "cached_tokens": 3,
+        "finish": "stop",
+    }
+    assert 0 <= line["ttft"] <= line["seconds"]
+    assert "secret" not in json.dumps(line) and "Hello" not in json.dumps(line) and "hidden" not in json.dumps(line)
+
+
+def test_a_fault_is_logged_with_its_place_and_without_its_message(serve, capsys):
+    running = serve(fails_after=0)
+    with logs_set_up():
+        running.chat()
+        fault, request = logged(capsys, 2)
+    assert fault["exception"] == "RuntimeError" and "fake_engine.py" in fault["traceback"][-1]
+    assert (request["status"], request["error"], request["id"]) == (500, "internal_error", fault["id"])
+    assert "secret" not in json.dumps(fault)
+
+
+def test_metrics_count_what_happened(serve):
+    running = serve(preemptions=2)
+    running.chat(n=2)
+    running.chat(max_tokens=3)
+    running.chat(max_tokens=0)
+    running.chat(max_tokens=1)
+    assert running.metric("answers_finished_total", reason="stop", model="tiny") == 2
+    assert running.metric("answers_finished_total", reason="length") == 2
+    assert running.metric("generated_tokens_total") == 6 + 6 + 3 + 1
+    assert running.metric("prompt_tokens_total") == 3 * len(running.engine.last[0])
+    assert running.metric("time_to_first_token_seconds_count") == 3
+    assert running.metric("request_seconds_count") == 3
+    assert running.metric("time_per_output_token_seconds_count") == 3  # of a single token there is none
+    assert running.metric("http_requests_total", path="/v1/chat/completions", status="200") == 3
+    assert running.metric("http_requests_total", path="/v1/chat/completions", status="400") == 1
+    assert running.metric("preemptions_total") == 2
+    assert (running.metric("kv_cache_blocks"), running.metric("kv_cache_usage_ratio")) == (10, 0)
+    text = running.http.get("/metrics")
+    assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
+    for name in ("requests_waiting", "requests_running", "prefix_cache_hit_tokens_total", "prompt_tokens_total",
+                 "prefix_cache_query_tokens_total"):  # fmt: skip
+        assert f"\neightfold_{name}{{" in text.text
+
+
+# ---- The small endpoints.
+
+
+def test_an_impossible_token_has_a_logprob_that_json_knows(serve):
+    running = serve()
+    chat = running.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"][0]
+    assert [each["logprob"] for each in chat["top_logprobs"]] == [-0.5, -9999.0]
+    raw = running.post("/v1/completions", {"prompt": "x", "logprobs": 2}).json()
+    assert sorted(raw["choices"][0]["logprobs"]["top_logprobs"][0].values()) == [-9999.0, -0.5]
+
+
+def test_models_under_all_their_names(serve):
+    running = serve({"model_names": ("first/one", "second")})
+    with running.openai() as client:
+        assert [model.id for model in client.models.list()] == ["first/one", "second"]
+        assert client.models.retrieve("first/one").model_extra["max_model_len"] == 256
+        with pytest.raises(openai.NotFoundError, match="expected 'first/one'"):
+            client.models.retrieve("third")
+        assert client.completions.create(model="second", prompt="x").model == "first/one"
+
+
+def test_tokenize_and_detokenize_are_each_others_inverse(serve):
+    running = serve()
+    found = running.post("/tokenize", {"prompt": "h\u00e9", "return_token_strs": True}).json()
+    assert found["count"] == 3 == len(found["tokens"])
+    assert (found["max_model_len"], found["token_strs"]) == (256, ["h", "bytes:\\xc3", "bytes:\\xa9"])
+    assert running.post("/detokenize", {"tokens": found["tokens"]}).json() == {"prompt": "h\u00e9"}
+    chat = running.post("/tokenize", {"messages": [{"role": "user", "content": "a"}], "add_generation_prompt": False})
+    assert running.post("/detokenize", {"tokens": chat.json()["tokens"]}).json() == {"prompt": "<|user|>a</s>"}
+    for content in ({}, {"tokens": [-1]}, {"tokens": ["a"]}, {"tokens": [True]}, {"tokens": [2**31]}):
+        assert running.post("/detokenize", content).status_code == 400
+    assert running.post("/tokenize", {}).status_code == 400
+
+
+def test_version(serve):
+    from eightfold import __version__
+
+    assert serve().http.get("/version").json() == {"version": __version__}
+
+
+def test_who_was_still_reading_when_the_end_began_is_not_admitted():
+    from eightfold.server.admission import Admission
+    from eightfold.server.problems import ApiError
+    from eightfold.server.settings import ServerSettings
+
+    admission = Admission(ServerSettings(model_names=("tiny",)))
+    admission.is_draining = True
+    with pytest.raises(ApiError) as caught:
+        admission.enter(1)
+    assert (caught.value.status, admission.inside) == (503, 0)
