@@ -36,7 +36,7 @@ class Running:
 
     def openai(self, key: str = "none") -> openai.OpenAI:
         """Return the official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
     def post(self, path: str, content: Any = None, **options: Any) -> httpx.Response:
         """Send JSON, or bytes as if they were."""
@@ -80,7 +80,7 @@ def running(engine: Any, **settings: Any) -> Iterator[Running]:
     thread.start()
     assert ready.wait(10)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=120) as http:
         yield Running(server, engine, url, http)
     server.should_exit = True
     thread.join(20)
