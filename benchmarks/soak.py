@@ -30,10 +30,10 @@ from eightfold.native.generate import generate
 from eightfold.native.load import load_model
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 
-GROWTH_MIB = 32  # of memory after the first third: allocators take a while to have seen every size
+GROWTH_MIB = 32  # of memory from the second third to the last: allocators take a while to have seen every size
 
 # A cache that the load fills soon, so that memory can settle, and that is too small for it, so that it is preempted.
-DEFAULTS = ["--kv-memory", "256MiB"]
+DEFAULTS = ["--kv-memory", "96MiB"]
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ async def soak(server: Server, known: list[Known], tokenizer: Tokenizer, words: 
     seconds = time.monotonic() - begin
     left = await at_rest(server, clients)
     third = len(tally.rss_mib) // 3
-    settled, last = max(tally.rss_mib[: third + 1]), max(tally.rss_mib[-third - 1 :])
+    settled, last = max(tally.rss_mib[third : 2 * third + 1]), max(tally.rss_mib[-third - 1 :])
     if any(left.values()):
         tally.wrong.append(f"something is still held: {left}")
     if last > settled + GROWTH_MIB:
@@ -302,7 +302,7 @@ async def soak(server: Server, known: list[Known], tokenizer: Tokenizer, words: 
         "ttft_p50_s": round(cuts[49], 3),
         "ttft_p99_s": round(cuts[98], 3),
         "health_p50_max_s": [round(median(tally.health_s), 4), round(max(tally.health_s), 3)],
-        "rss_mib_first_last": [round(settled, 1), round(last, 1)],
+        "rss_mib_middle_last": [round(settled, 1), round(last, 1)],
         "held_at_the_end": left,
         "what_was_wrong": tally.wrong[:10],
     }
@@ -319,11 +319,12 @@ def main() -> int:
     parser.add_argument("--longest-answer", type=int, default=128, metavar="TOKENS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, default=Path("soak.log"), help="of the server")
-    parser.add_argument("options", nargs="*", help="of eightfold serve, behind --")
-    words = parser.parse_args()
+    given = sys.argv[1:]
+    cut = given.index("--") if "--" in given else len(given)
+    words, options = parser.parse_args(given[:cut]), given[cut + 1 :]
     draw = random.Random(words.seed)
     known = learn(words.model, words.prompts, words.longest_prompt, words.longest_answer, draw)
-    server = Server(words.model, [*DEFAULTS, *words.options], words.log)
+    server = Server(words.model, [*DEFAULTS, *options], words.log)
     try:
         result = asyncio.run(soak(server, known, Tokenizer(words.model), words))
     finally:

@@ -69,6 +69,7 @@ def test_pages_of_allowed_origins_may_call(serve):
     assert "access-control-allow-origin" not in other.headers
     raw = running.http.get("/v1/models", headers={"origin": "https://ours.example"})
     assert (raw.status_code, raw.headers["access-control-allow-origin"]) == (401, "https://ours.example")
+    assert raw.headers["access-control-expose-headers"] == "X-Request-Id, Retry-After"
 
 
 def test_without_the_option_no_origin_is_allowed(serve):
@@ -230,6 +231,7 @@ def test_at_the_end_running_answers_finish_and_new_ones_are_refused(serve):
     assert running.http.get("/health").json() == {"status": "stopping"}
     raw = running.chat()
     assert (raw.status_code, raw.headers["retry-after"], error_of(raw)["code"]) == (503, "10", "stopping")
+    assert running.post("/tokenize", {"prompt": "x"}).status_code == 503
     assert running.http.get("/metrics").status_code == 200
     running.engine.stuck = False
     assert result().json()["choices"][0]["message"]["content"] == "Hello!"

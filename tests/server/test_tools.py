@@ -90,6 +90,7 @@ def whole(client, **asked):
         (JSON, '{"a": 1} is JSON', ('{"a": 1} is JSON', [])),
         (JSON, f"I say {CALL}", (f"I say {CALL}", [])),
         ("{{ messages[0].content }}", CALL, (CALL, [])),
+        ('"parameters" {{ messages[0].content }}', CALL, (CALL, [])),
     ],
 )  # fmt: skip
 def test_calls_are_found_in_the_templates_form(talk, ask, template, answer, expected):
