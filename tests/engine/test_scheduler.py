@@ -111,6 +111,22 @@ def test_the_youngest_gives_its_blocks_and_comes_back_at_its_place(small):
     assert found["young"][0].token_ids == model.answer(tokens(random.Random("young"), PAGE - 20), 60)
 
 
+def test_a_prompt_may_be_stopped_before_its_end(small):
+    model = small("w8a8")
+    engine = model.engine(kv_memory=3 * model.page_bytes, max_num_seqs=2, max_batched_tokens=6)
+    steps = steps_of(engine)
+    add(engine, "old", PAGE - 30, count=60)
+    while not engine.stats.generated_tokens:
+        step(engine)
+    before = len(steps)
+    add(engine, "young", 240, count=3)  # five tokens a step
+    found = run(engine)
+    assert engine.stats.preemptions == 1
+    assert steps[before + 29] == {"old": 1, "young": 5}
+    assert steps[before + 30] == {"old": 1}
+    assert found["young"][0].token_ids == model.answer(tokens(random.Random("young"), 240), 3)
+
+
 def test_nobody_starts_who_would_be_stopped_at_once(small):
     """A free block is kept for a sequence that will need it within a few tokens."""
     model = small("w8a8")

@@ -265,10 +265,45 @@ def test_the_benchmark_tries_two_tokens_first(model, tmp_path, monkeypatch):
     monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
     monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", str(tmp_path / "times.csv"))
     runner = run_pa.PARunner(str(model), max_output_length=5)
-    real, asked = runner.engine.answer, []
-    monkeypatch.setattr(runner.engine, "answer", lambda ids, count, stop: asked.append(count) or real(ids, count, stop))
+    real, asked = run_pa.generate_requests, []
+
+    def watched(requests, batcher, limits):
+        asked.append(limits.max_new_tokens)
+        return real(requests, batcher, limits)
+
+    monkeypatch.setattr(run_pa, "generate_requests", watched)
     runner.infer(["hello"])
     assert asked == [2, 5]
+
+
+def test_a_batch_shares_its_steps(model, monkeypatch):
+    runner = run_pa.PARunner(str(model), max_batch_size=3, max_input_length=8, max_output_length=5)
+    batcher, sizes = runner.engine.batcher, []
+    decode = batcher.decode
+    monkeypatch.setattr(batcher, "decode", lambda requests: sizes.append(len(requests)) or decode(requests))
+    runner.infer(["hello"] * 4, ignore_eos=True)
+    assert sizes == [3] * 4 + [1] * 4
+
+
+def test_as_many_blocks_as_the_original_and_not_one_more(model):
+    # ceil((300 + 20) / 128) blocks for each of 2 requests; the core's pages are as large as blocks.
+    runner = run_pa.PARunner(str(model), max_batch_size=2, max_input_length=300)
+    assert runner.num_blocks == 6
+    runner.warm_up()
+    assert runner.engine.batcher.blocks.total == runner.engine.batcher.blocks.available == 6
+
+
+def test_without_torch_answers_are_arrays(pa, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = pa("--input_ids", "1,2,3", "--load_tokenizer", "False", "--max_output_length", 2)
+    assert re.fullmatch(r"\[ *\d+ +\d+\]", answers(result)[0])
+
+
+@pytest.mark.parametrize("words", [[], ["--load_tokenizer", "False", "--input_ids", "1,2,3", "7"]])
+def test_without_the_extension_the_reference_answers(pa, monkeypatch, words):
+    native = answers(pa(*words, "--ignore_eos"))
+    monkeypatch.setattr("eightfold.native.core.is_built", lambda: False)
+    assert answers(pa(*words, "--ignore_eos")) == native
 
 
 # --- what has no effect, and what is refused

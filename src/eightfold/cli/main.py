@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from eightfold import __version__
-from eightfold.cli import benching, checking, evaluate, importing, inspecting, quantizing, running, serving
+from eightfold.cli import benching, chatting, checking, evaluate, importing, inspecting, quantizing, running, serving
 from eightfold.errors import EightfoldError
 
 PROGRAM = "eightfold"  # in messages, however the program was started
@@ -57,6 +57,7 @@ app.command("quantize")(quantizing.quantize)
 app.command("check")(checking.check)
 app.command("inspect")(inspecting.inspect)
 app.command("run")(running.run)
+app.command("chat")(chatting.chat)
 app.command("serve")(serving.serve)
 app.command("eval")(evaluate.evaluate)
 app.command("bench")(benching.bench)

@@ -1,28 +1,56 @@
-"""`eightfold run`: one prompt, one answer."""
+"""`eightfold run`: one prompt, one answer; or a file of prompts, and a file of answers."""
 
 from __future__ import annotations
 
-import functools
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eightfold.cli import console
+from eightfold.cli import console, sampling
 from eightfold.cli.choices import AttentionMode, Backend, Dynamic
+from eightfold.cli.serving import parse_size
+from eightfold.cli.single_run import Single
+from eightfold.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.cli.batch_run import Batch, Tally
+    from eightfold.engine.settings import EngineConfig
+
+EXIT_FAILED = 1
 
 
 def run(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
-    prompt: Annotated[str, typer.Option(help="What to continue, or with --chat what to say.")],
+    prompt: Annotated[str | None, typer.Option(help="What to continue, or with --chat what to say.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts to answer, many at a time: a JSON object a line, or .txt."),
+    ] = None,
+    output_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Where their answers go, as JSON.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin the output file anew, and do not go on with it.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    chat_template: sampling.ChatTemplate = None,
+    temperature: sampling.Temperature = None,
+    top_p: sampling.TopP = None,
+    top_k: sampling.TopK = None,
+    min_p: sampling.MinP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    seed: sampling.Seed = None,
+    stop: sampling.Stop = None,
+    ignore_eos: sampling.IgnoreEos = False,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Answers to compute at a time. Default: 64.")
+    ] = None,
+    max_model_len: sampling.MaxModelLen = None,
+    kv_memory: sampling.KvMemory = None,
+    speculate: sampling.Speculate = 0,
     dynamic: Annotated[
         Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
     ] = Dynamic.asymmetric,
@@ -41,74 +69,122 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
 ) -> None:
-    """Answer one prompt, greedily, and show the text as it comes.
+    """Answer one prompt and show the text as it comes, or all prompts of a file.
 
     Example: eightfold run Llama-3.2-1B-w8a8 --chat --prompt "What's deep learning?"
+
+    Answers are greedy unless --temperature is given.
+
+    A file: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
+
+    Its lines are objects with prompt, messages or prompt_token_ids, perhaps an
+    id, and perhaps parameters of their own: max_tokens, temperature, top_p,
+    seed, stop, logprobs, n and so on. Each answer is written as soon as it is
+    there, with the index of its prompt and its id, so not in the prompts'
+    order. A run that was stopped goes on when it is started again: what is
+    answered is not done twice, what failed is tried again, and an input that
+    has changed since is refused. Exit code 1: some prompts could not be
+    answered, which their lines tell under error.
     """
-    from eightfold.format.checkpoint import Checkpoint
-    from eightfold.tokenizer import StreamDecoder, Tokenizer, stop_token_ids
+    chosen = sampling.given(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=stop,
+        ignore_eos=ignore_eos,
+    )  # fmt: skip
+    limits = sampling.given(
+        max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory=kv_memory, speculate=speculate or None
+    )
+    _require_one_source(prompt, input_file, output_file, {**limits, **sampling.given(overwrite=overwrite)})
+    template = None if chat_template is None else sampling.read_template(chat_template)
+    if note := sampling.idle_note(chosen):
+        console.note(note)
+    settings = {"threads": threads, "dynamic": dynamic.mode, "attention_mode": attention_mode.mode, **limits}
+    if prompt is not None:
+        _one(Single(model, prompt, chat, template, max_new_tokens, chosen, settings, backend), as_json)
+        return
+    assert input_file is not None
+    assert output_file is not None
+    _require_native(backend)
+    from eightfold.cli.batch_run import Batch
 
-    checkpoint = Checkpoint.open(model)
-    tokenizer = Tokenizer(model)
-    if chat:
-        prompt_ids = tokenizer.encode_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    else:
-        prompt_ids = tokenizer.encode(prompt)
-    stream = StreamDecoder(tokenizer)
+    chosen["max_tokens"] = max_new_tokens
+    config = _config(settings)
+    _batch(Batch(model, input_file, output_file, overwrite, chat, template, chosen, config), as_json)
 
-    def show(token: int) -> None:
-        if not as_json:
-            sys.stdout.write(stream.push(token))
-            sys.stdout.flush()
 
-    backend = backend.resolve()
-    if backend is Backend.reference:
-        answer = _reference(checkpoint, dynamic, attention_mode)
-    else:
-        answer = _native(checkpoint, dynamic, attention_mode, threads)
-    started = time.monotonic()
-    result = answer(prompt_ids, max_new_tokens, stop_token_ids(model, checkpoint.config_raw), show)
-    seconds = time.monotonic() - started
+def _require_one_source(
+    prompt: str | None, input_file: Path | None, output_file: Path | None, of_files: dict[str, Any]
+) -> None:
+    if (prompt is None) == (input_file is None):
+        got = "none" if prompt is None else "--input-file too"
+        raise ConfigError("--prompt", got=got, expected="it or --input-file")
+    if input_file is not None and output_file is None:
+        raise ConfigError("--output-file", got="none", expected="where the answers to --input-file go")
+    alone = [*(["output_file"] if output_file is not None else []), *of_files]
+    if prompt is not None and alone:
+        raise ConfigError(f"--{alone[0].replace('_', '-')}", got="--prompt", expected="--input-file beside it")
+
+
+def _require_native(backend: Backend) -> None:
+    if backend.resolve() is Backend.reference:
+        raise UnsupportedError("--input-file", got="the reference backend", expected="the native one")
+
+
+def _config(settings: dict[str, Any]) -> EngineConfig:
+    from eightfold.engine.settings import EngineConfig
+
+    if "kv_memory" in settings:
+        settings["kv_memory"] = parse_size(settings["kv_memory"])
+    sequences = settings.get("max_num_seqs", EngineConfig.max_num_seqs)
+    return EngineConfig(**settings, max_batched_tokens=max(EngineConfig.max_batched_tokens, 2 * sequences))
+
+
+def _batch(batch: Batch, as_json: bool) -> None:
+    """Answer a file of prompts."""
+    from eightfold.cli.batch_run import run_batch
+
+    tally = run_batch(batch)
+    _report(tally, batch.output_file, as_json)
+    if tally.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _report(tally: Tally, output_file: Path, as_json: bool) -> None:
     if as_json:
         console.print_json(
             {
-                "text": tokenizer.decode(result.token_ids),
-                "token_ids": result.token_ids,
-                "prompt_tokens": len(prompt_ids),
-                "finish_reason": result.finish_reason,
-                "seconds": round(seconds, 3),
-                "backend": backend.value,
+                "answered": tally.answered,
+                "answered_before": tally.answered_before,
+                "failed": tally.failed,
+                "prompt_tokens": tally.prompt_tokens,
+                "generated_tokens": tally.generated_tokens,
+                "seconds": round(tally.seconds, 3),
             }
         )
+    else:
+        tokens = f"{tally.prompt_tokens} + {tally.generated_tokens} tokens"
+        speed = f"{tally.seconds:.1f} s, {tally.speed:.1f} tok/s"
+        print(f"[{tally.answered} answers, {tokens}, {speed}]", file=sys.stderr)
+    if tally.failed:
+        total = tally.answered + tally.answered_before + tally.failed
+        print(f"eightfold: {tally.failed} of {total} prompts have an error in {output_file}.", file=sys.stderr)
+
+
+def _one(single: Single, as_json: bool) -> None:
+    """Answer one prompt."""
+    found = single.answer(_ignore if as_json else _show)
+    if as_json:
+        console.print_json(found._asdict())
         return
-    print(stream.finish())
-    count = len(result.token_ids)
-    print(f"[{len(prompt_ids)} + {count} tokens, {seconds:.1f} s, {result.finish_reason}]", file=sys.stderr)
+    print()
+    counts = f"{found.prompt_tokens} + {len(found.token_ids)} tokens"
+    print(f"[{counts}, {found.seconds:.1f} s, {found.finish_reason}]", file=sys.stderr)
 
 
-class _Generation(Protocol):
-    @property
-    def token_ids(self) -> list[int]: ...
-    @property
-    def finish_reason(self) -> Literal["stop", "length"]: ...
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
-# Prompt, new tokens at most, stop tokens, and who is told of each token.
-_Answer = Callable[[Sequence[int], int, frozenset[int], Callable[[int], None]], _Generation]
-
-
-def _reference(checkpoint: Checkpoint, dynamic: Dynamic, attention_mode: AttentionMode) -> _Answer:
-    console.require_torch("run --backend reference")
-    from eightfold.reference.generate import generate
-    from eightfold.reference.load import Decoder
-
-    return functools.partial(generate, Decoder(checkpoint, dynamic.mode, attention_mode.mode))
-
-
-def _native(checkpoint: Checkpoint, dynamic: Dynamic, attention_mode: AttentionMode, threads: int | None) -> _Answer:
-    from eightfold.native.generate import generate
-    from eightfold.native.load import load_model
-
-    return functools.partial(
-        generate, load_model(checkpoint, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
-    )
+def _ignore(text: str) -> None:
+    pass

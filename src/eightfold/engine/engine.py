@@ -80,7 +80,6 @@ class Engine:
             step_tokens=config.max_batched_tokens,
             blocks=min(-(-self.max_model_len // PAGE), pages),
             whole_prompts=model.float_prompts,
-            caches_prefixes=self._caches_prefixes,
         )
         self.scheduler = Scheduler(limits, self.blocks)
         self._layout = Layout(self.scheduler.tables)

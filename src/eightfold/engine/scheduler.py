@@ -47,14 +47,12 @@ class Limits:
         step_tokens: of a step.
         blocks: of one sequence.
         whole_prompts: prompts run in one piece, whatever the budget.
-        caches_prefixes: prompts that begin alike share blocks.
     """
 
     sequences: int
     step_tokens: int
     blocks: int
     whole_prompts: bool
-    caches_prefixes: bool
 
 
 @dataclass
@@ -117,7 +115,7 @@ class Scheduler:
         """Return the running sequences that only lack their next token, with a block for it, and the other ones."""
         plan, prompts = list[TokenSequence](), list[TokenSequence]()
         at = 0
-        while at < len(self.running):  # which shrinks at its end
+        while at < len(self.running):  # which loses its youngest
             sequence = self.running[at]
             at += 1
             if sequence.computed < len(sequence.token_ids) - 1:
@@ -126,7 +124,7 @@ class Scheduler:
             if sequence.computed < len(sequence.blocks) * PAGE or self._grow(sequence):
                 sequence.scheduled = 1
                 plan.append(sequence)
-        return plan, [sequence for sequence in prompts if sequence.slot >= 0]
+        return plan, prompts
 
     def _grow(self, sequence: TokenSequence) -> bool:
         """Give a running sequence one more block, other sequences' or not; return whether it still runs."""
@@ -144,7 +142,6 @@ class Scheduler:
     def _prompts(self, running: list[TokenSequence], budget: int) -> list[TokenSequence]:
         plan = _PromptPlan(budget, self.limits.whole_prompts)
         for sequence in running:
-            sequence.scheduled = 0
             plan.put(sequence, _piece(sequence, sequence.remaining))
         coming = {each for sequence in running for each in sequence.hashes[sequence.computed // PAGE :]}
         at = 0
@@ -164,8 +161,6 @@ class Scheduler:
 
     def _find(self, sequence: TokenSequence) -> list[int]:
         """Return the blocks that hold what a sequence begins with; its last token is always computed."""
-        if not self.limits.caches_prefixes:
-            return []
         most = (len(sequence.token_ids) - 1) // PAGE
         if sequence.wants_prompt_logits:
             most = min(most, sequence.first_prompt_logits // PAGE)

@@ -1,0 +1,225 @@
+"""The prompts of `run --input-file`: lines of JSON, or one text a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from eightfold.cli.sampling import sampling_params
+from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
+from eightfold.errors import EightfoldError, InputError, one_of
+from eightfold.tokenizer import Message, Tokenizer
+
+# A text, a chat, or token ids.
+Prompt = str | list[Message] | list[int]
+
+PROMPTS = ("prompt", "messages", "prompt_token_ids")
+_PARAMS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_FIELDS = (*PROMPTS, "id", *_PARAMS)
+_SHOWN = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchRequest:
+    """One prompt.
+
+    Attributes:
+        index: of the prompt in the file, from 0; empty lines do not count.
+        line: of the file, from 1.
+        id: the user's name for it.
+        prompt: a text, a chat's messages, or token ids.
+        params: how its answer's tokens are chosen.
+    """
+
+    index: int
+    line: int
+    id: str | int | None
+    prompt: Prompt
+    params: SamplingParams
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether it is a chat."""
+        return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that differ where the id, the prompt or the parameters do."""
+        usual, params = SamplingParams(), dataclasses.asdict(self.params)
+        changed = {name: value for name, value in params.items() if value != getattr(usual, name)}
+        content = json.dumps([self.id, self.prompt, changed], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Return the prompt's token ids.
+
+        Raises:
+            InputError: the text is not Unicode, or the chat template refuses the messages.
+        """
+        if isinstance(self.prompt, str):
+            return tokenizer.encode(self.prompt)
+        messages = [item for item in self.prompt if isinstance(item, dict)]
+        if messages:
+            return tokenizer.encode_chat(messages, add_generation_prompt=True)
+        return [item for item in self.prompt if isinstance(item, int)]
+
+
+def read_requests(path: Path, defaults: Mapping[str, Any], *, chat: bool = False) -> list[BatchRequest]:
+    """Return the prompts of a file: of a .txt each line, of any other what a JSON object a line says.
+
+    Args:
+        path: of the file, UTF-8.
+        defaults: sampling parameters where a line says nothing; to a seed the index is added.
+        chat: take each text for what a user says.
+
+    Raises:
+        InputError: the file cannot be read, has no prompts, or a line is not as it must be; the line is named.
+    """
+    read = _text_line if path.suffix.lower() == ".txt" else _json_line
+    requests: list[BatchRequest] = []
+    for number, line in _lines(path):
+        try:
+            fields = read(line)
+            requests.append(_request(fields, len(requests), number, dict(defaults), chat))
+        except _LineError as error:
+            raise InputError(f"line {number}", where=path, got=error.got, expected=error.expected) from None
+        except EightfoldError as error:
+            raise InputError(f"line {number} in {path}: {error}") from None
+    if not requests:
+        raise InputError("prompt file", where=path, got="no prompts", expected="one a line")
+    return requests
+
+
+class _LineError(Exception):
+    def __init__(self, got: str, expected: str) -> None:
+        super().__init__(got)
+        self.got, self.expected = got, expected
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not empty, and their numbers."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = _decoded(raw, number, path)
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
+
+
+def _decoded(raw: bytes, number: int, path: Path) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        got = f"byte {error.start} that is not UTF-8"
+        raise InputError(f"line {number}", where=path, got=got, expected="UTF-8 text") from None
+
+
+def _text_line(line: str) -> dict[str, Any]:
+    return {"prompt": line}
+
+
+def _json_line(line: str) -> dict[str, Any]:
+    expected = 'an object such as {"prompt": "Hello"}'
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else error
+        raise _LineError(f"no JSON ({reason})", expected) from None
+    if not isinstance(fields, dict):
+        raise _LineError(_clip(line), expected)
+    return fields
+
+
+def _request(fields: dict[str, Any], index: int, line: int, defaults: dict[str, Any], chat: bool) -> BatchRequest:
+    for field in fields:
+        if field not in _FIELDS:
+            near = difflib.get_close_matches(field, _FIELDS, 1)
+            hint = near[0] if near else f"{', '.join(_FIELDS[:4])} or a sampling parameter"
+            raise _LineError(f"the field {_clip(field)}", hint)
+    prompt = _prompt(fields)
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    name = fields.get("id")
+    if name is not None and (not isinstance(name, (str, int)) or isinstance(name, bool)):
+        raise _LineError(f"id {_clip(json.dumps(name))}", "a text or a whole number")
+    if "seed" in defaults:
+        defaults["seed"] = (defaults["seed"] + index) % 2**64
+    return BatchRequest(index, line, name, prompt, sampling_params(defaults, **_params(fields)))
+
+
+def _prompt(fields: dict[str, Any]) -> Prompt:
+    kinds = [name for name in PROMPTS if fields.get(name) is not None]
+    if len(kinds) != 1:
+        raise _LineError(" and ".join(kinds) or "no prompt", f"exactly one of {one_of(PROMPTS)}")
+    value = fields[kinds[0]]
+    fits, expected = _FORMS[kinds[0]]
+    if not fits(value):
+        raise _LineError(f"{kinds[0]} {_clip(json.dumps(value))}", expected)
+    prompt: Prompt = value
+    return prompt
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_message(item) for item in value)
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return value.get("content") is None or isinstance(value["content"], str)
+
+
+def _is_ids(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+
+
+_FORMS = {
+    "prompt": (_is_text, "a text"),
+    "messages": (_is_chat, 'a list such as [{"role": "user", "content": "Hello"}]'),
+    "prompt_token_ids": (_is_ids, "a list of token ids such as [1, 42]"),
+}
+
+
+def _params(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the sampling parameters of a line; null is as if it were not there, but for max_tokens."""
+    params = {name: fields[name] for name in _PARAMS if fields.get(name) is not None}
+    if "max_tokens" in fields:
+        params["max_tokens"] = fields["max_tokens"]
+    if "structured" in params:
+        params["structured"] = _structured(params["structured"])
+    if "logit_bias" in params:
+        params["logit_bias"] = _logit_bias(params["logit_bias"])
+    return params
+
+
+def _structured(given: Any) -> StructuredOutput:
+    forms = [field.name for field in dataclasses.fields(StructuredOutput)]
+    if not isinstance(given, dict) or not given.keys() <= set(forms):
+        raise _LineError(f"structured {_clip(json.dumps(given))}", f"an object with one of {one_of(forms)}")
+    form = {name: value for name, value in given.items() if value is not None}
+    if isinstance(form.get("json_schema"), (dict, list)):
+        form["json_schema"] = json.dumps(form["json_schema"])
+    return StructuredOutput(**form)
+
+
+def _logit_bias(given: Any) -> dict[int, Any]:
+    if not isinstance(given, dict) or not all(name.isdecimal() and len(name) < 10 for name in given):
+        raise _LineError(f"logit_bias {_clip(json.dumps(given))}", "token ids, as texts, and what is added to them")
+    return {int(name): bias for name, bias in given.items()}
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

@@ -1,0 +1,271 @@
+"""`eightfold chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from eightfold.cli import console, sampling
+from eightfold.cli.choices import AttentionMode, Dynamic
+from eightfold.cli.serving import parse_size
+from eightfold.errors import CheckpointError, EightfoldError
+
+if TYPE_CHECKING:
+    from eightfold.cli.conversation import Conversation, Prompt
+    from eightfold.cli.terminal import Pipe, Terminal
+    from eightfold.engine.engine import Engine
+    from eightfold.engine.outputs import CompletionOutput, RequestOutput
+
+HELP = """\
+/reset              forget what was said
+/system TEXT        put TEXT before the conversation, - for nothing; without TEXT show what is there
+/save FILE          write the conversation as JSON, a line that `run --input-file` reads
+/save --overwrite FILE
+/help               show this
+/exit               end, as Ctrl-D does
+A line that ends in a backslash goes on in the next one. Ctrl-C stops an answer.
+A message that begins with a slash: put a blank before it."""
+
+
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What stands before the conversation.")] = None,
+    temperature: sampling.Temperature = 0.7,
+    top_p: sampling.TopP = None,
+    top_k: sampling.TopK = None,
+    min_p: sampling.MinP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    seed: sampling.Seed = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Stop an answer after so many tokens.")
+    ] = 1024,
+    max_model_len: sampling.MaxModelLen = None,
+    kv_memory: sampling.KvMemory = None,
+    speculate: sampling.Speculate = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many threads compute. Default: one a CPU.")
+    ] = None,
+    attention_mode: Annotated[
+        AttentionMode,
+        typer.Option(help="What a prompt attends over with int8 keys and values; mindie computes each anew."),
+    ] = AttentionMode.cache,
+    dynamic: Annotated[
+        Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
+    ] = Dynamic.asymmetric,
+    chat_template: sampling.ChatTemplate = None,
+) -> None:
+    """Talk with a model; answers come as they are computed.
+
+    Example: eightfold chat Llama-3.2-1B-w8a8 --system "Answer in one sentence."
+
+    /help shows the commands. Ctrl-C stops an answer; at the prompt, twice, it
+    ends the chat, and so does Ctrl-D. The turns before stay in the cache: only
+    what is new is computed. When the conversation outgrows the context, the
+    oldest turns are forgotten, which is said.
+
+    From a pipe each line is a turn, answers go to stdout and all else to stderr.
+    """
+    chosen = sampling.given(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    if note := sampling.idle_note(chosen):
+        console.note(note)
+    sampling.sampling_params(chosen)  # what makes no sense is said before the model is loaded
+    template = None if chat_template is None else sampling.read_template(chat_template)
+    memory = None if kv_memory is None else parse_size(kv_memory)
+    engine = _load(
+        model,
+        template,
+        max_model_len=max_model_len,
+        kv_memory=memory,
+        speculate=speculate,
+        threads=threads,
+        attention_mode=attention_mode.mode,
+        dynamic=dynamic.mode,
+    )
+    _talk(engine, model, system, chosen, max_new_tokens)
+
+
+def _load(model: Path, template: str | None, **settings: Any) -> Engine:
+    from eightfold.engine.engine import Engine
+    from eightfold.engine.settings import EngineConfig
+    from eightfold.tokenizer import Tokenizer
+
+    _require_template(Tokenizer(model, template))
+    engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings))
+    engine.tokenizer.chat_template = template
+    for note in engine.notes:
+        console.note(note)
+    return engine
+
+
+def _require_template(tokenizer: Any) -> None:
+    if not tokenizer.has_chat_template:
+        raise CheckpointError(
+            "chat template",
+            where=tokenizer.directory,
+            got="none",
+            expected="chat_template.jinja or tokenizer_config.json's",
+            action="Give one with --chat-template FILE, or let the model continue a text: eightfold run DIR --prompt.",
+        )
+    tokenizer.require_template()
+
+
+def _talk(engine: Engine, model: Path, system: str | None, chosen: dict[str, Any], max_new_tokens: int) -> None:
+    from eightfold.cli.conversation import Conversation
+    from eightfold.cli.terminal import Pipe, Terminal
+    from eightfold.native.model import PAGE
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+    context = min(engine.max_model_len, engine.blocks.total * PAGE + 1)
+    # An answer can have a quarter of the context, whatever was said before.
+    room = max(context - min(max_new_tokens, context // 4), 1)
+    is_typed = sys.stdin.isatty()
+    with Terminal() if is_typed else Pipe() as screen:
+        if is_typed:
+            screen.note(f"{model.resolve().name}, {context} tokens of context. /help shows the commands.")
+        talk = Talk(engine, Conversation(engine.tokenizer, room, system), screen, chosen, max_new_tokens, context)
+        while (text := screen.read()) is not None and talk.hear(text):
+            pass
+
+
+class Talk:
+    """A conversation with an engine: hears lines, which are messages or commands, and answers on a screen."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        conversation: Conversation,
+        screen: Terminal | Pipe,
+        chosen: dict[str, Any],
+        max_new_tokens: int,
+        context: int,
+    ) -> None:
+        self._engine, self._conversation, self._screen = engine, conversation, screen
+        self._chosen, self._max_new_tokens, self._context = chosen, max_new_tokens, context
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/system": self._set_system,
+            "/save": self._save,
+            "/help": lambda rest: screen.note(HELP),
+        }
+
+    def hear(self, text: str) -> bool:
+        """Take a line; return whether there may be another. What cannot be done is said, and the chat goes on."""
+        try:
+            if text.startswith("/"):
+                return self._obey(text)
+            if text.strip():
+                self._answer(text.removeprefix(" ") if text.startswith(" /") else text)
+        except EightfoldError as error:
+            self._screen.note(f"eightfold: {error}")
+        return True
+
+    def _obey(self, text: str) -> bool:
+        name, _, rest = text.strip().partition(" ")
+        if name in ("/exit", "/quit"):
+            return False
+        command = self._commands.get(name)
+        if command is None:
+            self._screen.note(f"{name} is no command: /help shows them. To say it, put a blank before it.")
+        else:
+            command(rest.strip())
+        return True
+
+    def _reset(self, rest: str) -> None:
+        self._conversation.reset()
+        self._screen.note("Forgotten.")
+
+    def _set_system(self, text: str) -> None:
+        conversation = self._conversation
+        if text:
+            conversation.system = None if text == "-" else text
+            turns = "; what was said is kept, /reset forgets it" if conversation.turns else ""
+            self._screen.note(f"Set{turns}.")
+        else:
+            self._screen.note(conversation.system or "There is none.")
+
+    def _save(self, rest: str) -> None:
+        flag, _, name = rest.partition(" ")
+        overwrites = flag == "--overwrite"
+        path = Path((name if overwrites else rest).strip()).expanduser()
+        if path.name == "":
+            self._screen.note("/save FILE")
+            return
+        content = json.dumps({"messages": self._conversation.messages}, ensure_ascii=False) + "\n"
+        try:
+            _write(path, content.encode("utf-8", "backslashreplace"), overwrites)
+        except FileExistsError:
+            self._screen.note(f"{path} is there already: /save --overwrite {path} replaces it.")
+        except OSError as error:
+            self._screen.note(f"eightfold: {path}: {error.strerror or error}")
+        else:
+            self._screen.note(f"{len(self._conversation.turns)} messages are in {path}.")
+
+    def _answer(self, text: str) -> None:
+        prompt = self._conversation.ask(text)
+        if prompt.forgotten:
+            turns = "turn is" if prompt.forgotten == 1 else f"{prompt.forgotten} turns are"
+            self._screen.note(f"The conversation has outgrown {self._context} tokens: the oldest {turns} forgotten.")
+        limit = min(self._max_new_tokens, self._context - len(prompt.token_ids))
+        try:
+            self._engine.add_request("chat", prompt.token_ids, sampling.sampling_params(self._chosen, max_tokens=limit))
+        except EightfoldError:
+            self._conversation.take_back()
+            raise
+        self._stream(prompt)
+
+    def _stream(self, prompt: Prompt) -> None:
+        """Show the answer to a request as it comes, and remember it as far as it came."""
+        engine, times, output = self._engine, [time.monotonic()], None
+        while engine.has_unfinished:
+            outputs = engine.step()
+            if self._screen.interrupted and (last := engine.abort("chat")) is not None:
+                outputs.append(last)
+            for output in outputs:
+                times.append(time.monotonic())
+                self._screen.write(output.outputs[0].delta_text)
+        assert output is not None
+        (answer,) = output.outputs
+        self._conversation.answer(prompt, answer.text, answer.token_ids)
+        self._screen.write("\n")
+        self._screen.note(_summary(output, answer, times))
+
+
+def _summary(output: RequestOutput, answer: CompletionOutput, times: list[float]) -> str:
+    """Say what an answer took; `times`: when it was asked for, of the first token, and of those after it."""
+    count = len(answer.token_ids)
+    cached = f" ({output.cached_tokens} from the cache)" if output.cached_tokens else ""
+    facts = [f"{len(output.prompt_ids)}{cached} + {count} tokens", f"first after {times[1] - times[0]:.2f} s"]
+    if count > 1 and times[-1] > times[1]:
+        facts.append(f"{(count - 1) / (times[-1] - times[1]):.1f} tok/s")
+    if answer.finish_reason != "stop":
+        facts.append({"abort": "stopped", "length": "cut off"}[str(answer.finish_reason)])
+    return f"[{', '.join(facts)}]"
+
+
+def _write(path: Path, content: bytes, overwrites: bool) -> None:
+    """Write a file that appears whole.
+
+    Raises:
+        FileExistsError: there is one, which is not to be replaced.
+    """
+    if not overwrites:
+        with path.open("xb") as file:
+            file.write(content)
+        return
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""`eightfold run --prompt`: the greedy answer of any backend, or a sampled one of the engine."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from eightfold.cli import console
+from eightfold.cli.choices import Backend
+from eightfold.cli.sampling import sampling_params
+from eightfold.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from eightfold.engine.engine import Engine
+    from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.tokenizer import Tokenizer
+
+# Is told of each piece of text.
+Show = Callable[[str], None]
+
+
+class Outcome(NamedTuple):
+    """An answer; `seconds` without loading."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str | None
+    seconds: float
+    backend: str
+
+
+class _Generation(Protocol):
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]: ...
+
+
+# Prompt, new tokens at most, stop tokens, and who is told of each token.
+_Generate = Callable[[Sequence[int], int, frozenset[int], Callable[[int], None]], _Generation]
+
+# Text, tokens and the reason of an answer's end.
+_Answered = tuple[str, list[int], str | None]
+
+
+@dataclass(frozen=True)
+class Single:
+    """What is asked.
+
+    Attributes:
+        model: directory.
+        prompt: a text to continue, or with `chat` what a user says.
+        chat: whether it goes into the chat template.
+        chat_template: a template in place of the model's.
+        max_new_tokens: of the answer.
+        sampling: parameters; without any the answer is greedy.
+        settings: of EngineConfig: threads, dynamic, attention_mode.
+        backend: what computes.
+    """
+
+    model: Path
+    prompt: str
+    chat: bool
+    chat_template: str | None
+    max_new_tokens: int
+    sampling: dict[str, Any]
+    settings: dict[str, Any]
+    backend: Backend
+
+    def answer(self, show: Show) -> Outcome:
+        """Answer the prompt.
+
+        Raises:
+            EightfoldError: the model, the prompt or the options are not as they must be.
+        """
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.tokenizer import Tokenizer
+
+        checkpoint = Checkpoint.open(self.model)
+        tokenizer = Tokenizer(self.model, self.chat_template)
+        prompt_ids = self._encode(tokenizer)
+        backend = self.backend.resolve()
+        answer = (self._sampled if self.sampling else self._greedy)(checkpoint, tokenizer, backend, prompt_ids)
+        started = time.monotonic()
+        text, token_ids, reason = answer(show)
+        return Outcome(text, token_ids, len(prompt_ids), reason, round(time.monotonic() - started, 3), backend.value)
+
+    def _encode(self, tokenizer: Tokenizer) -> list[int]:
+        if not self.chat:
+            return tokenizer.encode(self.prompt)
+        return tokenizer.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
+
+    def _greedy(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]
+    ) -> Callable[[Show], _Answered]:
+        """Load a model; return what answers with it."""
+        from eightfold.tokenizer import StreamDecoder, stop_token_ids
+
+        generate = (_reference if backend is Backend.reference else _native)(checkpoint, self.settings)
+        stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
+
+        def answer(show: Show) -> _Answered:
+            stream = StreamDecoder(tokenizer)
+            found = generate(prompt_ids, self.max_new_tokens, stop_ids, lambda token: show(stream.push(token)))
+            show(stream.finish())
+            return tokenizer.decode(found.token_ids), found.token_ids, found.finish_reason
+
+        return answer
+
+    def _sampled(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]
+    ) -> Callable[[Show], _Answered]:
+        """Load an engine; return what answers with it."""
+        if backend is Backend.reference:
+            raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
+        from eightfold.engine.engine import Engine
+        from eightfold.engine.settings import EngineConfig
+        from eightfold.generation import require_room
+
+        require_room(checkpoint.config, len(prompt_ids), self.max_new_tokens)
+        params = sampling_params(self.sampling, max_tokens=self.max_new_tokens)
+        engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.settings))
+        return functools.partial(_run, engine, prompt_ids, params)
+
+
+def _run(engine: Engine, prompt_ids: list[int], params: SamplingParams, show: Show) -> _Answered:
+    engine.add_request("run", prompt_ids, params)
+    while engine.has_unfinished:
+        for output in engine.step():
+            (answer,) = output.outputs
+            show(answer.delta_text)
+    return answer.text, answer.token_ids, answer.finish_reason
+
+
+def _reference(checkpoint: Checkpoint, settings: dict[str, Any]) -> _Generate:
+    console.require_torch("run --backend reference")
+    from eightfold.reference.generate import generate
+    from eightfold.reference.load import Decoder
+
+    return functools.partial(generate, Decoder(checkpoint, settings["dynamic"], settings["attention_mode"]))
+
+
+def _native(checkpoint: Checkpoint, settings: dict[str, Any]) -> _Generate:
+    from eightfold.native.generate import generate
+    from eightfold.native.load import load_model
+
+    dynamic, attention = settings["dynamic"], settings["attention_mode"]
+    return functools.partial(
+        generate, load_model(checkpoint, threads=settings["threads"], dynamic=dynamic, attention=attention)
+    )

@@ -1,0 +1,416 @@
+"""`eightfold chat`: through a pipe, and at a terminal that a test types on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from eightfold.cli import terminal
+from eightfold.tokenizer import Tokenizer
+from tests.conftest import Result
+from tests.engine.models import EOS
+from tests.refusal import error_line
+
+GREEDY = ("--temperature", 0, "--threads", 1)
+
+
+@pytest.fixture
+def chat(cli, small, monkeypatch):
+    """Send text through a pipe."""
+
+    def run(text: str | bytes, *words: object, model: Path | None = None) -> Result:
+        raw = text if isinstance(text, bytes) else text.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        return cli("chat", model or small.directory, *GREEDY, *words)
+
+    return run
+
+
+def answer(small, messages: list[dict], count: int) -> str:
+    tokenizer = Tokenizer(small.directory)
+    prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    return tokenizer.decode(small.answer(prompt, count, frozenset({EOS})))
+
+
+def replies(small, count: int, *questions: str) -> str:
+    """Return what is written in a conversation: each prompt is the tokens before it, and what is new."""
+    tokenizer = Tokenizer(small.directory)
+    known, texts = [], []
+    for question in questions:
+        new = f"{'</s>' if known else ''}<|user|>{question}</s><|assistant|>"
+        known += tokenizer.encode(new, special_tokens=False)
+        known += small.answer(known, count, frozenset({EOS}))
+        texts.append(tokenizer.decode(known[-count:]) + "\n")
+        assert EOS not in known[-count:], "choose another question, whose answer is not shorter"
+    return "".join(texts)
+
+
+def said(*contents: str) -> list[dict]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+SUMMARY = r"\[(\d+)(?: \((\d+) from the cache\))? \+ (\d+) tokens, first after \d+\.\d\d s(, \d+\.\d tok/s)?(.*)\]"
+
+
+def summaries(result: Result) -> list[tuple[str, ...]]:
+    return [match.groups() for match in map(re.compile(SUMMARY).fullmatch, result.err.splitlines()) if match]
+
+
+# --- a pipe
+
+
+def test_each_line_is_a_turn_and_only_answers_are_on_stdout(chat, small):
+    result = chat("hello\n\nand you?", "--max-new-tokens", 12)
+    assert (result.code, result.out) == (0, replies(small, 12, "hello", "and you?"))
+    assert len(summaries(result)) == 2
+    assert "\x1b" not in result.out + result.err
+
+
+def test_each_turn_computes_only_what_is_new(chat):
+    result = chat("a" * 150 + "\nb\nc\n", "--max-new-tokens", 100, "--speculate", 2)
+    # A turn's blocks of 128 tokens are found again; what is less than a block is computed.
+    for (prompt, _, new, *_), (_, cached, *_) in zip(summaries(result), summaries(result)[1:], strict=False):
+        assert int(cached) == (int(prompt) + int(new)) // 128 * 128 > 0
+
+
+def test_mindie_computes_every_turn_anew_and_says_so(cli, chat, small, tmp_path, monkeypatch):
+    source = small.directory.parent / "float"
+    words = ("--scheme", "w8a16", "--kv-int8", "--calib-limit", 2)
+    assert cli("quantize", source, tmp_path / "kv", *words).code == 0
+    result = chat("a" * 150 + "\nb\n", "--max-new-tokens", 8, "--attention-mode", "mindie", model=tmp_path / "kv")
+    assert "note: Attention mode mindie runs every prompt whole" in result.err
+    assert [cached for _, cached, *_ in summaries(result)] == [None, None]
+
+
+def test_a_backslash_joins_lines(chat, small):
+    result = chat("one\\\ntwo\\\nthree\nlast\\", "--max-new-tokens", 5)
+    assert result.out == replies(small, 5, "one\ntwo\nthree", "last")
+
+
+def test_reset_and_system(chat, small):
+    result = chat(
+        "/system\na\n/system be \\\n brief\n/system\na\n/reset\na\n/system -\n/system\n", "--max-new-tokens", 5
+    )
+    system = [{"role": "system", "content": "be \n brief"}]
+    first = answer(small, said("a"), 5)
+    second = answer(small, system + said("a", first, "a"), 5)
+    assert result.out == f"{first}\n{second}\n{answer(small, system + said('a'), 5)}\n"
+    notes = [line for line in result.err.splitlines() if not line.startswith("[")]
+    assert notes == [
+        "There is none.",
+        "Set; what was said is kept, /reset forgets it.", "be ", " brief",
+        "Forgotten.",
+        "Set; what was said is kept, /reset forgets it.", "There is none.",
+    ]  # fmt: skip
+    assert chat("a\n", "--system", "be \n brief", "--max-new-tokens", 5).out == result.out.splitlines()[2] + "\n"
+
+
+def test_sampling_depends_on_the_seed(chat):
+    words = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--max-new-tokens", 20, "--seed")
+    outs = [chat("a\n", *words, seed).out for seed in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+
+
+def test_commands_and_messages_that_begin_with_a_slash(chat, small):
+    result = chat("/help\n/what is this\n /what is this\n/exit\nnever\n", "--max-new-tokens", 3)
+    assert result.out == answer(small, said("/what is this"), 3) + "\n"
+    assert "/reset  " in result.err
+    assert "/what is no command: /help shows them. To say it, put a blank before it.\n" in result.err
+
+
+def test_a_conversation_is_saved_for_run_and_nothing_is_overwritten(chat, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "my talk.jsonl"
+    script = f"a\n/save {path}\nb\n/save ~/my talk.jsonl\n/save\n/save {tmp_path}\n/save {tmp_path}/no/where\n"
+    result = chat(script, "--max-new-tokens", 3, "--system", "é")
+    notes = [line for line in result.err.splitlines() if not line.startswith("[")]
+    assert notes == [
+        f"2 messages are in {path}.",
+        f"{path} is there already: /save --overwrite {path} replaces it.",
+        "/save FILE",
+        f"{tmp_path} is there already: /save --overwrite {tmp_path} replaces it.",
+        f"eightfold: {tmp_path}/no/where: No such file or directory",
+    ]
+    first = result.out.splitlines()[0]
+    assert json.loads(path.read_text()) == {"messages": [{"role": "system", "content": "é"}, *said("a", first)]}
+    again = chat(f"b\nc\n/save --overwrite {path}\n/save --overwrite {tmp_path}\n", "--max-new-tokens", 3)
+    assert f"4 messages are in {path}." in again.err
+    assert f"eightfold: {tmp_path}: Is a directory" in again.err
+    assert [message["content"] for message in json.loads(path.read_text())["messages"]][::2] == ["b", "c"]
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_oldest_turns_are_forgotten_when_the_context_is_full(chat):
+    lines = "".join(f"{letter * 60}\n" for letter in "abcdef")
+    result = chat(lines, "--max-model-len", 300, "--max-new-tokens", 60)
+    assert result.code == 0
+    assert "The conversation has outgrown 300 tokens: the oldest " in result.err
+    # Never more than the context without the quarter that an answer may have.
+    assert all(int(prompt) <= 300 - 60 for prompt, *_ in summaries(result))
+    assert len(summaries(result)) == 6
+
+
+def test_a_cache_smaller_than_the_context_is_the_context(chat, small):
+    words = ("--kv-memory", f"{2 * small.page_bytes}", "--max-new-tokens", 60)
+    result = chat("".join(f"{letter * 60}\n" for letter in "abcdef"), *words)
+    assert "The conversation has outgrown 257 tokens: the oldest " in result.err
+    assert len(summaries(result)) == 6
+
+
+def test_a_message_that_cannot_be_answered_is_said_and_the_chat_goes_on(chat, small):
+    result = chat("x" * 200 + "\nhi\n", "--max-model-len", 100, "--max-new-tokens", 10)
+    assert result.code == 0
+    assert result.err.startswith("eightfold: message: got 203 tokens, expected at most 90, which leaves room for an ")
+    assert result.out == answer(small, said("hi"), 10) + "\n"
+
+
+def test_a_line_that_is_no_text_ends_a_pipe(chat):
+    result = chat(b"a\n\xff\nb\n", "--max-new-tokens", 3)
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == (
+        "eightfold: line 2 of stdin: got byte 0 that is not UTF-8, expected UTF-8 text"
+    )
+
+
+def test_an_answer_that_is_cut_off_says_so(chat, small):
+    assert summaries(chat("hello\n", "--max-new-tokens", 1))[0][2:] == ("1", None, ", cut off")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-p", "0"], "top_p: got 0.0, expected a number above 0 and up to 1"),
+        (["--kv-memory", "x"], "--kv-memory: got x, expected a size such as 2GiB or 500MB"),
+        (["--max-model-len", "9999"], "--max-model-len: got 9999, expected at most 1024, which is all this model can"),
+        (["--chat-template", "/no"], "--chat-template in /no: got No such file or directory, expected a readable file"),
+    ],
+)
+def test_options_that_make_no_sense(chat, words, message):
+    result = chat("a\n", *words)
+    assert (result.code, result.out) == (2, "")
+    assert error_line(result).startswith(message)
+
+
+def test_options_that_change_nothing_are_noted(chat):
+    result = chat("", "--seed", 1, "--top-p", 0.5)
+    assert result.err == (
+        "note: --top-p and --seed change nothing while --temperature is 0: the likeliest token is taken.\n"
+    )
+
+
+def test_a_model_without_a_template_is_refused_with_two_ways_out(chat, small, tmp_path):
+    model = tmp_path / "base"
+    shutil.copytree(small.directory, model)
+    (model / "chat_template.jinja").unlink()
+    assert error_line(chat("a\n", model=model)) == (
+        f"chat template in {model}: got none, expected chat_template.jinja or tokenizer_config.json's. "
+        "Give one with --chat-template FILE, or let the model continue a text: eightfold run DIR --prompt."
+    )
+    (tmp_path / "t.jinja").write_text("{{ messages[-1].content }}")
+    assert chat("a\n", "--chat-template", tmp_path / "t.jinja", "--max-new-tokens", 2, model=model).code == 0
+    (tmp_path / "t.jinja").write_text("{% if %}")
+    message = error_line(chat("a\n", "--chat-template", tmp_path / "t.jinja", model=model))
+    assert message.startswith("chat template: got ")
+
+
+def test_ctrl_c_ends_a_pipe(small):
+    command = [sys.executable, "-m", "eightfold", "chat", small.directory, *GREEDY, "--max-new-tokens", "2"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdin.write(b"a\n")
+    process.stdin.flush()
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1].startswith(b"eightfold: interrupted: ")
+
+
+# --- a terminal
+
+# The command, with 10 ms for each step: an answer can be seen on its way.
+SLOWLY = """
+import sys, time
+from eightfold.engine.engine import Engine
+step = Engine.step
+Engine.step = lambda engine: (time.sleep(0.01), step(engine))[1]
+from eightfold.cli.main import main
+sys.exit(main())
+"""
+HINT = "(Ctrl-C again ends the chat, and so do Ctrl-D and /exit)"
+
+
+class Typist:
+    """A person at a terminal of their own."""
+
+    def __init__(self, model: Path, *words: object, stdout: Path | None = None, **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 1000, 0, 0))  # no line is wrapped
+        variables = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        with contextlib.ExitStack() as files:
+            output = slave if stdout is None else files.enter_context(stdout.open("wb"))
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SLOWLY, "chat", *map(str, (model, *GREEDY, *words))],
+                stdin=slave, stdout=output, stderr=slave, env={**variables, "TERM": "xterm", **environment},
+                start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            )  # fmt: skip
+        os.close(slave)
+        self.seen = b""
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """Return what is shown up to a text, this included; <end> stands for the program's end."""
+        wanted, end = text.encode(), time.monotonic() + seconds
+        while wanted not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"waited for {text!r}, saw {self.seen!r}")
+            try:
+                self.seen += os.read(self.master, 4096)
+            except OSError:
+                self.seen += b"<end>"
+        shown, _, self.seen = self.seen.partition(wanted)
+        return (shown + wanted).decode()
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def ask(self, text: str) -> str:
+        """Type a line and return what is shown up to the next prompt."""
+        self.type(text + "\r")
+        return self.until("\x1b[?2004h> ")
+
+    def interrupt(self, then: str) -> None:
+        """Press Ctrl-C until it is heard: Python does not hear it in the instant in which it begins to wait."""
+        for _ in range(60):
+            self.type("\x03")
+            with contextlib.suppress(TimeoutError):
+                self.until(then, 1)
+                return
+        raise TimeoutError(self.seen)
+
+
+@pytest.fixture(scope="module")
+def talker(small, tmp_path_factory) -> Path:
+    """A model that never comes to an end."""
+    model = tmp_path_factory.mktemp("talker") / "talker"
+    shutil.copytree(small.directory, model)
+    (model / "generation_config.json").write_text('{"eos_token_id": []}')
+    return model
+
+
+@pytest.fixture
+def typist(talker):
+    started = []
+
+    def start(*words: object, **how: object) -> Typist:
+        started.append(Typist(talker, *words, **how))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        os.close(each.master)
+
+
+def test_a_person_stops_an_answer_and_goes_on(typist, tmp_path):
+    person = typist("--max-new-tokens", 600)
+    assert "talker, 1024 tokens of context. /help shows the commands." in person.until("> ")
+    person.type("hello\r")
+    person.until("hello\r\n")
+    time.sleep(0.5)
+    with pytest.raises(TimeoutError):
+        person.until("tok/s", 0)
+    streamed = person.seen
+    assert len(streamed) > 10, "the answer is shown as it comes"
+    person.type("\x03")
+    shown = person.until("> ")
+    assert re.search(r"\x1b\[2m\[.* \+ \d+ tokens, .*, stopped\]\x1b\[0m\r\n", shown)
+    assert 10 < int(re.search(r"\+ (\d+) tokens", shown)[1]) < 600
+    assert "2 messages are in" in person.ask(f"/save {tmp_path}/talk")
+    messages = json.loads((tmp_path / "talk").read_text())["messages"]
+    assert messages[0] == {"role": "user", "content": "hello"}
+    assert messages[1]["content"], "what was said until then is remembered"
+    person.type("more\r")
+    person.until("more\r\n")
+    person.until("\x1b", 60)  # something of the answer, or its end
+    person.type("\x03")
+    person.until("> ")
+    person.type("/exit\r")
+    person.until("<end>")
+    assert person.process.wait(timeout=30) == 0
+
+
+def test_a_person_edits_pastes_and_leaves(typist, tmp_path):
+    person = typist("--max-new-tokens", 2)
+    person.until("> ")
+    person.ask("hello")
+    person.ask("\x1b[A")  # the line before, again
+    person.ask("\x1b[200~one\rtwo\x1b[201~ three")
+    person.type("four \\\r")
+    person.until("\x1b[?2004h. ")
+    person.ask("five")
+    person.type("half a li")
+    person.until("half a li")
+    person.interrupt(HINT)
+    person.until("> ")
+    assert "8 messages are in" in person.ask(f"/save {tmp_path}/talk")
+    asked = [message["content"] for message in json.loads((tmp_path / "talk").read_text())["messages"]][::2]
+    assert asked == ["hello", "hello", "one\ntwo three", "four \nfive"]
+    person.interrupt(HINT)  # the first in a row: there was a line since the last one
+    person.until("> ")
+    person.interrupt("<end>")
+    assert person.process.wait(timeout=30) == 0
+
+
+def test_ctrl_d_ends_it_and_a_plain_terminal_gets_no_escapes(typist):
+    person = typist("--max-new-tokens", 2, TERM="dumb")
+    shown = person.until("> ")
+    person.type("hello\r")
+    shown += person.until("]\r\n> ")
+    person.type("\x04")
+    shown += person.until("<end>")
+    assert person.process.wait(timeout=30) == 0
+    assert "\x1b" not in shown
+
+
+def test_answers_can_go_into_a_file_while_a_person_types(typist, tmp_path):
+    person = typist("--max-new-tokens", 2, stdout=tmp_path / "out")
+    person.until("> ")
+    person.type("hello\r")
+    person.until("first after")
+    person.until("> ")
+    person.type("\x04")
+    person.until("<end>")
+    assert (tmp_path / "out").read_text().count("\n") >= 1
+    assert not (tmp_path / "out").read_text().startswith(terminal.PROMPT)
+
+
+def test_a_terminal_does_not_obey_a_model(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    screen = terminal.Terminal()
+    screen.write("\x1b]0;title\x07\x9b2Jtext\ttab\nline\r")
+    assert capsys.readouterr().out == "]0;title2Jtext\ttab\nline"
+
+
+def test_without_readline_lines_are_read_all_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "readline", None)
+    assert terminal._load_readline() is False

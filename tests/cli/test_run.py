@@ -1,0 +1,74 @@
+"""`run --prompt`: sampling through the engine; the greedy answer of a backend is tested where backends are."""
+
+from __future__ import annotations
+
+import pytest
+
+from eightfold.tokenizer import Tokenizer
+from tests.engine.models import EOS
+from tests.refusal import error_line
+
+
+@pytest.fixture
+def run(cli, small):
+    """Answer a prompt; any sampling option takes the engine."""
+    return lambda *words: cli("run", small.directory, "--threads", 1, "--max-new-tokens", 20, *words)
+
+
+def test_the_engine_gives_the_greedy_answer_of_the_backend(run, small):
+    plain = run("--prompt", "hello", "--json").json()
+    engine = run("--prompt", "hello", "--json", "--temperature", 0).json()
+    assert {**engine, "seconds": 0} == {**plain, "seconds": 0}
+    assert list(plain) == ["text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend"]
+    assert plain["token_ids"] == small.answer(Tokenizer(small.directory).encode("hello"), 20, frozenset({EOS}))
+
+
+def test_the_text_is_shown_with_its_counts(run):
+    result = run("--prompt", "hello", "--seed", 3, "--temperature", 1)
+    found = run("--prompt", "hello", "--seed", 3, "--temperature", 1, "--json").json()
+    assert result.out == found["text"] + "\n"
+    assert result.err.startswith(f"[5 + {len(found['token_ids'])} tokens, ")
+    assert result.err.endswith(f" s, {found['finish_reason']}]\n")
+
+
+def test_options_reach_the_sampler(run):
+    words = ("--prompt", "hello", "--json", "--temperature", 1.2)
+    first = run(*words, "--seed", 1).json()["token_ids"]
+    assert first == run(*words, "--seed", 1).json()["token_ids"]
+    assert first != run(*words, "--seed", 2).json()["token_ids"]
+    greedy = run("--prompt", "hello", "--json").json()["token_ids"]
+    assert run(*words, "--top-k", 1).json()["token_ids"] == greedy
+    assert run(*words, "--top-p", 1e-9).json()["token_ids"] == greedy
+    assert run(*words, "--min-p", 1).json()["token_ids"] == greedy
+    for penalty in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty"):
+        assert len(set(run("--prompt", "hello", "--json", "--ignore-eos", penalty, 2).json()["token_ids"])) > 1
+
+
+def test_an_answer_stops_at_a_text_and_not_at_the_models_end(run, small):
+    whole = run("--prompt", "hello", "--json", "--ignore-eos", "--max-new-tokens", 200).json()
+    assert (len(whole["token_ids"]), whole["finish_reason"]) == (200, "length")
+    piece = next(c for c in whole["text"] if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}")
+    words = ("--stop", piece, "--stop", "never there", "--max-new-tokens", 200)
+    stopped = run("--prompt", "hello", "--json", "--ignore-eos", *words).json()
+    assert (stopped["text"], stopped["finish_reason"]) == (whole["text"].partition(piece)[0], "stop")
+    assert run("--prompt", "hello", "--ignore-eos", *words).out == stopped["text"] + "\n"
+
+
+def test_what_does_not_fit_the_context_is_refused_in_the_same_words(run):
+    long = ("--prompt", "x" * 1010)
+    assert error_line(run(*long, "--temperature", 1)) == error_line(run(*long))
+
+
+def test_options_that_change_nothing_are_noted(run):
+    note = "note: --top-p changes nothing while --temperature is 0: the likeliest token is taken.\n"
+    assert run("--prompt", "a", "--top-p", 0.5).err.startswith(note)
+    assert "note" not in run("--prompt", "a", "--top-p", 0.5, "--temperature", 0.1).err
+
+
+def test_a_template_of_ones_own(run, tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ messages[0].content }}!")
+    chat = run("--chat", "--prompt", "hi", "--chat-template", tmp_path / "t.jinja", "--json").json()
+    assert chat["token_ids"] == run("--prompt", "hi!", "--json").json()["token_ids"]
+    (tmp_path / "t.jinja").write_bytes(b"\xff")
+    message = error_line(run("--chat", "--prompt", "hi", "--chat-template", tmp_path / "t.jinja"))
+    assert message == f"--chat-template in {tmp_path}/t.jinja: got byte 0, expected UTF-8 text"
