@@ -151,6 +151,10 @@ def test_a_number_that_json_does_not_know_is_null():
     assert found == {"token_id": 3, "logprob": None, "top": [[4, -0.5], [3, None]]}
 
 
+def test_any_number_of_sequences_can_run(batch):
+    assert batch({"prompt": "a"}, words=["--max-num-seqs", 600, "--kv-memory", "1MiB"]).code == 0
+
+
 def test_json_for_programs(batch):
     found = batch({"prompt": "a"}, {"prompt": "b"}, words=["--json", "--ignore-eos"]).json()
     assert found.pop("seconds") > 0

@@ -40,8 +40,21 @@ def test_options_reach_the_sampler(run):
     assert run(*words, "--top-k", 1).json()["token_ids"] == greedy
     assert run(*words, "--top-p", 1e-9).json()["token_ids"] == greedy
     assert run(*words, "--min-p", 1).json()["token_ids"] == greedy
-    for penalty in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty"):
-        assert len(set(run("--prompt", "hello", "--json", "--ignore-eos", penalty, 2).json()["token_ids"])) > 1
+
+
+@pytest.mark.parametrize("penalty", ["--repetition-penalty", "--presence-penalty", "--frequency-penalty"])
+def test_penalties_reach_the_sampler(run, penalty):
+    words = ("--prompt", "hello", "--json", "--ignore-eos", "--max-new-tokens", 100)
+    assert run(*words, penalty, 2).json()["token_ids"] != run(*words).json()["token_ids"]
+
+
+def test_half_a_character_at_the_end_is_shown(run, small):
+    tokenizer = Tokenizer(small.directory)
+    ids = small.answer(tokenizer.encode("hello"), 40)
+    count = next(n for n in range(2, 40) if tokenizer.decode(ids[:n]).endswith("\N{REPLACEMENT CHARACTER}"))
+    assert EOS not in ids[:count]
+    result = run("--prompt", "hello", "--max-new-tokens", count)
+    assert result.out == tokenizer.decode(ids[:count]) + "\n"
 
 
 def test_an_answer_stops_at_a_text_and_not_at_the_models_end(run, small):
