@@ -179,6 +179,15 @@ def test_blocks_that_are_computed_again_are_found_again(small):
     assert engine.stats.prefix_hit_tokens == PAGE
 
 
+def test_what_ends_with_its_first_token_is_found(small):
+    engine = small("w8a8").engine(max_batched_tokens=512)
+    prompt = tokens(random.Random(3), 2 * PAGE + 50)
+    for _ in range(2):
+        engine.add_request("", prompt, greedy(1))
+        run(engine)
+    assert engine.stats.prefix_hit_tokens == 2 * PAGE
+
+
 def test_a_prompt_whose_log_probabilities_are_wanted_comes_in_small_pieces(small):
     engine = small("w8a8").engine(max_batched_tokens=512)
     steps = steps_of(engine)
