@@ -10,7 +10,7 @@ import pytest
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, ConfigError, EightfoldError, InputError, UnsupportedError
-from eightfold.native.model import PAGE
+from eightfold.native.model import PAGE, NativeModel
 from tests.engine.models import CONTEXT, assert_idle, greedy, run
 
 
@@ -52,8 +52,11 @@ class TestMemory:
 
     def test_half_of_what_is_free_beside_the_weights(self, small):
         model = small("w8a8")
-        free = model.alone.weight_bytes + 21 * model.page_bytes
-        with mock.patch("eightfold.engine.admission.available_bytes", lambda: free):
+        weights = 100 * model.page_bytes
+        with (
+            mock.patch.object(NativeModel, "weight_bytes", weights),
+            mock.patch("eightfold.engine.admission.available_bytes", lambda: weights + 21 * model.page_bytes),
+        ):
             assert model.engine().blocks.total == 10
 
     def test_not_one_block(self, small):

@@ -186,8 +186,19 @@ def test_a_form_is_compiled_beside_the_loop(small):
     async def test() -> None:
         async with running(small("w8a8")) as llm:
             params = SamplingParams(structured=StructuredOutput(regex="[ab]{9}"), seed=1, max_tokens=100, n=2)
+            prepare, threads = llm.engine.prepare, []
+
+            def noted(*args: Any, **names: Any) -> Any:
+                threads.append(threading.current_thread())
+                return prepare(*args, **names)
+
+            llm.engine.prepare = noted
+            await answer(llm, [1, 2], greedy(3))
+            assert threads == [threading.main_thread()]
             output = await answer(llm, [1, 2], params)
             assert all(len(each.text) == 9 and set(each.text) <= set("ab") for each in output.outputs)
+            assert len(threads) == 2
+            assert threads[1] is not threading.main_thread()
 
     run_in_loop(test)
 

@@ -42,7 +42,9 @@ def test_it_goes_on_as_after_the_same_tokens_earlier():
 
 def test_three_tokens_say_more_than_two_and_the_last_place_more_than_the_first():
     assert position(grown([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 10)) == (3, 3)
-    assert position(grown([2, 3, 4, 9, 2, 3, 5, 8, 2, 3], 9)) == (6, 2)
+    for start in (2, 9):
+        assert position(grown([2, 3, 4, 9, 2, 3, 5, 8, 2, 3], start)) == (6, 2)
+        assert position(grown([1, 2, 3, 4, 9, 1, 2, 3, 5, 8, 1, 2, 3], start)) == (8, 3)
 
 
 def test_a_circle_is_guessed_round_and_round():
@@ -118,9 +120,20 @@ def test_guesses_stay_inside_the_blocks_the_length_and_the_step(small):
     prompts = [[1, 2, 3] * 42, [5, 6] * 60]
     for at, prompt in enumerate(prompts):
         engine.add_request(str(at), prompt, greedy(30))
+    model_run, sizes = engine.model.run, []
+
+    def watched(laid_out):
+        sizes.append(len(laid_out.token_ids))
+        for at, end in enumerate(laid_out.starts[1:]):
+            if len(laid_out.starts) == 3:  # both
+                assert laid_out.positions[end - 1] < len(prompts[at]) + 30 - 1
+        return model_run(laid_out)
+
+    engine.model.run = watched
     with mock.patch.object(Lookup, "odds", lambda self, ahead: 1.0 if self._at >= 0 else 0.0):
         found = run(engine)
     assert engine.stats.drafted > 20
+    assert max(sizes) == 16
     for at, prompt in enumerate(prompts):
         assert found[str(at)][0].token_ids == model.answer(prompt, 30)
 
