@@ -41,6 +41,23 @@ struct Ahead {
     }
 };
 
+// The same for a page that is hardly begun: what is needed lies scattered, at the beginnings of `rows` rows of kPage
+// positions, and then `value_bytes` from the values' beginning on.
+struct AheadInRows {
+    const uint8_t* at;
+    int rows, columns;
+    const uint8_t* values;
+    size_t value_bytes;
+
+    void ask(int most) {
+        for (; rows > 0 && most > 0; rows--, most--, at += kPage * 4)
+            for (int i = 0; i < columns * 4; i += 64) __builtin_prefetch(at + i);
+    }
+    void ask_values() const {
+        for (size_t i = 0; i < value_bytes; i += 64) __builtin_prefetch(values + i);
+    }
+};
+
 struct Visible {
     int begin, end;  // inside the page
 };
@@ -344,8 +361,8 @@ inline void attend(const AttnRows& in, AttnState out) {
     std::fill(out.max, out.max + in.rows, -std::numeric_limits<float>::infinity());
     std::fill(out.sum, out.sum + in.rows, 0.0f);
     std::fill(out.acc, out.acc + in.rows * value_dim, 0.0f);
-    const int element = in.kind == CacheKind::bf16 ? 2 : 1;
-    const size_t bytes = ((in.head_dim + 3) / 4 * 4 + value_dim) * kPage * element;  // values follow their keys
+    const size_t element = in.kind == CacheKind::bf16 ? 2 : 1;
+    const size_t key_bytes = (in.head_dim + 3) / 4 * 4 * kPage * element, value_row = value_dim * element;
     Page page;
     for (int first = in.first; first < in.end; first += kPage) {
         int end = 0;
@@ -355,11 +372,20 @@ inline void attend(const AttnRows& in, AttnState out) {
         }
         if (end == 0) continue;
         const int columns = (end + kRun - 1) / kRun * kRun;
-        // Of a page that is hardly begun, what is needed lies scattered, and most is not.
-        const uint8_t* next = first + kPage + kPage / 2 <= in.ahead ? in.keys[first / kPage + 1] : nullptr;
-        Ahead ahead{next, next == nullptr ? nullptr : next + bytes};
+        const bool is_last = first + kPage >= in.ahead;
+        const uint8_t* next = is_last ? in.after : in.keys[first / kPage + 1];
+        const int few = is_last ? in.after_columns : std::min(kPage, in.ahead - first - kPage);
+        const bool whole = next != nullptr && few > kPage / 2;
+        Ahead ahead{next, whole ? next + key_bytes + kPage * value_row : next};
+        AheadInRows in_rows{};
+        if (next != nullptr && !whole) {
+            in_rows = {next, static_cast<int>(key_bytes / (kPage * 4)), few, next + key_bytes, few * value_row};
+        }
+        in_rows.ask(in_rows.rows / 2);
         score_page(in, in.keys[first / kPage], columns, ahead, page);
+        in_rows.ask(in_rows.rows);
         normalize_page(in, first, columns, ahead, page);
+        in_rows.ask_values();
         weigh_page(in, in.values[first / kPage], columns, end, ahead, page, out);
         while (ahead.at < ahead.end) ahead.ask<8>();
     }

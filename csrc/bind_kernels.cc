@@ -27,6 +27,8 @@ using In = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Out = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
 
+const float* or_null(const In<float, 1>& x) { return x.size() ? x.data() : nullptr; }
+
 // Rows as a model keeps them: padded, aligned.
 Prepared padded(const uint8_t* x, size_t rows, size_t width) {
     Prepared to;
@@ -43,18 +45,53 @@ void gemm_i8(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, Out
                              static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)), out.data(), weight.shape(0));
 }
 
+// Planes of tokens as packed blocks, the planes of a block one after the other.
+Prepared packed_blocks(const Kernels& kernels, const std::vector<In<uint8_t, 2>>& planes) {
+    const size_t tokens = planes[0].shape(0), width = planes[0].shape(1), many = planes.size();
+    const size_t ld = row_bytes(static_cast<int>(width)), block = kLanes * ld;
+    Prepared packed;
+    packed.reserve(static_cast<int>(many * ((tokens + kLanes - 1) / kLanes * kLanes)), static_cast<int>(width), false);
+    for (size_t i = 0; i < many; i++) {
+        const Prepared rows = padded(planes[i].data(), tokens, width);
+        for (size_t b = 0; b * kLanes < tokens; b++) {
+            kernels.pack(rows.bytes + b * block, ld, packed.bytes + (b * many + i) * block);
+        }
+    }
+    return packed;
+}
+
+PackedInput packed_input(const Prepared& packed, const In<uint8_t, 2>& x) {
+    const int tokens = static_cast<int>(x.shape(0)), inputs = static_cast<int>(x.shape(1));
+    return {packed.bytes, kLanes * row_bytes(inputs), tokens, inputs};
+}
+
 // The same by packed blocks; out (blocks kLanes, N) has all lanes.
 void gemm_packed(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, Out<int32_t> out) {
-    const int tokens = static_cast<int>(x.shape(0)), inner = static_cast<int>(x.shape(1));
-    const int blocks = (tokens + kLanes - 1) / kLanes;
-    const size_t block = kLanes * row_bytes(inner);
-    const Prepared rows = padded(x.data(), x.shape(0), x.shape(1));
-    Prepared packed;
-    packed.reserve(tokens, inner, false);
     const Kernels& kernels = kernels_for(isa);
-    for (int b = 0; b < blocks; b++) kernels.pack(rows.bytes + b * block, row_bytes(inner), packed.bytes + b * block);
-    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes, block, blocks,
-                        inner, out.data(), weight.shape(0));
+    const Prepared packed = packed_blocks(kernels, {x});
+    const PackedInput input = packed_input(packed, x);
+    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes, input.block,
+                        (input.tokens + kLanes - 1) / kLanes, input.inputs, out.data(), weight.shape(0));
+}
+
+void packed_static(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, In<int32_t, 1> bias,
+                   In<float, 1> deq_scale, Out<float> y, bool adds) {
+    const Kernels& kernels = kernels_for(isa);
+    const Prepared packed = packed_blocks(kernels, {x});
+    kernels.packed_static(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed_input(packed, x),
+                          bias.data(), deq_scale.data(), {y.data(), weight.shape(0), adds});
+}
+
+void packed_16(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> high, In<uint8_t, 2> low,
+               In<int32_t, 1> weight_sum, In<float, 1> weight_scale, In<float, 1> weight_offset, In<float, 1> bias,
+               In<float, 1> scale, In<int32_t, 1> sum, Out<float> y, bool adds) {
+    const Kernels& kernels = kernels_for(isa);
+    const Prepared packed = packed_blocks(kernels, {high, low});
+    std::vector<RowParams> params;
+    for (size_t t = 0; t < scale.size(); t++) params.push_back({scale.data()[t], 0, sum.data()[t], 0.0f});
+    const Scales16 scales{weight_sum.data(), weight_scale.data(), or_null(weight_offset), or_null(bias)};
+    kernels.packed_16(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed_input(packed, high),
+                      scales, params.data(), {y.data(), weight.shape(0), adds});
 }
 
 void gemm_float(const std::string& isa, nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> weight,
@@ -91,34 +128,40 @@ nb::tuple quantize_16(const std::string& isa, In<float, 1> x, Out<uint8_t> high,
     return nb::make_tuple(p.scale, p.sum);
 }
 
-const float* or_null(const In<float, 1>& x) { return x.size() ? x.data() : nullptr; }
-
 void finish_static(const std::string& isa, In<int32_t, 1> acc, In<int32_t, 1> bias, In<float, 1> deq_scale,
-                   Out<float> y) {
-    kernels_for(isa).finish_static(acc.data(), static_cast<int>(acc.size()), bias.data(), deq_scale.data(), y.data());
+                   Out<float> y, bool adds) {
+    kernels_for(isa).finish_static(acc.data(), static_cast<int>(acc.size()), bias.data(), deq_scale.data(), adds,
+                                   y.data());
 }
 
 void finish_token(const std::string& isa, In<int32_t, 1> acc, In<int32_t, 1> weight_sum, In<float, 1> weight_scale,
-                  In<float, 1> bias, float scale, int offset, Out<float> y) {
+                  In<float, 1> bias, float scale, int offset, Out<float> y, bool adds) {
     kernels_for(isa).finish_token(acc.data(), static_cast<int>(acc.size()), weight_sum.data(), weight_scale.data(),
-                                  or_null(bias), {scale, offset, 0, 0.0f}, y.data());
+                                  or_null(bias), {scale, offset, 0, 0.0f}, adds, y.data());
 }
 
 void finish_16(const std::string& isa, In<int32_t, 1> high, In<int32_t, 1> low, In<int32_t, 1> weight_sum,
                In<float, 1> weight_scale, In<float, 1> weight_offset, In<float, 1> bias, float scale, int sum,
-               Out<float> y) {
-    kernels_for(isa).finish_16(high.data(), low.data(), static_cast<int>(high.size()), weight_sum.data(),
-                               weight_scale.data(), or_null(weight_offset), or_null(bias), {scale, 0, sum, 0.0f}, y.data());
+               Out<float> y, bool adds) {
+    const Scales16 scales{weight_sum.data(), weight_scale.data(), or_null(weight_offset), or_null(bias)};
+    kernels_for(isa).finish_16(high.data(), low.data(), static_cast<int>(high.size()), scales, {scale, 0, sum, 0.0f},
+                               adds, y.data());
 }
 
 void add(const std::string& isa, Out<float> x, In<float, 1> y) {
     kernels_for(isa).add(x.data(), y.data(), static_cast<int>(y.size()));
 }
 
-void quantize_heads(const std::string& isa, In<float, 1> x, In<float, 1> inv_scale, In<float, 1> offset,
-                    Out<int8_t> out) {
-    kernels_for(isa).quantize_heads(x.data(), static_cast<int>(x.size()), inv_scale.data(), or_null(offset),
-                                    inv_scale.size() > 1, out.data());
+int quantize_heads(const std::string& isa, In<float, 1> x, In<float, 1> inv_scale, In<float, 1> offset,
+                   Out<int8_t> out) {
+    return kernels_for(isa).quantize_heads(x.data(), static_cast<int>(x.size()), inv_scale.data(), or_null(offset),
+                                           inv_scale.size() > 1, out.data());
+}
+
+void scale_heads(const std::string& isa, In<float, 1> acc, float inverse, In<float, 1> offset, In<float, 1> scale,
+                 Out<float> y) {
+    kernels_for(isa).scale_heads(acc.data(), static_cast<int>(acc.size()), inverse, or_null(offset), or_null(scale),
+                                 y.data());
 }
 
 void rms_norm(const std::string& isa, In<float, 1> x, In<float, 1> gain, In<float, 1> bias, float eps, Out<float> y) {
@@ -129,8 +172,8 @@ void silu_mul(const std::string& isa, In<float, 1> gate, In<float, 1> up, Out<fl
     kernels_for(isa).silu_mul(gate.data(), up.data(), static_cast<int>(gate.size()), y.data());
 }
 
-void rope(const std::string& isa, Out<float> x, In<float, 1> cos, In<float, 1> sin) {
-    kernels_for(isa).rope(x.data(), static_cast<int>(x.size()), cos.data(), sin.data());
+void rope(const std::string& isa, In<float, 1> x, In<float, 1> cos, In<float, 1> sin, Out<float> y) {
+    kernels_for(isa).rope(x.data(), static_cast<int>(x.size()), cos.data(), sin.data(), y.data());
 }
 
 void widen(const std::string& isa, nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu> x, int dtype,
@@ -179,7 +222,7 @@ void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf,
         sums[r] = std::accumulate(q8.data() + r * dim, q8.data() + (r + 1) * dim, 0);
     }
     const AttnRows in{params.kind, rows, dim, integers.data(), reals.data(), sums.data(), q_scale.data(), last.data(),
-                      window, keys.data(), values.data(), first, end, end};
+                      window, keys.data(), values.data(), first, end, end, nullptr, 0};
     kernels.attend(in, {max.data(), sum.data(), acc.data()});
 }
 
@@ -234,21 +277,27 @@ void bind_kernels(nb::module_& m) {
     nb::module_ kernels = m.def_submodule("kernels");
     kernels.def("gemm_i8", &gemm_i8, "isa"_a, "weight"_a, "x"_a, "out"_a);
     kernels.def("gemm_packed", &gemm_packed, "isa"_a, "weight"_a, "x"_a, "out"_a);
+    kernels.def("packed_static", &packed_static, "isa"_a, "weight"_a, "x"_a, "bias"_a, "deq_scale"_a, "y"_a,
+                "adds"_a = false);
+    kernels.def("packed_16", &packed_16, "isa"_a, "weight"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
+                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a, "adds"_a = false);
     kernels.def("gemm_float", &gemm_float, "isa"_a, "weight"_a, "dtype"_a, "x"_a, "out"_a);
     kernels.def("row_sums", &row_sums, "isa"_a, "weight"_a, "out"_a);
     kernels.def("quantize_static", &quantize_static, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
     kernels.def("quantize_token", &quantize_token, "isa"_a, "x"_a, "symmetric"_a, "out"_a);
     kernels.def("quantize_16", &quantize_16, "isa"_a, "x"_a, "high"_a, "low"_a);
-    kernels.def("finish_static", &finish_static, "isa"_a, "acc"_a, "bias"_a, "deq_scale"_a, "y"_a);
+    kernels.def("finish_static", &finish_static, "isa"_a, "acc"_a, "bias"_a, "deq_scale"_a, "y"_a,
+                "adds"_a = false);
     kernels.def("finish_token", &finish_token, "isa"_a, "acc"_a, "weight_sum"_a, "weight_scale"_a, "bias"_a, "scale"_a,
-                "offset"_a, "y"_a);
+                "offset"_a, "y"_a, "adds"_a = false);
     kernels.def("finish_16", &finish_16, "isa"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
-                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a);
+                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a, "adds"_a = false);
     kernels.def("add", &add, "isa"_a, "x"_a, "y"_a);
     kernels.def("quantize_heads", &quantize_heads, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
+    kernels.def("scale_heads", &scale_heads, "isa"_a, "acc"_a, "inverse"_a, "offset"_a, "scale"_a, "y"_a);
     kernels.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "bias"_a, "eps"_a, "y"_a);
     kernels.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a, "y"_a);
-    kernels.def("rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a);
+    kernels.def("rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a, "y"_a);
     kernels.def("widen", &widen, "isa"_a, "x"_a, "dtype"_a, "y"_a);
     kernels.def("argmax", &argmax, "isa"_a, "x"_a);
     kernels.def("attend", &attend, "isa"_a, "kind"_a, "q8"_a, "qf"_a, "q_scale"_a, "last"_a, "window"_a, "k"_a, "v"_a,

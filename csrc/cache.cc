@@ -25,6 +25,17 @@ uint16_t to_bf16(float x) {  // to nearest even
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// A key among those of a page: 128 more, which is the other sign bit.
+void put_key(const int8_t* k, int dim, uint8_t* to) {
+    for (int d = 0; d < dim; d += 4, to += kPage * 4) {
+        const int count = std::min(4, dim - d);
+        uint32_t four = 0;
+        std::memcpy(&four, k + d, count);
+        four ^= 0x80808080u;
+        std::memcpy(to, &four, count);
+    }
+}
+
 }  // namespace
 
 size_t Cache::page_bytes(Shape shape, CacheKind kind) {
@@ -75,10 +86,41 @@ void Cache::store(const Kernels& kernels, int layer, int page, int at, int head,
     const size_t first = static_cast<size_t>(head) * dim;
     kernels.quantize_heads(k, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1, k8);
     kernels.quantize_heads(v, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1, v8);
-    for (int d = 0; d < dim; d++) {
-        keys_at[(d / group * kPage + at) * group + d % group] = static_cast<uint8_t>(k8[d] + 128);
-        values_at[(at / group * value_dim + d) * group + at % group] = static_cast<uint8_t>(v8[d]);
+    put_key(k8, dim, keys_at + at * group);
+    uint8_t* value = values_at + at / group * value_dim * group + at % group;
+    for (int d = 0; d < dim; d++) value[d * group] = static_cast<uint8_t>(v8[d]);
+}
+
+void Cache::store_run(const Kernels& kernels, int layer, int page, int at, int head, const float* k, size_t ldk,
+                      const float* v, size_t ldv) const {
+    const AttentionParams& params = layers_[layer];
+    if (params.kind == CacheKind::bf16) {
+        for (int i = 0; i < kStored; i++) store(kernels, layer, page, at + i, head, k + i * ldk, v + i * ldv);
+        return;
     }
+    const int dim = shape_.head_dim;
+    const size_t first = static_cast<size_t>(head) * dim;
+    int8_t k8[512], v8[kStored][512];
+    for (int i = 0; i < kStored; i++) {
+        kernels.quantize_heads(k + i * ldk, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1, k8);
+        put_key(k8, dim, keys(layer, page, head) + (at + i) * kStored);
+        kernels.quantize_heads(v + i * ldv, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1,
+                               v8[i]);
+    }
+    auto* value = reinterpret_cast<int8_t*>(values(layer, page, head)) + at * shape_.value_dim();
+    for (int d = 0; d < dim; d++)
+        for (int i = 0; i < kStored; i++) value[d * kStored + i] = v8[i][d];
+}
+
+void Cache::prefetch_place(int layer, int page, int at, int head) const {
+    const CacheKind kind = layers_[layer].kind;
+    const int group = group_of(kind);
+    constexpr int line = 64, run = 4;  // bytes of a position in a row of keys
+    const uint8_t* key = keys(layer, page, head) + at * run;
+    for (int d = 0; d < shape_.head_dim; d += group) __builtin_prefetch(key + d / group * kPage * run, 1);
+    const size_t row = value_bytes(shape_, kind) / kPage * group;
+    const uint8_t* value = values(layer, page, head) + at / group * row;
+    for (size_t i = 0; i < row; i += line) __builtin_prefetch(value + i, 1);
 }
 
 }  // namespace eightfold

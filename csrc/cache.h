@@ -45,6 +45,12 @@ public:
 
     // Puts one token's rotated key and its value, (D) float32 each, of one head at a position of a page.
     void store(const Kernels& kernels, int layer, int page, int at, int head, const float* k, const float* v) const;
+    // The same for kStored tokens at once, from a position that is a multiple of it on; rows are `ld` floats apart.
+    static constexpr int kStored = 4;
+    void store_run(const Kernels& kernels, int layer, int page, int at, int head, const float* k, size_t ldk,
+                   const float* v, size_t ldv) const;
+    // Asks for the memory that this will write.
+    void prefetch_place(int layer, int page, int at, int head) const;
 
 private:
     Shape shape_;

@@ -53,6 +53,8 @@ struct AttnRows {
     int first;   // first position, a multiple of kPage
     int end;     // one past the last position
     int ahead;   // one past the last position that is needed soon, by this call or the next
+    const uint8_t* after;  // keys that are needed after that, or null
+    int after_columns;     // positions of them
 };
 
 // Softmax of some positions: sum of exp(s - max), and that times the values (rows, Dv), in units of the value scale.
@@ -67,6 +69,23 @@ struct RowParams {   // of one quantized row of activations
     int32_t offset;  // int8 offset; activations are (q - offset) * scale
     int32_t sum;     // of 16-bit activations
     float norm;      // |x|, where a group asks for it
+};
+
+struct PackedInput {  // blocks of kLanes tokens each, see gemm_packed; of two planes, the blocks of both alternate
+    const uint8_t* blocks;
+    size_t block;  // bytes from one to the next
+    int tokens, inputs;
+};
+
+struct Output {  // rows of ld floats; `adds`: to what is there
+    float* y;
+    size_t ld;
+    bool adds;
+};
+
+struct Scales16 {  // what finish_16 needs of weight rows; offset and bias may be null
+    const int32_t* weight_sum;
+    const float *scale, *offset, *bias;
 };
 
 struct ShadowRow {  // of a float row w that is kept as int8 too, w = scale q + e
@@ -91,6 +110,11 @@ struct Kernels {
     // next; out rows are the lanes of all blocks.
     void (*gemm_packed)(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int blocks, int inner,
                         int32_t* out, size_t ldo);
+    // The same and finish_static, or finish_16 of two planes, for each token.
+    void (*packed_static)(const int8_t* w, size_t ldw, int rows, PackedInput x, const int32_t* bias,
+                          const float* deq_scale, Output out);
+    void (*packed_16)(const int8_t* w, size_t ldw, int rows, PackedInput x, Scales16 scales, const RowParams* params,
+                      Output out);
     // kLanes rows of ld bytes, a multiple of kAlign, to a block.
     void (*pack)(const uint8_t* rows, size_t ld, uint8_t* block);
     void (*gemm_float)(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,
@@ -110,20 +134,23 @@ struct Kernels {
     // 16 bit: out holds (high + 128), and `low` unsigned, x = (256 high + low) * scale.
     RowParams (*quantize_16)(const float* x, int n, uint8_t* high, uint8_t* low);
 
-    // Integer products to reals; y (rows) may be the products' own memory.
-    void (*finish_static)(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, float* y);
+    // Integer products to reals, which become y, or are added to it.
+    void (*finish_static)(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, bool adds, float* y);
     void (*finish_token)(const int32_t* acc, int n, const int32_t* weight_sum, const float* weight_scale,
-                         const float* bias, RowParams row, float* y);
-    void (*finish_16)(const int32_t* high, const int32_t* low, int n, const int32_t* weight_sum,
-                      const float* weight_scale, const float* weight_offset, const float* bias, RowParams row,
+                         const float* bias, RowParams row, bool adds, float* y);
+    void (*finish_16)(const int32_t* high, const int32_t* low, int n, Scales16 scales, RowParams row, bool adds,
                       float* y);
 
     void (*add)(float* x, const float* y, int n);
     void (*silu_mul)(const float* gate, const float* up, int n, float* y);
-    // Rotates halves: (a, b) -> (a cos - b sin, b cos + a sin); cos and sin (n / 2).
-    void (*rope)(float* x, int n, const float* cos, const float* sin);
-    // int8 with one scale for each element, or one for all when step is 0: clamp(rne(x * inv + offset)).
-    void (*quantize_heads)(const float* x, int n, const float* inv_scale, const float* offset, int step, int8_t* out);
+    // Rotates halves: (a, b) -> (a cos - b sin, b cos + a sin); cos and sin (n / 2). y may be x.
+    void (*rope)(const float* x, int n, const float* cos, const float* sin, float* y);
+    // int8 with one scale for each element, or one for all when step is 0: clamp(rne(x * inv + offset)). Returns their
+    // sum.
+    int32_t (*quantize_heads)(const float* x, int n, const float* inv_scale, const float* offset, int step,
+                              int8_t* out);
+    // What attention's sums mean: y = (acc * inverse - offset) * scale; scale null: y = acc * inverse.
+    void (*scale_heads)(const float* acc, int n, float inverse, const float* offset, const float* scale, float* y);
 
     void (*attend)(const AttnRows& in, AttnState out);
     // Takes the positions that follow those of `into` into it.

@@ -8,7 +8,8 @@ namespace eightfold {
 
 namespace {
 
-constexpr size_t kPrefetchBytes = 32 << 10;
+// How much is asked for before it is read: by a few tokens' products, and by those of a block.
+constexpr size_t kPrefetchBytes = 32 << 10, kPrefetchPacked = 8 << 10;
 
 // Chunks of a group for each thread.
 constexpr int kFewTurns = 4;
@@ -93,12 +94,14 @@ void Group::find_forms() {
 }
 
 void Group::cut(int threads, bool paired) {
+    is_paired = paired;
     const size_t distinct = paired ? 1 : linears.size();
     size_t bytes = 0;
     for (size_t i = 0; i < distinct; i++) bytes += linears[i].weight_bytes();
     for (size_t i = 0; i < distinct; i++) {
         const int rows = linears[i].outputs, index = static_cast<int>(i);
-        const int size = many_rows(rows, threads);
+        // Of a pair whole blocks, so that what is made of it can be packed.
+        const int size = paired && rows >= threads * kManyRows ? kManyRows : many_rows(rows, threads);
         for (int n = 0; n < rows; n += size) many.push_back({index, n, std::min(size, rows - n)});
         // For a few tokens chunks of about equal size, as many as threads like: memory is read best in long runs, and
         // all are to end together.
@@ -109,14 +112,19 @@ void Group::cut(int threads, bool paired) {
     }
 }
 
-void Group::prefetch(int thread) const {
-    if (thread >= static_cast<int>(few.size())) return;
-    const Chunk& chunk = few[thread];
-    const Linear& linear = linears[chunk.linear];
-    const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
-    const size_t bytes = std::min(row * static_cast<size_t>(chunk.count), kPrefetchBytes);
-    const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+void Group::prefetch(int tokens, int index) const {
+    const std::vector<Chunk>& all = chunks(tokens);
+    if (tokens > kTokenBlock || index >= static_cast<int>(all.size())) return;
+    const Chunk& chunk = all[index];
+    const bool few_tokens = tokens <= kFewTokens;
+    const size_t most = few_tokens ? kPrefetchBytes : kPrefetchPacked;
+    for (int i = chunk.linear; i < (is_paired && !few_tokens ? 2 : chunk.linear + 1); i++) {
+        const Linear& linear = linears[i];
+        const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
+        const size_t bytes = std::min(row * static_cast<size_t>(chunk.count), most);
+        const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
+        for (size_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + j, 0, 2);
+    }
 }
 
 void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric, bool packed,
@@ -160,7 +168,7 @@ void Group::pack(const Kernels& kernels, int block, std::vector<Prepared>& prepa
 }
 
 void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t0, int t1, const uint8_t* generated,
-                     const std::vector<Prepared>& prepared, bool packed, Scratch& scratch, float* y,
+                     const std::vector<Prepared>& prepared, bool packed, bool adds, Scratch& scratch, float* y,
                      size_t ldy) const {
     const Linear& linear = linears[which];
     const Prepared& from = prepared[form_of[which]];
@@ -168,36 +176,50 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
     if (linear.kind == LinearKind::floating) {
         const size_t size = linear.dtype == DType::f32 ? 4 : 2;
         const auto* weight = static_cast<const char*>(linear.weight) + static_cast<size_t>(n0) * width * size;
+        float* to = adds ? scratch.first.data() : y;
+        const size_t ld = adds ? count : ldy;
         kernels.gemm_float(weight, linear.dtype, width, count, from.real.data() + static_cast<size_t>(t0) * width,
-                           width, rows, width, y, ldy);
-        for (int t = 0; t < rows && !linear.bias.empty(); t++) kernels.add(y + t * ldy, linear.bias_at(n0), count);
+                           width, rows, width, to, ld);
+        for (int t = 0; t < rows; t++) {
+            if (!linear.bias.empty()) kernels.add(to + t * ld, linear.bias_at(n0), count);
+            if (adds) kernels.add(y + t * ldy, to + t * ld, count);
+        }
         return;
     }
     const int many = planes(linear.kind);
     const size_t ld = row_bytes(width);
     const auto* weight = static_cast<const int8_t*>(linear.weight) + static_cast<size_t>(n0) * width;
     const uint8_t* x = from.bytes + static_cast<size_t>(t0) * many * ld;
+    const bool is_static = linear.kind == LinearKind::w8a8;
+    const Scales16 scales{linear.weight_sum.data() + n0, linear.scale.data() + n0,
+                          linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0)};
+    if (packed && (is_static || many == 2)) {
+        const PackedInput input{x, kLanes * ld, rows, width};
+        const Output output{y, ldy, adds};
+        if (is_static) {
+            kernels.packed_static(weight, width, count, input, linear.quant_bias.data() + n0,
+                                  linear.deq_scale.data() + n0, output);
+        } else {
+            kernels.packed_16(weight, width, count, input, scales, from.params.data() + t0, output);
+        }
+        return;
+    }
     int32_t* sums = scratch.sums.data();
     if (packed) {
-        const int blocks = (rows + kLanes - 1) / kLanes * many;
-        kernels.gemm_packed(weight, width, count, x, kLanes * ld, blocks, width, sums, count);
+        kernels.gemm_packed(weight, width, count, x, kLanes * ld, chunk_count(rows, kLanes), width, sums, count);
     } else {
         kernels.gemm_i8(weight, width, count, x, ld, rows * many, width, sums, count);
     }
     for (int t = 0; t < rows; t++) {
-        const size_t row = packed ? t / kLanes * kLanes * many + t % kLanes : t * many;
-        const int32_t* acc = sums + row * count;
+        const int32_t* acc = sums + static_cast<size_t>(t) * many * count;
         float* out = y + t * ldy;
-        if (linear.kind == LinearKind::w8a16) {
-            const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
-            kernels.finish_16(acc, low, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
-                              linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0),
-                              from.params[t0 + t], out);
-        } else if (linear.kind == LinearKind::w8a8 || (linear.kind == LinearKind::mix && generated[t0 + t])) {
-            kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, out);
+        if (many == 2) {
+            kernels.finish_16(acc, acc + count, count, scales, from.params[t0 + t], adds, out);
+        } else if (is_static || (linear.kind == LinearKind::mix && generated[t0 + t])) {
+            kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, adds, out);
         } else {
             kernels.finish_token(acc, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
-                                 linear.bias_at(n0), from.params[t0 + t], out);
+                                 linear.bias_at(n0), from.params[t0 + t], adds, out);
         }
     }
 }

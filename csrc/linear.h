@@ -112,6 +112,7 @@ struct Group {
     const float* norm_bias = nullptr;
     float eps = 0;
     bool wants_norm = false;     // of 16-bit inputs
+    bool is_paired = false;      // chunks are of two linears at once
     std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
 
     void find_forms();
@@ -120,8 +121,11 @@ struct Group {
     int outputs() const;
     bool has_floating() const;
 
-    // Asks for the weights that a thread is likely to read first.
-    void prefetch(int thread) const;
+    const std::vector<Chunk>& chunks(int tokens) const { return tokens <= kFewTokens ? few : many; }
+
+    // Asks for the first weights of a chunk, if there are so many: a thread is likely to read those of its own number
+    // first. Of many tokens each row takes long enough.
+    void prefetch(int tokens, int chunk) const;
 
     // Writes row t of the input in every form; x (K) is read only. `symmetric`: how a token is quantized. `packed`:
     // quantized rows go to the scratch memory first, until pack() is called for their block.
@@ -130,9 +134,10 @@ struct Group {
     void pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const;
 
     // y[t - t0][0 .. count) of one linear, rows n0 on, tokens [t0, t1); ldy: floats from row to row. `packed`: how the
-    // input was prepared; then t0 is the first of a block.
+    // input was prepared; then t0 is the first of a block. `adds`: to what y holds.
     void multiply(const Kernels& kernels, int linear, int n0, int count, int t0, int t1, const uint8_t* generated,
-                  const std::vector<Prepared>& prepared, bool packed, Scratch& scratch, float* y, size_t ldy) const;
+                  const std::vector<Prepared>& prepared, bool packed, bool adds, Scratch& scratch, float* y,
+                  size_t ldy) const;
 };
 
 }  // namespace eightfold

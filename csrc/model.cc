@@ -15,6 +15,9 @@ constexpr int kAloneTokens = 2;
 // Units of attention for each thread, and runs of kSplit positions of one unit at most.
 constexpr int kTurns = 8, kMostRun = 8;
 
+// Units of one token each that a thread takes at a time: it asks for the next one's keys while it computes one.
+constexpr int kMostTurn = 8;
+
 }  // namespace
 
 Model::Model(ModelConfig config, const Kernels& kernels, int threads)
@@ -162,6 +165,7 @@ void Model::reserve_tokens(int tokens) {
     q_scale_.resize(heads);
     qf_.resize(heads * shape.query_dim());
     const int widest = std::max({config_.hidden, config_.intermediate, shape.heads * shape.head_dim});
+    handed_[0].reserve(tokens, widest, false);
     for (Prepared& prepared : prepared_) {
         prepared.reserve(tokens, real_width_, true);
         prepared.reserve(tokens, widest, false);
@@ -213,6 +217,8 @@ void Model::forward(const Batch& batch) {
     step.alone = batch.tokens <= kAloneTokens;
     step.single = batch.tokens == batch.sequences && !batch.float_prompts &&
                   config_.shape.queries_per_kv() <= kMaxAttnRows;
+    const int units = static_cast<int>(units_.size());
+    step.turn = step.single && slots_ == 0 ? std::clamp(units / (kTurns * threads()), 1, kMostTurn) : 1;
     step.units.swap(units_);
     step.id = ++step_count_;
     for (int s = 0; s < batch.sequences; s++) {

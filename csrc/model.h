@@ -82,6 +82,7 @@ private:
         Batch batch;
         bool alone;   // every thread prepares the few input rows for itself
         bool single;  // one token a sequence: a unit of attention rotates and stores what it needs itself
+        int turn;     // units that a thread takes at a time
         std::vector<Unit> units;
         uint64_t id;
     };
@@ -92,7 +93,11 @@ private:
     // `next`: the weights that are read after these.
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                        float* output, bool adds, const Group& next);
-    bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next);
+    // The same where whoever made the input has put it into handed_; the output grows by the products.
+    bool handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, const Group& next);
+    void multiply_chunk(const Step& step, const Group& group, int i, const std::vector<Prepared>& prepared,
+                        float* output, bool adds, Scratch& scratch);
+    bool gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer, int use);
     struct HeadRows {  // tokens whose logits are computed
         int count;
         const int32_t* tokens;
@@ -110,6 +115,17 @@ private:
     const std::vector<Prepared>& prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
                                               const float* input, int tokens, const int32_t* rows);
 
+    // Whether the input of a linear is quantized and packed by whoever makes it.
+    bool takes_handed(const Step& step, const Group& group) const;
+    bool hands_heads(const Step& step, const Layer& layer) const {
+        return config_.shape.head_dim % 4 == 0 && takes_handed(step, layer.o);
+    }
+    bool hands_gated(const Step& step, const Layer& layer) const {
+        return layer.gate_up.many.front().count % kAlign == 0 && takes_handed(step, layer.down);
+    }
+    void hand_gated(const Group& next, int t0, int t1, int n, int count, const float* gated, Scratch& scratch);
+    void hand_head(const Group& next, int t, int head, const float* values);
+
     void embed(const Step& step, int t);
     struct Query {  // where a quantized query goes
         int8_t* q8;
@@ -117,13 +133,17 @@ private:
         float *scale, *real;
     };
     Query query_at(int t, int head);
-    void rotate(int layer, int t, int head, float* row) const;
+    void rotate(int layer, int t, int head, float* to);
     void rotate_query(const Step& step, int layer, int t, int head, Query to);
-    void rotate_and_store_key(const Step& step, int layer, int t, int kv_head);
+    bool is_run(const Batch& batch, int t, int end) const;
+    void rotate_and_store_keys(const Step& step, int layer, int t, int count, int kv_head);
     void quantize_query(const AttentionParams& params, int head, const float* q, Query to) const;
     void gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch);
-    void attend(const Step& step, int layer, const Unit& unit, Scratch& scratch);
-    void write_heads(const AttentionParams& params, const Unit& unit, AttnState state);
+    // `next`: the unit that the thread takes after this one, or null.
+    void attend(const Step& step, int layer, const Unit& unit, const Unit* next, Scratch& scratch);
+    int first_position(int layer, const Batch& batch, const Unit& unit) const;
+    void prefetch_place(const Batch& batch, int layer, int t, int kv_head) const;
+    void write_heads(const Step& step, int layer, const Unit& unit, AttnState state);
     void plan_units(const Batch& batch);
     void reserve_tokens(int tokens);
     void reserve_choices(int rows);
@@ -150,6 +170,7 @@ private:
     std::array<Step, Pool::kSlots> steps_;
     std::vector<Scratch> scratch_;        // of each thread
     std::vector<Prepared> prepared_;      // shared by all
+    std::vector<Prepared> handed_{1};     // quantized and packed where it was made
     std::vector<Unit> units_;             // of the step being planned
     uint64_t step_count_ = 0;
     // A float head as int8, 16-bit activations: its products and their error bounds leave a few tokens whose exact

@@ -1,6 +1,7 @@
 // Attention of a step: rotate and store the new tokens, then softmax over the cache in units of a few query rows.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "model.h"
 
@@ -8,7 +9,7 @@ namespace eightfold {
 
 namespace {
 
-constexpr int kStoreTokens = 4;
+constexpr int kStoreTokens = 8;
 
 // The state of `rows` rows in memory of kMaxAttnRows * (2 + value_dim) floats.
 AttnState state_at(float* memory) { return {memory, memory + kMaxAttnRows, memory + 2 * kMaxAttnRows}; }
@@ -18,17 +19,30 @@ AttnState state_at(float* memory) { return {memory, memory + kMaxAttnRows, memor
 bool Model::attention_phases(Pool::Walk& walk, const Step& step, int layer, const Group& next) {
     const int tokens = step.batch.tokens;
     if (!step.single && !walk.phase((tokens + kStoreTokens - 1) / kStoreTokens, [&](int i) {
-            for (int t = i * kStoreTokens; t < std::min(tokens, (i + 1) * kStoreTokens); t++) {
+            const int first = i * kStoreTokens, end = std::min(tokens, first + kStoreTokens);
+            for (int t = first; t < end; t += Cache::kStored)
+                for (int g = 0; g < config_.shape.kv_heads; g++) prefetch_place(step.batch, layer, t, g);
+            for (int t = first; t < end; t++)
                 for (int h = 0; h < config_.shape.heads; h++) rotate_query(step, layer, t, h, query_at(t, h));
-                for (int g = 0; g < config_.shape.kv_heads; g++) rotate_and_store_key(step, layer, t, g);
+            for (int t = first; t < end;) {
+                const int count = is_run(step.batch, t, end) ? Cache::kStored : 1;
+                for (int g = 0; g < config_.shape.kv_heads; g++) rotate_and_store_keys(step, layer, t, count, g);
+                t += count;
             }
         })) {
         return false;
     }
+    const int units = static_cast<int>(step.units.size());
     return walk.phase(
-        static_cast<int>(step.units.size()),
-        [&](int i) { attend(step, layer, step.units[i], scratch_[walk.thread()]); },
-        [&] { if (step.alone) next.prefetch(walk.thread()); });
+        chunk_count(units, step.turn),
+        [&](int i) {
+            const int end = std::min(units, (i + 1) * step.turn);
+            for (int u = i * step.turn; u < end; u++) {
+                const Unit* after = u + 1 < end ? &step.units[u + 1] : nullptr;
+                attend(step, layer, step.units[u], after, scratch_[walk.thread()]);
+            }
+        },
+        [&] { next.prefetch(tokens, walk.thread()); });
 }
 
 Model::Query Model::query_at(int t, int head) {
@@ -36,33 +50,46 @@ Model::Query Model::query_at(int t, int head) {
     return {q8_.data() + at * 2 * dq, q_sum_.data() + at * 2, q_scale_.data() + at, qf_.data() + at * dq};
 }
 
-void Model::rotate(int layer, int t, int head, float* row) const {
+// Writes a head's row of a token, normed where the family does, and turned by its position.
+void Model::rotate(int layer, int t, int head, float* to) {
     const Shape& shape = config_.shape;
     const size_t at = static_cast<size_t>(t) * shape.head_dim / 2;
     const std::vector<float>& gain = head < shape.heads ? attention[layer].query_norm : attention[layer].key_norm;
-    if (!gain.empty()) kernels_.rms_norm(row, shape.head_dim, gain.data(), nullptr, config_.eps, row);
-    kernels_.rope(row, shape.head_dim, cos_.data() + at, sin_.data() + at);
+    const float* row = head_row(t, head);
+    if (!gain.empty()) {
+        kernels_.rms_norm(row, shape.head_dim, gain.data(), nullptr, config_.eps, to);
+        row = to;
+    }
+    kernels_.rope(row, shape.head_dim, cos_.data() + at, sin_.data() + at, to);
 }
 
 void Model::rotate_query(const Step& step, int layer, int t, int head, Query to) {
-    float row[512];  // a copy: several units may need the same query
-    std::copy_n(head_row(t, head), config_.shape.head_dim, row);
+    float row[512];
     rotate(layer, t, head, row);
     quantize_query(is_fresh(step.batch, layer, t) ? fresh_params_[0] : attention[layer], head, row, to);
 }
 
-void Model::rotate_and_store_key(const Step& step, int layer, int t, int kv_head) {
+// Whether the cache takes the tokens from t on together.
+bool Model::is_run(const Batch& batch, int t, int end) const {
+    return t + Cache::kStored <= end && batch.positions[t] % Cache::kStored == 0 &&
+           sequence_of_[t] == sequence_of_[t + Cache::kStored - 1];
+}
+
+// Of one token, or of Cache::kStored.
+void Model::rotate_and_store_keys(const Step& step, int layer, int t, int count, int kv_head) {
     const Shape& shape = config_.shape;
     const Batch& batch = step.batch;
-    float* k = head_row(t, shape.heads + kv_head);
+    float keys[Cache::kStored * 512];
+    const size_t dim = shape.head_dim, row = (shape.heads + 2 * static_cast<size_t>(shape.kv_heads)) * dim;
+    for (int i = 0; i < count; i++) rotate(layer, t + i, shape.heads + kv_head, keys + i * dim);
     const float* v = head_row(t, shape.heads + shape.kv_heads + kv_head);
-    rotate(layer, t, shape.heads + kv_head, k);
     const int position = batch.positions[t], sequence = sequence_of_[t], at = position % kPage;
-    const int32_t* table = batch.tables + static_cast<size_t>(sequence) * batch.table_width;
-    cache_->store(kernels_, layer, table[position / kPage], at, kv_head, k, v);
-    if (is_fresh(batch, layer, t)) {
-        fresh_->store(kernels_, 0, fresh_page_[sequence] + position / kPage, at, kv_head, k, v);
-    }
+    const auto store = [&](const Cache& cache, int of_layer, int page) {
+        if (count == 1) return cache.store(kernels_, of_layer, page, at, kv_head, keys, v);
+        cache.store_run(kernels_, of_layer, page, at, kv_head, keys, dim, v, row);
+    };
+    store(*cache_, layer, batch.tables[static_cast<size_t>(sequence) * batch.table_width + position / kPage]);
+    if (is_fresh(batch, layer, t)) store(*fresh_, 0, fresh_page_[sequence] + position / kPage);
 }
 
 void Model::quantize_query(const AttentionParams& params, int head, const float* q, Query to) const {
@@ -75,11 +102,8 @@ void Model::quantize_query(const AttentionParams& params, int head, const float*
         return;
     }
     if (params.kind == CacheKind::int8) {
-        kernels_.quantize_heads(q, dim, &params.query_inv[head], nullptr, 0, to.q8);
+        to.sum[0] = kernels_.quantize_heads(q, dim, &params.query_inv[head], nullptr, 0, to.q8);
         std::fill(to.q8 + dim, to.q8 + dq, 0);
-        int32_t sum = 0;
-        for (int d = 0; d < dim; d++) sum += to.q8[d];
-        to.sum[0] = sum;
         *to.scale = params.score_scale[head];
         return;
     }
@@ -130,7 +154,20 @@ void Model::gather_queries(const Step& step, int layer, const Unit& unit, CacheK
     }
 }
 
-void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scratch) {
+int Model::first_position(int layer, const Batch& batch, const Unit& unit) const {
+    const int window = attention[layer].window;
+    if (window == 0) return unit.begin;
+    return std::max(unit.begin, (batch.positions[unit.first_token] - window + 1) / kPage * kPage);
+}
+
+// Asks for the lines that a token's key and value are going to be written to.
+void Model::prefetch_place(const Batch& batch, int layer, int t, int kv_head) const {
+    const int position = batch.positions[t];
+    const int32_t* table = batch.tables + static_cast<size_t>(sequence_of_[t]) * batch.table_width;
+    cache_->prefetch_place(layer, table[position / kPage], position % kPage, kv_head);
+}
+
+void Model::attend(const Step& step, int layer, const Unit& unit, const Unit* next, Scratch& scratch) {
     const Shape& shape = config_.shape;
     const Batch& batch = step.batch;
     const bool fresh = is_fresh(batch, layer, unit.first_token);
@@ -140,11 +177,9 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
     gather_queries(step, layer, unit, kind, scratch);
     // The token itself is in the last part of its context.
     if (step.single && unit.end > batch.positions[unit.first_token]) {
-        rotate_and_store_key(step, layer, unit.first_token, unit.kv_head);
+        rotate_and_store_keys(step, layer, unit.first_token, 1, unit.kv_head);
     }
-    const int begin = params.window > 0
-                          ? std::max(unit.begin, (batch.positions[unit.first_token] - params.window + 1) / kPage * kPage)
-                          : unit.begin;
+    const int begin = first_position(layer, batch, unit);
     const int32_t* table = batch.tables + static_cast<size_t>(unit.sequence) * batch.table_width;
     const int pages = (unit.end + kPage - 1) / kPage;
     scratch.keys.resize(pages);
@@ -157,7 +192,14 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
     }
     AttnRows in{kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
                 scratch.q_scale.data(), scratch.last.data(), params.window, scratch.keys.data(),
-                scratch.values.data(), begin, unit.end, unit.end};
+                scratch.values.data(), begin, unit.end, unit.end, nullptr, 0};
+    if (next != nullptr) {
+        const int first = first_position(layer, batch, *next);
+        const int32_t* pages_of = batch.tables + static_cast<size_t>(next->sequence) * batch.table_width;
+        in.after = cache_->keys(layer, pages_of[first / kPage], next->kv_head);
+        in.after_columns = std::min(kPage, next->end - first);
+        prefetch_place(batch, layer, next->first_token, next->kv_head);
+    }
     scratch.states.resize(2 * partial_stride_);
     const bool parted = unit.parts > 1;
     const auto slot = [&](int i) { return state_at(partial_.data() + (unit.slot + i) * partial_stride_); };
@@ -173,8 +215,7 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
         kernels_.attend(in, to);
         if (!parted && !first) kernels_.merge(state, to, rows, shape.value_dim());
     }
-    const AttentionParams& scales = fresh ? fresh_params_[0] : params;
-    if (!parted) return write_heads(scales, unit, state);
+    if (!parted) return write_heads(step, layer, unit, state);
     // Whoever ends last puts the parts together, in their order.
     const int mine = chunk_count(unit.end - unit.begin, kSplit);
     if (parts_done_[unit.tile].fetch_add(mine) + mine < unit.parts) return;
@@ -183,25 +224,37 @@ void Model::attend(const Step& step, int layer, const Unit& unit, Scratch& scrat
         kernels_.merge(slot(origin), slot(origin + part), rows, shape.value_dim());
     }
     parts_done_[unit.tile].store(0);
-    write_heads(scales, unit, slot(origin));
+    write_heads(step, layer, unit, slot(origin));
 }
 
-void Model::write_heads(const AttentionParams& params, const Unit& unit, AttnState state) {
+void Model::write_heads(const Step& step, int layer, const Unit& unit, AttnState state) {
     const Shape& shape = config_.shape;
     const int dim = shape.head_dim;
+    const bool fresh = is_fresh(step.batch, layer, unit.first_token), hands = hands_heads(step, layers[layer]);
+    const AttentionParams& params = fresh ? fresh_params_[0] : attention[layer];
+    const size_t at = static_cast<size_t>(unit.kv_head) * dim;
+    const bool is_scaled = params.kind != CacheKind::bf16;
+    const float* scale = is_scaled ? params.value_scale.data() + at : nullptr;
+    const float* offset = is_scaled ? params.value_offset.data() + at : nullptr;
+    float values[512];
     for (int r = 0; r < row_len(unit); r++) {
         const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
-        float* out = heads_.data() + (static_cast<size_t>(t) * shape.heads + head) * dim;
-        const float* acc = state.acc + static_cast<size_t>(r) * shape.value_dim();
-        const float inverse = 1.0f / state.sum[r];
-        if (params.kind == CacheKind::bf16) {
-            for (int d = 0; d < dim; d++) out[d] = acc[d] * inverse;
-        } else {
-            const float* scale = params.value_scale.data() + unit.kv_head * dim;
-            const float* offset = params.value_offset.data() + unit.kv_head * dim;
-            for (int d = 0; d < dim; d++) out[d] = (acc[d] * inverse - offset[d]) * scale[d];
-        }
+        float* out = hands ? values : heads_.data() + (static_cast<size_t>(t) * shape.heads + head) * dim;
+        kernels_.scale_heads(state.acc + static_cast<size_t>(r) * shape.value_dim(), dim, 1.0f / state.sum[r], offset,
+                             scale, out);
+        if (hands) hand_head(layers[layer].o, t, head, values);
     }
+}
+
+// One head's part of the input of a linear, for one token.
+void Model::hand_head(const Group& next, int t, int head, const float* values) {
+    const int dim = config_.shape.head_dim;
+    const Form& form = next.forms[0];
+    uint8_t row[512 + kAlign];
+    kernels_.quantize_static(values, dim, form.inv_scale, form.offset, row);
+    const size_t block = kLanes * row_bytes(next.inputs()), column = static_cast<size_t>(head) * dim * kLanes;
+    uint8_t* to = handed_[0].bytes + t / kLanes * block + column + t % kLanes * 4;
+    for (int d = 0; d < dim; d += 4) std::memcpy(to + d * kLanes, row + d, 4);
 }
 
 }  // namespace eightfold

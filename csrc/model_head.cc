@@ -43,7 +43,7 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step, HeadRows rows) {
             uint8_t generated[kTokenBlock];
             for (int t = t0; t < t1; t++) generated[t - t0] = step.batch.generated[rows.tokens[t]];
             by_rows(chunk, rows.count, [&](int n, int count) {
-                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, is_packed(rows.count), scratch,
+                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, is_packed(rows.count), false, scratch,
                               rows.logits + t0 * ld + n, ld);
             });
         })) {
@@ -83,7 +83,8 @@ void Model::find_candidates(const Step& step, const Chunk& chunk, int t0, int t1
     const float half_root = 0.5005f * std::sqrt(static_cast<float>(config_.hidden));
     by_rows(chunk, rows, [&](int n, int count) {
         float* y = scratch.first.data();
-        shadow_.multiply(kernels_, 0, n, count, t0, t1, nullptr, prepared, is_packed(rows), scratch, y, count);
+        shadow_.multiply(kernels_, 0, n, count, t0, t1, nullptr, prepared, is_packed(rows), false, scratch, y,
+                         count);
         for (int t = t0; t < t1; t++, y += count) {
             const RowParams& x = prepared[shadow_.form_of[0]].params[t];
             std::vector<Candidate>& found = scratch.candidates[t];
@@ -162,6 +163,7 @@ void Model::make_shadow() {
     shadow_.wants_norm = true;
     shadow_.find_forms();
     shadow_.cut(threads(), true);
+    shadow_.is_paired = false;  // of the second, rows are read one by one
 }
 
 void Model::shadow_rows(int begin, int end, bool forgets) {

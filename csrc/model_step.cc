@@ -24,14 +24,23 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
         })) {
         return;
     }
+    const Group& last = step.batch.logit_rows > 0 || shadow_.linears.empty() ? head : shadow_;
     for (int i = 0; i < config_.layers; i++) {
         const Layer& layer = layers[i];
-        const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : head;
+        const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : last;
         if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
         if (!attention_phases(walk, step, i, layer.o)) return;
-        if (!linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true, layer.gate_up)) return;
-        if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2, layer.down)) return;
-        if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after)) return;
+        if (!(hands_heads(step, layer)
+                  ? handed_phase(walk, step, layer.o, x_.data(), layer.gate_up)
+                  : linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true, layer.gate_up))) {
+            return;
+        }
+        if (!gated_phases(walk, step, layer, 4 * i + 2)) return;
+        if (!(hands_gated(step, layer)
+                  ? handed_phase(walk, step, layer.down, x_.data(), after)
+                  : linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after))) {
+            return;
+        }
     }
     const Batch& batch = step.batch;
     if (!head_phases(walk, step, {batch.logit_rows, batch.logit_tokens, batch.logits, batch.best})) return;
@@ -86,53 +95,87 @@ const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& s
     return scratch.prepared;
 }
 
+void Model::multiply_chunk(const Step& step, const Group& group, int i, const std::vector<Prepared>& prepared,
+                           float* output, bool adds, Scratch& scratch) {
+    const int tokens = step.batch.tokens, blocks = chunk_count(tokens, kTokenBlock);
+    const Chunk& chunk = group.chunks(tokens)[i / blocks];
+    const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+    if (is_packed(tokens)) group.prefetch(tokens, i + threads());
+    const size_t ld = group.outputs();
+    size_t column = chunk.begin;
+    for (int j = 0; j < chunk.linear; j++) column += group.linears[j].outputs;
+    by_rows(chunk, tokens, [&](int n, int count) {
+        group.multiply(kernels_, chunk.linear, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens),
+                       adds, scratch, output + t0 * ld + column + (n - chunk.begin), ld);
+    });
+}
+
 bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                           float* output, bool adds, const Group& next) {
     const int tokens = step.batch.tokens;
     if (!prepare_phase(walk, step, group, input, tokens, nullptr)) return false;
-    const std::vector<Chunk>& chunks = tokens <= kFewTokens ? group.few : group.many;
-    const int blocks = chunk_count(tokens, kTokenBlock);
-    const size_t ld = group.outputs();
-    return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
-        const Chunk& chunk = chunks[i / blocks];
-        const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
-        size_t column = chunk.begin;
-        for (int j = 0; j < chunk.linear; j++) column += group.linears[j].outputs;
+    const int chunks = static_cast<int>(group.chunks(tokens).size());
+    return walk.phase(chunks * chunk_count(tokens, kTokenBlock), [&](int i) {
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
-        by_rows(chunk, tokens, [&](int n, int count) {
-            float* out = output + t0 * ld + column + (n - chunk.begin);
-            float* to = adds ? scratch.first.data() : out;
-            const size_t ldy = adds ? count : ld;
-            group.multiply(kernels_, chunk.linear, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens),
-                           scratch, to, ldy);
-            for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, count);
-        });
-    }, [&] { if (step.alone) next.prefetch(walk.thread()); });
+        multiply_chunk(step, group, i, prepared, output, adds, scratch);
+    }, [&] { next.prefetch(tokens, walk.thread()); });
 }
 
-bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next) {
+bool Model::takes_handed(const Step& step, const Group& group) const {
+    return is_packed(step.batch.tokens) && group.linears.size() == 1 && group.linears[0].kind == LinearKind::w8a8;
+}
+
+bool Model::handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, const Group& next) {
+    const int tokens = step.batch.tokens, chunks = static_cast<int>(group.chunks(tokens).size());
+    return walk.phase(
+        chunks * chunk_count(tokens, kTokenBlock),
+        [&](int i) { multiply_chunk(step, group, i, handed_, output, true, scratch_[walk.thread()]); },
+        [&] { next.prefetch(tokens, walk.thread()); });
+}
+
+bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer, int use) {
     const int tokens = step.batch.tokens;
+    const Group& group = layer.gate_up;
     if (!prepare_phase(walk, step, group, x_.data(), tokens, nullptr)) return false;
-    const std::vector<Chunk>& chunks = tokens <= kFewTokens ? group.few : group.many;
+    const std::vector<Chunk>& chunks = group.chunks(tokens);
     const int blocks = chunk_count(tokens, kTokenBlock);
     const size_t ld = config_.intermediate;
+    const bool hands = hands_gated(step, layer);
     return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
         const Chunk& chunk = chunks[i / blocks];
         const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+        if (is_packed(tokens)) group.prefetch(tokens, i + threads());
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
         float *gate = scratch.first.data(), *up = scratch.second.data();
         by_rows(chunk, tokens, [&](int n, int count) {
             for (int j = 0; j < 2; j++) {
-                group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens),
+                group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens), false,
                                scratch, j == 0 ? gate : up, count);
             }
             for (int t = 0; t < t1 - t0; t++) {
-                kernels_.silu_mul(gate + t * count, up + t * count, count, act_.data() + (t0 + t) * ld + n);
+                float* to = hands ? gate + t * count : act_.data() + (t0 + t) * ld + n;
+                kernels_.silu_mul(gate + t * count, up + t * count, count, to);
             }
+            if (hands) hand_gated(layer.down, t0, t1, n, count, gate, scratch);
         });
-    }, [&] { if (step.alone) next.prefetch(walk.thread()); });
+    }, [&] { layer.down.prefetch(tokens, walk.thread()); });
+}
+
+// Columns n .. n + count of the input of a linear, for tokens [t0, t1): `gated` (t1 - t0, count), count <= kManyRows.
+void Model::hand_gated(const Group& next, int t0, int t1, int n, int count, const float* gated, Scratch& scratch) {
+    const Form& form = next.forms[0];
+    scratch.rows.resize(std::max(scratch.rows.size(), static_cast<size_t>(kTokenBlock) * kManyRows));
+    for (int t = 0; t < t1 - t0; t++) {
+        kernels_.quantize_static(gated + t * count, count, form.inv_scale, form.offset,
+                                 scratch.rows.data() + t * kManyRows);
+    }
+    const size_t block = kLanes * row_bytes(next.inputs());
+    for (int t = t0; t < t1; t += kLanes) {
+        kernels_.pack(scratch.rows.data() + static_cast<size_t>(t - t0) * kManyRows, kManyRows,
+                      handed_[0].bytes + t / kLanes * block + static_cast<size_t>(n) * kLanes);
+    }
 }
 
 }  // namespace eightfold

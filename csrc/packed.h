@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "rows.h"
 
 namespace eightfold::EF_ISA {
 
@@ -52,19 +53,10 @@ inline void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t bl
         for (int v = 0; v < V; v++) i_store(sums + r * B * kLanes + v * W, acc[r][v]);
 }
 
-// out[lane][n] of a run of rows, from sums[n][lane].
-inline void put_packed(const int32_t* sums, int rows, int lanes, int32_t* out, size_t ldo) {
-    for (int lane = 0; lane < lanes; lane += W) {
-        int n = 0;
-        for (; n + W <= rows; n += W) transpose(sums + n * lanes + lane, lanes, out + lane * ldo + n, ldo);
-        for (; n < rows; n++)
-            for (int i = lane; i < lane + W; i++) out[i * ldo + n] = sums[n * lanes + i];
-    }
-}
-
-// out[16 b + lane][n] = sum_k x[b][lane][k] w[n][k] for all lanes of all blocks.
-inline void gemm_packed(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int blocks, int inner,
-                        int32_t* out, size_t ldo) {
+// Calls done.operator()<B>(sums, b, first, count) for runs of rows and of B blocks from b on: sums is (rows, B kLanes).
+template <typename Done>
+inline void by_tiles(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int blocks, int inner,
+                     Done done) {
     alignas(64) int32_t sums[kPackedRows * kMostBlocks * kLanes];
     const auto run = [&]<int B>(int b) {
         for (int first = 0; first < rows; first += kPackedRows) {
@@ -77,7 +69,10 @@ inline void gemm_packed(const int8_t* w, size_t ldw, int rows, const uint8_t* x,
                 tile_packed<R, B>(row + n * ldw, ldw, lanes, block, inner, sums + n * B * kLanes);
             }
             for (; n < count; n++) tile_packed<1, B>(row + n * ldw, ldw, lanes, block, inner, sums + n * B * kLanes);
-            put_packed(sums, count, B * kLanes, out + static_cast<size_t>(b) * kLanes * ldo + first, ldo);
+            // Whole squares are turned.
+            const int whole = (count + W - 1) / W * W;
+            std::fill(sums + count * B * kLanes, sums + whole * B * kLanes, 0);
+            done.template operator()<B>(sums, b, first, count);
         }
     };
     for (int b = 0; b < blocks;) {
@@ -89,6 +84,96 @@ inline void gemm_packed(const int8_t* w, size_t ldw, int rows, const uint8_t* x,
             if (count == 4) run.template operator()<4>(b);
         }
         b += count;
+    }
+}
+
+// out[16 b + lane][n] = sum_k x[b][lane][k] w[n][k] for all lanes of all blocks.
+inline void gemm_packed(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int blocks, int inner,
+                        int32_t* out, size_t ldo) {
+    by_tiles(w, ldw, rows, x, block, blocks, inner, [&]<int B>(const int32_t* sums, int b, int first, int count) {
+        alignas(64) int32_t square[W * W];
+        for (int lane = 0; lane < B * kLanes; lane += W) {
+            int32_t* to = out + (static_cast<size_t>(b) * kLanes + lane) * ldo + first;
+            for (int n = 0; n < count; n += W) {
+                const int32_t* from = sums + n * B * kLanes + lane;
+                if (n + W <= count) {
+                    transpose(from, B * kLanes, to + n, ldo);
+                    continue;
+                }
+                transpose(from, B * kLanes, square, W);
+                for (int i = 0; i < W; i++) i_store_n(to + i * ldo + n, i_load(square + i * W), count - n);
+            }
+        }
+    });
+}
+
+// Calls row(i, sums) for the first `tokens` of W lanes, with the sums of W weight rows.
+template <typename Row>
+inline void by_lanes(const int32_t* sums, size_t ld, int tokens, Row row) {
+    alignas(64) int32_t square[W * W];
+    transpose(sums, ld, square, W);
+    for (int i = 0; i < std::min(W, tokens); i++) row(i, i_load(square + i * W));
+}
+
+inline void packed_static(const int8_t* w, size_t ldw, int rows, PackedInput x, const int32_t* bias,
+                          const float* deq_scale, Output out) {
+    const int blocks = (x.tokens + kLanes - 1) / kLanes;
+    by_tiles(w, ldw, rows, x.blocks, x.block, blocks, x.inputs,
+             [&]<int B>(const int32_t* sums, int b, int first, int count) {
+        for (int n = 0; n < count; n += W) {
+            const int m = std::min(W, count - n), at = first + n;
+            const I add = get(bias + at, m);
+            const F scale = get(deq_scale + at, m);
+            for (int lane = 0; lane < B * kLanes; lane += W) {
+                const int t = b * kLanes + lane;
+                by_lanes(sums + n * B * kLanes + lane, B * kLanes, x.tokens - t, [&](int i, I acc) {
+                    put(out.y + (t + i) * out.ld + at, real_static(acc, add, scale), m, out.adds);
+                });
+            }
+        }
+    });
+}
+
+// Sums of high halves wait for those of the low ones, where a weight meets one block at a time.
+inline void packed_16(const int8_t* w, size_t ldw, int rows, PackedInput x, Scales16 scales, const RowParams* params,
+                      Output out) {
+    const int blocks = 2 * ((x.tokens + kLanes - 1) / kLanes);
+    constexpr int kKept = kMostBlocks == 1 ? kPackedRows * kLanes : 1;
+    alignas(64) int32_t kept[kKept];
+    const auto finish = [&](const int32_t* high, const int32_t* low, size_t ld, int t, int first, int count) {
+        alignas(64) int32_t square[W * W];
+        for (int n = 0; n < count; n += W) {
+            const int m = std::min(W, count - n), at = first + n;
+            const Lanes16 of(scales, at, m);
+            for (int lane = 0; lane < kLanes; lane += W) {
+                transpose(low + n * ld + lane, ld, square, W);
+                by_lanes(high + n * ld + lane, ld, x.tokens - t - lane, [&](int i, I acc) {
+                    const F v = of.real(acc, i_load(square + i * W), params[t + lane + i]);
+                    put(out.y + (t + lane + i) * out.ld + at, v, m, out.adds);
+                });
+            }
+        }
+    };
+    const auto run = [&](int b, int many, int first, int count, auto done) {
+        by_tiles(w + first * ldw, ldw, count, x.blocks + b * x.block, x.block, many, x.inputs, done);
+    };
+    if constexpr (kMostBlocks > 1) {
+        run(0, blocks, 0, rows, [&]<int B>(const int32_t* sums, int b, int first, int count) {
+            for (int i = 0; i < B; i += 2) {
+                finish(sums + i * kLanes, sums + (i + 1) * kLanes, B * kLanes, (b + i) / 2 * kLanes, first, count);
+            }
+        });
+    } else {
+        for (int b = 0; b < blocks; b += 2)
+            for (int first = 0; first < rows; first += kPackedRows) {
+                const int some = std::min(kPackedRows, rows - first);
+                run(b, 1, first, some, [&]<int B>(const int32_t* sums, int, int, int count) {
+                    std::copy_n(sums, (count + W - 1) / W * W * kLanes, kept);
+                });
+                run(b + 1, 1, first, some, [&]<int B>(const int32_t* sums, int, int, int count) {
+                    finish(kept, sums, kLanes, b / 2 * kLanes, first, count);
+                });
+            }
     }
 }
 

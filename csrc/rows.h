@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "kernels.h"
 
@@ -22,6 +23,7 @@ inline void lanes(int size, Step f) {
 inline F get(const float* p, int n) { return n == W ? f_load(p) : f_load_n(p, n); }
 inline void set(float* p, F x, int n) { n == W ? f_store(p, x) : f_store_n(p, x, n); }
 inline I get(const int32_t* p, int n) { return n == W ? i_load(p) : i_load_n(p, n); }
+inline void put(float* p, F x, int n, bool adds) { set(p, adds ? f_add(get(p, n), x) : x, n); }
 
 // e**x = 2**n e**r, |r| <= ln 2 / 2, the second factor by its series: within 2 units in the last place.
 inline F exp_lanes(F x) {
@@ -126,36 +128,53 @@ inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low)
     return {scale, 0, i_hsum(sum), 0.0f};
 }
 
-inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, float* y) {
+inline F real_static(I acc, I bias, F deq_scale) { return f_mul(to_f(i_add(acc, bias)), deq_scale); }
+
+inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, bool adds,
+                          float* y) {
     lanes(n, [&](int i, int m) {
-        set(y + i, f_mul(to_f(i_add(get(acc + i, m), get(bias + i, m))), get(deq_scale + i, m)), m);
+        put(y + i, real_static(get(acc + i, m), get(bias + i, m), get(deq_scale + i, m)), m, adds);
     });
 }
 
 inline void finish_token(const int32_t* acc, int n, const int32_t* weight_sum, const float* weight_scale,
-                         const float* bias, RowParams row, float* y) {
+                         const float* bias, RowParams row, bool adds, float* y) {
     const I offset = i_set(row.offset + 128);
     const F scale = f_set(row.scale);
     lanes(n, [&](int i, int m) {
         const I sums = i_sub(get(acc + i, m), i_mul(offset, get(weight_sum + i, m)));
         F v = f_mul(f_mul(to_f(sums), scale), get(weight_scale + i, m));
         if (bias != nullptr) v = f_add(v, get(bias + i, m));
-        set(y + i, v, m);
+        put(y + i, v, m, adds);
     });
 }
 
-inline void finish_16(const int32_t* high, const int32_t* low, int n, const int32_t* weight_sum,
-                      const float* weight_scale, const float* weight_offset, const float* bias, RowParams row,
+// Lanes of weight rows from n on, m of them.
+struct Lanes16 {
+    I correction;
+    F scale, offset, bias;
+    bool has_offset, has_bias;
+
+    Lanes16(Scales16 from, int n, int m)
+        : correction(i_mul(i_set(128), get(from.weight_sum + n, m))),
+          scale(get(from.scale + n, m)),
+          offset(from.offset != nullptr ? get(from.offset + n, m) : f_set(0.0f)),
+          bias(from.bias != nullptr ? get(from.bias + n, m) : f_set(0.0f)),
+          has_offset(from.offset != nullptr),
+          has_bias(from.bias != nullptr) {}
+
+    F real(I high, I low, RowParams row) const {
+        F v = f_fma(to_f(i_sub(high, correction)), f_set(256.0f), to_f(low));
+        if (has_offset) v = f_fma(f_set(static_cast<float>(-row.sum)), offset, v);
+        v = f_mul(f_mul(v, f_set(row.scale)), scale);
+        return has_bias ? f_add(v, bias) : v;
+    }
+};
+
+inline void finish_16(const int32_t* high, const int32_t* low, int n, Scales16 scales, RowParams row, bool adds,
                       float* y) {
-    const I offset = i_set(128);
-    const F scale = f_set(row.scale), shift = f_set(256.0f), sum = f_set(static_cast<float>(-row.sum));
     lanes(n, [&](int i, int m) {
-        const F top = to_f(i_sub(get(high + i, m), i_mul(offset, get(weight_sum + i, m))));
-        F v = f_fma(top, shift, to_f(get(low + i, m)));
-        if (weight_offset != nullptr) v = f_fma(sum, get(weight_offset + i, m), v);
-        v = f_mul(f_mul(v, scale), get(weight_scale + i, m));
-        if (bias != nullptr) v = f_add(v, get(bias + i, m));
-        set(y + i, v, m);
+        put(y + i, Lanes16(scales, i, m).real(get(high + i, m), get(low + i, m), row), m, adds);
     });
 }
 
@@ -172,20 +191,36 @@ inline void silu_mul(const float* gate, const float* up, int n, float* y) {
     });
 }
 
-inline void rope(float* x, int n, const float* cos, const float* sin) {
+inline void rope(const float* x, int n, const float* cos, const float* sin, float* y) {
     const int half = n / 2;
     lanes(half, [&](int i, int m) {
         const F a = get(x + i, m), b = get(x + half + i, m), c = get(cos + i, m), s = get(sin + i, m);
-        set(x + i, f_sub(f_mul(a, c), f_mul(b, s)), m);
-        set(x + half + i, f_add(f_mul(b, c), f_mul(a, s)), m);
+        set(y + i, f_sub(f_mul(a, c), f_mul(b, s)), m);
+        set(y + half + i, f_add(f_mul(b, c), f_mul(a, s)), m);
     });
 }
 
-inline void quantize_heads(const float* x, int n, const float* inv_scale, const float* offset, int step, int8_t* out) {
+inline int32_t quantize_heads(const float* x, int n, const float* inv_scale, const float* offset, int step,
+                              int8_t* out) {
+    I sum = i_set(0);
+    int32_t rest = 0;
     lanes(n, [&](int i, int m) {
         const F inv = step ? get(inv_scale + i, m) : f_set(*inv_scale);
         const F off = offset == nullptr ? f_set(0.0f) : step ? get(offset + i, m) : f_set(*offset);
-        store_low_bytes(out + i, to_int8(f_mul(get(x + i, m), inv), off), m);
+        const I q = to_int8(f_mul(get(x + i, m), inv), off);
+        store_low_bytes(out + i, q, m);
+        if (m == W) sum = i_add(sum, q);
+        else rest = std::accumulate(out + i, out + i + m, 0);
+    });
+    return i_hsum(sum) + rest;
+}
+
+inline void scale_heads(const float* acc, int n, float inverse, const float* offset, const float* scale, float* y) {
+    const F factor = f_set(inverse);
+    lanes(n, [&](int i, int m) {
+        F v = f_mul(get(acc + i, m), factor);
+        if (scale != nullptr) v = f_mul(f_sub(v, get(offset + i, m)), get(scale + i, m));
+        set(y + i, v, m);
     });
 }
 

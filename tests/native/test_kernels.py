@@ -216,6 +216,73 @@ def test_finish_static_wraps_around_and_rounds_twice(isa, size):
 
 @ISA
 @FINISH
+def test_what_follows_a_product_may_be_added(isa, size):
+    acc, more, deq_scale, before = sums_of(size, 1), sums_of(size, 2, 2**22), reals(size, 3), reals(size, 4) * 1e9
+    for finish in (
+        lambda y, adds: KERNELS.finish_static(isa, acc, more, deq_scale, y, adds),
+        lambda y, adds: KERNELS.finish_token(isa, acc, more, deq_scale, deq_scale, 0.0371, 5, y, adds),
+        lambda y, adds: KERNELS.finish_16(isa, acc, more, more, deq_scale, NOTHING, deq_scale, 3.7e-5, 11, y, adds),
+    ):
+        alone, added = np.empty(size, np.float32), before.copy()
+        finish(alone, False)
+        finish(added, True)
+        np.testing.assert_array_equal(added, before + alone)
+
+
+PACKED = pytest.mark.parametrize(("tokens", "inputs", "outputs"), [
+    (1, 3, 1), (9, 64, 16), (16, 576, 7), (17, 65, 64), (31, 130, 65), (33, 20, 130), (64, 68, 48), (70, 33, 81),
+])  # fmt: skip
+
+
+@ISA
+@PACKED
+@pytest.mark.parametrize("adds", [False, True])
+def test_packed_static_is_a_product_and_what_follows(isa, tokens, inputs, outputs, adds):
+    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
+    x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
+    bias, deq_scale = at_page_end(sums_of(outputs, 1)), at_page_end(reals(outputs, 2))
+    y = reals(tokens * outputs, 3).reshape(tokens, outputs)
+    expected = y.copy()
+    for t, acc in enumerate(exact_product(weight, x)):
+        KERNELS.finish_static(isa, acc, bias, deq_scale, expected[t], adds)
+    KERNELS.packed_static(isa, weight, x, bias, deq_scale, y, adds)
+    np.testing.assert_array_equal(y, expected)
+
+
+@ISA
+@PACKED
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_packed_16_is_two_products_and_what_follows(isa, tokens, inputs, outputs, adds, full):
+    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
+    high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))
+    weight_sum, weight_scale = at_page_end(sums_of(outputs, 1, 2**16)), at_page_end(reals(outputs, 2))
+    offset, bias = (at_page_end(reals(outputs, 3 + i)) if full else NOTHING for i in (0, 1))
+    scale, total = np.abs(reals(tokens, 5)), sums_of(tokens, 6, 2**20)
+    y = reals(tokens * outputs, 7).reshape(tokens, outputs)
+    expected = y.copy()
+    for t, (top, rest) in enumerate(zip(exact_product(weight, high), exact_product(weight, low), strict=True)):
+        KERNELS.finish_16(
+            isa, top, rest, weight_sum, weight_scale, offset, bias, scale[t], int(total[t]), expected[t], adds
+        )
+    KERNELS.packed_16(isa, weight, high, low, weight_sum, weight_scale, offset, bias, scale, total, y, adds)
+    np.testing.assert_array_equal(y, expected)
+
+
+@ISA
+@pytest.mark.parametrize("size", [1, 6, 16, 37, 128])
+def test_scale_heads_rounds_each_time(isa, size):
+    acc, offset, scale = at_page_end(reals(size, 1) * 1e6), at_page_end(reals(size, 2)), at_page_end(reals(size, 3))
+    y, inverse = np.full(size + 1, 77, np.float32), np.float32(1 / 16129)
+    KERNELS.scale_heads(isa, acc, inverse, offset, scale, y)
+    np.testing.assert_array_equal(y[:size], (acc * inverse - offset) * scale)
+    KERNELS.scale_heads(isa, acc, inverse, NOTHING, NOTHING, y)
+    np.testing.assert_array_equal(y[:size], acc * inverse)
+    assert y[size] == 77
+
+
+@ISA
+@FINISH
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("offset", [-128, 0, 127])
 def test_finish_token(isa, size, with_bias, offset):
@@ -262,11 +329,12 @@ def test_quantize_heads_with_one_scale_or_many(isa, size):
     many, offsets = rng(size).uniform(0.1, 3, size).astype(np.float32), np.rint(reals(size, 8) * 30)
     for inv_scale, offset in ((many[:1], NOTHING), (many[:1], offsets[:1]), (many, NOTHING), (many, offsets)):
         out = np.full(size + 1, 77, np.int8)
-        KERNELS.quantize_heads(isa, x, inv_scale, offset, out)
+        total = KERNELS.quantize_heads(isa, x, inv_scale, offset, out)
         with np.errstate(over="ignore"):
             scaled = x * inv_scale
         expected = to_int8(scaled, offset if len(offset) else np.float32(0))
         np.testing.assert_array_equal(out[:size], expected.astype(np.int8))
+        assert total == expected.sum()
         assert out[size] == 77
 
 
@@ -360,7 +428,7 @@ def test_rope_is_two_rounded_products_and_a_sum(isa, dim):
     x, angle = reals(dim, 1), reals(dim // 2, 2)
     cos, sin = at_page_end(np.cos(angle)), at_page_end(np.sin(angle))
     a, b = x[: dim // 2].copy(), x[dim // 2 :].copy()
-    KERNELS.rope(isa, x, cos, sin)
+    KERNELS.rope(isa, x, cos, sin, x)
     np.testing.assert_array_equal(x, np.concatenate((a * cos - b * sin, b * cos + a * sin)))
 
 
