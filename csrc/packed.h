@@ -20,9 +20,9 @@ constexpr int kPackedRows = 64;                   // weight rows whose sums are 
 template <int B>
 constexpr int kRowsFor = W == 16 && B <= 2 ? 8 : 4;
 
-// sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks.
+// sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks. A function of its own: its loop needs all registers.
 template <int R, int B>
-inline void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t block, int inner, int32_t* sums) {
+[[gnu::noinline]] void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t block, int inner, int32_t* sums) {
     constexpr int V = B * kVectors;
     const int ahead = std::min(2048, inner);
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(R * ldw) - inner;
@@ -31,12 +31,13 @@ inline void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t bl
         for (int v = 0; v < V; v++) acc[r][v] = i_set(0);
     const auto step = [&](const int8_t* four, const uint8_t* lanes, int bytes) __attribute__((always_inline)) {
         I xs[V];
+        const int8_t* other = four + 4 * ldw;  // addresses of four rows each need no more than two registers
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) xs[v] = i_load(lanes + v / kVectors * block + v % kVectors * (4 * W));
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {  // one row's weights at a time, so that all sums stay in registers
             int32_t value = 0;
-            std::memcpy(&value, four + r * ldw, bytes);
+            std::memcpy(&value, (r < 4 ? four : other) + r % 4 * ldw, bytes);
             const I weights = i_set(value);
 #pragma GCC unroll 16
             for (int v = 0; v < V; v++) acc[r][v] = dot4(acc[r][v], xs[v], weights);
@@ -119,16 +120,20 @@ inline void packed_static(const int8_t* w, size_t ldw, int rows, PackedInput x, 
                           const float* deq_scale, Output out) {
     const int blocks = (x.tokens + kLanes - 1) / kLanes;
     by_tiles(w, ldw, rows, x.blocks, x.block, blocks, x.inputs,
-             [&]<int B>(const int32_t* sums, int b, int first, int count) {
+             [=]<int B>(const int32_t* sums, int b, int first, int count) {
         for (int n = 0; n < count; n += W) {
             const int m = std::min(W, count - n), at = first + n;
             const I add = get(bias + at, m);
             const F scale = get(deq_scale + at, m);
             for (int lane = 0; lane < B * kLanes; lane += W) {
                 const int t = b * kLanes + lane;
-                by_lanes(sums + n * B * kLanes + lane, B * kLanes, x.tokens - t, [&](int i, I acc) {
-                    put(out.y + (t + i) * out.ld + at, real_static(acc, add, scale), m, out.adds);
-                });
+                const auto run = [=](auto n_of) {
+                    by_lanes(sums + n * B * kLanes + lane, B * kLanes, x.tokens - t, [=](int i, I acc) {
+                        put(out.y + (t + i) * out.ld + at, real_static(acc, add, scale), n_of(m), out.adds);
+                    });
+                };
+                if (m == W) run([](int) { return W; });
+                else run([](int some) { return some; });
             }
         }
     });
