@@ -30,6 +30,7 @@ RANKS = {
     "format": 3,
     "native": 4,
     "reference": 4,
+    "synth": 4,
     "engine": 5,
     "importers": 5,
     "quant": 5,

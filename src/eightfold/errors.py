@@ -55,6 +55,16 @@ class DependencyError(EightfoldError):
     """An optional package is needed for this command."""
 
 
+def remember_kept(error: BaseException, text: str) -> None:
+    """Note on an error what work it has left intact, in a sentence that also says how to go on."""
+    error.__dict__["kept"] = text
+
+
+def kept_work(error: BaseException) -> str | None:
+    """Return what remember_kept() has noted."""
+    return error.__dict__.get("kept")
+
+
 def plural(count: int, noun: str) -> str:
     """Render a number with its noun and verb: `1 tensor is`, `3 tensors are`."""
     return f"1 {noun} is" if count == 1 else f"{count} {noun}s are"

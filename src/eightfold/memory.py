@@ -40,3 +40,23 @@ def total_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the most memory this process has had resident, mapped files included; None where nobody counts."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int | None:
+    """Return the memory this process has resident, mapped files included; None where nobody counts."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None

@@ -18,7 +18,7 @@ from eightfold.cli.main import app
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.refusal import error_line, quantize_refused, refused
 
-COMMANDS = ("import-gguf", "quantize", "check", "inspect", "run", "chat", "serve", "eval", "bench", "env")
+COMMANDS = ("import-gguf", "quantize", "synth", "check", "inspect", "run", "chat", "serve", "eval", "bench", "env")
 KEYS = "a text under inputs_pretokenized, text or prompt, or messages with role and content"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from tests.conftest import FAMILIES, tiny_config, write_model
+from tests.refusal import quantize_refused
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic", "w8a16"])
@@ -32,3 +34,33 @@ def test_description_names_every_tensor_once(cli, tmp_path, float_model):
     assert description["model_quant_type"] == "W8A16"
     assert description["lm_head.weight"] == "FLOAT"
     assert description["model.layers.1.mlp.down_proj.weight_scale"] == "W8A16"
+
+
+def test_json_says_what_was_done_and_a_complete_directory_is_left_alone(cli, tmp_path, float_model):
+    command = ("quantize", float_model, tmp_path / "out", "--scheme", "w8a16")
+    made = cli(*command, "--json")
+    document = made.json()
+    assert len(made.out.splitlines()) == 1
+    assert set(document) >= {"layers", "layers_resumed", "seconds", "peak_rss_mib"}
+    assert (document["layers"], document["layers_resumed"], document["already_complete"]) == (2, 0, False)
+    assert document["peak_rss_mib"] > 1
+    again = cli(*command)
+    assert (again.code, again.out, again.err) == (0, f"{tmp_path / 'out'}: already complete\n", "")
+    assert cli(*command, "--json").json()["already_complete"] is True
+
+
+def test_a_budget_that_cannot_work_is_refused_with_the_one_that_would(cli, tmp_path, float_model):
+    message = quantize_refused(cli, float_model, "--memory", "1MiB")
+    needed = re.fullmatch(
+        r"--memory: got 1 MiB, expected at least (\d+)MiB for one layer of this model. "
+        r"Give that, or leave the option out.",
+        message,
+    )
+    assert needed
+    enough = f"{int(needed[1]) + 64}MiB"  # tests before this one may have left some memory to give back
+    assert cli("quantize", float_model, tmp_path / "out", "--scheme", "w8a16", "--memory", enough).code == 0
+
+
+def test_a_budget_that_is_no_size_is_refused(cli, float_model):
+    message = quantize_refused(cli, float_model, "--memory", "much")
+    assert message == "--memory: got much, expected a size such as 2GiB or 500MB"

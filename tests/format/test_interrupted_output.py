@@ -1,4 +1,4 @@
-"""A model directory that appears not at all: every way to be cut short, and other runs to the same place."""
+"""Every way to be cut short, and other runs to the same place."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eightfold.errors import OutputError
+from eightfold.format.journal import layers_done, read_entries
 from eightfold.format.writer import OutputDirectory
 from tests.conftest import Result, tiny_config, token_samples, write_model
 from tests.format import make, siblings
-from tests.refusal import error_line, quantize_refused, snapshot
+from tests.refusal import error_line, quantize_refused, refused, snapshot
 
 EIGHTFOLD = [sys.executable, "-m", "eightfold"]
 W8A16 = ["--scheme", "w8a16"]
@@ -45,7 +46,7 @@ def test_a_failure_leaves_nothing_and_keeps_the_old_model(tmp_path, float_model)
 
 
 def test_a_quantization_that_fails_in_the_last_layer_keeps_the_old_model(cli, float_model):
-    write_model(float_model.parent / "out", seed=1)
+    assert cli("quantize", float_model, float_model.parent / "out", *W8A16).code == 0
     weights = load_file(str(float_model / "model.safetensors"))
     weights["lm_head.weight"][3, 4] = float("nan")
     save_file(weights, str(float_model / "model.safetensors"))
@@ -110,6 +111,18 @@ def test_too_little_space_is_known_before_anything_is_written(cli, float_model, 
     )
 
 
+def fill_disk_after(monkeypatch: pytest.MonkeyPatch, writes: int, number: int = errno.ENOSPC) -> None:
+    write, written = os.pwrite, []
+
+    def fill(fd: int, data: bytes, at: int) -> int:
+        written.append(len(data))
+        if len(written) > writes:
+            raise OSError(number, os.strerror(number))
+        return write(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", fill)
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -117,34 +130,31 @@ def test_too_little_space_is_known_before_anything_is_written(cli, float_model, 
         (errno.EDQUOT, "Disk quota exceeded. Your disk quota is used up;"),
     ],
 )
-def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(cli, float_model, monkeypatch, number, message):
-    write, written = os.pwrite, []
-
-    def fill(fd: int, data: bytes, at: int) -> int:
-        written.append(len(data))
-        if sum(written) > 100_000:
-            raise OSError(number, os.strerror(number))
-        return write(fd, data, at)
-
-    monkeypatch.setattr(os, "pwrite", fill)
+def test_a_disk_that_fills_up_before_a_step_is_finished_leaves_nothing(cli, float_model, monkeypatch, number, message):
+    fill_disk_after(monkeypatch, 2, number)
     assert quantize_refused(cli, float_model) == f"{message} nothing was left half-written."
-    assert len(written) > 10
 
 
-@pytest.mark.parametrize("writes", [0, 3, 20])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_fills_up_in_the_middle_leaves_what_is_finished(cli, float_model, monkeypatch, number):
+    target = float_model.parent / "out"
+    command = ("quantize", float_model, target, *W8A16)
+    with monkeypatch.context() as full:
+        fill_disk_after(full, 45, number)
+        message = error_line(cli(*command))
+    assert message.startswith(os.strerror(number))
+    assert message.endswith(f"1 of 2 layers are finished in {target}. Run the same command to go on there.")
+    assert cli(*command, "--json").json()["layers_resumed"] == 1
+    assert cli("quantize", float_model, target.parent / "whole", *W8A16).code == 0
+    assert snapshot(target) == snapshot(target.parent / "whole")
+
+
+@pytest.mark.parametrize("writes", [0, 3, 20, 45])
 def test_no_file_stays_open_after_a_failure(cli, float_model, monkeypatch, writes):
-    write, written = os.pwrite, []
-
-    def fill(fd: int, data: bytes, at: int) -> int:
-        written.append(len(data))
-        if len(written) > writes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(fd, data, at)
-
-    monkeypatch.setattr(os, "pwrite", fill)
-    quantize_refused(cli, float_model, "--part-size-gb", 1e-5)
+    fill_disk_after(monkeypatch, writes)
+    assert cli("quantize", float_model, float_model.parent / "out", *W8A16, "--part-size-gb", 1e-5).code == 2
     open_files = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert [path for path in open_files if ".partial-" in path] == []
+    assert [path for path in open_files if str(float_model.parent / "out") in path] == []
 
 
 # --- other runs to the same place
@@ -234,7 +244,8 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def start_and_wait_until_it_writes(command: list[str], target: Path) -> subprocess.Popen[str]:
+def start_and_wait(command: list[str], target: Path, layers: int = 2) -> subprocess.Popen[str]:
+    """Start a quantization and wait until so many layers are finished."""
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.PIPE,
@@ -244,8 +255,8 @@ def start_and_wait_until_it_writes(command: list[str], target: Path) -> subproce
         preexec_fn=hear_signals,
     )
     deadline = time.monotonic() + 60
-    while not list(target.parent.glob(f".{target.name}.partial-*/*.safetensors")):
-        assert process.poll() is None, process.communicate()
+    while layers_done(read_entries(target) or []) < layers:
+        assert process.poll() is None, process.communicate()  # not refused, not done
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return process
@@ -256,27 +267,37 @@ def start_and_wait_until_it_writes(command: list[str], target: Path) -> subproce
     [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "terminated")],
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
-def test_a_signal_ends_a_run_in_one_line_and_leaves_nothing(tmp_path, long_job, number, word):
-    process = start_and_wait_until_it_writes(long_job(tmp_path / "out"), tmp_path / "out")
+def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(tmp_path, long_job, number, word):
+    target = tmp_path / "out"
+    process = start_and_wait(long_job(target), target)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert error_line(Result(process.returncode, out, err)) == (
-        f"{word}: nothing was left half-written. Run the same command to start again."
-    )
+    message = error_line(Result(process.returncode, out, err))
+    done = layers_done(read_entries(target))
+    assert message == f"{word}: {done} of 150 layers are finished in {target}. Run the same command to go on there."
     assert out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert 2 <= done < 150
 
 
-def test_a_killed_run_leaves_no_target_and_the_next_run_removes_the_rest(cli, tmp_path, long_job):
+def test_a_second_process_is_refused_and_an_unfinished_model_by_what_would_read_it(cli, tmp_path, long_job):
     target = tmp_path / "out"
-    process = start_and_wait_until_it_writes(long_job(target), target)
+    command = long_job(target)
+    process = start_and_wait(command, target)
+    for options in ((), ("--overwrite",)):
+        assert error_line(cli(*command[3:], *options)) == (
+            f"output directory {target}: got another process that is writing there, expected none. "
+            "Wait for it, or choose another directory."
+        )
+    assert process.poll() is None
     process.kill()
     process.communicate(timeout=60)
-    assert not target.exists()
-    assert len(siblings(target)) == 1
-    assert cli("quantize", write_model(tmp_path / "float"), target, *W8A16).code == 0
-    assert (target / "quant_model_description.json").is_file()
-    assert siblings(target) == []
+    done = layers_done(read_entries(target))
+    for words in (["inspect"], ["check"], ["eval"], ["run", "--prompt", "a"], ["bench"]):
+        message = refused(cli, words[0], target, *words[1:], within=target)
+        assert message == (
+            f"unfinished model {target}: got {done} of 150 layers, expected all of them, the head and the closing line "
+            "of its journal. Run the `eightfold quantize` command that began it again: it goes on where it stopped."
+        )
 
 
 def test_a_file_size_limit_ends_a_run_in_one_line_and_leaves_nothing(tmp_path, float_model):
@@ -286,7 +307,7 @@ def test_a_file_size_limit_ends_a_run_in_one_line_and_leaves_nothing(tmp_path, f
         list(map(str, command)),
         capture_output=True,
         text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert error_line(Result(done.returncode, done.stdout, done.stderr)) == (

@@ -57,7 +57,7 @@ def test_quantize_leaves_the_source_as_it_was_and_the_modes_of_the_reference(cli
     assert cli("quantize", float_model, tmp_path / "out", *W8A16).code == 0
     assert snapshot(float_model) == before
     modes = {path.suffix: mode(path) for path in (tmp_path / "out").iterdir()}
-    assert modes == {".safetensors": 0o400, ".json": 0o600, ".jinja": 0o600}
+    assert modes == {".safetensors": 0o400, ".json": 0o600, ".jsonl": 0o600, ".jinja": 0o600}
     assert mode(tmp_path / "out") == 0o750
 
 
@@ -102,13 +102,14 @@ def test_a_target_with_files_is_refused_without_overwrite(cli, float_model):
     )
 
 
-def test_overwrite_does_not_replace_what_is_no_model(cli, float_model):
+@pytest.mark.parametrize("name", ["thesis.tex", "config.json", "model.safetensors"])
+def test_overwrite_does_not_replace_what_quantize_has_not_written(cli, float_model, name):
     target = float_model.parent / "out"
     target.mkdir()
-    (target / "thesis.tex").write_text("years of work")
+    (target / name).write_text("years of work")
     assert quantize_refused(cli, float_model, "--overwrite") == (
-        f"output directory {target}: got files that are no model (there is no config.json), "
-        "expected a model directory to replace. Choose another, or empty it yourself."
+        f"output directory {target}: got files that `eightfold quantize` did not write, expected a model that it made. "
+        "Choose another, or empty it yourself."
     )
 
 
@@ -145,7 +146,7 @@ def test_a_target_below_a_file_is_refused(cli, float_model):
     (float_model.parent / "file").touch()
     target = float_model.parent / "file" / "out"
     message = refused(cli, "quantize", float_model, target, *W8A16, within=float_model.parent)
-    assert message == f"cannot write to {target}: File exists. Choose a directory you may write to."
+    assert message == f"cannot write to {target}: Not a directory. Choose a directory you may write to."
 
 
 # --- a mount point, which cannot be renamed

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError
-from eightfold.format.safetensors import FileWriter, MappedFile, PlannedTensor, numpy_dtype, read_header
+from eightfold.errors import CheckpointError, OutputError
+from eightfold.format.safetensors import (
+    FileWriter,
+    MappedFile,
+    PlannedTensor,
+    joined_checksum,
+    numpy_dtype,
+    read_header,
+)
 
 TORCH = {
     DType.F32: torch.float32,
@@ -203,7 +211,7 @@ def test_a_released_tensor_reads_the_same_again(tmp_path):
     file, info = MappedFile(path), read_header(path)["w"]
     array = file.array(info)
     assert np.array_equal(array, stored)
-    file.release(info)
+    file.release(info.begin, info.end)
     assert np.array_equal(array, stored)
     assert np.array_equal(file.array(info), stored)
 
@@ -215,7 +223,7 @@ def test_release_lets_go_of_the_tensor_and_of_no_byte_of_its_neighbours(tmp_path
     # Changes live only in memory: a page that is let go of shows the file's bytes again.
     for name in "abc":
         file.array(infos[name])[:] = 7
-    file.release(infos["b"])
+    file.release(infos["b"].begin, infos["b"].end)
     assert {int(value) for name in "ac" for value in np.unique(file.array(infos[name]))} == {7}
     assert (file.array(infos["b"]) != 7).sum() > mmap.PAGESIZE // 2
 
@@ -263,3 +271,56 @@ def test_tensors_come_in_the_order_of_the_header(tmp_path):
     infos = read_header(tmp_path / "f.safetensors")
     assert list(infos) == ["z", "a"]
     assert [info.begin - 8 - len(blob) for info in infos.values()] == [1, 0]
+
+
+# --- going on with a file
+
+
+PLAN = [PlannedTensor("w", DType.I8, (64,)), PlannedTensor("b", DType.F32, (3,)), PlannedTensor("e", DType.I8, (0,))]
+ARRAYS = {"w": np.arange(64, dtype=np.int8), "b": np.array([1, 2, 3], np.float32), "e": np.zeros(0, np.int8)}
+
+
+def test_a_file_goes_on_where_another_writer_stopped(tmp_path):
+    path, whole = tmp_path / "f.safetensors", tmp_path / "whole.safetensors"
+    one = FileWriter(whole, PLAN)
+    for name, array in ARRAYS.items():
+        one.write(name, array)
+    one.close()
+    first = FileWriter(path, PLAN)
+    first.write("w", ARRAYS["w"])
+    first.sync()
+    first.abandon()
+    second = FileWriter(path, PLAN, resume=True)
+    assert second.take_over("w") == first.checksums["w"] == zlib.crc32(ARRAYS["w"])
+    second.write("b", ARRAYS["b"])
+    second.write("e", ARRAYS["e"])
+    second.close()
+    assert path.read_bytes() == whole.read_bytes()
+    assert one.checksum() == second.checksum() == zlib.crc32(whole.read_bytes())
+
+
+def test_pieces_of_a_tensor_have_the_checksum_of_the_whole(tmp_path):
+    writer = FileWriter(tmp_path / "f.safetensors", PLAN)
+    for at in range(0, 64, 7):
+        writer.append("w", ARRAYS["w"][at : at + 7])
+    assert writer.checksums["w"] == zlib.crc32(ARRAYS["w"])
+    writer.abandon()
+
+
+@pytest.mark.parametrize(
+    ("left", "got"), [(None, "no such file"), (b"", "another header"), (b"x" * 999, "another header")]
+)
+def test_a_file_of_another_plan_is_not_gone_on_with(tmp_path, left, got):
+    path = tmp_path / "f.safetensors"
+    if left is not None:
+        path.write_bytes(left)
+    with pytest.raises(OutputError) as error:
+        FileWriter(path, PLAN, resume=True)
+    assert str(error.value) == (f"weights to go on with in {path}: got {got}, expected what an earlier run has begun")
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (1, 0), (0, 1), (5, 3), (1000, 123_457)])
+def test_checksums_of_two_runs_of_bytes_join(sizes):
+    first, second = (bytes(range(256)) * (size // 256 + 1) for size in sizes)
+    first, second = first[: sizes[0]], second[: sizes[1]]
+    assert joined_checksum(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)

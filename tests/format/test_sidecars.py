@@ -106,7 +106,7 @@ def test_quantize_carries_companions_and_nothing_else(cli, tmp_path):
             path.write_text(name)
     assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16").code == 0
     made = {"config.json", "quant_model_description.json", "quant_model_weight_w8a16.safetensors"}
-    made.add("eightfold_report.json")
+    made |= {"eightfold_report.json", "eightfold_journal.jsonl"}
     assert names(tmp_path / "out") == {*CARRIED, *made}
     assert [name for name in CARRIED if (tmp_path / "out" / name).read_bytes() != (source / name).read_bytes()] == []
 

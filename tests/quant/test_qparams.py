@@ -8,8 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eightfold.quant import qparams
+from eightfold.quant.methods import AntiOutlier
+from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_weight, static_params
+from eightfold.quant.recipe import Recipe
 from eightfold.reference.linear import asymmetric, symmetric
+from eightfold.scheme import QuantType
+from tests.conftest import token_samples
 
 EPS = 2.0**-23
 
@@ -120,3 +126,39 @@ def test_packed_deq_scale_holds_the_bits():
     assert packed.dtype == torch.int64
     assert packed.tolist() == np.array([1.0, 3e-9, 0.1], np.float32).view(np.uint32).astype(np.int64).tolist()
     assert (packed >> 32 == 0).all()
+
+
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_pieces_of_rows_give_what_the_whole_weight_gives(monkeypatch, is_symmetric):
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(13, 7, generator=generator) * torch.logspace(-6, 3, 13)[:, None]
+    weight[4] = 0
+    whole = quantize_weight(weight, is_symmetric=is_symmetric)
+    monkeypatch.setattr(qparams, "_PIECE_ELEMENTS", 21)
+    asked = []
+
+    def rows(begin: int, end: int) -> torch.Tensor:
+        asked.append((begin, end))
+        return weight[begin:end].clone()
+
+    pieces = qparams.quantize_rows(13, 7, rows, is_symmetric=is_symmetric)
+    assert asked == [(0, 3), (3, 6), (6, 9), (9, 12), (12, 13)]
+    for found, expected in zip(vars(pieces).values(), vars(whole).values(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_symmetric_row_needs_no_clamp():
+    # The largest quotient, x / fl(x / 127), is 127 (1 + 2**-24) at most, which rounds to 127: for every float32.
+    bits = torch.arange(0, 1 << 23, dtype=torch.int32)
+    x = (bits | 0x3F800000).view(torch.float32)[:, None]  # every significand; the exponent changes nothing
+    assert int(qparams.quantize_rows(1 << 23, 1, lambda b, e: x[b:e].clone(), is_symmetric=True).values.min()) == 127
+
+
+def test_a_quantization_in_small_pieces_writes_the_same_bytes(float_model, monkeypatch):
+    recipe = Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M4)
+    out = [float_model.parent / name for name in ("whole", "pieces")]
+    for directory, elements in zip(out, (1 << 19, 100), strict=True):
+        monkeypatch.setattr(qparams, "_PIECE_ELEMENTS", elements)
+        quantize_checkpoint(float_model, directory, recipe, token_samples())
+    name = "quant_model_weight_w8a8.safetensors"
+    assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()

@@ -33,6 +33,7 @@ from eightfold.families import (
     layer_prefix,
 )
 from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
 from eightfold.scheme import FA_TENSORS, KV_TENSORS, bias_name, legacy_norm, weight_name
 
@@ -110,12 +111,13 @@ class RawDirectory:
         """Gather a directory.
 
         Raises:
-            CheckpointError: no directory, or one without config.json or safetensors files.
+            CheckpointError: no directory, an unfinished one, or one without config.json or safetensors files.
             ConfigError: config.json does not say how large the model is.
             UnsupportedError: an architecture of which the tensors' names are not known.
         """
         if not path.is_dir():
             raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
+        require_finished(path)
         config = load_json_object(path / CONFIG_NAME)
         model = _sizes(config, path / CONFIG_NAME)
         damaged: dict[str, str] = {}

@@ -14,13 +14,24 @@ from typing import Annotated, Any
 import typer
 
 from eightfold import __version__
-from eightfold.cli import benching, chatting, checking, evaluate, importing, inspecting, quantizing, running, serving
-from eightfold.errors import EightfoldError
+from eightfold.cli import (
+    benching,
+    chatting,
+    checking,
+    evaluate,
+    importing,
+    inspecting,
+    quantizing,
+    running,
+    serving,
+    synthesizing,
+)
+from eightfold.errors import EightfoldError, kept_work
 
 PROGRAM = "eightfold"  # in messages, however the program was started
 EXIT_USER = 2
 
-_OUT_OF_MEMORY = "out of memory: nothing was left half-written. Close other programs, or use a smaller model."
+_NOTHING_LEFT = "nothing was left half-written."
 
 # typer's own copy of click or an installed one, by version: the base of all usage errors either way.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -54,6 +65,7 @@ def options(
 
 app.command("import-gguf")(importing.import_gguf)
 app.command("quantize")(quantizing.quantize)
+app.command("synth")(synthesizing.synth)
 app.command("check")(checking.check)
 app.command("inspect")(inspecting.inspect)
 app.command("run")(running.run)
@@ -96,20 +108,24 @@ def _run() -> int:
     except ClickException as error:
         return _usage_error(error)
     except _Stopped as stop:
-        return _fail(f"{stop}: nothing was left half-written. Run the same command to start again.", debug)
+        return _fail(f"{stop}: {kept_work(stop) or f'{_NOTHING_LEFT} Run the same command to start again.'}", debug)
     except EightfoldError as error:
-        return _fail(str(error), debug)
+        return _fail(f"{error} {kept_work(error) or ''}", debug)
     except BrokenPipeError:
         sys.stderr.close()  # the reader has left; there is nobody to tell
         return EXIT_USER
     except OSError as error:
         return _fail(_system_error(error), debug)
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY, debug)
+    except MemoryError as error:
+        return _fail(_out_of_memory(error), debug)
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # torch's way of saying it
             raise
-        return _fail(_OUT_OF_MEMORY, debug)
+        return _fail(_out_of_memory(error), debug)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    return f"out of memory: {kept_work(error) or _NOTHING_LEFT} Close other programs, or use a smaller model."
 
 
 def _fail(message: str, debug: bool) -> int:
@@ -135,14 +151,15 @@ def _usage_error(error: Any) -> int:
 
 def _system_error(error: OSError) -> str:
     where = f" in {error.filename}" if error.filename else ""
+    left = kept_work(error) or _NOTHING_LEFT
     advice = {
-        errno.ENOSPC: "Free some space, or choose another disk; nothing was left half-written.",
-        errno.EDQUOT: "Your disk quota is used up; nothing was left half-written.",
-        errno.EFBIG: "The file size limit is too small; nothing was left half-written.",
+        errno.ENOSPC: f"Free some space, or choose another disk; {left}",
+        errno.EDQUOT: f"Your disk quota is used up; {left}",
+        errno.EFBIG: f"The file size limit is too small; {left}",
         errno.EACCES: "Check the permissions.",
-        errno.ENOMEM: "Close other programs, or use a smaller model; nothing was left half-written.",
+        errno.ENOMEM: f"Close other programs, or use a smaller model; {left}",
         errno.EMFILE: "Raise the limit of open files (ulimit -n).",
-    }.get(error.errno or 0, "")
+    }.get(error.errno or 0, kept_work(error) or "")
     return f"{error.strerror or error}{where}. {advice}".strip()
 
 

@@ -12,7 +12,9 @@ import typer
 
 from eightfold.cli import console
 from eightfold.cli.calibration import Calibration
+from eightfold.cli.serving import parse_size
 from eightfold.errors import ConfigError, OutputError
+from eightfold.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
 
 
 # Headings in the help.
-_CALIBRATION, _ACTIVATIONS, _ATTENTION, _FLOAT, _OUTPUT = (
+_CALIBRATION, _ACTIVATIONS, _ATTENTION, _FLOAT, _OUTPUT, _RUNNING = (
     "Calibration data",
     "Activations and outliers",
     "Attention and its cache",
     "What stays float",
     "Output",
+    "Running",
 )
 
 
@@ -90,7 +93,7 @@ def quantize(
         Path, typer.Argument(metavar="FLOAT_DIR", help="A float model: config.json and safetensors files. Only read.")
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="The directory to make. It appears when everything is written.")
+        Path, typer.Argument(metavar="OUT", help="The directory to make. It is a model when everything is written.")
     ],
     scheme: Annotated[
         SchemeName | None,
@@ -246,14 +249,40 @@ def quantize(
         Device,
         typer.Option(metavar="DEVICE", help="cpu, cuda, or npu: the last needs torch_npu, and is the CPU without it."),
     ] = Device.cpu,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=_RUNNING,
+            help="How much memory to use at most, such as 8GiB. What does not fit lives in files below OUT; the "
+            "result is the same. Default: half of what is free.",
+        ),
+    ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            rich_help_panel=_RUNNING,
+            help="Only say what it would take: memory, disk, bytes to read and write, time. Writes nothing.",
+        ),
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", rich_help_panel=_OUTPUT, help="Replace OUT if it is a model directory.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            rich_help_panel=_OUTPUT,
+            help="Replace OUT if quantize has written it. The old model stays until the new one is complete.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=_RUNNING, help="Print one JSON document as the last line.")
     ] = False,
 ) -> None:
     """Turn a float Llama-family model into an 8-bit one.
 
-    One layer is in memory at a time. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval` take it,
-    and `eightfold check` tells what those loaders would do with it.
+    One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C
+    the same command goes on where it stopped. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval`
+    take it when it is complete, and `eightfold check` tells what those loaders would do with it.
 
     Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
     """
@@ -276,12 +305,16 @@ def quantize(
         save_float32=None if save_dtype is None else save_dtype is SaveDtype.float32,
     )
     part_bytes = _part_bytes(part_size_gb)
+    budget = None if memory is None else parse_size(memory, "--memory")
     # What can be refused is refused before torch is loaded and texts are tokenized.
-    checkpoint = _checked(source, target, recipe, overwrite)
+    checkpoint = _checked(source, target, recipe, overwrite or plan)
     calibration = Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
     samples = _samples(calibration, checkpoint, recipe)
     if not recipe.has_static_inputs and act_method is not None:
         console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
+    if plan:
+        _show_plan(checkpoint, recipe, samples or [], target, budget, as_json)
+        return
     console.require_torch("quantize")
     from eightfold.quant.pipeline import quantize_checkpoint
 
@@ -294,12 +327,19 @@ def quantize(
         part_bytes=part_bytes,
         legacy_names=legacy_names,
         device=_torch_device(device),
+        memory=budget,
         progress=console.bars,
     )
     if save_recipe is not None:
         _save(recipe, save_recipe)
-    _report(outcome)
-    print(f"{target}: {_summary(outcome)}, {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    if as_json:
+        console.print_json(_document(outcome, checkpoint.config.num_layers, seconds))
+    elif outcome.already_complete:
+        print(f"{target}: already complete")
+    else:
+        _report(outcome)
+        print(f"{target}: {_summary(outcome)}, {seconds:.1f} s")
 
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:
@@ -321,12 +361,12 @@ def _recipe(file: Path | None, **options: Any) -> Recipe:
 def _checked(source: Path, target: Path, recipe: Recipe, overwrite: bool) -> Checkpoint:
     """Open the float model; refuse a recipe or an output directory that does not go with it."""
     from eightfold.format.checkpoint import Checkpoint
-    from eightfold.format.writer import OutputDirectory
+    from eightfold.format.growing import check_target
     from eightfold.quant.recipe import assign_types, require_level
 
     checkpoint = Checkpoint.open(source)
     require_level(recipe, assign_types(checkpoint.config, recipe))
-    OutputDirectory(target, source=source, overwrite=overwrite)
+    check_target(target, source=source, overwrite=overwrite)
     return checkpoint
 
 
@@ -358,6 +398,40 @@ def _save(recipe: Recipe, path: Path) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
 
 
+def _show_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    samples: list[list[int]],
+    target: Path,
+    budget: int | None,
+    as_json: bool,
+) -> None:
+    from eightfold.quant.estimate import plan_run
+
+    found = plan_run(checkpoint, recipe, [len(sample) for sample in samples], target=target, memory=budget)
+    if as_json:
+        console.print_json(found.as_json())
+    else:
+        print("\n".join(found.render()))
+
+
+def _document(outcome: Outcome, layers: int, seconds: float) -> dict[str, Any]:
+    """Return what --json prints."""
+    peak = peak_resident_bytes()
+    return {
+        "layers": layers,
+        "layers_resumed": outcome.layers_resumed,
+        "already_complete": outcome.already_complete,
+        "seconds": round(seconds, 3),
+        "peak_rss_mib": None if peak is None else round(peak / 2**20, 1),
+        "scheme": outcome.recipe.scheme.value,
+        "quantized": outcome.quantized,
+        "nbytes": outcome.nbytes,
+        "restarted": outcome.restarted or None,
+        "notes": outcome.notes,
+    }
+
+
 def _report(outcome: Outcome) -> None:
     """Tell what was decided on the way."""
     if outcome.smoothing is not None:
@@ -373,6 +447,10 @@ def _report(outcome: Outcome) -> None:
             for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
         ]
         print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
+    if outcome.restarted:
+        console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
+    elif outcome.layers_resumed:
+        console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
     for text in outcome.notes:
         console.note(text)
 

@@ -204,7 +204,7 @@ def _read_template(path: Path) -> str:
         raise InputError("--chat-template", where=path, got=f"byte {error.start}", expected="UTF-8 text") from None
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--kv-memory") -> int:
     """Return how many bytes a size such as 2GiB, 500M or 1000000 is.
 
     Raises:
@@ -212,5 +212,5 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS:
-        raise ConfigError("--kv-memory", got=text, expected="a size such as 2GiB or 500MB")
+        raise ConfigError(option, got=text, expected="a size such as 2GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2]])

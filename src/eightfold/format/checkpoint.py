@@ -27,6 +27,7 @@ from eightfold.families import (
     layer_prefix,
 )
 from eightfold.format.description import Description, check_entries, find_description, read_description
+from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
 from eightfold.scheme import (
     FA_TENSORS,
@@ -82,11 +83,12 @@ class Checkpoint:
         """Open a directory and check that it holds a whole model.
 
         Raises:
-            CheckpointError: not a model directory, or damaged; all missing tensors are listed together.
+            CheckpointError: not a model directory, unfinished, or damaged; all missing tensors are listed together.
             ConfigError: config.json makes no sense.
             UnsupportedError: architecture, dtype or scheme that this program does not know.
         """
         _require_directory(directory)
+        require_finished(directory)
         config_raw = load_json_object(directory / CONFIG_NAME)
         path = find_description(directory)
         description = read_description(path) if path else None
@@ -154,9 +156,13 @@ class Checkpoint:
     def release(self, names: Iterable[str]) -> None:
         """Let go of the memory that reading these tensors took; they can be read again."""
         for name in names:
-            info = self.tensors[name]
-            if info.file in self._maps:
-                self._maps[info.file].release(info)
+            self.release_part(name, 0, self.tensors[name].nbytes)
+
+    def release_part(self, name: str, begin: int, end: int) -> None:
+        """Let go of the memory that reading some bytes of a tensor took."""
+        info = self.tensors[name]
+        if info.file in self._maps:
+            self._maps[info.file].release(info.begin + begin, info.begin + end)
 
     def layer_tensors(self, prefix: str) -> list[str]:
         """Return the names of all stored tensors below a name prefix."""

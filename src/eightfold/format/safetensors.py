@@ -16,13 +16,16 @@ import json
 import math
 import mmap
 import os
+import weakref
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError
+from eightfold.errors import CheckpointError, OutputError
+from eightfold.format.pagecache import WriteBehind, drop, whole_pages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,9 +179,10 @@ class MappedFile:
     """One safetensors file in memory, by pages as they are touched."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            # Copy-on-write: arrays come out writable, as torch wants them, while nothing can reach the file.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        # Copy-on-write: arrays come out writable, as torch wants them, while nothing can reach the file.
+        self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
 
     def array(self, info: TensorInfo) -> NDArray[Any]:
         """Return a view of a tensor, in its shape; BF16 as uint16 bit patterns."""
@@ -190,12 +194,12 @@ class MappedFile:
         flat = np.frombuffer(self._map, numpy_dtype(DType(info.dtype)), count, info.begin)
         return flat.reshape(info.shape)
 
-    def release(self, info: TensorInfo) -> None:
-        """Let go of the pages that lie wholly inside a tensor; a later view reads them again."""
-        begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = info.end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    def release(self, begin: int, end: int) -> None:
+        """Let go of the pages that lie wholly between two offsets of the file; a later view reads them again."""
+        at, length = whole_pages(begin, end)
+        if length and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, at, length)
+            drop(self._file, begin, end)
 
 
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
@@ -223,13 +227,56 @@ class PlannedTensor:
 # Bytes of a cache line, and of the widest vector.
 ALIGNMENT = 64
 
+_CHUNK_BYTES = 4 << 20  # what is read at a time where only a checksum is wanted
+
 
 class FileWriter:
-    """Writes one safetensors file whose tensors are known beforehand, in any order, each once."""
+    """Writes one safetensors file whose tensors are known beforehand, in any order, each once.
 
-    def __init__(self, path: Path, plan: list[PlannedTensor], metadata: Mapping[str, str] | None = None) -> None:
+    Attributes:
+        path: the file.
+        checksums: CRC-32 of the bytes of every tensor that is written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plan: list[PlannedTensor],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        resume: bool = False,
+    ) -> None:
+        """Make the file, or with `resume` go on with one that an earlier writer of the same plan has left.
+
+        Raises:
+            OutputError: the file to go on with is not there, or of another plan.
+            OSError: it cannot be written.
+        """
         self.path = path
+        self.checksums: dict[str, int] = {}
         self._pending: dict[str, tuple[PlannedTensor, int]] = {}
+        self._begun: dict[str, tuple[int, int]] = {}  # of a tensor that comes in pieces: bytes written, their CRC-32
+        self._is_dirty = True
+        header = self._lay_out(plan, metadata)
+        self._data_start, self._header_checksum = len(header), zlib.crc32(header)
+        self._sizes = {tensor.name: tensor.nbytes for tensor, _ in self._pending.values()}  # in the order of the file
+        flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            self._file = os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            raise self._not_the_one("no such file") from None
+        self._behind = WriteBehind(self._file)
+        try:
+            if resume and os.pread(self._file, len(header), 0) != header:
+                raise self._not_the_one("another header")
+            if not resume:
+                self._write_at(header, 0)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _lay_out(self, plan: list[PlannedTensor], metadata: Mapping[str, str] | None) -> bytes:
+        """Give every tensor its place; return the header."""
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         at = 0
         # Whole cache lines first, then wide elements: weights start at a multiple of ALIGNMENT, which makes reading
@@ -244,28 +291,61 @@ class FileWriter:
             at += tensor.nbytes
         blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         blob += b" " * (-(8 + len(blob)) % ALIGNMENT)
-        self._data_start = 8 + len(blob)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            self._write_at(len(blob).to_bytes(8, "little") + blob, 0)
-        except OSError:
-            self.abandon()
-            raise
+        return len(blob).to_bytes(8, "little") + blob
+
+    def _not_the_one(self, got: str) -> OutputError:
+        return OutputError("weights to go on with", where=self.path, got=got, expected="what an earlier run has begun")
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Write one tensor; its dtype and shape must be the planned ones."""
-        tensor, at = self._pending.pop(name)
-        assert array.dtype == numpy_dtype(tensor.dtype), (name, array.dtype, tensor.dtype)
+        tensor, _ = self._pending[name]
         assert array.shape == tensor.shape, (name, array.shape, tensor.shape)
-        if tensor.nbytes:
+        self.append(name, array)
+
+    def append(self, name: str, array: NDArray[Any]) -> None:
+        """Write the next elements of a tensor that comes in pieces, from its first element to its last."""
+        tensor, at = self._pending[name]
+        assert array.dtype == numpy_dtype(tensor.dtype), (name, array.dtype, tensor.dtype)
+        begun, checksum = self._begun.get(name, (0, 0))
+        assert begun + array.nbytes <= tensor.nbytes, (name, begun, array.nbytes, tensor.nbytes)
+        if array.nbytes:
             import numpy as np
 
-            self._write_at(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, self._data_start + at)
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            checksum = zlib.crc32(data, checksum)
+            self._write_at(data, self._data_start + at + begun)
+        self._begun[name] = begun + array.nbytes, checksum
+        if begun + array.nbytes == tensor.nbytes:
+            self.checksums[name] = checksum
+            del self._pending[name], self._begun[name]
+
+    def take_over(self, name: str) -> int:
+        """Leave a tensor as an earlier writer wrote it; return the CRC-32 of its bytes as they are in the file."""
+        tensor, at = self._pending.pop(name)
+        begin = self._data_start + at
+        self.checksums[name] = checksum_of(self._file, begin, begin + tensor.nbytes)
+        return self.checksums[name]
+
+    def checksum(self) -> int:
+        """Return the CRC-32 of the whole file, from those of its tensors, which must all be written."""
+        checksum = self._header_checksum
+        for name, nbytes in self._sizes.items():
+            checksum = joined_checksum(checksum, self.checksums[name], nbytes)
+        return checksum
 
     def _write_at(self, data: bytes | memoryview, at: int) -> None:
+        self._is_dirty = True
+        begin = at
         while data:
             written = os.pwrite(self._file, data, at)
             data, at = data[written:], at + written
+        self._behind.wrote(begin, at)
+
+    def sync(self) -> None:
+        """Return when what was written would survive a loss of power."""
+        if self._is_dirty:
+            os.fdatasync(self._file)
+            self._is_dirty = False
 
     def close(self) -> None:
         """Finish the file. Every planned tensor must have been written."""
@@ -277,3 +357,42 @@ class FileWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def checksum_of(file: int, begin: int, end: int) -> int:
+    """Return the CRC-32 of an open file's bytes from `begin` to `end`, or to where it ends."""
+    checksum = 0
+    while begin < end:
+        data = os.pread(file, min(_CHUNK_BYTES, end - begin), begin)
+        if not data:
+            break
+        checksum = zlib.crc32(data, checksum)
+        begin += len(data)
+    return checksum
+
+
+def joined_checksum(first: int, second: int, second_nbytes: int) -> int:
+    """Return the CRC-32 of two runs of bytes, one after the other, from those of each.
+
+    A CRC is a remainder of polynomials over two elements: what follows multiplies the first by x**8 for each byte.
+    """
+    power, factor = _X8, _ONE
+    while second_nbytes:
+        if second_nbytes & 1:
+            factor = _times(power, factor)
+        power, second_nbytes = _times(power, power), second_nbytes >> 1
+    return _times(factor, first) ^ second
+
+
+# CRC-32 writes polynomials with the lowest power in the highest bit.
+_CRC_POLYNOMIAL, _ONE, _X8 = 0xEDB88320, 1 << 31, 1 << 23
+
+
+def _times(a: int, b: int) -> int:
+    """Return the product of two polynomials, modulo CRC-32's."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_CRC_POLYNOMIAL if b & 1 else 0)
+    return product

@@ -41,25 +41,16 @@ class OutputDirectory:
             or holds or lies inside the source.
     """
 
-    def __init__(self, target: Path, *, source: Path, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, *, source: Path | None, overwrite: bool = False) -> None:
         self.target = Path(os.path.realpath(target))
         self._prefix = f".{self.target.name}.partial-"
-        self._replaced = f".{self.target.name}.replaced-"
         self._overwrite = overwrite
-        _restore_replaced(self.target, self._replaced)
-        self._check_target(Path(os.path.realpath(source)))
+        restore_replaced(self.target)
+        require_directory_place(self.target, None if source is None else Path(os.path.realpath(source)))
+        self._check_content()
 
-    def _check_target(self, source: Path) -> None:
+    def _check_content(self) -> None:
         target = self.target
-        if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
-            raise OutputError(
-                f"output directory {target}",
-                got=f"the source {source} in the same place",
-                expected="a place outside of it",
-                action="Choose another output directory.",
-            )
-        if target.exists() and not target.is_dir():
-            raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
         if not self._content():
             return
         if not self._overwrite:
@@ -89,10 +80,8 @@ class OutputDirectory:
             self._inside = self.target.is_dir() and os.path.ismount(self.target)
             parent = self.target if self._inside else self.target.parent
             parent.mkdir(parents=True, exist_ok=True)
-            _remove_dead_siblings(parent, self._prefix)
-            if self.target.exists():
-                for old in self.target.parent.glob(f"{glob.escape(self._replaced)}*"):
-                    shutil.rmtree(old, ignore_errors=True)
+            remove_dead_siblings(parent, self._prefix)
+            remove_replaced(self.target)
             self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=parent))
             try:
                 self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
@@ -123,19 +112,11 @@ class OutputDirectory:
         Raises:
             OutputError: fewer bytes are free.
         """
-        nbytes += _SPARE_BYTES
-        free = shutil.disk_usage(self.path).free
-        if free < nbytes:
-            raise OutputError(
-                f"disk space for {self.target}",
-                got=f"{free / 1e9:.2f} GB free",
-                expected=f"{nbytes / 1e9:.2f} GB",
-                action="Free some space, or choose another disk.",
-            )
+        require_space(self.path, nbytes, self.target)
 
     def _commit(self) -> None:
         for path in self.path.rglob("*"):
-            path.chmod(_mode(path))
+            path.chmod(final_mode(path))
         content = self._content()
         if content and not self._overwrite:
             raise OutputError(
@@ -145,55 +126,111 @@ class OutputDirectory:
                 action="Nothing was replaced; run again with another directory.",
             )
         if self._inside:
-            self._move_files(content)
+            (self.path / _LOCK).unlink()
+            move_into(self.target, self.path, content, last=("config.json",))
             return
         self.path.chmod(DIRECTORY_MODE)
-        if content:
-            self._replace()
-        else:
-            self.path.rename(self.target)
+        put_in_place(self.path, self.target)
         (self.target / _LOCK).unlink()  # until here a killed run's sibling is known by it
 
-    def _replace(self) -> None:
-        """Put the new directory in the place of the old one, which goes only when that has worked."""
-        old = Path(tempfile.mkdtemp(prefix=self._replaced, dir=self.target.parent))
-        try:
-            self.target.rename(old / "old")
-            self.path.rename(self.target)
-        except BaseException:  # Ctrl-C too
-            if not self.target.exists():
-                (old / "old").rename(self.target)
-            old.rmdir()
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
-    def _move_files(self, content: list[Path]) -> None:
-        # Without its config.json the old model no longer looks like one while the new files arrive.
-        for path in sorted(content, key=lambda path: path.name != "config.json"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        # config.json makes a directory a model: it comes last.
-        written = [path for path in self.path.iterdir() if path.name != _LOCK]
-        for path in sorted(written, key=lambda path: path.name == "config.json"):
-            path.rename(self.target / path.name)
+def put_in_place(made: Path, target: Path) -> None:
+    """Rename a directory to the target; an old one there goes only when that has worked."""
+    if not target.is_dir() or not any(target.iterdir()):
+        made.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=_replaced_prefix(target), dir=target.parent))
+    try:
+        target.rename(old / "old")
+        made.rename(target)
+    except BaseException:  # Ctrl-C too
+        if not target.exists():
+            (old / "old").rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _mode(path: Path) -> int:
+def move_into(target: Path, made: Path, content: list[Path], last: tuple[str, ...]) -> None:
+    """Replace the content of a mount point, which cannot be renamed; what makes it a model comes last."""
+
+    def rank(path: Path) -> int:
+        return last.index(path.name) if path.name in last else -1
+
+    # Without its config.json the old model no longer looks like one while the new files arrive.
+    for path in sorted(content, key=rank, reverse=True):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for path in sorted(made.iterdir(), key=rank):
+        path.rename(target / path.name)
+    made.rmdir()
+
+
+def require_directory_place(target: Path, source: Path | None) -> None:
+    """Refuse a target that is a file, or that holds or lies inside the source, if there is one; both are real paths.
+
+    Raises:
+        OutputError: it is.
+    """
+    if source is not None and (
+        target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source))
+    ):
+        raise OutputError(
+            f"output directory {target}",
+            got=f"the source {source} in the same place",
+            expected="a place outside of it",
+            action="Choose another output directory.",
+        )
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
+
+
+def require_space(path: Path, nbytes: int, target: Path) -> None:
+    """Fail early when the file system of a path cannot hold so many bytes and what goes with them.
+
+    Raises:
+        OutputError: fewer bytes are free.
+    """
+    nbytes += _SPARE_BYTES
+    free = shutil.disk_usage(path).free
+    if free < nbytes:
+        raise OutputError(
+            f"disk space for {target}",
+            got=f"{free / 1e9:.2f} GB free",
+            expected=f"{nbytes / 1e9:.2f} GB",
+            action="Free some space, or choose another disk.",
+        )
+
+
+def final_mode(path: Path) -> int:
+    """Return the permissions of a file or folder of a finished model."""
     if path.is_dir():
         return DIRECTORY_MODE
     return WEIGHTS_MODE if path.suffix == ".safetensors" else JSON_MODE
 
 
-def _restore_replaced(target: Path, prefix: str) -> None:
+def _replaced_prefix(target: Path) -> str:
+    return f".{target.name}.replaced-"
+
+
+def restore_replaced(target: Path) -> None:
     """Put back the model that a run set aside and was killed before it had put the new one in its place."""
     if target.exists():
         return
-    for old in target.parent.glob(f"{glob.escape(prefix)}*/old"):
+    for old in target.parent.glob(f"{glob.escape(_replaced_prefix(target))}*/old"):
         old.rename(target)
         old.parent.rmdir()
         return
 
 
-def _remove_dead_siblings(parent: Path, prefix: str) -> None:
+def remove_replaced(target: Path) -> None:
+    """Remove what was set aside, once there is a model in its place."""
+    if target.exists():
+        for old in target.parent.glob(f"{glob.escape(_replaced_prefix(target))}*"):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_dead_siblings(parent: Path, prefix: str) -> None:
+    """Remove what killed runs have left; a lock that nobody holds tells it from what is being written."""
     for sibling in parent.glob(f"{glob.escape(prefix)}*"):
         try:
             lock = os.open(sibling / _LOCK, os.O_RDWR)
@@ -234,7 +271,9 @@ class ShardedWriter:
         *,
         part_bytes: int | None = None,
         metadata: Mapping[str, str] | None = None,
+        resume: bool = False,
     ) -> None:
+        """Make the files, or with `resume` go on with those of an earlier writer; see FileWriter."""
         self._directory, self._stem, self._plan = directory, stem, plan
         shards = split_shards(plan, part_bytes)
         names = [f"{stem}.safetensors"]
@@ -245,14 +284,35 @@ class ShardedWriter:
         self._files: dict[str, FileWriter] = {}
         try:
             for name, shard in zip(names, shards, strict=True):
-                self._files[name] = FileWriter(directory / name, shard, metadata)
-        except OSError:
+                self._files[name] = FileWriter(directory / name, shard, metadata, resume=resume)
+        except BaseException:
             self.abandon()
             raise
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Write one planned tensor; BF16 as uint16 bit patterns."""
         self._files[self._weight_map[name]].write(name, array)
+
+    def append(self, name: str, array: NDArray[Any]) -> None:
+        """Write the next elements of a planned tensor that comes in pieces; see FileWriter.append."""
+        self._files[self._weight_map[name]].append(name, array)
+
+    def checksum(self, name: str) -> int:
+        """Return the CRC-32 of a tensor that is written."""
+        return self._files[self._weight_map[name]].checksums[name]
+
+    def file_checksums(self) -> dict[str, int]:
+        """Return the CRC-32 of every weight file, by name, once all is written."""
+        return {name: file.checksum() for name, file in self._files.items()}
+
+    def take_over(self, name: str) -> int:
+        """Leave a tensor as an earlier writer wrote it; return the CRC-32 of its bytes as they are in the file."""
+        return self._files[self._weight_map[name]].take_over(name)
+
+    def sync(self) -> None:
+        """Return when what was written would survive a loss of power."""
+        for file in self._files.values():
+            file.sync()
 
     def close(self) -> None:
         """Finish all files and write the index of a sharded checkpoint."""

@@ -50,7 +50,9 @@ def balance(absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float) ->
 
 def weight_absmax(weights: Sequence[Tensor]) -> Tensor:
     """Return each channel's largest |W| over linears (N, K) that share an input, (K,) float32, at least SCALE_MIN."""
-    return torch.stack([weight_NK.abs().amax(0) for weight_NK in weights]).amax(0).clamp(min=SCALE_MIN)
+    # Two passes, and no copy of |W|.
+    ends = [torch.maximum(weight_NK.amax(0), -weight_NK.amin(0)) for weight_NK in weights]
+    return torch.stack(ends).amax(0).clamp(min=SCALE_MIN)
 
 
 def search_exponents(stats: InputStats, weights: Sequence[Tensor]) -> tuple[float, float]:

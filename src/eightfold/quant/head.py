@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from eightfold.families import LM_HEAD
 from eightfold.quant.calibrate import observer_for
+from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.layer import static_tensors
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.decoder import token_batches
+from eightfold.reference.decoder import spans_of
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_float32
 from eightfold.scheme import NEEDS_CALIBRATION, WEIGHT, WEIGHT_OFFSET, WEIGHT_SCALE, QuantType
@@ -29,32 +30,25 @@ class QuantizedHead:
     range_param: float | None
     stored_dtype: Callable[[str], torch.dtype]
 
-    def tensors(self, hidden_TE: Tensor | None, lengths: Sequence[int]) -> dict[str, Tensor]:
+    def tensors(self, hidden: HiddenStates | None) -> dict[str, Tensor]:
         """Return the head's tensors by full name.
 
         Args:
-            hidden_TE: the last layer's output for all calibration samples; only static types look at it.
-            lengths: of the samples.
+            hidden: the calibration samples after the last layer; only static types look at them.
         """
         checkpoint = self.decoder.checkpoint
         is_symmetric = self.kind is not QuantType.W8A16 or self.recipe.weight_symmetric
         weight = quantize_weight(load_float32(checkpoint, checkpoint.head_weight()), is_symmetric=is_symmetric)
         stored = {WEIGHT: weight.values, WEIGHT_SCALE: weight.scale, WEIGHT_OFFSET: weight.offset}
         if self.kind in NEEDS_CALIBRATION:
-            assert hidden_TE is not None
-            params = self._observe(hidden_TE, lengths)
+            assert hidden is not None
+            params = self._observe(hidden)
             stored.update(static_tensors(weight, None, params, LM_HEAD, self.stored_dtype))
         return {f"{LM_HEAD}.{suffix}": tensor for suffix, tensor in stored.items()}
 
-    def _observe(self, hidden_TE: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _observe(self, hidden: HiddenStates) -> tuple[Tensor, Tensor]:
         norm = self.decoder.final_norm()
         observer = observer_for(self.recipe.act_method, LM_HEAD, self.range_param)
-        at = 0
-        for group in token_batches(lengths, 2048):
-            spans, begin = [], 0
-            for index in group:
-                spans.append((begin, begin + lengths[index]))
-                begin += lengths[index]
-            observer.update(norm(hidden_TE[at : at + begin]), spans)
-            at += begin
+        for sizes, states_TE in hidden.pieces():
+            observer.update(norm(states_TE), spans_of(sizes))
         return observer.params()

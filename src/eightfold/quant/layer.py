@@ -33,7 +33,7 @@ from eightfold.families import (
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
 from eightfold.quant.calibrate import ObservedGroup, Observer, observer_for, static_member
 from eightfold.quant.plan import tensor_name
-from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_weight, static_params
+from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, static_params
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
 from eightfold.quant.survey import LayerSurvey, head_sharing
@@ -41,7 +41,7 @@ from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
 from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_float32
+from eightfold.reference.tensors import load_float32, load_rows_float32
 from eightfold.scheme import (
     DEQ_SCALE,
     FA_TENSORS,
@@ -105,11 +105,15 @@ class SmoothedLayer:
 
     def weight(self, linear: LinearShape) -> Tensor:
         """Return (N, K) float32, made anew."""
-        weight = load_float32(self._decoder.checkpoint, weight_name(self._prefix + linear.name))
+        return self.rows(linear, 0, linear.n)
+
+    def rows(self, linear: LinearShape, begin: int, end: int) -> Tensor:
+        """Return rows `begin` to `end` of a weight, (end - begin, K) float32, made anew."""
+        weight = load_rows_float32(self._decoder.checkpoint, weight_name(self._prefix + linear.name), begin, end)
         if linear.name in self._columns:
             weight.mul_(self._columns[linear.name])
         if linear.name in self._rows:
-            weight.div_(self._rows[linear.name][:, None])
+            weight.div_(self._rows[linear.name][begin:end, None])
         return weight
 
     def bias(self, linear: LinearShape) -> Tensor | None:
@@ -126,11 +130,24 @@ class SmoothedLayer:
         return FloatLinear(self.weight(linear), self.bias(linear))
 
     def block(self) -> Block:
-        """Return the whole float layer."""
+        """Return the whole float layer; its weights are made one at a time, when they are called."""
         groups: list[GroupCall] = [
-            LinearGroup(tuple(self.linear(linear) for linear in group.linears)) for group in input_groups(self._config)
+            LinearGroup(tuple(_MadeWhenCalled(self, linear) for linear in group.linears))
+            for group in input_groups(self._config)
         ]
         return self._decoder.block(self._idx, groups, norms=self.norms)
+
+
+@dataclass(frozen=True)
+class _MadeWhenCalled:
+    """A smoothed linear that is in memory only while it is used."""
+
+    layer: SmoothedLayer
+    shape: LinearShape
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """Return y."""
+        return self.layer.linear(self.shape)(x_TK)
 
 
 def divide_gain(gain_E: Tensor, scale_E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -164,10 +181,15 @@ class QuantizedLayer:
         for group in input_groups(self._config):
             for linear in group.linears:
                 if self._type(linear) is not QuantType.FLOAT:
-                    is_symmetric = self._type(linear) is not QuantType.W8A16 or self.recipe.weight_symmetric
-                    self._weights[linear.name] = quantize_weight(
-                        self.smoothed.weight(linear), is_symmetric=is_symmetric
-                    )
+                    self._weights[linear.name] = self._quantize(linear)
+
+    def _quantize(self, linear: LinearShape) -> QuantizedWeight:
+        return quantize_rows(
+            linear.n,
+            linear.k,
+            lambda begin, end: self.smoothed.rows(linear, begin, end),
+            is_symmetric=self._type(linear) is not QuantType.W8A16 or self.recipe.weight_symmetric,
+        )
 
     def _type(self, linear: LinearShape) -> QuantType:
         return self.types[self._prefix + linear.name]

@@ -11,15 +11,19 @@ from typing import Any
 from eightfold import __version__
 from eightfold.config import ModelConfig
 from eightfold.families import LM_HEAD
+from eightfold.format.growing import REPORT_NAME as REPORT_NAME
 from eightfold.quant.fallback import RolledBack
 from eightfold.quant.recipe import Recipe, split_groups
 from eightfold.quant.recipe_file import recipe_content
 from eightfold.scheme import QuantType
 
-REPORT_NAME = "eightfold_report.json"
-
 # Above this share of keys outside the cache's range the user is warned.
 CLIPPED_LIMIT = 0.001
+
+
+def samples_digest(samples: Sequence[Sequence[int]]) -> str:
+    """Return a digest of calibration samples' token ids."""
+    return hashlib.sha256(json.dumps([list(sample) for sample in samples]).encode()).hexdigest()
 
 
 @dataclass
@@ -49,6 +53,9 @@ class Outcome:
     clipped_keys: int = 0
     keys: int = 0
     notes: list[str] = field(default_factory=list)  # for the user, one line each
+    layers_resumed: int = 0  # so many an earlier run had finished; like what follows, not in the report
+    already_complete: bool = False  # nothing was written
+    restarted: str = ""  # why what an earlier run had finished was of no use
 
     @property
     def quantized(self) -> int:
@@ -63,7 +70,7 @@ class Outcome:
     def took_samples(self, samples: Sequence[Sequence[int]]) -> None:
         """Remember which calibration data was used."""
         self.samples, self.calibration_tokens = len(samples), sum(map(len, samples))
-        self.calibration_sha256 = hashlib.sha256(json.dumps([list(s) for s in samples]).encode()).hexdigest()
+        self.calibration_sha256 = samples_digest(samples)
 
     def add_clipping_note(self) -> None:
         """Say what share of the keys an int8 cache cuts off whose range was taken before RoPE."""

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
 from eightfold.errors import UnsupportedError
-from eightfold.reference.decoder import Batch, Block
+from eightfold.quant.hidden import HiddenStates
+from eightfold.reference.decoder import Block
+from eightfold.reference.linear import float_linear
 from eightfold.reference.load import Decoder
+from eightfold.reference.tensors import load_tensor
 
 # Moving a scale from one factor to another changes float32 results in their last bits: measured, 2e-6 of the largest
 # logit. What is wrong by a factor somewhere shows at 1e-2 and above.
 MAX_RELATIVE_DIFFERENCE = 1e-3
 
-_TOKENS = 128  # logits of so many positions are held at a time
+# Logits of so many positions and words are held at a time, and so many rows of the head.
+_TOKENS, _ROWS = 512, 4096
 
 
 class UnchangedProof:
     """A sample on its way through the smoothed float model."""
 
-    def __init__(self, decoder: Decoder, sample: Sequence[int]) -> None:
-        self._decoder = decoder
-        self._hidden_TE = decoder.embed(sample)
-        self._batch = Batch.of([len(sample)], decoder.inv_freq)
+    def __init__(self, decoder: Decoder, hidden: HiddenStates) -> None:
+        """Start where the sample is, the only one of `hidden`."""
+        self._decoder, self.hidden = decoder, hidden
 
     def advance(self, block: Block) -> None:
         """Move the sample through the next layer."""
-        self._hidden_TE = block(self._hidden_TE, self._batch)
+        self.hidden.advance(block)
 
     def finish(self, float_TE: Tensor) -> tuple[float, float]:
         """Compare with the same sample's hidden states in the float model.
@@ -38,17 +40,22 @@ class UnchangedProof:
         Raises:
             UnsupportedError: they differ by more than rounding.
         """
-        head = self._decoder.head()
+        norm, checkpoint = self._decoder.final_norm(), self._decoder.checkpoint
+        expected_TE, found_TE = norm(float_TE), norm(self.hidden.first_sample())
+        name = checkpoint.head_weight()
         difference = largest = 0.0
-        for at in range(0, len(float_TE), _TOKENS):
-            expected = head(float_TE[at : at + _TOKENS])
-            found = head(self._hidden_TE[at : at + _TOKENS])
-            difference = max(difference, float((found - expected).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
+        for row in range(0, checkpoint.config.vocab_size, _ROWS):
+            weight = load_tensor(checkpoint, name)[row : row + _ROWS].to(torch.float32)
+            for at in range(0, len(float_TE), _TOKENS):
+                expected = float_linear(expected_TE[at : at + _TOKENS], weight, None)
+                found = float_linear(found_TE[at : at + _TOKENS], weight, None)
+                difference = max(difference, float((found - expected).abs().max()))
+                largest = max(largest, float(expected.abs().max()))
+            checkpoint.release([name])
         if not difference <= MAX_RELATIVE_DIFFERENCE * largest:
             raise UnsupportedError(
                 "largest change of a logit by outlier suppression",
-                where=self._decoder.checkpoint.directory,
+                where=checkpoint.directory,
                 got=f"{difference:g} (the largest logit is {largest:g})",
                 expected=f"at most {MAX_RELATIVE_DIFFERENCE * largest:g}",
                 action="Use another --anti-outlier method, or --save-dtype float32.",

@@ -25,11 +25,12 @@ from eightfold.families import (
     sliding_window,
 )
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
+from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.methods import ActMethod, AntiOutlier
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
-from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, apply_block_
+from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_float32
@@ -91,25 +92,31 @@ def needs_survey(recipe: Recipe) -> bool:
     return recipe.anti_outlier is not None or recipe.kv_int8 or recipe.fa_amp > 0 or needs_features(recipe)
 
 
+def surveyed_samples(recipe: Recipe, samples: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """Return the samples that run through the float model."""
+    everything = recipe.anti_outlier is not None or recipe.kv_int8
+    return samples if everything else samples[:FEATURE_SAMPLES]
+
+
 class FloatPass:
     """The samples on their way through the float model."""
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, samples: Sequence[Sequence[int]]) -> None:
-        self._decoder, self._recipe = decoder, recipe
-        self._config = decoder.checkpoint.config
-        everything = recipe.anti_outlier is not None or recipe.kv_int8
-        used = samples if everything else samples[:FEATURE_SAMPLES]
-        self._lengths = [len(sample) for sample in used]
-        self.hidden_TE = decoder.embed([token for sample in used for token in sample])
-        self._smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
+    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates) -> None:
+        """Start where the samples are.
 
-    def first_sample(self) -> Tensor:
-        """Return the first sample's hidden states, (T0, E)."""
-        return self.hidden_TE[: self._lengths[0]]
+        Args:
+            decoder: the float model.
+            recipe: what is going to be done.
+            hidden: the samples of surveyed_samples().
+        """
+        self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
+        self._config = decoder.checkpoint.config
+        self._smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
 
     @torch.inference_mode()
     def survey(self, layer_idx: int) -> LayerSurvey:
         """Move all samples through one layer and return what was seen."""
+        assert self.hidden.layer_idx == layer_idx
         recipe, prefix = self._recipe, layer_prefix(layer_idx)
         context_len = self._config.max_position_embeddings
         kv = KVObserver(recipe.kv_observe, self._decoder.inv_freq, context_len) if recipe.kv_int8 else None
@@ -120,9 +127,7 @@ class FloatPass:
         ]
         seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
         attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
-        apply_block_(
-            self._decoder.block(layer_idx, groups, attention), self.hidden_TE, self._lengths, self._decoder.inv_freq
-        )
+        self.hidden.advance(self._decoder.block(layer_idx, groups, attention))
         scales = {
             group.title: self._scale(prefix, group, watchers[group.title])
             for group in input_groups(self._config)
@@ -132,9 +137,10 @@ class FloatPass:
 
     def head_range_param(self) -> float:
         """Return the range parameter of the output head's input, after the last layer."""
-        watcher = InputWatcher("the output head", sum(self._lengths), keep_first=False, keep_tokens=False)
-        x_TE = self._decoder.final_norm()(self.hidden_TE)
-        watcher.update(x_TE, Batch.of(self._lengths, self._decoder.inv_freq).spans)
+        watcher = InputWatcher("the output head", sum(self.hidden.lengths), keep_first=False, keep_tokens=False)
+        norm = self._decoder.final_norm()
+        for sizes, states_TE in self.hidden.pieces():
+            watcher.update(norm(states_TE), spans_of(sizes))
         return watcher.stats().features.range_param(None)
 
     def _watcher(self, prefix: str, group: InputGroup) -> InputWatcher | None:
@@ -143,7 +149,7 @@ class FloatPass:
             return None
         return InputWatcher(
             prefix + group.title,
-            sum(self._lengths),
+            sum(self.hidden.lengths),
             keep_first=method in (AntiOutlier.M2, AntiOutlier.M3),
             keep_tokens=method is AntiOutlier.M6,
         )

@@ -26,6 +26,15 @@ from eightfold.reference.linear import Linear, W8A8MixLinear
 Origin = Literal["prompt", "generated"]
 
 
+def spans_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return where sequences of the given lengths begin and end, one after the other."""
+    spans, at = [], 0
+    for length in lengths:
+        spans.append((at, at + length))
+        at += length
+    return spans
+
+
 @dataclass(frozen=True)
 class Batch:
     """Which tokens belong to which sequence, where they stand in it, and whether they are the prompt's."""
@@ -47,10 +56,7 @@ class Batch:
 
         Without `prompt_lens` all tokens are prompts'.
         """
-        spans, at = [], 0
-        for length in lengths:
-            spans.append((at, at + length))
-            at += length
+        spans = spans_of(lengths)
         positions = torch.cat([torch.arange(first_position, first_position + length) for length in lengths])
         return cls(spans, lengths if prompt_lens is None else prompt_lens, *rope_tables(positions, inv_freq))
 

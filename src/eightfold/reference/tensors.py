@@ -51,6 +51,19 @@ def load_float32(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return tensor
 
 
+def load_rows_float32(checkpoint: Checkpoint, name: str, begin: int, end: int) -> torch.Tensor:
+    """Return some rows of a float matrix, (end - begin, K), as a float32 copy.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    whole = mapped_tensor(checkpoint, name)
+    rows = whole[begin:end].to(torch.get_default_device()).to(torch.float32, copy=True)
+    if not torch.isfinite(rows.sum()):  # or it overflows
+        require_finite(whole, name, checkpoint)
+    return rows
+
+
 def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
     """Check a float tensor for NaN and infinity, in slices that stay small.
 

@@ -1,0 +1,145 @@
+"""How much memory a quantization needs, and where its hidden states go so that it stays within a budget.
+
+    needed     what the process has when it begins + the largest step: a layer, or the head
+    spilled    hidden states live in files:   needed
+    resident   hidden states live in memory:  needed + 4 T E for each stream
+
+A layer: its stored tensors (mapped), its integers, one weight in float32 (a group of them where a scale is looked for),
+and one batch of tokens on their way through. Bounds, not estimates: they count what may be resident at once, mapped
+pages included.
+
+Letters: T tokens of all samples, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eightfold.errors import CapacityError
+from eightfold.families import LM_HEAD, all_linears, input_groups
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.memory import available_bytes, resident_bytes
+from eightfold.quant.hidden import BATCH_TOKENS
+from eightfold.quant.methods import AntiOutlier, KVObserve
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.survey import needs_survey, surveyed_samples
+from eightfold.reference.decoder import token_batches
+from eightfold.scheme import QuantType
+
+_MIB = 1 << 20
+
+# Copies, code paths run for the first time, what the allocator keeps.
+_SLACK_BYTES = 192 * _MIB
+
+# The interpreter with torch, where the system does not say what this process has.
+_BASE_BYTES = 400 * _MIB
+
+_KEPT_TOKENS = 2048  # of the input of every group, for methods that search
+
+_QUERY_ROWS = 256  # whose scores attention holds at a time
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run takes.
+
+    Attributes:
+        base: bytes resident before the first step.
+        step: what the largest step adds.
+        states: bytes of all hidden states of one generation.
+    """
+
+    base: int
+    step: int
+    states: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes without which nothing goes."""
+        return self.base + self.step
+
+    def spills(self, memory: int | None) -> bool:
+        """Return whether hidden states have to live in files.
+
+        Args:
+            memory: the most this process may have resident; None takes half of what is free.
+
+        Raises:
+            CapacityError: the budget is too small even so.
+        """
+        if memory is None:
+            free = available_bytes()
+            return free is not None and self.needed + self.states > self.base + free // 2
+        if memory < self.needed:
+            raise CapacityError(
+                "--memory",
+                got=f"{memory / _MIB:.0f} MiB",
+                expected=f"at least {-(-self.needed // _MIB)}MiB for one layer of this model",
+                action="Give that, or leave the option out.",
+            )
+        return memory < self.needed + self.states
+
+
+def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]]) -> Budget:
+    """Return what a recipe takes on a model with these samples."""
+    lengths = [len(sample) for sample in samples]
+    width = checkpoint.config.hidden_size
+    surveyed = sum(map(len, surveyed_samples(recipe, samples))) if needs_survey(recipe) else 0
+    proved = lengths[0] if recipe.anti_outlier is not None else 0
+    streams = surveyed + (sum(lengths) if recipe.calibrates else 0)
+    base = resident_bytes() or _BASE_BYTES
+    step = max(_layer_bytes(checkpoint, recipe, lengths), _head_bytes(checkpoint, recipe))
+    return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams)
+
+
+def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:
+    """Return what a layer takes: the stored weights are mapped all the while, integers from when they are made."""
+    config = checkpoint.config
+    groups = [[linear.n * linear.k for linear in group.linears] for group in input_groups(config)]
+    total, largest = sum(map(sum, groups)), max(map(max, groups))
+    stored = total * checkpoint.dtype.itemsize
+    passing = _sample_bytes(checkpoint, recipe, lengths) if lengths else 0
+    survey = max(4 * largest + passing, _scale_bytes(recipe, max(map(sum, groups))))
+    # Smoothed linears that stay float are held in float32 while samples pass.
+    kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
+    return stored + max(survey, total + kept + 4 * largest + passing)
+
+
+def _scale_bytes(recipe: Recipe, group: int) -> int:
+    """Return what finding a scale takes for a group of so many elements."""
+    if recipe.anti_outlier is None:
+        return 0
+    searches = recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3, AntiOutlier.M6)
+    return (12 if searches else 4) * group
+
+
+def _keeps_float(recipe: Recipe) -> bool:
+    floats = any(kind is QuantType.FLOAT for _, kind in recipe.modules)
+    return floats or bool(recipe.keep_float) or recipe.disable_level > 0
+
+
+def _sample_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:
+    """Return what samples take on their way through a layer."""
+    config = checkpoint.config
+    batches = [sum(lengths[index] for index in batch) for batch in token_batches(lengths, BATCH_TOKENS)]
+    inputs = 3 * config.hidden_size + config.intermediate_size  # of the four groups
+    # gate and up, their integer products, the input of down as it is divided and in float64; queries to attention's
+    # output, turned and not; scores of some queries at a time.
+    found = max(batches) * 4 * (10 * config.hidden_size + 6 * config.intermediate_size)
+    found += 3 * 4 * min(max(lengths), _QUERY_ROWS) * max(lengths) * config.num_heads
+    if recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3):
+        found += lengths[0] * 4 * inputs
+    if recipe.anti_outlier is AntiOutlier.M6:
+        found += min(sum(lengths), _KEPT_TOKENS) * 4 * inputs
+    if recipe.kv_int8 and recipe.kv_observe is KVObserve.PRE_ROPE:
+        found += sum(lengths) * 4 * config.kv_size
+    return found
+
+
+def _head_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Return what the output head takes; a float one is copied and proved in small pieces."""
+    head = all_linears(checkpoint.config)[LM_HEAD]
+    if not recipe.quantize_lm_head:
+        return 128 * _MIB + 4096 * 4 * head.k
+    return head.n * head.k * (checkpoint.dtype.itemsize + 1 + 8)

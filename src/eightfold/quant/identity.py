@@ -1,0 +1,148 @@
+"""What a quantization is made of: the first line of its journal, and how two of them differ.
+
+    version | layers | recipe | layout of the output | device | calibration samples (a digest) | files of the source
+
+A weight file counts by its size and the CRC-32 of its bytes: of all in a small model, of the header and samples of
+every tensor in a large one. Times do not count, so that a copy of the source is the same source. What enters the
+output of an unfinished run must be one source to the last byte, so there a large one's times count too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from eightfold import __version__
+from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
+from eightfold.format.journal import FORMAT, Entry
+from eightfold.format.safetensors import TensorInfo, checksum_of
+from eightfold.format.sidecars import list_sidecars
+from eightfold.quant.outcome import samples_digest
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe_file import recipe_content
+
+WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
+_SAMPLE_BYTES = 4096  # of each of these many places of a tensor
+_PLACES = 4
+
+# Where an option's name does not follow from the recipe's key.
+_OPTIONS = {"save_float32": "--save-dtype", "modules": "modules of the recipe", "part_bytes": "--part-size-gb"}
+
+
+def identity(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    samples: Sequence[Sequence[int]],
+    *,
+    part_bytes: int | None = None,
+    legacy_names: bool = False,
+    device: str = "cpu",
+) -> Entry:
+    """Return the first line of the journal: all that decides what the output is."""
+    return {
+        "format": FORMAT,
+        "eightfold": __version__,
+        "layers": checkpoint.config.num_layers,
+        "recipe": recipe_content(recipe),
+        "output": {"part_bytes": part_bytes, "legacy_names": legacy_names},
+        "device": device,
+        "calibration": {
+            "samples": len(samples),
+            "tokens": sum(map(len, samples)),
+            "token_ids_sha256": samples_digest(samples),
+        },
+        "source": {path.name: _file_identity(checkpoint, path) for path in source_files(checkpoint)},
+    }
+
+
+def _is_large(checkpoint: Checkpoint) -> bool:
+    return sum(path.stat().st_size for path in {info.file for info in checkpoint.tensors.values()}) > WHOLE_BYTES
+
+
+def source_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of a model that a quantization reads, sorted by name."""
+    found = {info.file for info in checkpoint.tensors.values()}
+    return sorted({checkpoint.directory / CONFIG_NAME, *found, *list_sidecars(checkpoint.directory)})
+
+
+def _file_identity(checkpoint: Checkpoint, path: Path) -> list[int]:
+    """Return a file's size and the CRC-32 of what counts of it."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        infos = [info for info in checkpoint.tensors.values() if info.file == path]
+        if not infos or not _is_large(checkpoint):
+            return [size, checksum_of(file, 0, size)]
+        checksum = 0
+        for begin, end in _sampled_spans(infos):
+            checksum = zlib.crc32(checksum_of(file, begin, end).to_bytes(4, "little"), checksum)
+        return [size, checksum]
+    finally:
+        os.close(file)
+
+
+def _sampled_spans(infos: Sequence[TensorInfo]) -> Iterator[tuple[int, int]]:
+    yield 0, min((info.begin for info in infos), default=0)
+    for info in infos:
+        for place in range(_PLACES):
+            begin = info.begin + max(0, info.nbytes - _SAMPLE_BYTES) * place // (_PLACES - 1)
+            yield begin, min(begin + _SAMPLE_BYTES, info.end)
+
+
+def file_times(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return when the weight files of a large model, of which identity() sees samples, were last changed."""
+    if not _is_large(checkpoint):
+        return {}
+    return {path.name: path.stat().st_mtime_ns for path in {info.file for info in checkpoint.tensors.values()}}
+
+
+def differences(old: Entry, new: Entry) -> list[str]:
+    """Return what differs between two first lines, `option: old -> new` each."""
+    new = json.loads(json.dumps(new))
+    if old == new:
+        return []
+    found = [
+        f"{name}: {old.get(key)} -> {new.get(key)}"
+        for key, name in (("format", "journal"), ("eightfold", "version of eightfold"), ("device", "--device"))
+        if old.get(key) != new.get(key)
+    ]
+    for part in ("recipe", "output"):
+        before, after = old.get(part, {}), new.get(part, {})
+        found += [
+            f"{_option(key)}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
+            for key in {**before, **after}
+            if before.get(key) != after.get(key)
+        ]
+    if old.get("calibration") != new.get("calibration"):
+        found.append(f"calibration data: {_data(old.get('calibration'))} -> {_data(new.get('calibration'))}")
+    before, after = old.get("source", {}), new.get("source", {})
+    changed = [name for name in sorted({**before, **after}) if before.get(name) != after.get(name)]
+    found += [f"source: {name} {_change(before.get(name), after.get(name))}" for name in changed[:3]]
+    if len(changed) > 3:
+        found.append(f"and {len(changed) - 3} more files of the source")
+    return found or ["something"]
+
+
+def _option(key: str) -> str:
+    return _OPTIONS.get(key, "--" + key.replace("_", "-"))
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _data(calibration: Any) -> str:
+    if not isinstance(calibration, dict):
+        return "none"
+    digest = str(calibration.get("token_ids_sha256"))[:8]
+    return f"{calibration.get('samples')} samples of {calibration.get('tokens')} tokens ({digest})"
+
+
+def _change(before: Any, after: Any) -> str:
+    if before is None or after is None:
+        return "is new" if before is None else "is gone"
+    return "has changed"

@@ -1,0 +1,322 @@
+"""How fast this machine is at what a quantization does: a few pieces of the real work, at the shapes of one model.
+
+    products      one linear of each input width and kind, over a few hundred tokens: seconds for an output element
+    widening      float32 copies of stored weights, in memory that the system has to find first
+    rest          a layer whose linears cost nothing: norms, rotation, attention, SwiGLU, and whoever watches
+    weights       rows to int8
+    disks         pieces of the source as they lie now, in the page cache or not; a file that is written and removed
+
+All of it takes two or three seconds. Times are the better of two, because the first one also finds memory and code.
+
+Letters: T tokens, K inputs, N outputs, E hidden size, F intermediate size.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eightfold.config import ModelConfig
+from eightfold.errors import OutputError
+from eightfold.families import input_groups, layer_norms, sliding_window
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.pagecache import WriteBehind, drop
+from eightfold.quant.attention import FAQuantObserver, KVObserver, WatchedAttention, Watcher
+from eightfold.quant.calibrate import ObservedGroup, StaticMember, observer_for
+from eightfold.quant.methods import ActMethod, AntiOutlier
+from eightfold.quant.qparams import quantize_rows
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.statistics import InputWatcher
+from eightfold.quant.survey import WatchedGroup, needs_features, smoothed_pairs
+from eightfold.reference.attention import inverse_frequencies
+from eightfold.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm
+from eightfold.reference.kvcache import FloatAttention
+from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
+from eightfold.scheme import NEEDS_CALIBRATION, QuantType
+
+_PRODUCT_TOKENS = 512
+_PRODUCT_FLOP = 6e9
+_FRESH_BYTES = 64 << 20
+_READ_PLACES, _READ_BYTES = 3, 96 << 20
+_WRITE_BYTES, _WRITE_SECONDS = 320 << 20, 1.0
+_STEP = 1 << 20  # bytes that are looked at, or written, at a time
+
+# Tensors of this size and more are given back to the system, which finds new memory for the next: memory.py.
+MAPPED_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured; all in seconds."""
+
+    product: Mapping[tuple[QuantType, int], float]  # (kind, K) -> for one output of one token
+    widen: float  # for one element of a weight, to a new float32 tensor
+    fresh: float  # for one byte of memory that the system has to find
+    quantize: float  # for one element of a weight
+    survey_rest: float  # for one token of one layer
+    calibrate_rest: float
+    read: float  # for one byte of the source
+    write: float  # for one byte of the output, checksum included
+    gflops: float  # of the float products, for a person
+    seconds: float  # that measuring took
+
+
+def probe(
+    checkpoint: Checkpoint, recipe: Recipe, kinds: Sequence[QuantType], lengths: Sequence[int], folder: Path
+) -> Machine:
+    """Measure this machine.
+
+    Args:
+        checkpoint: the float model; a few pieces of its files are read.
+        recipe: what would be done.
+        kinds: how linears would be stored.
+        lengths: tokens of the samples that would run.
+        folder: on the disk that the output would go to; a file there is written and removed.
+    """
+    began = time.perf_counter()
+    config = checkpoint.config
+    stored = torch.bfloat16 if checkpoint.dtype.itemsize == 2 else torch.float32
+    widths = sorted({linear.k for group in input_groups(config) for linear in group.linears})
+    widen, fresh = _widening(stored)
+    product, gflops = {}, 0.0
+    with torch.inference_mode():
+        if lengths:
+            for kind in {QuantType.FLOAT, *kinds}:
+                for k in widths:
+                    product[kind, k] = _product(kind, k, stored, widen)
+            gflops = 2e-9 / min(product[QuantType.FLOAT, k] / k for k in widths)
+        return Machine(
+            product=product,
+            widen=widen,
+            fresh=fresh,
+            quantize=_quantizing(widths[-1], stored, recipe),
+            survey_rest=_rest(config, recipe, lengths, _survey_groups) if lengths else 0.0,
+            calibrate_rest=_rest(config, recipe, lengths, _observed_groups) if lengths and recipe.calibrates else 0.0,
+            read=_reading(checkpoint),
+            write=_writing(folder),
+            gflops=gflops,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _best(work: Callable[[], object]) -> float:
+    found = []
+    for _ in range(2):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _widening(stored: torch.dtype) -> tuple[float, float]:
+    weight = torch.ones(_FRESH_BYTES // 4, dtype=stored)
+    seconds = _best(lambda: weight.to(torch.float32, copy=True))
+    warm = torch.empty(_FRESH_BYTES // 4)
+    in_place = _best(lambda: warm.copy_(weight))
+    return seconds / len(weight), max(0.0, seconds - in_place) / _FRESH_BYTES
+
+
+def _product(kind: QuantType, k: int, stored: torch.dtype, widen: float) -> float:
+    tokens = _PRODUCT_TOKENS
+    n = max(32, min(4096, int(_PRODUCT_FLOP / (2 * tokens * k))))
+    x_TK = torch.randn(tokens, k)
+    linear = _linear(kind, n, k, stored)
+    if isinstance(linear, StaticMember):
+        xq_TK, scale_T1 = torch.ones(tokens, k, dtype=torch.int8), torch.ones(tokens, 1)
+        seconds = _best(lambda: linear.multiply(xq_TK, scale_T1, scale_T1))
+    else:
+        seconds = _best(lambda: linear(x_TK))
+    if _is_widened(kind):
+        seconds = max(seconds - n * k * _warm(widen, n * k), seconds / 2)
+    return seconds / (tokens * n)
+
+
+def _warm(widen: float, elements: int) -> float:
+    # A weight that fits below the limit of the allocator is widened into memory that is already there.
+    return widen if 4 * elements >= MAPPED_BYTES else widen / 3
+
+
+def _is_widened(kind: QuantType) -> bool:
+    return kind in (QuantType.FLOAT, QuantType.W8A16)
+
+
+def _linear(kind: QuantType, n: int, k: int, stored: torch.dtype) -> Linear:
+    if kind is QuantType.FLOAT:
+        return FloatLinear(torch.ones(n, k, dtype=stored), None)
+    integers, ones = torch.ones(n, k, dtype=torch.int8), torch.ones(n)
+    if kind is QuantType.W8A16:
+        return W8A16Linear(integers, ones[:, None], torch.zeros(n, 1), None)
+    sums = torch.full((n,), k, dtype=torch.int32)
+    if kind is QuantType.W8A8_DYNAMIC:
+        return W8A8DynamicLinear(integers, ones, sums, None)
+    return StaticMember(integers, ones, sums, None)
+
+
+def _quantizing(k: int, stored: torch.dtype, recipe: Recipe) -> float:
+    n = max(1, (1 << 22) // k)
+    weight, column = torch.ones(n, k, dtype=stored), torch.ones(k)
+
+    def rows(begin: int, end: int) -> Tensor:
+        piece = weight[begin:end].to(torch.float32, copy=True)
+        bool(torch.isfinite(piece.sum()))
+        return piece if recipe.anti_outlier is None else piece.mul_(column)
+
+    symmetric = recipe.weight_symmetric
+    return _best(lambda: quantize_rows(n, k, rows, is_symmetric=symmetric)) / (n * k)
+
+
+# --- a layer without its linears
+
+
+@dataclass(frozen=True)
+class _Free:
+    """A linear whose output costs nothing."""
+
+    y_TN: Tensor
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """Return outputs that were there before."""
+        return self.y_TN
+
+
+def _rest(
+    config: ModelConfig,
+    recipe: Recipe,
+    lengths: Sequence[int],
+    groups: Callable[
+        [ModelConfig, Recipe, dict[str, tuple[Linear, ...]], int], tuple[list[GroupCall], tuple[Watcher, ...]]
+    ],
+) -> float:
+    """Return the seconds that all but the linears take for one token."""
+    sizes = _sizes(config, lengths)
+    tokens = sum(sizes)
+    free: dict[str, tuple[Linear, ...]] = {
+        group.title: tuple(_Free(torch.randn(tokens, linear.n)) for linear in group.linears)
+        for group in input_groups(config)
+    }
+    hidden = torch.randn(tokens, config.hidden_size)
+    batch = Batch.of(sizes, inverse_frequencies(config.rope, config.head_dim))
+
+    def layer() -> None:
+        calls, watchers = groups(config, recipe, free, tokens)
+        attention = WatchedAttention(FloatAttention(sliding_window(config, 0)), watchers)
+        norms = {name: Norm(torch.ones(size), config.rms_norm_eps) for name, size in layer_norms(config).items()}
+        block = Block(
+            config,
+            norms["input_layernorm"],
+            norms["post_attention_layernorm"],
+            norms.get("self_attn.q_norm"),
+            norms.get("self_attn.k_norm"),
+            calls[0],
+            attention,
+            calls[1],
+            calls[2],
+            calls[3],
+        )
+        hidden.copy_(block(hidden, batch)).clamp_(-9, 9)
+
+    return _best(layer) / tokens
+
+
+def _sizes(config: ModelConfig, lengths: Sequence[int]) -> list[int]:
+    """Return sample lengths for a trial: as many as it takes for hidden states of MAPPED_BYTES, 2,048 at most."""
+    room = max(16, min(2048, MAPPED_BYTES // (4 * config.hidden_size)))
+    sizes: list[int] = []
+    for length in sorted(lengths)[len(lengths) // 2 :] + sorted(lengths)[: len(lengths) // 2]:
+        if room <= 0:
+            break
+        sizes.append(min(length, room))
+        room -= length
+    return sizes
+
+
+def _survey_groups(
+    config: ModelConfig, recipe: Recipe, free: dict[str, tuple[Linear, ...]], tokens: int
+) -> tuple[list[GroupCall], tuple[Watcher, ...]]:
+    smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
+    frequencies = inverse_frequencies(config.rope, config.head_dim)
+    kv = KVObserver(recipe.kv_observe, frequencies, config.max_position_embeddings) if recipe.kv_int8 else None
+    calls: list[GroupCall] = []
+    for group in input_groups(config):
+        watcher = None
+        if group.title in smoothed or needs_features(recipe):
+            keeps = recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3)
+            watcher = InputWatcher(
+                group.title, tokens, keep_first=keeps, keep_tokens=recipe.anti_outlier is AntiOutlier.M6
+            )
+        outputs = kv.projections if kv is not None and group.title == "qkv" else None
+        calls.append(WatchedGroup(LinearGroup(free[group.title]), watcher, outputs))
+    return calls, () if kv is None else (kv,)
+
+
+def _observed_groups(
+    config: ModelConfig, recipe: Recipe, free: dict[str, tuple[Linear, ...]], tokens: int
+) -> tuple[list[GroupCall], tuple[Watcher, ...]]:
+    calls: list[GroupCall] = []
+    for group in input_groups(config):
+        if recipe.schemes & NEEDS_CALIBRATION:
+            method = ActMethod.HISTOGRAM if recipe.act_method is ActMethod.AUTO else recipe.act_method
+            calls.append(ObservedGroup(observer_for(method, group.title, None), free[group.title]))
+        else:
+            calls.append(LinearGroup(free[group.title]))
+    return calls, (FAQuantObserver(),) if recipe.fa_quant else ()
+
+
+# --- disks
+
+
+def _reading(checkpoint: Checkpoint) -> float:
+    """Return the seconds for a byte of the source, from runs of bytes in its largest tensors."""
+    names = sorted(checkpoint.tensors, key=lambda name: -checkpoint.tensors[name].nbytes)
+    total, seconds = 0, 0.0
+    for place, name in enumerate(names[:: max(1, len(names) // (2 * _READ_PLACES))][: _READ_PLACES + 1]):
+        flat = checkpoint.array(name).reshape(-1)
+        step = _STEP // flat.itemsize
+        started = time.perf_counter()
+        for at in range(0, min(len(flat), _READ_BYTES // flat.itemsize), step):
+            torch.from_numpy(flat[at : at + step]).view(torch.int16).amax()
+        if place:  # the first also finds the memory in which all are held
+            seconds += time.perf_counter() - started
+            total += min(flat.nbytes, _READ_BYTES)
+        checkpoint.release([name])
+    return seconds / max(1, total)
+
+
+def _writing(folder: Path) -> float:
+    """Return the seconds for a byte that is summed up, written and on disk.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return _write_run(file.fileno())
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}", action="Choose a directory you may write to."
+        ) from None
+
+
+def _write_run(file: int) -> float:
+    data, behind = os.urandom(_STEP), WriteBehind(file)
+    started = time.perf_counter()
+    written = 0
+    for at in range(0, _WRITE_BYTES, len(data)):
+        if time.perf_counter() - started > _WRITE_SECONDS:
+            break
+        written = at + len(data)
+        zlib.crc32(data)
+        os.pwrite(file, data, at)
+        behind.wrote(at, at + len(data))
+    os.fdatasync(file)
+    seconds = time.perf_counter() - started
+    drop(file, 0, written)
+    return seconds / written

@@ -1,0 +1,281 @@
+"""The steps of one quantization, each of which is finished and journalled before the next begins.
+
+    survey 0 .. survey L-1      only where all layers are compared before the first is written
+    embedding
+    layer 0 .. layer L-1        the state entering layer i -> survey -> smooth, quantize -> calibrate -> write -> i + 1
+    head
+
+The state that enters a layer is up to three streams of hidden states (hidden.py), and nothing else:
+
+    float       all samples through the float model, for surveys
+    quantized   all samples through the layers as they are going to be computed, for calibration
+    smoothed    the first sample through the smoothed float model, for the proof that smoothing changes nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eightfold.errors import CheckpointError
+from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, input_groups, layer_prefix
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.growing import GrowingDirectory
+from eightfold.progress import Progress
+from eightfold.quant.fallback import attention_back, roll_back
+from eightfold.quant.head import QuantizedHead
+from eightfold.quant.hidden import HiddenStates
+from eightfold.quant.layer import QuantizedLayer, norm_tensors
+from eightfold.quant.outcome import Outcome, Smoothing, notes_for
+from eightfold.quant.proof import UnchangedProof
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.sink import Sink
+from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
+from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
+from eightfold.reference.load import Decoder
+from eightfold.reference.tensors import mapped_tensor, require_finite
+from eightfold.scheme import QuantType, weight_name
+
+
+class Run:
+    """The state that the steps of one quantization share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        samples: Sequence[Sequence[int]],
+        outcome: Outcome,
+        fa_layers: frozenset[int],
+        output: GrowingDirectory,
+        progress: Progress,
+        *,
+        spills: bool = False,
+    ) -> None:
+        self.checkpoint, self.recipe, self.outcome = checkpoint, recipe, outcome
+        self.fa_layers, self.progress = fa_layers, progress
+        self.decoder = Decoder(checkpoint)
+        self._output, self._journal = output, output.journal
+        self._streams: list[HiddenStates] = []
+
+        def stream(name: str, chosen: Sequence[Sequence[int]]) -> HiddenStates:
+            self._streams.append(HiddenStates(name, self.decoder, chosen, output.work, spills=spills))
+            return self._streams[-1]
+
+        self.float_pass: FloatPass | None = None
+        self.proof: UnchangedProof | None = None
+        if needs_survey(recipe):
+            self.float_pass = FloatPass(self.decoder, recipe, stream("float", surveyed_samples(recipe, samples)))
+        if recipe.anti_outlier is not None:
+            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1]))
+        self.calibrated = stream("quantized", samples) if recipe.calibrates else None
+
+    @property
+    def spilled_bytes(self) -> int:
+        """How much room on disk the hidden states take, two generations of each stream."""
+        return 2 * sum(stream.nbytes for stream in self._streams)
+
+    # --- the journal
+
+    def resume(self) -> bool:
+        """Go on with what an earlier run has left; return whether that is intact."""
+        found: dict[str, tuple[int, int]] = {}
+        for entry in self._journal.steps.values():
+            found.update({name: (layer_idx, checksum) for name, (layer_idx, checksum) in entry["states"].items()})
+            if "survey" in entry and file_checksum(self._survey_path(entry["layer"])) != entry["file"]:
+                return False
+        return all(stream.resume(*found[stream.name]) for stream in self._streams if stream.name in found)
+
+    def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
+        """Write a step into the journal, when all that it made is safely on disk."""
+        states = {stream.name: [stream.layer_idx, stream.checksum] for stream in moved}
+        self._journal.append({"step": step, **facts, "states": states})
+        for stream in moved:
+            stream.drop_other_generations()
+
+    def _is_finished(self, step: str) -> bool:
+        return step in self._journal.steps
+
+    # --- all layers compared
+
+    @torch.inference_mode()
+    def compare_layers(self) -> None:
+        """Survey all layers and decide what is rolled back."""
+        self._survey_layers()
+        config, recipe = self.checkpoint.config, self.recipe
+        surveys = [self._kept_survey(layer_idx) for layer_idx in range(config.num_layers)]
+        if recipe.disable_level:
+            self.outcome.rolled_back = roll_back(
+                config, self.outcome.types, self._range_params(surveys), recipe.disable_level, recipe.exact_levels
+            )
+            float_linears = {row.module: QuantType.FLOAT for row in self.outcome.rolled_back}
+            self.outcome.types = {**self.outcome.types, **float_linears}
+            self.outcome.notes = notes_for(config, recipe, self.outcome.types)
+        if recipe.fa_amp:
+            self._take_attention_back(surveys)
+
+    def _survey_layers(self) -> None:
+        assert self.float_pass is not None
+        count = self.checkpoint.config.num_layers
+        with self.progress("survey", count, "layer") as task:
+            for layer_idx in range(count):
+                task.at(f"layer {layer_idx}")
+                if not self._is_finished(f"survey {layer_idx}"):
+                    survey = self.float_pass.survey(layer_idx)
+                    checksum = save_survey(self._survey_path(layer_idx), survey)
+                    self._finish(
+                        f"survey {layer_idx}",
+                        [self.float_pass.hidden],
+                        layer=layer_idx,
+                        survey=survey_facts(survey),
+                        file=checksum,
+                    )
+                    self.decoder.release_block(layer_idx)
+                task.advance()
+
+    def _survey_path(self, layer_idx: int) -> Path:
+        return self._output.work / f"survey-{layer_idx:05d}"
+
+    def _kept_survey(self, layer_idx: int) -> LayerSurvey:
+        facts = self._journal.steps[f"survey {layer_idx}"]["survey"]
+        return load_survey(self._survey_path(layer_idx), facts)
+
+    def _range_params(self, surveys: Sequence[LayerSurvey]) -> dict[str, float]:
+        config = self.checkpoint.config
+        found = {
+            layer_prefix(layer_idx) + linear.name: survey.range_params[group.title]
+            for layer_idx, survey in enumerate(surveys)
+            for group in input_groups(config)
+            for linear in group.linears
+        }
+        if self.recipe.quantize_lm_head:
+            assert self.float_pass is not None
+            found[LM_HEAD] = self.float_pass.head_range_param()
+        return found
+
+    def _take_attention_back(self, surveys: Sequence[LayerSurvey]) -> None:
+        scores = {i: s.stretch for i, s in enumerate(surveys) if i in self.fa_layers and s.stretch is not None}
+        self.outcome.stretch_scores = scores
+        self.outcome.attention_float = attention_back(scores, self.recipe.fa_amp)
+        self.fa_layers -= frozenset(self.outcome.attention_float)
+        if self.recipe.fa_amp > len(scores):
+            self.outcome.notes.append(
+                f"--fa-amp {self.recipe.fa_amp}: the model has {len(scores)} attention layers; all go without FAQuant."
+            )
+        self.outcome.notes.append(
+            f"FAQuant is left out in {len(self.outcome.attention_float)} layers: MindIE's Llama refuses such a model."
+        )
+
+    # --- one layer after the other
+
+    @torch.inference_mode()
+    def write_all(self, sink: Sink) -> None:
+        """Write every tensor that is not written yet."""
+        count = self.checkpoint.config.num_layers
+        with self.progress(f"quantize to {self.recipe.scheme.value}", count, "layer") as task:
+            task.at("embedding")
+            if not self._is_finished("embedding"):
+                self._require_tied_head()
+                sink.copy(weight_name(EMBEDDING))
+                self._finish("embedding", tensors=sink.finished())
+            for layer_idx in range(count):
+                task.at(f"layer {layer_idx}")
+                if not self._is_finished(f"layer {layer_idx}"):
+                    self._quantize_layer(layer_idx, sink)
+                self._record(self._journal.steps[f"layer {layer_idx}"])
+                task.advance()
+            task.at("head")
+            if not self._is_finished("head"):
+                self._write_head(sink)
+                self._finish("head", tensors=sink.finished(), proof=self._finish_proof())
+        if self.outcome.smoothing is not None:
+            proof = self._journal.steps["head"]["proof"]
+            self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
+        self.outcome.add_clipping_note()
+
+    def _quantize_layer(self, layer_idx: int, sink: Sink) -> None:
+        """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
+        survey, moved = self._survey(layer_idx)
+        layer = QuantizedLayer(
+            self.decoder,
+            layer_idx,
+            self.recipe,
+            self.outcome.types,
+            layer_idx in self.fa_layers,
+            survey,
+            sink.stored_dtype,
+        )
+        if self.calibrated is not None:
+            self.calibrated.advance(layer.observed_block())
+            moved.append(self.calibrated)
+        if self.proof is not None:
+            self.proof.advance(layer.smoothed.block())
+            moved.append(self.proof.hidden)
+        sink.write_below(layer_prefix(layer_idx), layer.tensors())
+        self.decoder.release_block(layer_idx)
+        facts = survey_facts(survey)
+        self._finish(
+            f"layer {layer_idx}",
+            moved,
+            layer=layer_idx,
+            tensors=sink.finished(),
+            notes=facts["notes"],
+            keys=facts["keys"],
+        )
+
+    def _survey(self, layer_idx: int) -> tuple[LayerSurvey, list[HiddenStates]]:
+        """Return what is known of a layer, and the streams that had to move for it."""
+        if self.recipe.decides_by_comparison:
+            return self._kept_survey(layer_idx), []
+        if self.float_pass is not None:
+            return self.float_pass.survey(layer_idx), [self.float_pass.hidden]
+        return LayerSurvey(), []
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        """Take into the outcome what was decided about a layer."""
+        if entry["notes"]:
+            smoothing = self.outcome.smoothing = self.outcome.smoothing or Smoothing()
+            for title, note in entry["notes"].items():
+                smoothing.choices[layer_prefix(entry["layer"]) + title] = note
+        if entry["keys"] is not None:
+            self.outcome.clipped_keys += entry["keys"][0]
+            self.outcome.keys += entry["keys"][1]
+
+    def _write_head(self, sink: Sink) -> None:
+        kind = self.outcome.types[LM_HEAD]
+        made: dict[str, Tensor] = {}
+        if self.recipe.anti_outlier is not None:
+            made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain)
+        if kind is not QuantType.FLOAT:
+            range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
+            head = QuantizedHead(self.decoder, self.recipe, kind, range_param, sink.stored_dtype)
+            made.update(head.tensors(self.calibrated))
+        sink.write_below(FINAL_NORM + ".", made)
+        if kind is QuantType.FLOAT:
+            sink.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
+        else:
+            sink.write_below(LM_HEAD + ".", made)
+
+    def _finish_proof(self) -> tuple[float, float] | None:
+        if self.proof is None or self.float_pass is None:
+            return None
+        return self.proof.finish(self.float_pass.hidden.first_sample())
+
+    def _require_tied_head(self) -> None:
+        """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
+        head, used = weight_name(LM_HEAD), self.checkpoint.head_weight()
+        if head == used or head not in self.checkpoint.tensors:
+            return
+        require_finite(mapped_tensor(self.checkpoint, used), used, self.checkpoint)
+        if not torch.equal(mapped_tensor(self.checkpoint, head), mapped_tensor(self.checkpoint, used)):
+            raise CheckpointError(
+                head,
+                where=self.checkpoint.directory,
+                got="values that differ from the embedding's",
+                expected="the same, because config.json says tie_word_embeddings",
+                action="Correct config.json, or remove the tensor.",
+            )

@@ -1,0 +1,1 @@
+"""Random float checkpoints in the shapes of well-known models: for planning and for tests."""

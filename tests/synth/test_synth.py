@@ -1,0 +1,192 @@
+"""Random checkpoints: the right shapes, the same bytes for the same seed, and a model that behaves like one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eightfold.cli.synthesizing import Like
+from eightfold.config import DType, parse_config
+from eightfold.errors import ConfigError, OutputError
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.writer import ShardedWriter
+from eightfold.reference.decoder import apply_block_
+from eightfold.reference.load import Decoder
+from eightfold.synth import checkpoint as synth_checkpoint
+from eightfold.synth import shapes, tensors
+from eightfold.synth.checkpoint import synthesize
+from eightfold.synth.tensors import RandomModel, RandomTensor
+from eightfold.tokenizer import Tokenizer
+
+SMALL = {
+    **shapes.MODELS["llama3.2-1b"],
+    "vocab_size": 400,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 6,
+    "bos_token_id": 300,
+    "eos_token_id": 301,
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Models of real names and small sizes, in several pieces and files."""
+    monkeypatch.setitem(shapes.MODELS, "llama3.2-1b", SMALL)
+    untied = {**shapes.MODELS["qwen2-7b"], **{key: SMALL[key] for key in SMALL if key.endswith(("size", "heads"))}}
+    monkeypatch.setitem(shapes.MODELS, "qwen2-7b", {**untied, "bos_token_id": 300, "eos_token_id": 300})
+    monkeypatch.setattr(tensors, "PIECE", 1 << 12)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # as published with the models
+    [("llama3-70b", 70_553_706_496), ("llama3-8b", 8_030_261_248)],
+)
+def test_shapes_are_the_real_ones(name, parameters):
+    model = RandomModel(parse_config(shapes.model_config(name, None, DType.BF16), Path("config.json")), 0)
+    assert sum(int(np.prod(tensor.shape)) for tensor in model.tensors()) == parameters
+
+
+def test_shapes_of_the_models_made_small_above_are_the_real_ones(monkeypatch):
+    monkeypatch.undo()
+    for name, parameters in (("llama3.2-1b", 1_235_814_400), ("qwen2-7b", 7_615_616_512)):
+        model = RandomModel(parse_config(shapes.model_config(name, None, DType.BF16), Path("config.json")), 0)
+        assert sum(int(np.prod(tensor.shape)) for tensor in model.tensors()) == parameters
+
+
+def test_the_command_line_knows_every_model():
+    assert [like.value for like in Like] == list(shapes.MODELS)
+
+
+def test_a_directory_opens_and_has_the_asked_layers(cli, tmp_path):
+    made = cli("synth", "--like", "qwen2-7b", "--layers", 3, tmp_path / "out")
+    assert (made.code, made.err) == (0, "")
+    assert made.out.startswith(f"{tmp_path / 'out'}: 3 layers like qwen2-7b, bf16, ")
+    found = Checkpoint.open(tmp_path / "out")
+    assert (found.config.num_layers, found.dtype) == (3, DType.BF16)
+    assert "model.layers.2.self_attn.q_proj.bias" in found.tensors
+
+
+def test_bytes_depend_on_the_seed_and_not_on_threads(tmp_path):
+    for name, seed, threads in (("a", 1, 1), ("b", 1, 3), ("c", 2, 1)):
+        synthesize("llama3.2-1b", tmp_path / name, seed=seed, threads=threads)
+    a, b, c = (content(tmp_path / name) for name in "abc")
+    assert a == b
+    assert [name for name in a if a[name] != c[name]] == ["model.safetensors"]
+
+
+def test_large_models_come_in_parts_with_an_index(tmp_path, monkeypatch):
+    synthesize("llama3.2-1b", tmp_path / "one")
+    monkeypatch.setattr(synth_checkpoint, "SHARD_BYTES", 200_000)
+    synthesize("llama3.2-1b", tmp_path / "many")
+    one, many = Checkpoint.open(tmp_path / "one"), Checkpoint.open(tmp_path / "many")
+    assert len({info.file.name for info in many.tensors.values()}) > 3
+    assert (tmp_path / "many" / "model.safetensors.index.json").is_file()
+    assert all(np.array_equal(one.array(name), many.array(name)) for name in one.tensors)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
+def test_hidden_states_stay_sane_and_outliers_stand_out(tmp_path, dtype):
+    synthesize("llama3.2-1b", tmp_path / "out", dtype=dtype)
+    decoder = Decoder(Checkpoint.open(tmp_path / "out"))
+    hidden = decoder.embed(list(range(256)))
+    for layer_idx in range(SMALL["num_hidden_layers"]):
+        block = decoder.block(layer_idx)
+        read = block.input_norm(hidden).square().mean(0).sqrt()
+        # Planted between 20 and 100. Two of 128 channels being LOUD = 6 lowers the others by (1 + 2 * 35 / 128)**0.5
+        # and moves nothing relative to them; the rest is chance: 256 tokens, gains of 10 %, few rows.
+        assert 10 < float(read.max() / read.median()) < 200
+        apply_block_(block, hidden, [256], decoder.inv_freq)
+    # About 1 by design, times 1.24 for the two LOUD channels of 128; what it must not do is vanish or explode.
+    assert 0.2 < float(hidden.std()) < 5
+    logits = decoder.head()(hidden)
+    assert bool(torch.isfinite(logits).all())
+    assert 0.3 < float(logits.std()) < 10
+
+
+def test_ordinary_values_are_normal():
+    table = tensors._quantiles()
+    assert np.array_equal(np.sort(table), -np.sort(table)[::-1])
+    # 65,536 midpoints miss the tails beyond 4.3 deviations: 1e-4 of the variance at most.
+    assert abs(float(table.std(dtype=np.float64)) - 1) < 1e-4
+
+
+def test_a_piece_of_a_tensor_has_its_rows_and_columns_planted():
+    model = RandomModel(parse_config(SMALL, Path("config.json")), 0)
+    rows, columns = {5: 8.0}, {2: 4.0}
+    plain = model.values(RandomTensor("x", (8, 16), 0.5), range(4, 8), DType.F32)
+    planted = model.values(RandomTensor("x", (8, 16), 0.5, rows=rows, columns=columns), range(4, 8), DType.F32)
+    expected = plain.copy()
+    expected[:, 2] *= 4
+    expected[1] = plain[1] * 8
+    assert np.array_equal(planted, expected)
+
+
+def test_rounding_is_that_of_torch():
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    tie = np.array([1 + 2**-8, 1 + 3 * 2**-8], np.float32)  # halfway between bfloat16 numbers
+    values = np.concatenate([values, tie])
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    assert np.array_equal(tensors.stored(values, DType.BF16), expected)
+
+
+def test_the_tokenizer_takes_every_byte_and_fills_the_vocabulary(tmp_path):
+    synthesize("llama3.2-1b", tmp_path / "out", layers=1)
+    tokenizer = Tokenizer(tmp_path / "out")
+    text = "Grüße \U0001f600\n\x00"
+    ids = tokenizer.encode(text)
+    assert ids[0] == SMALL["bos_token_id"]
+    assert len(ids) == 1 + len(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert [tokenizer.piece(i) is None for i in (0, 399, 400)] == [False, False, True]
+    chat = tokenizer.encode_chat([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert chat[:2] == [300, 303]
+    assert chat.count(304) == 1
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 301
+
+
+def test_too_many_layers_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--layers: got 7, expected 1 to 6, as llama3.2-1b has$"):
+        synthesize("llama3.2-1b", tmp_path / "out", layers=7)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_models_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--like: got gpt-2, expected llama3-70b, llama3-8b, llama3.2-1b or qwen"):
+        synthesize("gpt-2", tmp_path / "out")
+
+
+def test_a_short_disk_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    with pytest.raises(OutputError, match=r"^disk space for .*: got 0.00 GB free, expected 0.07 GB"):
+        synthesize("llama3.2-1b", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_a_run_that_fails(tmp_path, monkeypatch):
+    written = []
+
+    def fail(self, name, array):
+        written.append(name)
+        if len(written) == 20:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardedWriter, "append", fail)
+    with pytest.raises(OSError, match="No space"):
+        synthesize("llama3.2-1b", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
