@@ -25,6 +25,14 @@ bool is_finite(const T* at, size_t count, uint32_t exponent) {
     return !found;
 }
 
+// Sums that go into the place of reals; they wrap around as products do.
+void keep_sums(const int32_t* acc, int count, const int32_t* bias, float* out) {
+    for (int n = 0; n < count; n++) {
+        const uint32_t sum = static_cast<uint32_t>(acc[n]) + static_cast<uint32_t>(bias[n]);
+        std::memcpy(out + n, &sum, sizeof sum);
+    }
+}
+
 // Rows of a chunk for many tokens: as many as fit, but so that threads end together; kLanes rows leave a product at once.
 int many_rows(int rows, int threads) {
     int best = kManyRows;
@@ -193,6 +201,8 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
             kernels.finish_16(acc, low, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
                               linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0),
                               from.params[t0 + t], out);
+        } else if (linear.keeps_sums) {
+            keep_sums(acc, count, linear.quant_bias.data() + n0, out);
         } else if (linear.kind == LinearKind::w8a8 || (linear.kind == LinearKind::mix && generated[t0 + t])) {
             kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, out);
         } else {

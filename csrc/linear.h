@@ -24,6 +24,7 @@ struct Linear {
     std::vector<int32_t> quant_bias;  // (N), less 128 times the weight sums
     std::vector<int32_t> weight_sum;  // (N)
     float inv_input_scale = 0, input_offset = 0;
+    bool keeps_sums = false;      // a share of the inputs: products come out as int32, bias included, not as reals
 
     bool is_static() const { return kind == LinearKind::w8a8 || kind == LinearKind::mix; }
     size_t weight_bytes() const;

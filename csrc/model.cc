@@ -9,6 +9,14 @@ namespace {
 
 constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
 
+// And where several ranks meet: two for every meeting.
+constexpr int kMeetingsOfLayer = 2, kOtherMeetings = 3;
+
+int most_phases(const ModelConfig& config) {
+    const int alone = config.layers * kPhasesOfLayer + kOtherPhases;
+    return config.ranks() == 1 ? alone : alone + 2 * (config.layers * kMeetingsOfLayer + kOtherMeetings);
+}
+
 // Up to so many tokens, each thread prepares the inputs of products itself: a phase of its own would take longer.
 constexpr int kAloneTokens = 2;
 
@@ -22,7 +30,7 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       attention(config.layers),
       config_(std::move(config)),
       kernels_(kernels),
-      pool_(threads, config_.layers * kPhasesOfLayer + kOtherPhases),
+      pool_(threads, most_phases(config_)),
       scratch_(threads) {}
 
 int Model::finish(bool forgets_head) {
@@ -43,6 +51,10 @@ int Model::finish(bool forgets_head) {
         take(layer.o, nullptr, nullptr, false);
         take(layer.gate_up, &layer.post_gain, &layer.post_bias, true);
         take(layer.down, nullptr, nullptr, false);
+        for (Group* group : {&layer.o, &layer.down}) {
+            Linear& linear = group->linears.front();
+            linear.keeps_sums = is_shared() && linear.kind == LinearKind::w8a8;
+        }
     }
     take(head, &final_gain, &final_bias, false);
     make_shadow();
@@ -208,6 +220,7 @@ void Model::forward(const Batch& batch) {
     if (shadow_.linears.empty()) reserve_choices(batch.choice_rows);
     if (batch.float_prompts) reserve_prompts(batch);
     reserve_units();
+    if (is_shared()) reserve_parts(batch);
     Step& step = steps_[pool_.next_slot()];  // last: to reserve may take a slot
     step.batch = batch;
     step.alone = batch.tokens <= kAloneTokens;
@@ -220,6 +233,7 @@ void Model::forward(const Batch& batch) {
     }
     for (int i = 0; i < tiles_; i++) parts_done_[i].store(0, std::memory_order_relaxed);
     pool_.run(program, this);
+    if (failed_.load() == step_count_) std::rethrow_exception(failure_);
 }
 
 }  // namespace eightfold

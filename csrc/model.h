@@ -3,6 +3,9 @@
 //   x += o(attention(rope(q(n)), rope(k(n)), v(n)))      n = rms_norm(x) * g
 //   x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'
 //
+// Several processes may hold a share of the heads, of the intermediate size and of the vocabulary each; what they make
+// of it is put together in meetings (exchange.h, model_exchange.cc). Sizes below are those of the share.
+//
 // Letters: T tokens of all sequences, S sequences, E hidden size, F intermediate size, H query heads, G key/value
 // heads, D head_dim, V vocabulary.
 #pragma once
@@ -10,10 +13,12 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <vector>
 
 #include "cache.h"
+#include "exchange.h"
 #include "linear.h"
 #include "pool.h"
 
@@ -25,6 +30,9 @@ struct ModelConfig {
     float eps = 0;
     bool symmetric_tokens = false;     // how dynamic linears quantize a token
     std::vector<float> inv_freq;       // (D / 2)
+    std::vector<int> vocab_cuts;       // (ranks + 1): rank r holds the tokens from vocab_cuts[r] on
+
+    int ranks() const { return static_cast<int>(vocab_cuts.size()) - 1; }
 };
 
 // What a step computes on. Pointers need to last for the call.
@@ -63,9 +71,11 @@ public:
     // Returns -1, or the ordinal of a weight that is not finite. `forgets_head`: the head lies in a mapped file, whose
     // pages need not stay in memory after its shadow was made.
     int finish(bool forgets_head);
+    void set_exchange(std::unique_ptr<Exchange> exchange) { exchange_ = std::move(exchange); }
     void allocate_cache(int pages);
     void forward(const Batch& batch);
 
+    bool is_joined() const { return exchange_ != nullptr; }
     int threads() const { return pool_.threads(); }
     int cache_pages() const { return cache_ ? cache_->pages() : 0; }
     size_t page_bytes() const;  // of all layers
@@ -92,6 +102,8 @@ private:
     // `next`: the weights that are read after these.
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                        float* output, bool adds, const Group& next);
+    bool adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                       const Group& next);
     bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next);
     struct HeadRows {  // tokens whose logits are computed
         int count;
@@ -100,6 +112,7 @@ private:
         int32_t* best;
     };
     bool head_phases(Pool::Walk& walk, const Step& step, HeadRows rows);
+    bool shared_head_phases(Pool::Walk& walk, const Step& step);
     bool choice_phases(Pool::Walk& walk, const Step& step);
     void find_candidates(const Step& step, const Chunk& chunk, int t0, int t1, Scratch& scratch);
     void settle(const Step& step, int row, Scratch& scratch);
@@ -109,6 +122,23 @@ private:
                        const int32_t* rows);
     const std::vector<Prepared>& prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
                                               const float* input, int tokens, const int32_t* rows);
+
+    // What ranks have to tell each other; model_exchange.cc.
+    struct Choice {  // of a rank: the likeliest of its tokens, -1: none
+        float logit;
+        int32_t token;
+    };
+    bool meet(Pool::Walk& walk, const Step& step, size_t bytes);
+    bool gather_embedding(Pool::Walk& walk, const Step& step);
+    bool add_parts(Pool::Walk& walk, const Step& step, const Linear& linear);
+    bool gather_logits(Pool::Walk& walk, const Step& step);
+    bool gather_choices(Pool::Walk& walk, const Step& step);
+    void add_row(const Linear& linear, int t, Scratch& scratch);
+    void reserve_parts(const Batch& batch);
+    void choose(const Step& step, int row, float logit, int32_t token);
+    bool is_shared() const { return config_.ranks() > 1; }
+    int owner_of(int token) const;
+    int widest_vocab() const;
 
     void embed(const Step& step, int t);
     struct Query {  // where a quantized query goes
@@ -140,6 +170,9 @@ private:
     int row_len(const Unit& unit) const { return unit.tokens * unit.heads; }
 
     ModelConfig config_;
+    std::unique_ptr<Exchange> exchange_;  // of several ranks
+    std::atomic<uint64_t> failed_{0};     // the step whose meeting failed
+    std::exception_ptr failure_;
     static constexpr int kHeadUses = 3;  // inputs of the head: for logits, for logits of choices, for the shadow
 
     const Kernels& kernels_;

@@ -24,14 +24,19 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
         })) {
         return;
     }
+    if (is_shared() && !gather_embedding(walk, step)) return;
     for (int i = 0; i < config_.layers; i++) {
         const Layer& layer = layers[i];
         const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : head;
         if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
         if (!attention_phases(walk, step, i, layer.o)) return;
-        if (!linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true, layer.gate_up)) return;
+        if (!adding_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), layer.gate_up)) return;
         if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2, layer.down)) return;
-        if (!linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after)) return;
+        if (!adding_phases(walk, step, layer.down, 4 * i + 3, act_.data(), after)) return;
+    }
+    if (is_shared()) {
+        (void)shared_head_phases(walk, step);
+        return;
     }
     const Batch& batch = step.batch;
     if (!head_phases(walk, step, {batch.logit_rows, batch.logit_tokens, batch.logits, batch.best})) return;
@@ -44,10 +49,14 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
 
 void Model::embed(const Step& step, int t) {
     const int size = config_.hidden, half = config_.shape.head_dim / 2;
-    const size_t row = static_cast<size_t>(step.batch.token_ids[t]) * size;
-    const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
-    kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, size,
-                   x_.data() + static_cast<size_t>(t) * size);
+    const int token = step.batch.token_ids[t], owner = owner_of(token);
+    if (!is_shared() || owner == exchange_->rank()) {
+        const size_t row = static_cast<size_t>(token - config_.vocab_cuts[owner]) * size;
+        const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
+        float* to = is_shared() ? static_cast<float*>(exchange_->mine()) : x_.data();
+        kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, size,
+                       to + static_cast<size_t>(t) * size);
+    }
     for (int i = 0; i < half; i++) {
         const float angle = static_cast<float>(step.batch.positions[t]) * config_.inv_freq[i];
         cos_[static_cast<size_t>(t) * half + i] = std::cos(angle);
@@ -109,6 +118,15 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
             for (int t = 0; adds && t < t1 - t0; t++) kernels_.add(out + t * ld, to + t * ldy, count);
         });
     }, [&] { if (step.alone) next.prefetch(walk.thread()); });
+}
+
+// x += a linear of the input. Of several ranks each has a share of the inputs, and what comes of it is one part.
+bool Model::adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                          const Group& next) {
+    if (!is_shared()) return linear_phases(walk, step, group, use, input, x_.data(), true, next);
+    auto* part = static_cast<float*>(exchange_->mine());
+    return linear_phases(walk, step, group, use, input, part, false, next) &&
+           add_parts(walk, step, group.linears.front());
 }
 
 bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next) {
