@@ -75,15 +75,17 @@ def bench(
     peak_rss_mib: largest resident size of the process after one repetition,
     mapped weights included.
     """
+    from eightfold.engine.distributed import leave_to_first, load_model
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.native import measure
-    from eightfold.native.load import load_model
 
+    options = {"threads": threads, "dynamic": dynamic.mode, "attention": attention_mode.mode}
+    leave_to_first(model, **options)
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model)
     work = measure.Workload(prompt_len, new_tokens, batch)
     work.require_context(checkpoint.config)
-    native = load_model(checkpoint, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
+    native = load_model(checkpoint, **options)
     load_s = time.perf_counter() - started
     runner = measure.Runner(native, work)
     with console.bars("bench", 1 + repeat, "run") as task:

@@ -147,8 +147,8 @@ def _reference(checkpoint: Checkpoint, settings: dict[str, Any]) -> _Generate:
 
 
 def _native(checkpoint: Checkpoint, settings: dict[str, Any]) -> _Generate:
+    from eightfold.engine.distributed import load_model
     from eightfold.native.generate import generate
-    from eightfold.native.load import load_model
 
     dynamic, attention = settings["dynamic"], settings["attention_mode"]
     return functools.partial(

@@ -27,6 +27,7 @@ from eightfold.families import (
     sliding_window,
 )
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.memory import resident_bytes
 from eightfold.native import core
 from eightfold.native.model import NativeModel
 from eightfold.native.rotary import inverse_frequencies
@@ -79,6 +80,7 @@ def load_model(
     dynamic: Literal["asymmetric", "symmetric"] = "asymmetric",
     attention: Literal["cache", "mindie"] = "cache",
     share: Share = WHOLE,
+    neighbours: int = 1,
 ) -> NativeModel:
     """Build the native model of a checkpoint, or a rank's share of it.
 
@@ -89,13 +91,14 @@ def load_model(
         attention: what a prompt's tokens attend over when keys and values are int8: what the cache holds, or the fresh
             keys and values (in bfloat16); prompts then have to run whole.
         share: what of the model; anything but the whole has to meet the others before it can run.
+        neighbours: processes of this host that load a share of it, this one included.
 
     Raises:
         ConfigError: the heads cannot be shared out evenly.
         UnsupportedError: no compiled extension, a shape outside its limits, or FAQuant with an offset that is not zero.
         CheckpointError: a scale that is not a finite number.
     """
-    config = checkpoint.config
+    config, resident = checkpoint.config, resident_bytes()
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
     isa = core.choose_isa()
@@ -122,7 +125,9 @@ def load_model(
     if damaged >= 0:
         loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
-    return NativeModel(model, config, isa, float_prompts)
+    loaded = NativeModel(model, config, isa, float_prompts, neighbours)
+    loaded.resident_weights = (max(resident_bytes() - resident, 0),)
+    return loaded
 
 
 def _require_shapes(checkpoint: Checkpoint) -> None:
