@@ -25,14 +25,6 @@ bool is_finite(const T* at, size_t count, uint32_t exponent) {
     return !found;
 }
 
-// Sums that go into the place of reals; they wrap around as products do.
-void keep_sums(const int32_t* acc, int count, const int32_t* bias, float* out) {
-    for (int n = 0; n < count; n++) {
-        const uint32_t sum = static_cast<uint32_t>(acc[n]) + static_cast<uint32_t>(bias[n]);
-        std::memcpy(out + n, &sum, sizeof sum);
-    }
-}
-
 // Rows of a chunk for many tokens: as many as fit, but so that threads end together; kLanes rows leave a product at once.
 int many_rows(int rows, int threads) {
     int best = kManyRows;
@@ -66,6 +58,17 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
                                              128u * static_cast<uint32_t>(weight_sum[n]));
     }
     return true;
+}
+
+// Wraps around as the products do: only the total of all shares has to fit.
+void Linear::keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const {
+    const auto times = static_cast<uint32_t>(offset + 128);
+    for (int n = 0; n < count; n++) {
+        const auto sum = static_cast<uint32_t>(acc[n]);
+        const uint32_t kept = is_static ? sum + static_cast<uint32_t>(quant_bias[n0 + n])
+                                        : sum - times * static_cast<uint32_t>(weight_sum[n0 + n]);
+        std::memcpy(out + n, &kept, sizeof kept);
+    }
 }
 
 void Prepared::reserve(int tokens, int width, bool is_real) {
@@ -196,13 +199,17 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
         const size_t row = packed ? t / kLanes * kLanes * many + t % kLanes : t * many;
         const int32_t* acc = sums + row * count;
         float* out = y + t * ldy;
-        if (linear.kind == LinearKind::w8a16) {
-            const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
+        const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
+        if (linear.kind == LinearKind::w8a16 && linear.keeps_sums) {
+            linear.keep_sums(acc, n0, count, false, 0, out);
+            std::memcpy(out + linear.outputs, low, count * sizeof(int32_t));
+        } else if (linear.kind == LinearKind::w8a16) {
             kernels.finish_16(acc, low, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
                               linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0),
                               from.params[t0 + t], out);
         } else if (linear.keeps_sums) {
-            keep_sums(acc, count, linear.quant_bias.data() + n0, out);
+            const bool is_static = linear.reads_static(generated != nullptr && generated[t0 + t]);
+            linear.keep_sums(acc, n0, count, is_static, from.params[t0 + t].offset, out);
         } else if (linear.kind == LinearKind::w8a8 || (linear.kind == LinearKind::mix && generated[t0 + t])) {
             kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, out);
         } else {

@@ -10,7 +10,7 @@ namespace {
 constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
 
 // And where several ranks meet: two for every meeting.
-constexpr int kMeetingsOfLayer = 2, kOtherMeetings = 3;
+constexpr int kMeetingsOfLayer = 4, kOtherMeetings = 3;
 
 int most_phases(const ModelConfig& config) {
     const int alone = config.layers * kPhasesOfLayer + kOtherPhases;
@@ -53,7 +53,9 @@ int Model::finish(bool forgets_head) {
         take(layer.down, nullptr, nullptr, false);
         for (Group* group : {&layer.o, &layer.down}) {
             Linear& linear = group->linears.front();
-            linear.keeps_sums = is_shared() && linear.kind == LinearKind::w8a8;
+            linear.keeps_sums = is_shared() && linear.kind != LinearKind::floating;
+            has_ranges_ |= needs_ranges(*group);
+            widest_part_ = std::max(widest_part_, part_width(linear));
         }
     }
     take(head, &final_gain, &final_bias, false);
@@ -223,7 +225,7 @@ void Model::forward(const Batch& batch) {
     if (is_shared()) reserve_parts(batch);
     Step& step = steps_[pool_.next_slot()];  // last: to reserve may take a slot
     step.batch = batch;
-    step.alone = batch.tokens <= kAloneTokens;
+    step.alone = batch.tokens <= kAloneTokens && !has_ranges_;
     step.single = batch.tokens == batch.sequences && !batch.float_prompts &&
                   config_.shape.queries_per_kv() <= kMaxAttnRows;
     step.units.swap(units_);

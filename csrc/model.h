@@ -119,7 +119,7 @@ private:
     void make_shadow();
     void shadow_rows(int begin, int end, bool forgets);
     bool prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
-                       const int32_t* rows);
+                       const int32_t* rows, bool of_share = false);
     const std::vector<Prepared>& prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
                                               const float* input, int tokens, const int32_t* rows);
 
@@ -130,15 +130,23 @@ private:
     };
     bool meet(Pool::Walk& walk, const Step& step, size_t bytes);
     bool gather_embedding(Pool::Walk& walk, const Step& step);
-    bool add_parts(Pool::Walk& walk, const Step& step, const Linear& linear);
+    struct Range {  // of a rank's inputs of a token, and zero
+        float lo, hi;
+    };
+    bool meet_ranges(Pool::Walk& walk, const Step& step, const float* input, int width);
+    void prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed, Scratch& scratch);
+    bool add_parts(Pool::Walk& walk, const Step& step, const Group& group);
     bool gather_logits(Pool::Walk& walk, const Step& step);
     bool gather_choices(Pool::Walk& walk, const Step& step);
-    void add_row(const Linear& linear, int t, Scratch& scratch);
+    void add_row(const Step& step, const Group& group, int t, Scratch& scratch);
+    RowParams sum_params(const Linear& linear, int t) const;
+    size_t part_width(const Linear& linear) const;
     void reserve_parts(const Batch& batch);
     void choose(const Step& step, int row, float logit, int32_t token);
     bool is_shared() const { return config_.ranks() > 1; }
     int owner_of(int token) const;
     int widest_vocab() const;
+    bool needs_ranges(const Group& group) const;
 
     void embed(const Step& step, int t);
     struct Query {  // where a quantized query goes
@@ -173,6 +181,8 @@ private:
     std::unique_ptr<Exchange> exchange_;  // of several ranks
     std::atomic<uint64_t> failed_{0};     // the step whose meeting failed
     std::exception_ptr failure_;
+    bool has_ranges_ = false;             // some inputs are quantized by what all ranks have of them
+    size_t widest_part_ = 0;              // of a token, in numbers
     static constexpr int kHeadUses = 3;  // inputs of the head: for logits, for logits of choices, for the shadow
 
     const Kernels& kernels_;

@@ -4,8 +4,9 @@
 //   o, down      every rank has some of the inputs, so its products are one term of a sum
 //   head         every rank has some of the tokens
 //
-// Of static W8A8 the terms are int32: their sum is what one process has, to the last bit, and becomes real afterwards.
-// Other kinds sum float32 terms in the order of ranks.
+// Of int8 weights the terms are int32: their sum is what one process has, to the last bit, and becomes real afterwards.
+// Where a token is quantized by its own range, the ranks first tell each other their parts' ranges, for the same reason.
+// Terms of floating weights are summed in the order of ranks.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -34,7 +35,7 @@ int Model::widest_vocab() const {
 }
 
 void Model::reserve_parts(const Batch& batch) {
-    const size_t hidden = static_cast<size_t>(batch.tokens) * config_.hidden * sizeof(float);
+    const size_t hidden = batch.tokens * std::max<size_t>(widest_part_, config_.hidden) * sizeof(float);
     const size_t logits = static_cast<size_t>(batch.logit_rows) * widest_vocab() * sizeof(float);
     const size_t bytes = std::max({hidden, logits, batch.choice_rows * sizeof(Choice)});
     if (bytes <= exchange_->capacity()) return;
@@ -62,34 +63,117 @@ bool Model::gather_embedding(Pool::Walk& walk, const Step& step) {
     });
 }
 
-bool Model::add_parts(Pool::Walk& walk, const Step& step, const Linear& linear) {
-    if (!meet(walk, step, static_cast<size_t>(step.batch.tokens) * config_.hidden * sizeof(float))) return false;
-    return walk.phase(step.batch.tokens, [&](int t) { add_row(linear, t, scratch_[walk.thread()]); });
+// Whether tokens are quantized by their own range, which is that of the inputs of all ranks.
+bool Model::needs_ranges(const Group& group) const {
+    const LinearKind kind = group.linears.front().kind;
+    return is_shared() && kind != LinearKind::floating && kind != LinearKind::w8a8;
+}
+
+bool Model::meet_ranges(Pool::Walk& walk, const Step& step, const float* input, int width) {
+    return walk.phase(step.batch.tokens, [&](int t) {
+        const float* x = input + static_cast<size_t>(t) * width;
+        Range range{0, 0};
+        for (int i = 0; i < width; i++) {
+            range.lo = x[i] < range.lo ? x[i] : range.lo;
+            range.hi = x[i] > range.hi ? x[i] : range.hi;
+        }
+        static_cast<Range*>(exchange_->mine())[t] = range;
+    }) && meet(walk, step, step.batch.tokens * sizeof(Range));
+}
+
+// As Group::prepare, with two more inputs: the least and the largest of all ranks'. No weight meets them.
+void Model::prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed,
+                          Scratch& scratch) {
+    const Linear& linear = group.linears.front();
+    if (linear.reads_static(is_generated)) {
+        return group.prepare(kernels_, x, t, is_generated, config_.symmetric_tokens, packed, prepared_, scratch);
+    }
+    const int width = group.inputs(), many = planes(linear.kind);
+    const size_t ld = row_bytes(width), wide = row_bytes(width + 2);
+    scratch.row.assign(x, x + width);
+    Range range{0, 0};
+    for (int r = 0; r < exchange_->ranks(); r++) {
+        const Range of = static_cast<const Range*>(exchange_->part(r))[t];
+        range = {std::min(range.lo, of.lo), std::max(range.hi, of.hi)};
+    }
+    scratch.row.insert(scratch.row.end(), {range.lo, range.hi});
+    scratch.wide.resize(2 * wide);
+    uint8_t *high = scratch.wide.data(), *low = high + wide;
+    RowParams& params = prepared_[0].params[t];
+    if (linear.kind == LinearKind::w8a16) {
+        params = kernels_.quantize_16(scratch.row.data(), width + 2, high, low);
+        for (int i = width; i < width + 2; i++) params.sum -= (high[i] - 128) * 256 + low[i];
+        static_cast<int32_t*>(exchange_->mine())[t * part_width(linear) + 2 * linear.outputs] = params.sum;
+    } else {
+        params = kernels_.quantize_token(scratch.row.data(), width + 2, config_.symmetric_tokens, high);
+    }
+    std::fill(high + width, high + ld, 128);
+    std::fill(low + width, low + ld, 0);
+    if (packed) scratch.rows.resize(2 * kLanes * ld);
+    uint8_t* to = packed ? scratch.rows.data() + t % kLanes * ld : prepared_[0].bytes + static_cast<size_t>(t) * many * ld;
+    std::copy_n(high, ld, to);
+    if (many == 2) std::copy_n(low, ld, to + (packed ? kLanes : 1) * ld);
+}
+
+// Numbers of a token's part: its products, of 16-bit inputs by halves and then the sum of the inputs.
+size_t Model::part_width(const Linear& linear) const {
+    constexpr size_t line = kAlign / sizeof(int32_t);
+    const size_t outputs = linear.outputs;
+    return linear.kind == LinearKind::w8a16 ? 2 * outputs + line : outputs;
+}
+
+bool Model::add_parts(Pool::Walk& walk, const Step& step, const Group& group) {
+    const size_t bytes = step.batch.tokens * part_width(group.linears.front()) * sizeof(float);
+    if (!meet(walk, step, bytes)) return false;
+    return walk.phase(step.batch.tokens, [&](int t) { add_row(step, group, t, scratch_[walk.thread()]); });
+}
+
+// The input's, of all ranks.
+RowParams Model::sum_params(const Linear& linear, int t) const {
+    RowParams params = prepared_[0].params[t];
+    params.sum = 0;
+    for (int r = 0; linear.kind == LinearKind::w8a16 && r < exchange_->ranks(); r++) {
+        const auto* part = static_cast<const int32_t*>(exchange_->part(r));
+        params.sum += part[t * part_width(linear) + 2 * linear.outputs];
+    }
+    return params;
 }
 
 // x[t] += the sum of all ranks' terms.
-void Model::add_row(const Linear& linear, int t, Scratch& scratch) {
+void Model::add_row(const Step& step, const Group& group, int t, Scratch& scratch) {
     static const std::vector<int32_t> zeros(kColumns);
-    const int hidden = config_.hidden;
-    const size_t row = static_cast<size_t>(t) * hidden;
-    int32_t* sums = scratch.sums.data();
+    const Linear& linear = group.linears.front();
+    const size_t row = t * part_width(linear);
+    float* x = x_.data() + static_cast<size_t>(t) * linear.outputs;
+    const auto sum_of = [&](size_t from, int count, int32_t* to) {
+        std::copy_n(static_cast<const int32_t*>(exchange_->part(0)) + row + from, count, to);
+        for (int r = 1; r < exchange_->ranks(); r++) {
+            const auto* part = static_cast<const uint32_t*>(exchange_->part(r)) + row + from;
+            for (int i = 0; i < count; i++) to[i] = static_cast<int32_t>(static_cast<uint32_t>(to[i]) + part[i]);
+        }
+    };
+    int32_t *sums = scratch.sums.data(), *low = sums + kColumns;
     float* reals = scratch.first.data();
-    for (int n = 0; n < hidden; n += kColumns) {
-        const int count = std::min(kColumns, hidden - n);
-        if (linear.keeps_sums) {
-            std::fill_n(sums, count, 0);
-            for (int r = 0; r < exchange_->ranks(); r++) {
-                const auto* part = static_cast<const uint32_t*>(exchange_->part(r)) + row + n;
-                for (int i = 0; i < count; i++) sums[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + part[i]);
-            }
-            kernels_.finish_static(sums, count, zeros.data(), linear.deq_scale.data() + n, reals);
-        } else {
+    for (int n = 0; n < linear.outputs; n += kColumns) {
+        const int count = std::min(kColumns, linear.outputs - n);
+        if (linear.keeps_sums) sum_of(n, count, sums);
+        if (linear.kind == LinearKind::floating) {
             std::copy_n(static_cast<const float*>(exchange_->part(0)) + row + n, count, reals);
             for (int r = 1; r < exchange_->ranks(); r++) {
                 kernels_.add(reals, static_cast<const float*>(exchange_->part(r)) + row + n, count);
             }
+        } else if (linear.reads_static(step.batch.generated[t] != 0)) {
+            kernels_.finish_static(sums, count, zeros.data(), linear.deq_scale.data() + n, reals);
+        } else if (linear.kind == LinearKind::w8a16) {
+            sum_of(linear.outputs + n, count, low);
+            kernels_.finish_16(sums, low, count, zeros.data(), linear.scale.data() + n,
+                               linear.offset.empty() ? nullptr : linear.offset.data() + n, linear.bias_at(n),
+                               sum_params(linear, t), reals);
+        } else {
+            kernels_.finish_token(sums, count, zeros.data(), linear.scale.data() + n, linear.bias_at(n),
+                                  sum_params(linear, t), reals);
         }
-        kernels_.add(x_.data() + row + n, reals, count);
+        kernels_.add(x + n, reals, count);
     }
 }
 

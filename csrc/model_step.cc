@@ -65,7 +65,7 @@ void Model::embed(const Step& step, int t) {
 }
 
 bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
-                          const int32_t* rows) {
+                          const int32_t* rows, bool of_share) {
     if (step.alone) return true;
     const bool packed = is_packed(tokens);
     const int size = packed ? kLanes : 1;
@@ -73,8 +73,10 @@ bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group
         Scratch& scratch = scratch_[walk.thread()];
         for (int t = i * size; t < std::min(tokens, (i + 1) * size); t++) {
             const int row = rows != nullptr ? rows[t] : t;
-            group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],
-                          config_.symmetric_tokens, packed, prepared_, scratch);
+            const float* x = input + static_cast<size_t>(row) * group.inputs();
+            const bool is_generated = step.batch.generated[row] != 0;
+            if (of_share) prepare_share(group, x, t, is_generated, packed, scratch);
+            else group.prepare(kernels_, x, t, is_generated, config_.symmetric_tokens, packed, prepared_, scratch);
         }
         if (packed) group.pack(kernels_, i, prepared_, scratch);
     });
@@ -98,10 +100,11 @@ const std::vector<Prepared>& Model::prepared_for(Scratch& scratch, const Step& s
 bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                           float* output, bool adds, const Group& next) {
     const int tokens = step.batch.tokens;
-    if (!prepare_phase(walk, step, group, input, tokens, nullptr)) return false;
+    const bool of_share = group.linears.front().keeps_sums && needs_ranges(group);
+    if (!prepare_phase(walk, step, group, input, tokens, nullptr, of_share)) return false;
     const std::vector<Chunk>& chunks = tokens <= kFewTokens ? group.few : group.many;
     const int blocks = chunk_count(tokens, kTokenBlock);
-    const size_t ld = group.outputs();
+    const size_t ld = group.linears.front().keeps_sums ? part_width(group.linears.front()) : group.outputs();
     return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
         const Chunk& chunk = chunks[i / blocks];
         const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
@@ -124,9 +127,9 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
 bool Model::adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                           const Group& next) {
     if (!is_shared()) return linear_phases(walk, step, group, use, input, x_.data(), true, next);
+    if (needs_ranges(group) && !meet_ranges(walk, step, input, group.inputs())) return false;
     auto* part = static_cast<float*>(exchange_->mine());
-    return linear_phases(walk, step, group, use, input, part, false, next) &&
-           add_parts(walk, step, group.linears.front());
+    return linear_phases(walk, step, group, use, input, part, false, next) && add_parts(walk, step, group);
 }
 
 bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next) {

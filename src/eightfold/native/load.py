@@ -180,8 +180,9 @@ class _Loader:
     def _add_linear(self, layer_idx: int, group: str, module: str, linear: LinearShape) -> None:
         kind = self.checkpoint.quant_type(module)
         cut = self.share.of_linear(self.config, linear.name)
-        # A sum's terms are its inputs' shares, and one of them has the bias.
-        bias = self._values(f"{module}.{BIAS}")[cut.rows] if linear.has_bias and cut.has_bias else _NOTHING
+        # What is added to terms of a sum, one of them has; a bias behind integers is added to the sum, by all.
+        adds_bias = linear.has_bias and (cut.has_bias or kind is not QuantType.FLOAT)
+        bias = self._values(f"{module}.{BIAS}")[cut.rows] if adds_bias else _NOTHING
         name = weight_name(module)
         weight = self._rows(name, cut.rows) if cut.columns is None else self._columns(name, cut.columns)
         if kind is QuantType.FLOAT:
