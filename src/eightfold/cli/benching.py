@@ -74,6 +74,12 @@ def bench(
 
     peak_rss_mib: largest resident size of the process after one repetition,
     mapped weights included.
+
+    Of several processes (torchrun --nproc_per_node N -m eightfold bench ...)
+    bytes and rates are those of all together, threads and peak_rss_mib those
+    of the first; resident_weights_mib is by how much loading has made each
+    larger. The limits are measured by the first with the threads of all on
+    its host, times the number of hosts.
     """
     from eightfold.engine.distributed import leave_to_first, load_model
     from eightfold.format.checkpoint import Checkpoint
@@ -101,6 +107,8 @@ def bench(
 
 def _lines(title: str, result: dict[str, Any], found: Measurement) -> list[str]:
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    if result["world_size"] > 1:
+        threads = f"{result['world_size']} processes of {threads}"
     memory = "" if result["peak_rss_mib"] is None else f", peak memory {result['peak_rss_mib']:.0f} MiB"
     sequences = "1 sequence" if result["batch"] == 1 else f"{result['batch']} sequences"
     load = f"loaded in {result['load_s']:.2f} s{memory}"

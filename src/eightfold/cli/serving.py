@@ -98,11 +98,13 @@ def serve(
     template = None if chat_template is None else _read_template(chat_template)
     if not model.is_dir():
         raise CheckpointError("model directory", got=model, expected="a directory", action="Check the path.")
+    from eightfold.engine.distributed import leave_to_first
     from eightfold.server import logs
     from eightfold.server.serve import bind
     from eightfold.server.serve import serve as run
     from eightfold.server.settings import ServerSettings
 
+    leave_to_first(model, threads=threads, attention=attention_mode.mode)
     _warn_of_strangers(host, key)
     sock = bind(host, port)
     try:

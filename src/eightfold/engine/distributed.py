@@ -11,6 +11,7 @@ EIGHTFOLD_EXCHANGE=gloo takes torch.distributed on one host too.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> NativeModel:
 
 
 def leave_to_first(directory: Path, **options: Any) -> None:
-    """Never return but in rank 0: compute what it asks for until it ends, and end.
+    """Never return but in rank 0, which has met the others then: they compute what it asks for until it ends.
 
     To be called before anything that only one process may do.
 
@@ -86,29 +87,44 @@ def leave_to_first(directory: Path, **options: Any) -> None:
         options: the fields of Options.
     """
     world = World.of_environment()
-    if not world.is_first:
+    if world.size > 1 and world.is_first:
+        _met(world)
+    elif world.size > 1:
         _follow(world, lambda: Checkpoint.open(directory), Options(**options))
 
 
-def _lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel:
-    """Meet the others, and load a share while they load theirs."""
-    Share(0, world.size).require(checkpoint.config, checkpoint.directory)
+@dataclass
+class _Team:
+    """The other processes, as rank 0 has met them."""
+
+    exchange: _Memory | _Gloo
+    peers: list[Peer]
+    has_model: bool = False
+
+
+@functools.cache
+def _met(world: World) -> _Team:
+    """Meet the others, once in a process; they end when it does."""
     exchange = _exchange_of(world)
-    peers = exchange.gather()
-    watch = Watch(world, peers)
-    atexit.register(watch.end)
-    try:
-        found = _answers(peers)
-        _require_alike(peers, found, _about(world, checkpoint, options))
-        for peer in peers:
-            peer.orders.tell(load=True)
-        share = _load(world, checkpoint, options)
-        others = [Facts(**facts) for facts in _answers(peers)]
-        exchange.join(share, peers)
-    except BaseException as error:
-        watch.fail(str(error))
-        raise
-    return SharedModel(share, peers, others)
+    team = _Team(exchange, exchange.gather())
+    atexit.register(Watch(world, team.peers).end)
+    return team
+
+
+def _lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel:
+    """Load a share of the model while the others load theirs."""
+    team = _met(world)
+    if team.has_model:
+        raise UnsupportedError("second model", got=f"{world.size} processes", expected="one model for them")
+    team.has_model = True
+    Share(0, world.size).require(checkpoint.config, checkpoint.directory)
+    _require_alike(team.peers, _answers(team.peers), _about(world, checkpoint, options))
+    for peer in team.peers:
+        peer.orders.tell(load=True)
+    share = _load(world, checkpoint, options)
+    others = [Facts(**facts) for facts in _answers(team.peers)]
+    team.exchange.join(share, team.peers)
+    return SharedModel(share, team.peers, others)
 
 
 def _follow(world: World, opened: Callable[[], Checkpoint], options: Options) -> NoReturn:
@@ -170,9 +186,8 @@ def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
 
 
 def _about(world: World, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
-    """Return what has to be the same in all processes, and the name of this one."""
+    """Return what has to be the same in all processes."""
     return {
-        "name": f"process {os.getpid()} on {socket.gethostname()}",
         "eightfold": __version__,
         "checkpoint": fingerprint(checkpoint),
         "isa": core.choose_isa(),
@@ -189,9 +204,8 @@ def _require_alike(peers: Sequence[Peer], found: Sequence[dict[str, Any]], expec
         CheckpointError: another checkpoint.
     """
     for peer, facts in zip(peers, found, strict=True):
-        peer.name = str(facts["name"])
         for name, value in expected.items():
-            if name != "name" and facts.get(name) != value:
+            if facts.get(name) != value:
                 kind = CheckpointError if name == "checkpoint" else ConfigError
                 wanted = f"{value} as rank 0 has"
                 raise kind(f"{name} of {peer}", got=facts.get(name), expected=wanted, action=_ADVICE[name])

@@ -105,19 +105,20 @@ def accept_all(sock: socket.socket, world: World, secret: str) -> list[Peer]:
         ConfigError: one of them is not there in time.
     """
     ends, found = time.monotonic() + JOIN_SECONDS, dict[tuple[int, str], socket.socket]()
+    names = dict[int, str]()
     while len(found) < 2 * (world.size - 1):
         sock.settimeout(max(ends - time.monotonic(), 0.001))
         try:
             other, _ = sock.accept()
-            key = _introduced(other, secret)
+            who = _introduced(other, secret)
         except TimeoutError:
             missing = next(r for r in range(1, world.size) if (r, "watch") not in found)
             raise ConfigError(f"rank {missing}", got=f"no word from it in {JOIN_SECONDS:.0f} s") from None
-        if key is None or key in found or not 1 <= key[0] < world.size:
+        if who is None or who[:2] in found or not 1 <= who[0] < world.size:
             other.close()  # a stranger
         else:
-            found[key] = other
-    return [Peer(r, Connection(found[r, "orders"]), found[r, "watch"]) for r in range(1, world.size)]
+            found[who[:2]], names[who[0]] = other, who[2]
+    return [Peer(r, Connection(found[r, "orders"]), found[r, "watch"], names[r]) for r in range(1, world.size)]
 
 
 def connect(world: World, address: Any, secret: str, *, local: bool) -> Peer:
@@ -147,12 +148,17 @@ def _connected(world: World, address: Any, purpose: str, secret: str, local: boo
                 raise ConfigError("rank 0", got=f"no connection in {JOIN_SECONDS:.0f} s", action=str(error)) from None
             time.sleep(0.05)
     _prepare(sock)
-    Connection(sock).tell(rank=world.rank, purpose=purpose, secret=secret)
+    Connection(sock).tell(rank=world.rank, purpose=purpose, secret=secret, name=process_name())
     return sock
 
 
-def _introduced(sock: socket.socket, secret: str) -> tuple[int, str] | None:
-    """Return who has connected, and what for; None for a stranger."""
+def process_name() -> str:
+    """Return what a person finds this process by."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _introduced(sock: socket.socket, secret: str) -> tuple[int, str, str] | None:
+    """Return who has connected, what for, and its name; None for a stranger."""
     sock.settimeout(_INTRODUCTION_SECONDS)
     try:
         if sock.family == socket.AF_UNIX:
@@ -160,13 +166,13 @@ def _introduced(sock: socket.socket, secret: str) -> tuple[int, str] | None:
             if uid != os.getuid():
                 return None
         facts = Connection(sock).hear()
-        key = (int(facts["rank"]), str(facts["purpose"]))
+        who = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
         if facts["secret"] != secret:
             return None
     except (OSError, EOFError, ValueError, KeyError, AssertionError):
         return None
     _prepare(sock)
-    return key
+    return who
 
 
 def _prepare(sock: socket.socket) -> None:

@@ -110,6 +110,16 @@ class NativeModel:
         """The same of all processes together."""
         return self.weight_bytes
 
+    @property
+    def hosts(self) -> int:
+        """How many there are, all like this one."""
+        return -(-self.world_size // self.neighbours)
+
+    @property
+    def resident_weights_mib(self) -> list[float]:
+        """What loading took in each process, in MiB."""
+        return [round(size / 2**20, 1) for size in self.resident_weights]
+
     def room(self) -> int | None:
         """Return the memory that is free beside the weights, for each process; None if the system does not say."""
         free = available_bytes()
