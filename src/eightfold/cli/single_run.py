@@ -105,9 +105,7 @@ class Single:
             return tokenizer.encode(self.prompt)
         return tokenizer.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
 
-    def _greedy(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]
-    ) -> _Loaded:
+    def _greedy(self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]) -> _Loaded:
         """Load a model; return what answers with it."""
         from eightfold.tokenizer import StreamDecoder, stop_token_ids
 

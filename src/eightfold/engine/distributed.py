@@ -72,9 +72,9 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> NativeModel:
     chosen, world = Options(**options), World.of_environment()
     if world.size == 1:
         return native.load_model(checkpoint, **asdict(chosen))
-    if world.is_first:
-        return _lead(world, checkpoint, chosen)
-    _follow(world, lambda: checkpoint, chosen)
+    if not world.is_first:
+        _follow(world, lambda: checkpoint, chosen)
+    return _lead(world, checkpoint, chosen)
 
 
 def leave_to_first(directory: Path, **options: Any) -> None:

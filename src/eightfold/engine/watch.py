@@ -7,6 +7,7 @@ they are doing: the main thread may be inside a step then, waiting for what will
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -70,10 +71,8 @@ class Watch:
         os._exit(0 if words == _OVER else EXIT_LOST)
 
     def _tell(self, peer: Peer, reason: str) -> None:
-        try:
+        with contextlib.suppress(OSError):
             print(f"eightfold: {peer}: {reason}. Start the command again.", file=sys.stderr, flush=True)
-        except OSError:
-            pass
 
 
 def _all_of(sock: socket.socket) -> str:

@@ -46,7 +46,6 @@ from eightfold.scheme import (
     OFFSET,
     QUANT_BIAS,
     SCALE,
-    WEIGHT,
     WEIGHT_OFFSET,
     WEIGHT_SCALE,
     QuantType,
