@@ -18,7 +18,6 @@ import os
 import secrets
 import signal
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from eightfold import __version__
 from eightfold.engine import wire
 from eightfold.engine.ranks import Facts, SharedModel, follow, memory_files
-from eightfold.engine.watch import EXIT_LOST, Watch
+from eightfold.engine.watch import EXIT_LOST, Watch, await_end
 from eightfold.engine.wire import Peer
 from eightfold.engine.world import World
 from eightfold.errors import CheckpointError, ConfigError, DependencyError, EightfoldError, UnsupportedError
@@ -120,7 +119,7 @@ def _lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel
     Share(0, world.size).require(checkpoint.config, checkpoint.directory)
     _require_alike(team.peers, _answers(team.peers), _about(world, checkpoint, options))
     for peer in team.peers:
-        peer.orders.tell(load=True)
+        peer.orders.tell(name=wire.process_name())
     share = _load(world, checkpoint, options)
     others = [Facts(**facts) for facts in _answers(team.peers)]
     team.exchange.join(share, team.peers)
@@ -140,7 +139,7 @@ def _follow(world: World, opened: Callable[[], Checkpoint], options: Options) ->
         exchange.join(share, [first])
         follow(share, first)
     except EOFError:
-        threading.Event().wait()  # the watch knows why, and ends this process
+        await_end()
     except BaseException as error:
         watch.fail(str(error) or type(error).__name__)
     os._exit(EXIT_LOST)
@@ -150,7 +149,7 @@ def _follow_loading(world: World, first: Peer, opened: Callable[[], Checkpoint],
     try:
         checkpoint = opened()
         first.orders.tell(**_about(world, checkpoint, options))
-        first.orders.hear()
+        first.name = str(first.orders.hear()["name"])
         share = _load(world, checkpoint, options)
         first.orders.tell(**asdict(Facts.of(share)))
     except (EightfoldError, OSError, MemoryError) as error:
@@ -178,7 +177,7 @@ def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
         try:
             facts = peer.orders.hear()
         except EOFError:
-            threading.Event().wait()  # the watch knows why, and ends this process
+            await_end()
         if "error" in facts:
             raise ConfigError(f"{peer}: {facts['error']}")
         found.append(facts)
@@ -207,7 +206,7 @@ def _require_alike(peers: Sequence[Peer], found: Sequence[dict[str, Any]], expec
         for name, value in expected.items():
             if facts.get(name) != value:
                 kind = CheckpointError if name == "checkpoint" else ConfigError
-                wanted = f"{value} as rank 0 has"
+                wanted = f"{value}, as rank 0 has"
                 raise kind(f"{name} of {peer}", got=facts.get(name), expected=wanted, action=_ADVICE[name])
 
 
@@ -323,4 +322,7 @@ def _gather_parts(mine: NDArray[Any], everybody: NDArray[Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    dist.all_gather(list(torch.from_numpy(everybody)), torch.from_numpy(mine))
+    try:
+        dist.all_gather(list(torch.from_numpy(everybody)), torch.from_numpy(mine))
+    except RuntimeError:  # a connection is closed
+        await_end()

@@ -13,12 +13,17 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from eightfold.engine.wire import Peer
 from eightfold.engine.world import World
 
 EXIT_LOST = 2
+
+# From the end of one process to that of another, at most.
+END_SECONDS = 8.0
 
 _OVER, _TOLD = "over", "told"  # last words of rank 0: all is done; the user knows what has happened
 _MOST_WORDS = 1 << 16
@@ -73,6 +78,12 @@ class Watch:
     def _tell(self, peer: Peer, reason: str) -> None:
         with contextlib.suppress(OSError):
             print(f"eightfold: {peer}: {reason}. Start the command again.", file=sys.stderr, flush=True)
+
+
+def await_end() -> NoReturn:
+    """Wait to be ended by the watch, which knows why another process does not answer."""
+    time.sleep(END_SECONDS)
+    os._exit(EXIT_LOST)
 
 
 def _all_of(sock: socket.socket) -> str:
