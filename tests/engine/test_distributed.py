@@ -127,13 +127,14 @@ SCRIPT = """
         SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=30, repetition_penalty=1.2),
     ]
     found = llm.generate([text * 6, text, "x" * 150, text * 6], params, progress=False)
-    print(json.dumps([[(a.token_ids, a.text, [repr(p) for p in a.logprobs or []]) for a in each.outputs] for each in found]))
+    answers = [answer for each in found for answer in each.outputs]
+    print(json.dumps([(answer.token_ids, answer.text, [repr(p) for p in answer.logprobs or []]) for answer in answers]))
 """
 
 
 @pytest.mark.parametrize("name", ["faquant", "mix"])
 def test_the_engine_answers_as_in_one_process(start, small, name):
-    """Sampling, several answers, log-probabilities, shared beginnings, guesses; every scheme of int8 has the same bits."""
+    """Sampling, several answers, log-probabilities, shared beginnings, guesses: all int8 schemes have the same bits."""
     script = textwrap.dedent(SCRIPT)
     words = ("-c", script, small(name).directory)
     alone = subprocess.run(
@@ -334,9 +335,7 @@ def test_ctrl_c_ends_all_with_one_line(start, small):
 
 
 def test_a_rank_that_fails_says_why_through_rank_0(start, small):
-    script = textwrap.dedent(IDLE).replace(
-        "import sys, time", "import os, sys, time\nfrom eightfold.engine import ranks"
-    )
+    script = textwrap.dedent(IDLE).replace("import sys, time", "import sys\nfrom eightfold.engine import ranks")
     script = script.replace("llm = ", "ranks.unpack = lambda order: 1 // 0\nllm = ", 1)
     script = script.replace("time.sleep(60)", "llm.generate('hello', progress=False)")
     (code, _, err), (other, _, _) = start("-c", script, small("w8a8").directory).ended()
