@@ -317,7 +317,7 @@ def test_a_rank_that_is_killed_ends_all_with_one_line(start, small, script, dies
     assert codes[dies] == -signal.SIGKILL and set(codes) == {-signal.SIGKILL, 2}
     name = f"rank {dies} (process {ranks.processes[dies].pid} on {socket.gethostname()})"
     assert "".join(err for _, _, err in found) == (
-        f"eightfold: {name}: it has died, so all others end. Start the command again.\n"
+        f"eightfold: {name}: it has died or cannot be reached, so all others end. Start the command again.\n"
     )
 
 

@@ -304,6 +304,8 @@ def _start_gloo(world: World) -> None:
         ) from None
     import datetime
 
+    if interface := wire.interface_to(world.address, world.port):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         "gloo", rank=world.rank, world_size=world.size, timeout=datetime.timedelta(seconds=_GLOO_SECONDS)
     )

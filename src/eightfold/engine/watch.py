@@ -70,7 +70,7 @@ class Watch:
         if self._ends:
             return
         if self._world.is_first or (self._world.rank == 1 and words not in (_OVER, _TOLD)):
-            self._tell(peer, words or "it has died, so all others end")
+            self._tell(peer, words or "it has died or cannot be reached, so all others end")
             self.fail(words)
         sys.stdout.flush()
         os._exit(0 if words == _OVER else EXIT_LOST)

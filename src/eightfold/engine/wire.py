@@ -9,6 +9,8 @@ files of shared memory travel over them too. Between hosts they are TCP, with a 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -24,6 +26,8 @@ from eightfold.errors import ConfigError
 JOIN_SECONDS = 600.0
 # For a new connection to say whose it is.
 _INTRODUCTION_SECONDS = 5.0
+
+_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 _LENGTH = struct.Struct("<I")
 
@@ -150,6 +154,28 @@ def _connected(world: World, address: Any, purpose: str, secret: str, local: boo
     _prepare(sock)
     Connection(sock).tell(rank=world.rank, purpose=purpose, secret=secret, name=process_name())
     return sock
+
+
+def interface_to(address: str, port: int) -> str | None:
+    """Return the network interface by which an address is reached; None where that cannot be told.
+
+    Left to itself, gloo takes the one that the host's own name stands for, which other hosts need not see.
+    """
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(target)  # nothing is sent
+            own = sock.getsockname()[0]
+            if family != socket.AF_INET:
+                return None
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an address
+                    request = struct.pack("256s", name.encode()[:15])
+                    if socket.inet_ntoa(fcntl.ioctl(sock, _SIOCGIFADDR, request)[20:24]) == own:
+                        return name
+    except OSError:
+        pass
+    return None
 
 
 def process_name() -> str:
