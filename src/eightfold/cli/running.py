@@ -75,6 +75,8 @@ def run(
 
     Answers are greedy unless --temperature is given.
 
+    In several processes: torchrun --nproc_per_node 2 -m eightfold run DIR ...
+
     A file: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
 
     Its lines are objects with prompt, messages or prompt_token_ids, perhaps an

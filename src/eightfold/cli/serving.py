@@ -86,6 +86,8 @@ def serve(
     then: curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json'
     -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
 
+    In several processes: torchrun --nproc_per_node 2 -m eightfold serve DIR ...
+
     Clients of OpenAI's need base_url http://localhost:8000/v1 and any api_key.
     The log on stderr has one line of JSON for each request, and never a prompt.
     The first Ctrl-C or SIGTERM lets running answers finish, the second does not.

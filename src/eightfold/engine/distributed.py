@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from eightfold import __version__
 from eightfold.engine import wire
 from eightfold.engine.ranks import Facts, SharedModel, follow, memory_files
-from eightfold.engine.watch import EXIT_LOST, Watch, await_end
+from eightfold.engine.watch import EXIT_LOST, Watch, ended_by_watch
 from eightfold.engine.wire import Peer
 from eightfold.engine.world import World
 from eightfold.errors import CheckpointError, ConfigError, DependencyError, EightfoldError, UnsupportedError
@@ -118,8 +118,9 @@ def _lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel
     team.has_model = True
     Share(0, world.size).require(checkpoint.config, checkpoint.directory)
     _require_alike(team.peers, _answers(team.peers), _about(world, checkpoint, options))
-    for peer in team.peers:
-        peer.orders.tell(name=wire.process_name())
+    with ended_by_watch():
+        for peer in team.peers:
+            peer.orders.tell(name=wire.process_name())
     share = _load(world, checkpoint, options)
     others = [Facts(**facts) for facts in _answers(team.peers)]
     team.exchange.join(share, team.peers)
@@ -135,11 +136,10 @@ def _follow(world: World, opened: Callable[[], Checkpoint], options: Options) ->
         signal.signal(number, signal.SIG_IGN)
     watch = Watch(world, [first])
     try:
-        share = _follow_loading(world, first, opened, options)
-        exchange.join(share, [first])
-        follow(share, first)
-    except EOFError:
-        await_end()
+        with ended_by_watch():
+            share = _follow_loading(world, first, opened, options)
+            exchange.join(share, [first])
+            follow(share, first)
     except BaseException as error:
         watch.fail(str(error) or type(error).__name__)
     os._exit(EXIT_LOST)
@@ -174,10 +174,8 @@ def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
     """
     found = []
     for peer in peers:
-        try:
+        with ended_by_watch():
             facts = peer.orders.hear()
-        except EOFError:
-            await_end()
         if "error" in facts:
             raise ConfigError(f"{peer}: {facts['error']}")
         found.append(facts)
@@ -324,7 +322,5 @@ def _gather_parts(mine: NDArray[Any], everybody: NDArray[Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    try:
+    with ended_by_watch(RuntimeError):  # a connection is closed
         dist.all_gather(list(torch.from_numpy(everybody)), torch.from_numpy(mine))
-    except RuntimeError:  # a connection is closed
-        await_end()

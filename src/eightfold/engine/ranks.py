@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eightfold.engine.watch import ended_by_watch
 from eightfold.engine.wire import Peer
 from eightfold.errors import CapacityError, EightfoldError
 from eightfold.native.model import NativeModel, Step
@@ -52,6 +53,7 @@ class SharedModel(NativeModel):
     def __init__(self, share: NativeModel, peers: Sequence[Peer], others: Sequence[Facts]) -> None:
         super().__init__(share._model, share.config, share.isa, share.float_prompts, share.neighbours)
         self._peers, self._others = peers, others
+        self._is_inside = False  # a step that has not ended
         self.world_size = 1 + len(peers)
         self.resident_weights = (*share.resident_weights, *(facts.resident for facts in others))
 
@@ -78,19 +80,27 @@ class SharedModel(NativeModel):
         except EightfoldError as error:
             problems.append(error)
         for peer in self._peers:
-            if text := peer.orders.hear()["error"]:
+            with ended_by_watch():
+                text = peer.orders.hear()["error"]
+            if text:
                 problems.append(CapacityError(f"{peer}: {text}", action=action))
         if problems:
             raise problems[0]
 
     def run(self, step: Step) -> tuple[NDArray[Any], NDArray[Any]]:
         """Run a step on all ranks."""
+        if self._is_inside:
+            raise RuntimeError("the processes are out of step: an earlier one was interrupted")
+        self._is_inside = True
         self._order(pack(step))
-        return super().run(step)
+        found = super().run(step)
+        self._is_inside = False
+        return found
 
     def _order(self, order: bytes) -> None:
-        for peer in self._peers:
-            peer.orders.send(order)
+        with ended_by_watch():
+            for peer in self._peers:
+                peer.orders.send(order)
 
 
 def follow(model: NativeModel, first: Peer) -> None:

@@ -14,8 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
 
 from eightfold.engine.wire import Peer
 from eightfold.engine.world import World
@@ -80,10 +79,19 @@ class Watch:
             print(f"eightfold: {peer}: {reason}. Start the command again.", file=sys.stderr, flush=True)
 
 
-def await_end() -> NoReturn:
-    """Wait to be ended by the watch, which knows why another process does not answer."""
-    time.sleep(END_SECONDS)
-    os._exit(EXIT_LOST)
+@contextlib.contextmanager
+def ended_by_watch(*more: type[Exception]) -> Iterator[None]:
+    """When another process is not there to talk to: wait to be ended by the watch, which knows why.
+
+    Args:
+        more: what says so, besides the errors of connections.
+    """
+    gone: tuple[type[Exception], ...] = (EOFError, ConnectionError, *more)
+    try:
+        yield
+    except gone:
+        time.sleep(END_SECONDS)
+        os._exit(EXIT_LOST)
 
 
 def _all_of(sock: socket.socket) -> str:

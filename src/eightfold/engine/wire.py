@@ -24,8 +24,9 @@ from eightfold.errors import ConfigError
 
 # Until rank 0 is there: it may read a long file of prompts first.
 JOIN_SECONDS = 600.0
-# For a new connection to say whose it is.
+# For a new connection to say whose it is, in so many bytes at most.
 _INTRODUCTION_SECONDS = 5.0
+_MOST_INTRODUCTION = 4096
 
 _SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
@@ -42,13 +43,19 @@ class Connection:
         """Send a message."""
         self.sock.sendall(_LENGTH.pack(len(data)) + data)
 
-    def receive(self) -> bytearray:
+    def receive(self, most: int | None = None) -> bytearray:
         """Wait for a message.
+
+        Args:
+            most: bytes of it; None for any number.
 
         Raises:
             EOFError: the other has ended.
+            ValueError: it is longer.
         """
         (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
+        if most is not None and length > most:
+            raise ValueError(f"a message of {length} bytes")
         return self._exactly(length)
 
     def _exactly(self, length: int) -> bytearray:
@@ -68,9 +75,9 @@ class Connection:
         """Send a JSON object."""
         self.send(json.dumps(facts).encode())
 
-    def hear(self) -> dict[str, Any]:
-        """Wait for a JSON object."""
-        facts = json.loads(bytes(self.receive()))
+    def hear(self, most: int | None = None) -> dict[str, Any]:
+        """Wait for a JSON object; see `receive`."""
+        facts = json.loads(bytes(self.receive(most)))
         assert isinstance(facts, dict)
         return facts
 
@@ -151,6 +158,8 @@ def _connected(world: World, address: Any, purpose: str, secret: str, local: boo
             if time.monotonic() > ends:
                 raise ConfigError("rank 0", got=f"no connection in {JOIN_SECONDS:.0f} s", action=str(error)) from None
             time.sleep(0.05)
+    if not _is_own(sock):
+        raise ConfigError("rank 0", got="another user's process", expected="one of this user")
     _prepare(sock)
     Connection(sock).tell(rank=world.rank, purpose=purpose, secret=secret, name=process_name())
     return sock
@@ -187,11 +196,9 @@ def _introduced(sock: socket.socket, secret: str) -> tuple[int, str, str] | None
     """Return who has connected, what for, and its name; None for a stranger."""
     sock.settimeout(_INTRODUCTION_SECONDS)
     try:
-        if sock.family == socket.AF_UNIX:
-            _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if uid != os.getuid():
-                return None
-        facts = Connection(sock).hear()
+        if not _is_own(sock):
+            return None
+        facts = Connection(sock).hear(_MOST_INTRODUCTION)
         who = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
         if facts["secret"] != secret:
             return None
@@ -199,6 +206,14 @@ def _introduced(sock: socket.socket, secret: str) -> tuple[int, str, str] | None
         return None
     _prepare(sock)
     return who
+
+
+def _is_own(sock: socket.socket) -> bool:
+    """Whether the other end of a local socket belongs to the same user; between hosts there is a secret."""
+    if sock.family != socket.AF_UNIX:
+        return True
+    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid) == os.getuid()
 
 
 def _prepare(sock: socket.socket) -> None:

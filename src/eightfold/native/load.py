@@ -290,7 +290,8 @@ class _Loader:
         array = self.checkpoint.array(name)
         share = array[:, columns]
         # Anonymous memory of whole pages: rows that are multiples of a cache line start at one.
-        copy = np.frombuffer(mmap.mmap(-1, max(share.nbytes, 1)), share.dtype, share.size).reshape(share.shape)
+        memory = mmap.mmap(-1, max(share.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        copy = np.frombuffer(memory, share.dtype, share.size).reshape(share.shape)
         copy[:] = share
         self.checkpoint.release([name])
         return copy
