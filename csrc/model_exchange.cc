@@ -72,12 +72,17 @@ bool Model::needs_ranges(const Group& group) const {
 bool Model::meet_ranges(Pool::Walk& walk, const Step& step, const float* input, int width) {
     return walk.phase(step.batch.tokens, [&](int t) {
         const float* x = input + static_cast<size_t>(t) * width;
-        Range range{0, 0};
-        for (int i = 0; i < width; i++) {
-            range.lo = x[i] < range.lo ? x[i] : range.lo;
-            range.hi = x[i] > range.hi ? x[i] : range.hi;
-        }
-        static_cast<Range*>(exchange_->mine())[t] = range;
+        float lo[kLanes] = {}, hi[kLanes] = {};  // side by side, so that they need not wait for each other
+        const auto take = [&](int i, int lane) {
+            lo[lane] = x[i] < lo[lane] ? x[i] : lo[lane];
+            hi[lane] = x[i] > hi[lane] ? x[i] : hi[lane];
+        };
+        int i = 0;
+        for (; i + kLanes <= width; i += kLanes)
+            for (int lane = 0; lane < kLanes; lane++) take(i + lane, lane);
+        for (; i < width; i++) take(i, 0);
+        static_cast<Range*>(exchange_->mine())[t] = {*std::min_element(lo, lo + kLanes),
+                                                     *std::max_element(hi, hi + kLanes)};
     }) && meet(walk, step, step.batch.tokens * sizeof(Range));
 }
 

@@ -5,6 +5,7 @@ Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -291,6 +292,9 @@ class _Loader:
         share = array[:, columns]
         # Anonymous memory of whole pages: rows that are multiples of a cache line start at one.
         memory = mmap.mmap(-1, max(share.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
         copy = np.frombuffer(memory, share.dtype, share.size).reshape(share.shape)
         copy[:] = share
         self.checkpoint.release([name])
