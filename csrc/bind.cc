@@ -227,17 +227,21 @@ void share_by_call(Bound& self, int rank, nb::callable meet) {
     self.model.set_exchange(std::make_unique<HookExchange>(rank, self.ranks, hook));
 }
 
-// `vocab`: where each rank's tokens begin, and their number.
-ModelConfig make_config(int num_layers, int hidden, int intermediate, const std::vector<int>& vocab, int rank, int heads,
-                        int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
-    require(vocab.size() >= 2 && vocab.front() == 0 && std::is_sorted(vocab.begin(), vocab.end()),
-            "vocab: expected rising cuts from 0 on");
+// `hidden`, `intermediate`, `vocab`: where each rank's share begins, and how many there are.
+ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const std::vector<int>& intermediate,
+                        const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+    for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
+        require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
+                    std::is_sorted(cuts->begin(), cuts->end()),
+                "hidden, intermediate, vocab: expected rising cuts from 0 on");
+    }
     require(rank >= 0 && rank + 1 < static_cast<int>(vocab.size()), "rank: outside of the ranks");
     require(heads % kv_heads == 0, "heads: expected a multiple of kv_heads");
     require(head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number up to 512");
     require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
-    return {num_layers, hidden, intermediate, vocab[rank + 1] - vocab[rank], {heads, kv_heads, head_dim}, eps,
-            symmetric_tokens, floats(inv_freq), vocab};
+    const auto own = [&](const std::vector<int>& cuts) { return cuts[rank + 1] - cuts[rank]; };
+    return {num_layers, hidden.back(), own(intermediate), own(vocab), {heads, kv_heads, head_dim}, eps,
+            symmetric_tokens, floats(inv_freq), vocab, intermediate, hidden};
 }
 
 }  // namespace
@@ -256,8 +260,8 @@ NB_MODULE(_core, m) {
     nb::class_<Bound>(m, "Model")
         .def(
             "__init__",
-            [](Bound* self, const std::string& isa, int threads, int num_layers, int hidden, int intermediate,
-               const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps,
+            [](Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
+               const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps,
                bool symmetric_tokens, const Vector<float>& inv_freq) {
                 require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
                 new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, rank, heads, kv_heads, head_dim,

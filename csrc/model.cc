@@ -10,7 +10,7 @@ namespace {
 constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
 
 // And where several ranks meet: two for every meeting.
-constexpr int kMeetingsOfLayer = 4, kOtherMeetings = 3;
+constexpr int kMeetingsOfLayer = 5, kOtherMeetings = 3;
 
 int most_phases(const ModelConfig& config) {
     const int alone = config.layers * kPhasesOfLayer + kOtherPhases;
@@ -31,7 +31,11 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       config_(std::move(config)),
       kernels_(kernels),
       pool_(threads, most_phases(config_)),
-      scratch_(threads) {}
+      scratch_(threads) {
+    for (int r = 0; r <= config_.ranks(); r++) {
+        head_cuts_.push_back(r * config_.shape.heads * config_.shape.head_dim);
+    }
+}
 
 int Model::finish(bool forgets_head) {
     std::vector<Linear*> linears;
@@ -55,7 +59,8 @@ int Model::finish(bool forgets_head) {
             Linear& linear = group->linears.front();
             linear.keeps_sums = is_shared() && linear.kind != LinearKind::floating;
             has_ranges_ |= needs_ranges(*group);
-            widest_part_ = std::max(widest_part_, part_width(linear));
+            widest_part_ = std::max({widest_part_, part_width(linear), static_cast<size_t>(linear.inputs)});
+            if (linear.kind == LinearKind::floating) gathered_width_ = std::max(gathered_width_, linear.inputs);
         }
     }
     take(head, &final_gain, &final_bias, false);
@@ -169,6 +174,7 @@ void Model::reserve_tokens(int tokens) {
     qkv_.resize(n * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
     heads_.resize(heads * shape.head_dim);
     act_.resize(n * config_.intermediate);
+    if (is_shared()) gathered_.resize(n * gathered_width_);
     cos_.resize(n * shape.head_dim / 2);
     sin_.resize(n * shape.head_dim / 2);
     q8_.resize(heads * 2 * shape.query_dim());

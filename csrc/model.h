@@ -31,6 +31,7 @@ struct ModelConfig {
     bool symmetric_tokens = false;     // how dynamic linears quantize a token
     std::vector<float> inv_freq;       // (D / 2)
     std::vector<int> vocab_cuts;       // (ranks + 1): rank r holds the tokens from vocab_cuts[r] on
+    std::vector<int> intermediate_cuts, hidden_cuts;  // likewise
 
     int ranks() const { return static_cast<int>(vocab_cuts.size()) - 1; }
 };
@@ -103,7 +104,7 @@ private:
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                        float* output, bool adds, const Group& next);
     bool adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
-                       const Group& next);
+                       const std::vector<int>& cuts, const Group& next);
     bool gated_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const Group& next);
     struct HeadRows {  // tokens whose logits are computed
         int count;
@@ -135,6 +136,8 @@ private:
     };
     bool meet_ranges(Pool::Walk& walk, const Step& step, const float* input, int width);
     void prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed, Scratch& scratch);
+    bool gathering_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                          const std::vector<int>& cuts, const Group& next);
     bool add_parts(Pool::Walk& walk, const Step& step, const Group& group);
     bool gather_logits(Pool::Walk& walk, const Step& step);
     bool gather_choices(Pool::Walk& walk, const Step& step);
@@ -183,6 +186,7 @@ private:
     std::exception_ptr failure_;
     bool has_ranges_ = false;             // some inputs are quantized by what all ranks have of them
     size_t widest_part_ = 0;              // of a token, in numbers
+    int gathered_width_ = 0;
     static constexpr int kHeadUses = 3;  // inputs of the head: for logits, for logits of choices, for the shadow
 
     const Kernels& kernels_;
@@ -206,6 +210,8 @@ private:
     int capacity_ = 0;                    // tokens
     std::vector<int> sequence_of_;        // (T)
     std::vector<int> fresh_page_;         // (S): first page of each sequence in fresh_
+    std::vector<int> head_cuts_;          // (ranks + 1): channels of attention
+    std::vector<float> gathered_;         // (T, K): inputs of all ranks
     std::vector<float> x_, qkv_, heads_, act_, cos_, sin_;
     std::vector<int8_t> q8_;              // (T, H, planes, Dq)
     std::vector<int32_t> q_sum_;          // (T, H, planes)

@@ -1,12 +1,11 @@
 // What ranks do together: a model's heads, intermediate channels and vocabulary are cut into one share for each.
 //
 //   embedding    whoever holds a token's row shows it
-//   o, down      every rank has some of the inputs, so its products are one term of a sum
+//   o, down      every rank has some of the inputs, so its int32 products are one term of a sum, which is what one
+//                process has, to the last bit, and becomes real afterwards; floating ones: gathering_phases
 //   head         every rank has some of the tokens
 //
-// Of int8 weights the terms are int32: their sum is what one process has, to the last bit, and becomes real afterwards.
 // Where a token is quantized by its own range, the ranks first tell each other their parts' ranges, for the same reason.
-// Terms of floating weights are summed in the order of ranks.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -86,6 +85,49 @@ bool Model::meet_ranges(Pool::Walk& walk, const Step& step, const float* input, 
     }) && meet(walk, step, step.batch.tokens * sizeof(Range));
 }
 
+// Of floating weights sums depend on their order. So ranks have all inputs of some of the outputs: they show each other
+// their inputs first, and then what has come of them.
+bool Model::gathering_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                             const std::vector<int>& cuts, const Group& next) {
+    const size_t tokens = step.batch.tokens, all = group.inputs(), hidden = config_.hidden;
+    const std::vector<int>& outputs = config_.hidden_cuts;
+    const int ranks = exchange_->ranks(), own = exchange_->rank();
+    const size_t width = cuts[own + 1] - cuts[own];
+    const auto widest = [&](const std::vector<int>& of) {
+        int most = 0;
+        for (int r = 0; r < ranks; r++) most = std::max(most, of[r + 1] - of[r]);
+        return tokens * static_cast<size_t>(most) * sizeof(float);
+    };
+    // Row t of all ranks' parts, one after the other.
+    const auto each = [&](const std::vector<int>& of, size_t t, auto take) {
+        for (int r = 0; r < ranks; r++) {
+            const size_t count = of[r + 1] - of[r];
+            take(of[r], static_cast<const float*>(exchange_->part(r)) + t * count, count);
+        }
+    };
+    if (!walk.phase(step.batch.tokens, [&](size_t t) {
+            std::copy_n(input + t * width, width, static_cast<float*>(exchange_->mine()) + t * width);
+        })) {
+        return false;
+    }
+    if (!meet(walk, step, widest(cuts))) return false;
+    if (!walk.phase(step.batch.tokens, [&](size_t t) {
+            each(cuts, t, [&](size_t at, const float* from, size_t count) {
+                std::copy_n(from, count, gathered_.data() + t * all + at);
+            });
+        })) {
+        return false;
+    }
+    auto* part = static_cast<float*>(exchange_->mine());
+    if (!linear_phases(walk, step, group, use, gathered_.data(), part, false, next)) return false;
+    if (!meet(walk, step, widest(outputs))) return false;
+    return walk.phase(step.batch.tokens, [&](size_t t) {
+        each(outputs, t, [&](size_t at, const float* from, size_t count) {
+            kernels_.add(x_.data() + t * hidden + at, from, static_cast<int>(count));
+        });
+    });
+}
+
 // As Group::prepare, with two more inputs: the least and the largest of all ranks'. No weight meets them.
 void Model::prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed,
                           Scratch& scratch) {
@@ -161,13 +203,8 @@ void Model::add_row(const Step& step, const Group& group, int t, Scratch& scratc
     float* reals = scratch.first.data();
     for (int n = 0; n < linear.outputs; n += kColumns) {
         const int count = std::min(kColumns, linear.outputs - n);
-        if (linear.keeps_sums) sum_of(n, count, sums);
-        if (linear.kind == LinearKind::floating) {
-            std::copy_n(static_cast<const float*>(exchange_->part(0)) + row + n, count, reals);
-            for (int r = 1; r < exchange_->ranks(); r++) {
-                kernels_.add(reals, static_cast<const float*>(exchange_->part(r)) + row + n, count);
-            }
-        } else if (linear.reads_static(step.batch.generated[t] != 0)) {
+        sum_of(n, count, sums);
+        if (linear.reads_static(step.batch.generated[t] != 0)) {
             kernels_.finish_static(sums, count, zeros.data(), linear.deq_scale.data() + n, reals);
         } else if (linear.kind == LinearKind::w8a16) {
             sum_of(linear.outputs + n, count, low);

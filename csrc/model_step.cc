@@ -30,9 +30,9 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
         const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : head;
         if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
         if (!attention_phases(walk, step, i, layer.o)) return;
-        if (!adding_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), layer.gate_up)) return;
+        if (!adding_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), head_cuts_, layer.gate_up)) return;
         if (!gated_phases(walk, step, layer.gate_up, 4 * i + 2, layer.down)) return;
-        if (!adding_phases(walk, step, layer.down, 4 * i + 3, act_.data(), after)) return;
+        if (!adding_phases(walk, step, layer.down, 4 * i + 3, act_.data(), config_.intermediate_cuts, after)) return;
     }
     if (is_shared()) {
         (void)shared_head_phases(walk, step);
@@ -123,10 +123,11 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
     }, [&] { if (step.alone) next.prefetch(walk.thread()); });
 }
 
-// x += a linear of the input. Of several ranks each has a share of the inputs, and what comes of it is one part.
+// x += a linear of the input. Of several ranks each has a share of the inputs, those between two of the cuts.
 bool Model::adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
-                          const Group& next) {
+                          const std::vector<int>& cuts, const Group& next) {
     if (!is_shared()) return linear_phases(walk, step, group, use, input, x_.data(), true, next);
+    if (group.has_floating()) return gathering_phases(walk, step, group, use, input, cuts, next);
     if (needs_ranges(group) && !meet_ranges(walk, step, input, group.inputs())) return false;
     auto* part = static_cast<float*>(exchange_->mine());
     return linear_phases(walk, step, group, use, input, part, false, next) && add_parts(walk, step, group);

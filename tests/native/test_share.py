@@ -24,12 +24,6 @@ from eightfold.native.share import Share, cuts, even_sizes
 from tests.conftest import tiny_config
 from tests.native.models import VARIANTS, write_variant
 
-SHARED = {name: variant for name, variant in VARIANTS.items() if variant.config["num_attention_heads"] != 5}
-
-# Products of floating weights are summed in another order: of float32, or of keys rounded to bfloat16 after that.
-FLOATS = {"float32", "float16", "bfloat16", "float tied", "float bias", "float many heads", "w8a8 levels"}
-ROUNDED_KEYS = {"float window"}
-
 
 def memory_files(count: int) -> list[int]:
     return [os.memfd_create("test") for _ in range(count)]
@@ -104,20 +98,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("by_call", [False, True], ids=["memory", "call"])
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_shares_give_what_the_whole_gives(written, name, by_call):
     checkpoint, dynamic = written(name), VARIANTS[name].dynamic
     vocab = checkpoint.config.vocab_size
     whole = load_model(checkpoint, threads=1, dynamic=dynamic)
     whole.allocate_cache(2 * PAGE)
     expected = outputs(whole, vocab)
-    for size in [n for n in even_sizes(checkpoint.config) if 1 < n <= 4]:
+    # Of the odd ones 5 ranks share one key head, and nothing is a multiple of anything.
+    for size in [n for n in even_sizes(checkpoint.config) if 1 < n <= 5]:
         team = Team(checkpoint, size, by_call, threads=2, dynamic=dynamic)
         for (logits, best), (logits_0, best_0) in zip(outputs(team, vocab), expected, strict=True):
-            # 24 bit of mantissa, sums of 80 terms in another order: a few units in the last place of the largest. A
-            # key that is rounded the other way moves by 2**-8, and one of 6 positions counts.
-            tolerance = 2e-3 if name in ROUNDED_KEYS else 1e-6 if name in FLOATS else 0
-            assert np.abs(logits - logits_0).max(initial=0) <= tolerance * np.abs(logits_0).max(initial=0)
+            assert logits.tobytes() == logits_0.tobytes()
             assert best.tolist() == best_0.tolist()
         team.close()
 

@@ -106,8 +106,8 @@ def load_model(
         isa=isa,
         threads=core.choose_threads(threads),
         num_layers=config.num_layers,
-        hidden=config.hidden_size,
-        intermediate=_length(share.intermediate(config)),
+        hidden=share.hidden_cuts(config),
+        intermediate=share.intermediate_cuts(config),
         vocab=share.vocab_cuts(config),
         rank=share.rank,
         heads=_length(share.heads(config)),
@@ -179,10 +179,8 @@ class _Loader:
 
     def _add_linear(self, layer_idx: int, group: str, module: str, linear: LinearShape) -> None:
         kind = self.checkpoint.quant_type(module)
-        cut = self.share.of_linear(self.config, linear.name)
-        # What is added to terms of a sum, one of them has; a bias behind integers is added to the sum, by all.
-        adds_bias = linear.has_bias and (cut.has_bias or kind is not QuantType.FLOAT)
-        bias = self._values(f"{module}.{BIAS}")[cut.rows] if adds_bias else _NOTHING
+        cut = self.share.of_linear(self.config, linear.name, is_float=kind is QuantType.FLOAT)
+        bias = self._values(f"{module}.{BIAS}")[cut.rows] if linear.has_bias else _NOTHING
         name = weight_name(module)
         weight = self._rows(name, cut.rows) if cut.columns is None else self._columns(name, cut.columns)
         if kind is QuantType.FLOAT:
@@ -201,7 +199,7 @@ class _Loader:
             offset=offset if offset.any() else _NOTHING,
             bias=bias,
             deq_scale=self._deq_scale(module)[cut.rows] if is_static else _NOTHING,
-            quant_bias=quant_bias if cut.has_bias else np.zeros_like(quant_bias),
+            quant_bias=quant_bias if cut.counts_bias else np.zeros_like(quant_bias),
             inv_input_scale=float(np.float32(1) / self._values(f"{module}.{INPUT_SCALE}")[0]) if is_static else 0.0,
             input_offset=float(self._values(f"{module}.{INPUT_OFFSET}")[0]) if is_static else 0.0,
         )

@@ -1,10 +1,11 @@
 """Which part of a model a rank holds, when several processes share one.
 
     q, k, v, gate, up      rows: a rank computes some heads, some intermediate channels      (column parallel)
-    o, down                columns: it multiplies what it has computed; the terms are summed (row parallel)
+    o, down                columns: it multiplies what it has computed; the terms are summed (row parallel);
+                           floating ones, whose sums depend on their order, rows: inputs are gathered before
     embedding, head        rows: some of the vocabulary
 
-The bias of o and down, and with static W8A8 the integer one, is counted once: rank 0 has it.
+quant_bias of o and down is counted once: rank 0 has it. Their bias is added by all, to the sum.
 
 Letters: H query heads, G key/value heads, D head_dim, R ranks.
 """
@@ -32,12 +33,12 @@ class Cut(NamedTuple):
     Attributes:
         rows: outputs; all of them where `columns` is given.
         columns: inputs; None for all.
-        has_bias: whether the bias is the rank's to add.
+        counts_bias: whether quant_bias is in the rank's products.
     """
 
     rows: slice
     columns: slice | None
-    has_bias: bool
+    counts_bias: bool
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,15 @@ class Share:
 
     def intermediate(self, config: ModelConfig) -> slice:
         """Return the rank's intermediate channels."""
-        return self._of(cuts(config.intermediate_size, self.size))
+        return self._of(self.intermediate_cuts(config))
+
+    def intermediate_cuts(self, config: ModelConfig) -> list[int]:
+        """Return where each rank's intermediate channels begin, and how many there are: R + 1 numbers."""
+        return cuts(config.intermediate_size, self.size)
+
+    def hidden_cuts(self, config: ModelConfig) -> list[int]:
+        """Return where each rank's outputs of floating o and down begin, and how many there are: R + 1 numbers."""
+        return cuts(config.hidden_size, self.size)
 
     def vocab(self, config: ModelConfig) -> slice:
         """Return the rank's tokens."""
@@ -86,16 +95,19 @@ class Share:
         """Return where each rank's tokens begin, and how many there are: R + 1 numbers."""
         return cuts(config.vocab_size, self.size)
 
-    def of_linear(self, config: ModelConfig, name: str) -> Cut:
+    def of_linear(self, config: ModelConfig, name: str, *, is_float: bool) -> Cut:
         """Return what of a linear the rank holds.
 
         Args:
             config: of the model.
             name: inside a layer, or the head's.
+            is_float: whether its weights are.
         """
         if name == LM_HEAD:
             return Cut(self.vocab(config), None, True)
         (group,) = (group.title for group in input_groups(config) for linear in group.linears if linear.name == name)
+        if group in _ROW_PARALLEL and is_float:
+            return Cut(self._of(self.hidden_cuts(config)), None, True)
         inner = self._inner(config, name, group)
         if group in _ROW_PARALLEL:
             return Cut(slice(None), None if self.size == 1 else inner, self.rank == 0)
