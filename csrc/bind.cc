@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -50,7 +52,7 @@ DType float_type(const Weight& weight) {
 // Keeps the arrays alive that a model reads.
 struct Bound {
     Model model;
-    int vocab;
+    int vocab, ranks;
     std::vector<nb::object> kept;
     std::mutex mutex;  // one step at a time
 };
@@ -194,6 +196,7 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.choice_tokens = choice_tokens.data();
     batch.choices = choices.data();
     batch.float_prompts = float_prompts;
+    require(self.ranks == 1 || self.model.is_joined(), "the model is a share, and has not met the others");
     if (tokens > 0) self.model.forward(batch);
 }
 
@@ -204,13 +207,41 @@ void allocate_cache(Bound& self, int pages) {
     self.model.allocate_cache(pages);
 }
 
-ModelConfig make_config(int num_layers, int hidden, int intermediate, int vocab, int heads, int kv_heads, int head_dim,
-                        float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+// Steps are shared with other processes of this host, through files in memory.
+void share_memory(Bound& self, int rank, int counters, const std::vector<int>& places) {
+    const size_t ranks = places.size() / 2;
+    require(places.size() == 2 * ranks && static_cast<int>(ranks) == self.ranks, "places: expected two for each rank");
+    require(rank >= 0 && rank < self.ranks, "rank: outside of the ranks");
+    self.model.set_exchange(std::make_unique<SharedExchange>(rank, self.ranks, counters, places));
+}
+
+// Steps are shared through a function of a part (bytes / 4,) and of the parts of all ranks (ranks, bytes / 4), int32.
+void share_by_call(Bound& self, int rank, nb::callable meet) {
+    require(rank >= 0 && rank < self.ranks, "rank: outside of the ranks");
+    using Words = nb::ndarray<nb::numpy, int32_t, nb::device::cpu>;
+    const auto hook = [meet, ranks = static_cast<size_t>(self.ranks)](void* mine, void* all, size_t bytes) {
+        const nb::gil_scoped_acquire gil;
+        const size_t words = bytes / sizeof(int32_t);
+        meet(Words(mine, {words}, nb::none()), Words(all, {ranks, words}, nb::none()));
+    };
+    self.model.set_exchange(std::make_unique<HookExchange>(rank, self.ranks, hook));
+}
+
+// `hidden`, `intermediate`, `vocab`: where each rank's share begins, and how many there are.
+ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const std::vector<int>& intermediate,
+                        const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+    for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
+        require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
+                    std::is_sorted(cuts->begin(), cuts->end()),
+                "hidden, intermediate, vocab: expected rising cuts from 0 on");
+    }
+    require(rank >= 0 && rank + 1 < static_cast<int>(vocab.size()), "rank: outside of the ranks");
     require(heads % kv_heads == 0, "heads: expected a multiple of kv_heads");
     require(head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number up to 512");
     require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
-    return {num_layers, hidden, intermediate, vocab, {heads, kv_heads, head_dim}, eps, symmetric_tokens,
-            floats(inv_freq)};
+    const auto own = [&](const std::vector<int>& cuts) { return cuts[rank + 1] - cuts[rank]; };
+    return {num_layers, hidden.back(), own(intermediate), own(vocab), {heads, kv_heads, head_dim}, eps,
+            symmetric_tokens, floats(inv_freq), vocab, intermediate, hidden};
 }
 
 }  // namespace
@@ -229,18 +260,20 @@ NB_MODULE(_core, m) {
     nb::class_<Bound>(m, "Model")
         .def(
             "__init__",
-            [](Bound* self, const std::string& isa, int threads, int num_layers, int hidden, int intermediate, int vocab,
-               int heads, int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+            [](Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
+               const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps,
+               bool symmetric_tokens, const Vector<float>& inv_freq) {
                 require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
-                new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, heads, kv_heads, head_dim, eps,
-                                              symmetric_tokens, inv_freq),
+                new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, rank, heads, kv_heads, head_dim,
+                                              eps, symmetric_tokens, inv_freq),
                                   kernels_for(isa), threads},
-                                 vocab,
+                                 vocab.back(),
+                                 static_cast<int>(vocab.size()) - 1,
                                  {},
                                  {}};
             },
-            nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a, "vocab"_a, "heads"_a,
-            "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
+            nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a, "vocab"_a, "rank"_a,
+            "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
         .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a, "offset"_a,
              "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
         .def("set_norms", &set_norms, "layer"_a, nb::kw_only(), "input_gain"_a, "input_bias"_a, "post_gain"_a,
@@ -265,6 +298,8 @@ NB_MODULE(_core, m) {
              })
         .def("finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
              "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
+        .def("share_memory", &share_memory, "rank"_a, "counters"_a, "places"_a)
+        .def("share_by_call", &share_by_call, "rank"_a, "meet"_a)
         .def("allocate_cache", &allocate_cache)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
              "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "choice_tokens"_a, "choices"_a.noconvert(),

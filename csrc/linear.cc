@@ -61,6 +61,17 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
     return true;
 }
 
+// Wraps around as the products do: only the total of all shares has to fit.
+void Linear::keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const {
+    const auto times = static_cast<uint32_t>(offset + 128);
+    for (int n = 0; n < count; n++) {
+        const auto sum = static_cast<uint32_t>(acc[n]);
+        const uint32_t kept = is_static ? sum + static_cast<uint32_t>(quant_bias[n0 + n])
+                                        : sum - times * static_cast<uint32_t>(weight_sum[n0 + n]);
+        std::memcpy(out + n, &kept, sizeof kept);
+    }
+}
+
 void Prepared::reserve(int tokens, int width, bool is_real) {
     const size_t ld = row_bytes(width);
     const size_t rows = static_cast<size_t>(tokens + kLanes - 1) / kLanes * kLanes;
@@ -193,7 +204,7 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
     const bool is_static = linear.kind == LinearKind::w8a8;
     const Scales16 scales{linear.weight_sum.data() + n0, linear.scale.data() + n0,
                           linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0)};
-    if (packed && (is_static || many == 2)) {
+    if (packed && !linear.keeps_sums && (is_static || many == 2)) {
         const PackedInput input{x, kLanes * ld, rows, width};
         const Output output{y, ldy, adds};
         if (is_static) {
@@ -206,15 +217,24 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
     }
     int32_t* sums = scratch.sums.data();
     if (packed) {
-        kernels.gemm_packed(weight, width, count, x, kLanes * ld, chunk_count(rows, kLanes), width, sums, count);
+        const int blocks = chunk_count(rows, kLanes) * many;
+        kernels.gemm_packed(weight, width, count, x, kLanes * ld, blocks, width, sums, count);
     } else {
         kernels.gemm_i8(weight, width, count, x, ld, rows * many, width, sums, count);
     }
     for (int t = 0; t < rows; t++) {
-        const int32_t* acc = sums + static_cast<size_t>(t) * many * count;
+        const size_t row = packed ? t / kLanes * kLanes * many + t % kLanes : static_cast<size_t>(t) * many;
+        const int32_t* acc = sums + row * count;
         float* out = y + t * ldy;
-        if (many == 2) {
-            kernels.finish_16(acc, acc + count, count, scales, from.params[t0 + t], adds, out);
+        const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
+        if (many == 2 && linear.keeps_sums) {
+            linear.keep_sums(acc, n0, count, false, 0, out);
+            std::memcpy(out + linear.outputs, low, count * sizeof(int32_t));
+        } else if (many == 2) {
+            kernels.finish_16(acc, low, count, scales, from.params[t0 + t], adds, out);
+        } else if (linear.keeps_sums) {
+            const bool reads_static = linear.reads_static(generated != nullptr && generated[t0 + t]);
+            linear.keep_sums(acc, n0, count, reads_static, from.params[t0 + t].offset, out);
         } else if (is_static || (linear.kind == LinearKind::mix && generated[t0 + t])) {
             kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, adds, out);
         } else {

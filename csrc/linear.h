@@ -24,9 +24,16 @@ struct Linear {
     std::vector<int32_t> quant_bias;  // (N), less 128 times the weight sums
     std::vector<int32_t> weight_sum;  // (N)
     float inv_input_scale = 0, input_offset = 0;
+    bool keeps_sums = false;      // a share of the inputs: products come out as int32, to be summed with the others'
 
     bool is_static() const { return kind == LinearKind::w8a8 || kind == LinearKind::mix; }
+    bool reads_static(bool is_generated) const {
+        return kind == LinearKind::w8a8 || (kind == LinearKind::mix && is_generated);
+    }
     size_t weight_bytes() const;
+
+    // int32 products of some rows in the place of reals, less what offsets of activations have added to them.
+    void keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const;
 
     // What an int8 kernel needs beside the file: sums of weight rows [begin, end). False: a floating weight of these
     // rows is not finite.
@@ -73,6 +80,7 @@ struct Scratch {
     std::vector<float> first = std::vector<float>(kProducts);
     std::vector<float> second = std::vector<float>(kProducts);
     std::vector<float> row;          // one input row, before it is quantized
+    std::vector<uint8_t> wide;       // a quantized row and what it is not to be quantized without
     std::vector<uint8_t> rows;       // quantized rows of a block, before they are packed
     std::vector<Prepared> prepared;  // a few rows, prepared by this thread alone
     uint64_t prepared_for = 0;

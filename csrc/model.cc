@@ -9,6 +9,14 @@ namespace {
 
 constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
 
+// And where several ranks meet: two for every meeting.
+constexpr int kMeetingsOfLayer = 5, kOtherMeetings = 3;
+
+int most_phases(const ModelConfig& config) {
+    const int alone = config.layers * kPhasesOfLayer + kOtherPhases;
+    return config.ranks() == 1 ? alone : alone + 2 * (config.layers * kMeetingsOfLayer + kOtherMeetings);
+}
+
 // Up to so many tokens, each thread prepares the inputs of products itself: a phase of its own would take longer.
 constexpr int kAloneTokens = 2;
 
@@ -25,8 +33,12 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       attention(config.layers),
       config_(std::move(config)),
       kernels_(kernels),
-      pool_(threads, config_.layers * kPhasesOfLayer + kOtherPhases),
-      scratch_(threads) {}
+      pool_(threads, most_phases(config_)),
+      scratch_(threads) {
+    for (int r = 0; r <= config_.ranks(); r++) {
+        head_cuts_.push_back(r * config_.shape.heads * config_.shape.head_dim);
+    }
+}
 
 int Model::finish(bool forgets_head) {
     std::vector<Linear*> linears;
@@ -46,6 +58,13 @@ int Model::finish(bool forgets_head) {
         take(layer.o, nullptr, nullptr, false);
         take(layer.gate_up, &layer.post_gain, &layer.post_bias, true);
         take(layer.down, nullptr, nullptr, false);
+        for (Group* group : {&layer.o, &layer.down}) {
+            Linear& linear = group->linears.front();
+            linear.keeps_sums = is_shared() && linear.kind != LinearKind::floating;
+            has_ranges_ |= needs_ranges(*group);
+            widest_part_ = std::max({widest_part_, part_width(linear), static_cast<size_t>(linear.inputs)});
+            if (linear.kind == LinearKind::floating) gathered_width_ = std::max(gathered_width_, linear.inputs);
+        }
     }
     take(head, &final_gain, &final_bias, false);
     make_shadow();
@@ -158,6 +177,7 @@ void Model::reserve_tokens(int tokens) {
     qkv_.resize(n * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
     heads_.resize(heads * shape.head_dim);
     act_.resize(n * config_.intermediate);
+    if (is_shared()) gathered_.resize(n * gathered_width_);
     cos_.resize(n * shape.head_dim / 2);
     sin_.resize(n * shape.head_dim / 2);
     q8_.resize(heads * 2 * shape.query_dim());
@@ -212,9 +232,10 @@ void Model::forward(const Batch& batch) {
     if (shadow_.linears.empty()) reserve_choices(batch.choice_rows);
     if (batch.float_prompts) reserve_prompts(batch);
     reserve_units();
+    if (is_shared()) reserve_parts(batch);
     Step& step = steps_[pool_.next_slot()];  // last: to reserve may take a slot
     step.batch = batch;
-    step.alone = batch.tokens <= kAloneTokens;
+    step.alone = batch.tokens <= kAloneTokens && !has_ranges_;
     step.single = batch.tokens == batch.sequences && !batch.float_prompts &&
                   config_.shape.queries_per_kv() <= kMaxAttnRows;
     const int units = static_cast<int>(units_.size());
@@ -226,6 +247,7 @@ void Model::forward(const Batch& batch) {
     }
     for (int i = 0; i < tiles_; i++) parts_done_[i].store(0, std::memory_order_relaxed);
     pool_.run(program, this);
+    if (failed_.load() == step_count_) std::rethrow_exception(failure_);
 }
 
 }  // namespace eightfold

@@ -3,6 +3,9 @@
 //   x += o(attention(rope(q(n)), rope(k(n)), v(n)))      n = rms_norm(x) * g
 //   x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'
 //
+// Several processes may hold a share of the heads, of the intermediate size and of the vocabulary each; what they make
+// of it is put together in meetings (exchange.h, model_exchange.cc). Sizes below are those of the share.
+//
 // Letters: T tokens of all sequences, S sequences, E hidden size, F intermediate size, H query heads, G key/value
 // heads, D head_dim, V vocabulary.
 #pragma once
@@ -10,10 +13,12 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <vector>
 
 #include "cache.h"
+#include "exchange.h"
 #include "linear.h"
 #include "pool.h"
 
@@ -25,6 +30,10 @@ struct ModelConfig {
     float eps = 0;
     bool symmetric_tokens = false;     // how dynamic linears quantize a token
     std::vector<float> inv_freq;       // (D / 2)
+    std::vector<int> vocab_cuts;       // (ranks + 1): rank r holds the tokens from vocab_cuts[r] on
+    std::vector<int> intermediate_cuts, hidden_cuts;  // likewise
+
+    int ranks() const { return static_cast<int>(vocab_cuts.size()) - 1; }
 };
 
 // What a step computes on. Pointers need to last for the call.
@@ -63,9 +72,11 @@ public:
     // Returns -1, or the ordinal of a weight that is not finite. `forgets_head`: the head lies in a mapped file, whose
     // pages need not stay in memory after its shadow was made.
     int finish(bool forgets_head);
+    void set_exchange(std::unique_ptr<Exchange> exchange) { exchange_ = std::move(exchange); }
     void allocate_cache(int pages);
     void forward(const Batch& batch);
 
+    bool is_joined() const { return exchange_ != nullptr; }
     int threads() const { return pool_.threads(); }
     int cache_pages() const { return cache_ ? cache_->pages() : 0; }
     size_t page_bytes() const;  // of all layers
@@ -93,11 +104,14 @@ private:
     // `next`: the weights that are read after these.
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                        float* output, bool adds, const Group& next);
-    // The same where whoever made the input has put it into handed_; the output grows by the products.
-    bool handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, const Group& next);
+    // The same where whoever made the input has put it into handed_.
+    bool handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, bool adds,
+                      const Group& next);
     void multiply_chunk(const Step& step, const Group& group, int i, const std::vector<Prepared>& prepared,
                         float* output, bool adds, Scratch& scratch);
     bool gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer, int use);
+    bool adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                       const std::vector<int>& cuts, bool handed, const Group& next);
     struct HeadRows {  // tokens whose logits are computed
         int count;
         const int32_t* tokens;
@@ -105,13 +119,14 @@ private:
         int32_t* best;
     };
     bool head_phases(Pool::Walk& walk, const Step& step, HeadRows rows);
+    bool shared_head_phases(Pool::Walk& walk, const Step& step);
     bool choice_phases(Pool::Walk& walk, const Step& step);
     void find_candidates(const Step& step, const Chunk& chunk, int t0, int t1, Scratch& scratch);
     void settle(const Step& step, int row, Scratch& scratch);
     void make_shadow();
     void shadow_rows(int begin, int end, bool forgets);
     bool prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
-                       const int32_t* rows);
+                       const int32_t* rows, bool of_share = false);
     const std::vector<Prepared>& prepared_for(Scratch& scratch, const Step& step, const Group& group, int use,
                                               const float* input, int tokens, const int32_t* rows);
 
@@ -125,6 +140,33 @@ private:
     }
     void hand_gated(const Group& next, int t0, int t1, int n, int count, const float* gated, Scratch& scratch);
     void hand_head(const Group& next, int t, int head, const float* values);
+
+    // What ranks have to tell each other; model_exchange.cc.
+    struct Choice {  // of a rank: the likeliest of its tokens, -1: none
+        float logit;
+        int32_t token;
+    };
+    bool meet(Pool::Walk& walk, const Step& step, size_t bytes);
+    bool gather_embedding(Pool::Walk& walk, const Step& step);
+    struct Range {  // of a rank's inputs of a token, and zero
+        float lo, hi;
+    };
+    bool meet_ranges(Pool::Walk& walk, const Step& step, const float* input, int width);
+    void prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed, Scratch& scratch);
+    bool gathering_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                          const std::vector<int>& cuts, const Group& next);
+    bool add_parts(Pool::Walk& walk, const Step& step, const Group& group);
+    bool gather_logits(Pool::Walk& walk, const Step& step);
+    bool gather_choices(Pool::Walk& walk, const Step& step);
+    void add_row(const Step& step, const Group& group, int t, Scratch& scratch);
+    RowParams sum_params(const Linear& linear, int t) const;
+    size_t part_width(const Linear& linear) const;
+    void reserve_parts(const Batch& batch);
+    void choose(const Step& step, int row, float logit, int32_t token);
+    bool is_shared() const { return config_.ranks() > 1; }
+    int owner_of(int token) const;
+    int widest_vocab() const;
+    bool needs_ranges(const Group& group) const;
 
     void embed(const Step& step, int t);
     struct Query {  // where a quantized query goes
@@ -160,6 +202,12 @@ private:
     int row_len(const Unit& unit) const { return unit.tokens * unit.heads; }
 
     ModelConfig config_;
+    std::unique_ptr<Exchange> exchange_;  // of several ranks
+    std::atomic<uint64_t> failed_{0};     // the step whose meeting failed
+    std::exception_ptr failure_;
+    bool has_ranges_ = false;             // some inputs are quantized by what all ranks have of them
+    size_t widest_part_ = 0;              // of a token, in numbers
+    int gathered_width_ = 0;
     static constexpr int kHeadUses = 3;  // inputs of the head: for logits, for logits of choices, for the shadow
 
     const Kernels& kernels_;
@@ -184,6 +232,8 @@ private:
     int capacity_ = 0;                    // tokens
     std::vector<int> sequence_of_;        // (T)
     std::vector<int> fresh_page_;         // (S): first page of each sequence in fresh_
+    std::vector<int> head_cuts_;          // (ranks + 1): channels of attention
+    std::vector<float> gathered_;         // (T, K): inputs of all ranks
     std::vector<float> x_, qkv_, heads_, act_, cos_, sin_;
     std::vector<int8_t> q8_;              // (T, H, planes, Dq)
     std::vector<int32_t> q_sum_;          // (T, H, planes)

@@ -49,6 +49,7 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step, HeadRows rows) {
         })) {
         return false;
     }
+    if (is_shared()) return true;  // the likeliest is found when all logits are there
     return walk.phase(rows.count,
                       [&](int t) { rows.best[t] = kernels_.argmax(rows.logits + t * ld, config_.vocab); });
 }
@@ -138,7 +139,7 @@ void Model::settle(const Step& step, int row, Scratch& scratch) {
             }
         }
     }
-    step.batch.choices[row] = std::max(best, 0);
+    choose(step, row, most, best);
 }
 
 void Model::make_shadow() {

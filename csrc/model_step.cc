@@ -25,22 +25,25 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
         return;
     }
     const Group& last = step.batch.logit_rows > 0 || shadow_.linears.empty() ? head : shadow_;
+    if (is_shared() && !gather_embedding(walk, step)) return;
     for (int i = 0; i < config_.layers; i++) {
         const Layer& layer = layers[i];
         const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : last;
         if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
         if (!attention_phases(walk, step, i, layer.o)) return;
-        if (!(hands_heads(step, layer)
-                  ? handed_phase(walk, step, layer.o, x_.data(), layer.gate_up)
-                  : linear_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), x_.data(), true, layer.gate_up))) {
+        if (!adding_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), head_cuts_, hands_heads(step, layer),
+                           layer.gate_up)) {
             return;
         }
         if (!gated_phases(walk, step, layer, 4 * i + 2)) return;
-        if (!(hands_gated(step, layer)
-                  ? handed_phase(walk, step, layer.down, x_.data(), after)
-                  : linear_phases(walk, step, layer.down, 4 * i + 3, act_.data(), x_.data(), true, after))) {
+        if (!adding_phases(walk, step, layer.down, 4 * i + 3, act_.data(), config_.intermediate_cuts,
+                           hands_gated(step, layer), after)) {
             return;
         }
+    }
+    if (is_shared()) {
+        (void)shared_head_phases(walk, step);
+        return;
     }
     const Batch& batch = step.batch;
     if (!head_phases(walk, step, {batch.logit_rows, batch.logit_tokens, batch.logits, batch.best})) return;
@@ -53,10 +56,14 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
 
 void Model::embed(const Step& step, int t) {
     const int size = config_.hidden, half = config_.shape.head_dim / 2;
-    const size_t row = static_cast<size_t>(step.batch.token_ids[t]) * size;
-    const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
-    kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, size,
-                   x_.data() + static_cast<size_t>(t) * size);
+    const int token = step.batch.token_ids[t], owner = owner_of(token);
+    if (!is_shared() || owner == exchange_->rank()) {
+        const size_t row = static_cast<size_t>(token - config_.vocab_cuts[owner]) * size;
+        const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
+        float* to = is_shared() ? static_cast<float*>(exchange_->mine()) : x_.data();
+        kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, size,
+                       to + static_cast<size_t>(t) * size);
+    }
     for (int i = 0; i < half; i++) {
         const float angle = static_cast<float>(step.batch.positions[t]) * config_.inv_freq[i];
         cos_[static_cast<size_t>(t) * half + i] = std::cos(angle);
@@ -65,7 +72,7 @@ void Model::embed(const Step& step, int t) {
 }
 
 bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group, const float* input, int tokens,
-                          const int32_t* rows) {
+                          const int32_t* rows, bool of_share) {
     if (step.alone) return true;
     const bool packed = is_packed(tokens);
     const int size = packed ? kLanes : 1;
@@ -73,8 +80,10 @@ bool Model::prepare_phase(Pool::Walk& walk, const Step& step, const Group& group
         Scratch& scratch = scratch_[walk.thread()];
         for (int t = i * size; t < std::min(tokens, (i + 1) * size); t++) {
             const int row = rows != nullptr ? rows[t] : t;
-            group.prepare(kernels_, input + static_cast<size_t>(row) * group.inputs(), t, step.batch.generated[row],
-                          config_.symmetric_tokens, packed, prepared_, scratch);
+            const float* x = input + static_cast<size_t>(row) * group.inputs();
+            const bool is_generated = step.batch.generated[row] != 0;
+            if (of_share) prepare_share(group, x, t, is_generated, packed, scratch);
+            else group.prepare(kernels_, x, t, is_generated, config_.symmetric_tokens, packed, prepared_, scratch);
         }
         if (packed) group.pack(kernels_, i, prepared_, scratch);
     });
@@ -101,7 +110,8 @@ void Model::multiply_chunk(const Step& step, const Group& group, int i, const st
     const Chunk& chunk = group.chunks(tokens)[i / blocks];
     const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
     if (is_packed(tokens)) group.prefetch(tokens, i + threads());
-    const size_t ld = group.outputs();
+    const Linear& first = group.linears.front();
+    const size_t ld = first.keeps_sums ? part_width(first) : group.outputs();
     size_t column = chunk.begin;
     for (int j = 0; j < chunk.linear; j++) column += group.linears[j].outputs;
     by_rows(chunk, tokens, [&](int n, int count) {
@@ -113,7 +123,8 @@ void Model::multiply_chunk(const Step& step, const Group& group, int i, const st
 bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
                           float* output, bool adds, const Group& next) {
     const int tokens = step.batch.tokens;
-    if (!prepare_phase(walk, step, group, input, tokens, nullptr)) return false;
+    const bool of_share = group.linears.front().keeps_sums && needs_ranges(group);
+    if (!prepare_phase(walk, step, group, input, tokens, nullptr, of_share)) return false;
     const int chunks = static_cast<int>(group.chunks(tokens).size());
     return walk.phase(chunks * chunk_count(tokens, kTokenBlock), [&](int i) {
         Scratch& scratch = scratch_[walk.thread()];
@@ -126,12 +137,27 @@ bool Model::takes_handed(const Step& step, const Group& group) const {
     return is_packed(step.batch.tokens) && group.linears.size() == 1 && group.linears[0].kind == LinearKind::w8a8;
 }
 
-bool Model::handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, const Group& next) {
+bool Model::handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, bool adds,
+                         const Group& next) {
     const int tokens = step.batch.tokens, chunks = static_cast<int>(group.chunks(tokens).size());
     return walk.phase(
         chunks * chunk_count(tokens, kTokenBlock),
-        [&](int i) { multiply_chunk(step, group, i, handed_, output, true, scratch_[walk.thread()]); },
+        [&](int i) { multiply_chunk(step, group, i, handed_, output, adds, scratch_[walk.thread()]); },
         [&] { next.prefetch(tokens, walk.thread()); });
+}
+
+// x += a linear of the input. Of several ranks each has a share of the inputs, those between two of the cuts. `handed`:
+// the input is in handed_.
+bool Model::adding_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
+                          const std::vector<int>& cuts, bool handed, const Group& next) {
+    const auto multiply = [&](float* output, bool adds) {
+        if (handed) return handed_phase(walk, step, group, output, adds, next);
+        return linear_phases(walk, step, group, use, input, output, adds, next);
+    };
+    if (!is_shared()) return multiply(x_.data(), true);
+    if (group.has_floating()) return gathering_phases(walk, step, group, use, input, cuts, next);
+    if (needs_ranges(group) && !meet_ranges(walk, step, input, group.inputs())) return false;
+    return multiply(static_cast<float*>(exchange_->mine()), false) && add_parts(walk, step, group);
 }
 
 bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer, int use) {

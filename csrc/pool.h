@@ -61,6 +61,16 @@ public:
             return wait(phase, chunks);
         }
 
+        // A phase of one chunk that waits for something outside: that the others sleep meanwhile is no sign of a busy
+        // machine.
+        template <typename Chunk>
+        [[nodiscard]] bool lone(Chunk chunk) {
+            const int64_t slept = slept_ns_;
+            const bool goes_on = phase(1, [&](int) { chunk(); });
+            slept_ns_ = slept;
+            return goes_on;
+        }
+
     private:
         friend class Pool;
         Walk(Pool& pool, int thread, uint32_t epoch) : pool_(pool), thread_(thread), epoch_(epoch) {}

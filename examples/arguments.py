@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from eightfold.engine.world import World
 from eightfold.errors import ConfigError, EightfoldError
 
 EXIT_USER = 2
@@ -40,6 +41,13 @@ def cmd_bool(text: str) -> bool:
     return text == "True"
 
 
+def _speaks() -> bool:
+    try:
+        return World.of_environment().speaks
+    except ConfigError:
+        return True
+
+
 def exit_code(work: Callable[[], int], *more: type[Exception]) -> int:
     """Run a command; return its exit code: what it says itself, or 2 with one line on stderr.
 
@@ -60,5 +68,6 @@ def exit_code(work: Callable[[], int], *more: type[Exception]) -> int:
         if "allocate memory" not in str(error):  # torch's way of saying it
             raise
         message = _OUT_OF_MEMORY
-    print(f"eightfold: {message}", file=sys.stderr)
+    if _speaks():
+        print(f"eightfold: {message}", file=sys.stderr)
     return EXIT_USER

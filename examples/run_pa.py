@@ -25,7 +25,7 @@ import numpy as np
 from examples.arguments import exit_code
 from examples.server import benchmark
 from examples.server.arguments import MAX_BLOCK_SIZE, build_parser, refuse
-from examples.server.engine import Engine, pages_for
+from examples.server.engine import Engine, leave_to_first, pages_for
 from examples.server.generate import AdmissionError, Limits, Request, Timing, generate_requests
 from examples.server.prompts import Prompt, encode, read_prompts, text_or_file
 
@@ -213,7 +213,7 @@ def _usable_block_size(block_size: int) -> int:
 def _say_what_has_no_effect(args: argparse.Namespace) -> None:
     devices = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
     if devices:
-        LOG.info("ASCEND_RT_VISIBLE_DEVICES=%s names NPUs; this runs on the CPU, in one process", devices)
+        LOG.info("ASCEND_RT_VISIBLE_DEVICES=%s names NPUs; this runs on the CPU", devices)
     for name in IDLE_SWITCHES:
         if os.environ.get(name, "0") not in ("", "0"):
             LOG.warning("%s has no effect here", name)
@@ -225,6 +225,7 @@ def _say_what_has_no_effect(args: argparse.Namespace) -> None:
 def _work(argv: Sequence[str]) -> int:
     args = build_parser("python -m examples.run_pa").parse_args(argv)
     refuse(args)
+    leave_to_first(Path(args.model_path))
     _say_what_has_no_effect(args)
     prompts = read_prompts(args)
     runner = PARunner(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 from examples.arguments import Defaults, OneLineParser, cmd_bool
 
-from eightfold.errors import ConfigError, UnsupportedError
+from eightfold.engine.world import World
+from eightfold.errors import ConfigError, UnsupportedError, one_of
 
 DEFAULT_TEXT = "What's deep learning?"
 PARALLEL = ("dp", "tp", "moe_tp", "pp", "microbatch_size", "moe_ep", "sp", "cp")
@@ -100,7 +100,7 @@ def refuse(args: argparse.Namespace) -> None:
         UnsupportedError: a flag, or the environment, asks for something that is not made.
         ConfigError: values that make no sense, or not together.
     """
-    _refuse_several_processes(args)
+    _refuse_parallel_sizes(args)
     for name, default in (("is_embedding_model", False), ("max_loras", 0), ("max_lora_rank", 0)):
         if getattr(args, name) != default:
             raise UnsupportedError(f"--{name}", got=getattr(args, name) or None, action="It is not made.")
@@ -114,14 +114,13 @@ def refuse(args: argparse.Namespace) -> None:
         raise ConfigError("--load_tokenizer", got="False, and prompts that are texts", expected="--input_ids alone")
 
 
-def _refuse_several_processes(args: argparse.Namespace) -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    action = "A model runs in one process; parallel ones are not made."
-    if world not in ("", "1"):
-        raise UnsupportedError("WORLD_SIZE", got=world, expected=1, action=action)
+def _refuse_parallel_sizes(args: argparse.Namespace) -> None:
+    action = "All processes that torchrun starts share the model by tensor parallelism; other ways are not made."
     for name in PARALLEL:
-        if getattr(args, name) not in (-1, 1):
-            raise UnsupportedError(f"--{name}", got=getattr(args, name), expected="-1 or 1", action=action)
+        sizes = {-1, 1, World.of_environment().size} if name == "tp" else {-1, 1}
+        if getattr(args, name) not in sizes:
+            expected = one_of(sorted(sizes))
+            raise UnsupportedError(f"--{name}", got=getattr(args, name), expected=expected, action=action)
     if args.distributed_enable:
         raise UnsupportedError("--distributed_enable", action=action)
 

@@ -7,11 +7,14 @@ attend in float.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from examples.server.generate import Batcher, Request
 
+from eightfold.engine import distributed
 from eightfold.engine.block_manager import BlockManager
-from eightfold.errors import CapacityError
+from eightfold.engine.world import World
+from eightfold.errors import CapacityError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.generation import require_ids
 from eightfold.native import core
@@ -132,10 +135,24 @@ def pages_for(num_blocks: int, block_size: int, sequences: int) -> int:
     return num_blocks * whole if not rest else -(-num_blocks * block_size // PAGE) + sequences
 
 
-def _native(checkpoint: Checkpoint, pages: int) -> Batcher:
-    from eightfold.native.load import load_model
+# How the core computes as an NPU does.
+OPTIONS = {"dynamic": "symmetric", "attention": "mindie"}
 
-    model = load_model(checkpoint, dynamic="symmetric", attention="mindie")
+
+def leave_to_first(model_path: Path) -> None:
+    """Go on in one of several processes; the others compute what it asks for, and end when it ends.
+
+    Raises:
+        UnsupportedError: there are several, and no compiled core.
+    """
+    if core.is_built():
+        distributed.leave_to_first(model_path, **OPTIONS)
+    elif (size := World.of_environment().size) > 1:
+        raise UnsupportedError("run_pa without the compiled extension", got=f"{size} processes", expected="one")
+
+
+def _native(checkpoint: Checkpoint, pages: int) -> Batcher:
+    model = distributed.load_model(checkpoint, **OPTIONS)
     model.allocate_cache(pages * PAGE, "Lower --max_batch_size, --max_input_length or --max_output_length.")
     return NativeBatcher(model, pages)
 

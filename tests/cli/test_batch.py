@@ -158,8 +158,9 @@ def test_any_number_of_sequences_can_run(batch):
 def test_json_for_programs(batch):
     found = batch({"prompt": "a"}, {"prompt": "b"}, words=["--json", "--ignore-eos"]).json()
     assert found.pop("seconds") > 0
+    assert len(found.pop("resident_weights_mib")) == 1
     assert found == {
-        "answered": 2, "answered_before": 0, "failed": 0, "prompt_tokens": 2, "generated_tokens": 10,
+        "answered": 2, "answered_before": 0, "failed": 0, "prompt_tokens": 2, "generated_tokens": 10, "world_size": 1,
     }  # fmt: skip
 
 

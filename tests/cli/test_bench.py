@@ -46,6 +46,8 @@ KEYS = {
     "repeat",
     "weights_bytes",
     "kv_bytes_per_token",
+    "world_size",
+    "resident_weights_mib",
 }
 SMALL = ("--prompt-len", 20, "--new-tokens", 4, "--repeat", 2, "--threads", 2)
 
@@ -237,6 +239,8 @@ def test_the_summary_is_medians_and_their_share_of_the_limits(models, batch):
         "repeat": 3,
         "weights_bytes": weights,
         "kv_bytes_per_token": 2 * 128,
+        "world_size": 1,
+        "resident_weights_mib": model.resident_weights_mib,
     }
 
 
@@ -283,7 +287,9 @@ def test_bench_gives_json(cli, models, name, batch):
     assert found.keys() == KEYS
     assert (found["batch"], found["prompt_len"], found["new_tokens"], found["repeat"]) == (batch, 20, 4, 2)
     assert found["threads"] == 2
-    assert all(found[key] > 0 for key in KEYS - {"isa", "int8_fraction", "read_gb_s", "bandwidth_fraction"})
+    assert (found["world_size"], len(found["resident_weights_mib"])) == (1, 1)
+    others = {"isa", "int8_fraction", "read_gb_s", "bandwidth_fraction", "resident_weights_mib"}
+    assert all(found[key] > 0 for key in KEYS - others)
     assert found["int8_fraction"] == 0 or name != "float"
 
 

@@ -22,7 +22,10 @@ def test_every_family_and_scheme_quantizes_and_runs(cli, tmp_path, architecture,
         ran = cli("run", tmp_path / "out", *words)
         assert ran.code == 0, ran.err
         document = ran.json()
-        assert set(document) == {"text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend"}
+        assert set(document) == {
+            "text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend", "world_size",
+            "resident_weights_mib",
+        }  # fmt: skip
         assert document["prompt_tokens"] == 5
         assert document["backend"] == backend
 

@@ -18,8 +18,13 @@ def run(cli, small):
 def test_the_engine_gives_the_greedy_answer_of_the_backend(run, small):
     plain = run("--prompt", "hello", "--json").json()
     engine = run("--prompt", "hello", "--json", "--temperature", 0).json()
-    assert {**engine, "seconds": 0} == {**plain, "seconds": 0}
-    assert list(plain) == ["text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend"]
+    measured = {"seconds": 0, "resident_weights_mib": []}
+    assert {**engine, **measured} == {**plain, **measured}
+    assert list(plain) == [
+        "text", "token_ids", "prompt_tokens", "finish_reason", "seconds", "backend", "world_size",
+        "resident_weights_mib",
+    ]  # fmt: skip
+    assert (plain["world_size"], len(plain["resident_weights_mib"])) == (1, 1)
     assert plain["token_ids"] == small.answer(Tokenizer(small.directory).encode("hello"), 20, frozenset({EOS}))
 
 

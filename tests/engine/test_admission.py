@@ -55,7 +55,7 @@ class TestMemory:
         weights = 100 * model.page_bytes
         with (
             mock.patch.object(NativeModel, "weight_bytes", weights),
-            mock.patch("eightfold.engine.admission.available_bytes", lambda: weights + 21 * model.page_bytes),
+            mock.patch("eightfold.native.model.available_bytes", lambda: weights + 21 * model.page_bytes),
         ):
             assert model.engine().blocks.total == 10
 
@@ -68,7 +68,7 @@ class TestMemory:
         with pytest.raises(CapacityError, match=expected):
             model.engine(kv_memory=model.page_bytes - 1)
         with (
-            mock.patch("eightfold.engine.admission.available_bytes", lambda: model.alone.weight_bytes),
+            mock.patch("eightfold.native.model.available_bytes", lambda: model.alone.weight_bytes),
             pytest.raises(CapacityError, match=expected),
         ):
             model.engine()

@@ -59,7 +59,10 @@ class Batch:
 
 @dataclass
 class Tally:
-    """What was done: prompts that were answered now, before, and not; tokens, and seconds without loading."""
+    """What was done: prompts that were answered now, before, and not; tokens, and seconds without loading.
+
+    Weights: by how much loading has made each process larger; nothing where none was loaded.
+    """
 
     answered: int = 0
     answered_before: int = 0
@@ -67,6 +70,8 @@ class Tally:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
+    world_size: int = 1
+    resident_weights_mib: list[float] = field(default_factory=list)
 
     @property
     def speed(self) -> float:
@@ -95,7 +100,9 @@ def run_batch(batch: Batch) -> Tally:
         todo = [request for request in requests if request.index not in done]
         tally = Tally(answered_before=len(done))
         if todo:
-            _Run(_load(batch), answers, setup, tally).answer(todo)
+            engine = _load(batch)
+            tally.world_size, tally.resident_weights_mib = engine.model.world_size, engine.model.resident_weights_mib
+            _Run(engine, answers, setup, tally).answer(todo)
     return tally
 
 

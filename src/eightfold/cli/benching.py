@@ -74,16 +74,24 @@ def bench(
 
     peak_rss_mib: largest resident size of the process after one repetition,
     mapped weights included.
+
+    Of several processes (torchrun --nproc_per_node N -m eightfold bench ...)
+    bytes and rates are those of all together, threads and peak_rss_mib those
+    of the first; resident_weights_mib is by how much loading has made each
+    larger. The limits are measured by the first with the threads of all on
+    its host, times the number of hosts.
     """
+    from eightfold.engine.distributed import leave_to_first, load_model
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.native import measure
-    from eightfold.native.load import load_model
 
+    options = {"threads": threads, "dynamic": dynamic.mode, "attention": attention_mode.mode}
+    leave_to_first(model, **options)
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model)
     work = measure.Workload(prompt_len, new_tokens, batch)
     work.require_context(checkpoint.config)
-    native = load_model(checkpoint, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
+    native = load_model(checkpoint, **options)
     load_s = time.perf_counter() - started
     runner = measure.Runner(native, work)
     with console.bars("bench", 1 + repeat, "run") as task:
@@ -99,6 +107,8 @@ def bench(
 
 def _lines(title: str, result: dict[str, Any], found: Measurement) -> list[str]:
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    if result["world_size"] > 1:
+        threads = f"{result['world_size']} processes of {threads}"
     memory = "" if result["peak_rss_mib"] is None else f", peak memory {result['peak_rss_mib']:.0f} MiB"
     sequences = "1 sequence" if result["batch"] == 1 else f"{result['batch']} sequences"
     load = f"loaded in {result['load_s']:.2f} s{memory}"

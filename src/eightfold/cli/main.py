@@ -133,8 +133,19 @@ def _fail(message: str, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"eightfold: {' '.join(message.split())}", file=sys.stderr)
+    if _speaks():
+        print(f"eightfold: {' '.join(message.split())}", file=sys.stderr)
     return EXIT_USER
+
+
+def _speaks() -> bool:
+    """Whether this process tells the user: of several that share a model, one does."""
+    from eightfold.engine.world import World
+
+    try:
+        return World.of_environment().speaks
+    except EightfoldError:
+        return True
 
 
 def _usage_error(error: Any) -> int:
@@ -143,6 +154,8 @@ def _usage_error(error: Any) -> int:
     path = context.command_path if context is not None else PROGRAM
     if not message:  # no arguments: the help has been shown
         error.show()
+        return EXIT_USER
+    if not _speaks():
         return EXIT_USER
     text = " ".join(message.split())
     print(f"eightfold: {text}{'' if text[-1] in '.?!' else '.'} Try: {path} --help", file=sys.stderr)

@@ -75,6 +75,8 @@ def run(
 
     Answers are greedy unless --temperature is given.
 
+    In several processes: torchrun --nproc_per_node 2 -m eightfold run DIR ...
+
     A file: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
 
     Its lines are objects with prompt, messages or prompt_token_ids, perhaps an
@@ -96,6 +98,7 @@ def run(
     )
     _require_one_source(prompt, input_file, output_file, {**limits, **sampling.given(overwrite=overwrite)})
     template = None if chat_template is None else sampling.read_template(chat_template)
+    _leave_to_first(model, backend, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
     if note := sampling.idle_note(chosen):
         console.note(note)
     settings = {"threads": threads, "dynamic": dynamic.mode, "attention_mode": attention_mode.mode, **limits}
@@ -123,6 +126,23 @@ def _require_one_source(
     alone = [*(["output_file"] if output_file is not None else []), *of_files]
     if prompt is not None and alone:
         raise ConfigError(f"--{alone[0].replace('_', '-')}", got="--prompt", expected="--input-file beside it")
+
+
+def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
+    """Go on in one process only; the others compute for it. Where nothing is shared, refuse more than one.
+
+    Raises:
+        UnsupportedError: there are several, and the backend is for one.
+    """
+    if backend.resolve() is not Backend.reference:
+        from eightfold.engine.distributed import leave_to_first
+
+        leave_to_first(model, **options)
+        return
+    from eightfold.engine.world import World
+
+    if (size := World.of_environment().size) > 1:
+        raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")
 
 
 def _require_native(backend: Backend) -> None:
@@ -159,6 +179,8 @@ def _report(tally: Tally, output_file: Path, as_json: bool) -> None:
                 "prompt_tokens": tally.prompt_tokens,
                 "generated_tokens": tally.generated_tokens,
                 "seconds": round(tally.seconds, 3),
+                "world_size": tally.world_size,
+                "resident_weights_mib": tally.resident_weights_mib,
             }
         )
     else:

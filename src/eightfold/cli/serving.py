@@ -86,6 +86,8 @@ def serve(
     then: curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json'
     -d '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
 
+    In several processes: torchrun --nproc_per_node 2 -m eightfold serve DIR ...
+
     Clients of OpenAI's need base_url http://localhost:8000/v1 and any api_key.
     The log on stderr has one line of JSON for each request, and never a prompt.
     The first Ctrl-C or SIGTERM lets running answers finish, the second does not.
@@ -98,11 +100,13 @@ def serve(
     template = None if chat_template is None else _read_template(chat_template)
     if not model.is_dir():
         raise CheckpointError("model directory", got=model, expected="a directory", action="Check the path.")
+    from eightfold.engine.distributed import leave_to_first
     from eightfold.server import logs
     from eightfold.server.serve import bind
     from eightfold.server.serve import serve as run
     from eightfold.server.settings import ServerSettings
 
+    leave_to_first(model, threads=threads, attention=attention_mode.mode)
     _warn_of_strangers(host, key)
     sock = bind(host, port)
     try:

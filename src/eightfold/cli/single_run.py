@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eightfold.engine.engine import Engine
     from eightfold.engine.sampling_params import SamplingParams
     from eightfold.format.checkpoint import Checkpoint
+    from eightfold.native.model import NativeModel
     from eightfold.tokenizer import Tokenizer
 
 # Is told of each piece of text.
@@ -25,7 +26,7 @@ Show = Callable[[str], None]
 
 
 class Outcome(NamedTuple):
-    """An answer; `seconds` without loading."""
+    """An answer; `seconds` without loading. Weights: by how much loading has made each process larger."""
 
     text: str
     token_ids: list[int]
@@ -33,6 +34,8 @@ class Outcome(NamedTuple):
     finish_reason: str | None
     seconds: float
     backend: str
+    world_size: int
+    resident_weights_mib: list[float]  # of each process
 
 
 class _Generation(Protocol):
@@ -47,6 +50,9 @@ _Generate = Callable[[Sequence[int], int, frozenset[int], Callable[[int], None]]
 
 # Text, tokens and the reason of an answer's end.
 _Answered = tuple[str, list[int], str | None]
+
+# What answers, and with which model; None: not with one of the native core.
+_Loaded = tuple[Callable[[Show], _Answered], "NativeModel | None"]
 
 
 @dataclass(frozen=True)
@@ -86,23 +92,24 @@ class Single:
         tokenizer = Tokenizer(self.model, self.chat_template)
         prompt_ids = self._encode(tokenizer)
         backend = self.backend.resolve()
-        answer = (self._sampled if self.sampling else self._greedy)(checkpoint, tokenizer, backend, prompt_ids)
+        load = self._sampled if self.sampling else self._greedy
+        answer, model = load(checkpoint, tokenizer, backend, prompt_ids)
         started = time.monotonic()
         text, token_ids, reason = answer(show)
-        return Outcome(text, token_ids, len(prompt_ids), reason, round(time.monotonic() - started, 3), backend.value)
+        seconds, weights = round(time.monotonic() - started, 3), [] if model is None else model.resident_weights_mib
+        world_size = 1 if model is None else model.world_size
+        return Outcome(text, token_ids, len(prompt_ids), reason, seconds, backend.value, world_size, weights)
 
     def _encode(self, tokenizer: Tokenizer) -> list[int]:
         if not self.chat:
             return tokenizer.encode(self.prompt)
         return tokenizer.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
 
-    def _greedy(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]
-    ) -> Callable[[Show], _Answered]:
+    def _greedy(self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]) -> _Loaded:
         """Load a model; return what answers with it."""
         from eightfold.tokenizer import StreamDecoder, stop_token_ids
 
-        generate = (_reference if backend is Backend.reference else _native)(checkpoint, self.settings)
+        generate, model = (_reference if backend is Backend.reference else _native)(checkpoint, self.settings)
         stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
 
         def answer(show: Show) -> _Answered:
@@ -111,11 +118,11 @@ class Single:
             show(stream.finish())
             return tokenizer.decode(found.token_ids), found.token_ids, found.finish_reason
 
-        return answer
+        return answer, model
 
     def _sampled(
         self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]
-    ) -> Callable[[Show], _Answered]:
+    ) -> _Loaded:
         """Load an engine; return what answers with it."""
         if backend is Backend.reference:
             raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
@@ -126,7 +133,7 @@ class Single:
         require_room(checkpoint.config, len(prompt_ids), self.max_new_tokens)
         params = sampling_params(self.sampling, max_tokens=self.max_new_tokens)
         engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.settings))
-        return functools.partial(_run, engine, prompt_ids, params)
+        return functools.partial(_run, engine, prompt_ids, params), engine.model
 
 
 def _run(engine: Engine, prompt_ids: list[int], params: SamplingParams, show: Show) -> _Answered:
@@ -138,19 +145,18 @@ def _run(engine: Engine, prompt_ids: list[int], params: SamplingParams, show: Sh
     return answer.text, answer.token_ids, answer.finish_reason
 
 
-def _reference(checkpoint: Checkpoint, settings: dict[str, Any]) -> _Generate:
+def _reference(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[_Generate, None]:
     console.require_torch("run --backend reference")
     from eightfold.reference.generate import generate
     from eightfold.reference.load import Decoder
 
-    return functools.partial(generate, Decoder(checkpoint, settings["dynamic"], settings["attention_mode"]))
+    return functools.partial(generate, Decoder(checkpoint, settings["dynamic"], settings["attention_mode"])), None
 
 
-def _native(checkpoint: Checkpoint, settings: dict[str, Any]) -> _Generate:
+def _native(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[_Generate, NativeModel]:
+    from eightfold.engine.distributed import load_model
     from eightfold.native.generate import generate
-    from eightfold.native.load import load_model
 
     dynamic, attention = settings["dynamic"], settings["attention_mode"]
-    return functools.partial(
-        generate, load_model(checkpoint, threads=settings["threads"], dynamic=dynamic, attention=attention)
-    )
+    model = load_model(checkpoint, threads=settings["threads"], dynamic=dynamic, attention=attention)
+    return functools.partial(generate, model), model

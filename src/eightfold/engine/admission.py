@@ -13,7 +13,6 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.engine.structured import Grammar, GrammarCompiler
 from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.generation import require_ids
-from eightfold.memory import available_bytes
 from eightfold.native.model import PAGE, NativeModel
 from eightfold.tokenizer import Tokenizer
 
@@ -45,8 +44,8 @@ def room_for_cache(model: NativeModel, config: EngineConfig) -> int:
     most = config.max_num_seqs * -(-longest_context(model, config) // PAGE)
     size = config.kv_memory
     if size is None:
-        free = available_bytes()
-        size = most * model.page_bytes if free is None else max(free - model.weight_bytes, 0) // 2
+        free = model.room()
+        size = most * model.page_bytes if free is None else free // 2
     pages = min(size // model.page_bytes, most)
     if not pages:
         raise CapacityError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.engine.admission import Admission, room_for_cache
 from eightfold.engine.block_manager import BlockManager
+from eightfold.engine.distributed import load_model
 from eightfold.engine.layout import Layout
 from eightfold.engine.outputs import EngineStats, RequestOutput
 from eightfold.engine.sampler import Sampled, choose_all, prompt_logprobs
@@ -24,7 +25,6 @@ from eightfold.engine.sequence import Request, TokenSequence
 from eightfold.engine.settings import EngineConfig
 from eightfold.engine.speculate import Lookup, Speculation, measure_row_cost
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.load import load_model
 from eightfold.native.model import PAGE, NativeModel
 from eightfold.scheme import QuantType
 from eightfold.tokenizer import Tokenizer, stop_token_ids

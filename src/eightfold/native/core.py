@@ -59,8 +59,12 @@ def choose_isa() -> str:
     return wanted or available[-1]
 
 
-def choose_threads(threads: int | None = None) -> int:
+def choose_threads(threads: int | None = None, sharers: int = 1) -> int:
     """Return how many threads compute: as asked, as EIGHTFOLD_THREADS says, or one for each usable CPU.
+
+    Args:
+        threads: what is asked for.
+        sharers: processes among which the CPUs are divided.
 
     Raises:
         ConfigError: not a number from 1 to MAX_THREADS.
@@ -68,7 +72,7 @@ def choose_threads(threads: int | None = None) -> int:
     text = os.environ.get(THREADS_VARIABLE, "") if threads is None else str(threads)
     if not text:
         usable: int = extension().usable_cpus()
-        return min(usable, MAX_THREADS)
+        return max(1, min(usable // sharers, MAX_THREADS))
     if not text.isascii() or not text.isdigit() or len(text) > 4 or not 1 <= int(text) <= MAX_THREADS:
         what = THREADS_VARIABLE if threads is None else "threads"
         raise ConfigError(what, got=text, expected=f"a number from 1 to {MAX_THREADS}")

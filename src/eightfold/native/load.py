@@ -5,6 +5,8 @@ Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,9 +28,11 @@ from eightfold.families import (
     sliding_window,
 )
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.memory import resident_bytes
 from eightfold.native import core
 from eightfold.native.model import NativeModel
 from eightfold.native.rotary import inverse_frequencies
+from eightfold.native.share import WHOLE, Share
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -43,7 +47,6 @@ from eightfold.scheme import (
     OFFSET,
     QUANT_BIAS,
     SCALE,
-    WEIGHT,
     WEIGHT_OFFSET,
     WEIGHT_SCALE,
     QuantType,
@@ -76,8 +79,10 @@ def load_model(
     threads: int | None = None,
     dynamic: Literal["asymmetric", "symmetric"] = "asymmetric",
     attention: Literal["cache", "mindie"] = "cache",
+    share: Share = WHOLE,
+    neighbours: int = 1,
 ) -> NativeModel:
-    """Build the native model of a checkpoint.
+    """Build the native model of a checkpoint, or a rank's share of it.
 
     Args:
         checkpoint: any scheme.
@@ -85,29 +90,34 @@ def load_model(
         dynamic: how W8A8_DYNAMIC quantizes a token.
         attention: what a prompt's tokens attend over when keys and values are int8: what the cache holds, or the fresh
             keys and values (in bfloat16); prompts then have to run whole.
+        share: what of the model; anything but the whole has to meet the others before it can run.
+        neighbours: processes of this host that load a share of it, this one included.
 
     Raises:
+        ConfigError: the heads cannot be shared out evenly.
         UnsupportedError: no compiled extension, a shape outside its limits, or FAQuant with an offset that is not zero.
         CheckpointError: a scale that is not a finite number.
     """
-    config = checkpoint.config
+    config, resident = checkpoint.config, resident_bytes()
     _require_shapes(checkpoint)
+    share.require(config, checkpoint.directory)
     isa = core.choose_isa()
     model = core.extension().Model(
         isa=isa,
         threads=core.choose_threads(threads),
         num_layers=config.num_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
+        hidden=share.hidden_cuts(config),
+        intermediate=share.intermediate_cuts(config),
+        vocab=share.vocab_cuts(config),
+        rank=share.rank,
+        heads=_length(share.heads(config)),
+        kv_heads=_length(share.kv_heads(config)),
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
         symmetric_tokens=dynamic == "symmetric",
         inv_freq=inverse_frequencies(config.rope, config.head_dim),
     )
-    loader = _Loader(checkpoint, model)
+    loader = _Loader(checkpoint, model, share)
     for layer_idx in range(config.num_layers):
         loader.add_layer(layer_idx)
     loader.add_ends()
@@ -115,7 +125,9 @@ def load_model(
     if damaged >= 0:
         loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
-    return NativeModel(model, config, isa, float_prompts)
+    loaded = NativeModel(model, config, isa, float_prompts, neighbours)
+    loaded.resident_weights = (max(resident_bytes() - resident, 0),)
+    return loaded
 
 
 def _require_shapes(checkpoint: Checkpoint) -> None:
@@ -135,8 +147,8 @@ def _require_shapes(checkpoint: Checkpoint) -> None:
 class _Loader:
     """Hands a checkpoint's tensors to the extension."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any) -> None:
-        self.checkpoint, self.config, self.model = checkpoint, checkpoint.config, model
+    def __init__(self, checkpoint: Checkpoint, model: Any, share: Share) -> None:
+        self.checkpoint, self.config, self.model, self.share = checkpoint, checkpoint.config, model, share
         self.weights: list[str] = []  # as the extension has got them
 
     def add_layer(self, layer_idx: int) -> None:
@@ -157,39 +169,44 @@ class _Loader:
         )  # fmt: skip
 
     def add_ends(self) -> None:
-        self.model.set_embedding(self._weight(weight_name(EMBEDDING)))
+        self.model.set_embedding(self._rows(weight_name(EMBEDDING), self.share.vocab(self.config)))
         self.model.set_final_norm(*self._norm(FINAL_NORM))
         if self.config.tie_word_embeddings:
-            self._add_float(-1, "head", self.checkpoint.head_weight(), _NOTHING)
+            weight = self._rows(self.checkpoint.head_weight(), self.share.vocab(self.config))
+            self._add_float(-1, "head", weight, _NOTHING)
         else:
             self._add_linear(-1, "head", LM_HEAD, all_linears(self.config)[LM_HEAD])
 
     def _add_linear(self, layer_idx: int, group: str, module: str, linear: LinearShape) -> None:
         kind = self.checkpoint.quant_type(module)
-        bias = self._values(f"{module}.{BIAS}") if linear.has_bias else _NOTHING
+        cut = self.share.of_linear(self.config, linear.name, is_float=kind is QuantType.FLOAT)
+        bias = self._values(f"{module}.{BIAS}")[cut.rows] if linear.has_bias else _NOTHING
+        name = weight_name(module)
+        weight = self._rows(name, cut.rows) if cut.columns is None else self._columns(name, cut.columns)
         if kind is QuantType.FLOAT:
-            self._add_float(layer_idx, group, weight_name(module), bias)
+            self._add_float(layer_idx, group, weight, bias)
             return
         is_static = kind in NEEDS_CALIBRATION
         weight_scale = f"{module}.{WEIGHT_SCALE}"
-        offset = self._values(f"{module}.{WEIGHT_OFFSET}") if kind is QuantType.W8A16 else _NOTHING
+        offset = self._values(f"{module}.{WEIGHT_OFFSET}")[cut.rows] if kind is QuantType.W8A16 else _NOTHING
+        quant_bias = self._integers(f"{module}.{QUANT_BIAS}")[cut.rows] if is_static else _NO_INTEGERS
         self.model.add_linear(
             layer_idx,
             group,
             KINDS[kind],
-            self._weight(f"{module}.{WEIGHT}"),
-            scale=self._values(weight_scale) if weight_scale in self.checkpoint.tensors else _ones(linear),
+            weight,
+            scale=self._values(weight_scale)[cut.rows] if weight_scale in self.checkpoint.tensors else _ones(weight),
             offset=offset if offset.any() else _NOTHING,
             bias=bias,
-            deq_scale=self._deq_scale(module) if is_static else _NOTHING,
-            quant_bias=self._integers(f"{module}.{QUANT_BIAS}") if is_static else _NO_INTEGERS,
+            deq_scale=self._deq_scale(module)[cut.rows] if is_static else _NOTHING,
+            quant_bias=quant_bias if cut.counts_bias else np.zeros_like(quant_bias),
             inv_input_scale=float(np.float32(1) / self._values(f"{module}.{INPUT_SCALE}")[0]) if is_static else 0.0,
             input_offset=float(self._values(f"{module}.{INPUT_OFFSET}")[0]) if is_static else 0.0,
         )
 
-    def _add_float(self, layer_idx: int, group: str, weight: str, bias: NDArray[Any]) -> None:
+    def _add_float(self, layer_idx: int, group: str, weight: NDArray[Any], bias: NDArray[Any]) -> None:
         self.model.add_linear(
-            layer_idx, group, "float", self._weight(weight), scale=_NOTHING, offset=_NOTHING, bias=bias,
+            layer_idx, group, "float", weight, scale=_NOTHING, offset=_NOTHING, bias=bias,
             deq_scale=_NOTHING, quant_bias=_NO_INTEGERS, inv_input_scale=0.0, input_offset=0.0,
         )  # fmt: skip
 
@@ -207,22 +224,27 @@ class _Loader:
         if kind is QuantType.C8:
             key, value = (self._channels(f"{prefix}{part}", KV_SCALE, KV_OFFSET) for part in (KEY, VALUE))
             return {"kind": "int8x2", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": key, "value": value}
-        module, heads, dim = prefix + ATTENTION, self.config.num_heads, self.config.head_dim
+        module, config, dim = prefix + ATTENTION, self.config, self.config.head_dim
+        heads, per_key = self.share.heads(config), config.num_heads // config.num_kv_heads
         for part in (FA_Q, FA_K, FA_V):
             self._require_zeros(f"{module}.{part}.{OFFSET}")
         key, value = (self._channels(f"{module}.{part}", SCALE, "") for part in (FA_K, FA_V))
-        query_scale = self._values(f"{module}.{FA_Q}.{SCALE}").reshape(heads, -1)[:, 0]
-        key_scale = np.repeat(key[0].reshape(-1, dim)[:, 0], heads // self.config.num_kv_heads)
+        query_scale = self._values(f"{module}.{FA_Q}.{SCALE}").reshape(config.num_heads, -1)[heads, 0]
+        first_key = self.share.kv_heads(config).start
+        key_of_head = [h // per_key - first_key for h in range(heads.start, heads.stop)]
+        key_scale = key[0].reshape(-1, dim)[key_of_head, 0]
         score_scale = query_scale * key_scale / np.float32(np.sqrt(dim))
         query_inv = np.float32(1) / query_scale
         return {"kind": "int8", "query_inv": query_inv, "score_scale": score_scale, "key": key, "value": value}
 
     def _channels(self, module: str, scale: str, offset: str) -> list[NDArray[Any]]:
         shape = (self.config.num_kv_heads, self.config.head_dim)
+        heads = self.share.kv_heads(self.config)
         stored = self._values(f"{module}.{scale}").reshape(shape[0], -1)
-        scale_C = np.ascontiguousarray(np.broadcast_to(stored, shape)).reshape(-1)
+        scale_C = np.ascontiguousarray(np.broadcast_to(stored, shape)[heads]).reshape(-1)
         name = f"{module}.{offset}"
-        offset_C = self._values(name) if name in self.checkpoint.tensors else np.zeros_like(scale_C)
+        has_offset = name in self.checkpoint.tensors
+        offset_C = self._values(name).reshape(shape)[heads].reshape(-1) if has_offset else np.zeros_like(scale_C)
         return [scale_C, np.float32(1) / scale_C, offset_C]
 
     def _require_zeros(self, name: str) -> None:
@@ -256,9 +278,25 @@ class _Loader:
             self.require_finite(name)
         return values
 
-    def _weight(self, name: str) -> NDArray[Any]:
+    def _rows(self, name: str, rows: slice) -> NDArray[Any]:
+        """Return rows of a weight as they lie in the file."""
         self.weights.append(name)
-        return self.checkpoint.array(name)
+        return self.checkpoint.array(name)[rows]
+
+    def _columns(self, name: str, columns: slice) -> NDArray[Any]:
+        """Return a copy of columns of a weight, in memory of its own; the file's pages are let go."""
+        self.weights.append(name)
+        array = self.checkpoint.array(name)
+        share = array[:, columns]
+        # Anonymous memory of whole pages: rows that are multiples of a cache line start at one.
+        memory = mmap.mmap(-1, max(share.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        copy = np.frombuffer(memory, share.dtype, share.size).reshape(share.shape)
+        copy[:] = share
+        self.checkpoint.release([name])
+        return copy
 
     def require_finite(self, name: str) -> None:
         """Refuse a tensor with a number that is not finite, and name the first."""
@@ -276,5 +314,9 @@ class _Loader:
             )
 
 
-def _ones(linear: LinearShape) -> NDArray[Any]:
-    return np.ones(linear.n, np.float32)
+def _ones(weight_NK: NDArray[Any]) -> NDArray[Any]:
+    return np.ones(len(weight_NK), np.float32)
+
+
+def _length(of: slice) -> int:
+    return int(of.stop - of.start)

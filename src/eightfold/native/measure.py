@@ -209,10 +209,10 @@ def measure(runner: Runner, repeat: int, advance: Callable[[], None] = lambda: N
     runner.once()
     found.peak_rss_bytes = peak_rss_bytes()
     advance()
-    limits = Limits(runner.model.threads)
+    limits, hosts = Limits(runner.model.threads * runner.model.neighbours), runner.model.hosts
     for _ in range(repeat):
-        found.read_gb_s.append(limits.read_gb_s())
-        found.int8_tops.append(limits.int8_tops())
+        found.read_gb_s.append(limits.read_gb_s() * hosts)
+        found.int8_tops.append(limits.int8_tops() * hosts)
         found.rates.append(Rates.of(runner.once(), runner.work))
         advance()
     return found
@@ -223,7 +223,8 @@ def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work
     prefill, decode, output = (median(found.of(name)) for name in RATES)
     bandwidth, tops = median(found.read_gb_s), median(found.int8_tops)
     mean_context = work.prompt_len + work.new_tokens / 2
-    step_bytes = model.weight_bytes + work.batch * cache_bytes(checkpoint, model.page_bytes, mean_context)
+    page_bytes = model.page_bytes * model.world_size
+    step_bytes = model.all_weight_bytes + work.batch * cache_bytes(checkpoint, page_bytes, mean_context)
     read_gb_s = step_bytes * decode / work.batch / 1e9
     return {
         "prefill_tok_s": prefill,
@@ -242,8 +243,10 @@ def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work
         "prompt_len": work.prompt_len,
         "new_tokens": work.new_tokens,
         "repeat": len(found.rates),
-        "weights_bytes": model.weight_bytes,
-        "kv_bytes_per_token": model.page_bytes // PAGE,
+        "weights_bytes": model.all_weight_bytes,
+        "kv_bytes_per_token": page_bytes // PAGE,
+        "world_size": model.world_size,
+        "resident_weights_mib": model.resident_weights_mib,
     }
 
 

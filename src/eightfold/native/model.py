@@ -6,7 +6,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +75,18 @@ class NativeModel:
         config: of the checkpoint.
         isa: the instruction set of its kernels.
         float_prompts: prompts attend over fresh keys and values and have to run whole, in one chunk.
+        neighbours: processes of this host that have a share of the same model, this one included.
         pages: of the cache.
+        world_size: processes that have a share of the model.
+        resident_weights: bytes by which loading has made each of them larger.
     """
 
-    def __init__(self, core_model: Any, config: ModelConfig, isa: str, float_prompts: bool = False) -> None:
+    def __init__(
+        self, core_model: Any, config: ModelConfig, isa: str, float_prompts: bool = False, neighbours: int = 1
+    ) -> None:
         self._model, self.config, self.isa, self.float_prompts = core_model, config, isa, float_prompts
+        self.neighbours, self.world_size = neighbours, 1
+        self.resident_weights: tuple[int, ...] = (0,)
         self.pages = 0
         self._logits: NDArray[Any] = np.empty((0, config.vocab_size), np.float32)
 
@@ -98,6 +105,34 @@ class NativeModel:
         """Bytes of weights that a step reads, whatever its batch."""
         return int(self._model.weight_bytes)
 
+    @property
+    def all_weight_bytes(self) -> int:
+        """The same of all processes together."""
+        return self.weight_bytes
+
+    @property
+    def hosts(self) -> int:
+        """How many there are, all like this one."""
+        return -(-self.world_size // self.neighbours)
+
+    @property
+    def resident_weights_mib(self) -> list[float]:
+        """What loading took in each process, in MiB."""
+        return [round(size / 2**20, 1) for size in self.resident_weights]
+
+    def room(self) -> int | None:
+        """Return the memory that is free beside the weights, for each process; None if the system does not say."""
+        free = available_bytes()
+        return None if free is None else max(free // self.neighbours - self.weight_bytes, 0)
+
+    def share_memory(self, rank: int, files: Sequence[int]) -> None:
+        """Let this share of a model meet the others of this host, through files in memory: counters first."""
+        self._model.share_memory(rank, files[0], list(files[1:]))
+
+    def share_by_call(self, rank: int, meet: Callable[[NDArray[Any], NDArray[Any]], None]) -> None:
+        """Let this share of a model meet the others through a function that fills in all ranks' parts (ranks, n)."""
+        self._model.share_by_call(rank, meet)
+
     def allocate_cache(self, positions: int, action: str = "Lower --max-new-tokens or shorten the prompt.") -> None:
         """Make a cache for so many positions; what the old one held is lost.
 
@@ -110,6 +145,7 @@ class NativeModel:
         """
         pages = -(-positions // PAGE)
         needed, free = pages * self.page_bytes, available_bytes()
+        free = None if free is None else free // self.neighbours
         if free is not None and needed > free:
             raise CapacityError(
                 "key/value cache",

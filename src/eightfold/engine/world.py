@@ -1,0 +1,83 @@
+"""Which of several processes this one is, as torchrun says in the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from eightfold.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share a model.
+
+    Attributes:
+        rank: of this process, from 0 on; rank 0 talks to the user.
+        size: how many there are.
+        local_rank: among those of this host.
+        local_size: how many are on this host.
+        address: of rank 0's host.
+        port: where torchrun's own store listens; also makes names of different runs different.
+        run: what tells this start from an earlier one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    run: str = ""
+
+    @classmethod
+    def of_environment(cls) -> World:
+        """Read the environment; without torchrun's variables this is the only process.
+
+        Raises:
+            ConfigError: they make no sense.
+        """
+        size = _number("WORLD_SIZE", 1)
+        if size == 1:
+            return cls()
+        rank = _number("RANK", None)
+        local_size, local_rank = _number("LOCAL_WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+        if rank >= size or local_rank >= local_size or local_size > size:
+            got = f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_size}"
+            raise ConfigError("processes", got=got, expected="ranks below their number", action=_START)
+        return cls(
+            rank=rank,
+            size=size,
+            local_rank=local_rank,
+            local_size=local_size,
+            address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+            port=_number("MASTER_PORT", None),
+            run=f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}",
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that schedules and prints."""
+        return self.rank == 0
+
+    @property
+    def is_one_host(self) -> bool:
+        """Whether all are on one host."""
+        return self.local_size == self.size
+
+    @property
+    def speaks(self) -> bool:
+        """Whether an error of this process is shown: once on every host, before the ranks have met."""
+        return self.is_first or (self.local_rank == 0 and not self.is_one_host)
+
+
+_START = "Start them with torchrun --nproc_per_node N -m eightfold ..."
+
+
+def _number(name: str, default: int | None) -> int:
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    if not text.isascii() or not text.isdigit() or (name.endswith("SIZE") and int(text) < 1):
+        raise ConfigError(name, got=text or "nothing", expected="a number", action=_START)
+    return int(text)

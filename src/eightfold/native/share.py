@@ -1,0 +1,140 @@
+"""Which part of a model a rank holds, when several processes share one.
+
+    q, k, v, gate, up      rows: a rank computes some heads, some intermediate channels      (column parallel)
+    o, down                columns: it multiplies what it has computed; the terms are summed (row parallel);
+                           floating ones, whose sums depend on their order, rows: inputs are gathered before
+    embedding, head        rows: some of the vocabulary
+
+quant_bias of o and down is counted once: rank 0 has it. Their bias is added by all, to the sum.
+
+Letters: H query heads, G key/value heads, D head_dim, R ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from eightfold.config import ModelConfig
+from eightfold.errors import ConfigError, one_of
+from eightfold.families import KEY, LM_HEAD, VALUE, input_groups
+
+# Where intermediate size and vocabulary are cut: at cache lines, where there are enough of them.
+_UNITS = (64, 16, 4, 1)
+_LEAST_UNITS = 4  # of a rank
+
+_ROW_PARALLEL = ("o", "down")
+
+
+class Cut(NamedTuple):
+    """What of a linear (N, K) a rank holds.
+
+    Attributes:
+        rows: outputs; all of them where `columns` is given.
+        columns: inputs; None for all.
+        counts_bias: whether quant_bias is in the rank's products.
+    """
+
+    rows: slice
+    columns: slice | None
+    counts_bias: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `size` parts of a model, that of `rank`."""
+
+    rank: int = 0
+    size: int = 1
+
+    def require(self, config: ModelConfig, directory: Path) -> None:
+        """Check that every rank gets as much work in attention.
+
+        Raises:
+            ConfigError: the heads are not a multiple of the ranks.
+        """
+        if self.size in (sizes := even_sizes(config)):
+            return
+        raise ConfigError(
+            "number of processes",
+            where=directory,
+            got=self.size,
+            expected=f"{one_of(sizes)}, among which {config.num_heads} query heads and {config.num_kv_heads} "
+            "key/value heads can be shared out evenly",
+            action="Change --nproc_per_node or --nnodes of torchrun.",
+        )
+
+    def heads(self, config: ModelConfig) -> slice:
+        """Return the rank's query heads."""
+        each = config.num_heads // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def kv_heads(self, config: ModelConfig) -> slice:
+        """Return the rank's key/value heads: those that its query heads read; some ranks share one."""
+        heads, per_key = self.heads(config), config.num_heads // config.num_kv_heads
+        return slice(heads.start // per_key, (heads.stop - 1) // per_key + 1)
+
+    def intermediate(self, config: ModelConfig) -> slice:
+        """Return the rank's intermediate channels."""
+        return self._of(self.intermediate_cuts(config))
+
+    def intermediate_cuts(self, config: ModelConfig) -> list[int]:
+        """Return where each rank's intermediate channels begin, and how many there are: R + 1 numbers."""
+        return cuts(config.intermediate_size, self.size)
+
+    def hidden_cuts(self, config: ModelConfig) -> list[int]:
+        """Return where each rank's outputs of floating o and down begin, and how many there are: R + 1 numbers."""
+        return cuts(config.hidden_size, self.size)
+
+    def vocab(self, config: ModelConfig) -> slice:
+        """Return the rank's tokens."""
+        return self._of(self.vocab_cuts(config))
+
+    def vocab_cuts(self, config: ModelConfig) -> list[int]:
+        """Return where each rank's tokens begin, and how many there are: R + 1 numbers."""
+        return cuts(config.vocab_size, self.size)
+
+    def of_linear(self, config: ModelConfig, name: str, *, is_float: bool) -> Cut:
+        """Return what of a linear the rank holds.
+
+        Args:
+            config: of the model.
+            name: inside a layer, or the head's.
+            is_float: whether its weights are.
+        """
+        if name == LM_HEAD:
+            return Cut(self.vocab(config), None, True)
+        (group,) = (group.title for group in input_groups(config) for linear in group.linears if linear.name == name)
+        if group in _ROW_PARALLEL and is_float:
+            return Cut(self._of(self.hidden_cuts(config)), None, True)
+        inner = self._inner(config, name, group)
+        if group in _ROW_PARALLEL:
+            return Cut(slice(None), None if self.size == 1 else inner, self.rank == 0)
+        return Cut(inner, None, True)
+
+    def _inner(self, config: ModelConfig, name: str, group: str) -> slice:
+        """Return the channels between the linears of a block that the rank computes."""
+        if group in ("gate_up", "down"):
+            return self.intermediate(config)
+        heads = self.kv_heads(config) if name in (KEY, VALUE) else self.heads(config)
+        return slice(heads.start * config.head_dim, heads.stop * config.head_dim)
+
+    def _of(self, at: list[int]) -> slice:
+        return slice(at[self.rank], at[self.rank + 1])
+
+
+WHOLE = Share()
+
+
+def cuts(total: int, size: int) -> list[int]:
+    """Cut a number of channels into parts of about the same size, at multiples of a cache line if there are many."""
+    unit = next(unit for unit in _UNITS if total >= unit * size * _LEAST_UNITS or unit == 1)
+    units = -(-total // unit)
+    return [min(total, units * rank // size * unit) for rank in range(size + 1)]
+
+
+def even_sizes(config: ModelConfig) -> list[int]:
+    """Return how many ranks can share the heads of a model evenly; a key/value head may be on several ranks."""
+    heads, keys = config.num_heads, config.num_kv_heads
+    return [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
