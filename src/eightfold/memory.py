@@ -34,14 +34,6 @@ def available_bytes() -> int | None:
     return None
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process that is present now, mapped files included; 0 where it cannot be known."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
-
-
 def total_bytes() -> int | None:
     """Return the machine's memory; None where the system does not say."""
     try:
