@@ -98,7 +98,7 @@ def load_model(
         UnsupportedError: no compiled extension, a shape outside its limits, or FAQuant with an offset that is not zero.
         CheckpointError: a scale that is not a finite number.
     """
-    config, resident = checkpoint.config, resident_bytes()
+    config, resident = checkpoint.config, resident_bytes() or 0
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
     isa = core.choose_isa()
@@ -126,7 +126,7 @@ def load_model(
         loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
     loaded = NativeModel(model, config, isa, float_prompts, neighbours)
-    loaded.resident_weights = (max(resident_bytes() - resident, 0),)
+    loaded.resident_weights = (max((resident_bytes() or 0) - resident, 0),)
     return loaded
 
 
