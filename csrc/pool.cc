@@ -19,9 +19,10 @@ constexpr int kCountBits = 24;
 
 uint32_t none_done(uint32_t epoch) { return epoch << kCountBits; }
 
-// A run is sleepy when the first thread slept a quarter of it; then up to so many runs are walked alone.
+// A run is sleepy when the first thread slept a quarter of it; then runs are walked alone for up to so long. In time and
+// not in runs: a long prompt is worth many steps of a few tokens.
 constexpr int64_t kSleepyShare = 4;
-constexpr int kMostAlone = 64;
+constexpr int64_t kMostAloneNs = 250'000'000;
 
 int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
@@ -80,7 +81,8 @@ void Pool::leave_before(uint32_t epoch) {
 
 void Pool::run(Program program, void* context) {
     const uint32_t epoch = epoch_.load() + 1;
-    const bool alone = alone_ > 0;
+    const int64_t start = now_ns();
+    const bool alone = start < alone_until_ns_;
     jobs_[epoch % kSlots] = alone ? Job{} : Job{program, context};
     for (int i = 0; i < max_phases_; i++) {
         phases_[i].next.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_relaxed);
@@ -89,20 +91,18 @@ void Pool::run(Program program, void* context) {
     epoch_.store(epoch);
     if (!alone) epoch_.notify_all();
     Walk walk(*this, 0, epoch);
-    const int64_t start = now_ns();
     program(context, walk);
-    if (alone) {
-        alone_--;
-    } else {
-        learn(walk.slept_ns_, now_ns() - start);
-    }
+    if (!alone) learn(walk.slept_ns_, start, now_ns());
 }
 
-void Pool::learn(int64_t slept_ns, int64_t whole_ns) {
+void Pool::learn(int64_t slept_ns, int64_t start_ns, int64_t end_ns) {
     if (workers_.empty()) return;
-    const bool sleepy = slept_ns * kSleepyShare > whole_ns;
-    alone_ = sleepy ? std::max(alone_next_, 1) : 0;
-    alone_next_ = sleepy ? std::min(2 * alone_, kMostAlone) : alone_next_ / 2;
+    if (slept_ns * kSleepyShare <= end_ns - start_ns) {
+        alone_ns_ /= 2;
+        return;
+    }
+    alone_ns_ = std::min(std::max(2 * alone_ns_, end_ns - start_ns), kMostAloneNs);
+    alone_until_ns_ = end_ns + alone_ns_;
 }
 
 void Pool::work(int worker) {

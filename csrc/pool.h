@@ -108,7 +108,7 @@ private:
     };
 
     void work(int worker);
-    void learn(int64_t slept_ns, int64_t whole_ns);
+    void learn(int64_t slept_ns, int64_t start_ns, int64_t end_ns);
     void stop();
     void leave_before(uint32_t epoch);
 
@@ -118,8 +118,8 @@ private:
     std::array<Job, kSlots> jobs_{};
     std::atomic<uint32_t> epoch_{0};
     std::atomic<bool> stops_{false};
-    int alone_ = 0;       // how many more runs are walked alone
-    int alone_next_ = 0;  // how many it will be after the next sleepy run
+    int64_t alone_ns_ = 0;        // how long runs were walked alone after the last sleepy one, halved by each good one
+    int64_t alone_until_ns_ = 0;  // until then they are
     std::vector<std::thread> workers_;
 };
 
