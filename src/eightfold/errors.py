@@ -55,6 +55,10 @@ class DependencyError(EightfoldError):
     """An optional package is needed for this command."""
 
 
+class PeerError(EightfoldError):
+    """Another process that takes part in the work has ended or cannot be reached."""
+
+
 def remember_kept(error: BaseException, text: str) -> None:
     """Note on an error what work it has left intact, in a sentence that also says how to go on."""
     error.__dict__["kept"] = text

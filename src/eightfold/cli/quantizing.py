@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eightfold.cli import console
 from eightfold.cli.calibration import Calibration
+from eightfold.cli.quantize_run import Command, team_of_environment
 from eightfold.cli.serving import parse_size
 from eightfold.errors import ConfigError, OutputError
-from eightfold.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
-    import torch
-
-    from eightfold.format.checkpoint import Checkpoint
-    from eightfold.quant.outcome import Outcome
     from eightfold.quant.recipe import Recipe
 
 
@@ -284,6 +279,8 @@ def quantize(
     the same command goes on where it stopped. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval`
     take it when it is complete, and `eightfold check` tells what those loaders would do with it.
 
+    Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
+
     Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
     """
     started = time.monotonic()
@@ -304,42 +301,28 @@ def quantize(
         kv_observe=kv_observe,
         save_float32=None if save_dtype is None else save_dtype is SaveDtype.float32,
     )
-    part_bytes = _part_bytes(part_size_gb)
-    budget = None if memory is None else parse_size(memory, "--memory")
-    # What can be refused is refused before torch is loaded and texts are tokenized.
-    checkpoint = _checked(source, target, recipe, overwrite or plan)
-    calibration = Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids)
-    samples = _samples(calibration, checkpoint, recipe)
-    if not recipe.has_static_inputs and act_method is not None:
-        console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
-    if plan:
-        _show_plan(checkpoint, recipe, samples or [], target, budget, as_json)
-        return
-    console.require_torch("quantize")
-    from eightfold.quant.pipeline import quantize_checkpoint
-
-    outcome = quantize_checkpoint(
-        source,
-        target,
-        recipe,
-        samples,
-        overwrite=overwrite,
-        part_bytes=part_bytes,
+    command = Command(
+        source=source,
+        target=target,
+        recipe=recipe,
+        calibration=Calibration(calib, calib_limit, tuple(calib_texts or ()), calib_ids),
+        part_bytes=_part_bytes(part_size_gb),
         legacy_names=legacy_names,
-        device=_torch_device(device),
-        memory=budget,
-        progress=console.bars,
+        device=device.value,
+        memory=None if memory is None else parse_size(memory, "--memory"),
+        overwrite=overwrite,
+        as_json=as_json,
+        names_act_method=act_method is not None,
+        started=started,
     )
-    if save_recipe is not None:
-        _save(recipe, save_recipe)
-    seconds = time.monotonic() - started
-    if as_json:
-        console.print_json(_document(outcome, checkpoint.config.num_layers, seconds))
-    elif outcome.already_complete:
-        print(f"{target}: already complete")
-    else:
-        _report(outcome)
-        print(f"{target}: {_summary(outcome)}, {seconds:.1f} s")
+    with team_of_environment() as team:
+        if plan:
+            command.plan(team)
+            return
+        outcome = command.do(team)
+        if team.is_first and save_recipe is not None:
+            _save(command.recipe, save_recipe)
+        command.tell(outcome, team)
 
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:
@@ -358,37 +341,6 @@ def _recipe(file: Path | None, **options: Any) -> Recipe:
     return make_recipe({**(read_recipe(file) if file is not None else {}), **choices}, str(file or "the command line"))
 
 
-def _checked(source: Path, target: Path, recipe: Recipe, overwrite: bool) -> Checkpoint:
-    """Open the float model; refuse a recipe or an output directory that does not go with it."""
-    from eightfold.format.checkpoint import Checkpoint
-    from eightfold.format.growing import check_target
-    from eightfold.quant.recipe import assign_types, require_level
-
-    checkpoint = Checkpoint.open(source)
-    require_level(recipe, assign_types(checkpoint.config, recipe))
-    check_target(target, source=source, overwrite=overwrite)
-    return checkpoint
-
-
-def _samples(calibration: Calibration, checkpoint: Checkpoint, recipe: Recipe) -> list[list[int]] | None:
-    """Return the calibration samples; None when the recipe has no use for any."""
-    if recipe.needs_samples:
-        return calibration.samples(checkpoint)
-    if calibration.given:
-        calibration.check()
-        console.note(f"nothing here needs calibration data; {calibration.given} changes nothing.")
-    return None
-
-
-def _torch_device(device: Device) -> torch.device:
-    from eightfold.reference.device import find_device
-
-    found, remark = find_device(device.value)
-    if remark:
-        console.note(remark)
-    return found
-
-
 def _save(recipe: Recipe, path: Path) -> None:
     from eightfold.quant.recipe_file import render_recipe
 
@@ -396,68 +348,6 @@ def _save(recipe: Recipe, path: Path) -> None:
         path.write_text(render_recipe(recipe), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
-
-
-def _show_plan(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    samples: list[list[int]],
-    target: Path,
-    budget: int | None,
-    as_json: bool,
-) -> None:
-    from eightfold.quant.estimate import plan_run
-
-    found = plan_run(checkpoint, recipe, [len(sample) for sample in samples], target=target, memory=budget)
-    if as_json:
-        console.print_json(found.as_json())
-    else:
-        print("\n".join(found.render()))
-
-
-def _document(outcome: Outcome, layers: int, seconds: float) -> dict[str, Any]:
-    """Return what --json prints."""
-    peak = peak_resident_bytes()
-    return {
-        "layers": layers,
-        "layers_resumed": outcome.layers_resumed,
-        "already_complete": outcome.already_complete,
-        "seconds": round(seconds, 3),
-        "peak_rss_mib": None if peak is None else round(peak / 2**20, 1),
-        "scheme": outcome.recipe.scheme.value,
-        "quantized": outcome.quantized,
-        "nbytes": outcome.nbytes,
-        "restarted": outcome.restarted or None,
-        "notes": outcome.notes,
-    }
-
-
-def _report(outcome: Outcome) -> None:
-    """Tell what was decided on the way."""
-    if outcome.smoothing is not None:
-        proof = outcome.smoothing
-        print(
-            f"outlier suppression {outcome.recipe.anti_outlier.value if outcome.recipe.anti_outlier else ''}: "
-            f"{len(proof.choices)} groups; the float model's logits move by {proof.max_logit_difference:.2g} at most "
-            f"(largest {proof.max_logit:.3g})"
-        )
-    if outcome.rolled_back:
-        rows = [
-            [row.module, f"{row.range_param:.2f}", "shares the input of one above" if row.of_group else "widest inputs"]
-            for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
-        ]
-        print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
-    if outcome.restarted:
-        console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
-    elif outcome.layers_resumed:
-        console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
-    for text in outcome.notes:
-        console.note(text)
-
-
-def _summary(outcome: Outcome) -> str:
-    kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
-    return f"{outcome.quantized} linears as {outcome.recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}"
 
 
 def _part_bytes(part_size_gb: float | None) -> int | None:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from eightfold.errors import CapacityError, EightfoldError, OutputError, remember_kept, shortlist
+from eightfold.errors import CapacityError, EightfoldError, OutputError, PeerError, remember_kept, shortlist
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Entry, Journal, progress_text, read_entries
 from eightfold.format.safetensors import checksum_of
 from eightfold.format.writer import (
@@ -312,7 +312,7 @@ def sibling(target: Path, inside: bool | None = None) -> Path:
 
 def _is_worth_keeping(entries: list[Entry], error: BaseException) -> bool:
     """Whether a step is finished, and running again may not meet the error."""
-    helps = not isinstance(error, EightfoldError) or isinstance(error, (OutputError, CapacityError))
+    helps = not isinstance(error, EightfoldError) or isinstance(error, (OutputError, CapacityError, PeerError))
     return helps and any("step" in entry for entry in entries)
 
 

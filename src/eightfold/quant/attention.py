@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from eightfold.quant.methods import KVObserve
+from eightfold.quant.team import Team
 from eightfold.reference.kvcache import Attention, KVCache
 from eightfold.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 
@@ -83,7 +84,17 @@ class HeadRange:
         """Take in one sample."""
         lo, hi = recall_window(x_SHD.transpose(0, 1).flatten(1), self._share)
         absmax = torch.maximum(lo.abs(), hi.abs())
-        self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
+        self.take(absmax)
+
+    def take(self, absmax: Tensor | None) -> None:
+        """Take in what another one has seen."""
+        if absmax is not None:
+            self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
+
+    @property
+    def absmax(self) -> Tensor | None:
+        """What has been seen, (heads,)."""
+        return self._absmax
 
     def scale(self) -> Tensor:
         """Return the symmetric scale of each head, (heads, 1) float32."""
@@ -103,6 +114,12 @@ class FAQuantObserver:
         self.key.update(k_SGD)
         self.value.update(v_SGD)
 
+    def merge(self, team: Team) -> None:
+        """Take in what the other ranks have seen."""
+        for head in (self.query, self.key, self.value):
+            for absmax in team.collect(head.absmax):
+                head.take(absmax)
+
 
 class ChannelRange:
     """Running extremes of each channel, over all tokens."""
@@ -113,9 +130,13 @@ class ChannelRange:
 
     def update(self, x_TC: Tensor) -> None:
         """Take in more tokens."""
-        lo, hi = torch.aminmax(x_TC, dim=0)
-        self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
-        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+        self.take(*torch.aminmax(x_TC, dim=0))
+
+    def take(self, lo: Tensor | None, hi: Tensor | None) -> None:
+        """Take in what another one has seen."""
+        if lo is not None and hi is not None:
+            self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
+            self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
 
     def params(self, is_symmetric: bool, divisor_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return scale and offset, (C,) float32 each, of the channels after division by `divisor_C`."""
@@ -215,6 +236,13 @@ class KVObserver:
             self._rotated.append(k_SGD.flatten(1).clone())
         else:
             self._key.see(k_SGD)
+
+    def merge(self, team: Team) -> None:
+        """Rank 0 takes in what the others have seen."""
+        for channels in (self._key, self._value):
+            for ends in team.collect_first((channels.lo, channels.hi)):
+                channels.take(*ends)
+        self._rotated = [k_SC for rank in team.collect_first(self._rotated) for k_SC in rank]
 
     def params(self, is_symmetric: bool, value_divisor_C: Tensor | None) -> KVParams:
         """Return the parameters; `value_divisor_C` is what smoothing divides v_proj's outputs by."""

@@ -20,11 +20,10 @@ from eightfold.errors import CapacityError
 from eightfold.families import LM_HEAD, all_linears, input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.memory import available_bytes, resident_bytes
-from eightfold.quant.hidden import BATCH_TOKENS
+from eightfold.quant.hidden import sample_batches
 from eightfold.quant.methods import AntiOutlier, KVObserve
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.survey import needs_survey, surveyed_samples
-from eightfold.reference.decoder import token_batches
 from eightfold.scheme import QuantType
 
 _MIB = 1 << 20
@@ -122,7 +121,7 @@ def _keeps_float(recipe: Recipe) -> bool:
 def _sample_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:
     """Return what samples take on their way through a layer."""
     config = checkpoint.config
-    batches = [sum(lengths[index] for index in batch) for batch in token_batches(lengths, BATCH_TOKENS)]
+    batches = [sum(lengths[index] for index in batch) for batch in sample_batches(lengths)]
     inputs = 3 * config.hidden_size + config.intermediate_size  # of the four groups
     # gate and up, their integer products, the input of down as it is divided and in float64; queries to attention's
     # output, turned and not; scores of some queries at a time.

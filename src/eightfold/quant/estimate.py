@@ -27,13 +27,12 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import total_bytes
 from eightfold.memory import available_bytes, resident_bytes
 from eightfold.quant.budget import budget_for
-from eightfold.quant.hidden import BATCH_TOKENS
+from eightfold.quant.hidden import sample_batches
 from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.plan import Plan
 from eightfold.quant.probe import MAPPED_BYTES, Machine, probe
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers
 from eightfold.quant.survey import FEATURE_SAMPLES, needs_survey, smoothed_pairs
-from eightfold.reference.decoder import token_batches
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
 
 _MIB = 1 << 20
@@ -312,7 +311,7 @@ class _Work:
 
     def _batch(self, lengths: Sequence[int]) -> int:
         """Return the tokens of the largest batch."""
-        return max((sum(lengths[i] for i in batch) for batch in token_batches(lengths, BATCH_TOKENS)), default=0)
+        return max((sum(lengths[i] for i in batch) for batch in sample_batches(lengths)), default=0)
 
     def _survey_bytes(self) -> int:
         if not self.surveyed:
@@ -346,7 +345,7 @@ class _Work:
     def _pass(self, lengths: Sequence[int], rest: float, *, quantized: bool) -> float:
         """Return the seconds of one layer for these samples."""
         seconds = sum(lengths) * rest
-        for batch in token_batches(lengths, BATCH_TOKENS):
+        for batch in sample_batches(lengths):
             tokens = sum(lengths[i] for i in batch)
             seconds += sum(self._linear(linear, tokens, quantized=quantized) for linear in self.linears)
         return seconds

@@ -7,25 +7,34 @@ count as finished, and the generation before it goes. A stream that spills keeps
 are on their way through the layer: it reads one generation and writes the next, by plain reads and writes, so that no
 mapped page counts as this process's memory.
 
+Of several processes each moves its own batches (team.py), and writes them where they belong in the one file; none but
+rank 0 ever reads another's.
+
 Letters: T tokens of all samples, E hidden size.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from eightfold.format.safetensors import checksum_of
+from eightfold.format.safetensors import checksum_of, joined_checksum
+from eightfold.quant.team import Alone, Round, Team, interleaved, rounds
 from eightfold.reference.decoder import Batch, Block, token_batches
 from eightfold.reference.load import Decoder
 
-# How many tokens, of whole samples, go through a layer at once.
+# How many tokens, of whole samples, go through a layer at once, at most.
 BATCH_TOKENS = 2048
+
+# Batches come in a multiple of this number, so that as many ranks have as much to do, unless they became so small.
+_EVEN, _FEW_TOKENS = 8, 256
 
 
 class HiddenStates:
@@ -39,14 +48,24 @@ class HiddenStates:
     """
 
     def __init__(
-        self, name: str, decoder: Decoder, samples: Sequence[Sequence[int]], folder: Path, *, spills: bool = False
+        self,
+        name: str,
+        decoder: Decoder,
+        samples: Sequence[Sequence[int]],
+        folder: Path,
+        *,
+        spills: bool = False,
+        team: Team | None = None,
     ) -> None:
         self.name, self.lengths = name, [len(sample) for sample in samples]
         self.layer_idx = 0
         self.checksum: int | None = None
         self._decoder, self._samples, self._folder, self._spills = decoder, samples, folder, spills
+        self._team = team or Alone()
         self._width = decoder.checkpoint.config.hidden_size
-        self._states_TE: Tensor | None = None  # this generation, unless it lies in a file only
+        self._batches = sample_batches(self.lengths)
+        self._begins = [0, *itertools.accumulate(self.lengths)]  # of each sample, in tokens
+        self._held: dict[int, Tensor] = {}  # of this generation, this rank's batches, unless they lie in a file only
 
     def resume(self, layer_idx: int, checksum: int) -> bool:
         """Go on with what an earlier run has left; return whether it is intact."""
@@ -60,9 +79,13 @@ class HiddenStates:
                 return False
         finally:
             os.close(file)
-        self.layer_idx, self.checksum, self._states_TE = layer_idx, checksum, None
-        self.drop_other_generations()
+        self.go_on_from(layer_idx, checksum)
+        self._drop(lambda found: found != layer_idx)
         return True
+
+    def go_on_from(self, layer_idx: int, checksum: int) -> None:
+        """Go on with a generation that somebody has found intact."""
+        self.layer_idx, self.checksum, self._held = layer_idx, checksum, {}
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +95,17 @@ class HiddenStates:
     def _path(self, layer_idx: int) -> Path:
         return self._folder / f"{self.name}-{layer_idx:05d}.f32"
 
-    def _load(self) -> None:
-        if self._states_TE is None and not self._spills:
-            pieces = [self._read(0, sum(self.lengths), range(len(self.lengths)))]
-            self._states_TE = torch.cat(pieces)
+    def _sizes(self, batch: int) -> list[int]:
+        return [self.lengths[index] for index in self._batches[batch]]
+
+    def _first_token(self, batch: int) -> int:
+        return self._begins[self._batches[batch][0]]
+
+    def _piece(self, batch: int) -> Tensor:
+        """Return the states of one batch, (tokens, E)."""
+        if batch in self._held:
+            return self._held[batch]
+        return self._read(self._first_token(batch), sum(self._sizes(batch)), self._batches[batch])
 
     def _read(self, at: int, tokens: int, indices: Sequence[int]) -> Tensor:
         """Return (tokens, E) from token `at` on, which are these samples', from the table or the file."""
@@ -95,23 +125,14 @@ class HiddenStates:
         return states.to(torch.get_default_device())
 
     def pieces(self) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield a few samples at a time: their lengths, and their states one after the other, (tokens, E)."""
-        self._load()
-        at = 0
-        for indices in token_batches(self.lengths, BATCH_TOKENS):
-            sizes = [self.lengths[index] for index in indices]
-            tokens = sum(sizes)
-            if self._states_TE is not None:
-                yield sizes, self._states_TE[at : at + tokens]
-            else:
-                yield sizes, self._read(at, tokens, indices)
-            at += tokens
+        """Yield all samples, a few at a time: their lengths, and their states one after the other, (tokens, E)."""
+        for batch in range(len(self._batches)):
+            yield self._sizes(batch), self._piece(batch)
 
     def first_sample(self) -> Tensor:
         """Return the first sample's states, (T0, E)."""
-        self._load()
-        if self._states_TE is not None:
-            return self._states_TE[: self.lengths[0]]
+        if 0 in self._held:
+            return self._held[0][: self.lengths[0]]
         return self._read(0, self.lengths[0], [0])
 
     def advance(self, block: Block) -> None:
@@ -120,26 +141,94 @@ class HiddenStates:
         The cut into batches changes no result that is not also changed by a matrix library's own blocking: samples
         never see each other.
         """
-        inv_freq = self._decoder.inv_freq
-        file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        checksum = at = 0
+        file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            for sizes, piece in self.pieces():
-                states = block(piece, Batch.of(sizes, inv_freq))
-                if self._states_TE is not None:
-                    piece.copy_(states)
-                data = states.cpu().contiguous().numpy().data.cast("B")
-                checksum = zlib.crc32(data, checksum)
-                while data:
-                    written = os.pwrite(file, data, at)
-                    data, at = data[written:], at + written
+            os.ftruncate(file, self.nbytes)  # not to nothing: another rank may have begun to write
+            checksums = self._move(block, file)
             os.fdatasync(file)
         finally:
             os.close(file)
-        self.layer_idx, self.checksum = self.layer_idx + 1, checksum
+        self.layer_idx, self.checksum = self.layer_idx + 1, self._joined(self._team.collect(checksums))
 
-    def drop_other_generations(self) -> None:
-        """Remove the files of every generation but this one."""
+    def _move(self, block: Block, file: int) -> list[int]:
+        """Move this rank's batches; return the CRC-32 of each as it is in the file."""
+        inv_freq, team, checksums = self._decoder.inv_freq, self._team, []
+        try:
+            for batches in rounds(self._batches, team):
+                batch = batches[0] + team.rank
+                team.round = self._round(batches, batch)
+                if batch not in batches:
+                    stay_away(block)
+                    continue
+                states = block(self._piece(batch), Batch.of(self._sizes(batch), inv_freq))
+                if not self._spills:
+                    self._held[batch] = states
+                checksums.append(_write(file, states, 4 * self._width * self._first_token(batch)))
+        finally:
+            team.round = None
+        return checksums
+
+    def _round(self, batches: Sequence[int], own: int) -> Round:
+        counts = [len(self._batches[batch]) for batch in batches]
+        counts += [0] * (self._team.size - len(counts))
+        first = own if own in batches else batches[-1]
+        return Round(tuple(counts), self._batches[first][0], self._first_token(first))
+
+    def _joined(self, checksums: Sequence[Sequence[int]]) -> int:
+        """Return the CRC-32 of the whole file from those of the batches that each rank has written."""
+        whole = 0
+        for batch, checksum in enumerate(interleaved(checksums)):
+            whole = joined_checksum(whole, checksum, 4 * self._width * sum(self._sizes(batch)))
+        return whole
+
+    def drop_older_generations(self) -> None:
+        """Remove the files of the generations before this one."""
+        self._drop(lambda found: found < self.layer_idx)
+
+    def _drop(self, goes: Callable[[int], bool]) -> None:
         for path in self._folder.glob(f"{self.name}-*.f32"):
-            if path != self._path(self.layer_idx):
+            if goes(int(path.stem.rpartition("-")[2])):
                 path.unlink()
+
+
+def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Cut samples (by index) into batches of nearly the same number of tokens, the same for any number of ranks."""
+    total = sum(lengths)
+    least = -(-total // BATCH_TOKENS)
+    count = -(-least // _EVEN) * _EVEN
+    while count > max(least, 1) and total < count * _FEW_TOKENS:
+        count //= 2
+    batches: dict[int, list[int]] = {}
+    for index, (length, end) in enumerate(zip(lengths, itertools.accumulate(lengths), strict=True)):
+        batches.setdefault((2 * end - length) * max(count, least) // (2 * total), []).append(index)
+    return [
+        [batch[at] for at in part]
+        for batch in batches.values()
+        for part in token_batches([lengths[index] for index in batch], BATCH_TOKENS)
+    ]
+
+
+def stay_away(block: Block) -> None:
+    """Take part in what the observers of a layer exchange, without a sample."""
+    for group in (block.qkv, block.o, block.gate_up, block.down):
+        if isinstance(group, Exchanging):
+            group.stay_away()
+
+
+@runtime_checkable
+class Exchanging(Protocol):
+    """A group of linears that all ranks have to call in each round."""
+
+    def stay_away(self) -> None:
+        """Take part without samples."""
+        ...
+
+
+def _write(file: int, states: Tensor, at: int) -> int:
+    """Write states at an offset of a file; return the CRC-32 of their bytes."""
+    data = states.cpu().contiguous().numpy().data.cast("B")
+    checksum = zlib.crc32(data)
+    while data:
+        written = os.pwrite(file, data, at)
+        data, at = data[written:], at + written
+    return checksum

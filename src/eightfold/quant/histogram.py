@@ -27,13 +27,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eightfold.quant.statistics import require_finite_samples
+from eightfold.quant.statistics import require_finite_samples, stacked
+from eightfold.quant.team import Alone, Team
 from eightfold.reference.linear import asymmetric
 
 BINS = 2048
@@ -52,15 +54,18 @@ _FROM_RIGHT = np.concatenate([[1.0], np.full(100_002, -STEP)]).cumsum()
 class HistogramObserver:
     """Activation method 2: per-tensor, asymmetric, of least squared error."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, team: Team | None = None) -> None:
+        self._title, self._team = title, team or Alone()
         self._lo = self._hi = torch.zeros(())  # ends of the grid, () float32
         self._counts_B = torch.zeros(BINS)
-        self._params = asymmetric(torch.zeros(1), torch.zeros(1))
+        self._params: tuple[Tensor, Tensor] | None = None  # of the grid as it is, once they are looked for
         self.samples = 0
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Take in more samples, in order.
+        """Take in more samples, in order; of several ranks each its own of a round.
+
+        How the grid widens follows from the extremes of the samples alone. So those go around first, each rank counts
+        its own samples on the grids that they will meet, and then the counts go around.
 
         Args:
             x_TK: (T, K) float32, the input of the linear for all tokens of these samples.
@@ -73,29 +78,54 @@ class HistogramObserver:
             InputError: a sample's activations are not finite.
         """
         samples = [x_TK[begin:end] for begin, end in spans]
-        extremes = [torch.aminmax(x_SK) for x_SK in samples]
-        lows, highs = (torch.stack(ends) for ends in zip(*extremes, strict=True))
-        require_finite_samples(self._title, self.samples, lows, highs)
-        seen = [self._see(*sample) for sample in zip(samples, lows, highs, strict=True)]
-        lengths = torch.tensor([end - begin for begin, end in spans])
-        scale, offset = (torch.cat(values) for values in zip(*seen, strict=True))
+        extremes = [torch.stack(torch.aminmax(x_SK)) for x_SK in samples]
+        ends_R2, own = self._team.in_order(stacked(extremes, 2))
+        require_finite_samples(self._title, self.samples, *ends_R2.unbind(1))
+        grids = self._grids(ends_R2)
+        counts = [count(x_SK, *grid[:2]) for x_SK, grid in zip(samples, grids[own:], strict=False)]
+        counts_RB, _ = self._team.in_order(stacked(counts, BINS))
+        found = []
+        for index, (grid, counts_B) in enumerate(zip(grids, counts_RB, strict=True)):
+            self._see(grid, counts_B)
+            if own <= index < own + len(spans):
+                found.append(self.params())
+        lengths = torch.tensor([end - begin for begin, end in spans], dtype=torch.int64)
+        scale, offset = (torch.cat([torch.zeros(0), *(pair[part] for pair in found)]) for part in (0, 1))
         return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
 
     def params(self) -> tuple[Tensor, Tensor]:
-        """Return the final scale and offset, each (1,) float32."""
+        """Return the scale and offset that hold now, each (1,) float32."""
+        if self._params is None:
+            clip_lo, clip_hi = search_range(self._counts_B, self._lo, self._hi)
+            self._params = asymmetric(clip_lo[None], clip_hi[None])
         return self._params
 
-    def _see(self, x_SK: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        if is_forgettable(self._lo, self._hi, lo, hi):
-            self._lo, self._hi, self._counts_B = lo, hi, count(x_SK, lo, hi)
-        else:
-            old = self._counts_B, self._lo, self._hi
-            self._lo, self._hi, cells = widen(self._lo, self._hi, lo, hi)
-            self._counts_B = count(x_SK, self._lo, self._hi) + spread(*old, self._lo, self._hi, cells)
+    def _grids(self, ends_R2: Tensor) -> list[_Grid]:
+        """Return the grid on which each sample of a round is counted."""
+        lo, hi, grids = self._lo, self._hi, []
+        for new_lo, new_hi in ends_R2:
+            if is_forgettable(lo, hi, new_lo, new_hi):
+                grid = _Grid(new_lo, new_hi, None)
+            else:
+                grid = _Grid(*widen(lo, hi, new_lo, new_hi))
+            grids.append(grid)
+            lo, hi = grid.lo, grid.hi
+        return grids
+
+    def _see(self, grid: _Grid, counts_B: Tensor) -> None:
+        if grid.cells is not None:
+            counts_B = counts_B + spread(self._counts_B, self._lo, self._hi, grid.lo, grid.hi, grid.cells)
+        self._lo, self._hi, self._counts_B = grid.lo, grid.hi, counts_B
+        self._params = None
         self.samples += 1
-        clip_lo, clip_hi = search_range(self._counts_B, self._lo, self._hi)
-        self._params = asymmetric(clip_lo[None], clip_hi[None])
-        return self._params
+
+
+class _Grid(NamedTuple):
+    """Where a sample is counted."""
+
+    lo: Tensor  # () float32
+    hi: Tensor
+    cells: int | None  # of the grid before, in each bin; None: what that held is forgotten
 
 
 def count(x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

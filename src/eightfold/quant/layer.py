@@ -37,6 +37,7 @@ from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_ro
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
 from eightfold.quant.survey import LayerSurvey, head_sharing
+from eightfold.quant.team import Alone, Team, owners
 from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
@@ -170,6 +171,7 @@ class QuantizedLayer:
     has_fa: bool
     survey: LayerSurvey
     stored_dtype: Callable[[str], torch.dtype]
+    team: Team = field(default_factory=Alone)
     _weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     _observers: dict[str, Observer] = field(default_factory=dict)
 
@@ -178,9 +180,11 @@ class QuantizedLayer:
         self._prefix = layer_prefix(self.layer_idx)
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
         self._fa = FAQuantObserver() if self.has_fa else None
+        sizes = {linear.name: linear.n * linear.k for group in input_groups(self._config) for linear in group.linears}
+        self._owners = owners(sizes, self.team.size)
         for group in input_groups(self._config):
             for linear in group.linears:
-                if self._type(linear) is not QuantType.FLOAT:
+                if self._type(linear) is not QuantType.FLOAT and (self.recipe.calibrates or self._owns(linear.name)):
                     self._weights[linear.name] = self._quantize(linear)
 
     def _quantize(self, linear: LinearShape) -> QuantizedWeight:
@@ -207,7 +211,7 @@ class QuantizedLayer:
         if not static:
             return LinearGroup(members)
         range_param = self.survey.range_params.get(group.title)
-        observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param)
+        observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param, self.team)
         self._observers.update({linear.name: observer for linear in static})
         return ObservedGroup(observer, members)
 
@@ -222,11 +226,16 @@ class QuantizedLayer:
             return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
         return static_member(weight, bias)
 
+    def merge(self) -> None:
+        """Take in what attention has shown to the other ranks; observers of inputs know it already."""
+        if self._fa is not None:
+            self._fa.merge(self.team)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the layer that is not the source's own, by full name."""
+        """Return every tensor of the layer that is not the source's own, by full name; of linears, this rank's."""
         found: dict[str, Tensor] = {}
         for group in input_groups(self._config):
-            for linear in group.linears:
+            for linear in filter(lambda linear: self._owns(linear.name), group.linears):
                 module = self._prefix + linear.name
                 stored = {**self._float_tensors(linear), **self._int8_tensors(linear)}
                 found.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
@@ -235,6 +244,13 @@ class QuantizedLayer:
         if self.survey.kv is not None:
             found.update(_kv_tensors(self._prefix, self.survey.kv))
         return found
+
+    def owns(self, name: str) -> bool:
+        """Whether it is for this rank to write a tensor: of a linear that it has made, or rank 0 what is left."""
+        return self._owns(name.removeprefix(self._prefix).rpartition(".")[0])
+
+    def _owns(self, module: str) -> bool:
+        return self._owners.get(module, 0) == self.team.rank
 
     def _float_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
         """Return what smoothing has changed of a linear's float tensors, by suffix."""

@@ -14,15 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eightfold.quant.statistics import require_finite_samples
+from eightfold.quant.statistics import require_finite_samples, stacked
+from eightfold.quant.team import Alone, Team
 from eightfold.reference.linear import asymmetric
 
 
 class MeanMinMax:
     """Activation method 1: per-tensor, asymmetric, averaged over samples."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, team: Team | None = None) -> None:
+        self._title, self._team = title, team or Alone()
         self._lo_B = torch.zeros(0)  # of each sample
         self._hi_B = torch.zeros(0)
 
@@ -32,7 +33,7 @@ class MeanMinMax:
         return len(self._lo_B)
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Take in more samples, in order.
+        """Take in more samples, in order; of several ranks each its own of a round.
 
         Args:
             x_TK: (T, K) float32, the input of the linear for all tokens of these samples.
@@ -45,14 +46,16 @@ class MeanMinMax:
             InputError: a sample's activations are not finite.
         """
         row_lo, row_hi = torch.aminmax(x_TK, dim=1)
-        lo = torch.stack([row_lo[begin:end].min() for begin, end in spans])
-        hi = torch.stack([row_hi[begin:end].max() for begin, end in spans])
+        own_lo = stacked([row_lo[begin:end].min() for begin, end in spans])
+        own_hi = stacked([row_hi[begin:end].max() for begin, end in spans])
+        ends_R2, own = self._team.in_order(torch.stack([own_lo, own_hi], dim=1))
+        lo, hi = ends_R2.unbind(1)
         require_finite_samples(self._title, self.samples, lo, hi)
-        seen = range(self.samples + 1, self.samples + len(spans) + 1)
+        seen = range(self.samples + own + 1, self.samples + own + len(spans) + 1)
         self._lo_B, self._hi_B = torch.cat([self._lo_B, lo]), torch.cat([self._hi_B, hi])
-        running_lo, running_hi = (torch.stack([x[:n].mean() for n in seen]) for x in (self._lo_B, self._hi_B))
+        running_lo, running_hi = (stacked([x[:n].mean() for n in seen]) for x in (self._lo_B, self._hi_B))
         scale, offset = asymmetric(running_lo, running_hi)
-        lengths = torch.tensor([end - begin for begin, end in spans])
+        lengths = torch.tensor([end - begin for begin, end in spans], dtype=torch.int64)
         return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
 
     def params(self) -> tuple[Tensor, Tensor]:

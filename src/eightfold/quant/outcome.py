@@ -53,6 +53,7 @@ class Outcome:
     clipped_keys: int = 0
     keys: int = 0
     notes: list[str] = field(default_factory=list)  # for the user, one line each
+    layers: int = 0  # of the model
     layers_resumed: int = 0  # so many an earlier run had finished; like what follows, not in the report
     already_complete: bool = False  # nothing was written
     restarted: str = ""  # why what an earlier run had finished was of no use

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,20 @@ from eightfold.families import LM_HEAD
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.description import render_description
 from eightfold.format.growing import REPORT_NAME, GrowingDirectory
-from eightfold.format.journal import layers_done
+from eightfold.format.journal import Entry, layers_done
 from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.sidecars import copy_sidecars, resolve_auto_map
 from eightfold.format.writer import ShardedWriter, total_bytes, write_json
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
+from eightfold.quant.guest import Guest, Notes
 from eightfold.quant.identity import differences, file_times, identity
 from eightfold.quant.outcome import Outcome, notes_for
 from eightfold.quant.plan import OutputTensor, Plan
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level
 from eightfold.quant.run import Run
 from eightfold.quant.sink import Sink
+from eightfold.quant.team import Alone, Team
 from eightfold.reference.device import CPU, use
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
@@ -52,6 +54,7 @@ def quantize_checkpoint(
     device: torch.device = CPU,
     memory: int | None = None,
     progress: Progress = silent,
+    team: Team | None = None,
 ) -> Outcome:
     """Quantize a float model directory, or go on with one that was begun.
 
@@ -69,11 +72,14 @@ def quantize_checkpoint(
         memory: how much this process may have resident, in bytes; None takes half of what is free. What does not fit
             lives in files; the output is the same.
         progress: who is told.
+        team: the processes that do this together, each of which calls this function; None for this one alone. The
+            output is the same. What is returned to others than rank 0 is not the whole outcome.
 
     Raises:
         EightfoldError: see errors.py; `target` is then as it was, unless the error is one that running again may not
             meet, such as a full disk.
     """
+    team = team or Alone()
     checkpoint = open_float(source)
     samples = list(samples or ()) if recipe.needs_samples else []
     if recipe.needs_samples and not samples:
@@ -81,12 +87,17 @@ def quantize_checkpoint(
     require_level(recipe, assign_types(checkpoint.config, recipe))
     head = identity(checkpoint, recipe, samples, part_bytes=part_bytes, legacy_names=legacy_names, device=device.type)
     spills = budget_for(checkpoint, recipe, samples).spills(memory)
+    team.require_alike(head)
+    if not team.is_first:
+        guest = Guest(target, Notes())
+        return _Job(checkpoint, recipe, samples, guest, part_bytes, legacy_names, spills, progress, team).help()
     growing = GrowingDirectory(
         target, source=source, head=head, explain=differences, overwrite=overwrite, progress=progress
     )
     with growing as output, use(device):
-        job = _Job(checkpoint, recipe, samples, output, part_bytes, legacy_names, spills, progress)
+        job = _Job(checkpoint, recipe, samples, output, part_bytes, legacy_names, spills, progress, team)
         if output.journal.complete is not None:
+            team.share(None)
             if not output.is_complete:  # a run was killed before it had put the model in its place
                 output.finish({})
             outcome = job.outcome()
@@ -124,61 +135,119 @@ class _Job:
     checkpoint: Checkpoint
     recipe: Recipe
     samples: Sequence[Sequence[int]]
-    output: GrowingDirectory
+    output: GrowingDirectory | Guest
     part_bytes: int | None
     legacy_names: bool
     spills: bool
     progress: Progress
+    team: Team
 
     def outcome(self) -> Outcome:
         """Return the outcome before anything is done."""
         types = assign_types(self.checkpoint.config, self.recipe)
-        outcome = Outcome(self.recipe, types, notes=notes_for(self.checkpoint.config, self.recipe, types))
+        notes, layers = notes_for(self.checkpoint.config, self.recipe, types), self.checkpoint.config.num_layers
+        outcome = Outcome(self.recipe, types, notes=notes, layers=layers)
         if self.samples:
             outcome.took_samples(self.samples)
         return outcome
 
     def do(self) -> Outcome:
         """Write what is not written yet."""
-        if self.output.journal.steps:
-            self._require_same_times()
+        output = self.output
+        assert isinstance(output, GrowingDirectory)
+        if output.journal.steps:
+            self._require_same_times(output)
         try:
-            return self._attempt()
+            outcome = self._begin(output)
         except _Damaged as damage:
-            self.output.restart()
-            outcome = self._attempt()
+            output.restart()
+            outcome = self._begin(output)
             outcome.restarted = str(damage)
-            return outcome
+        return outcome
 
-    def _attempt(self) -> Outcome:
-        config, output, outcome = self.checkpoint.config, self.output, self.outcome()
-        outcome.layers_resumed = layers_done(output.journal.entries)
+    def _begin(self, output: GrowingDirectory) -> Outcome:
         if not output.journal.steps:
             self._keep_times()
+        self.team.share((output.path, output.journal.entries))
+        outcome = self.outcome()
+        outcome.layers_resumed = layers_done(output.journal.entries)
+        plan, checksums = self._attempt(outcome)
+        self._write_companions(plan, outcome)
+        output.finish(checksums)
+        return outcome
+
+    def help(self) -> Outcome:
+        """Do this rank's part of what rank 0 has not written yet."""
+        outcome = self.outcome()
+        while (begun := self.team.share(None)) is not None:
+            path, entries = begun
+            helper = replace(self, output=Guest(path, Notes(list(entries))))
+            outcome = helper.outcome()
+            try:
+                helper._attempt(outcome)
+                break
+            except _Damaged:
+                pass
+        return outcome
+
+    def _attempt(self, outcome: Outcome) -> tuple[dict[str, OutputTensor], dict[str, int]]:
+        """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
+        config, output = self.checkpoint.config, self.output
         layers = fa_layers(config, self.recipe)
         run = Run(
-            self.checkpoint, self.recipe, self.samples, outcome, layers, output, self.progress, spills=self.spills
+            self.checkpoint,
+            self.recipe,
+            self.samples,
+            outcome,
+            layers,
+            output,
+            self.progress,
+            spills=self.spills,
+            team=self.team,
         )
-        if not run.resume():
-            raise _Damaged("hidden states")
+        self._agree("" if run.resume() else "hidden states")
         if self.recipe.decides_by_comparison:
             output.require_space(run.spilled_bytes)
             run.compare_layers()
         plan = Plan(self.checkpoint, self.recipe, outcome.types, run.fa_layers, self.legacy_names).tensors
         planned = [tensor.planned for tensor in plan.values()]
         outcome.tensors, outcome.nbytes = len(planned), total_bytes(planned)
-        writer = self._writer(planned)
+        writer = self._shared_writer(planned)
         try:
-            sink = Sink(self.checkpoint, plan, writer)
+            sink = Sink(self.checkpoint, plan, writer, self.team)
             written = self._take_over(sink)
             output.require_space(total_bytes(t for t in planned if t.name not in written) + run.spilled_bytes)
             run.write_all(sink)
+            if not self.team.is_first:
+                return plan, {}
             writer.close()
         finally:
             writer.abandon()
-        self._write_companions(plan, outcome)
-        output.finish(writer.file_checksums())
-        return outcome
+        return plan, writer.file_checksums()
+
+    def _agree(self, damage: str) -> None:
+        """Tell the others what rank 0 has found damaged, if anything; begin anew then.
+
+        Raises:
+            _Damaged: something is.
+        """
+        if damage := self.team.share(damage):
+            raise _Damaged(damage)
+
+    def _shared_writer(self, planned: list[PlannedTensor]) -> ShardedWriter:
+        """Return the writer of the weights, which rank 0 makes and the others open."""
+        writer, damage = None, ""
+        if self.team.is_first:
+            try:
+                writer = self._writer(planned)
+            except _Damaged as found:
+                damage = str(found)
+        self._agree(damage)
+        return writer or self._open_writer(planned, resume=True)
+
+    def _open_writer(self, planned: list[PlannedTensor], *, resume: bool) -> ShardedWriter:
+        stem = weight_file_stem(self.recipe.scheme)
+        return ShardedWriter(self.output.path, stem, planned, part_bytes=self.part_bytes, resume=resume)
 
     def _writer(self, planned: list[PlannedTensor]) -> ShardedWriter:
         """Return the writer of the weights: new, or where an earlier run has begun to write."""
@@ -188,9 +257,8 @@ class _Job:
                 file.chmod(0o600)
             else:
                 file.unlink()
-        stem = weight_file_stem(self.recipe.scheme)
         try:
-            return ShardedWriter(path, stem, planned, part_bytes=self.part_bytes, resume=is_begun)
+            return self._open_writer(planned, resume=is_begun)
         except OutputError as error:
             raise _Damaged(str(error)) from None
 
@@ -199,38 +267,43 @@ class _Job:
         steps = [entry for entry in self.output.journal.entries if "tensors" in entry]
         if not steps:
             return set()
+        self._agree(self._verify(steps, sink) if self.team.is_first else "")
+        return {name for entry in steps for name in entry["tensors"]}
+
+    def _verify(self, steps: Sequence[Entry], sink: Sink) -> str:
+        """Return which tensors are not what an earlier run has written, if any."""
         with self.progress("verify", len(steps), "step") as task:
             for entry in steps:
                 task.at(entry["step"])
                 if damaged := sink.take_over(entry["tensors"]):
-                    raise _Damaged(shortlist(damaged, 3))
+                    return shortlist(damaged, 3)
                 task.advance()
-        return {name for entry in steps for name in entry["tensors"]}
+        return ""
 
     def _keep_times(self) -> None:
         write_json(self.output.work / _TIMES_NAME, file_times(self.checkpoint))
 
-    def _require_same_times(self) -> None:
+    def _require_same_times(self, output: GrowingDirectory) -> None:
         """Refuse a large weight file that has changed since the run began.
 
         Raises:
             OutputError: one has.
         """
         try:
-            before = json.loads((self.output.work / _TIMES_NAME).read_text())
+            before = json.loads((output.work / _TIMES_NAME).read_text())
         except (OSError, ValueError):
             return  # removed at the end: nothing more is read of the source's weights
         now = file_times(self.checkpoint)
         changed = [name for name, time in now.items() if before.get(name) != time]
-        if changed and not self.output.overwrites:
+        if changed and not output.overwrites:
             raise OutputError(
-                f"output directory {self.output.target}",
+                f"output directory {output.target}",
                 got=f"a model begun otherwise (source: {shortlist(changed, 3)} changed since)",
                 expected="the same recipe and source",
                 action="Choose another directory, or start over with --overwrite.",
             )
         if changed:
-            self.output.restart()
+            output.restart()
 
     def _write_companions(self, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
         """Write the files that are carried over, the description, the report, and last config.json."""

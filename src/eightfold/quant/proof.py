@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eightfold.errors import UnsupportedError
 from eightfold.quant.hidden import HiddenStates
+from eightfold.quant.team import Team
 from eightfold.reference.decoder import Block
 from eightfold.reference.linear import float_linear
 from eightfold.reference.load import Decoder
@@ -31,33 +32,40 @@ class UnchangedProof:
         """Move the sample through the next layer."""
         self.hidden.advance(block)
 
-    def finish(self, float_TE: Tensor) -> tuple[float, float]:
-        """Compare with the same sample's hidden states in the float model.
 
-        Returns:
-            The largest difference of a logit, and the largest logit.
+def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team: Team) -> tuple[float, float]:
+    """Compare what enters the final norm in both models. The ranks of a team share the words.
 
-        Raises:
-            UnsupportedError: they differ by more than rounding.
-        """
-        norm, checkpoint = self._decoder.final_norm(), self._decoder.checkpoint
-        expected_TE, found_TE = norm(float_TE), norm(self.hidden.first_sample())
-        name = checkpoint.head_weight()
-        difference = largest = 0.0
-        for row in range(0, checkpoint.config.vocab_size, _ROWS):
-            weight = load_tensor(checkpoint, name)[row : row + _ROWS].to(torch.float32)
-            for at in range(0, len(float_TE), _TOKENS):
-                expected = float_linear(expected_TE[at : at + _TOKENS], weight, None)
-                found = float_linear(found_TE[at : at + _TOKENS], weight, None)
-                difference = max(difference, float((found - expected).abs().max()))
-                largest = max(largest, float(expected.abs().max()))
-            checkpoint.release([name])
-        if not difference <= MAX_RELATIVE_DIFFERENCE * largest:
-            raise UnsupportedError(
-                "largest change of a logit by outlier suppression",
-                where=checkpoint.directory,
-                got=f"{difference:g} (the largest logit is {largest:g})",
-                expected=f"at most {MAX_RELATIVE_DIFFERENCE * largest:g}",
-                action="Use another --anti-outlier method, or --save-dtype float32.",
-            )
-        return difference, largest
+    Returns:
+        The largest difference of a logit, and the largest logit.
+
+    Raises:
+        UnsupportedError: they differ by more than rounding.
+    """
+    found = team.collect_first(_differences(decoder, float_TE, smoothed_TE, team))
+    difference, largest = (max(values) for values in zip(*found, strict=True))
+    if team.is_first and not difference <= MAX_RELATIVE_DIFFERENCE * largest:
+        raise UnsupportedError(
+            "largest change of a logit by outlier suppression",
+            where=decoder.checkpoint.directory,
+            got=f"{difference:g} (the largest logit is {largest:g})",
+            expected=f"at most {MAX_RELATIVE_DIFFERENCE * largest:g}",
+            action="Use another --anti-outlier method, or --save-dtype float32.",
+        )
+    return difference, largest
+
+
+def _differences(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team: Team) -> tuple[float, float]:
+    norm, checkpoint = decoder.final_norm(), decoder.checkpoint
+    expected_TE, found_TE = norm(float_TE), norm(smoothed_TE)
+    name = checkpoint.head_weight()
+    difference = largest = 0.0
+    for row in range(_ROWS * team.rank, checkpoint.config.vocab_size, _ROWS * team.size):
+        weight = load_tensor(checkpoint, name)[row : row + _ROWS].to(torch.float32)
+        for at in range(0, len(float_TE), _TOKENS):
+            expected = float_linear(expected_TE[at : at + _TOKENS], weight, None)
+            found = float_linear(found_TE[at : at + _TOKENS], weight, None)
+            difference = max(difference, float((found - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+        checkpoint.release([name])
+    return difference, largest

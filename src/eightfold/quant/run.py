@@ -10,6 +10,9 @@ The state that enters a layer is up to three streams of hidden states (hidden.py
     float       all samples through the float model, for surveys
     quantized   all samples through the layers as they are going to be computed, for calibration
     smoothed    the first sample through the smoothed float model, for the proof that smoothing changes nothing
+
+Of several processes all walk through the same steps, each with its own samples and with its share of a layer's linears;
+rank 0 writes a step into the journal when all have their part of it safely on disk.
 """
 
 from __future__ import annotations
@@ -27,15 +30,17 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.growing import GrowingDirectory
 from eightfold.progress import Progress
 from eightfold.quant.fallback import attention_back, roll_back
+from eightfold.quant.guest import Guest
 from eightfold.quant.head import QuantizedHead
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.layer import QuantizedLayer, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
-from eightfold.quant.proof import UnchangedProof
+from eightfold.quant.proof import UnchangedProof, compare_logits
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.sink import Sink
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
 from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
+from eightfold.quant.team import Alone, Team
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import mapped_tensor, require_finite
 from eightfold.scheme import QuantType, weight_name
@@ -51,28 +56,31 @@ class Run:
         samples: Sequence[Sequence[int]],
         outcome: Outcome,
         fa_layers: frozenset[int],
-        output: GrowingDirectory,
+        output: GrowingDirectory | Guest,
         progress: Progress,
         *,
         spills: bool = False,
+        team: Team | None = None,
     ) -> None:
         self.checkpoint, self.recipe, self.outcome = checkpoint, recipe, outcome
         self.fa_layers, self.progress = fa_layers, progress
         self.decoder = Decoder(checkpoint)
         self._output, self._journal = output, output.journal
+        self._team = team = team or Alone()
         self._streams: list[HiddenStates] = []
 
-        def stream(name: str, chosen: Sequence[Sequence[int]]) -> HiddenStates:
-            self._streams.append(HiddenStates(name, self.decoder, chosen, output.work, spills=spills))
+        def stream(name: str, chosen: Sequence[Sequence[int]], team: Team) -> HiddenStates:
+            self._streams.append(HiddenStates(name, self.decoder, chosen, output.work, spills=spills, team=team))
             return self._streams[-1]
 
         self.float_pass: FloatPass | None = None
         self.proof: UnchangedProof | None = None
         if needs_survey(recipe):
-            self.float_pass = FloatPass(self.decoder, recipe, stream("float", surveyed_samples(recipe, samples)))
-        if recipe.anti_outlier is not None:
-            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1]))
-        self.calibrated = stream("quantized", samples) if recipe.calibrates else None
+            chosen = surveyed_samples(recipe, samples)
+            self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen, team), team)
+        if recipe.anti_outlier is not None and team.is_first:
+            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1], Alone()))
+        self.calibrated = stream("quantized", samples, team) if recipe.calibrates else None
 
     @property
     def spilled_bytes(self) -> int:
@@ -82,20 +90,27 @@ class Run:
     # --- the journal
 
     def resume(self) -> bool:
-        """Go on with what an earlier run has left; return whether that is intact."""
+        """Go on with what an earlier run has left; return whether that is intact, which is for rank 0 to find out."""
         found: dict[str, tuple[int, int]] = {}
         for entry in self._journal.steps.values():
             found.update({name: (layer_idx, checksum) for name, (layer_idx, checksum) in entry["states"].items()})
-            if "survey" in entry and file_checksum(self._survey_path(entry["layer"])) != entry["file"]:
+            if not self._team.is_first or "survey" not in entry:
+                continue
+            if file_checksum(self._survey_path(entry["layer"])) != entry["file"]:
                 return False
-        return all(stream.resume(*found[stream.name]) for stream in self._streams if stream.name in found)
+        begun = [stream for stream in self._streams if stream.name in found]
+        if self._team.is_first:
+            return all(stream.resume(*found[stream.name]) for stream in begun)
+        for stream in begun:
+            stream.go_on_from(*found[stream.name])
+        return True
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
-        """Write a step into the journal, when all that it made is safely on disk."""
+        """Write a step into the journal, when all that it made is safely on disk, whoever made it."""
         states = {stream.name: [stream.layer_idx, stream.checksum] for stream in moved}
         self._journal.append({"step": step, **facts, "states": states})
-        for stream in moved:
-            stream.drop_other_generations()
+        for stream in moved if self._team.is_first else ():
+            stream.drop_older_generations()
 
     def _is_finished(self, step: str) -> bool:
         return step in self._journal.steps
@@ -126,7 +141,8 @@ class Run:
                 task.at(f"layer {layer_idx}")
                 if not self._is_finished(f"survey {layer_idx}"):
                     survey = self.float_pass.survey(layer_idx)
-                    checksum = save_survey(self._survey_path(layer_idx), survey)
+                    is_first = self._team.is_first
+                    checksum = save_survey(self._survey_path(layer_idx), survey) if is_first else None
                     self._finish(
                         f"survey {layer_idx}",
                         [self.float_pass.hidden],
@@ -142,7 +158,8 @@ class Run:
 
     def _kept_survey(self, layer_idx: int) -> LayerSurvey:
         facts = self._journal.steps[f"survey {layer_idx}"]["survey"]
-        return load_survey(self._survey_path(layer_idx), facts)
+        path = self._survey_path(layer_idx)
+        return self._team.share(load_survey(path, facts) if self._team.is_first else LayerSurvey())
 
     def _range_params(self, surveys: Sequence[LayerSurvey]) -> dict[str, float]:
         config = self.checkpoint.config
@@ -153,9 +170,12 @@ class Run:
             for linear in group.linears
         }
         if self.recipe.quantize_lm_head:
-            assert self.float_pass is not None
-            found[LM_HEAD] = self.float_pass.head_range_param()
+            found[LM_HEAD] = self._head_range_param()
         return found
+
+    def _head_range_param(self) -> float:
+        assert self.float_pass is not None
+        return self._team.share(self.float_pass.head_range_param() if self._team.is_first else 0.0)
 
     def _take_attention_back(self, surveys: Sequence[LayerSurvey]) -> None:
         scores = {i: s.stretch for i, s in enumerate(surveys) if i in self.fa_layers and s.stretch is not None}
@@ -179,8 +199,9 @@ class Run:
         with self.progress(f"quantize to {self.recipe.scheme.value}", count, "layer") as task:
             task.at("embedding")
             if not self._is_finished("embedding"):
-                self._require_tied_head()
-                sink.copy(weight_name(EMBEDDING))
+                if self._team.is_first:
+                    self._require_tied_head()
+                    sink.copy(weight_name(EMBEDDING))
                 self._finish("embedding", tensors=sink.finished())
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
@@ -190,9 +211,10 @@ class Run:
                 task.advance()
             task.at("head")
             if not self._is_finished("head"):
-                self._write_head(sink)
+                if self._team.is_first:
+                    self._write_head(sink)
                 self._finish("head", tensors=sink.finished(), proof=self._finish_proof())
-        if self.outcome.smoothing is not None:
+        if self.outcome.smoothing is not None and self._team.is_first:
             proof = self._journal.steps["head"]["proof"]
             self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
         self.outcome.add_clipping_note()
@@ -208,14 +230,16 @@ class Run:
             layer_idx in self.fa_layers,
             survey,
             sink.stored_dtype,
+            self._team,
         )
         if self.calibrated is not None:
             self.calibrated.advance(layer.observed_block())
+            layer.merge()
             moved.append(self.calibrated)
         if self.proof is not None:
             self.proof.advance(layer.smoothed.block())
             moved.append(self.proof.hidden)
-        sink.write_below(layer_prefix(layer_idx), layer.tensors())
+        sink.write_below(layer_prefix(layer_idx), layer.tensors(), layer.owns)
         self.decoder.release_block(layer_idx)
         facts = survey_facts(survey)
         self._finish(
@@ -261,9 +285,14 @@ class Run:
             sink.write_below(LM_HEAD + ".", made)
 
     def _finish_proof(self) -> tuple[float, float] | None:
-        if self.proof is None or self.float_pass is None:
+        if self.recipe.anti_outlier is None or self.float_pass is None:
             return None
-        return self.proof.finish(self.float_pass.hidden.first_sample())
+        states = None
+        if self.proof is not None:
+            states = self.float_pass.hidden.first_sample(), self.proof.hidden.first_sample()
+        states = self._team.share(states)
+        assert states is not None
+        return compare_logits(self.decoder, *states, self._team)
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""

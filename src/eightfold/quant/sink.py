@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import ShardedWriter
 from eightfold.quant.plan import OutputTensor
+from eightfold.quant.team import Alone, Team
 from eightfold.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
 
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
@@ -26,7 +27,14 @@ class Sink:
         checksums: CRC-32 of the tensors that were written since it was last emptied, by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: dict[str, OutputTensor], writer: ShardedWriter) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: dict[str, OutputTensor],
+        writer: ShardedWriter,
+        team: Team | None = None,
+    ) -> None:
+        self._team = team or Alone()
         self._checkpoint, self._plan, self._writer = checkpoint, plan, writer
         self.checksums: dict[str, int] = {}
 
@@ -59,9 +67,9 @@ class Sink:
                 released = read
         self.checksums[name] = self._writer.checksum(name)
 
-    def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
-        """Write every planned tensor of a layer: as made, or as in the source."""
-        for name in (name for name in self._plan if name.startswith(prefix)):
+    def write_below(self, prefix: str, made: dict[str, Tensor], owns: Callable[[str], bool] = lambda _: True) -> None:
+        """Write every planned tensor of a layer that is this rank's: as made, or as in the source."""
+        for name in (name for name in self._plan if name.startswith(prefix) and owns(name)):
             if name in made:
                 self.write(name, made[name])
             else:
@@ -72,10 +80,15 @@ class Sink:
         return TORCH_DTYPES[self._plan[name].planned.dtype]
 
     def finished(self) -> dict[str, int]:
-        """Return, once they are safely on disk, the checksums of the tensors since the last call."""
+        """Return, once they are safely on disk, the checksums of what all ranks wrote since the last call."""
         self._writer.sync()
-        found, self.checksums = self.checksums, {}
-        return found
+        own, self.checksums = self.checksums, {}
+        found: dict[str, int] = {}
+        for checksums in self._team.collect_first(own):
+            found.update(checksums)
+        for name in found.keys() - own.keys():
+            self._writer.adopt(name, found[name])
+        return {name: found[name] for name in self._plan if name in found}
 
     def take_over(self, checksums: dict[str, int]) -> Sequence[str]:
         """Leave tensors as an earlier run wrote them; return those that are not what it wrote."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import InputError
+from eightfold.quant.team import Alone, Team
 
 FEATURE_SAMPLES = 5  # how many samples range_param is measured on
 
@@ -88,8 +89,20 @@ class InputStats:
     spread: float  # largest deviation around the moving centres
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is kept of a few samples."""
+
+    samples: tuple[tuple[_Moments | None, Tensor, Tensor], ...]  # moments, if they are of use, and extremes of each
+    first: Tensor | None  # (T0, K) all of the first sample of all
+    tokens: Tensor | None  # evenly spaced ones
+
+
 class InputWatcher:
-    """Takes in the input of one group, a few samples at a time."""
+    """Takes in the input of one group, a few samples at a time.
+
+    Of several ranks each keeps what it has seen; rank 0 takes it in, in the order of the samples.
+    """
 
     def __init__(
         self,
@@ -98,6 +111,9 @@ class InputWatcher:
         max_tokens: int = 2048,
         keep_first: bool = True,
         keep_tokens: bool = True,
+        keep_features: bool = True,
+        keep_spread: bool = True,
+        team: Team | None = None,
     ) -> None:
         """Start without samples.
 
@@ -107,10 +123,16 @@ class InputWatcher:
             max_tokens: how many of them to keep, at most.
             keep_first: keep the first sample's input.
             keep_tokens: keep evenly spaced tokens.
+            keep_features: look at the deviation of the first samples.
+            keep_spread: look at the deviation of all samples; otherwise `spread` is 0.
+            team: the processes among which the samples are shared; None for this one alone.
         """
+        self._team = team or Alone()
+        self._kept: list[Seen] = []  # with a team
         self._title = title
         self._stride = max(1, math.ceil(total_tokens / max_tokens))
         self._keep_first, self._keep_tokens = keep_first, keep_tokens
+        self._keep_features, self._keep_spread = keep_features, keep_spread
         self._samples = self._tokens_seen = 0
         # Tensors of one element widen to (K,) with the first sample.
         self._lo, self._hi = torch.tensor(math.inf), torch.tensor(-math.inf)
@@ -133,36 +155,62 @@ class InputWatcher:
         # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
         lo_BK = torch.stack([x_TK[begin:end].amin(0) for begin, end in spans])
         hi_BK = torch.stack([x_TK[begin:end].amax(0) for begin, end in spans])
-        require_finite_samples(self._title, self._samples, lo_BK.amin(1), hi_BK.amax(1))
-        for (begin, end), lo, hi in zip(spans, lo_BK, hi_BK, strict=True):
-            self._take(x_TK[begin:end], lo, hi)
-        if self._keep_tokens:
-            self._tokens.append(x_TK[-self._tokens_seen % self._stride :: self._stride].clone())
+        place = self._team.round
+        sample, token = (self._samples, self._tokens_seen) if place is None else (place.first_sample, place.first_token)
+        require_finite_samples(self._title, sample, lo_BK.amin(1), hi_BK.amax(1))
+        seen = Seen(
+            tuple(
+                (self._moments(x_TK[begin:end], sample + at), lo, hi)
+                for at, ((begin, end), lo, hi) in enumerate(zip(spans, lo_BK, hi_BK, strict=True))
+            ),
+            x_TK[slice(*spans[0])].clone() if self._keep_first and sample == 0 else None,
+            x_TK[-token % self._stride :: self._stride].clone() if self._keep_tokens else None,
+        )
         self._tokens_seen += len(x_TK)
+        if self._team.size > 1:
+            self._kept.append(seen)
+        else:
+            self.take(seen)
 
-    def _take(self, x_TK: Tensor, lo: Tensor, hi: Tensor) -> None:
-        moments = _Moments.of(x_TK)
+    def _moments(self, x_TK: Tensor, sample: int) -> _Moments | None:
+        is_feature = self._keep_features and sample < FEATURE_SAMPLES
+        return _Moments.of(x_TK) if is_feature or self._keep_spread else None
+
+    @property
+    def kept(self) -> list[Seen]:
+        """What this rank of several has seen, batch by batch."""
+        return self._kept
+
+    def take(self, seen: Seen) -> None:
+        """Take in what was seen of the next samples."""
+        for sample in seen.samples:
+            self._take(*sample)
+        if seen.first is not None:
+            self._first = seen.first
+        if seen.tokens is not None:
+            self._tokens.append(seen.tokens)
+
+    def _take(self, moments: _Moments | None, lo: Tensor, hi: Tensor) -> None:
         self._lo, self._hi = torch.minimum(self._lo, lo), torch.maximum(self._hi, hi)
         centre = (self._lo + self._hi) / 2
         self._reach = torch.maximum(self._reach, hi - centre)
-        self._spread = max(self._spread, moments.deviation(centre.double()))
-        if self._samples < FEATURE_SAMPLES:
+        if moments is not None and self._keep_spread:
+            self._spread = max(self._spread, moments.deviation(centre.double()))
+        if moments is not None and self._keep_features and self._samples < FEATURE_SAMPLES:
             self._features.append((moments, lo, hi))
-        if self._samples == 0 and self._keep_first:
-            self._first = x_TK.clone()
         self._samples += 1
 
     def stats(self) -> InputStats:
         """Return what has been seen; at least one sample must have been."""
         nothing = torch.zeros(0, len(self._lo))
-        moments, lo, hi = zip(*self._features, strict=True)
+        moments, lo, hi = zip(*self._features, strict=True) if self._features else ((), (), ())
         return InputStats(
             absmax=torch.maximum(-self._lo, self._hi),
             lo=self._lo,
             hi=self._hi,
             first=nothing if self._first is None else self._first,
             tokens=torch.cat(self._tokens) if self._tokens else nothing,
-            features=Features(moments, torch.stack(lo), torch.stack(hi)),
+            features=Features(moments, stacked(lo, len(self._lo)), stacked(hi, len(self._lo))),
             reach=self._reach,
             spread=self._spread,
         )
@@ -189,3 +237,8 @@ def require_finite_samples(title: str, seen: int, lo_B: Tensor, hi_B: Tensor) ->
             expected="finite numbers",
             action="Remove the sample, or check the float model.",
         )
+
+
+def stacked(values: Sequence[Tensor], *shape: int) -> Tensor:
+    """Return values one after the other; of none, an empty tensor (0, *shape)."""
+    return torch.stack(list(values)) if values else torch.zeros(0, *shape)

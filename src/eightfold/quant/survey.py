@@ -30,14 +30,19 @@ from eightfold.quant.methods import ActMethod, AntiOutlier
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
+from eightfold.quant.team import Alone, Team, interleaved
 from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.reference.kvcache import FloatAttention
+from eightfold.reference.linear import FloatLinear, Linear
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_float32
 from eightfold.scheme import QuantType, bias_name, weight_name
 
 # So many samples decide what is rolled back and which activation method an input gets.
 FEATURE_SAMPLES = 5
+
+# So much of a layer may be in float32 while samples pass: little, beside all else.
+_WIDENED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -101,21 +106,23 @@ def surveyed_samples(recipe: Recipe, samples: Sequence[Sequence[int]]) -> Sequen
 class FloatPass:
     """The samples on their way through the float model."""
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates) -> None:
+    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates, team: Team | None = None) -> None:
         """Start where the samples are.
 
         Args:
             decoder: the float model.
             recipe: what is going to be done.
             hidden: the samples of surveyed_samples().
+            team: the processes among which they are shared; None for this one alone.
         """
+        self._team = team or Alone()
         self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
         self._config = decoder.checkpoint.config
         self._smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
 
     @torch.inference_mode()
     def survey(self, layer_idx: int) -> LayerSurvey:
-        """Move all samples through one layer and return what was seen."""
+        """Move all samples through one layer and return what was seen; to all ranks the same."""
         assert self.hidden.layer_idx == layer_idx
         recipe, prefix = self._recipe, layer_prefix(layer_idx)
         context_len = self._config.max_position_embeddings
@@ -128,6 +135,28 @@ class FloatPass:
         seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
         attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
         self.hidden.advance(self._decoder.block(layer_idx, groups, attention))
+        self._merge(watchers, kv)
+        return self._team.share(self._found(prefix, watchers, kv, stretch) if self._team.is_first else LayerSurvey())
+
+    def _merge(self, watchers: Mapping[str, InputWatcher | None], kv: KVObserver | None) -> None:
+        """Rank 0 takes in what the others have seen; of attention's stretch only the first sample counts, its own."""
+        if self._team.size == 1:
+            return
+        working = [watcher for watcher in watchers.values() if watcher is not None]
+        parts = self._team.collect_first([watcher.kept for watcher in working])
+        for watcher, ranks in zip(working, zip(*parts, strict=True), strict=True) if self._team.is_first else ():
+            for seen in interleaved(ranks):
+                watcher.take(seen)
+        if kv is not None:
+            kv.merge(self._team)
+
+    def _found(
+        self,
+        prefix: str,
+        watchers: Mapping[str, InputWatcher | None],
+        kv: KVObserver | None,
+        stretch: StretchObserver | None,
+    ) -> LayerSurvey:
         scales = {
             group.title: self._scale(prefix, group, watchers[group.title])
             for group in input_groups(self._config)
@@ -137,7 +166,9 @@ class FloatPass:
 
     def head_range_param(self) -> float:
         """Return the range parameter of the output head's input, after the last layer."""
-        watcher = InputWatcher("the output head", sum(self.hidden.lengths), keep_first=False, keep_tokens=False)
+        watcher = InputWatcher(
+            "the output head", sum(self.hidden.lengths), keep_first=False, keep_tokens=False, keep_spread=False
+        )
         norm = self._decoder.final_norm()
         for sizes, states_TE in self.hidden.pieces():
             watcher.update(norm(states_TE), spans_of(sizes))
@@ -152,13 +183,24 @@ class FloatPass:
             sum(self.hidden.lengths),
             keep_first=method in (AntiOutlier.M2, AntiOutlier.M3),
             keep_tokens=method is AntiOutlier.M6,
+            keep_features=needs_features(self._recipe),
+            keep_spread=method is AntiOutlier.M2,
+            team=self._team,
         )
 
     def _watched(
         self, prefix: str, group: InputGroup, watcher: InputWatcher | None, kv: KVObserver | None
     ) -> WatchedGroup:
-        linears = LinearGroup(tuple(self._decoder.linear(prefix, linear) for linear in group.linears))
+        linears = LinearGroup(tuple(self._linear(prefix, linear) for linear in group.linears))
         return WatchedGroup(linears, watcher, kv.projections if kv is not None and group.title == "qkv" else None)
+
+    def _linear(self, prefix: str, shape: LinearShape) -> Linear:
+        """Return a float linear, widened once for all batches where a layer is small."""
+        linear = self._decoder.linear(prefix, shape)
+        elements = sum(each.n * each.k for group in input_groups(self._config) for each in group.linears)
+        if isinstance(linear, FloatLinear) and 4 * elements <= _WIDENED_BYTES:
+            return FloatLinear(linear.weight.to(torch.float32), linear.bias)
+        return linear
 
     def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher | None) -> SmoothScale:
         assert watcher is not None and self._recipe.anti_outlier is not None

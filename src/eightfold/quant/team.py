@@ -1,0 +1,121 @@
+"""The processes that make one output: who does what, and how they tell each other.
+
+Rank r of W takes every W-th batch of samples, from the r-th on; a round is W consecutive batches, one for each rank.
+What an observer needs of its round is put together in the order of the samples, so that each rank sees what one process
+would have seen. Rank 0 has the output's lock and journal; the others write where it says.
+
+Here: the words for that, and a team of one, for which nothing is to be told. Several processes: distributed.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The samples that go through a layer at one time.
+
+    Attributes:
+        samples: how many each rank has; none, where batches have run out.
+        first_sample: of this rank's, among all samples.
+        first_token: of this rank's, among all tokens.
+    """
+
+    samples: tuple[int, ...]
+    first_sample: int
+    first_token: int
+
+
+class Team(Protocol):
+    """The processes, seen from one of them."""
+
+    rank: int
+    size: int
+    round: Round | None  # under way; None while samples do not move
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that owns the output and talks to the user."""
+        ...
+
+    def in_order(self, part: Tensor) -> tuple[Tensor, int]:
+        """Put together what each rank knows of its samples in this round.
+
+        Args:
+            part: (samples of this rank, ...) float32.
+
+        Returns:
+            (samples of the round, ...), and at which of them this rank's begin.
+        """
+        ...
+
+    def require_alike(self, facts: dict[str, Any]) -> None:
+        """Refuse ranks for which something is not as it is for rank 0."""
+        ...
+
+    def share(self, value: T) -> T:
+        """Return rank 0's value."""
+        ...
+
+    def collect(self, value: T) -> list[T]:
+        """Return every rank's value, in order, to all."""
+        ...
+
+    def collect_first(self, value: T) -> list[T]:
+        """Return every rank's value, in order, to rank 0; to the others their own."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    rank, size, is_first = 0, 1, True
+    round: Round | None = None
+
+    def in_order(self, part: Tensor) -> tuple[Tensor, int]:
+        """Return what is known."""
+        return part, 0
+
+    def require_alike(self, facts: dict[str, Any]) -> None:
+        """Find nobody else."""
+
+    def share(self, value: T) -> T:
+        """Return the value."""
+        return value
+
+    def collect(self, value: T) -> list[T]:
+        """Return the only value."""
+        return [value]
+
+    def collect_first(self, value: T) -> list[T]:
+        """Return the only value."""
+        return [value]
+
+
+def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Return which rank makes each thing: the largest first, each to whom has least to do."""
+    loads = [0] * ranks
+    found = {}
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += size
+    return found
+
+
+def rounds(batches: Sequence[Sequence[int]], team: Team) -> list[list[int]]:
+    """Return the numbers of the batches of each round; the last may have fewer than there are ranks."""
+    return [list(range(at, min(at + team.size, len(batches)))) for at in range(0, len(batches), team.size)]
+
+
+def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Return what each rank has, one for each of its batches, in the order of the batches."""
+    count = sum(map(len, parts))
+    return [parts[batch % len(parts)][batch // len(parts)] for batch in range(count)]

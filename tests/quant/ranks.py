@@ -1,0 +1,100 @@
+"""One of several processes that quantize a model, as test_distributed.py starts them: python -m tests.quant.ranks JOB.
+
+A job is a JSON object: source, folder of the outputs, names of recipes, and what is to go wrong in one of the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eightfold.errors import EightfoldError
+from eightfold.quant import distributed, hidden
+from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.run import Run
+from eightfold.scheme import QuantType
+from tests.conftest import token_samples
+
+SAMPLES = token_samples(11)
+BATCH_TOKENS = 32  # so that there are several rounds, and a last one in which ranks are without samples
+
+RECIPES = {
+    "minmax": Recipe(QuantType.W8A8),
+    "m4 fa": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M4, fa_quant=True),
+    "m2 histogram": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M2, act_method=ActMethod.HISTOGRAM),
+    "m6 auto kv": Recipe(
+        QuantType.W8A8,
+        anti_outlier=AntiOutlier.M6,
+        act_method=ActMethod.AUTO,
+        kv_int8=True,
+        kv_observe=KVObserve.PRE_ROPE,
+    ),
+    "levels": Recipe(
+        QuantType.W8A8,
+        anti_outlier=AntiOutlier.M1,
+        fa_quant=True,
+        fa_amp=1,
+        disable_level=2,
+        quantize_lm_head=True,
+    ),
+    "w8a16": Recipe(QuantType.W8A16, weight_symmetric=False),
+    "m3 mix kv": Recipe(QuantType.W8A8_MIX, anti_outlier=AntiOutlier.M3, kv_int8=True),
+    "m5 dynamic": Recipe(QuantType.W8A8_DYNAMIC, anti_outlier=AntiOutlier.M5, quantize_lm_head=True),
+}
+
+
+def quantize(source: Path, target: Path, name: str, **options: Any) -> None:
+    """Quantize in batches so small that there are many."""
+    hidden.BATCH_TOKENS, hidden._FEW_TOKENS = BATCH_TOKENS, 1
+    torch.set_num_threads(1)
+    quantize_checkpoint(source, target, RECIPES[name], SAMPLES, part_bytes=60_000, **options)
+
+
+def die_after(steps: int) -> None:
+    """Let this process be killed when it has come to the end of so many steps, but before that is written down."""
+    finish: Callable[..., None] = Run._finish
+    left = iter(range(steps))
+
+    def killed(run: Run, *args: Any, **facts: Any) -> None:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(run, *args, **facts)
+
+    Run._finish = killed  # type: ignore[method-assign]
+
+
+def main() -> int:
+    """Do a job."""
+    job = json.loads(sys.argv[1])
+    is_odd = int(os.environ["RANK"]) == job.get("odd")
+    if is_odd and "dies" in job:
+        die_after(job["dies"])
+    if is_odd and "version" in job:
+        distributed.__version__ = job["version"]
+    if is_odd and "other" in job:
+        job["source"] = job["other"]
+    team = distributed.Ranks()
+    try:
+        for name in job["names"]:
+            quantize(Path(job["source"]), Path(job["folder"]) / name, name, team=team)
+    except BaseException as error:
+        team.fail(error)
+        if not isinstance(error, EightfoldError):
+            raise
+        print(f"eightfold: {error}", file=sys.stderr)
+        return 2
+    team.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

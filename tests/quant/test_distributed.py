@@ -1,0 +1,236 @@
+"""Several processes make what one makes, byte for byte; they end together, and any number of them goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eightfold.format.journal import layers_done, read_entries
+from eightfold.quant import hidden
+from eightfold.quant.hidden import sample_batches
+from eightfold.quant.team import interleaved, owners
+from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
+from tests.quant.ranks import RECIPES, quantize
+from tests.refusal import snapshot
+
+ROOT = Path(__file__).parents[2]
+LAYERS = 3
+END_SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def as_it_was(monkeypatch):
+    """Undo what quantize() sets in this process."""
+    monkeypatch.setattr(hidden, "BATCH_TOKENS", hidden.BATCH_TOKENS)
+    monkeypatch.setattr(hidden, "_FEW_TOKENS", hidden._FEW_TOKENS)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    config = tiny_config("Qwen2ForCausalLM", num_hidden_layers=LAYERS)
+    return write_model(tmp_path_factory.mktemp("model") / "float", config)
+
+
+@pytest.fixture(scope="module")
+def alone(source, tmp_path_factory):
+    """Return what one process makes by a recipe."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def make(name: str) -> dict[str, tuple[int, bytes]]:
+        if not (folder / name).exists():
+            quantize(source, folder / name, name)
+        return snapshot(folder / name)
+
+    return make
+
+
+@dataclass
+class Ended:
+    """How a process ended."""
+
+    code: int
+    err: str
+
+
+def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
+    """Start processes as torchrun would."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.quant.ranks",
+                json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}),
+            ],
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[Ended]:
+    found = []
+    for process in processes:
+        try:
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        found.append(Ended(process.returncode, err))
+    return found
+
+
+def run(size: int, source: Path, folder: Path, names: list[str], **job: Any) -> list[Ended]:
+    return ended(start(size, source=source, folder=folder, names=names, **job))
+
+
+ALL_WELL = Ended(0, "")
+
+
+def test_two_ranks_make_what_one_process_makes(source, alone, tmp_path):
+    names = ["m4 fa", "m2 histogram", "levels", "w8a16"]
+    assert run(2, source, tmp_path, names) == [ALL_WELL] * 2
+    assert {name: snapshot(tmp_path / name) for name in names} == {name: alone(name) for name in names}
+
+
+def test_three_ranks_make_what_one_process_makes(source, alone, tmp_path):
+    names = ["minmax", "m6 auto kv", "m3 mix kv"]
+    assert run(3, source, tmp_path, names) == [ALL_WELL] * 3
+    assert {name: snapshot(tmp_path / name) for name in names} == {name: alone(name) for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_recipe_on_more_ranks(source, alone, tmp_path, size):
+    assert run(size, source, tmp_path, list(RECIPES)) == [ALL_WELL] * size
+    assert {name: snapshot(tmp_path / name) for name in RECIPES} == {name: alone(name) for name in RECIPES}
+
+
+def test_a_dead_rank_ends_the_others_and_another_number_of_ranks_goes_on(source, alone, tmp_path):
+    processes = start(3, source=source, folder=tmp_path, names=["m4 fa"], odd=1, dies=2)  # in layer 1
+    processes[1].wait(120)
+    died = time.monotonic()
+    first, _, last = ended(processes)
+    assert time.monotonic() - died < END_SECONDS
+    name = f"rank 1 (process {processes[1].pid} on {socket.gethostname()})"
+    assert first == Ended(
+        2,
+        f"eightfold: {name}: got no sign of life: it has died or cannot be reached\n",
+    )
+    assert last == Ended(2, "")
+    assert layers_done(read_entries(tmp_path / "m4 fa") or []) in (1, 2)
+    assert run(2, source, tmp_path, ["m4 fa"]) == [ALL_WELL] * 2
+    assert snapshot(tmp_path / "m4 fa") == alone("m4 fa")
+
+
+def test_a_dead_rank_0_ends_the_others_and_one_process_goes_on(source, alone, tmp_path):
+    processes = start(2, source=source, folder=tmp_path, names=["levels"], odd=0, dies=LAYERS + 2)  # in layer 1
+    processes[0].wait(120)
+    died = time.monotonic()
+    assert ended(processes)[1] == Ended(2, "")
+    assert time.monotonic() - died < END_SECONDS
+    assert layers_done(read_entries(tmp_path / "levels") or []) == 1
+    quantize(source, tmp_path / "levels", "levels")
+    assert snapshot(tmp_path / "levels") == alone("levels")
+
+
+def test_what_one_process_has_begun_two_ranks_finish(source, alone, tmp_path, monkeypatch):
+    from tests.quant.killing import killed_after
+
+    with killed_after(150, monkeypatch):
+        quantize(source, tmp_path / "m4 fa", "m4 fa")
+    assert 0 < layers_done(read_entries(tmp_path / "m4 fa") or []) < LAYERS
+    assert run(2, source, tmp_path, ["m4 fa"]) == [ALL_WELL] * 2
+    assert snapshot(tmp_path / "m4 fa") == alone("m4 fa")
+
+
+def test_a_rank_with_another_version_is_refused(source, tmp_path):
+    first, second = run(2, source, tmp_path, ["w8a16"], odd=1, version="0.0.1")
+    assert first.code == second.code == 2
+    assert first.err.startswith("eightfold: eightfold of rank 1 (process ")
+    assert "got 0.0.1, expected " in first.err and first.err.count("\n") == 1
+    assert second.err == ""
+    assert not (tmp_path / "w8a16").exists()
+
+
+def test_a_rank_with_another_source_is_refused(source, tmp_path):
+    config = tiny_config("Qwen2ForCausalLM", num_hidden_layers=LAYERS)
+    other = write_model(tmp_path / "other", config, seed=5)
+    first, second = run(2, source, tmp_path, ["w8a16"], odd=1, other=other)
+    assert (first.code, second) == (2, Ended(2, ""))
+    assert first.err.startswith("eightfold: source of rank 1 (process ")
+    assert "model.safetensors" in first.err and first.err.count("\n") == 1
+    assert not (tmp_path / "w8a16").exists()
+
+
+def torchrun(size: int, *args: object) -> Result:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
+    done = subprocess.run(
+        [*command, "-m", "eightfold", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_torchrun_prints_once(source, cli, tmp_path):
+    options = ["--scheme", "w8a8", "--fa-quant", "--calib-texts", "A text.", "--calib-texts", "Another one", "--json"]
+    assert cli("quantize", source, tmp_path / "one", *options).code == 0
+    result = torchrun(2, "quantize", source, tmp_path / "two", *options)
+    assert result.code == 0, result.err
+    assert result.err.count("note: ") <= HEAD_DIM_NOTE.count("note: ")
+    (line,) = result.out.splitlines()
+    document = json.loads(line)
+    assert (document["world_size"], document["layers"]) == (2, LAYERS)
+    assert len(document["ranks_peak_rss_mib"]) == 2
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+def test_torchrun_tells_an_error_once(source, tmp_path):
+    result = torchrun(2, "quantize", source, tmp_path / "two", "--scheme", "w8a8", "--calib", tmp_path / "none.txt")
+    assert result.code != 0
+    assert [line for line in result.err.splitlines() if line.startswith("eightfold: ")] == [
+        line for line in result.err.splitlines() if "none.txt" in line and line.startswith("eightfold: ")
+    ]
+    assert result.err.count("eightfold: ") == 1
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count"),
+    [([], 0), ([5], 1), ([100] * 4, 1), ([256] * 16, 8), ([300] * 16, 8), ([2000] * 16, 16), ([3000, 1, 1, 3000], 4)],
+)
+def test_samples_are_cut_evenly(lengths, count):
+    batches = sample_batches(lengths)
+    assert [index for batch in batches for index in batch] == list(range(len(lengths)))
+    assert len(batches) == count
+    assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= 2048 for batch in batches)
+
+
+def test_the_largest_linears_go_to_who_has_least():
+    assert owners({"a": 5, "b": 9, "c": 5, "d": 1}, 2) == {"b": 0, "a": 1, "c": 1, "d": 0}
+
+
+def test_what_ranks_have_of_their_batches_is_put_in_order():
+    assert interleaved([["0", "3", "6"], ["1", "4"], ["2", "5"]]) == list("0123456")
