@@ -44,7 +44,7 @@ class MeanMinMax:
         Raises:
             InputError: a sample's activations are not finite.
         """
-        row_lo, row_hi = torch.aminmax(x_TK, dim=1)
+        row_lo, row_hi = x_TK.amin(1), x_TK.amax(1)
         lo = torch.stack([row_lo[begin:end].min() for begin, end in spans])
         hi = torch.stack([row_hi[begin:end].max() for begin, end in spans])
         require_finite_samples(self._title, self.samples, lo, hi)
