@@ -39,7 +39,7 @@ from eightfold.quant.smooth import SmoothScale, source_scale
 from eightfold.quant.survey import LayerSurvey, head_sharing
 from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
 from eightfold.reference.kvcache import FloatAttention
-from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
+from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_float32, load_rows_float32
 from eightfold.scheme import (
@@ -176,6 +176,7 @@ class QuantizedLayer:
     def __post_init__(self) -> None:
         self._config = self.decoder.checkpoint.config
         self._prefix = layer_prefix(self.layer_idx)
+        release_widened()  # the survey is over
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
         self._fa = FAQuantObserver() if self.has_fa else None
         for group in input_groups(self._config):

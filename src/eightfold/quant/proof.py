@@ -8,7 +8,7 @@ from torch import Tensor
 from eightfold.errors import UnsupportedError
 from eightfold.quant.hidden import HiddenStates
 from eightfold.reference.decoder import Block
-from eightfold.reference.linear import float_linear
+from eightfold.reference.linear import float_linear, release_widened
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_tensor
 
@@ -29,6 +29,7 @@ class UnchangedProof:
 
     def advance(self, block: Block) -> None:
         """Move the sample through the next layer."""
+        release_widened()  # smoothed weights are float32 and have memory of their own
         self.hidden.advance(block)
 
     def finish(self, float_TE: Tensor) -> tuple[float, float]:
