@@ -13,7 +13,7 @@ from eightfold.quant.budget import budget_for
 from eightfold.quant.estimate import plan_run
 from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.probe import Machine
+from eightfold.quant.probe import Machine, _take_turns
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
@@ -34,6 +34,7 @@ def machine(product: float = 1e-9, **changes: float) -> Machine:
     kinds = (QuantType.FLOAT, QuantType.W8A8, QuantType.W8A8_DYNAMIC, QuantType.W8A8_MIX, QuantType.W8A16)
     figures = {
         "widen": 0.0,
+        "widen_again": 0.0,
         "fresh": 0.0,
         "quantize": 1e-30,
         "survey_rest": 0.0,
@@ -41,6 +42,7 @@ def machine(product: float = 1e-9, **changes: float) -> Machine:
         "read": 1e-30,
         "write": 1e-30,
         "gflops": 1.0,
+        "busy": 1.0,
         "seconds": 1.0,
     }
     return Machine(product={(kind, k): product for kind in kinds for k in (48, 64, 80)}, **{**figures, **changes})
@@ -98,6 +100,14 @@ def test_products_are_counted_for_every_pass(float_model, known):
     # q 64, k 32, v 32, o 48, gate 80, up 80, down 48 outputs, two layers
     outputs = 2 * (64 + 32 + 32 + 48 + 80 + 80 + 48)
     assert (found["survey"], found["calibrate"], found["prove"]) == (8 * outputs, 8 * outputs, 3 * outputs)
+
+
+def test_a_busy_machine_is_slow_at_everything(monkeypatch):
+    # Round 0 does not count. Of "a" the quickest is 1, of "b" 2; two rounds took 12 in all, where 2 * (1 + 2) would do.
+    seconds = iter([50.0, 50.0, 1.0, 2.0, 7.0, 2.0])
+    monkeypatch.setattr("eightfold.quant.probe._seconds", lambda work: next(seconds))
+    monkeypatch.setattr("eightfold.quant.probe._MAX_ROUNDS", 3)
+    assert _take_turns({"a": print, "b": print}) == ({"a": 2.0, "b": 4.0}, 2.0)
 
 
 def test_samples_that_nothing_looks_at_cost_nothing(float_model, known):

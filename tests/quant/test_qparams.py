@@ -162,3 +162,13 @@ def test_a_quantization_in_small_pieces_writes_the_same_bytes(float_model, monke
         quantize_checkpoint(float_model, directory, recipe, token_samples())
     name = "quant_model_weight_w8a8.safetensors"
     assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("k", [1, 700, 131_072, 131_073])
+def test_sums_of_rows_are_exact(k):
+    # -128 in every place: the largest sum that there is; in float32 it is held up to K = 2**24 / 128.
+    values = torch.full((3, k), -128, dtype=torch.int8)
+    values[1] = torch.arange(k) % 255 - 127
+    found = QuantizedWeight(values, torch.ones(3, 1), torch.zeros(3, 1)).sum()
+    assert found.dtype == torch.int32
+    assert torch.equal(found.to(torch.int64), values.to(torch.int64).sum(1))

@@ -18,8 +18,11 @@ from eightfold.reference.linear import (
     W8A8DynamicLinear,
     W8A8Linear,
     W8A16Linear,
+    divided_to_int8,
+    float_linear,
     int_matmul,
     int_matmul_float,
+    release_widened,
     to_int8_,
     token_params,
 )
@@ -291,3 +294,32 @@ def test_tokens_do_not_see_each_other():
     for mode in ("symmetric", "asymmetric"):
         layer = dynamic_linear(mode, normal(N, seed=4))
         assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize("t", [1, 5, 64])
+def test_a_few_rows_at_a_time_are_all_rows_at_once(monkeypatch, t):
+    generator = torch.Generator().manual_seed(t)
+    x_TK, weight_NK = torch.randn(t, 48, generator=generator), torch.randint(-127, 128, (40, 48)).to(torch.int8)
+    scale_T1, offset_T1 = torch.rand(t, 1, generator=generator) + 0.01, torch.arange(t)[:, None] - 100.0
+    dynamic = W8A8DynamicLinear(weight_NK, torch.rand(40), weight_NK.sum(1, dtype=torch.int32), torch.randn(40))
+    w8a16 = W8A16Linear(weight_NK, torch.rand(40, 1), torch.rand(40, 1), None)
+    found = []
+    for elements in (1, 3 * 48 + 1, 1 << 19):
+        monkeypatch.setattr("eightfold.reference.linear._PIECE_ELEMENTS", elements)
+        xq = divided_to_int8(x_TK, scale_T1, offset_T1)
+        found.append((xq, dynamic.multiply(xq, scale_T1, offset_T1), w8a16(x_TK)))
+    assert torch.equal(found[0][0], (x_TK / scale_T1 + offset_T1).round().clamp(-128, 127).to(torch.int8))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_weights_that_share_memory_for_float32_do_not_mix():
+    small, large = torch.randn(8, 16).to(torch.bfloat16), torch.randn(32, 64).to(torch.bfloat16)
+    for weight in (small, large, small):
+        x = torch.randn(4, weight.shape[1])
+        with torch.inference_mode():
+            inside = FloatLinear(weight, None)(x)
+        assert torch.equal(inside, FloatLinear(weight, None)(x))
+        assert torch.equal(inside, float_linear(x, weight.to(torch.float32), None))
+    release_widened()
+    assert torch.equal(FloatLinear(small, None)(x), inside)

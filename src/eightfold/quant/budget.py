@@ -99,7 +99,7 @@ def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int])
     total, largest = sum(map(sum, groups)), max(map(max, groups))
     stored = total * checkpoint.dtype.itemsize
     passing = _sample_bytes(checkpoint, recipe, lengths) if lengths else 0
-    survey = max(4 * largest + passing, _scale_bytes(recipe, max(map(sum, groups))))
+    survey = 4 * largest + max(passing, _scale_bytes(recipe, max(map(sum, groups))))
     # Smoothed linears that stay float are held in float32 while samples pass.
     kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
     return stored + max(survey, total + kept + 4 * largest + passing)

@@ -23,7 +23,7 @@ from eightfold.quant.observe import MeanMinMax
 from eightfold.quant.qparams import QuantizedWeight
 from eightfold.quant.team import Team
 from eightfold.reference.decoder import Batch
-from eightfold.reference.linear import Linear, W8A8DynamicLinear, to_int8_
+from eightfold.reference.linear import Linear, W8A8DynamicLinear, divided_to_int8
 
 # Above this ratio of largest value to standard deviation, method `auto` takes the extremes and not the histogram.
 AUTO_LIMIT = 50.0
@@ -71,7 +71,7 @@ class ObservedGroup:
         """Return every member's output."""
         scale_T1, offset_T1 = self.observer.update(x_TK, batch.spans)
         # Divided by the scale here; inference multiplies by a reciprocal.
-        xq = to_int8_(x_TK / scale_T1, offset_T1)
+        xq = divided_to_int8(x_TK, scale_T1, offset_T1)
         return tuple(
             member.multiply(xq, scale_T1, offset_T1) if isinstance(member, StaticMember) else member(x_TK)
             for member in self.members

@@ -149,6 +149,7 @@ class RunPlan:
                 "write_mb_s": round(1e-6 / machine.write, 1),
                 "float_gflop_s": round(machine.gflops, 1),
                 "quantize_elements_s": round(1 / machine.quantize),
+                "busy": round(machine.busy, 2),
                 "probe_seconds": round(machine.seconds, 2),
             },
             "refusal": self.refusal or None,
@@ -183,7 +184,7 @@ class RunPlan:
             f"{'fits' if self.fits_memory else 'DOES NOT FIT'}; hidden states {states}",
             f"measured  read {1e-6 / machine.read:,.0f} MB/s, write {1e-6 / machine.write:,.0f} MB/s, "
             f"products {machine.gflops:,.0f} GFLOP/s, to int8 {1e-6 / machine.quantize:,.0f} M/s, "
-            f"in {machine.seconds:.1f} s",
+            f"{machine.busy:.1f} times the quickest, in {machine.seconds:.1f} s",
         ]
 
 
@@ -317,8 +318,8 @@ class _Work:
         if not self.surveyed:
             return 0
         config, tokens = self.config, self._batch(self.surveyed)
-        passing = 4 * self._largest + 4 * tokens * (4 * config.hidden_size + 2 * config.intermediate_size)
-        return self.layer_in + max(passing, self._scale_bytes())
+        passing = 4 * tokens * (4 * config.hidden_size + 2 * config.intermediate_size)
+        return self.layer_in + 4 * self._largest + max(passing, self._scale_bytes())
 
     def _scale_bytes(self) -> int:
         titles = {pair.group for pair in smoothed_pairs(self.recipe.anti_outlier)}
@@ -355,10 +356,10 @@ class _Work:
         machine, elements = self.machine, linear.n * linear.k
         seconds = tokens * linear.n * machine.product[kind, linear.k]
         if kind in (QuantType.FLOAT, QuantType.W8A16):
-            seconds += elements * (machine.widen if 4 * elements >= MAPPED_BYTES else machine.widen / 3)
+            seconds += elements * machine.widen_again
         output = 4 * tokens * linear.n
         if output >= MAPPED_BYTES:
-            seconds += output * machine.fresh * (1 if kind is QuantType.FLOAT else 2)
+            seconds += output * machine.fresh
         return seconds
 
     def _scaling(self) -> float:

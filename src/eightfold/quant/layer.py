@@ -40,7 +40,7 @@ from eightfold.quant.survey import LayerSurvey, head_sharing
 from eightfold.quant.team import Alone, Team, owners
 from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
 from eightfold.reference.kvcache import FloatAttention
-from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
+from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_float32, load_rows_float32
 from eightfold.scheme import (
@@ -178,6 +178,7 @@ class QuantizedLayer:
     def __post_init__(self) -> None:
         self._config = self.decoder.checkpoint.config
         self._prefix = layer_prefix(self.layer_idx)
+        release_widened()  # the survey is over
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
         self._fa = FAQuantObserver() if self.has_fa else None
         sizes = {linear.name: linear.n * linear.k for group in input_groups(self._config) for linear in group.linears}

@@ -45,7 +45,7 @@ class MeanMinMax:
         Raises:
             InputError: a sample's activations are not finite.
         """
-        row_lo, row_hi = torch.aminmax(x_TK, dim=1)
+        row_lo, row_hi = x_TK.amin(1), x_TK.amax(1)
         own_lo = stacked([row_lo[begin:end].min() for begin, end in spans])
         own_hi = stacked([row_hi[begin:end].max() for begin, end in spans])
         ends_R2, own = self._team.in_order(torch.stack([own_lo, own_hi], dim=1))

@@ -6,7 +6,10 @@
     weights       rows to int8
     disks         pieces of the source as they lie now, in the page cache or not; a file that is written and removed
 
-All of it takes two or three seconds. Times are the better of two, because the first one also finds memory and code.
+All of it takes about three seconds. The pieces take turns, round after round, and the first round does not count,
+because it also finds memory and code. Of each piece the quickest round says what the work costs; how much longer the
+rounds took in all says how busy the machine is, and that holds for every piece alike: a few milliseconds of one piece
+would mostly show whether another program ran just then.
 
 Letters: T tokens, K inputs, N outputs, E hidden size, F intermediate size.
 """
@@ -20,6 +23,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +51,7 @@ _PRODUCT_FLOP = 6e9
 _FRESH_BYTES = 64 << 20
 _READ_PLACES, _READ_BYTES = 3, 96 << 20
 _WRITE_BYTES, _WRITE_SECONDS = 320 << 20, 1.0
+_ROUND_SECONDS, _MAX_ROUNDS = 2.0, 12
 _STEP = 1 << 20  # bytes that are looked at, or written, at a time
 
 # Tensors of this size and more are given back to the system, which finds new memory for the next: memory.py.
@@ -59,6 +64,7 @@ class Machine:
 
     product: Mapping[tuple[QuantType, int], float]  # (kind, K) -> for one output of one token
     widen: float  # for one element of a weight, to a new float32 tensor
+    widen_again: float  # the same, to memory that is there
     fresh: float  # for one byte of memory that the system has to find
     quantize: float  # for one element of a weight
     survey_rest: float  # for one token of one layer
@@ -66,6 +72,7 @@ class Machine:
     read: float  # for one byte of the source
     write: float  # for one byte of the output, checksum included
     gflops: float  # of the float products, for a person
+    busy: float  # how much longer work takes than in the quickest round; the times above contain it
     seconds: float  # that measuring took
 
 
@@ -85,67 +92,84 @@ def probe(
     config = checkpoint.config
     stored = torch.bfloat16 if checkpoint.dtype.itemsize == 2 else torch.float32
     widths = sorted({linear.k for group in input_groups(config) for linear in group.linears})
-    widen, fresh = _widening(stored)
-    product, gflops = {}, 0.0
+    works: dict[Any, Callable[[], object]] = dict(_widening(stored))
+    works["quantize"] = _quantizing(widths[-1], stored, recipe)
+    for kind in {QuantType.FLOAT, *kinds} if lengths else ():
+        works.update({(kind, k): _product(kind, k, stored) for k in widths})
+    sizes = _sizes(config, lengths)
+    if lengths:
+        works["survey"] = _rest(config, recipe, sizes, _survey_groups)
+    if lengths and recipe.calibrates:
+        works["calibrate"] = _rest(config, recipe, sizes, _observed_groups)
     with torch.inference_mode():
-        if lengths:
-            for kind in {QuantType.FLOAT, *kinds}:
-                for k in widths:
-                    product[kind, k] = _product(kind, k, stored, widen)
-            gflops = 2e-9 / min(product[QuantType.FLOAT, k] / k for k in widths)
-        return Machine(
-            product=product,
-            widen=widen,
-            fresh=fresh,
-            quantize=_quantizing(widths[-1], stored, recipe),
-            survey_rest=_rest(config, recipe, lengths, _survey_groups) if lengths else 0.0,
-            calibrate_rest=_rest(config, recipe, lengths, _observed_groups) if lengths and recipe.calibrates else 0.0,
-            read=_reading(checkpoint),
-            write=_writing(folder),
-            gflops=gflops,
-            seconds=time.perf_counter() - began,
-        )
+        found, busy = _take_turns(works)
+    widen, widen_again = (found[name] / (_FRESH_BYTES // 4) for name in ("fresh", "again"))
+    product = {(kind, k): _per_output(kind, k, found[kind, k], widen_again) for kind, k in filter(_is_product, works)}
+    floats = [2 * k / product[kind, k] for kind, k in product if kind is QuantType.FLOAT]
+    return Machine(
+        product=product,
+        widen=widen,
+        widen_again=widen_again,
+        fresh=max(0.0, widen - widen_again) / 4,
+        quantize=found["quantize"] / (_quantized_rows(widths[-1]) * widths[-1]),
+        survey_rest=found.get("survey", 0.0) / max(1, sum(sizes)),
+        calibrate_rest=found.get("calibrate", 0.0) / max(1, sum(sizes)),
+        read=_reading(checkpoint),
+        write=_writing(folder),
+        gflops=1e-9 * max(floats, default=0.0),
+        busy=busy,
+        seconds=time.perf_counter() - began,
+    )
 
 
-def _best(work: Callable[[], object]) -> float:
-    found = []
-    for _ in range(2):
-        began = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - began)
-    return min(found)
+def _take_turns(works: Mapping[Any, Callable[[], object]]) -> tuple[dict[Any, float], float]:
+    """Return the seconds of each work as the machine is, and how many times its quickest that is."""
+    rounds: list[dict[Any, float]] = []
+    began = time.perf_counter()
+    while len(rounds) < 3 or (len(rounds) < _MAX_ROUNDS and time.perf_counter() - began < _ROUND_SECONDS):
+        rounds.append({key: _seconds(work) for key, work in works.items()})
+    del rounds[0]
+    quickest = {key: min(found[key] for found in rounds) for key in works}
+    busy = sum(sum(found.values()) for found in rounds) / (len(rounds) * sum(quickest.values()))
+    return {key: seconds * busy for key, seconds in quickest.items()}, busy
 
 
-def _widening(stored: torch.dtype) -> tuple[float, float]:
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _widening(stored: torch.dtype) -> dict[str, Callable[[], object]]:
     weight = torch.ones(_FRESH_BYTES // 4, dtype=stored)
-    seconds = _best(lambda: weight.to(torch.float32, copy=True))
-    warm = torch.empty(_FRESH_BYTES // 4)
-    in_place = _best(lambda: warm.copy_(weight))
-    return seconds / len(weight), max(0.0, seconds - in_place) / _FRESH_BYTES
+    there = torch.empty(_FRESH_BYTES // 4)
+    return {"fresh": lambda: weight.to(torch.float32, copy=True), "again": lambda: there.copy_(weight)}
 
 
-def _product(kind: QuantType, k: int, stored: torch.dtype, widen: float) -> float:
-    tokens = _PRODUCT_TOKENS
-    n = max(32, min(4096, int(_PRODUCT_FLOP / (2 * tokens * k))))
-    x_TK = torch.randn(tokens, k)
-    linear = _linear(kind, n, k, stored)
+def _is_product(key: object) -> bool:
+    return isinstance(key, tuple)
+
+
+def _product_rows(k: int) -> int:
+    return max(32, min(4096, int(_PRODUCT_FLOP / (2 * _PRODUCT_TOKENS * k))))
+
+
+def _product(kind: QuantType, k: int, stored: torch.dtype) -> Callable[[], object]:
+    x_TK = torch.randn(_PRODUCT_TOKENS, k)
+    linear = _linear(kind, _product_rows(k), k, stored)
     if isinstance(linear, StaticMember):
-        xq_TK, scale_T1 = torch.ones(tokens, k, dtype=torch.int8), torch.ones(tokens, 1)
-        seconds = _best(lambda: linear.multiply(xq_TK, scale_T1, scale_T1))
-    else:
-        seconds = _best(lambda: linear(x_TK))
-    if _is_widened(kind):
-        seconds = max(seconds - n * k * _warm(widen, n * k), seconds / 2)
-    return seconds / (tokens * n)
+        member, ones = linear, torch.ones(_PRODUCT_TOKENS, 1)
+        xq_TK = torch.ones(_PRODUCT_TOKENS, k, dtype=torch.int8)
+        return lambda: member.multiply(xq_TK, ones, ones)
+    return lambda: linear(x_TK)
 
 
-def _warm(widen: float, elements: int) -> float:
-    # A weight that fits below the limit of the allocator is widened into memory that is already there.
-    return widen if 4 * elements >= MAPPED_BYTES else widen / 3
-
-
-def _is_widened(kind: QuantType) -> bool:
-    return kind in (QuantType.FLOAT, QuantType.W8A16)
+def _per_output(kind: QuantType, k: int, seconds: float, widen_again: float) -> float:
+    """Return the seconds of one output of one token, without widening the weight."""
+    n = _product_rows(k)
+    if kind in (QuantType.FLOAT, QuantType.W8A16):
+        seconds = max(seconds - n * k * widen_again, seconds / 2)
+    return seconds / (_PRODUCT_TOKENS * n)
 
 
 def _linear(kind: QuantType, n: int, k: int, stored: torch.dtype) -> Linear:
@@ -160,8 +184,12 @@ def _linear(kind: QuantType, n: int, k: int, stored: torch.dtype) -> Linear:
     return StaticMember(integers, ones, sums, None)
 
 
-def _quantizing(k: int, stored: torch.dtype, recipe: Recipe) -> float:
-    n = max(1, (1 << 22) // k)
+def _quantized_rows(k: int) -> int:
+    return max(1, (1 << 22) // k)
+
+
+def _quantizing(k: int, stored: torch.dtype, recipe: Recipe) -> Callable[[], object]:
+    n = _quantized_rows(k)
     weight, column = torch.ones(n, k, dtype=stored), torch.ones(k)
 
     def rows(begin: int, end: int) -> Tensor:
@@ -170,7 +198,7 @@ def _quantizing(k: int, stored: torch.dtype, recipe: Recipe) -> float:
         return piece if recipe.anti_outlier is None else piece.mul_(column)
 
     symmetric = recipe.weight_symmetric
-    return _best(lambda: quantize_rows(n, k, rows, is_symmetric=symmetric)) / (n * k)
+    return lambda: quantize_rows(n, k, rows, is_symmetric=symmetric)
 
 
 # --- a layer without its linears
@@ -190,13 +218,12 @@ class _Free:
 def _rest(
     config: ModelConfig,
     recipe: Recipe,
-    lengths: Sequence[int],
+    sizes: Sequence[int],
     groups: Callable[
         [ModelConfig, Recipe, dict[str, tuple[Linear, ...]], int], tuple[list[GroupCall], tuple[Watcher, ...]]
     ],
-) -> float:
-    """Return the seconds that all but the linears take for one token."""
-    sizes = _sizes(config, lengths)
+) -> Callable[[], object]:
+    """Return all that a layer does with samples of these lengths, but for the linears."""
     tokens = sum(sizes)
     free: dict[str, tuple[Linear, ...]] = {
         group.title: tuple(_Free(torch.randn(tokens, linear.n)) for linear in group.linears)
@@ -223,7 +250,7 @@ def _rest(
         )
         hidden.copy_(block(hidden, batch)).clamp_(-9, 9)
 
-    return _best(layer) / tokens
+    return layer
 
 
 def _sizes(config: ModelConfig, lengths: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from eightfold.errors import UnsupportedError
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.team import Team
 from eightfold.reference.decoder import Block
-from eightfold.reference.linear import float_linear
+from eightfold.reference.linear import float_linear, release_widened
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import load_tensor
 
@@ -30,6 +30,7 @@ class UnchangedProof:
 
     def advance(self, block: Block) -> None:
         """Move the sample through the next layer."""
+        release_widened()  # smoothed weights are float32 and have memory of their own
         self.hidden.advance(block)
 
 

@@ -18,7 +18,8 @@ asymmetric form is more accurate and needs nothing else from the file.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,6 +32,10 @@ EPS = torch.finfo(torch.float32).eps
 
 # 128 * 128 * 1024 = 2**24: up to this many products of int8 are summed without rounding in float32.
 EXACT_K = 1024
+
+# So many elements of a large tensor at a time pass through several operations: they stay in the caches, which was
+# measured to be five to ten times as fast (docs/log.md).
+_PIECE_ELEMENTS = 1 << 19
 
 DynamicMode = Literal["asymmetric", "symmetric"]
 
@@ -99,6 +104,38 @@ def float_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tens
     return torch.nn.functional.linear(x_TK, weight_NK, bias_N)
 
 
+def row_pieces(matrix: Tensor) -> Iterator[slice]:
+    """Yield runs of rows that stay in the caches of a CPU; of another device's tensor, all rows."""
+    rows = len(matrix)
+    step = max(1, _PIECE_ELEMENTS // max(1, matrix.shape[1])) if matrix.device.type == "cpu" else max(1, rows)
+    for begin in range(0, rows, step):
+        yield slice(begin, min(rows, begin + step))
+
+
+class _Widened(threading.local):
+    """Memory for one float32 weight, which the system then does not have to find for each product anew."""
+
+    room: Tensor | None = None
+
+    def like(self, weight_NK: Tensor) -> Tensor:
+        """Return (N, K) float32 with any values, valid until this is asked again."""
+        if weight_NK.device.type != "cpu":
+            return torch.empty(weight_NK.shape, dtype=torch.float32, device=weight_NK.device)
+        if self.room is None or len(self.room) < weight_NK.numel():
+            self.room = None  # first let go of the old one
+            with torch.inference_mode(False):  # so that it serves both modes
+                self.room = torch.empty(weight_NK.numel(), dtype=torch.float32, device="cpu")
+        return self.room[: weight_NK.numel()].view(weight_NK.shape)
+
+
+_widened = _Widened()
+
+
+def release_widened() -> None:
+    """Let go of this thread's memory for float32 weights."""
+    _widened.room = None
+
+
 @dataclass
 class FloatLinear:
     """A linear that was left alone."""
@@ -108,7 +145,10 @@ class FloatLinear:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """Return y; the weight is widened to float32 for the product."""
-        return float_linear(x_TK, self.weight.to(torch.float32), self.bias)
+        weight = self.weight
+        if weight.dtype != torch.float32:
+            weight = _widened.like(weight).copy_(weight)
+        return float_linear(x_TK, weight, self.bias)
 
 
 @dataclass
@@ -122,7 +162,9 @@ class W8A16Linear:
 
     def __call__(self, x_TK: Tensor) -> Tensor:
         """Return y."""
-        real = self.weight.to(torch.float32).sub_(self.weight_offset).mul_(self.weight_scale)
+        real = _widened.like(self.weight)
+        for rows in row_pieces(real):
+            real[rows].copy_(self.weight[rows]).sub_(self.weight_offset[rows]).mul_(self.weight_scale[rows])
         return float_linear(x_TK, real, self.bias)
 
 
@@ -160,8 +202,10 @@ class W8A8DynamicLinear:
     def multiply(self, xq_TK: Tensor, scale_T1: Tensor, offset_T1: Tensor) -> Tensor:
         """Return y for int8 inputs whose tokens have these scales and integral offsets."""
         products = int_matmul(xq_TK, self.weight)
-        products.sub_(offset_T1.to(torch.int32) * self.weight_sum)
-        y = products.to(torch.float32).mul_(scale_T1).mul_(self.weight_scale)
+        y = products.view(torch.float32)  # in the same memory, a few rows after the other
+        for rows in row_pieces(products):
+            whole = products[rows].sub_(offset_T1[rows].to(torch.int32) * self.weight_sum)
+            torch.mul(whole.to(torch.float32), scale_T1[rows], out=y[rows]).mul_(self.weight_scale)
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -203,12 +247,21 @@ def to_int8_(scaled: Tensor, offset: Tensor) -> Tensor:
     return scaled.add_(offset).round_().clamp_(Q_MIN, Q_MAX).to(torch.int8)
 
 
+def divided_to_int8(x_TK: Tensor, scale_T1: Tensor, offset_T1: Tensor) -> Tensor:
+    """Return clamp(rne(x / scale + offset)) as int8, with parameters for each token, (T, 1) each."""
+    found = torch.empty(x_TK.shape, dtype=torch.int8, device=x_TK.device)
+    for rows in row_pieces(x_TK):
+        found[rows] = to_int8_(x_TK[rows] / scale_T1[rows], offset_T1[rows])
+    return found
+
+
 def token_params(x_TK: Tensor, mode: DynamicMode) -> tuple[Tensor, Tensor]:
     """Return each token's scale and offset, (T, 1) float32.
 
     symmetric: s = absmax / 127, o = 0. asymmetric: s = (hi - lo) / 255, o = rne(-lo / s) - 128 with lo <= 0 <= hi.
     """
-    lo, hi = torch.aminmax(x_TK, dim=1, keepdim=True)
+    # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
+    lo, hi = x_TK.amin(1, keepdim=True), x_TK.amax(1, keepdim=True)
     if mode == "symmetric":
         scale = symmetric(torch.maximum(-lo, hi))
         return scale, torch.zeros_like(scale)

@@ -43,6 +43,7 @@ from eightfold.reference.linear import (
     W8A8Linear,
     W8A8MixLinear,
     W8A16Linear,
+    release_widened,
 )
 from eightfold.reference.tensors import load_float32, load_tensor, mapped_tensor, require_finite
 from eightfold.scheme import (
@@ -265,8 +266,9 @@ class Decoder:
         return FloatLinear(load_float32(self.checkpoint, self.checkpoint.head_weight()), None)
 
     def release_block(self, layer_idx: int) -> None:
-        """Let go of the memory in which a layer's stored tensors were read."""
+        """Let go of the memory in which a layer's stored tensors were read and widened."""
         self.checkpoint.release(self.checkpoint.layer_tensors(layer_prefix(layer_idx)))
+        release_widened()
 
     @torch.inference_mode()
     def hidden_states(
