@@ -34,6 +34,8 @@ def test_less_than_a_layer_is_refused_with_what_would_do():
 def test_without_a_budget_half_of_what_is_free_is_taken_and_nothing_refused(monkeypatch, free, spills):
     monkeypatch.setattr(module, "available_bytes", lambda: free)
     assert NEEDS.spills(None) is spills
+    monkeypatch.setattr(module, "available_bytes", lambda: free and 2 * free)
+    assert NEEDS.spills(None, 2) is spills
 
 
 def test_hidden_states_count_once_for_each_stream_that_holds_all_samples(float_model):

@@ -58,18 +58,19 @@ class Budget:
         """Bytes without which nothing goes."""
         return self.base + self.step
 
-    def spills(self, memory: int | None) -> bool:
+    def spills(self, memory: int | None, processes: int = 1) -> bool:
         """Return whether hidden states have to live in files.
 
         Args:
             memory: the most this process may have resident; None takes half of what is free.
+            processes: how many share what is free.
 
         Raises:
             CapacityError: the budget is too small even so.
         """
         if memory is None:
             free = available_bytes()
-            return free is not None and self.needed + self.states > self.base + free // 2
+            return free is not None and self.needed + self.states > self.base + free // (2 * processes)
         if memory < self.needed:
             raise CapacityError(
                 "--memory",

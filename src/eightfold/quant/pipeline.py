@@ -86,7 +86,7 @@ def quantize_checkpoint(
         raise ConfigError(f"calibration samples for {recipe.scheme.value}", got="none", expected="at least one")
     require_level(recipe, assign_types(checkpoint.config, recipe))
     head = identity(checkpoint, recipe, samples, part_bytes=part_bytes, legacy_names=legacy_names, device=device.type)
-    spills = budget_for(checkpoint, recipe, samples).spills(memory)
+    spills = budget_for(checkpoint, recipe, samples).spills(memory, team.size)
     team.require_alike(head)
     if not team.is_first:
         guest = Guest(target, Notes())
