@@ -155,7 +155,7 @@ def test_a_model_in_a_mount_point_is_replaced_and_the_run_killed_at_any_moment(t
 @pytest.mark.parametrize("name", RECIPES)
 def test_hidden_states_in_files_give_the_same_bytes(tmp_path, source, monkeypatch, name):
     quantize(source, tmp_path / "memory", name)
-    monkeypatch.setattr(Budget, "spills", lambda self, memory: True)
+    monkeypatch.setattr(Budget, "spills", lambda *_: True)
     quantize(source, tmp_path / "files", name)
     assert files(tmp_path / "memory") == files(tmp_path / "files")
 
@@ -164,7 +164,7 @@ def test_a_run_that_spills_goes_on_with_one_that_does_not(tmp_path, source, monk
     quantize(source, tmp_path / "whole")
     begin(source, tmp_path / "out", monkeypatch)
     with monkeypatch.context() as spilling:
-        spilling.setattr(Budget, "spills", lambda self, memory: True)
+        spilling.setattr(Budget, "spills", lambda *_: True)
         assert quantize(source, tmp_path / "out").layers_resumed == 2
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
