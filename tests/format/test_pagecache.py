@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -76,7 +77,7 @@ def test_writing_goes_on_where_the_system_has_no_such_call(tmp_path, monkeypatch
 
 def test_neighbouring_writes_become_one_range_and_windows_turn(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(pagecache, "_sync_file_range", lambda: lambda *words: calls.append(words))
+    monkeypatch.setattr(pagecache, "_sync_file_range", lambda: lambda *words: calls.append(words) or 0)
     behind = WriteBehind(-1, window=100)
     monkeypatch.setattr(pagecache, "drop", lambda *words: calls.append(("drop", *words)))
     for begin, end in ((0, 30), (30, 60), (500, 540)):
@@ -91,6 +92,23 @@ def test_neighbouring_writes_become_one_range_and_windows_turn(tmp_path, monkeyp
         (-1, 500, 40, 7),
         ("drop", -1, 500, 540),
     ]
+
+
+@pytest.mark.parametrize(("error", "raised"), [(errno.ENOSPC, True), (errno.EIO, True), (errno.EINVAL, False)])
+def test_an_error_of_the_disk_is_told_and_not_swallowed(tmp_path, monkeypatch, error, raised):
+    def fails(*_: int) -> int:
+        ctypes.set_errno(error)
+        return -1
+
+    monkeypatch.setattr(pagecache, "_sync_file_range", lambda: fails)
+    with (tmp_path / "f").open("wb") as file:
+        behind = WriteBehind(file.fileno(), window=4)
+        if not raised:
+            behind.wrote(0, 4)
+            return
+        with pytest.raises(OSError) as found:
+            behind.wrote(0, 4)
+        assert found.value.errno == error
 
 
 def test_a_tensor_in_pieces_is_the_same_file(tmp_path):

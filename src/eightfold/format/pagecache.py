@@ -9,6 +9,7 @@ happens.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -24,7 +25,7 @@ _BEGIN, _FINISH = 2, 7
 
 @functools.cache
 def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    function = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
     if function is None:
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -45,10 +46,17 @@ def drop(file: int, begin: int, end: int) -> None:
         os.posix_fadvise(file, at, length, os.POSIX_FADV_DONTNEED)
 
 
+def _require(result: int) -> None:
+    """Raise what a call has failed with, unless the system cannot do it with such a file."""
+    error = ctypes.get_errno()
+    if result < 0 and error not in (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EPERM, errno.EINTR):
+        raise OSError(error, os.strerror(error))
+
+
 class WriteBehind:
     """Sends what is written to the disk a window behind the writer, and drops it from memory.
 
-    Errors of the disk are not reported here; fsync does that.
+    An error of the disk is raised here: whoever waits for writing is told of it, and fsync then is not told again.
     """
 
     def __init__(self, file: int, window: int = WINDOW) -> None:
@@ -71,8 +79,8 @@ class WriteBehind:
         sync = _sync_file_range()
         if sync is not None:
             for begin, end in self._open:
-                sync(self._file, begin, end - begin, _BEGIN)
+                _require(sync(self._file, begin, end - begin, _BEGIN))
             for begin, end in self._begun:
-                sync(self._file, begin, end - begin, _FINISH)
+                _require(sync(self._file, begin, end - begin, _FINISH))
                 drop(self._file, begin, end)
         self._open, self._begun, self._nbytes = [], self._open, 0

@@ -148,6 +148,7 @@ def put_in_place(made: Path, target: Path) -> None:
             (old / "old").rename(target)
         old.rmdir()
         raise
+    (old / "old").rename(old / "gone")  # half removed, it must not be put back
     shutil.rmtree(old, ignore_errors=True)
 
 

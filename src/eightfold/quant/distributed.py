@@ -37,7 +37,7 @@ T = TypeVar("T")
 _JOIN_SECONDS = 600
 _INTRODUCTION_SECONDS = 5.0
 _LENGTH = struct.Struct("<Q")
-_STORE_KEY = "eightfold/quantize"
+_STORE_KEY = f"eightfold/quantize/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a store outlives restarts
 
 _START = "Start them with torchrun --nproc_per_node N -m eightfold quantize ..."
 _ADVICE = {

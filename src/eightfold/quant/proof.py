@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,7 +47,7 @@ def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team
         UnsupportedError: they differ by more than rounding.
     """
     found = team.collect_first(_differences(decoder, float_TE, smoothed_TE, team))
-    difference, largest = (max(values) for values in zip(*found, strict=True))
+    difference, largest = (functools.reduce(_larger, values) for values in zip(*found, strict=True))
     if team.is_first and not difference <= MAX_RELATIVE_DIFFERENCE * largest:
         raise UnsupportedError(
             "largest change of a logit by outlier suppression",
@@ -66,7 +69,12 @@ def _differences(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team: 
         for at in range(0, len(float_TE), _TOKENS):
             expected = float_linear(expected_TE[at : at + _TOKENS], weight, None)
             found = float_linear(found_TE[at : at + _TOKENS], weight, None)
-            difference = max(difference, float((found - expected).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
+            difference = _larger(difference, float((found - expected).abs().max()))
+            largest = _larger(largest, float(expected.abs().max()))
         checkpoint.release([name])
     return difference, largest
+
+
+def _larger(a: float, b: float) -> float:
+    """Return the larger; what is not a number is never passed over."""
+    return b if math.isnan(b) or b > a else a
