@@ -322,6 +322,20 @@ def test_bad_input_leaves_nothing_of_what_was_begun(tmp_path, source, monkeypatc
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_the_user_among_what_was_begun_are_never_removed(tmp_path, source, monkeypatch):
+    out = tmp_path / "out"
+    begin(source, out, monkeypatch)
+    (out / "mine").mkdir()
+    for name in ("thesis.txt", "mine/model.safetensors"):
+        (out / name).write_text("years of work")
+    with monkeypatch.context() as refusing:
+        refusing.setattr("eightfold.quant.proof.MAX_RELATIVE_DIFFERENCE", -1)
+        with pytest.raises(Exception, match="largest change of a logit"):
+            quantize(source, out)
+    assert sorted(path.name for path in out.iterdir()) == ["mine", "thesis.txt"]
+    assert (out / "mine" / "model.safetensors").read_text() == "years of work"
+
+
 def test_too_little_space_for_the_rest_keeps_what_is_finished(tmp_path, source, monkeypatch):
     out = tmp_path / "out"
     begin(source, out, monkeypatch)

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from eightfold.errors import CapacityError, EightfoldError, OutputError, PeerError, remember_kept, shortlist
+from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Entry, Journal, progress_text, read_entries
 from eightfold.format.safetensors import checksum_of
 from eightfold.format.writer import (
@@ -41,6 +42,7 @@ from eightfold.format.writer import (
 from eightfold.progress import Progress, silent
 
 REPORT_NAME = "eightfold_report.json"  # in everything that quantize has ever written
+_PREFIX = "quant_model_"  # of weights, their index, and descriptions
 
 # What differs between two first lines of a journal, for the user; empty when nothing does.
 Explain = Callable[[Entry, Entry], list[str]]
@@ -74,7 +76,7 @@ class GrowingDirectory:
             OutputError: it is somebody else's, not empty (without `overwrite`), or holds or lies inside the source.
         """
         check_target(target, source=source, overwrite=overwrite)
-        self.target = Path(os.path.realpath(target))
+        self.target, self._source = Path(os.path.realpath(target)), source
         self._head, self._explain, self._overwrite, self._progress = head, explain, overwrite, progress
         self.is_complete = False
         self._is_beside = self._is_made = False
@@ -216,10 +218,15 @@ class GrowingDirectory:
         self.work.mkdir(mode=0o700, exist_ok=True)
 
     def _empty(self) -> None:
-        beside = sibling(self.target)
+        """Remove what runs write; what somebody else has put there stays."""
         for path in self.path.iterdir():
-            if path.name not in (JOURNAL_NAME, beside.name):
+            if self._is_written(path.name):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _is_written(self, name: str) -> bool:
+        if name in (CONFIG_NAME, REPORT_NAME, WORK_NAME) or name.startswith(_PREFIX):
+            return True
+        return name != JOURNAL_NAME and (self._source / name).exists()  # carried over
 
     def require_space(self, nbytes: int) -> None:
         """Fail early when the file system cannot hold so many bytes more.
@@ -272,7 +279,8 @@ class GrowingDirectory:
         self._empty()
         self.journal.path.unlink(missing_ok=True)
         if self._is_made or (is_resumed and not self._is_mount):
-            self.path.rmdir()
+            with suppress(OSError):  # somebody else's files are there
+                self.path.rmdir()
 
 
 def check_target(target: Path, *, source: Path, overwrite: bool) -> None:
