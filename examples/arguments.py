@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from eightfold.engine.world import World
 from eightfold.errors import ConfigError, EightfoldError
+from eightfold.world import World
 
 EXIT_USER = 2
 

@@ -27,6 +27,8 @@ RANKS = {
     "generation": 2,
     "scheme": 2,
     "tokenizer": 2,
+    "world": 1,
+    "wire": 2,
     "format": 3,
     "native": 4,
     "reference": 4,

@@ -8,8 +8,8 @@ from typing import Any
 
 from examples.arguments import Defaults, OneLineParser, cmd_bool
 
-from eightfold.engine.world import World
 from eightfold.errors import ConfigError, UnsupportedError, one_of
+from eightfold.world import World
 
 DEFAULT_TEXT = "What's deep learning?"
 PARALLEL = ("dp", "tp", "moe_tp", "pp", "microbatch_size", "moe_ep", "sp", "cp")

@@ -27,13 +27,13 @@ from eightfold.engine import distributed
 from eightfold.engine.llm import LLM
 from eightfold.engine.ranks import pack, unpack
 from eightfold.engine.sampling_params import SamplingParams
-from eightfold.engine.wire import Connection, Peer
-from eightfold.engine.world import World
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.native import core
 from eightfold.native.model import Step
 from eightfold.tokenizer import Tokenizer
+from eightfold.wire import Connection, Peer
+from eightfold.world import World
 from tests.engine.models import Small
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")

@@ -71,6 +71,8 @@ def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    local = size == 2  # two as on one host, more as on a host each
+    here = {"LOCAL_WORLD_SIZE": str(size)} if local else {}
     return [
         subprocess.Popen(
             [
@@ -80,7 +82,7 @@ def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
                 json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}),
             ],
             cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank)},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank * local), **here},
             stderr=subprocess.PIPE,
             text=True,
         )

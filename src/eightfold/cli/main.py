@@ -140,7 +140,7 @@ def _fail(message: str, debug: bool) -> int:
 
 def _speaks() -> bool:
     """Whether this process tells the user: of several that share a model, one does."""
-    from eightfold.engine.world import World
+    from eightfold.world import World
 
     try:
         return World.of_environment().speaks

@@ -139,7 +139,7 @@ def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
 
         leave_to_first(model, **options)
         return
-    from eightfold.engine.world import World
+    from eightfold.world import World
 
     if (size := World.of_environment().size) > 1:
         raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")

@@ -23,18 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from eightfold import __version__
-from eightfold.engine import wire
+from eightfold import __version__, wire
 from eightfold.engine.ranks import Facts, SharedModel, follow, memory_files
 from eightfold.engine.watch import EXIT_LOST, Watch, ended_by_watch
-from eightfold.engine.wire import Peer
-from eightfold.engine.world import World
 from eightfold.errors import CheckpointError, ConfigError, DependencyError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.native import core
 from eightfold.native import load as native
 from eightfold.native.model import NativeModel
 from eightfold.native.share import Share
+from eightfold.wire import Peer
+from eightfold.world import World
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -154,7 +153,8 @@ def _follow_loading(world: World, first: Peer, opened: Callable[[], Checkpoint],
         first.orders.tell(**asdict(Facts.of(share)))
     except (EightfoldError, OSError, MemoryError) as error:
         first.orders.tell(error=str(error) or "out of memory")
-        raise EOFError from None
+        while True:
+            first.orders.receive()  # until rank 0 has told the user: it may be at work for long before it listens
     return share
 
 

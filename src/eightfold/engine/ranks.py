@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eightfold.engine.watch import ended_by_watch
-from eightfold.engine.wire import Peer
 from eightfold.errors import CapacityError, EightfoldError
 from eightfold.native.model import NativeModel, Step
+from eightfold.wire import Peer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from eightfold.engine.wire import Peer
-from eightfold.engine.world import World
+from eightfold.wire import Peer
+from eightfold.world import World
 
 EXIT_LOST = 2
 

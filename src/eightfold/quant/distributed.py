@@ -1,12 +1,11 @@
 """Several processes that torchrun has started, as a team (team.py).
 
-Rank 0 has two connections to each of the others, over TCP; torchrun's store tells where it listens, and a secret.
-
-    orders    what the ranks tell each other, rank 0 in the middle: a few numbers for each sample, a few times a layer
-    watch     silent while both live (watch.py)
+Rank 0 has two connections to each of the others (wire.py): over one the ranks tell each other a few numbers for each
+sample, a few times a layer, and the other is watched (watch.py). Between hosts torchrun's store tells where rank 0
+listens, and a secret.
 
 gloo's collectives would do, and were measured to take ten times as long for so little (docs/distributed_quantize.md).
-Pickled objects travel here, so the network between hosts has to be one that can be trusted.
+Objects travel pickled, so the network between hosts has to be one that can be trusted.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import json
 import os
 import pickle
 import secrets
-import socket
-import struct
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,14 +27,11 @@ from torch.distributed.rendezvous import rendezvous
 from eightfold import __version__
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.quant.team import Round
-from eightfold.quant.watch import EXIT_LOST, OVER, Watch, read_line
+from eightfold.quant.watch import EXIT_LOST, OVER, Watch
+from eightfold.wire import JOIN_SECONDS, Peer, accept_all, connect, listen, local_name, process_name
+from eightfold.world import World
 
 T = TypeVar("T")
-
-_JOIN_SECONDS = 600
-_INTRODUCTION_SECONDS = 5.0
-_LENGTH = struct.Struct("<Q")
-_STORE_KEY = f"eightfold/quantize/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # a store outlives restarts
 
 _START = "Start them with torchrun --nproc_per_node N -m eightfold quantize ..."
 _ADVICE = {
@@ -56,54 +50,30 @@ class Ranks:
         Raises:
             ConfigError: the environment makes no sense, or they are not there in time.
         """
-        self.rank, self.size = _number("RANK"), _number("WORLD_SIZE")
+        world = World.of_environment()
+        self.rank, self.size, self.is_first = world.rank, world.size, world.is_first
         self.round: Round | None = None
-        if self.rank >= self.size:
-            raise ConfigError("RANK", got=self.rank, expected=f"less than WORLD_SIZE, {self.size}", action=_START)
-        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         with _one_line_errors():
-            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=_JOIN_SECONDS))))
-            self._store = store  # rank 0 may be the one that serves it
-            met = self._accept(store) if self.is_first else self._connect(store, address)
-        self._orders = {rank: orders for rank, (orders, _, _) in met.items()}
-        names = {rank: f"rank {rank} ({name})" for rank, (_, _, name) in met.items()}
-        self._watch = Watch(self.rank, {watch: names[rank] for rank, (_, watch, _) in met.items()})
+            peers = self._met_here(world) if world.is_one_host else self._met_anywhere(world)
+        self._orders = {peer.rank: peer.orders for peer in peers}
+        self._watch = Watch(self.rank, {peer.watch: str(peer) for peer in peers})
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the process that owns the output and talks to the user."""
-        return self.rank == 0
+    def _met_here(self, world: World) -> list[Peer]:
+        if not self.is_first:
+            return [connect(world, local_name(world), "", local=True)]
+        with listen(world, local=True) as server:
+            return accept_all(server, world, "")
 
-    # --- meeting
-
-    def _accept(self, store: Any) -> dict[int, tuple[socket.socket, socket.socket, str]]:
-        """Wait for all others; return the two connections and the name of each."""
-        found: dict[tuple[int, str], tuple[socket.socket, str]] = {}
-        with socket.create_server(("", 0), backlog=2 * self.size) as server:
+    def _met_anywhere(self, world: World) -> list[Peer]:
+        self._store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
+        key = f"eightfold/quantize/{world.run}"  # a store outlives restarts
+        if not self.is_first:
+            port, secret = json.loads(self._store.get(key))
+            return [connect(world, (world.address, port), secret, local=False)]
+        with listen(world, local=False) as server:
             secret = secrets.token_hex(16)
-            store.set(_STORE_KEY, json.dumps([server.getsockname()[1], secret]))
-            server.settimeout(_JOIN_SECONDS)
-            while len(found) < 2 * (self.size - 1):
-                other, _ = server.accept()
-                other.settimeout(_INTRODUCTION_SECONDS)
-                facts = read_line(other)
-                if facts is None or facts.get("secret") != secret:
-                    other.close()  # a stranger
-                    continue
-                _keep_alive(other)
-                found[facts["rank"], facts["purpose"]] = other, facts["name"]
-        return {rank: (*found[rank, "orders"][:1], *found[rank, "watch"]) for rank in range(1, self.size)}
-
-    def _connect(self, store: Any, address: str) -> dict[int, tuple[socket.socket, socket.socket, str]]:
-        port, secret = json.loads(store.get(_STORE_KEY))
-        found = []
-        for purpose in ("orders", "watch"):
-            other = socket.create_connection((address, port), timeout=_JOIN_SECONDS)
-            facts = {"rank": self.rank, "purpose": purpose, "secret": secret, "name": process_name()}
-            other.sendall(json.dumps(facts).encode() + b"\n")
-            _keep_alive(other)
-            found.append(other)
-        return {0: (found[0], found[1], "")}
+            self._store.set(key, json.dumps([server.getsockname()[1], secret]))
+            return accept_all(server, world, secret)
 
     def require_alike(self, facts: dict[str, Any]) -> None:
         """Compare what has to be the same in all processes.
@@ -169,12 +139,11 @@ class Ranks:
 
     def _send(self, rank: int, data: bytes) -> None:
         with self._watch.explains():
-            self._orders[rank].sendall(_LENGTH.pack(len(data)) + data)
+            self._orders[rank].send(data)
 
     def _receive(self, rank: int) -> bytes:
         with self._watch.explains():
-            (length,) = _LENGTH.unpack(_exactly(self._orders[rank], _LENGTH.size))
-            return bytes(_exactly(self._orders[rank], length))
+            return bytes(self._orders[rank].receive())
 
     # --- parting
 
@@ -187,18 +156,6 @@ class Ranks:
         self._watch.end({"kind": type(error).__name__, "text": str(error) or type(error).__name__})
         if not self.is_first:
             os._exit(EXIT_LOST)
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "")
-    if not text.isascii() or not text.isdigit():
-        raise ConfigError(name, got=text or "nothing", expected="a number", action=_START)
-    return int(text)
-
-
-def process_name() -> str:
-    """Return what a person finds this process by."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _differing(value: Any, other: Any) -> str:
@@ -221,27 +178,6 @@ def _pickled(value: Any) -> bytes:
     file = io.BytesIO()
     _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return file.getvalue()
-
-
-def _exactly(sock: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        count = sock.recv_into(view)
-        if not count:
-            raise ConnectionError("the other end is closed")
-        view = view[count:]
-    return data
-
-
-def _keep_alive(sock: socket.socket) -> None:
-    """Wait as long as it takes; notice within seconds that the other host is gone."""
-    sock.settimeout(None)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 6000)):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 @contextlib.contextmanager

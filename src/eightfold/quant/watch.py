@@ -78,13 +78,13 @@ class Watch:
         self._raise_reason()
         try:
             yield
-        except OSError as error:
+        except (OSError, EOFError) as error:
             if self._rank:
                 time.sleep(_NOTICE_SECONDS)  # the watch ends this process before
                 os._exit(EXIT_LOST)
             self._hear()
             self._raise_reason()
-            raise PeerError("connection between the ranks", got=error.strerror or error) from None
+            raise PeerError("connection between the ranks", got=str(error) or "its end") from None
 
     def end(self, words: dict[str, Any]) -> None:
         """Leave, with last words."""
@@ -101,7 +101,7 @@ class Watch:
         while waiting:
             ready, _, _ = select.select(waiting, [], [])
             for peer in ready:
-                words, name = read_line(peer), waiting.pop(peer)
+                words, name = _last_words(peer), waiting.pop(peer)
                 if self._is_over or words == OVER:
                     continue
                 if self._rank:
@@ -128,8 +128,8 @@ def _reason(who: str, words: dict[str, Any] | None) -> EightfoldError:
     return error
 
 
-def read_line(sock: socket.socket) -> dict[str, Any] | None:
-    """Return the JSON object that comes in one line; None when none does."""
+def _last_words(sock: socket.socket) -> dict[str, Any] | None:
+    """Return the JSON object that a process has left with; None when it has left without."""
     data = b""
     try:
         while not data.endswith(b"\n") and (more := sock.recv(4096)):

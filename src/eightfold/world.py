@@ -10,7 +10,7 @@ from eightfold.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """The processes that share a model.
+    """The processes that work on one thing.
 
     Attributes:
         rank: of this process, from 0 on; rank 0 talks to the user.
@@ -57,7 +57,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that schedules and prints."""
+        """Whether this is the process that talks to the user."""
         return self.rank == 0
 
     @property

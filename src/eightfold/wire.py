@@ -1,10 +1,10 @@
-"""How the processes that share a model talk: rank 0 has two connections to each of the others.
+"""How the processes that work on one thing talk: rank 0 has two connections to each of the others.
 
-    orders    messages, one after the other: how to begin, then steps
-    watch     silent while both live; see watch.py
+    orders    messages, one after the other
+    watch     silent while both live: whoever ends closes it (engine/watch.py, quant/watch.py)
 
 On one host they are local sockets with names of their own, which only processes of the same user get to talk over;
-files of shared memory travel over them too. Between hosts they are TCP, with a secret that torch.distributed hands out.
+files of shared memory travel over them too. Between hosts they are TCP, with a secret that torchrun's store hands out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from eightfold.engine.world import World
 from eightfold.errors import ConfigError
+from eightfold.world import World
 
 # Until rank 0 is there: it may read a long file of prompts first.
 JOIN_SECONDS = 600.0
@@ -30,7 +30,7 @@ _MOST_INTRODUCTION = 4096
 
 _SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
-_LENGTH = struct.Struct("<I")
+_LENGTH = struct.Struct("<Q")
 
 
 class Connection:
@@ -199,10 +199,10 @@ def _introduced(sock: socket.socket, secret: str) -> tuple[int, str, str] | None
         if not _is_own(sock):
             return None
         facts = Connection(sock).hear(_MOST_INTRODUCTION)
-        who = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
         if facts["secret"] != secret:
             return None
-    except (OSError, EOFError, ValueError, KeyError, AssertionError):
+        who = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
+    except (OSError, EOFError, ValueError, KeyError, AssertionError, RecursionError):
         return None
     _prepare(sock)
     return who
