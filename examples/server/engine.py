@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.server.generate import Batcher, Request
 
-from eightfold.engine import distributed
+from eightfold.engine import loading
 from eightfold.engine.block_manager import BlockManager
 from eightfold.errors import CapacityError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
@@ -146,13 +146,13 @@ def leave_to_first(model_path: Path) -> None:
         UnsupportedError: there are several, and no compiled core.
     """
     if core.is_built():
-        distributed.leave_to_first(model_path, **OPTIONS)
+        loading.leave_to_first(model_path, **OPTIONS)
     elif (size := World.of_environment().size) > 1:
         raise UnsupportedError("run_pa without the compiled extension", got=f"{size} processes", expected="one")
 
 
 def _native(checkpoint: Checkpoint, pages: int) -> Batcher:
-    model = distributed.load_model(checkpoint, **OPTIONS)
+    model = loading.load_model(checkpoint, **OPTIONS)
     model.allocate_cache(pages * PAGE, "Lower --max_batch_size, --max_input_length or --max_output_length.")
     return NativeBatcher(model, pages)
 

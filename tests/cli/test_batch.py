@@ -294,8 +294,8 @@ def test_chats_need_a_template(cli, small, tmp_path):
     files = ("--input-file", path, "--output-file", tmp_path / "out")
     found = refused(cli, "run", model, *files, "--chat", within=tmp_path)
     assert found == (
-        f"chat template in {model}: got none, expected one, as there are chats. "
-        "Give --chat-template FILE, or prompts as texts without --chat."
+        f"chat template in {model}: got none, expected chat_template.jinja or tokenizer_config.json's. "
+        "Give one with --chat-template FILE, or prompts as texts without --chat."
     )
     assert cli("run", model, *files, "--max-new-tokens", 1).code == 0
 

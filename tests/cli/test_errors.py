@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from eightfold import __version__
-from eightfold.cli.main import app
+from eightfold.cli.main import program
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.refusal import error_line, quantize_refused, refused
 
@@ -411,7 +411,7 @@ def test_help_names_every_option_and_argument(cli, monkeypatch, command, flag):
     monkeypatch.setenv("COLUMNS", "200")
     result = cli(command, flag)
     assert (result.code, result.err) == (0, "")
-    parameters = typer.main.get_command(app).commands[command].params
+    parameters = typer.main.get_command(program([command])).commands[command].params
     assert parameters
     names = [name for p in parameters for name in ([p.metavar] if p.param_type_name == "argument" else p.opts)]
     assert [name for name in names if name not in result.out] == []
@@ -421,7 +421,7 @@ def test_the_help_names_every_command_and_a_way_to_start(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = cli("--help")
     assert (result.code, result.err) == (0, "")
-    commands = typer.main.get_command(app).commands
+    commands = typer.main.get_command(program()).commands
     assert tuple(commands) == COMMANDS
     assert [name for name in (*COMMANDS, "--version", "--debug") if name not in result.out] == []
     assert "eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic" in result.out
@@ -456,8 +456,8 @@ def test_the_package_runs_as_a_module_and_as_a_program():
     programs = [[sys.executable, "-m", "eightfold"]]
     script = shutil.which("eightfold", path=str(Path(sys.executable).parent))
     programs += [[script]] if script else []
-    for program in programs:
-        done = subprocess.run([*program, "--version"], capture_output=True, text=True)
+    for command in programs:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"eightfold {__version__}\n", "")
 
 

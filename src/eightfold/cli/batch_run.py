@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold.cli import console
+from eightfold.cli import console, sampling
 from eightfold.cli.batch_input import BatchRequest, read_requests
 from eightfold.cli.batch_output import AnswerFile
 from eightfold.engine.engine import Engine
 from eightfold.engine.settings import EngineConfig
-from eightfold.errors import CheckpointError, EightfoldError, InputError
+from eightfold.errors import EightfoldError, InputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 
@@ -118,7 +118,7 @@ def _setup(batch: Batch, requests: Sequence[BatchRequest]) -> str:
     facts: list[Any] = [checkpoint.config_raw, config.dynamic, config.attention_mode]
     facts.append(sorted(stop_token_ids(batch.model, checkpoint.config_raw)))
     if any(request.needs_template for request in requests):
-        _require_template(tokenizer)
+        sampling.require_template(tokenizer, "prompts as texts without --chat")
         facts.append(tokenizer.template_source())
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     digest.update((batch.model / "tokenizer.json").read_bytes())
@@ -129,21 +129,8 @@ def _setup(batch: Batch, requests: Sequence[BatchRequest]) -> str:
     return digest.hexdigest()
 
 
-def _require_template(tokenizer: Tokenizer) -> None:
-    if not tokenizer.has_chat_template:
-        raise CheckpointError(
-            "chat template",
-            where=tokenizer.directory,
-            got="none",
-            expected="one, as there are chats",
-            action="Give --chat-template FILE, or prompts as texts without --chat.",
-        )
-    tokenizer.require_template()
-
-
 def _load(batch: Batch) -> Engine:
-    engine = Engine.load(batch.model, batch.config)
-    engine.tokenizer.chat_template = batch.chat_template
+    engine = Engine.load(batch.model, batch.config, Tokenizer(batch.model, batch.chat_template))
     for note in engine.notes:
         console.note(note)
     return engine

@@ -81,11 +81,11 @@ def bench(
     larger. The limits are measured by the first with the threads of all on
     its host, times the number of hosts.
     """
-    from eightfold.engine.distributed import leave_to_first, load_model
+    from eightfold.engine.loading import leave_to_first, load_model
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.native import measure
 
-    options = {"threads": threads, "dynamic": dynamic.mode, "attention": attention_mode.mode}
+    options: dict[str, Any] = {"threads": threads, "dynamic": dynamic.mode, "attention": attention_mode.mode}
     leave_to_first(model, **options)
     started = time.perf_counter()
     checkpoint = Checkpoint.open(model)

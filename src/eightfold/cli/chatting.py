@@ -16,7 +16,7 @@ import typer
 from eightfold.cli import console, sampling
 from eightfold.cli.choices import AttentionMode, Dynamic
 from eightfold.cli.serving import parse_size
-from eightfold.errors import CheckpointError, EightfoldError
+from eightfold.errors import EightfoldError
 
 if TYPE_CHECKING:
     from eightfold.cli.conversation import Conversation, Prompt
@@ -99,24 +99,12 @@ def _load(model: Path, template: str | None, **settings: Any) -> Engine:
     from eightfold.engine.settings import EngineConfig
     from eightfold.tokenizer import Tokenizer
 
-    _require_template(Tokenizer(model, template))
-    engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings))
-    engine.tokenizer.chat_template = template
+    tokenizer = Tokenizer(model, template)
+    sampling.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
+    engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings), tokenizer)
     for note in engine.notes:
         console.note(note)
     return engine
-
-
-def _require_template(tokenizer: Any) -> None:
-    if not tokenizer.has_chat_template:
-        raise CheckpointError(
-            "chat template",
-            where=tokenizer.directory,
-            got="none",
-            expected="chat_template.jinja or tokenizer_config.json's",
-            action="Give one with --chat-template FILE, or let the model continue a text: eightfold run DIR --prompt.",
-        )
-    tokenizer.require_template()
 
 
 def _talk(engine: Engine, model: Path, system: str | None, chosen: dict[str, Any], max_new_tokens: int) -> None:

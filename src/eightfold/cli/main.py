@@ -1,31 +1,22 @@
 """The entry point: commands by name, failures in one line.
 
-Commands import what they need when they run, so that `--help` is instant.
+Only the command that is asked for is imported, and that imports what it needs when it runs: answers and `--help` come
+soon.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from eightfold import __version__
-from eightfold.cli import (
-    benching,
-    chatting,
-    checking,
-    evaluate,
-    importing,
-    inspecting,
-    quantizing,
-    running,
-    serving,
-    synthesizing,
-)
 from eightfold.errors import EightfoldError, kept_work
 
 PROGRAM = "eightfold"  # in messages, however the program was started
@@ -36,15 +27,20 @@ _NOTHING_LEFT = "nothing was left half-written."
 # typer's own copy of click or an installed one, by version: the base of all usage errors either way.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-app = typer.Typer(
-    name=PROGRAM,
-    help="8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU.",
-    epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# Command -> module of eightfold.cli and function.
+COMMANDS = {
+    "import-gguf": ("importing", "import_gguf"),
+    "quantize": ("quantizing", "quantize"),
+    "synth": ("synthesizing", "synth"),
+    "check": ("checking", "check"),
+    "inspect": ("inspecting", "inspect"),
+    "run": ("running", "run"),
+    "chat": ("chatting", "chat"),
+    "serve": ("serving", "serve"),
+    "eval": ("evaluate", "evaluate"),
+    "bench": ("benching", "bench"),
+    "env": ("inspecting", "env"),
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,8 +49,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
-def options(
+def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -63,17 +58,23 @@ def options(
     """Take the options that stand before the command."""
 
 
-app.command("import-gguf")(importing.import_gguf)
-app.command("quantize")(quantizing.quantize)
-app.command("synth")(synthesizing.synth)
-app.command("check")(checking.check)
-app.command("inspect")(inspecting.inspect)
-app.command("run")(running.run)
-app.command("chat")(chatting.chat)
-app.command("serve")(serving.serve)
-app.command("eval")(evaluate.evaluate)
-app.command("bench")(benching.bench)
-app.command("env")(inspecting.env)
+def program(arguments: Sequence[str] = ()) -> typer.Typer:
+    """Return the program: with the command that the arguments name, or else with all."""
+    app = typer.Typer(
+        name=PROGRAM,
+        help="8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU.",
+        epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        callback=_options,
+    )
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for name in [first] if first in COMMANDS else COMMANDS:
+        module, function = COMMANDS[name]
+        app.command(name)(getattr(importlib.import_module(f"eightfold.cli.{module}"), function))
+    return app
 
 
 class _Stopped(BaseException):
@@ -101,7 +102,7 @@ def main() -> int:
 def _run() -> int:
     debug = "--debug" in sys.argv
     try:
-        code = app(prog_name=PROGRAM, standalone_mode=False)
+        code = program(sys.argv[1:])(prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code

@@ -135,7 +135,7 @@ def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
         UnsupportedError: there are several, and the backend is for one.
     """
     if backend.resolve() is not Backend.reference:
-        from eightfold.engine.distributed import leave_to_first
+        from eightfold.engine.loading import leave_to_first
 
         leave_to_first(model, **options)
         return

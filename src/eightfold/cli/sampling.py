@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eightfold.errors import InputError
+from eightfold.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.tokenizer import Tokenizer
 
 Temperature = Annotated[
     float | None, typer.Option(min=0, help="By which logits are divided; 0 takes the likeliest token.")
@@ -79,6 +80,27 @@ def idle_note(options: dict[str, Any]) -> str | None:
         return None
     changes = "changes" if len(idle) == 1 else "change"
     return f"{' and '.join(idle)} {changes} nothing while --temperature is 0: the likeliest token is taken."
+
+
+def require_template(tokenizer: Tokenizer, advice: str) -> None:
+    """Refuse a model without a chat template, or with one that cannot be used.
+
+    Args:
+        tokenizer: of the model.
+        advice: what to do without one.
+
+    Raises:
+        CheckpointError: there is none, or it is not a template.
+    """
+    if not tokenizer.has_chat_template:
+        raise CheckpointError(
+            "chat template",
+            where=tokenizer.directory,
+            got="none",
+            expected="chat_template.jinja or tokenizer_config.json's",
+            action=f"Give one with --chat-template FILE, or {advice}.",
+        )
+    tokenizer.require_template()
 
 
 def read_template(path: Path) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from eightfold.cli import console
+from eightfold.cli import console, sampling
 from eightfold.cli.choices import AttentionMode
-from eightfold.errors import CheckpointError, ConfigError, DependencyError, InputError
+from eightfold.errors import CheckpointError, ConfigError, DependencyError
 
 if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
@@ -97,10 +97,10 @@ def serve(
     key = _api_key(api_key)
     names = tuple(served_model_name or (model.resolve().name,))
     memory = None if kv_memory is None else parse_size(kv_memory)
-    template = None if chat_template is None else _read_template(chat_template)
+    template = None if chat_template is None else sampling.read_template(chat_template)
     if not model.is_dir():
         raise CheckpointError("model directory", got=model, expected="a directory", action="Check the path.")
-    from eightfold.engine.distributed import leave_to_first
+    from eightfold.engine.loading import leave_to_first
     from eightfold.server import logs
     from eightfold.server.serve import bind
     from eightfold.server.serve import serve as run
@@ -142,10 +142,10 @@ def _load(model: Path, template: str | None, **limits: object) -> AsyncLLM:
     from eightfold.engine.engine import Engine
     from eightfold.engine.sampling_params import SamplingParams
     from eightfold.engine.settings import EngineConfig
+    from eightfold.tokenizer import Tokenizer
 
-    engine = Engine.load(model, EngineConfig(**limits))  # type: ignore[arg-type]
-    tokenizer = engine.tokenizer
-    tokenizer.chat_template = template
+    tokenizer = Tokenizer(model, template)
+    engine = Engine.load(model, EngineConfig(**limits), tokenizer)  # type: ignore[arg-type]
     if tokenizer.has_chat_template:
         tokenizer.require_template()
     else:
@@ -197,15 +197,6 @@ def _warn_of_strangers(host: str, key: str | None) -> None:
         is_local = host == "localhost"
     if key is None and not is_local:
         console.note(f"everybody who reaches {host} can use this server: there is no API key.")
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError("--chat-template", where=path, got=error.strerror, expected="a readable file") from None
-    except UnicodeDecodeError as error:
-        raise InputError("--chat-template", where=path, got=f"byte {error.start}", expected="UTF-8 text") from None
 
 
 def parse_size(text: str, option: str = "--kv-memory") -> int:

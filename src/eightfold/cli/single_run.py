@@ -132,7 +132,7 @@ class Single:
 
         require_room(checkpoint.config, len(prompt_ids), self.max_new_tokens)
         params = sampling_params(self.sampling, max_tokens=self.max_new_tokens)
-        engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.settings))
+        engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.settings), tokenizer)
         return functools.partial(_run, engine, prompt_ids, params), engine.model
 
 
@@ -154,7 +154,7 @@ def _reference(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[_Gener
 
 
 def _native(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[_Generate, NativeModel]:
-    from eightfold.engine.distributed import load_model
+    from eightfold.engine.loading import load_model
     from eightfold.native.generate import generate
 
     dynamic, attention = settings["dynamic"], settings["attention_mode"]

@@ -20,10 +20,10 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from eightfold import __version__, wire
+from eightfold.engine.loading import Options
 from eightfold.engine.ranks import Facts, SharedModel, follow, memory_files
 from eightfold.engine.watch import EXIT_LOST, Watch, ended_by_watch
 from eightfold.errors import CheckpointError, ConfigError, DependencyError, EightfoldError, UnsupportedError
@@ -46,51 +46,6 @@ _GLOO_SECONDS = 600
 _STAMP_BYTES = 64  # of each tensor, in a checkpoint's fingerprint
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a model is loaded."""
-
-    threads: int | None = None
-    dynamic: Literal["asymmetric", "symmetric"] = "asymmetric"
-    attention: Literal["cache", "mindie"] = "cache"
-
-
-def load_model(checkpoint: Checkpoint, **options: Any) -> NativeModel:
-    """Load a model. Of several processes rank 0 gets one that all compute, and this never returns in the others.
-
-    They compute what rank 0 asks for until it ends, and then end too. It can be done once in a process.
-
-    Args:
-        checkpoint: any scheme.
-        options: the fields of Options; see native.load.load_model.
-
-    Raises:
-        EightfoldError: as native.load.load_model; or the processes do not fit together.
-    """
-    chosen, world = Options(**options), World.of_environment()
-    if world.size == 1:
-        return native.load_model(checkpoint, **asdict(chosen))
-    if not world.is_first:
-        _follow(world, lambda: checkpoint, chosen)
-    return _lead(world, checkpoint, chosen)
-
-
-def leave_to_first(directory: Path, **options: Any) -> None:
-    """Never return but in rank 0, which has met the others then: they compute what it asks for until it ends.
-
-    To be called before anything that only one process may do.
-
-    Args:
-        directory: of the model that rank 0 is going to load.
-        options: the fields of Options.
-    """
-    world = World.of_environment()
-    if world.size > 1 and world.is_first:
-        _met(world)
-    elif world.size > 1:
-        _follow(world, lambda: Checkpoint.open(directory), Options(**options))
-
-
 @dataclass
 class _Team:
     """The other processes, as rank 0 has met them."""
@@ -101,7 +56,7 @@ class _Team:
 
 
 @functools.cache
-def _met(world: World) -> _Team:
+def meet(world: World) -> _Team:
     """Meet the others, once in a process; they end when it does."""
     exchange = _exchange_of(world)
     team = _Team(exchange, exchange.gather())
@@ -109,9 +64,9 @@ def _met(world: World) -> _Team:
     return team
 
 
-def _lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel:
+def lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel:
     """Load a share of the model while the others load theirs."""
-    team = _met(world)
+    team = meet(world)
     if team.has_model:
         raise UnsupportedError("second model", got=f"{world.size} processes", expected="one model for them")
     team.has_model = True
@@ -126,7 +81,7 @@ def _lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel
     return SharedModel(share, team.peers, others)
 
 
-def _follow(world: World, opened: Callable[[], Checkpoint], options: Options) -> NoReturn:
+def follow_first(world: World, opened: Callable[[], Checkpoint], options: Options) -> NoReturn:
     """Do what rank 0 says."""
     exchange = _exchange_of(world)
     first = exchange.reach()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.engine.admission import Admission, room_for_cache
 from eightfold.engine.block_manager import BlockManager
-from eightfold.engine.distributed import load_model
 from eightfold.engine.layout import Layout
+from eightfold.engine.loading import load_model
 from eightfold.engine.outputs import EngineStats, RequestOutput
 from eightfold.engine.sampler import Sampled, choose_all, prompt_logprobs
 from eightfold.engine.scheduler import Limits, Scheduler
@@ -90,14 +90,20 @@ class Engine:
         self.notes = self._notes()
 
     @classmethod
-    def load(cls, directory: Path, config: EngineConfig) -> Engine:
+    def load(cls, directory: Path, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Engine:
         """Load a model directory.
+
+        Args:
+            directory: of the model.
+            config: limits and options.
+            tokenizer: the model's, if it has been loaded before, perhaps with another chat template.
 
         Raises:
             EightfoldError: the directory, the limits or the machine are not as they must be.
         """
         checkpoint = Checkpoint.open(directory)
-        tokenizer = Tokenizer(directory)
+        if tokenizer is None:
+            tokenizer = Tokenizer(directory)
         model = load_model(checkpoint, threads=config.threads, dynamic=config.dynamic, attention=config.attention_mode)
         kinds = checkpoint.description.tags.values() if checkpoint.description else ()
         return cls(
