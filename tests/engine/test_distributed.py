@@ -196,6 +196,11 @@ def with_rank_1(model: Small, words: Sequence[object] = ()) -> list[tuple[object
     return [first, (*words,) if words else first]
 
 
+def test_a_command_for_one_process_is_refused_by_name(start, small):
+    said = refusal(start("-m", "eightfold", "eval", small("w8a8").directory))
+    assert said == "eval: got 2 processes, expected one. Start it without torchrun."
+
+
 def test_another_version_is_refused_by_name(start, small):
     model = small("w8a8")
     script = "import eightfold, sys\neightfold.__version__ = '9.9'\nfrom eightfold.cli.main import main\nmain()"

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from eightfold import __version__
-from eightfold.errors import EightfoldError, kept_work
+from eightfold.errors import ConfigError, EightfoldError, kept_work
 
 PROGRAM = "eightfold"  # in messages, however the program was started
 EXIT_USER = 2
@@ -41,6 +41,10 @@ COMMANDS = {
     "bench": ("benching", "bench"),
     "env": ("inspecting", "env"),
 }
+
+
+# What several processes do together; another command in each of them would only be in the others' way.
+SHARED = frozenset({"quantize", "run", "serve", "bench"})
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,11 +74,24 @@ def program(arguments: Sequence[str] = ()) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         callback=_options,
     )
-    first = next((argument for argument in arguments if not argument.startswith("-")), "")
-    for name in [first] if first in COMMANDS else COMMANDS:
+    command = _command(arguments)
+    for name in [command] if command else COMMANDS:
         module, function = COMMANDS[name]
         app.command(name)(getattr(importlib.import_module(f"eightfold.cli.{module}"), function))
     return app
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Return the command that is asked for; "" for none, or one that is not there."""
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    return first if first in COMMANDS else ""
+
+
+def _require_one_process(command: str) -> None:
+    from eightfold.world import World
+
+    if command and command not in SHARED and (size := World.of_environment().size) > 1:
+        raise ConfigError(command, got=f"{size} processes", expected="one", action="Start it without torchrun.")
 
 
 class _Stopped(BaseException):
@@ -102,6 +119,7 @@ def main() -> int:
 def _run() -> int:
     debug = "--debug" in sys.argv
     try:
+        _require_one_process(_command(sys.argv[1:]))
         code = program(sys.argv[1:])(prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
