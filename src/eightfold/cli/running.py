@@ -98,6 +98,7 @@ def run(
     )
     _require_one_source(prompt, input_file, output_file, {**limits, **sampling.given(overwrite=overwrite)})
     template = None if chat_template is None else sampling.read_template(chat_template)
+    backend = backend.resolve()
     _leave_to_first(model, backend, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
     if note := sampling.idle_note(chosen):
         console.note(note)
@@ -134,7 +135,7 @@ def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
     Raises:
         UnsupportedError: there are several, and the backend is for one.
     """
-    if backend.resolve() is not Backend.reference:
+    if backend is not Backend.reference:
         from eightfold.engine.loading import leave_to_first
 
         leave_to_first(model, **options)
@@ -146,7 +147,7 @@ def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
 
 
 def _require_native(backend: Backend) -> None:
-    if backend.resolve() is Backend.reference:
+    if backend is Backend.reference:
         raise UnsupportedError("--input-file", got="the reference backend", expected="the native one")
 
 
