@@ -67,7 +67,7 @@ class Single:
         max_new_tokens: of the answer.
         sampling: parameters; without any the answer is greedy.
         settings: of EngineConfig: threads, dynamic, attention_mode.
-        backend: what computes.
+        backend: native or reference.
     """
 
     model: Path
@@ -91,7 +91,7 @@ class Single:
         checkpoint = Checkpoint.open(self.model)
         tokenizer = Tokenizer(self.model, self.chat_template)
         prompt_ids = self._encode(tokenizer)
-        backend = self.backend.resolve()
+        backend = self.backend
         load = self._sampled if self.sampling else self._greedy
         answer, model = load(checkpoint, tokenizer, backend, prompt_ids)
         started = time.monotonic()
