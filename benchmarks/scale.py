@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,13 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("options", nargs="*", help="of quantize, behind --")
-    words = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    words, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     words.work.mkdir(parents=True, exist_ok=True)
     if words.what == "stream":
         rows = stream(words.source, words.work, words.rounds)
     else:
-        rows = plan(words.source, words.work, words.rounds, words.options)
+        rows = plan(words.source, words.work, words.rounds, options)
     for row in rows:
         print(json.dumps(row), flush=True)
     save_results(f"scale-{words.what}-{words.source.name}", rows)
