@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 
 import pytest
@@ -89,6 +90,26 @@ def test_a_journal_has_one_writer(tmp_path):
     journal.close()
     journal.close()
     Journal(tmp_path).close()
+
+
+def test_a_lock_on_a_journal_that_is_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    written(tmp_path)
+    lock, locked = fcntl.flock, []
+
+    def another_run_removes_it_first(file, how):
+        locked.append(os.fstat(file).st_ino)
+        if len(locked) < 3:
+            (tmp_path / JOURNAL_NAME).unlink()
+        if len(locked) == 2:
+            (tmp_path / JOURNAL_NAME).write_bytes(render(HEAD))  # and another one is there already
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", another_run_removes_it_first)
+    journal = Journal(tmp_path)
+    assert len(locked) == 3
+    assert journal.entries == [HEAD]
+    assert locked[-1] == (tmp_path / JOURNAL_NAME).stat().st_ino
+    journal.close()
 
 
 def test_a_directory_is_finished_with_the_closing_line_or_without_a_journal(tmp_path):

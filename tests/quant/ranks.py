@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from eightfold.errors import EightfoldError
-from eightfold.quant import distributed, hidden
+from eightfold.format.safetensors import FileWriter
+from eightfold.quant import distributed, guest, hidden, pipeline
 from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.run import Run
+from eightfold.quant.team import Team
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples
 
@@ -72,6 +74,22 @@ def die_after(steps: int) -> None:
     Run._finish = killed  # type: ignore[method-assign]
 
 
+def look_elsewhere(folder: str) -> None:
+    """Let this process find another directory under the output's path, as a host with a disk of its own does."""
+    guest.SHOW_SECONDS = 0.2
+    see = guest.require_one_directory
+
+    def see_elsewhere(path: Path, token: str, team: Team) -> None:
+        see(Path(folder) / path.name, token, team)
+
+    pipeline.require_one_directory = see_elsewhere  # type: ignore[assignment]
+
+
+def write_nowhere() -> None:
+    """Let what this process writes into weight files be seen by nobody."""
+    FileWriter._write_at = lambda *_: None  # type: ignore[method-assign]
+
+
 def main() -> int:
     """Do a job."""
     job = json.loads(sys.argv[1])
@@ -82,6 +100,13 @@ def main() -> int:
         distributed.__version__ = job["version"]
     if is_odd and "other" in job:
         job["source"] = job["other"]
+    if is_odd and "arithmetic" in job:
+        facts = distributed.float_facts()
+        distributed.float_facts = lambda: {**facts, "float32 arithmetic": job["arithmetic"]}
+    if is_odd and "elsewhere" in job:
+        look_elsewhere(job["elsewhere"])
+    if is_odd and "nowhere" in job:
+        write_nowhere()
     team = distributed.Ranks()
     try:
         for name in job["names"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,13 +68,18 @@ class Ended:
 
 
 def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
-    """Start processes as torchrun would."""
+    """Start processes as torchrun would; `variable`, a name and a value, is set for the odd one."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     local = size == 2  # two as on one host, more as on a host each
-    here = {"LOCAL_WORLD_SIZE": str(size)} if local else {}
+    variable = job.pop("variable", None)
+
+    def here(rank: int) -> dict[str, str]:
+        own = dict([variable] if variable and rank == job["odd"] else [])
+        return {**own, "LOCAL_WORLD_SIZE": str(size)} if local else own
+
     return [
         subprocess.Popen(
             [
@@ -82,7 +89,7 @@ def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
                 json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}),
             ],
             cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank * local), **here},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank * local), **here(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -182,6 +189,59 @@ def test_a_rank_with_another_source_is_refused(source, tmp_path):
     assert first.err.startswith("eightfold: source of rank 1 (process ")
     assert "model.safetensors" in first.err and first.err.count("\n") == 1
     assert not (tmp_path / "w8a16").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "what"),
+    [(("ATEN_CPU_CAPABILITY", "default"), "instruction set"), (None, "float32 arithmetic")],
+)
+def test_a_rank_with_other_arithmetic_is_refused(source, tmp_path, variable, what):
+    first, second = run(2, source, tmp_path, ["w8a16"], odd=1, variable=variable, arithmetic="0" * 8)
+    assert first.code == second.code == 2
+    assert first.err.startswith(f"eightfold: {what} of rank 1 (process ")
+    assert first.err.endswith(
+        ", as rank 0 has. Use hosts with the same kind of CPU and the same environment, or start all ranks with "
+        "ATEN_CPU_CAPABILITY=avx2 and MKL_CBWR=AVX2.\n"
+    )
+    assert first.err.count("\n") == 1
+    assert not (tmp_path / "w8a16").exists()
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_rank_that_finds_another_output_is_refused(source, alone, tmp_path, monkeypatch, is_begun):
+    """Its host has a disk of its own, there with nothing or with a copy of what was begun."""
+    out, elsewhere = tmp_path / "shared" / "w8a16", tmp_path / "own"
+    if is_begun:
+        from tests.quant.killing import killed_after
+
+        with killed_after(100, monkeypatch):
+            quantize(source, out, "w8a16")
+        shutil.copytree(out, elsewhere / "w8a16")
+    before = layers_done(read_entries(out) or [])
+    assert (before > 0) == is_begun
+    first, second = run(2, source, out.parent, ["w8a16"], odd=1, elsewhere=elsewhere)
+    assert (first.code, second) == (2, Ended(2, ""))
+    assert re.fullmatch(
+        rf"eightfold: output directory {out} of rank 1 \(process \d+ on {re.escape(socket.gethostname())}\): "
+        "got another one, or none, expected the directory that rank 0 writes to. "
+        "OUT has to be one directory that all hosts see: put it on a file system they share.\n",
+        first.err,
+    )
+    assert layers_done(read_entries(out) or []) == before
+    assert out.exists() == is_begun
+    if is_begun:
+        assert run(2, source, out.parent, ["w8a16"]) == [ALL_WELL] * 2
+        assert snapshot(out) == alone("w8a16")
+
+
+@pytest.mark.parametrize(("size", "odd", "reader"), [(2, 1, 0), (3, 1, 2)])
+def test_what_a_rank_writes_has_to_be_read_by_another_one(source, tmp_path, size, odd, reader):
+    ends = run(size, source, tmp_path, ["w8a16"], odd=odd, nowhere=True)
+    assert [end.code for end in ends] == [2] * size
+    assert f" as rank {reader} (process " in ends[0].err
+    assert f": got not what rank {odd} has written, expected the directory that rank 0 writes to. " in ends[0].err
+    assert ends[0].err.count("\n") == 1
+    assert layers_done(read_entries(tmp_path / "w8a16") or []) == 0
 
 
 def torchrun(size: int, *args: object) -> Result:

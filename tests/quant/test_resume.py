@@ -244,6 +244,17 @@ def test_another_source_is_refused_with_the_file(tmp_path, source, monkeypatch, 
     assert f"(source: {name} {what}), expected the same recipe and source." in refusal(source, out)
 
 
+@pytest.mark.parametrize("changed", [".", "additional_chat_templates"])
+def test_of_two_files_of_one_name_each_counts(tmp_path, source, monkeypatch, changed):
+    (source / "additional_chat_templates").mkdir()
+    for folder in (".", "additional_chat_templates"):
+        (source / folder / "rag.jinja").write_text("old")
+    begin(source, tmp_path / "out", monkeypatch)
+    (source / changed / "rag.jinja").write_text("new")
+    name = (Path(changed) / "rag.jinja").as_posix()
+    assert f"(source: {name} has changed)" in refusal(source, tmp_path / "out")
+
+
 def test_a_large_file_that_was_written_to_meanwhile_is_refused(tmp_path, source, monkeypatch):
     monkeypatch.setattr("eightfold.quant.identity.WHOLE_BYTES", 0)
     out = tmp_path / "out"

@@ -12,6 +12,9 @@ then: its successor grows in a hidden sibling, `.NAME.partial-quantize`, and the
     complete, by another one, or changed since        the sibling  without --overwrite
     anything else that `eightfold quantize` wrote     the sibling  without --overwrite
     somebody else's                                                always
+
+Files that no run has written (owned.py) stay where they are beside what is begun; in a model that is to be replaced
+they would go with it, so that is refused. So are links in what is begun, and a journal that came without its files.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,10 +30,23 @@ from types import TracebackType
 from eightfold.errors import CapacityError, EightfoldError, OutputError, PeerError, remember_kept, shortlist
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Entry, Journal, progress_text, read_entries
-from eightfold.format.safetensors import checksum_of
+from eightfold.format.owned import REPORT_NAME as REPORT_NAME
+from eightfold.format.owned import (
+    claimed_files,
+    has_written_name,
+    is_as_sealed,
+    is_its_own,
+    noted_files,
+    remove_files,
+    replaced_note,
+    require_no_links,
+    seal,
+    strange_entries,
+)
+from eightfold.format.sidecars import carried_over
 from eightfold.format.writer import (
     DIRECTORY_MODE,
-    final_mode,
+    is_mount_point,
     move_into,
     put_in_place,
     remove_dead_siblings,
@@ -38,11 +54,9 @@ from eightfold.format.writer import (
     require_directory_place,
     require_space,
     restore_replaced,
+    write_json,
 )
 from eightfold.progress import Progress, silent
-
-REPORT_NAME = "eightfold_report.json"  # in everything that quantize has ever written
-_PREFIX = "quant_model_"  # of weights, their index, and descriptions
 
 # What differs between two first lines of a journal, for the user; empty when nothing does.
 Explain = Callable[[Entry, Entry], list[str]]
@@ -108,11 +122,12 @@ class GrowingDirectory:
 
     def _open(self) -> None:
         target = self.target
-        self._is_mount = target.is_dir() and os.path.ismount(target)
+        self._is_mount = is_mount_point(target)
         beside = sibling(target)
         remove_dead_siblings(beside.parent, f".{target.name}.partial-")
         remove_replaced(target)
         if self._overwrite and (_is_ready(beside, self._head) or self._must_stay()):
+            self._replaceable()
             self._is_beside, self._is_made = True, not beside.exists()
             self._take(beside)
         elif not self.is_complete:
@@ -121,6 +136,7 @@ class GrowingDirectory:
             self._take(target)
         if not self._is_beside:
             _remove_abandoned(beside, is_empty=self.is_complete)
+            replaced_note(target).unlink(missing_ok=True)
 
     def _must_stay(self) -> bool:
         """Whether the target holds a model that only its successor may replace. Sets is_complete."""
@@ -142,9 +158,10 @@ class GrowingDirectory:
         if self.journal.complete is not None and path == self.target:
             self.is_complete = self._is_unchanged(self.journal)
             return
-        if not self.journal.head:
+        require_no_links(path, self.target, self._claimed)
+        if not self.journal.head or (self.journal.complete is None and not self.work.is_dir()):
             self._require_untouched()
-        elif differences := self._explain(self.journal.head, self._head):
+        if self.journal.head and (differences := self._explain(self.journal.head, self._head)):
             if not self._overwrite:
                 raise self._other_command(differences, "a model begun")
             self.restart()
@@ -201,6 +218,8 @@ class GrowingDirectory:
     def _require_untouched(self) -> None:
         """Refuse a place that somebody else has filled since it was looked at."""
         if [path for path in _content(self.path) if path.name not in (JOURNAL_NAME, WORK_NAME)]:
+            if self.journal.head:
+                raise self._other_journal()
             self.journal.path.unlink()
             self._is_made = False
             raise OutputError(
@@ -210,23 +229,58 @@ class GrowingDirectory:
                 action="Nothing was replaced; run again with another directory.",
             )
 
+    def _other_journal(self) -> OutputError:
+        return OutputError(
+            f"output directory {self.target}",
+            got="a journal without the files that it tells of",
+            expected="both of one run",
+            action=f"Choose another directory, or remove {JOURNAL_NAME} if the other files are yours.",
+        )
+
     def restart(self) -> None:
         """Forget all that was written, as if nothing had been begun."""
-        self._empty()  # first: with its lines and without its files, a journal is found out
-        self.journal.clear()
+        self._empty()
         self.journal.append(self._head)
+        shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(mode=0o700, exist_ok=True)
 
     def _empty(self) -> None:
-        """Remove what runs write; what somebody else has put there stays."""
-        for path in self.path.iterdir():
-            if self._is_written(path.name):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        """Remove what runs have written, and forget it; what somebody else has put there stays."""
+        remove_files(self.path, self._claimed)  # first: with its lines and without its files, a journal is found out
+        self.journal.clear()
 
-    def _is_written(self, name: str) -> bool:
-        if name in (CONFIG_NAME, REPORT_NAME, WORK_NAME) or name.startswith(_PREFIX):
-            return True
-        return name != JOURNAL_NAME and (self._source / name).exists()  # carried over
+    @property
+    def _claimed(self) -> set[str]:
+        return claimed_files(self.journal.entries)
+
+    def require_free(self, names: Iterable[str]) -> None:
+        """Refuse to write over files that no run here has written.
+
+        Raises:
+            OutputError: one is there.
+        """
+        if strange := [name for name in sorted(set(names) - self._claimed) if os.path.lexists(self.path / name)]:
+            raise self._strange(strange, "none of these names", "run the same command again")
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Note in the journal which files are going to be written.
+
+        Raises:
+            OutputError: one is there that no run here has written, or is a link.
+        """
+        names = set(names)
+        self.require_free(names)
+        require_no_links(self.path, self.target, names | self._claimed)
+        if new := sorted(names - self._claimed):
+            self.journal.append({"files": new})
+
+    def _strange(self, names: list[str], expected: str, action: str) -> OutputError:
+        return OutputError(
+            f"output directory {self.target}",
+            got=f"files that `eightfold quantize` did not write ({shortlist(names, 3)})",
+            expected=expected,
+            action=f"Move them elsewhere and {action}, or choose another directory.",
+        )
 
     def require_space(self, nbytes: int) -> None:
         """Fail early when the file system cannot hold so many bytes more.
@@ -243,20 +297,56 @@ class GrowingDirectory:
             checksums: CRC-32 of files, by name, for which it is known; of the others it is computed.
         """
         if self.journal.complete is None:
-            sealed = _seal(self.path, checksums)
+            sealed = seal(self.path, sorted(self._claimed), checksums)
             self.path.chmod(DIRECTORY_MODE)
             self.journal.append({"complete": sealed})
         shutil.rmtree(self.work, ignore_errors=True)
         if self._is_beside and self._is_mount:
-            move_into(self.target, self.path, self._replaced_content(), last=("config.json", JOURNAL_NAME))
+            self._move_into()
         elif self._is_beside:
-            put_in_place(self.path, self.target)
+            self._put_in_place()
 
-    def _replaced_content(self) -> list[Path]:
-        """Return what is in the target, without what a killed run has moved there already."""
+    def _put_in_place(self) -> None:
+        """Let the successor and what it replaces change places, which either happens or does not."""
+        self._replaceable()
+        try:
+            put_in_place(self.path, self.target)
+        except OSError as error:
+            raise OutputError(
+                f"output directory {self.target}",
+                got=f"one that cannot be renamed ({error.strerror or error})",
+                expected=f"that it can change places with {self.path}, where the new model is complete",
+                action="Nothing was replaced. Empty it yourself and run the same command again.",
+            ) from None
+
+    def _move_into(self) -> None:
+        """Replace a model in a mount point file by file, so that a killed run's successor knows what is to go."""
         assert self.journal.complete is not None
+        gone = {Path(name).parts[0] for name in self._replaceable()}
         moved = {Path(name).parts[0] for name in self.journal.complete} - {path.name for path in self.path.iterdir()}
-        return [path for path in _content(self.target) if path.name not in moved]
+        content = [path for path in _content(self.target) if path.name in gone - moved]
+        write_json(replaced_note(self.target), {"files": sorted({*gone, *(path.name for path in content)})})
+        move_into(self.target, self.path, content, last=("config.json", JOURNAL_NAME))
+        replaced_note(self.target).unlink()
+
+    def _replaceable(self) -> set[str]:
+        """Return the names of the files in the target that its successor replaces, which has to be all of them.
+
+        Raises:
+            OutputError: somebody else's are among them.
+        """
+        entries, names = read_entries(self.target), noted_files(self.target)
+        if names:  # a killed run has begun to replace them, in a mount point
+            names |= claimed_files(read_entries(sibling(self.target)) or [])
+        if entries is None:
+            names |= {CONFIG_NAME, REPORT_NAME, *carried_over(self._source)}
+            names |= {path.name for path in _content(self.target) if has_written_name(path.name)}
+        elif entries[-1:] and "complete" in entries[-1] and not is_its_own(self.target, entries[-1]["complete"]):
+            raise self._other_journal()
+        names |= {JOURNAL_NAME, *claimed_files(entries or [])}
+        if strange := strange_entries(self.target, names, hidden=f".{self.target.name}.partial-"):
+            raise self._strange(strange, "a model and nothing else, to replace it", "run the same command again")
+        return names
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -277,6 +367,7 @@ class GrowingDirectory:
     def _discard(self) -> None:
         is_resumed = bool(self.journal.steps)
         self._empty()
+        shutil.rmtree(self.work, ignore_errors=True)  # a journal that has lines goes before its folder
         self.journal.path.unlink(missing_ok=True)
         if self._is_made or (is_resumed and not self._is_mount):
             with suppress(OSError):  # somebody else's files are there
@@ -314,7 +405,7 @@ def check_target(target: Path, *, source: Path, overwrite: bool) -> None:
 def sibling(target: Path, inside: bool | None = None) -> Path:
     """Return where the successor of a target grows: beside it, or inside a mount point, which cannot be renamed."""
     if inside is None:
-        inside = target.is_dir() and os.path.ismount(target)
+        inside = is_mount_point(target)
     return (target if inside else target.parent) / f".{target.name}.partial-quantize"
 
 
@@ -362,35 +453,6 @@ def _remove_abandoned(path: Path, *, is_empty: bool) -> None:
     journal.close()
 
 
-def _seal(path: Path, checksums: dict[str, int]) -> dict[str, list[int]]:
-    """Give every file its mode, and see it safely on disk; return name -> size and CRC-32."""
-    found = {}
-    for entry in sorted(path.rglob("*")):
-        name = str(entry.relative_to(path))
-        if name == JOURNAL_NAME or name.startswith("."):
-            continue
-        entry.chmod(final_mode(entry))
-        if entry.is_file():
-            file = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(file)
-                size = os.fstat(file).st_size
-                checksum = checksums[name] if name in checksums else checksum_of(file, 0, size)
-            finally:
-                os.close(file)
-            found[name] = [size, checksum]
-    _sync_directory(path)
-    return found
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
 def _changed_files(path: Path, journal: Journal, progress: Progress) -> list[str]:
     """Return the files of a complete directory that are not what its closing line says. Files of others are ignored."""
     assert journal.complete is not None
@@ -398,18 +460,7 @@ def _changed_files(path: Path, journal: Journal, progress: Progress) -> list[str
     with progress("verify", len(journal.complete), "file") as task:
         for name, (size, checksum) in journal.complete.items():
             task.at(name)
-            if not _is_as_sealed(path / name, size, checksum):
+            if not is_as_sealed(path / name, size, checksum):
                 changed.append(name)
             task.advance()
     return changed
-
-
-def _is_as_sealed(path: Path, size: int, checksum: int) -> bool:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return os.fstat(file).st_size == size and checksum_of(file, 0, size) == checksum
-    finally:
-        os.close(file)

@@ -5,6 +5,7 @@ line says what is being made; then comes a line for each finished step; the line
 without it the directory is not a model. Directories of other tools have no journal.
 
     {"format": 1, "layers": 30, ..., "check": "1c291ca3"}
+    {"files": [what is going to be written], "check": "..."}
     {"step": "embedding", ..., "check": "..."}
     {"step": "layer 0", ..., "check": "..."}
     {"complete": {file: [bytes, CRC-32]}, "check": "..."}
@@ -50,17 +51,14 @@ class Journal:
             OSError: it cannot be opened.
         """
         self.path = directory / JOURNAL_NAME
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        while (file := _locked(self.path)) is None:
+            pass  # whoever had the lock has removed the file meanwhile
+        self._file = file
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            blob = _read_all(self._file)
-        except BlockingIOError:
-            os.close(self._file)
-            raise _in_use(directory) from None
+            self.entries, self._end = parse(_read_all(file))
         except BaseException:
-            os.close(self._file)
+            os.close(file)
             raise
-        self.entries, self._end = parse(blob)
 
     @property
     def head(self) -> Entry:
@@ -100,6 +98,38 @@ class Journal:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def _locked(path: Path) -> int | None:
+    """Open and lock the file of this name; None when that is not what has been locked."""
+    if path.is_symlink():
+        raise OutputError(
+            f"output directory {path.parent}",
+            got=f"a symbolic link ({path.name})",
+            expected="a file of its own",
+            action="Remove the link, or choose another directory.",
+        )
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(file, path):
+            return file
+    except BlockingIOError:
+        os.close(file)
+        raise _in_use(path.parent) from None
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)
+    return None
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _in_use(directory: Path) -> OutputError:

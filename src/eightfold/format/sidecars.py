@@ -37,6 +37,13 @@ def _is_sidecar(name: str) -> bool:
     return Path(name).suffix in _SUFFIXES or name.upper().startswith(_LICENCES)
 
 
+def carried_over(source: Path) -> set[str]:
+    """Return the names, as paths inside a model directory, of the files that a copy of it would get."""
+    return {path.relative_to(source).as_posix() for path in list_sidecars(source)} | {
+        path.name for path in source.glob("*.py")
+    }
+
+
 def copy_sidecars(source: Path, target: Path) -> list[Path]:
     """Copy every sidecar into the target directory; return the copies."""
     copies = []

@@ -11,6 +11,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -77,7 +78,7 @@ class OutputDirectory:
     def __enter__(self) -> OutputDirectory:
         try:
             # Inside a mount point there is no sibling on the same file system to rename.
-            self._inside = self.target.is_dir() and os.path.ismount(self.target)
+            self._inside = is_mount_point(self.target)
             parent = self.target if self._inside else self.target.parent
             parent.mkdir(parents=True, exist_ok=True)
             remove_dead_siblings(parent, self._prefix)
@@ -132,6 +133,23 @@ class OutputDirectory:
         self.path.chmod(DIRECTORY_MODE)
         put_in_place(self.path, self.target)
         (self.target / _LOCK).unlink()  # until here a killed run's sibling is known by it
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a directory is where something is mounted, if only another directory of the same file system."""
+    if not path.is_dir():
+        return False
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    # The fifth field; a space, a tab, a line feed and a backslash are written as octal numbers.
+    points = (line.split(b" ")[4] for line in mounts)
+    return os.fsencode(os.path.realpath(path)) in {
+        re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), point) for point in points
+    }
 
 
 def put_in_place(made: Path, target: Path) -> None:
@@ -261,6 +279,23 @@ def split_shards(plan: list[PlannedTensor], part_bytes: int | None) -> list[list
     return shards
 
 
+def weight_file_names(stem: str, plan: list[PlannedTensor], part_bytes: int | None) -> list[str]:
+    """Return the names of the files that a ShardedWriter is going to write."""
+    if part_bytes is None:
+        return _shard_names(stem, None)
+    return [*_shard_names(stem, len(split_shards(plan, part_bytes))), _index_name(stem)]
+
+
+def _shard_names(stem: str, count: int | None) -> list[str]:
+    if count is None:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
 class ShardedWriter:
     """Writes planned tensors into one file, or into numbered shards with an index."""
 
@@ -277,9 +312,7 @@ class ShardedWriter:
         """Make the files, or with `resume` go on with those of an earlier writer; see FileWriter."""
         self._directory, self._stem, self._plan = directory, stem, plan
         shards = split_shards(plan, part_bytes)
-        names = [f"{stem}.safetensors"]
-        if part_bytes is not None:
-            names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        names = _shard_names(stem, None if part_bytes is None else len(shards))
         self._weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         self._has_index = part_bytes is not None
         self._files: dict[str, FileWriter] = {}
@@ -310,6 +343,10 @@ class ShardedWriter:
         """Leave a tensor as an earlier writer wrote it; return the CRC-32 of its bytes as they are in the file."""
         return self._files[self._weight_map[name]].take_over(name)
 
+    def holds(self, name: str, checksum: int) -> bool:
+        """Whether what another process has written is in the file, as this one finds it; see FileWriter."""
+        return self._files[self._weight_map[name]].holds(name, checksum)
+
     def adopt(self, name: str, checksum: int) -> None:
         """Take note of a tensor that another process has written; see FileWriter."""
         self._files[self._weight_map[name]].adopt(name, checksum)
@@ -328,7 +365,7 @@ class ShardedWriter:
                 "metadata": {"total_size": sum(tensor.nbytes for tensor in self._plan)},
                 "weight_map": self._weight_map,
             }
-            write_json(self._directory / f"{self._stem}.safetensors.index.json", index)
+            write_json(self._directory / _index_name(self._stem), index)
 
     def abandon(self) -> None:
         """Close all files as they are, after a failure."""

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from eightfold import __version__
 from eightfold.errors import CheckpointError, ConfigError
+from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.team import Round
 from eightfold.quant.watch import EXIT_LOST, OVER, Watch
 from eightfold.wire import JOIN_SECONDS, Peer, accept_all, connect, listen, local_name, process_name
@@ -34,10 +35,13 @@ from eightfold.world import World
 T = TypeVar("T")
 
 _START = "Start them with torchrun --nproc_per_node N -m eightfold quantize ..."
+_SAME_BITS = "Use hosts with the same kind of CPU and the same environment, or start all ranks with"
 _ADVICE = {
     "eightfold": "Install the same version on all hosts.",
     "torch": "Install the same version on all hosts.",
     "source": "Let all ranks see the same model directory.",
+    "instruction set": f"{_SAME_BITS} ATEN_CPU_CAPABILITY=avx2 and MKL_CBWR=AVX2.",
+    "float32 arithmetic": f"{_SAME_BITS} ATEN_CPU_CAPABILITY=avx2 and MKL_CBWR=AVX2.",
 }
 
 
@@ -82,7 +86,8 @@ class Ranks:
             ConfigError: a rank has another version, or was started otherwise.
             CheckpointError: a rank sees another source.
         """
-        facts = json.loads(json.dumps({**facts, "eightfold": __version__, "torch": torch.__version__}))
+        own = {"eightfold": __version__, "torch": torch.__version__, **float_facts()}
+        facts = json.loads(json.dumps({**own, **facts, **own}))
         everybody = self.collect_first((facts, process_name()))
         for rank, (theirs, name) in enumerate(everybody if self.is_first else ()):
             for key, value in facts.items():

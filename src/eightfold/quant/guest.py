@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eightfold.errors import OutputError
 from eightfold.format.journal import WORK_NAME, Entry
+from eightfold.quant.team import Team
+from eightfold.wire import process_name
+
+_TOKEN_NAME = "token"  # in the work folder, so it goes with it
+
+# A network file system may show a new file late.
+SHOW_SECONDS = 5.0
 
 
 @dataclass
@@ -43,3 +53,47 @@ class Guest:
 
     def require_space(self, nbytes: int) -> None:
         """Leave that to rank 0."""
+
+
+def leave_token(work: Path) -> str:
+    """Write a new random word into the work folder, for the others to find; return it."""
+    token = secrets.token_hex(16)
+    (work / _TOKEN_NAME).write_text(token)
+    return token
+
+
+def require_one_directory(path: Path, token: str, team: Team) -> None:
+    """Compare the directory that this process finds at `path` with rank 0's, by the word that rank 0 has left there.
+
+    Raises:
+        OutputError: in rank 0, another rank has found another directory, or none.
+    """
+    for rank, (is_seen, name) in enumerate(team.collect_first((_sees(path / WORK_NAME, token), process_name()))):
+        if team.is_first and not is_seen:
+            raise not_shared(f"output directory {path} of rank {rank} ({name})", "another one, or none")
+
+
+def not_shared(what: str, got: str) -> OutputError:
+    """Return the error of ranks that do not see each other's files."""
+    return OutputError(
+        what,
+        got=got,
+        expected="the directory that rank 0 writes to",
+        action="OUT has to be one directory that all hosts see: put it on a file system they share.",
+    )
+
+
+def _sees(work: Path, token: str) -> bool:
+    ends = time.monotonic() + SHOW_SECONDS
+    while _read(work / _TOKEN_NAME) != token:
+        if time.monotonic() > ends:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return None

@@ -55,7 +55,7 @@ def identity(
             "tokens": sum(map(len, samples)),
             "token_ids_sha256": samples_digest(samples),
         },
-        "source": {path.name: _file_identity(checkpoint, path) for path in source_files(checkpoint)},
+        "source": {_name_of(checkpoint, path): _file_identity(checkpoint, path) for path in source_files(checkpoint)},
     }
 
 
@@ -67,6 +67,11 @@ def source_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files of a model that a quantization reads, sorted by name."""
     found = {info.file for info in checkpoint.tensors.values()}
     return sorted({checkpoint.directory / CONFIG_NAME, *found, *list_sidecars(checkpoint.directory)})
+
+
+def _name_of(checkpoint: Checkpoint, path: Path) -> str:
+    """Return a file's path inside the model, wherever that is: names alone may be the same in two folders."""
+    return path.relative_to(checkpoint.directory).as_posix()
 
 
 def _file_identity(checkpoint: Checkpoint, path: Path) -> list[int]:
@@ -97,7 +102,8 @@ def file_times(checkpoint: Checkpoint) -> dict[str, int]:
     """Return when the weight files of a large model, of which identity() sees samples, were last changed."""
     if not _is_large(checkpoint):
         return {}
-    return {path.name: path.stat().st_mtime_ns for path in {info.file for info in checkpoint.tensors.values()}}
+    files = {info.file for info in checkpoint.tensors.values()}
+    return {_name_of(checkpoint, path): path.stat().st_mtime_ns for path in files}
 
 
 def differences(old: Entry, new: Entry) -> list[str]:

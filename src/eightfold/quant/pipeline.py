@@ -24,11 +24,11 @@ from eightfold.format.description import render_description
 from eightfold.format.growing import REPORT_NAME, GrowingDirectory
 from eightfold.format.journal import Entry, layers_done
 from eightfold.format.safetensors import PlannedTensor
-from eightfold.format.sidecars import copy_sidecars, resolve_auto_map
-from eightfold.format.writer import ShardedWriter, total_bytes, write_json
+from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map
+from eightfold.format.writer import ShardedWriter, total_bytes, weight_file_names, write_json
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
-from eightfold.quant.guest import Guest, Notes
+from eightfold.quant.guest import Guest, Notes, leave_token, require_one_directory
 from eightfold.quant.identity import differences, file_times, identity
 from eightfold.quant.outcome import Outcome, notes_for
 from eightfold.quant.plan import OutputTensor, Plan
@@ -166,9 +166,12 @@ class _Job:
         return outcome
 
     def _begin(self, output: GrowingDirectory) -> Outcome:
+        output.require_free(self._companion_names())
         if not output.journal.steps:
             self._keep_times()
-        self.team.share((output.path, output.journal.entries))
+        if self.team.size > 1:
+            token = self.team.share((output.path, output.journal.entries, leave_token(output.work)))[2]
+            require_one_directory(output.path, token, self.team)
         outcome = self.outcome()
         outcome.layers_resumed = layers_done(output.journal.entries)
         plan, checksums = self._attempt(outcome)
@@ -180,7 +183,8 @@ class _Job:
         """Do this rank's part of what rank 0 has not written yet."""
         outcome = self.outcome()
         while (begun := self.team.share(None)) is not None:
-            path, entries = begun
+            path, entries, token = begun
+            require_one_directory(path, token, self.team)
             helper = replace(self, output=Guest(path, Notes(list(entries))))
             outcome = helper.outcome()
             try:
@@ -251,12 +255,15 @@ class _Job:
 
     def _writer(self, planned: list[PlannedTensor]) -> ShardedWriter:
         """Return the writer of the weights: new, or where an earlier run has begun to write."""
-        path, is_begun = self.output.path, any("tensors" in entry for entry in self.output.journal.entries)
-        for file in path.glob("*.safetensors"):
-            if is_begun:
+        output, is_begun = self.output, any("tensors" in entry for entry in self.output.journal.entries)
+        assert isinstance(output, GrowingDirectory)
+        names = weight_file_names(weight_file_stem(self.recipe.scheme), planned, self.part_bytes)
+        output.claim(names)
+        for file in (output.path / name for name in names):
+            if not is_begun:
+                file.unlink(missing_ok=True)
+            elif file.exists():
                 file.chmod(0o600)
-            else:
-                file.unlink()
         try:
             return self._open_writer(planned, resume=is_begun)
         except OutputError as error:
@@ -305,9 +312,19 @@ class _Job:
         if changed:
             output.restart()
 
+    def _companion_names(self) -> list[str]:
+        """Return the names of the files that accompany the weights."""
+        checkpoint = self.checkpoint
+        _, modules, _ = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
+        carried = [*list_sidecars(checkpoint.directory), *modules]
+        names = [path.relative_to(checkpoint.directory).as_posix() for path in carried]
+        return [*names, *description_names(self.recipe.scheme, self.legacy_names), REPORT_NAME, CONFIG_NAME]
+
     def _write_companions(self, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
         """Write the files that are carried over, the description, the report, and last config.json."""
         checkpoint, recipe, directory = self.checkpoint, self.recipe, self.output.path
+        assert isinstance(self.output, GrowingDirectory)
+        self.output.claim(self._companion_names())
         raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
         if note:
             outcome.notes.append(note)

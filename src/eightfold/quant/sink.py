@@ -7,11 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from eightfold.errors import shortlist
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import ShardedWriter
+from eightfold.quant.guest import not_shared
 from eightfold.quant.plan import OutputTensor
 from eightfold.quant.team import Alone, Team
 from eightfold.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
+from eightfold.wire import process_name
 
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
 _PIECE_BYTES = 2 << 20
@@ -80,15 +83,32 @@ class Sink:
         return TORCH_DTYPES[self._plan[name].planned.dtype]
 
     def finished(self) -> dict[str, int]:
-        """Return, once they are safely on disk, the checksums of what all ranks wrote since the last call."""
+        """Return, once they are safely on disk, the checksums of what all ranks wrote since the last call.
+
+        Raises:
+            OutputError: in rank 0, a rank does not find in the files what another one has written.
+        """
         self._writer.sync()
         own, self.checksums = self.checksums, {}
-        found: dict[str, int] = {}
-        for checksums in self._team.collect_first(own):
-            found.update(checksums)
+        parts = self._team.collect(own)
+        self._read_each_other(parts)
+        found = {name: checksum for checksums in parts for name, checksum in checksums.items()}
         for name in found.keys() - own.keys():
             self._writer.adopt(name, found[name])
         return {name: found[name] for name in self._plan if name in found}
+
+    def _read_each_other(self, parts: Sequence[dict[str, int]]) -> None:
+        """Each rank reads what the one before it has written: so every rank's part is read by another one."""
+        if self._team.size == 1:
+            return
+        writer = (self._team.rank or self._team.size) - 1
+        lost = [name for name, checksum in parts[writer].items() if not self._writer.holds(name, checksum)]
+        for rank, (names, reader) in enumerate(self._team.collect_first((lost, process_name()))):
+            if self._team.is_first and names:
+                raise not_shared(
+                    f"{shortlist(names, 3)} as rank {rank} ({reader}) reads it",
+                    f"not what rank {(rank or self._team.size) - 1} has written",
+                )
 
     def take_over(self, checksums: dict[str, int]) -> Sequence[str]:
         """Leave tensors as an earlier run wrote them; return those that are not what it wrote."""
