@@ -99,15 +99,17 @@ class Ranks:
     def in_order(self, part: Tensor) -> tuple[Tensor, int]:
         """Put together what each rank knows of its samples in this round; see team.Team."""
         assert self.round is not None
-        counts = self.round.samples
+        counts, order = self.round.samples, self.round.order
         own = part.contiguous().numpy().tobytes()
-        whole = b"".join(self._gather(own))
+        parts = self._gather(own)
         if self.is_first:
+            whole = b"".join(parts[rank] for rank in order)
             self._spread(whole)
         else:
             whole = self._receive(0)
         values = torch.frombuffer(bytearray(whole), dtype=torch.float32).reshape(sum(counts), *part.shape[1:])
-        return values, sum(counts[: self.rank])
+        before = order[: order.index(self.rank)] if self.rank in order else order
+        return values, sum(counts[rank] for rank in before)
 
     def share(self, value: T) -> T:
         """Return rank 0's value."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from eightfold.format.safetensors import checksum_of, joined_checksum
-from eightfold.quant.team import Alone, Round, Team, interleaved, rounds
+from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
 from eightfold.reference.decoder import Batch, Block, token_batches
 from eightfold.reference.load import Decoder
 
@@ -43,6 +43,7 @@ class HiddenStates:
     Attributes:
         name: of the stream, and of its files.
         lengths: tokens of each sample.
+        turns: which ranks take the batches of each round, see team.turns.
         layer_idx: the layer that they enter next.
         checksum: CRC-32 of this generation's file; None of generation 0, which has none.
     """
@@ -64,6 +65,7 @@ class HiddenStates:
         self._team = team or Alone()
         self._width = decoder.checkpoint.config.hidden_size
         self._batches = sample_batches(self.lengths)
+        self.turns = turns([sum(self._sizes(batch)) for batch in range(len(self._batches))], self._team.size)
         self._begins = [0, *itertools.accumulate(self.lengths)]  # of each sample, in tokens
         self._held: dict[int, Tensor] = {}  # of this generation, this rank's batches, unless they lie in a file only
 
@@ -154,10 +156,11 @@ class HiddenStates:
         """Move this rank's batches; return the CRC-32 of each as it is in the file."""
         inv_freq, team, checksums = self._decoder.inv_freq, self._team, []
         try:
-            for batches in rounds(self._batches, team):
-                batch = batches[0] + team.rank
-                team.round = self._round(batches, batch)
-                if batch not in batches:
+            for number, order in enumerate(self.turns):
+                at = order.index(team.rank) if team.rank in order else len(order) - 1
+                batch = number * team.size + at
+                team.round = self._round(order, batch, at)
+                if team.rank not in order:
                     stay_away(block)
                     continue
                 states = block(self._piece(batch), Batch.of(self._sizes(batch), inv_freq))
@@ -168,16 +171,16 @@ class HiddenStates:
             team.round = None
         return checksums
 
-    def _round(self, batches: Sequence[int], own: int) -> Round:
-        counts = [len(self._batches[batch]) for batch in batches]
-        counts += [0] * (self._team.size - len(counts))
-        first = own if own in batches else batches[-1]
-        return Round(tuple(counts), self._batches[first][0], self._first_token(first))
+    def _round(self, order: Sequence[int], batch: int, at: int) -> Round:
+        counts = [0] * self._team.size
+        for place, rank in enumerate(order):
+            counts[rank] = len(self._batches[batch - at + place])
+        return Round(tuple(counts), tuple(order), self._batches[batch][0], self._first_token(batch))
 
     def _joined(self, checksums: Sequence[Sequence[int]]) -> int:
         """Return the CRC-32 of the whole file from those of the batches that each rank has written."""
         whole = 0
-        for batch, checksum in enumerate(interleaved(checksums)):
+        for batch, checksum in enumerate(in_batch_order(checksums, self.turns)):
             whole = joined_checksum(whole, checksum, 4 * self._width * sum(self._sizes(batch)))
         return whole
 
@@ -201,11 +204,32 @@ def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
     batches: dict[int, list[int]] = {}
     for index, (length, end) in enumerate(zip(lengths, itertools.accumulate(lengths), strict=True)):
         batches.setdefault((2 * end - length) * max(count, least) // (2 * total), []).append(index)
+    even = _evened(list(batches.values()), lengths)
     return [
         [batch[at] for at in part]
-        for batch in batches.values()
+        for batch in even
         for part in token_batches([lengths[index] for index in batch], BATCH_TOKENS)
     ]
+
+
+def _evened(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Move samples across the ends of batches as long as that brings two neighbours closer."""
+    tokens = [sum(lengths[index] for index in batch) for batch in batches]
+    left = list(range(1, len(batches)))  # ends to look at
+    while left:
+        after = left.pop()
+        before = after - 1
+        if 0 < lengths[batches[before][-1]] < tokens[before] - tokens[after]:
+            moved = batches[before].pop()
+            batches[after].insert(0, moved)
+        elif 0 < lengths[batches[after][0]] < tokens[after] - tokens[before]:
+            moved = batches[after].pop(0)
+            batches[before].append(moved)
+        else:
+            continue
+        tokens[before], tokens[after] = (sum(lengths[i] for i in batches[at]) for at in (before, after))
+        left += [end for end in (before, after + 1, after) if 0 < end < len(batches)]
+    return batches
 
 
 def stay_away(block: Block) -> None:

@@ -30,7 +30,7 @@ from eightfold.quant.methods import ActMethod, AntiOutlier
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
-from eightfold.quant.team import Alone, Team, interleaved
+from eightfold.quant.team import Alone, Team, in_batch_order
 from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.linear import FloatLinear, Linear
@@ -145,7 +145,7 @@ class FloatPass:
         working = [watcher for watcher in watchers.values() if watcher is not None]
         parts = self._team.collect_first([watcher.kept for watcher in working])
         for watcher, ranks in zip(working, zip(*parts, strict=True), strict=True) if self._team.is_first else ():
-            for seen in interleaved(ranks):
+            for seen in in_batch_order(ranks, self.hidden.turns):
                 watcher.take(seen)
         if kv is not None:
             kv.merge(self._team)
