@@ -243,6 +243,8 @@ def test_no_sample_would_make_two_neighbours_more_alike():
 
 def test_the_largest_linears_go_to_who_has_least():
     assert owners({"a": 5, "b": 9, "c": 5, "d": 1}, 2) == {"b": 0, "a": 1, "c": 1, "d": 0}
+    assert owners({"a": 5, "b": 9, "c": 5, "d": 1}, 3, spared=2) == {"b": 0, "a": 1, "c": 1, "d": 0}
+    assert owners({"a": 5, "b": 9}, 1, spared=0) == {"b": 0, "a": 0}
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,18 @@ class Ranks:
         parts = self._gather(b"" if self.is_first else _pickled(value))
         return [value, *(pickle.loads(part) for part in parts[1:])]
 
+    def collect_at(self, rank: int, value: T) -> list[T]:
+        """Return every rank's value, in order, to one rank; to the others their own. It goes by way of rank 0."""
+        if rank == 0:
+            return self.collect_first(value)
+        parts = self._gather(_pickled(value))
+        if self.is_first:
+            for part in parts:
+                self._send(rank, part)
+        if self.rank != rank:
+            return [value]
+        return [pickle.loads(self._receive(0)) for _ in range(self.size)]
+
     def _gather(self, own: bytes) -> list[bytes]:
         """Return what every rank has, to rank 0; to the others their own."""
         if not self.is_first:

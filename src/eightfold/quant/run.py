@@ -41,7 +41,7 @@ from eightfold.quant.settling import Settling
 from eightfold.quant.sink import Sink
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
 from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
-from eightfold.quant.team import Alone, Team
+from eightfold.quant.team import Alone, Team, prover_of
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import mapped_tensor, require_finite
 from eightfold.scheme import QuantType, weight_name
@@ -84,8 +84,8 @@ class Run:
         if needs_survey(recipe):
             chosen = surveyed_samples(recipe, samples)
             self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen), team)
-        if recipe.anti_outlier is not None:  # for the last rank, since the first has the journal to look after
-            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1], team.size - 1))
+        if recipe.anti_outlier is not None:
+            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1], prover_of(team)))
         self.calibrated = stream("quantized", samples) if recipe.calibrates else None
 
     @property

@@ -76,6 +76,10 @@ class Team(Protocol):
         """Return every rank's value, in order, to rank 0; to the others their own."""
         ...
 
+    def collect_at(self, rank: int, value: T) -> list[T]:
+        """Return every rank's value, in order, to one rank; to the others their own."""
+        ...
+
 
 class Alone:
     """A team of one."""
@@ -102,15 +106,26 @@ class Alone:
         """Return the only value."""
         return [value]
 
+    def collect_at(self, rank: int, value: T) -> list[T]:
+        """Return the only value."""
+        return [value]
 
-def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Return which rank makes each thing: the largest first, each to whom has least to do."""
+
+def owners(sizes: Mapping[str, int], ranks: int, spared: int | None = None) -> dict[str, int]:
+    """Return which rank makes each thing: the largest first, each to whom has least to do; nothing to who is spared."""
     loads = [0] * ranks
+    if spared is not None:
+        loads[spared] = sum(sizes.values())
     found = {}
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         found[name] = loads.index(min(loads))
         loads[found[name]] += size
     return found
+
+
+def prover_of(team: Team) -> int:
+    """Return the rank that moves the sample of the proof and writes no linears: the last, since the first has more."""
+    return team.size - 1
 
 
 def turns(sizes: Sequence[int], ranks: int) -> list[list[int]]:
