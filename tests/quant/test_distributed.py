@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import torch
 from eightfold.format.journal import layers_done, read_entries
 from eightfold.quant import hidden
 from eightfold.quant.hidden import sample_batches
-from eightfold.quant.team import interleaved, owners
+from eightfold.quant.team import in_batch_order, owners, turns
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.quant.ranks import RECIPES, quantize
 from tests.refusal import snapshot
@@ -290,9 +291,34 @@ def test_samples_are_cut_evenly(lengths, count):
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= 2048 for batch in batches)
 
 
+def test_no_sample_would_make_two_neighbours_more_alike():
+    lengths = [321, 207, 105, 114, 193, 88, 195, 93, 237, 254, 147, 75, 194, 104, 71, 234, 148, 144, 264, 339, 99, 164]
+    batches = sample_batches(lengths)
+    tokens = [sum(lengths[index] for index in batch) for batch in batches]
+    assert [index for batch in batches for index in batch] == list(range(len(lengths)))
+    for before, after in itertools.pairwise(range(len(batches))):
+        assert tokens[before] - tokens[after] <= lengths[batches[before][-1]]
+        assert tokens[after] - tokens[before] <= lengths[batches[after][0]]
+
+
 def test_the_largest_linears_go_to_who_has_least():
     assert owners({"a": 5, "b": 9, "c": 5, "d": 1}, 2) == {"b": 0, "a": 1, "c": 1, "d": 0}
+    assert owners({"a": 5, "b": 9, "c": 5, "d": 1}, 3, spared=2) == {"b": 0, "a": 1, "c": 1, "d": 0}
+    assert owners({"a": 5, "b": 9}, 1, spared=0) == {"b": 0, "a": 0}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "taken"),
+    [
+        ([], 2, []),
+        ([1], 3, [[0]]),
+        ([1, 2, 9, 5, 3], 1, [[0]] * 5),
+        ([5, 4, 9, 1, 2, 7, 3], 2, [[0, 1], [1, 0], [1, 0], [0]]),
+    ],
+)
+def test_the_largest_batch_of_a_round_goes_to_who_has_had_least(sizes, ranks, taken):
+    assert turns(sizes, ranks) == taken
 
 
 def test_what_ranks_have_of_their_batches_is_put_in_order():
-    assert interleaved([["0", "3", "6"], ["1", "4"], ["2", "5"]]) == list("0123456")
+    assert in_batch_order([["0", "3", "4"], ["1", "2"]], [[0, 1], [1, 0], [0]]) == list("01234")

@@ -104,15 +104,17 @@ class Ranks:
     def in_order(self, part: Tensor) -> tuple[Tensor, int]:
         """Put together what each rank knows of its samples in this round; see team.Team."""
         assert self.round is not None
-        counts = self.round.samples
+        counts, order = self.round.samples, self.round.order
         own = part.contiguous().numpy().tobytes()
-        whole = b"".join(self._gather(own))
+        parts = self._gather(own)
         if self.is_first:
+            whole = b"".join(parts[rank] for rank in order)
             self._spread(whole)
         else:
             whole = self._receive(0)
         values = torch.frombuffer(bytearray(whole), dtype=torch.float32).reshape(sum(counts), *part.shape[1:])
-        return values, sum(counts[: self.rank])
+        before = order[: order.index(self.rank)] if self.rank in order else order
+        return values, sum(counts[rank] for rank in before)
 
     def share(self, value: T) -> T:
         """Return rank 0's value."""
@@ -130,6 +132,18 @@ class Ranks:
         """Return every rank's value, in order, to rank 0; to the others their own."""
         parts = self._gather(b"" if self.is_first else _pickled(value))
         return [value, *(pickle.loads(part) for part in parts[1:])]
+
+    def collect_at(self, rank: int, value: T) -> list[T]:
+        """Return every rank's value, in order, to one rank; to the others their own. It goes by way of rank 0."""
+        if rank == 0:
+            return self.collect_first(value)
+        parts = self._gather(_pickled(value))
+        if self.is_first:
+            for part in parts:
+                self._send(rank, part)
+        if self.rank != rank:
+            return [value]
+        return [pickle.loads(self._receive(0)) for _ in range(self.size)]
 
     def _gather(self, own: bytes) -> list[bytes]:
         """Return what every rank has, to rank 0; to the others their own."""

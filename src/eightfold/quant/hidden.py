@@ -2,13 +2,13 @@
 
     generation i     what enters layer i, (T, E) float32; generation 0 is the embeddings
 
-After a layer, the next generation is in a file of the run's work folder, exactly as it is in memory; then the layer may
-count as finished, and the generation before it goes. A stream that spills keeps nothing in memory but the samples that
-are on their way through the layer: it reads one generation and writes the next, by plain reads and writes, so that no
-mapped page counts as this process's memory.
+After a layer, the next generation goes to a file of the run's work folder, exactly as it is in memory, while work goes
+on; when it is on the disk the layer may count as finished, and the generation before it goes. A stream that spills
+keeps nothing in memory but the samples that are on their way through the layer: it reads one generation and writes the
+next, by plain reads and writes, so that no mapped page counts as this process's memory.
 
 Of several processes each moves its own batches (team.py), and writes them where they belong in the one file; none but
-rank 0 ever reads another's.
+rank 0 ever reads another's, and that when all layers are finished.
 
 Letters: T tokens of all samples, E hidden size.
 """
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from eightfold.format.safetensors import checksum_of, joined_checksum
-from eightfold.quant.team import Alone, Round, Team, interleaved, rounds
+from eightfold.quant.settling import Settling
+from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
 from eightfold.reference.decoder import Batch, Block, token_batches
 from eightfold.reference.load import Decoder
 
@@ -43,8 +44,9 @@ class HiddenStates:
     Attributes:
         name: of the stream, and of its files.
         lengths: tokens of each sample.
+        turns: which ranks take the batches of each round, see team.turns.
         layer_idx: the layer that they enter next.
-        checksum: CRC-32 of this generation's file; None of generation 0, which has none.
+        checksum: CRC-32 of this generation's file, in rank 0 and once it is finished; generation 0 has none.
     """
 
     def __init__(
@@ -53,17 +55,37 @@ class HiddenStates:
         decoder: Decoder,
         samples: Sequence[Sequence[int]],
         folder: Path,
+        settling: Settling,
         *,
         spills: bool = False,
         team: Team | None = None,
+        first_rank: int = 0,
     ) -> None:
+        """Start where the samples are.
+
+        Args:
+            name: of the stream.
+            decoder: the model.
+            samples: token ids of each.
+            folder: where files go.
+            settling: what brings them to the disk.
+            spills: keep nothing in memory.
+            team: the processes among which the samples are shared; None for this one alone.
+            first_rank: who takes the first batch; another one than rank 0 only where there is no other batch.
+        """
         self.name, self.lengths = name, [len(sample) for sample in samples]
         self.layer_idx = 0
         self.checksum: int | None = None
         self._decoder, self._samples, self._folder, self._spills = decoder, samples, folder, spills
         self._team = team or Alone()
         self._width = decoder.checkpoint.config.hidden_size
+        self._settling = settling
         self._batches = sample_batches(self.lengths)
+        self.turns = turns([sum(self._sizes(batch)) for batch in range(len(self._batches))], self._team.size)
+        if first_rank:
+            assert len(self._batches) == 1
+            self.turns = [[first_rank]]
+        self._written: list[int] = []  # CRC-32 of each batch that this rank has written of this generation
         self._begins = [0, *itertools.accumulate(self.lengths)]  # of each sample, in tokens
         self._held: dict[int, Tensor] = {}  # of this generation, this rank's batches, unless they lie in a file only
 
@@ -136,28 +158,43 @@ class HiddenStates:
         return self._read(0, self.lengths[0], [0])
 
     def advance(self, block: Block) -> None:
-        """Move all samples through the next layer; return when the new generation would survive a loss of power.
+        """Move all samples through the next layer, and begin to bring the new generation to the disk.
 
         The cut into batches changes no result that is not also changed by a matrix library's own blocking: samples
         never see each other.
         """
-        file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT, 0o600)
+        has_batches = any(self._team.rank in order for order in self.turns)
+        file = self._open_next() if has_batches else -1
         try:
-            os.ftruncate(file, self.nbytes)  # not to nothing: another rank may have begun to write
-            checksums = self._move(block, file)
-            os.fdatasync(file)
-        finally:
-            os.close(file)
-        self.layer_idx, self.checksum = self.layer_idx + 1, self._joined(self._team.collect(checksums))
+            self._written = self._move(block, file)
+        except BaseException:
+            if has_batches:
+                os.close(file)
+            raise
+        if has_batches:
+            self._settling.sync(file)
+        self.layer_idx, self.checksum = self.layer_idx + 1, None
+
+    def _open_next(self) -> int:
+        file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT, 0o600)
+        os.ftruncate(file, self.nbytes)  # not to nothing: another rank may have begun to write
+        return file
+
+    def finish(self) -> None:
+        """Tell rank 0 that what this rank has written of a generation is on the disk, as `settling` has found."""
+        written = self._team.collect_first(self._written)
+        if self._team.is_first:
+            self.checksum = self._joined(written)
 
     def _move(self, block: Block, file: int) -> list[int]:
         """Move this rank's batches; return the CRC-32 of each as it is in the file."""
         inv_freq, team, checksums = self._decoder.inv_freq, self._team, []
         try:
-            for batches in rounds(self._batches, team):
-                batch = batches[0] + team.rank
-                team.round = self._round(batches, batch)
-                if batch not in batches:
+            for number, order in enumerate(self.turns):
+                at = order.index(team.rank) if team.rank in order else len(order) - 1
+                batch = number * team.size + at
+                team.round = self._round(order, batch, at)
+                if team.rank not in order:
                     stay_away(block)
                     continue
                 states = block(self._piece(batch), Batch.of(self._sizes(batch), inv_freq))
@@ -168,22 +205,23 @@ class HiddenStates:
             team.round = None
         return checksums
 
-    def _round(self, batches: Sequence[int], own: int) -> Round:
-        counts = [len(self._batches[batch]) for batch in batches]
-        counts += [0] * (self._team.size - len(counts))
-        first = own if own in batches else batches[-1]
-        return Round(tuple(counts), self._batches[first][0], self._first_token(first))
+    def _round(self, order: Sequence[int], batch: int, at: int) -> Round:
+        counts = [0] * self._team.size
+        for place, rank in enumerate(order):
+            counts[rank] = len(self._batches[batch - at + place])
+        return Round(tuple(counts), tuple(order), self._batches[batch][0], self._first_token(batch))
 
     def _joined(self, checksums: Sequence[Sequence[int]]) -> int:
         """Return the CRC-32 of the whole file from those of the batches that each rank has written."""
         whole = 0
-        for batch, checksum in enumerate(interleaved(checksums)):
+        for batch, checksum in enumerate(in_batch_order(checksums, self.turns)):
             whole = joined_checksum(whole, checksum, 4 * self._width * sum(self._sizes(batch)))
         return whole
 
     def drop_older_generations(self) -> None:
-        """Remove the files of the generations before this one."""
-        self._drop(lambda found: found < self.layer_idx)
+        """Begin to remove the files of the generations before this one."""
+        current = self.layer_idx
+        self._settling.do(lambda: self._drop(lambda found: found < current))
 
     def _drop(self, goes: Callable[[int], bool]) -> None:
         for path in self._folder.glob(f"{self.name}-*.f32"):
@@ -201,11 +239,32 @@ def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
     batches: dict[int, list[int]] = {}
     for index, (length, end) in enumerate(zip(lengths, itertools.accumulate(lengths), strict=True)):
         batches.setdefault((2 * end - length) * max(count, least) // (2 * total), []).append(index)
+    even = _evened(list(batches.values()), lengths)
     return [
         [batch[at] for at in part]
-        for batch in batches.values()
+        for batch in even
         for part in token_batches([lengths[index] for index in batch], BATCH_TOKENS)
     ]
+
+
+def _evened(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Move samples across the ends of batches as long as that brings two neighbours closer."""
+    tokens = [sum(lengths[index] for index in batch) for batch in batches]
+    left = list(range(1, len(batches)))  # ends to look at
+    while left:
+        after = left.pop()
+        before = after - 1
+        if 0 < lengths[batches[before][-1]] < tokens[before] - tokens[after]:
+            moved = batches[before].pop()
+            batches[after].insert(0, moved)
+        elif 0 < lengths[batches[after][0]] < tokens[after] - tokens[before]:
+            moved = batches[after].pop(0)
+            batches[before].append(moved)
+        else:
+            continue
+        tokens[before], tokens[after] = (sum(lengths[i] for i in batches[at]) for at in (before, after))
+        left += [end for end in (before, after + 1, after) if 0 < end < len(batches)]
+    return batches
 
 
 def stay_away(block: Block) -> None:

@@ -37,7 +37,7 @@ from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_ro
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
 from eightfold.quant.survey import LayerSurvey, head_sharing
-from eightfold.quant.team import Alone, Team, owners
+from eightfold.quant.team import Alone, Team, owners, prover_of
 from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
@@ -182,7 +182,8 @@ class QuantizedLayer:
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
         self._fa = FAQuantObserver() if self.has_fa else None
         sizes = {linear.name: linear.n * linear.k for group in input_groups(self._config) for linear in group.linears}
-        self._owners = owners(sizes, self.team.size)
+        prover = prover_of(self.team) if self.recipe.anti_outlier is not None else None
+        self._owners = owners(sizes, self.team.size, spared=prover)
         for group in input_groups(self._config):
             for linear in group.linears:
                 if self._type(linear) is not QuantType.FLOAT and (self.recipe.calibrates or self._owns(linear.name)):

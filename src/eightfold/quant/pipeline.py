@@ -34,6 +34,7 @@ from eightfold.quant.outcome import Outcome, notes_for
 from eightfold.quant.plan import OutputTensor, Plan
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level
 from eightfold.quant.run import Run
+from eightfold.quant.settling import Settling
 from eightfold.quant.sink import Sink
 from eightfold.quant.team import Alone, Team
 from eightfold.reference.device import CPU, use
@@ -196,6 +197,10 @@ class _Job:
 
     def _attempt(self, outcome: Outcome) -> tuple[dict[str, OutputTensor], dict[str, int]]:
         """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
+        with Settling() as settling:
+            return self._take_steps(outcome, settling)
+
+    def _take_steps(self, outcome: Outcome, settling: Settling) -> tuple[dict[str, OutputTensor], dict[str, int]]:
         config, output = self.checkpoint.config, self.output
         layers = fa_layers(config, self.recipe)
         run = Run(
@@ -206,6 +211,7 @@ class _Job:
             layers,
             output,
             self.progress,
+            settling=settling,
             spills=self.spills,
             team=self.team,
         )

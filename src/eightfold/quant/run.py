@@ -37,10 +37,11 @@ from eightfold.quant.layer import QuantizedLayer, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.proof import UnchangedProof, compare_logits
 from eightfold.quant.recipe import Recipe
+from eightfold.quant.settling import Settling
 from eightfold.quant.sink import Sink
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
 from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
-from eightfold.quant.team import Alone, Team
+from eightfold.quant.team import Alone, Team, prover_of
 from eightfold.reference.load import Decoder
 from eightfold.reference.tensors import mapped_tensor, require_finite
 from eightfold.scheme import QuantType, weight_name
@@ -59,6 +60,7 @@ class Run:
         output: GrowingDirectory | Guest,
         progress: Progress,
         *,
+        settling: Settling,
         spills: bool = False,
         team: Team | None = None,
     ) -> None:
@@ -67,20 +69,24 @@ class Run:
         self.decoder = Decoder(checkpoint)
         self._output, self._journal = output, output.journal
         self._team = team = team or Alone()
+        self._settling = settling
         self._streams: list[HiddenStates] = []
 
-        def stream(name: str, chosen: Sequence[Sequence[int]], team: Team) -> HiddenStates:
-            self._streams.append(HiddenStates(name, self.decoder, chosen, output.work, spills=spills, team=team))
-            return self._streams[-1]
+        def stream(name: str, chosen: Sequence[Sequence[int]], first_rank: int = 0) -> HiddenStates:
+            found = HiddenStates(
+                name, self.decoder, chosen, output.work, settling, spills=spills, team=team, first_rank=first_rank
+            )
+            self._streams.append(found)
+            return found
 
         self.float_pass: FloatPass | None = None
         self.proof: UnchangedProof | None = None
         if needs_survey(recipe):
             chosen = surveyed_samples(recipe, samples)
-            self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen, team), team)
-        if recipe.anti_outlier is not None and team.is_first:
-            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1], Alone()))
-        self.calibrated = stream("quantized", samples, team) if recipe.calibrates else None
+            self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen), team)
+        if recipe.anti_outlier is not None:
+            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1], prover_of(team)))
+        self.calibrated = stream("quantized", samples) if recipe.calibrates else None
 
     @property
     def spilled_bytes(self) -> int:
@@ -107,6 +113,9 @@ class Run:
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
         """Write a step into the journal, when all that it made is safely on disk, whoever made it."""
+        self._settling.require()
+        for stream in moved:
+            stream.finish()
         states = {stream.name: [stream.layer_idx, stream.checksum] for stream in moved}
         self._journal.append({"step": step, **facts, "states": states})
         for stream in moved if self._team.is_first else ():
@@ -288,7 +297,7 @@ class Run:
         if self.recipe.anti_outlier is None or self.float_pass is None:
             return None
         states = None
-        if self.proof is not None:
+        if self.proof is not None and self._team.is_first:
             states = self.float_pass.hidden.first_sample(), self.proof.hidden.first_sample()
         states = self._team.share(states)
         assert states is not None

@@ -101,7 +101,7 @@ class Seen:
 class InputWatcher:
     """Takes in the input of one group, a few samples at a time.
 
-    Of several ranks each keeps what it has seen; rank 0 takes it in, in the order of the samples.
+    Of several ranks each keeps what it has seen; one of them takes it all in, in the order of the samples.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ from eightfold.quant.methods import ActMethod, AntiOutlier
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
-from eightfold.quant.team import Alone, Team, interleaved
+from eightfold.quant.team import Alone, Team, in_batch_order, owners
 from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.reference.kvcache import FloatAttention
 from eightfold.reference.linear import FloatLinear, Linear
@@ -53,6 +53,14 @@ class LayerSurvey:
     range_params: Mapping[str, float] = field(default_factory=dict)  # of the smoothed input, by title
     kv: KVParams | None = None
     stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What follows from an input that was watched."""
+
+    scale: SmoothScale | None
+    range_param: float | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,8 @@ class FloatPass:
         self._team = team or Alone()
         self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
         self._config = decoder.checkpoint.config
+        sizes = {group.title: sum(each.n * each.k for each in group.linears) for group in input_groups(self._config)}
+        self._judges = owners(sizes, self._team.size)
         self._smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
 
     @torch.inference_mode()
@@ -136,33 +146,44 @@ class FloatPass:
         attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
         self.hidden.advance(self._decoder.block(layer_idx, groups, attention))
         self._merge(watchers, kv)
-        return self._team.share(self._found(prefix, watchers, kv, stretch) if self._team.is_first else LayerSurvey())
+        judged = self._judged(prefix, watchers)
+        return self._team.share(self._found(judged, kv, stretch) if self._team.is_first else LayerSurvey())
 
     def _merge(self, watchers: Mapping[str, InputWatcher | None], kv: KVObserver | None) -> None:
-        """Rank 0 takes in what the others have seen; of attention's stretch only the first sample counts, its own."""
+        """Take in what the other ranks have seen: each for the inputs that it judges, rank 0 for the cache.
+
+        Of attention's stretch only the first sample counts, rank 0's own.
+        """
         if self._team.size == 1:
             return
-        working = [watcher for watcher in watchers.values() if watcher is not None]
-        parts = self._team.collect_first([watcher.kept for watcher in working])
-        for watcher, ranks in zip(working, zip(*parts, strict=True), strict=True) if self._team.is_first else ():
-            for seen in interleaved(ranks):
-                watcher.take(seen)
+        for title, watcher in watchers.items():
+            if watcher is not None:
+                parts = self._team.collect_at(self._judges[title], watcher.kept)
+                for seen in in_batch_order(parts, self.hidden.turns) if self._judges_here(title) else ():
+                    watcher.take(seen)
         if kv is not None:
             kv.merge(self._team)
 
+    def _judges_here(self, title: str) -> bool:
+        return self._judges[title] == self._team.rank
+
+    def _judged(self, prefix: str, watchers: Mapping[str, InputWatcher | None]) -> dict[str, _Judged]:
+        """Return what the ranks have found of each watched input, to rank 0; to the others what is theirs."""
+        own = {}
+        for group in input_groups(self._config):
+            watcher = watchers[group.title]
+            if watcher is not None and self._judges_here(group.title):
+                scale = self._scale(prefix, group, watcher) if group.title in self._smoothed else None
+                own[group.title] = _Judged(scale, self._range_param(watcher, scale))
+        found = {title: judged for part in self._team.collect_first(own) for title, judged in part.items()}
+        return {title: found[title] for title in watchers if title in found}
+
     def _found(
-        self,
-        prefix: str,
-        watchers: Mapping[str, InputWatcher | None],
-        kv: KVObserver | None,
-        stretch: StretchObserver | None,
+        self, judged: Mapping[str, _Judged], kv: KVObserver | None, stretch: StretchObserver | None
     ) -> LayerSurvey:
-        scales = {
-            group.title: self._scale(prefix, group, watchers[group.title])
-            for group in input_groups(self._config)
-            if group.title in self._smoothed
-        }
-        return LayerSurvey(scales, self._range_params(watchers, scales), self._kv(kv, scales), _score(stretch))
+        scales = {title: each.scale for title, each in judged.items() if each.scale is not None}
+        range_params = {title: each.range_param for title, each in judged.items() if each.range_param is not None}
+        return LayerSurvey(scales, range_params, self._kv(kv, scales), _score(stretch))
 
     def head_range_param(self) -> float:
         """Return the range parameter of the output head's input, after the last layer."""
@@ -202,8 +223,8 @@ class FloatPass:
             return FloatLinear(linear.weight.to(torch.float32), linear.bias)
         return linear
 
-    def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher | None) -> SmoothScale:
-        assert watcher is not None and self._recipe.anti_outlier is not None
+    def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher) -> SmoothScale:
+        assert self._recipe.anti_outlier is not None
         weights = [
             load_float32(self._decoder.checkpoint, weight_name(prefix + linear.name)) for linear in group.linears
         ]
@@ -219,16 +240,10 @@ class FloatPass:
     def _bias(self, prefix: str, linear: LinearShape) -> Tensor | None:
         return load_float32(self._decoder.checkpoint, bias_name(prefix + linear.name)) if linear.has_bias else None
 
-    def _range_params(
-        self, watchers: Mapping[str, InputWatcher | None], scales: Mapping[str, SmoothScale]
-    ) -> dict[str, float]:
+    def _range_param(self, watcher: InputWatcher, scale: SmoothScale | None) -> float | None:
         if not needs_features(self._recipe):
-            return {}
-        return {
-            title: watcher.stats().features.range_param(scales[title].scale if title in scales else None)
-            for title, watcher in watchers.items()
-            if watcher is not None
-        }
+            return None
+        return watcher.stats().features.range_param(None if scale is None else scale.scale)
 
     def _kv(self, observer: KVObserver | None, scales: Mapping[str, SmoothScale]) -> KVParams | None:
         if observer is None:

@@ -1,8 +1,9 @@
 """The processes that make one output: who does what, and how they tell each other.
 
-Rank r of W takes every W-th batch of samples, from the r-th on; a round is W consecutive batches, one for each rank.
-What an observer needs of its round is put together in the order of the samples, so that each rank sees what one process
-would have seen. Rank 0 has the output's lock and journal; the others write where it says.
+A round is W consecutive batches of samples, one for each of W ranks; who takes which is settled by their lengths, so
+that all have as much to do. What an observer needs of its round is put together in the order of the samples, so that
+each rank sees what one process would have seen. Rank 0 has the output's lock and journal; the others write where it
+says.
 
 Here: the words for that, and a team of one, for which nothing is to be told. Several processes: distributed.py.
 """
@@ -25,11 +26,13 @@ class Round:
 
     Attributes:
         samples: how many each rank has; none, where batches have run out.
+        order: the ranks that have a batch, in the order of the batches.
         first_sample: of this rank's, among all samples.
         first_token: of this rank's, among all tokens.
     """
 
     samples: tuple[int, ...]
+    order: tuple[int, ...]
     first_sample: int
     first_token: int
 
@@ -73,6 +76,10 @@ class Team(Protocol):
         """Return every rank's value, in order, to rank 0; to the others their own."""
         ...
 
+    def collect_at(self, rank: int, value: T) -> list[T]:
+        """Return every rank's value, in order, to one rank; to the others their own."""
+        ...
+
 
 class Alone:
     """A team of one."""
@@ -99,10 +106,16 @@ class Alone:
         """Return the only value."""
         return [value]
 
+    def collect_at(self, rank: int, value: T) -> list[T]:
+        """Return the only value."""
+        return [value]
 
-def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Return which rank makes each thing: the largest first, each to whom has least to do."""
+
+def owners(sizes: Mapping[str, int], ranks: int, spared: int | None = None) -> dict[str, int]:
+    """Return which rank makes each thing: the largest first, each to whom has least to do; nothing to who is spared."""
     loads = [0] * ranks
+    if spared is not None:
+        loads[spared] = sum(sizes.values())
     found = {}
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         found[name] = loads.index(min(loads))
@@ -110,12 +123,31 @@ def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
     return found
 
 
-def rounds(batches: Sequence[Sequence[int]], team: Team) -> list[list[int]]:
-    """Return the numbers of the batches of each round; the last may have fewer than there are ranks."""
-    return [list(range(at, min(at + team.size, len(batches)))) for at in range(0, len(batches), team.size)]
+def prover_of(team: Team) -> int:
+    """Return the rank that moves the sample of the proof and writes no linears: the last, since the first has more."""
+    return team.size - 1
 
 
-def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
-    """Return what each rank has, one for each of its batches, in the order of the batches."""
-    count = sum(map(len, parts))
-    return [parts[batch % len(parts)][batch // len(parts)] for batch in range(count)]
+def turns(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Return for each round who takes its batches: the largest goes to whom has had least, the first of all to rank 0.
+
+    Args:
+        sizes: of the batches.
+        ranks: how many there are; the last round may have fewer batches.
+    """
+    loads = [0] * ranks
+    found = []
+    for at in range(0, len(sizes), ranks):
+        numbers = range(at, min(at + ranks, len(sizes)))
+        by_size = sorted(numbers, key=lambda batch: -sizes[batch]) if at else numbers
+        takers = dict(zip(by_size, sorted(range(ranks), key=loads.__getitem__), strict=False))
+        for batch, rank in takers.items():
+            loads[rank] += sizes[batch]
+        found.append([takers[batch] for batch in numbers])
+    return found
+
+
+def in_batch_order(parts: Sequence[Sequence[T]], taken: Sequence[Sequence[int]]) -> list[T]:
+    """Return what each rank has, one for each batch that it took (see turns), in the order of the batches."""
+    left = [iter(part) for part in parts]
+    return [next(left[rank]) for ranks in taken for rank in ranks]
