@@ -253,7 +253,7 @@ void Model::hand_head(const Group& next, int t, int head, const float* values) {
     uint8_t row[512 + kAlign];
     kernels_.quantize_static(values, dim, form.inv_scale, form.offset, row);
     const size_t block = kLanes * row_bytes(next.inputs()), column = static_cast<size_t>(head) * dim * kLanes;
-    uint8_t* to = handed_[0].bytes + t / kLanes * block + column + t % kLanes * 4;
+    uint8_t* to = handed_[0].bytes.data() + t / kLanes * block + column + t % kLanes * 4;
     for (int d = 0; d < dim; d += 4) std::memcpy(to + d * kLanes, row + d, 4);
 }
 
