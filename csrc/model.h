@@ -176,10 +176,10 @@ private:
     };
     Query query_at(int t, int head);
     void rotate(int layer, int t, int head, float* to);
-    void rotate_query(const Step& step, int layer, int t, int head, Query to);
+    void rotate_query(const Step& step, int layer, int t, int head, const Query& to);
     bool is_run(const Batch& batch, int t, int end) const;
     void rotate_and_store_keys(const Step& step, int layer, int t, int count, int kv_head);
-    void quantize_query(const AttentionParams& params, int head, const float* q, Query to) const;
+    void quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const;
     void gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch);
     // `next`: the unit that the thread takes after this one, or null.
     void attend(const Step& step, int layer, const Unit& unit, const Unit* next, Scratch& scratch);

@@ -23,24 +23,27 @@ inline int blocks_of(int tokens) { return (tokens + kLanes - 1) / kLanes; }
 template <int B>
 constexpr int kRowsFor = W == 16 && B <= 2 ? 8 : 4;
 
-// sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks. A function of its own: its loop needs all registers.
+// sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks, whole fours of K. A function of its own: its loop needs
+// all registers.
 template <int R, int B>
 [[gnu::noinline]] void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t block, int inner, int32_t* sums) {
     constexpr int V = B * kVectors;
     const int ahead = std::min(2048, inner);
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(R * ldw) - inner;
     I acc[R][V];
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) acc[r][v] = i_set(0);
-    const auto step = [&](const int8_t* four, const uint8_t* lanes, int bytes) __attribute__((always_inline)) {
+    const auto step = [&](const int8_t* four, const uint8_t* lanes) __attribute__((always_inline)) {
         I xs[V];
         const int8_t* other = four + 4 * ldw;  // addresses of four rows each need no more than two registers
 #pragma GCC unroll 16
         for (int v = 0; v < V; v++) xs[v] = i_load(lanes + v / kVectors * block + v % kVectors * (4 * W));
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {  // one row's weights at a time, so that all sums stay in registers
-            int32_t value = 0;
-            std::memcpy(&value, (r < 4 ? four : other) + r % 4 * ldw, bytes);
+            int32_t value;
+            std::memcpy(&value, (r < 4 ? four : other) + r % 4 * ldw, sizeof value);
             const I weights = i_set(value);
 #pragma GCC unroll 16
             for (int v = 0; v < V; v++) acc[r][v] = dot4(acc[r][v], xs[v], weights);
@@ -50,11 +53,27 @@ template <int R, int B>
     for (int k = 0; k < whole;) {
         const int8_t* later = w + k + ahead + (k + ahead < inner ? 0 : wraps);
         for (int r = 0; r < R; r++) __builtin_prefetch(later + r * ldw);
-        for (const int end = std::min(whole, k + 64); k < end; k += 4) step(w + k, x + static_cast<size_t>(k) * kLanes, 4);
+        for (const int end = std::min(whole, k + 64); k < end; k += 4) step(w + k, x + static_cast<size_t>(k) * kLanes);
     }
-    if (whole < inner) step(w + whole, x + static_cast<size_t>(whole) * kLanes, inner - whole);
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) i_store(sums + r * B * kLanes + v * W, acc[r][v]);
+}
+
+// What the last one to three of K add.
+template <int B>
+inline void add_rest(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int inner, int32_t* sums) {
+    const int whole = inner / 4 * 4;
+    for (int r = 0; r < rows; r++) {
+        int32_t value = 0;
+        std::memcpy(&value, w + r * ldw + whole, inner - whole);
+        for (int lane = 0; lane < B * kLanes; lane += W) {
+            const I xs = i_load(x + lane / kLanes * block + static_cast<size_t>(whole) * kLanes + lane % kLanes * 4);
+            int32_t* sum = sums + r * B * kLanes + lane;
+            i_store(sum, dot4(i_load(sum), xs, i_set(value)));
+        }
+    }
 }
 
 // Sums of up to kPackedRows rows, (rows, B kLanes); whole squares are turned, so rows that are missing there are zero.
@@ -64,6 +83,7 @@ inline void product(const int8_t* w, size_t ldw, int rows, const uint8_t* x, siz
     int n = 0;
     for (; n + R <= rows; n += R) tile_packed<R, B>(w + n * ldw, ldw, x, block, inner, sums + n * B * kLanes);
     for (; n < rows; n++) tile_packed<1, B>(w + n * ldw, ldw, x, block, inner, sums + n * B * kLanes);
+    if (inner % 4 != 0) add_rest<B>(w, ldw, rows, x, block, inner, sums);
     std::fill(sums + rows * B * kLanes, sums + (rows + W - 1) / W * W * B * kLanes, 0);
 }
 
@@ -239,8 +259,9 @@ inline void gated_static(StaticRows gate, StaticRows up, size_t ldw, int rows, P
             for (int n = 0; n < count; n += 4)
                 for (int lane = 0; lane < B * kLanes; lane += W) {
                     I four = i_set(static_cast<int32_t>(0x80808080u));
-                    for (int i = 0; i < std::min(4, count - n); i++) {
-                        four = i_add(four, i_shift(value(n + i, lane), 8 * i));
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) {
+                        if (n + i < count) four = i_add(four, i_shift(value(n + i, lane), 8 * i));
                     }
                     uint8_t* to = out.blocks + (b + lane / kLanes) * out.block + (first + n) * kLanes;
                     i_store(reinterpret_cast<int32_t*>(to) + lane % kLanes, four);
