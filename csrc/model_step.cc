@@ -109,6 +109,7 @@ void Model::multiply_chunk(const Step& step, const Group& group, int i, const st
     const int tokens = step.batch.tokens, blocks = chunk_count(tokens, kTokenBlock);
     const Chunk& chunk = group.chunks(tokens)[i / blocks];
     const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+    if (is_packed(tokens)) group.prefetch(tokens, i + threads());
     const Linear& first = group.linears.front();
     const size_t ld = first.keeps_sums ? part_width(first) : group.outputs();
     size_t column = chunk.begin;
@@ -170,6 +171,7 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer,
     return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
         const Chunk& chunk = chunks[i / blocks];
         const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+        if (is_packed(tokens)) group.prefetch(tokens, i + threads());
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
         if (is_packed(tokens) && group.gates(hands ? &layer.down : nullptr)) {
