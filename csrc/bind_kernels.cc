@@ -34,13 +34,13 @@ Prepared padded(const uint8_t* x, size_t rows, size_t width) {
     Prepared to;
     to.reserve(static_cast<int>(rows), static_cast<int>(width), false);
     const size_t ld = row_bytes(static_cast<int>(width));
-    for (size_t t = 0; t < rows; t++) std::memcpy(to.bytes + t * ld, x + t * width, width);
+    for (size_t t = 0; t < rows; t++) std::memcpy(to.bytes.data() + t * ld, x + t * width, width);
     return to;
 }
 
 void gemm_i8(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, Out<int32_t> out) {
     const Prepared rows = padded(x.data(), x.shape(0), x.shape(1));
-    kernels_for(isa).gemm_i8(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), rows.bytes,
+    kernels_for(isa).gemm_i8(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), rows.bytes.data(),
                              row_bytes(static_cast<int>(x.shape(1))),
                              static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)), out.data(), weight.shape(0));
 }
@@ -54,7 +54,7 @@ Prepared packed_blocks(const Kernels& kernels, const std::vector<In<uint8_t, 2>>
     for (size_t i = 0; i < many; i++) {
         const Prepared rows = padded(planes[i].data(), tokens, width);
         for (size_t b = 0; b * kLanes < tokens; b++) {
-            kernels.pack(rows.bytes + b * block, ld, packed.bytes + (b * many + i) * block);
+            kernels.pack(rows.bytes.data() + b * block, ld, packed.bytes.data() + (b * many + i) * block);
         }
     }
     return packed;
@@ -62,7 +62,7 @@ Prepared packed_blocks(const Kernels& kernels, const std::vector<In<uint8_t, 2>>
 
 PackedInput packed_input(const Prepared& packed, const In<uint8_t, 2>& x) {
     const int tokens = static_cast<int>(x.shape(0)), inputs = static_cast<int>(x.shape(1));
-    return {packed.bytes, kLanes * row_bytes(inputs), tokens, inputs};
+    return {packed.bytes.data(), kLanes * row_bytes(inputs), tokens, inputs};
 }
 
 // The same by packed blocks; out (blocks kLanes, N) has all lanes.
@@ -70,7 +70,7 @@ void gemm_packed(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x,
     const Kernels& kernels = kernels_for(isa);
     const Prepared packed = packed_blocks(kernels, {x});
     const PackedInput input = packed_input(packed, x);
-    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes, input.block,
+    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes.data(), input.block,
                         (input.tokens + kLanes - 1) / kLanes, input.inputs, out.data(), weight.shape(0));
 }
 
@@ -78,8 +78,15 @@ void packed_static(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> 
                    In<float, 1> deq_scale, Out<float> y, bool adds) {
     const Kernels& kernels = kernels_for(isa);
     const Prepared packed = packed_blocks(kernels, {x});
-    kernels.packed_static(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed_input(packed, x),
-                          bias.data(), deq_scale.data(), {y.data(), weight.shape(0), adds});
+    kernels.packed_static({weight.data(), bias.data(), deq_scale.data()}, weight.shape(1),
+                          static_cast<int>(weight.shape(0)), packed_input(packed, x),
+                          {y.data(), weight.shape(0), adds});
+}
+
+std::vector<RowParams> params_16(const In<float, 1>& scale, const In<int32_t, 1>& sum) {
+    std::vector<RowParams> params;
+    for (size_t t = 0; t < scale.size(); t++) params.push_back({scale.data()[t], 0, sum.data()[t], 0.0f});
+    return params;
 }
 
 void packed_16(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> high, In<uint8_t, 2> low,
@@ -87,11 +94,38 @@ void packed_16(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> high
                In<float, 1> scale, In<int32_t, 1> sum, Out<float> y, bool adds) {
     const Kernels& kernels = kernels_for(isa);
     const Prepared packed = packed_blocks(kernels, {high, low});
-    std::vector<RowParams> params;
-    for (size_t t = 0; t < scale.size(); t++) params.push_back({scale.data()[t], 0, sum.data()[t], 0.0f});
+    const std::vector<RowParams> params = params_16(scale, sum);
     const Scales16 scales{weight_sum.data(), weight_scale.data(), or_null(weight_offset), or_null(bias)};
-    kernels.packed_16(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed_input(packed, high),
-                      scales, params.data(), {y.data(), weight.shape(0), adds});
+    kernels.packed_16({weight.data(), scales}, weight.shape(1), static_cast<int>(weight.shape(0)),
+                      packed_input(packed, high), params.data(), {y.data(), weight.shape(0), adds});
+}
+
+// Two linears (2, N, K); out (blocks, N in fours, kLanes, 4).
+void gated_static(const std::string& isa, In<int8_t, 3> weight, In<uint8_t, 2> x, In<int32_t, 2> bias,
+                  In<float, 2> deq_scale, float inv_scale, float offset, Out<uint8_t> out) {
+    const Kernels& kernels = kernels_for(isa);
+    const Prepared packed = packed_blocks(kernels, {x});
+    const size_t rows = weight.shape(1), inputs = weight.shape(2);
+    const auto of = [&](size_t i) -> StaticRows {
+        return {weight.data() + i * rows * inputs, bias.data() + i * rows, deq_scale.data() + i * rows};
+    };
+    kernels.gated_static(of(0), of(1), inputs, static_cast<int>(rows), packed_input(packed, x),
+                         {out.data(), out.size() / out.shape(0), inv_scale, offset});
+}
+
+void gated_16(const std::string& isa, In<int8_t, 3> weight, In<uint8_t, 2> high, In<uint8_t, 2> low,
+              In<int32_t, 2> weight_sum, In<float, 2> weight_scale, In<float, 2> weight_offset, In<float, 2> bias,
+              In<float, 1> scale, In<int32_t, 1> sum, Out<float> y) {
+    const Kernels& kernels = kernels_for(isa);
+    const Prepared packed = packed_blocks(kernels, {high, low});
+    const size_t rows = weight.shape(1), inputs = weight.shape(2);
+    const auto some = [&](const In<float, 2>& x, size_t i) { return x.size() ? x.data() + i * rows : nullptr; };
+    const auto of = [&](size_t i) -> Rows16 {
+        return {weight.data() + i * rows * inputs,
+                {weight_sum.data() + i * rows, weight_scale.data() + i * rows, some(weight_offset, i), some(bias, i)}};
+    };
+    kernels.gated_16(of(0), of(1), inputs, static_cast<int>(rows), packed_input(packed, high),
+                     params_16(scale, sum).data(), {y.data(), rows, false});
 }
 
 void gemm_float(const std::string& isa, nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> weight,
@@ -281,6 +315,10 @@ void bind_kernels(nb::module_& m) {
                 "adds"_a = false);
     kernels.def("packed_16", &packed_16, "isa"_a, "weight"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
                 "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a, "adds"_a = false);
+    kernels.def("gated_static", &gated_static, "isa"_a, "weight"_a, "x"_a, "bias"_a, "deq_scale"_a, "inv_scale"_a,
+                "offset"_a, "out"_a);
+    kernels.def("gated_16", &gated_16, "isa"_a, "weight"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
+                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a);
     kernels.def("gemm_float", &gemm_float, "isa"_a, "weight"_a, "dtype"_a, "x"_a, "out"_a);
     kernels.def("row_sums", &row_sums, "isa"_a, "weight"_a, "out"_a);
     kernels.def("quantize_static", &quantize_static, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);

@@ -27,12 +27,23 @@ uint16_t to_bf16(float x) {  // to nearest even
 
 // A key among those of a page: 128 more, which is the other sign bit.
 void put_key(const int8_t* k, int dim, uint8_t* to) {
-    for (int d = 0; d < dim; d += 4, to += kPage * 4) {
-        const int count = std::min(4, dim - d);
+    const auto put = [&](int d, int count) {
         uint32_t four = 0;
         std::memcpy(&four, k + d, count);
         four ^= 0x80808080u;
-        std::memcpy(to, &four, count);
+        std::memcpy(to + static_cast<size_t>(d) * kPage, &four, count);
+    };
+    const int whole = dim / 4 * 4;
+    for (int d = 0; d < whole; d += 4) put(d, 4);  // of a constant count: one load, one store
+    if (whole < dim) put(whole, dim - whole);
+}
+
+// Values of four positions, dimension by dimension.
+void put_values(const int8_t v[Cache::kStored][512], int dim, uint8_t* to) {
+    for (int d = 0; d < dim; d++) {
+        uint32_t four = 0;
+        for (int i = 0; i < Cache::kStored; i++) four |= static_cast<uint32_t>(static_cast<uint8_t>(v[i][d])) << 8 * i;
+        std::memcpy(to + static_cast<size_t>(d) * Cache::kStored, &four, sizeof four);
     }
 }
 
@@ -107,9 +118,7 @@ void Cache::store_run(const Kernels& kernels, int layer, int page, int at, int h
         kernels.quantize_heads(v + i * ldv, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1,
                                v8[i]);
     }
-    auto* value = reinterpret_cast<int8_t*>(values(layer, page, head)) + at * shape_.value_dim();
-    for (int d = 0; d < dim; d++)
-        for (int i = 0; i < kStored; i++) value[d * kStored + i] = v8[i][d];
+    put_values(v8, dim, values(layer, page, head) + static_cast<size_t>(at) * shape_.value_dim());
 }
 
 void Cache::prefetch_place(int layer, int page, int at, int head) const {

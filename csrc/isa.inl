@@ -14,6 +14,8 @@ constexpr Kernels kTable = {
     gemm_packed,
     packed_static,
     packed_16,
+    gated_static,
+    gated_16,
     pack,
     gemm_float,
     dot_rows,

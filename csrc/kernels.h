@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "lines.h"
+
 namespace eightfold {
 
 enum class DType : int { f32, f16, bf16 };
@@ -22,9 +24,6 @@ constexpr int kMaxAttnRows = 24;
 
 // Key positions whose partial softmax is computed in one go; the cut is fixed so that results do not depend on threads.
 constexpr int kSplit = 256;
-
-// Bytes to which rows of activations are padded; a kernel may read the padding of them, never that of weights.
-constexpr int kAlign = 64;
 
 // Tokens of a block of packed activations.
 constexpr int kLanes = 16;
@@ -83,9 +82,26 @@ struct Output {  // rows of ld floats; `adds`: to what is there
     bool adds;
 };
 
+struct PackedOutput {  // the same, of int8 + 128 made of reals with one scale
+    uint8_t* blocks;
+    size_t block;
+    float inv_scale, offset;
+};
+
+struct StaticRows {  // weight rows, and what finish_static needs of them
+    const int8_t* weight;
+    const int32_t* bias;
+    const float* deq_scale;
+};
+
 struct Scales16 {  // what finish_16 needs of weight rows; offset and bias may be null
     const int32_t* weight_sum;
     const float *scale, *offset, *bias;
+};
+
+struct Rows16 {
+    const int8_t* weight;
+    Scales16 scales;
 };
 
 struct ShadowRow {  // of a float row w that is kept as int8 too, w = scale q + e
@@ -111,10 +127,11 @@ struct Kernels {
     void (*gemm_packed)(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int blocks, int inner,
                         int32_t* out, size_t ldo);
     // The same and finish_static, or finish_16 of two planes, for each token.
-    void (*packed_static)(const int8_t* w, size_t ldw, int rows, PackedInput x, const int32_t* bias,
-                          const float* deq_scale, Output out);
-    void (*packed_16)(const int8_t* w, size_t ldw, int rows, PackedInput x, Scales16 scales, const RowParams* params,
-                      Output out);
+    void (*packed_static)(StaticRows w, size_t ldw, int rows, PackedInput x, Output out);
+    void (*packed_16)(Rows16 w, size_t ldw, int rows, PackedInput x, const RowParams* params, Output out);
+    // silu_mul of two such products. Quantized rows of a block come in fours: the last may be followed by anything.
+    void (*gated_static)(StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x, PackedOutput out);
+    void (*gated_16)(Rows16 gate, Rows16 up, size_t ldw, int rows, PackedInput x, const RowParams* params, Output out);
     // kLanes rows of ld bytes, a multiple of kAlign, to a block.
     void (*pack)(const uint8_t* rows, size_t ld, uint8_t* block);
     void (*gemm_float)(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,

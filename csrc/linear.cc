@@ -61,6 +61,16 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
     return true;
 }
 
+StaticRows Linear::static_rows(int n) const {
+    const auto* rows = static_cast<const int8_t*>(weight) + static_cast<size_t>(n) * inputs;
+    return {rows, quant_bias.data() + n, deq_scale.data() + n};
+}
+
+Rows16 Linear::rows_16(int n) const {
+    const auto* rows = static_cast<const int8_t*>(weight) + static_cast<size_t>(n) * inputs;
+    return {rows, {weight_sum.data() + n, scale.data() + n, offset.empty() ? nullptr : offset.data() + n, bias_at(n)}};
+}
+
 // Wraps around as the products do: only the total of all shares has to fit.
 void Linear::keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const {
     const auto times = static_cast<uint32_t>(offset + 128);
@@ -75,10 +85,7 @@ void Linear::keep_sums(const int32_t* acc, int n0, int count, bool is_static, in
 void Prepared::reserve(int tokens, int width, bool is_real) {
     const size_t ld = row_bytes(width);
     const size_t rows = static_cast<size_t>(tokens + kLanes - 1) / kLanes * kLanes;
-    const size_t bytes_needed = 2 * ld * rows + kAlign;
-    if (storage.size() < bytes_needed) storage.resize(bytes_needed);
-    const auto at = reinterpret_cast<uintptr_t>(storage.data());
-    bytes = storage.data() + (kAlign - at % kAlign) % kAlign;
+    if (bytes.size() < 2 * ld * rows) bytes.resize(2 * ld * rows);
     if (params.size() < rows) params.resize(rows);
     if (is_real && real.size() < rows * width) real.resize(rows * width);
 }
@@ -152,7 +159,7 @@ void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_gener
         const Form& form = forms[i];
         Prepared& to = prepared[i];
         uint8_t* out = packed ? scratch.rows.data() + (2 * i * kLanes + t % kLanes) * ld
-                              : to.bytes + static_cast<size_t>(t) * planes(form.kind) * ld;
+                              : to.bytes.data() + static_cast<size_t>(t) * planes(form.kind) * ld;
         if (form.kind == LinearKind::floating) {
             std::copy(x, x + width, to.real.data() + static_cast<size_t>(t) * width);
         } else if (form.kind == LinearKind::w8a16) {
@@ -171,11 +178,37 @@ void Group::pack(const Kernels& kernels, int block, std::vector<Prepared>& prepa
     for (size_t i = 0; i < forms.size(); i++) {
         if (forms[i].kind == LinearKind::floating) continue;
         const int count = planes(forms[i].kind);
-        uint8_t* to = prepared[i].bytes + static_cast<size_t>(block) * count * size;
+        uint8_t* to = prepared[i].bytes.data() + static_cast<size_t>(block) * count * size;
         for (int plane = 0; plane < count; plane++) {
             kernels.pack(scratch.rows.data() + (2 * i + plane) * size, ld, to + plane * size);
         }
     }
+}
+
+PackedInput Group::packed_input(int which, const std::vector<Prepared>& prepared, int t0, int t1) const {
+    const size_t ld = row_bytes(inputs());
+    const int many = planes(linears[which].kind);
+    const uint8_t* blocks = prepared[form_of[which]].bytes.data() + static_cast<size_t>(t0) * many * ld;
+    return {blocks, kLanes * ld, t1 - t0, inputs()};
+}
+
+bool Group::gates(const Group* next) const {
+    if (linears.size() != 2 || forms.size() != 1) return false;
+    return forms[0].kind == (next != nullptr ? LinearKind::w8a8 : LinearKind::w8a16);
+}
+
+void Group::gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
+                 const Group& next, Prepared& handed) const {
+    const size_t block = kLanes * row_bytes(next.inputs());
+    uint8_t* to = handed.bytes.data() + t0 / kLanes * block + static_cast<size_t>(n0) * kLanes;
+    kernels.gated_static(linears[0].static_rows(n0), linears[1].static_rows(n0), inputs(), count,
+                         packed_input(0, prepared, t0, t1), {to, block, next.forms[0].inv_scale, next.forms[0].offset});
+}
+
+void Group::gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
+                 float* y, size_t ldy) const {
+    kernels.gated_16(linears[0].rows_16(n0), linears[1].rows_16(n0), inputs(), count,
+                     packed_input(0, prepared, t0, t1), prepared[0].params.data() + t0, {y, ldy, false});
 }
 
 void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t0, int t1, const uint8_t* generated,
@@ -183,63 +216,67 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
                      size_t ldy) const {
     const Linear& linear = linears[which];
     const Prepared& from = prepared[form_of[which]];
-    const int width = linear.inputs, rows = t1 - t0;
+    const Piece piece{n0, count, t0, t1};
     if (linear.kind == LinearKind::floating) {
-        const size_t size = linear.dtype == DType::f32 ? 4 : 2;
-        const auto* weight = static_cast<const char*>(linear.weight) + static_cast<size_t>(n0) * width * size;
-        float* to = adds ? scratch.first.data() : y;
-        const size_t ld = adds ? count : ldy;
-        kernels.gemm_float(weight, linear.dtype, width, count, from.real.data() + static_cast<size_t>(t0) * width,
-                           width, rows, width, to, ld);
-        for (int t = 0; t < rows; t++) {
-            if (!linear.bias.empty()) kernels.add(to + t * ld, linear.bias_at(n0), count);
-            if (adds) kernels.add(y + t * ldy, to + t * ld, count);
-        }
-        return;
+        return multiply_floating(kernels, linear, from, piece, adds, scratch, y, ldy);
     }
     const int many = planes(linear.kind);
-    const size_t ld = row_bytes(width);
-    const auto* weight = static_cast<const int8_t*>(linear.weight) + static_cast<size_t>(n0) * width;
-    const uint8_t* x = from.bytes + static_cast<size_t>(t0) * many * ld;
-    const bool is_static = linear.kind == LinearKind::w8a8;
-    const Scales16 scales{linear.weight_sum.data() + n0, linear.scale.data() + n0,
-                          linear.offset.empty() ? nullptr : linear.offset.data() + n0, linear.bias_at(n0)};
-    if (packed && !linear.keeps_sums && (is_static || many == 2)) {
-        const PackedInput input{x, kLanes * ld, rows, width};
-        const Output output{y, ldy, adds};
-        if (is_static) {
-            kernels.packed_static(weight, width, count, input, linear.quant_bias.data() + n0,
-                                  linear.deq_scale.data() + n0, output);
-        } else {
-            kernels.packed_16(weight, width, count, input, scales, from.params.data() + t0, output);
-        }
-        return;
+    const PackedInput x = packed_input(which, prepared, t0, t1);
+    if (packed && !linear.keeps_sums && linear.kind == LinearKind::w8a8) {
+        return kernels.packed_static(linear.static_rows(n0), x.inputs, count, x, {y, ldy, adds});
+    }
+    const Rows16 w = linear.rows_16(n0);
+    if (packed && !linear.keeps_sums && many == 2) {
+        return kernels.packed_16(w, x.inputs, count, x, from.params.data() + t0, {y, ldy, adds});
     }
     int32_t* sums = scratch.sums.data();
     if (packed) {
-        const int blocks = chunk_count(rows, kLanes) * many;
-        kernels.gemm_packed(weight, width, count, x, kLanes * ld, blocks, width, sums, count);
+        const int blocks = chunk_count(x.tokens, kLanes) * many;
+        kernels.gemm_packed(w.weight, x.inputs, count, x.blocks, x.block, blocks, x.inputs, sums, count);
     } else {
-        kernels.gemm_i8(weight, width, count, x, ld, rows * many, width, sums, count);
+        kernels.gemm_i8(w.weight, x.inputs, count, x.blocks, row_bytes(x.inputs), x.tokens * many, x.inputs, sums,
+                        count);
     }
+    finish(kernels, linear, from, piece, generated, packed, adds, sums, y, ldy);
+}
+
+void Group::multiply_floating(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece,
+                              bool adds, Scratch& scratch, float* y, size_t ldy) const {
+    const int width = linear.inputs, rows = piece.t1 - piece.t0, count = piece.count;
+    const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
+    const auto* weight = static_cast<const char*>(linear.weight) + static_cast<size_t>(piece.n0) * row;
+    float* to = adds ? scratch.first.data() : y;
+    const size_t ld = adds ? count : ldy;
+    kernels.gemm_float(weight, linear.dtype, width, count, from.real.data() + static_cast<size_t>(piece.t0) * width,
+                       width, rows, width, to, ld);
     for (int t = 0; t < rows; t++) {
-        const size_t row = packed ? t / kLanes * kLanes * many + t % kLanes : static_cast<size_t>(t) * many;
+        if (!linear.bias.empty()) kernels.add(to + t * ld, linear.bias_at(piece.n0), count);
+        if (adds) kernels.add(y + t * ldy, to + t * ld, count);
+    }
+}
+
+// Sums of rows, or of the lanes of packed blocks, to what they mean.
+void Group::finish(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece,
+                   const uint8_t* generated, bool packed, bool adds, const int32_t* sums, float* y, size_t ldy) const {
+    const int many = planes(linear.kind), n0 = piece.n0, count = piece.count;
+    for (int t = piece.t0; t < piece.t1; t++) {
+        const int i = t - piece.t0;
+        const size_t row = packed ? i / kLanes * kLanes * many + i % kLanes : static_cast<size_t>(i) * many;
         const int32_t* acc = sums + row * count;
-        float* out = y + t * ldy;
         const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
-        if (many == 2 && linear.keeps_sums) {
-            linear.keep_sums(acc, n0, count, false, 0, out);
-            std::memcpy(out + linear.outputs, low, count * sizeof(int32_t));
+        float* out = y + i * ldy;
+        const bool reads_static = linear.reads_static(generated != nullptr && generated[t]);
+        if (linear.keeps_sums) {
+            linear.keep_sums(acc, n0, count, reads_static, many == 2 ? 0 : from.params[t].offset, out);
+            if (many == 2) std::memcpy(out + linear.outputs, low, count * sizeof(int32_t));
         } else if (many == 2) {
-            kernels.finish_16(acc, low, count, scales, from.params[t0 + t], adds, out);
-        } else if (linear.keeps_sums) {
-            const bool reads_static = linear.reads_static(generated != nullptr && generated[t0 + t]);
-            linear.keep_sums(acc, n0, count, reads_static, from.params[t0 + t].offset, out);
-        } else if (is_static || (linear.kind == LinearKind::mix && generated[t0 + t])) {
-            kernels.finish_static(acc, count, linear.quant_bias.data() + n0, linear.deq_scale.data() + n0, adds, out);
+            kernels.finish_16(acc, low, count, linear.rows_16(n0).scales, from.params[t], adds, out);
+        } else if (reads_static) {
+            const StaticRows of = linear.static_rows(n0);
+            kernels.finish_static(acc, count, of.bias, of.deq_scale, adds, out);
         } else {
             kernels.finish_token(acc, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
-                                 linear.bias_at(n0), from.params[t0 + t], adds, out);
+                                 linear.bias_at(n0), from.params[t], adds, out);
         }
     }
 }

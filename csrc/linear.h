@@ -35,6 +35,10 @@ struct Linear {
     // int32 products of some rows in the place of reals, less what offsets of activations have added to them.
     void keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const;
 
+    // Weight rows from n on, and what finishes their sums.
+    StaticRows static_rows(int n) const;
+    Rows16 rows_16(int n) const;
+
     // What an int8 kernel needs beside the file: sums of weight rows [begin, end). False: a floating weight of these
     // rows is not finite.
     bool prepare(const Kernels& kernels, int begin, int end);
@@ -50,9 +54,8 @@ struct Form {
 
 // Rows of one input in one form.
 struct Prepared {
-    std::vector<uint8_t> storage;  // (T, planes, ld), or of many tokens (T / kLanes, planes) packed blocks
-    uint8_t* bytes = nullptr;      // the same, aligned
-    std::vector<float> real;       // (T, inputs), floating only
+    Lines<uint8_t> bytes;          // (T, planes, ld), or of many tokens (T / kLanes, planes) packed blocks
+    Lines<float> real;             // (T, inputs), floating only
     std::vector<RowParams> params; // (T)
     void reserve(int tokens, int width, bool is_real);  // memory only grows
 };
@@ -76,20 +79,20 @@ struct Candidate {
 
 // What one thread needs for products.
 struct Scratch {
-    std::vector<int32_t> sums = std::vector<int32_t>(2 * kProducts);
-    std::vector<float> first = std::vector<float>(kProducts);
-    std::vector<float> second = std::vector<float>(kProducts);
-    std::vector<float> row;          // one input row, before it is quantized
+    Lines<int32_t> sums = Lines<int32_t>(2 * kProducts);
+    Lines<float> first = Lines<float>(kProducts);
+    Lines<float> second = Lines<float>(kProducts);
+    Lines<float> row;                // one input row, before it is quantized
     std::vector<uint8_t> wide;       // a quantized row and what it is not to be quantized without
-    std::vector<uint8_t> rows;       // quantized rows of a block, before they are packed
+    Lines<uint8_t> rows;             // quantized rows of a block, before they are packed
     std::vector<Prepared> prepared;  // a few rows, prepared by this thread alone
     uint64_t prepared_for = 0;
-    std::vector<int8_t> q8;          // query rows of an attention unit, one below the other
+    Lines<int8_t> q8;                // query rows of an attention unit, one below the other
     std::vector<int32_t> q_sum, last;
-    std::vector<float> qf, q_scale, states;
+    Lines<float> qf, q_scale, states;
     std::vector<const uint8_t*> keys, values;
     uint64_t choices_for = 0;                        // the step of the following
-    std::vector<float> floors, upper;                // (R): the likeliest of a row is at least that
+    Lines<float> floors, upper;                      // (R): the likeliest of a row is at least that
     std::vector<std::vector<Candidate>> candidates;  // (R)
     std::vector<int32_t> indices;
 };
@@ -141,11 +144,29 @@ struct Group {
                  std::vector<Prepared>& prepared, Scratch& scratch) const;
     void pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const;
 
+    // silu_mul of both linears for packed tokens [t0, t1), rows n0 on, where gates(): a part of the input of `next`, in
+    // packed blocks, or rows of ldy floats if there is no `next`.
+    bool gates(const Group* next) const;
+    void gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
+              const Group& next, Prepared& handed) const;
+    void gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
+              float* y, size_t ldy) const;
+
     // y[t - t0][0 .. count) of one linear, rows n0 on, tokens [t0, t1); ldy: floats from row to row. `packed`: how the
     // input was prepared; then t0 is the first of a block. `adds`: to what y holds.
     void multiply(const Kernels& kernels, int linear, int n0, int count, int t0, int t1, const uint8_t* generated,
                   const std::vector<Prepared>& prepared, bool packed, bool adds, Scratch& scratch, float* y,
                   size_t ldy) const;
+
+private:
+    struct Piece {  // of a product: rows of a linear and tokens
+        int n0, count, t0, t1;
+    };
+    PackedInput packed_input(int which, const std::vector<Prepared>& prepared, int t0, int t1) const;
+    void multiply_floating(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece, bool adds,
+                           Scratch& scratch, float* y, size_t ldy) const;
+    void finish(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece,
+                const uint8_t* generated, bool packed, bool adds, const int32_t* sums, float* y, size_t ldy) const;
 };
 
 }  // namespace eightfold

@@ -176,10 +176,10 @@ private:
     };
     Query query_at(int t, int head);
     void rotate(int layer, int t, int head, float* to);
-    void rotate_query(const Step& step, int layer, int t, int head, Query to);
+    void rotate_query(const Step& step, int layer, int t, int head, const Query& to);
     bool is_run(const Batch& batch, int t, int end) const;
     void rotate_and_store_keys(const Step& step, int layer, int t, int count, int kv_head);
-    void quantize_query(const AttentionParams& params, int head, const float* q, Query to) const;
+    void quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const;
     void gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch);
     // `next`: the unit that the thread takes after this one, or null.
     void attend(const Step& step, int layer, const Unit& unit, const Unit* next, Scratch& scratch);
@@ -224,21 +224,21 @@ private:
     // A float head as int8, 16-bit activations: its products and their error bounds leave a few tokens whose exact
     // logits decide which is the likeliest.
     Group shadow_;                        // and the head itself, for the form of its input; empty: there is none
-    std::vector<int8_t> shadow_weight_;   // (V, E)
-    std::vector<float> shadow_error_, shadow_norm_;  // (V)
-    std::vector<float> choice_logits_;    // (C, V) where there is no shadow
+    Lines<int8_t> shadow_weight_;         // (V, E)
+    Lines<float> shadow_error_, shadow_norm_;        // (V)
+    Lines<float> choice_logits_;          // (C, V) where there is no shadow
     int real_width_ = 0;                  // inputs of the widest group with floating linears
 
     int capacity_ = 0;                    // tokens
     std::vector<int> sequence_of_;        // (T)
     std::vector<int> fresh_page_;         // (S): first page of each sequence in fresh_
     std::vector<int> head_cuts_;          // (ranks + 1): channels of attention
-    std::vector<float> gathered_;         // (T, K): inputs of all ranks
-    std::vector<float> x_, qkv_, heads_, act_, cos_, sin_;
-    std::vector<int8_t> q8_;              // (T, H, planes, Dq)
+    Lines<float> gathered_;               // (T, K): inputs of all ranks
+    Lines<float> x_, qkv_, heads_, act_, cos_, sin_;
+    Lines<int8_t> q8_;                    // (T, H, planes, Dq)
     std::vector<int32_t> q_sum_;          // (T, H, planes)
-    std::vector<float> q_scale_, qf_;     // (T, H), (T, H, Dq)
-    std::vector<float> partial_;          // states of split units
+    Lines<float> q_scale_, qf_;           // (T, H), (T, H, Dq)
+    Lines<float> partial_;                // states of split units
     std::unique_ptr<std::atomic<int>[]> parts_done_;  // of each tile
     size_t partial_stride_ = 0;
     int tiles_ = 0;                       // most of all steps

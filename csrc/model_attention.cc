@@ -63,7 +63,7 @@ void Model::rotate(int layer, int t, int head, float* to) {
     kernels_.rope(row, shape.head_dim, cos_.data() + at, sin_.data() + at, to);
 }
 
-void Model::rotate_query(const Step& step, int layer, int t, int head, Query to) {
+void Model::rotate_query(const Step& step, int layer, int t, int head, const Query& to) {
     float row[512];
     rotate(layer, t, head, row);
     quantize_query(is_fresh(step.batch, layer, t) ? fresh_params_[0] : attention[layer], head, row, to);
@@ -92,7 +92,7 @@ void Model::rotate_and_store_keys(const Step& step, int layer, int t, int count,
     if (is_fresh(batch, layer, t)) store(*fresh_, 0, fresh_page_[sequence] + position / kPage);
 }
 
-void Model::quantize_query(const AttentionParams& params, int head, const float* q, Query to) const {
+void Model::quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const {
     const Shape& shape = config_.shape;
     const int dim = shape.head_dim, dq = shape.query_dim();
     const float root = 1.0f / std::sqrt(static_cast<float>(dim));
@@ -253,7 +253,7 @@ void Model::hand_head(const Group& next, int t, int head, const float* values) {
     uint8_t row[512 + kAlign];
     kernels_.quantize_static(values, dim, form.inv_scale, form.offset, row);
     const size_t block = kLanes * row_bytes(next.inputs()), column = static_cast<size_t>(head) * dim * kLanes;
-    uint8_t* to = handed_[0].bytes + t / kLanes * block + column + t % kLanes * 4;
+    uint8_t* to = handed_[0].bytes.data() + t / kLanes * block + column + t % kLanes * 4;
     for (int d = 0; d < dim; d += 4) std::memcpy(to + d * kLanes, row + d, 4);
 }
 

@@ -157,7 +157,7 @@ void Model::prepare_share(const Group& group, const float* x, int t, bool is_gen
     std::fill(high + width, high + ld, 128);
     std::fill(low + width, low + ld, 0);
     if (packed) scratch.rows.resize(2 * kLanes * ld);
-    uint8_t* to = packed ? scratch.rows.data() + t % kLanes * ld : prepared_[0].bytes + static_cast<size_t>(t) * many * ld;
+    uint8_t* to = packed ? scratch.rows.data() + t % kLanes * ld : prepared_[0].bytes.data() + static_cast<size_t>(t) * many * ld;
     std::copy_n(high, ld, to);
     if (many == 2) std::copy_n(low, ld, to + (packed ? kLanes : 1) * ld);
 }

@@ -146,15 +146,14 @@ void Model::make_shadow() {
     const Linear& from = head.linears.front();
     if (head.linears.size() != 1 || from.kind != LinearKind::floating || !from.bias.empty()) return;
     const size_t rows = from.outputs, inputs = from.inputs;
-    shadow_weight_.resize(rows * inputs + kAlign);
+    shadow_weight_.resize(rows * inputs);
     shadow_error_.resize(rows);
     shadow_norm_.resize(rows);
     Linear linear;
     linear.kind = LinearKind::w8a16;
     linear.outputs = from.outputs;
     linear.inputs = from.inputs;
-    const auto at = reinterpret_cast<uintptr_t>(shadow_weight_.data());
-    linear.weight = shadow_weight_.data() + (kAlign - at % kAlign) % kAlign;
+    linear.weight = shadow_weight_.data();
     linear.scale.resize(rows);
     linear.weight_sum.resize(rows);
     shadow_.linears = {std::move(linear), from};

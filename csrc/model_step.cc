@@ -174,6 +174,13 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer,
         if (is_packed(tokens)) group.prefetch(tokens, i + threads());
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
+        if (is_packed(tokens) && group.gates(hands ? &layer.down : nullptr)) {
+            by_rows(chunk, tokens, [&](int n, int count) {
+                if (hands) group.gate(kernels_, n, count, t0, t1, prepared, layer.down, handed_[0]);
+                else group.gate(kernels_, n, count, t0, t1, prepared, act_.data() + t0 * ld + n, ld);
+            });
+            return;
+        }
         float *gate = scratch.first.data(), *up = scratch.second.data();
         by_rows(chunk, tokens, [&](int n, int count) {
             for (int j = 0; j < 2; j++) {
@@ -200,7 +207,7 @@ void Model::hand_gated(const Group& next, int t0, int t1, int n, int count, cons
     const size_t block = kLanes * row_bytes(next.inputs());
     for (int t = t0; t < t1; t += kLanes) {
         kernels_.pack(scratch.rows.data() + static_cast<size_t>(t - t0) * kManyRows, kManyRows,
-                      handed_[0].bytes + t / kLanes * block + static_cast<size_t>(n) * kLanes);
+                      handed_[0].bytes.data() + t / kLanes * block + static_cast<size_t>(n) * kLanes);
     }
 }
 

@@ -182,12 +182,13 @@ inline void add(float* x, const float* y, int n) {
     lanes(n, [&](int i, int m) { set(x + i, f_add(get(x + i, m), get(y + i, m)), m); });
 }
 
+inline F silu_times(F gate, F up) {
+    return f_mul(f_div(gate, f_add(f_set(1.0f), exp_lanes(f_sub(f_set(0.0f), gate)))), up);
+}
+
 inline void silu_mul(const float* gate, const float* up, int n, float* y) {
-    const F one = f_set(1.0f), zero = f_set(0.0f);
     lanes(n, [&](int i, int m) {
-        const F g = get(gate + i, m);
-        const F silu = f_div(g, f_add(one, exp_lanes(f_sub(zero, g))));
-        set(y + i, f_mul(silu, get(up + i, m)), m);
+        set(y + i, silu_times(get(gate + i, m), get(up + i, m)), m);
     });
 }
 

@@ -55,12 +55,14 @@ inline I i_sub(I a, I b) { return _mm256_sub_epi32(a, b); }
 inline I i_mul(I a, I b) { return _mm256_mullo_epi32(a, b); }
 inline I i_and(I a, I b) { return _mm256_and_si256(a, b); }
 inline I i_sra8(I a) { return _mm256_srai_epi32(a, 8); }
+inline I i_shift(I a, int left) { return _mm256_slli_epi32(a, left); }
 inline int32_t i_hsum(I x) {
     const __m128i a = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     const __m128i b = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
 }
 inline F to_f(I x) { return _mm256_cvtepi32_ps(x); }
+inline F as_f(I x) { return _mm256_castsi256_ps(x); }
 inline I to_i(F x) { return _mm256_cvtps_epi32(x); }
 inline F scale_2n(F x, I n) {
     const I power = _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23);
@@ -95,10 +97,12 @@ inline F load_f16(const uint16_t* p, int n) { return _mm256_cvtph_ps(load_halves
 inline F low_bf16(I x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 inline F high_bf16(I x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536))); }
 
-// W rows of W lanes: pairs are woven, then pairs of pairs, then halves.
-inline void transpose(const int32_t* in, size_t ldi, int32_t* out, size_t ldo) {
+// Calls row(i, lanes) for the columns of a square of W rows of W lanes: pairs are woven, then pairs of pairs, then
+// halves.
+template <typename T, typename Row>
+inline void turn(const T* in, size_t ld, Row row) {
     I a[8], b[8];
-    for (int i = 0; i < 8; i++) a[i] = i_load(in + i * ldi);
+    for (int i = 0; i < 8; i++) a[i] = i_load(in + i * ld);
     for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
@@ -109,8 +113,8 @@ inline void transpose(const int32_t* in, size_t ldi, int32_t* out, size_t ldo) {
             a[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
         }
     for (int i = 0; i < 4; i++) {
-        i_store(out + i * ldo, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
-        i_store(out + (i + 4) * ldo, _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+        row(i, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+        row(i + 4, _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
     }
 }
 

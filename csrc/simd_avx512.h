@@ -44,8 +44,10 @@ inline I i_sub(I a, I b) { return _mm512_sub_epi32(a, b); }
 inline I i_mul(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline I i_and(I a, I b) { return _mm512_and_si512(a, b); }
 inline I i_sra8(I a) { return _mm512_srai_epi32(a, 8); }
+inline I i_shift(I a, int left) { return _mm512_slli_epi32(a, left); }
 inline int32_t i_hsum(I x) { return _mm512_reduce_add_epi32(x); }
 inline F to_f(I x) { return _mm512_cvtepi32_ps(x); }
+inline F as_f(I x) { return _mm512_castsi512_ps(x); }
 inline I to_i(F x) { return _mm512_cvtps_epi32(x); }
 inline F scale_2n(F x, I n) { return _mm512_scalef_ps(x, _mm512_cvtepi32_ps(n)); }
 inline void store_low_bytes(void* p, I x, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask_n(n), x); }
@@ -70,10 +72,12 @@ inline F load_f16(const uint16_t* p, int n) { return _mm512_cvtph_ps(load_halves
 inline F low_bf16(I x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline F high_bf16(I x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536))); }
 
-// W rows of W lanes: pairs are woven, then pairs of pairs, then quarters, twice.
-inline void transpose(const int32_t* in, size_t ldi, int32_t* out, size_t ldo) {
+// Calls row(i, lanes) for the columns of a square of W rows of W lanes: pairs are woven, then pairs of pairs, then
+// quarters, twice.
+template <typename T, typename Row>
+inline void turn(const T* in, size_t ld, Row row) {
     I a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = i_load(in + i * ldi);
+    for (int i = 0; i < 16; i++) a[i] = i_load(in + i * ld);
     for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -89,8 +93,8 @@ inline void transpose(const int32_t* in, size_t ldi, int32_t* out, size_t ldo) {
             b[8 * j + i + 4] = _mm512_shuffle_i32x4(a[8 * j + i], a[8 * j + i + 4], 0xdd);
         }
     for (int i = 0; i < 8; i++) {
-        i_store(out + i * ldo, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-        i_store(out + (i + 8) * ldo, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        row(i, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        row(i + 8, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
     }
 }
 

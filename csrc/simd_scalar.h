@@ -39,6 +39,7 @@ inline I i_sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - stat
 inline I i_mul(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
 inline I i_and(I a, I b) { return a & b; }
 inline I i_sra8(I a) { return a >> 8; }
+inline I i_shift(I a, int left) { return static_cast<I>(static_cast<uint32_t>(a) << left); }
 inline int32_t i_hsum(I x) { return x; }
 inline F to_f(I x) { return static_cast<float>(x); }
 inline I to_i(F x) { return static_cast<I>(std::nearbyint(x)); }  // to nearest even
@@ -76,8 +77,9 @@ inline F load_f16(const uint16_t* p, int) {
 inline F low_bf16(I x) { return as_f(static_cast<I>(static_cast<uint32_t>(x) << 16)); }
 inline F high_bf16(I x) { return as_f(static_cast<I>(static_cast<uint32_t>(x) & 0xffff0000u)); }
 
-// W rows of W lanes.
-inline void transpose(const int32_t* in, size_t, int32_t* out, size_t) { std::memcpy(out, in, 4); }
+// Calls row(i, lanes) for the columns of a square of W rows of W lanes.
+template <typename T, typename Row>
+inline void turn(const T* in, size_t, Row row) { row(0, i_load(in)); }
 
 inline void hsum4(const I a[4], int32_t out[4]) { for (int i = 0; i < 4; i++) out[i] = a[i]; }
 inline void hsum4(const F a[4], float out[4]) { for (int i = 0; i < 4; i++) out[i] = a[i]; }

@@ -269,6 +269,55 @@ def test_packed_16_is_two_products_and_what_follows(isa, tokens, inputs, outputs
     np.testing.assert_array_equal(y, expected)
 
 
+LANES = 16
+
+
+def pairs(make, outputs: int, seed: int, *more: float) -> np.ndarray:
+    return at_page_end(np.stack([make(outputs, seed + i, *more) for i in (0, 1)]))
+
+
+@ISA
+@PACKED
+def test_gated_static_is_two_products_their_silu_mul_and_its_quantization(isa, tokens, inputs, outputs):
+    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
+    x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
+    bias, deq_scale = pairs(sums_of, outputs, 1, 2**12), pairs(reals, outputs, 3) / np.float32(2**14)
+    inv_scale, offset = 3.7, -5.0
+    blocks, fours = -(-tokens // LANES), -(-outputs // 4)
+    made = np.full((blocks, fours, LANES, 4), 77, np.uint8)
+    KERNELS.gated_static(isa, weight, x, bias, deq_scale, inv_scale, offset, made)
+    found = made.transpose(0, 2, 1, 3).reshape(blocks * LANES, 4 * fours)[:tokens, :outputs]
+    expected = np.empty((tokens, outputs), np.uint8)
+    gated = np.empty((2, outputs), np.float32)
+    for t, (gate, up) in enumerate(zip(exact_product(weight[0], x), exact_product(weight[1], x), strict=True)):
+        for i, acc in enumerate((gate, up)):
+            KERNELS.finish_static(isa, acc, bias[i], deq_scale[i], gated[i])
+        KERNELS.silu_mul(isa, gated[0], gated[1], gated[0])
+        KERNELS.quantize_static(isa, gated[0], inv_scale, offset, expected[t])
+    assert len(np.unique(expected)) > min(expected.size, 40) // 4  # neither all clipped nor all the same
+    np.testing.assert_array_equal(found, expected)
+
+
+@ISA
+@PACKED
+@pytest.mark.parametrize("full", [False, True])
+def test_gated_16_is_silu_mul_of_two_products(isa, tokens, inputs, outputs, full):
+    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
+    high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))
+    weight_sum, weight_scale = pairs(sums_of, outputs, 1, 2**16), pairs(reals, outputs, 3) / np.float32(2**22)
+    offset, bias = (pairs(reals, outputs, 5 + 2 * i) if full else np.zeros((0, 0), np.float32) for i in (0, 1))
+    scale, total = np.abs(reals(tokens, 9)), sums_of(tokens, 10, 2**20)
+    y, expected = np.full((tokens, outputs), 77, np.float32), np.empty((tokens, outputs), np.float32)
+    gated = np.empty((2, tokens, outputs), np.float32)
+    for i in (0, 1):
+        some = (offset[i], bias[i]) if full else (NOTHING, NOTHING)
+        KERNELS.packed_16(isa, weight[i], high, low, weight_sum[i], weight_scale[i], *some, scale, total, gated[i])
+    for t in range(tokens):
+        KERNELS.silu_mul(isa, gated[0, t], gated[1, t], expected[t])
+    KERNELS.gated_16(isa, weight, high, low, weight_sum, weight_scale, offset, bias, scale, total, y)
+    np.testing.assert_array_equal(y, expected)
+
+
 @ISA
 @pytest.mark.parametrize("size", [1, 6, 16, 37, 128])
 def test_scale_heads_rounds_each_time(isa, size):
