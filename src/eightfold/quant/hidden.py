@@ -25,6 +25,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from eightfold.config import ModelConfig
+from eightfold.families import input_groups
 from eightfold.format.safetensors import checksum_of, joined_checksum
 from eightfold.quant.settling import Settling
 from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
@@ -36,6 +38,9 @@ BATCH_TOKENS = 2048
 
 # Batches come in a multiple of this number, so that as many ranks have as much to do, unless they became so small.
 _EVEN, _FEW_TOKENS = 8, 256
+
+# A product of attention takes as long as so many of a linear: small matrices, and softmax between them.
+_ATTENTION_COST = 5
 
 
 class HiddenStates:
@@ -81,7 +86,8 @@ class HiddenStates:
         self._width = decoder.checkpoint.config.hidden_size
         self._settling = settling
         self._batches = sample_batches(self.lengths)
-        self.turns = turns([sum(self._sizes(batch)) for batch in range(len(self._batches))], self._team.size)
+        costs = [_cost(decoder.checkpoint.config, self._sizes(batch)) for batch in range(len(self._batches))]
+        self.turns = turns(costs, self._team.size)
         if first_rank:
             assert len(self._batches) == 1
             self.turns = [[first_rank]]
@@ -265,6 +271,13 @@ def _evened(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]
         tokens[before], tokens[after] = (sum(lengths[i] for i in batches[at]) for at in (before, after))
         left += [end for end in (before, after + 1, after) if 0 < end < len(batches)]
     return batches
+
+
+def _cost(config: ModelConfig, lengths: Sequence[int]) -> int:
+    """Return how much there is to do for samples in a layer, in products of its linears."""
+    linears = sum(linear.n * linear.k for group in input_groups(config) for linear in group.linears)
+    attention = 2 * config.q_size * _ATTENTION_COST
+    return sum(length * linears + length * length * attention for length in lengths)
 
 
 def stay_away(block: Block) -> None:

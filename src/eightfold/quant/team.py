@@ -132,7 +132,7 @@ def turns(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """Return for each round who takes its batches: the largest goes to whom has had least, the first of all to rank 0.
 
     Args:
-        sizes: of the batches.
+        sizes: of the batches, in whatever tells how long they take.
         ranks: how many there are; the last round may have fewer batches.
     """
     loads = [0] * ranks
