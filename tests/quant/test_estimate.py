@@ -41,6 +41,7 @@ def machine(product: float = 1e-9, **changes: float) -> Machine:
         "calibrate_rest": 0.0,
         "read": 1e-30,
         "write": 1e-30,
+        "copy": 1e-30,
         "gflops": 1.0,
         "busy": 1.0,
         "seconds": 1.0,
@@ -102,9 +103,19 @@ def test_products_are_counted_for_every_pass(float_model, known):
     assert (found["survey"], found["calibrate"], found["prove"]) == (8 * outputs, 8 * outputs, 3 * outputs)
 
 
+def test_the_disk_writes_while_other_work_goes_on(float_model, known):
+    known(read=1.0, write=0.001, copy=0.5)
+    found = plan(float_model, RECIPES["w8a16"])
+    known(read=1.0, write=1000.0, copy=0.5)
+    waits = plan(float_model, RECIPES["w8a16"])
+    written = sum(phase.written_bytes for phase in found.phases)
+    assert found.seconds == pytest.approx(sum(phase.read_bytes for phase in found.phases) + written / 2)
+    assert waits.seconds == pytest.approx(1000 * written)
+
+
 def test_a_busy_machine_is_slow_at_everything(monkeypatch):
-    # Round 0 does not count. Of "a" the quickest is 1, of "b" 2; two rounds took 12 in all, where 2 * (1 + 2) would do.
-    seconds = iter([50.0, 50.0, 1.0, 2.0, 7.0, 2.0])
+    # Round 0 does not count. Of "a" the quickest is 1, of "b" 2; two rounds took 24 in all, where 2 * (1 + 2) would do.
+    seconds = iter([50.0, 50.0, 1.0, 2.0, 19.0, 2.0])
     monkeypatch.setattr("eightfold.quant.probe._seconds", lambda work: next(seconds))
     monkeypatch.setattr("eightfold.quant.probe._MAX_ROUNDS", 3)
     assert _take_turns({"a": print, "b": print}) == ({"a": 2.0, "b": 4.0}, 2.0)
@@ -138,7 +149,7 @@ def test_what_does_not_fit_is_said(float_model, known, monkeypatch):
 
 
 def test_the_table_has_all_phases_and_their_sum(float_model, known):
-    known(read=1.0, write=2.0)
+    known(read=1.0, write=200.0)
     found = plan(float_model, RECIPES["w8a8 m4 fa"], [4, 5])
     lines = found.render()
     names = [line.split("  ")[0] for line in lines[1 : len(found.phases) + 1]]
@@ -153,6 +164,7 @@ def test_the_table_has_all_phases_and_their_sum(float_model, known):
         "write layers",
         "hidden states",
         "head",
+        "the disk",
     ]
     assert lines[len(found.phases) + 1].startswith("all ")
     assert found.as_json()["seconds"] == round(found.seconds, 2)

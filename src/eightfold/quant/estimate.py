@@ -2,7 +2,8 @@
 
     seconds of a pass     sum over linears and batches of    T N c(kind, K) + widening N K + finding the output's memory
                           + T * what the rest of a layer takes
-    seconds of weights    elements * what one takes to read from the source, to be rounded, to be written
+    seconds of weights    elements * what one takes to read from the source, to be rounded, to be copied to the disk's
+                          cache; all of it is no less than what the disk takes for what is written
     peak                  what the process has + the largest phase: stored weights (mapped), integers, float32 copies,
                           one batch on its way, hidden states that live in memory
 
@@ -212,10 +213,9 @@ def plan_run(
     kept = _ENGINE_BYTES if lengths else _ROUNDING_BYTES
     machine = probe(checkpoint, recipe, sorted(set(types.values())), lengths, folder)
     work = _Work(checkpoint, recipe, types, lengths, machine, base + kept, spills)
+    phases = [phase for phase in work.phases() if phase is not None]
     return RunPlan(
-        phases=tuple(
-            phase for phase in (Phase("start", started, peak_bytes=base), *work.phases()) if phase is not None
-        ),
+        phases=(Phase("start", started, peak_bytes=base), *phases, *_waiting(phases, machine)),
         output_bytes=work.output_bytes,
         spilled_bytes=2 * work.state_bytes,
         spills=spills,
@@ -225,6 +225,12 @@ def plan_run(
         machine=machine,
         notes=_notes(recipe),
     )
+
+
+def _waiting(phases: Sequence[Phase], machine: Machine) -> list[Phase]:
+    """Return the time for which all else is done and the disk is not; it writes while other work goes on."""
+    seconds = sum(phase.written_bytes for phase in phases) * machine.write - sum(phase.seconds for phase in phases)
+    return [Phase("the disk", seconds)] if seconds > 0 else []
 
 
 def _spills(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int], memory: int | None) -> tuple[bool, str]:
@@ -402,17 +408,17 @@ class _Work:
             Phase("prove", layers * prove, 0, 0, base + self._prove_bytes() + states) if self.proved else None,
             Phase(
                 "write layers",
-                layers * self.layer_out * machine.write,
+                layers * self.layer_out * machine.copy,
                 0,
                 layers * self.layer_out,
                 base + self.layer_in + self._integers + states,
             ),
-            Phase("hidden states", layers * moved * machine.write, 0, layers * moved, base + states) if moved else None,
+            Phase("hidden states", layers * moved * machine.copy, 0, layers * moved, base + states) if moved else None,
             self._copy("head", head_in * (1 + len(self.proved)), self.head_out, states),
         ]
 
     def _copy(self, name: str, read: int, written: int, states: int = 0) -> Phase:
-        seconds = read * self.machine.read + written * self.machine.write
+        seconds = read * self.machine.read + written * self.machine.copy
         return Phase(name, seconds, read, written, self.base + _COPY_BYTES + states)
 
 

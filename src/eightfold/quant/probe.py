@@ -9,13 +9,15 @@
 All of it takes about three seconds. The pieces take turns, round after round, and the first round does not count,
 because it also finds memory and code. Of each piece the quickest round says what the work costs; how much longer the
 rounds took in all says how busy the machine is, and that holds for every piece alike: a few milliseconds of one piece
-would mostly show whether another program ran just then.
+would mostly show whether another program ran just then. Bursts of a few hundred milliseconds make those two seconds 1.1
+to 2.1 times as long on a machine where a run of minutes takes a steady 1.3 times; so the root of that number is used.
 
 Letters: T tokens, K inputs, N outputs, E hidden size, F intermediate size.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -70,7 +72,8 @@ class Machine:
     survey_rest: float  # for one token of one layer
     calibrate_rest: float
     read: float  # for one byte of the source
-    write: float  # for one byte of the output, checksum included
+    write: float  # for one byte of the output until it is on the disk
+    copy: float  # of that, what this process does: checksum, copy; work goes on while the disk does the rest
     gflops: float  # of the float products, for a person
     busy: float  # how much longer work takes than in the quickest round; the times above contain it
     seconds: float  # that measuring took
@@ -106,6 +109,7 @@ def probe(
     widen, widen_again = (found[name] / (_FRESH_BYTES // 4) for name in ("fresh", "again"))
     product = {(kind, k): _per_output(kind, k, found[kind, k], widen_again) for kind, k in filter(_is_product, works)}
     floats = [2 * k / product[kind, k] for kind, k in product if kind is QuantType.FLOAT]
+    write, copy = _writing(folder)
     return Machine(
         product=product,
         widen=widen,
@@ -115,7 +119,8 @@ def probe(
         survey_rest=found.get("survey", 0.0) / max(1, sum(sizes)),
         calibrate_rest=found.get("calibrate", 0.0) / max(1, sum(sizes)),
         read=_reading(checkpoint),
-        write=_writing(folder),
+        write=write,
+        copy=copy,
         gflops=1e-9 * max(floats, default=0.0),
         busy=busy,
         seconds=time.perf_counter() - began,
@@ -130,7 +135,8 @@ def _take_turns(works: Mapping[Any, Callable[[], object]]) -> tuple[dict[Any, fl
         rounds.append({key: _seconds(work) for key, work in works.items()})
     del rounds[0]
     quickest = {key: min(found[key] for found in rounds) for key in works}
-    busy = sum(sum(found.values()) for found in rounds) / (len(rounds) * sum(quickest.values()))
+    slower = sum(sum(found.values()) for found in rounds) / (len(rounds) * sum(quickest.values()))
+    busy = math.sqrt(slower)  # some of what two seconds show has passed before a run is over
     return {key: seconds * busy for key, seconds in quickest.items()}, busy
 
 
@@ -317,8 +323,8 @@ def _reading(checkpoint: Checkpoint) -> float:
     return seconds / max(1, total)
 
 
-def _writing(folder: Path) -> float:
-    """Return the seconds for a byte that is summed up, written and on disk.
+def _writing(folder: Path) -> tuple[float, float]:
+    """Return the seconds for a byte that is summed up, written and on disk, and how many of them the CPU works.
 
     Raises:
         OutputError: nothing can be written there.
@@ -332,9 +338,9 @@ def _writing(folder: Path) -> float:
         ) from None
 
 
-def _write_run(file: int) -> float:
+def _write_run(file: int) -> tuple[float, float]:
     data, behind = os.urandom(_STEP), WriteBehind(file)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     written = 0
     for at in range(0, _WRITE_BYTES, len(data)):
         if time.perf_counter() - started > _WRITE_SECONDS:
@@ -344,6 +350,6 @@ def _write_run(file: int) -> float:
         os.pwrite(file, data, at)
         behind.wrote(at, at + len(data))
     os.fdatasync(file)
-    seconds = time.perf_counter() - started
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
     drop(file, 0, written)
-    return seconds / written
+    return seconds / written, min(seconds, worked) / written
