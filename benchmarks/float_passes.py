@@ -1,8 +1,8 @@
 """How long a quantization with calibration takes, beside the float passes through the model that it stands for.
 
-    python benchmarks/float_passes.py FLOAT_DIR WORK_DIR --calib FILE [--calib-limit 50] [--rounds 2] -- OPTIONS
+    python benchmarks/float_passes.py FLOAT_DIR WORK_DIR --calib-ids FILE [--rounds 2] -- OPTIONS
 
-OPTIONS are quantize's.
+OPTIONS are quantize's. The samples are token ids, since the tokenizer of a synthetic model makes a token of each byte.
 
 A float pass here is all samples through all layers in float32 and nothing else: each layer's weights are widened once,
 hidden states stay in memory, nothing is watched, rounded or written. A plain tool makes two: one to find outliers, and
@@ -63,20 +63,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--calib-limit", type=int, default=50)
+    parser.add_argument("--calib-ids", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
     end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     words, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     words.work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(words.source)
-    samples = Calibration(words.calib, words.calib_limit, (), None).samples(checkpoint)
+    samples = Calibration(None, None, (), words.calib_ids).samples(checkpoint)
     row: dict[str, Any] = {"model": words.source.name, "layers": checkpoint.config.num_layers}
     row |= {"tokens": sum(map(len, samples)), "options": " ".join(options), "float_pass_s": [], "quantize_s": []}
     for _ in range(words.rounds):
         row["float_pass_s"].append(round(float_pass(checkpoint, samples), 1))
-        given = ["--calib", str(words.calib), "--calib-limit", str(words.calib_limit), *options]
-        document = quantize(words.source, words.work, given)
+        document = quantize(words.source, words.work, ["--calib-ids", str(words.calib_ids), *options])
         row["quantize_s"].append(document["seconds"])
         row["peak_rss_mib"] = document["peak_rss_mib"]
     ratios = [whole / (2 * one) for whole, one in zip(row["quantize_s"], row["float_pass_s"], strict=True)]
