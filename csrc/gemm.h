@@ -16,8 +16,11 @@ constexpr int kBlock = 3072;               // of K: the activation rows of a til
 constexpr int kFloatBlock = 2048;
 constexpr int kAhead = 2048;               // bytes of a weight row
 
+// Tiles of a few hundred bytes, one after the other: the next one's loads have to begin before the last one's sums are
+// stored, and a call between them costs a fifth of the bandwidth. So what one token needs is forced into one function,
+// whatever else the compiler has put into this file.
 template <int C>
-inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx, int inner,
+[[gnu::always_inline]] inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx, int inner,
                     int32_t sums[C][4]) {
     constexpr int step = 4 * W;
     // What is read kAhead bytes later: further along these rows, or the beginning of the next four, `next` bytes on.
@@ -25,6 +28,7 @@ inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, siz
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(next) - inner;
     I acc[4][C];
     for (int r = 0; r < 4; r++)
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) acc[r][c] = i_set(0);
     int k = 0;
     for (; k + step <= inner; k += step) {
@@ -54,6 +58,12 @@ inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, siz
         const I column[4] = {acc[0][c], acc[1][c], acc[2][c], acc[3][c]};
         hsum4(column, sums[c]);
     }
+}
+
+template <int C>
+[[gnu::noinline]] void tile_i8_apart(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx, int inner,
+                                     int32_t sums[C][4]) {
+    tile_i8<C>(w, next, x, ldx, inner, sums);
 }
 
 template <int C>
@@ -107,7 +117,7 @@ struct Rows {
 
 // Writes or adds the sums of up to four weight rows to their places.
 template <typename T, int C>
-inline void put(const T sums[C][4], Rows at, T* out, size_t ldo, bool adds) {
+[[gnu::always_inline]] inline void put(const T sums[C][4], Rows at, T* out, size_t ldo, bool adds) {
     if (at.stride != 1) {
         for (int c = 0; c < C; c++)
             for (int r = 0; r < 4; r++) {
@@ -127,7 +137,7 @@ inline void put(const T sums[C][4], Rows at, T* out, size_t ldo, bool adds) {
 
 // Walks over activation rows in tiles of nearly equal height, and over the weight rows for each.
 template <int kMax, typename Tile>
-inline void walk(int xrows, int rows, Tile tile) {
+[[gnu::always_inline]] inline void walk(int xrows, int rows, Tile tile) {
     const int tiles = (xrows + kMax - 1) / kMax;
     if (tiles == 1 && rows % 4 == 0) {
         const int stride = rows / 4;
@@ -145,14 +155,16 @@ inline void gemm_i8(const int8_t* w, size_t ldw, int rows, const uint8_t* x, siz
                     int32_t* out, size_t ldo) {
     for (int k = 0; k < inner; k += kBlock) {
         const int length = std::min(kBlock, inner - k);
-        walk<kCols>(xrows, rows, [&](int t, int height, Rows at) {
+        walk<kCols>(xrows, rows, [&](int t, int height, Rows at) __attribute__((always_inline)) {
             const int8_t* wr[4];
             for (int r = 0; r < 4; r++) wr[r] = w + at.row(r) * ldw + k;
             const uint8_t* xt = x + t * ldx + k;
-            const auto run = [&]<int C>() {
+            const auto run = [&]<int C>() __attribute__((always_inline)) {
                 if constexpr (C <= kCols) {
                     alignas(64) int32_t sums[C][4];
-                    tile_i8<C>(wr, at.stride == 1 ? 4 * ldw : ldw, xt, ldx, length, sums);
+                    const size_t next = at.stride == 1 ? 4 * ldw : ldw;
+                    if constexpr (C <= 2) tile_i8<C>(wr, next, xt, ldx, length, sums);
+                    else tile_i8_apart<C>(wr, next, xt, ldx, length, sums);
                     put<int32_t, C>(sums, at, out + t * ldo + at.first, ldo, k > 0);
                 }
             };
