@@ -427,6 +427,15 @@ def test_the_help_names_every_command_and_a_way_to_start(cli, monkeypatch):
     assert "eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic" in result.out
 
 
+def test_help_before_a_command_is_on_all(cli):
+    assert cli("--help", "run").out == cli("--help").out
+
+
+def test_a_launcher_that_is_not_torchrun_is_in_nobodys_way(cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli("env").code == 0
+
+
 def test_version_is_the_packages(cli):
     assert cli("--version") == Result(0, f"eightfold {__version__}\n", "")
 

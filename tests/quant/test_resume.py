@@ -276,7 +276,7 @@ def test_another_version_is_refused(tmp_path, source, monkeypatch):
     assert "version of eightfold: " in refusal(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("what", ["weights", "states", "survey", "no weights"])
+@pytest.mark.parametrize("what", ["weights", "states", "survey", "no weights", "no work"])
 def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatch, what):
     out, name = tmp_path / "out", "kv"
     quantize(source, tmp_path / "whole", name)
@@ -285,6 +285,8 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
     path = sorted(out.glob(pattern))[-1]  # of two generations the later one counts
     if what == "no weights":
         path.unlink()
+    elif what == "no work":
+        shutil.rmtree(out / WORK_NAME)
     else:
         blob = bytearray(path.read_bytes())
         blob[len(blob) // 8 if what == "weights" else -5] ^= 1

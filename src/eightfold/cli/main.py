@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ COMMANDS = {
 }
 
 
+HELP = ("-h", "--help")
+
 # What several processes do together; another command in each of them would only be in the others' way.
 SHARED = frozenset({"quantize", "run", "serve", "bench"})
 
@@ -71,7 +74,7 @@ def program(arguments: Sequence[str] = ()) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": list(HELP)},
         callback=_options,
     )
     command = _command(arguments)
@@ -82,15 +85,21 @@ def program(arguments: Sequence[str] = ()) -> typer.Typer:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """Return the command that is asked for; "" for none, or one that is not there."""
-    first = next((argument for argument in arguments if not argument.startswith("-")), "")
-    return first if first in COMMANDS else ""
+    """Return the command that is asked for; "" for none, one that is not there, or help on all."""
+    for argument in arguments:
+        if not argument.startswith("-"):
+            return argument if argument in COMMANDS else ""
+        if argument in HELP:
+            break
+    return ""
 
 
 def _require_one_process(command: str) -> None:
     from eightfold.world import World
 
-    if command and command not in SHARED and (size := World.of_environment().size) > 1:
+    # Other launchers set WORLD_SIZE for whatever runs below them.
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
+    if command and command not in SHARED and is_launched and (size := World.of_environment().size) > 1:
         raise ConfigError(command, got=f"{size} processes", expected="one", action="Start it without torchrun.")
 
 

@@ -114,7 +114,8 @@ class GrowingDirectory:
         """Remove a directory that this run has made and could write nothing into."""
         if not self._is_made:
             return
-        if self._locks and not self.journal.steps:
+        grows = sibling(self.target) if self._is_beside else self.target
+        if self._locks and self.path == grows and not self.journal.steps:
             shutil.rmtree(self.path, ignore_errors=True)
         elif not self._locks:
             with suppress(OSError):
@@ -158,9 +159,9 @@ class GrowingDirectory:
         if self.journal.complete is not None and path == self.target:
             self.is_complete = self._is_unchanged(self.journal)
             return
-        require_no_links(path, self.target, self._claimed)
-        if not self.journal.head or (self.journal.complete is None and not self.work.is_dir()):
+        if not self.journal.head or (self.journal.complete is None and not self._has_files()):
             self._require_untouched()
+        require_no_links(path, self.target, self._claimed)
         if self.journal.head and (differences := self._explain(self.journal.head, self._head)):
             if not self._overwrite:
                 raise self._other_command(differences, "a model begun")
@@ -168,6 +169,11 @@ class GrowingDirectory:
         if not self.journal.head:
             self.journal.append(self._head)
         self.work.mkdir(mode=0o700, exist_ok=True)
+
+    def _has_files(self) -> bool:
+        """Whether what a journal tells of is there: a copy of the journal alone makes nothing ours."""
+        found = (name for name in self._claimed if has_written_name(name) and (self.path / name).is_file())
+        return self.work.is_dir() or next(found, None) is not None
 
     def _lock(self, path: Path) -> Journal:
         journal = Journal(path)
