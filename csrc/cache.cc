@@ -121,6 +121,12 @@ void Cache::store_run(const Kernels& kernels, int layer, int page, int at, int h
     put_values(v8, dim, values(layer, page, head) + static_cast<size_t>(at) * shape_.value_dim());
 }
 
+void Cache::prefetch(int layer, int page, int head) const {
+    const uint8_t* at = keys(layer, page, head);
+    const uint8_t* end = values(layer, page, head) + value_bytes(shape_, layers_[layer].kind);
+    for (; at < end; at += 64) __builtin_prefetch(at);
+}
+
 void Cache::prefetch_place(int layer, int page, int at, int head) const {
     const CacheKind kind = layers_[layer].kind;
     const int group = group_of(kind);

@@ -49,7 +49,9 @@ public:
     static constexpr int kStored = 4;
     void store_run(const Kernels& kernels, int layer, int page, int at, int head, const float* k, size_t ldk,
                    const float* v, size_t ldv) const;
-    // Asks for the memory that this will write.
+    // Asks for a page of one head.
+    void prefetch(int layer, int page, int head) const;
+    // Asks for the memory that `store` will write.
     void prefetch_place(int layer, int page, int at, int head) const;
 
 private:

@@ -11,8 +11,9 @@ namespace {
 // How much is asked for before it is read: by a few tokens' products, and by those of a block.
 constexpr size_t kPrefetchBytes = 32 << 10, kPrefetchPacked = 8 << 10;
 
-// Chunks of a group for each thread.
-constexpr int kFewTurns = 4;
+// Chunks of a group for each thread, of a few tokens: memory is read best in long runs, so one chunk until it is so
+// large that threads would not end together.
+constexpr double kFewTurns = 4, kFewBytes = 1 << 20;
 
 // Whether no number has all exponent bits set.
 template <typename T>
@@ -116,15 +117,15 @@ void Group::cut(int threads, bool paired) {
     const size_t distinct = paired ? 1 : linears.size();
     size_t bytes = 0;
     for (size_t i = 0; i < distinct; i++) bytes += linears[i].weight_bytes();
+    const double all = static_cast<double>(bytes);
+    const double few_turns = std::clamp((paired ? 2 : 1) * all / threads / kFewBytes, 1.0, kFewTurns);
     for (size_t i = 0; i < distinct; i++) {
         const int rows = linears[i].outputs, index = static_cast<int>(i);
         // Of a pair whole blocks, so that what is made of it can be packed.
         const int size = paired && rows >= threads * kManyRows ? kManyRows : many_rows(rows, threads);
         for (int n = 0; n < rows; n += size) many.push_back({index, n, std::min(size, rows - n)});
-        // For a few tokens chunks of about equal size, as many as threads like: memory is read best in long runs, and
-        // all are to end together.
-        const double share = static_cast<double>(linears[i].weight_bytes()) / static_cast<double>(bytes);
-        const int turns = std::max(1, static_cast<int>(std::lround(share * kFewTurns)));
+        const double share = static_cast<double>(linears[i].weight_bytes()) / all;
+        const int turns = std::max(1, static_cast<int>(std::lround(share * few_turns)));
         const int step = std::max(8, (rows / (turns * threads) + 3) / 4 * 4);
         for (int n = 0; n < rows; n += step) few.push_back({index, n, std::min(step, rows - n)});
     }
@@ -139,9 +140,11 @@ void Group::prefetch(int tokens, int index) const {
     for (int i = chunk.linear; i < (is_paired && !few_tokens ? 2 : chunk.linear + 1); i++) {
         const Linear& linear = linears[i];
         const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
-        const size_t bytes = std::min(row * static_cast<size_t>(chunk.count), most);
         const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
-        for (size_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + j, 0, 2);
+        const int runs = few_tokens && chunk.count % 4 == 0 ? 4 : 1;  // as gemm_i8 walks
+        const size_t apart = row * static_cast<size_t>(chunk.count / runs), bytes = std::min(apart, most / runs);
+        for (size_t j = 0; j < bytes; j += 64)
+            for (int r = 0; r < runs; r++) __builtin_prefetch(at + r * apart + j, 0, 2);
     }
 }
 

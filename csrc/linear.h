@@ -67,9 +67,9 @@ inline int planes(LinearKind kind) { return kind == LinearKind::w8a16 ? 2 : 1; }
 // How many weight rows meet how many tokens at a time: the products of both stay in the second cache. Of a few tokens the
 // weights come from memory, which is read best in long runs.
 constexpr int kManyRows = 64, kTokenBlock = 64;
-constexpr int kFewRows = 512, kFewTokens = 8;
+constexpr int kFewTokens = 8;
 constexpr int kProducts = 4096;
-static_assert(kManyRows * kTokenBlock <= kProducts && kFewRows * kFewTokens <= kProducts);
+static_assert(kManyRows * kTokenBlock <= kProducts && kProducts % (4 * kFewTokens) == 0);
 
 // A token whose value may turn out to be the largest.
 struct Candidate {
@@ -106,13 +106,17 @@ inline bool is_packed(int tokens) { return tokens > kFewTokens; }
 
 inline int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
-// Calls f(first row, rows) for the pieces of a chunk that products are made of.
+// Calls f(first row, rows) for the pieces of a chunk that products are made of: of a few tokens, as few pieces as the
+// scratch memory allows, of about equal size.
 template <typename Step>
 void by_rows(const Chunk& chunk, int tokens, Step f) {
-    const int step = tokens <= kFewTokens ? kFewRows : kManyRows;
-    for (int n = chunk.begin; n < chunk.begin + chunk.count; n += step) {
-        f(n, std::min(step, chunk.begin + chunk.count - n));
+    const int end = chunk.begin + chunk.count;
+    int step = kManyRows;
+    if (tokens <= kFewTokens) {
+        const int pieces = chunk_count(chunk.count, kProducts / tokens / 4 * 4);
+        step = chunk_count(chunk_count(chunk.count, pieces), 4) * 4;
     }
+    for (int n = chunk.begin; n < end; n += step) f(n, std::min(step, end - n));
 }
 
 struct Group {

@@ -101,9 +101,12 @@ private:
     static void program(void* model, Pool::Walk& walk);
     void walk_through(Pool::Walk& walk, const Step& step);
     bool attention_phases(Pool::Walk& walk, const Step& step, int layer, const Group& next);
-    // `next`: the weights that are read after these.
+    struct Next {  // what is read after a phase: weights, or, where there are none, the cache of a layer
+        const Group* group;
+        int layer;
+    };
     bool linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
-                       float* output, bool adds, const Group& next);
+                       float* output, bool adds, Next next);
     // The same where whoever made the input has put it into handed_.
     bool handed_phase(Pool::Walk& walk, const Step& step, const Group& group, float* output, bool adds,
                       const Group& next);
@@ -181,9 +184,10 @@ private:
     void rotate_and_store_keys(const Step& step, int layer, int t, int count, int kv_head);
     void quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const;
     void gather_queries(const Step& step, int layer, const Unit& unit, CacheKind kind, Scratch& scratch);
-    // `next`: the unit that the thread takes after this one, or null.
+    // `next`: the unit that the thread is likely to take after this one, or null.
     void attend(const Step& step, int layer, const Unit& unit, const Unit* next, Scratch& scratch);
     int first_position(int layer, const Batch& batch, const Unit& unit) const;
+    void prefetch_unit(const Step& step, int layer, int u) const;
     void prefetch_place(const Batch& batch, int layer, int t, int kv_head) const;
     void write_heads(const Step& step, int layer, const Unit& unit, AttnState state);
     void plan_units(const Batch& batch);

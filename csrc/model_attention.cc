@@ -38,7 +38,8 @@ bool Model::attention_phases(Pool::Walk& walk, const Step& step, int layer, cons
         [&](int i) {
             const int end = std::min(units, (i + 1) * step.turn);
             for (int u = i * step.turn; u < end; u++) {
-                const Unit* after = u + 1 < end ? &step.units[u + 1] : nullptr;
+                const int later = u + 1 < end ? u + 1 : (i + threads()) * step.turn;
+                const Unit* after = later < units && step.single ? &step.units[later] : nullptr;
                 attend(step, layer, step.units[u], after, scratch_[walk.thread()]);
             }
         },
@@ -160,6 +161,17 @@ int Model::first_position(int layer, const Batch& batch, const Unit& unit) const
     return std::max(unit.begin, (batch.positions[unit.first_token] - window + 1) / kPage * kPage);
 }
 
+// Asks for what unit `u` reads first, if there is one.
+void Model::prefetch_unit(const Step& step, int layer, int u) const {
+    if (u >= static_cast<int>(step.units.size())) return;
+    const Unit& unit = step.units[u];
+    const int first = first_position(layer, step.batch, unit);
+    if (first >= unit.end) return;
+    const int page = step.batch.tables[static_cast<size_t>(unit.sequence) * step.batch.table_width + first / kPage];
+    cache_->prefetch(layer, page, unit.kv_head);
+    prefetch_place(step.batch, layer, unit.first_token, unit.kv_head);
+}
+
 // Asks for the lines that a token's key and value are going to be written to.
 void Model::prefetch_place(const Batch& batch, int layer, int t, int kv_head) const {
     const int position = batch.positions[t];
@@ -193,8 +205,8 @@ void Model::attend(const Step& step, int layer, const Unit& unit, const Unit* ne
     AttnRows in{kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
                 scratch.q_scale.data(), scratch.last.data(), params.window, scratch.keys.data(),
                 scratch.values.data(), begin, unit.end, unit.end, nullptr, 0};
-    if (next != nullptr) {
-        const int first = first_position(layer, batch, *next);
+    const int first = next != nullptr ? first_position(layer, batch, *next) : 0;
+    if (next != nullptr && first < next->end) {  // a part may lie before the window as a whole
         const int32_t* pages_of = batch.tables + static_cast<size_t>(next->sequence) * batch.table_width;
         in.after = cache_->keys(layer, pages_of[first / kPage], next->kv_head);
         in.after_columns = std::min(kPage, next->end - first);

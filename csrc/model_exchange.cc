@@ -119,7 +119,7 @@ bool Model::gathering_phases(Pool::Walk& walk, const Step& step, const Group& gr
         return false;
     }
     auto* part = static_cast<float*>(exchange_->mine());
-    if (!linear_phases(walk, step, group, use, gathered_.data(), part, false, next)) return false;
+    if (!linear_phases(walk, step, group, use, gathered_.data(), part, false, {&next, 0})) return false;
     if (!meet(walk, step, widest(outputs))) return false;
     return walk.phase(step.batch.tokens, [&](size_t t) {
         each(outputs, t, [&](size_t at, const float* from, size_t count) {

@@ -79,7 +79,7 @@ void Model::find_candidates(const Step& step, const Chunk& chunk, int t0, int t1
         scratch.floors.assign(rows, -infinity);
         if (scratch.candidates.size() < static_cast<size_t>(rows)) scratch.candidates.resize(rows);
         for (int t = 0; t < rows; t++) scratch.candidates[t].clear();
-        scratch.upper.resize(kFewRows);
+        scratch.upper.resize(kProducts);
     }
     const float half_root = 0.5005f * std::sqrt(static_cast<float>(config_.hidden));
     by_rows(chunk, rows, [&](int n, int count) {

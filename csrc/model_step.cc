@@ -29,7 +29,7 @@ void Model::walk_through(Pool::Walk& walk, const Step& step) {
     for (int i = 0; i < config_.layers; i++) {
         const Layer& layer = layers[i];
         const Group& after = i + 1 < config_.layers ? layers[i + 1].qkv : last;
-        if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, layer.o)) return;
+        if (!linear_phases(walk, step, layer.qkv, 4 * i, x_.data(), qkv_.data(), false, {nullptr, i})) return;
         if (!attention_phases(walk, step, i, layer.o)) return;
         if (!adding_phases(walk, step, layer.o, 4 * i + 1, heads_.data(), head_cuts_, hands_heads(step, layer),
                            layer.gate_up)) {
@@ -121,7 +121,7 @@ void Model::multiply_chunk(const Step& step, const Group& group, int i, const st
 }
 
 bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group, int use, const float* input,
-                          float* output, bool adds, const Group& next) {
+                          float* output, bool adds, Next next) {
     const int tokens = step.batch.tokens;
     const bool of_share = group.linears.front().keeps_sums && needs_ranges(group);
     if (!prepare_phase(walk, step, group, input, tokens, nullptr, of_share)) return false;
@@ -130,7 +130,10 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
         Scratch& scratch = scratch_[walk.thread()];
         const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
         multiply_chunk(step, group, i, prepared, output, adds, scratch);
-    }, [&] { next.prefetch(tokens, walk.thread()); });
+    }, [&] {
+        if (next.group != nullptr) next.group->prefetch(tokens, walk.thread());
+        else if (step.single) prefetch_unit(step, next.layer, walk.thread() * step.turn);
+    });
 }
 
 bool Model::takes_handed(const Step& step, const Group& group) const {
@@ -152,7 +155,7 @@ bool Model::adding_phases(Pool::Walk& walk, const Step& step, const Group& group
                           const std::vector<int>& cuts, bool handed, const Group& next) {
     const auto multiply = [&](float* output, bool adds) {
         if (handed) return handed_phase(walk, step, group, output, adds, next);
-        return linear_phases(walk, step, group, use, input, output, adds, next);
+        return linear_phases(walk, step, group, use, input, output, adds, {&next, 0});
     };
     if (!is_shared()) return multiply(x_.data(), true);
     if (group.has_floating()) return gathering_phases(walk, step, group, use, input, cuts, next);

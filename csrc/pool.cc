@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 
 #ifdef EIGHTFOLD_X86
@@ -130,12 +131,21 @@ void Pool::work(int worker) {
     }
 }
 
+// Returns a chunk nobody has claimed, or -1 if there is none.
 int Pool::Walk::claim(Phase& phase, int chunks) const {
     uint64_t value = phase.next.load(std::memory_order_relaxed);
-    while (value >> 32 == epoch_ && static_cast<int>(value & 0xffffffffu) < chunks) {
-        if (phase.next.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel)) {
-            return static_cast<int>(value & 0xffffffffu);
+    while (value >> 32 == epoch_) {
+        int chunk = static_cast<int>(value & 0xffffffffu);
+        uint64_t claimed = value + 1;
+        if (chunks <= kOwned) {
+            const uint64_t left = ~value & ((uint64_t{1} << chunks) - 1), own = left & owned_;
+            if (left == 0) return -1;
+            chunk = own != 0 ? std::countr_zero(own) : std::bit_width(left) - 1;
+            claimed = value | uint64_t{1} << chunk;
+        } else if (chunk >= chunks) {
+            return -1;
         }
+        if (phase.next.compare_exchange_weak(value, claimed, std::memory_order_acq_rel)) return chunk;
     }
     return -1;
 }

@@ -1,8 +1,11 @@
 // A pool whose threads all walk through the same program of phases.
 //
-// A phase is a number of chunks, claimed one after the other from a counter. It has ended when all its chunks are
-// done, not when all threads have come by: a thread whose core is busy elsewhere holds nobody up unless it was stopped
-// inside a chunk. It finds the phases it has missed finished, or the run over. Waiting is a short spin, then a futex.
+// A phase is a number of chunks. Of up to kOwned, chunk i is first of all thread i % threads', which so knows what it will
+// read next; who has none left takes others', the last ones first. More are claimed one after the other from a counter.
+//
+// A phase has ended when all its chunks are done, not when all threads have come by: a thread whose core is busy elsewhere
+// holds nobody up unless it was stopped inside a chunk. It finds the phases it has missed finished, or the run over.
+// Waiting is a short spin, then a futex.
 //
 // Where a run still had to sleep for long (some other program keeps a core busy), the next ones are walked alone, and
 // after ever more of them the others are tried again.
@@ -22,12 +25,13 @@ namespace eightfold {
 
 class Pool {
     struct alignas(64) Phase {
-        std::atomic<uint64_t> next{0};  // epoch in the high half, next chunk in the low half
+        std::atomic<uint64_t> next{0};  // epoch in the high half; in the low one the next chunk, or which are claimed
         std::atomic<uint32_t> done{0};  // the epoch's last 8 bits, and how many chunks are done
     };
 
 public:
     static constexpr uint32_t kSlots = 8;
+    static constexpr int kOwned = 32;  // chunks of a phase that have an owner
 
     Pool(int threads, int max_phases);
     ~Pool();
@@ -73,11 +77,14 @@ public:
 
     private:
         friend class Pool;
-        Walk(Pool& pool, int thread, uint32_t epoch) : pool_(pool), thread_(thread), epoch_(epoch) {}
+        Walk(Pool& pool, int thread, uint32_t epoch) : pool_(pool), thread_(thread), epoch_(epoch) {
+            for (int i = thread; i < kOwned; i += pool.threads()) owned_ |= uint64_t{1} << i;
+        }
 
         Pool& pool_;
         int thread_;
         uint32_t epoch_;
+        uint64_t owned_ = 0;  // bits of the chunks that are this thread's
         int index_ = 0;
         mutable int64_t slept_ns_ = 0;
 
