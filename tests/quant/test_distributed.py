@@ -235,7 +235,7 @@ def test_a_rank_that_finds_another_output_is_refused(source, alone, tmp_path, mo
         assert snapshot(out) == alone("w8a16")
 
 
-@pytest.mark.parametrize(("size", "odd", "reader"), [(2, 1, 0), (3, 1, 2)])
+@pytest.mark.parametrize(("size", "odd", "reader"), [(3, 1, 2), (3, 2, 0)])
 def test_what_a_rank_writes_has_to_be_read_by_another_one(source, tmp_path, size, odd, reader):
     ends = run(size, source, tmp_path, ["w8a16"], odd=odd, nowhere=True)
     assert [end.code for end in ends] == [2] * size

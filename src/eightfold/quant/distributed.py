@@ -56,6 +56,7 @@ class Ranks:
         """
         world = World.of_environment()
         self.rank, self.size, self.is_first = world.rank, world.size, world.is_first
+        self.is_one_host = world.is_one_host
         self.round: Round | None = None
         with _one_line_errors():
             peers = self._met_here(world) if world.is_one_host else self._met_anywhere(world)

@@ -1,7 +1,7 @@
 """The steps of one quantization, each of which is finished and journalled before the next begins.
 
     survey 0 .. survey L-1      only where all layers are compared before the first is written
-    embedding
+    embedding                   and a head that stays as it is
     layer 0 .. layer L-1        the state entering layer i -> survey -> smooth, quantize -> calibrate -> write -> i + 1
     head
 
@@ -208,9 +208,7 @@ class Run:
         with self.progress(f"quantize to {self.recipe.scheme.value}", count, "layer") as task:
             task.at("embedding")
             if not self._is_finished("embedding"):
-                if self._team.is_first:
-                    self._require_tied_head()
-                    sink.copy(weight_name(EMBEDDING))
+                self._copy_ends(sink)
                 self._finish("embedding", tensors=sink.finished())
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
@@ -227,6 +225,21 @@ class Run:
             proof = self._journal.steps["head"]["proof"]
             self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
         self.outcome.add_clipping_note()
+
+    def _copy_ends(self, sink: Sink) -> None:
+        """Copy the embedding, and a head that stays as it is, which is the last rank's."""
+        if self._team.is_first:
+            self._require_tied_head()
+            sink.copy(weight_name(EMBEDDING))
+        if self._team.rank == self._team.size - 1 and self._copies_head:
+            self._copy_head(sink)
+
+    @property
+    def _copies_head(self) -> bool:
+        return self.outcome.types[LM_HEAD] is QuantType.FLOAT
+
+    def _copy_head(self, sink: Sink) -> None:
+        sink.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
 
     def _quantize_layer(self, layer_idx: int, sink: Sink) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
@@ -279,19 +292,19 @@ class Run:
             self.outcome.keys += entry["keys"][1]
 
     def _write_head(self, sink: Sink) -> None:
-        kind = self.outcome.types[LM_HEAD]
         made: dict[str, Tensor] = {}
         if self.recipe.anti_outlier is not None:
             made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain)
-        if kind is not QuantType.FLOAT:
+        if not self._copies_head:
+            kind = self.outcome.types[LM_HEAD]
             range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
             head = QuantizedHead(self.decoder, self.recipe, kind, range_param, sink.stored_dtype)
             made.update(head.tensors(self.calibrated))
         sink.write_below(FINAL_NORM + ".", made)
-        if kind is QuantType.FLOAT:
-            sink.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
-        else:
+        if not self._copies_head:
             sink.write_below(LM_HEAD + ".", made)
+        elif weight_name(LM_HEAD) not in self._journal.steps["embedding"]["tensors"]:  # begun by an earlier version
+            self._copy_head(sink)
 
     def _finish_proof(self) -> tuple[float, float] | None:
         if self.recipe.anti_outlier is None or self.float_pass is None:

@@ -98,8 +98,11 @@ class Sink:
         return {name: found[name] for name in self._plan if name in found}
 
     def _read_each_other(self, parts: Sequence[dict[str, int]]) -> None:
-        """Each rank reads what the one before it has written: so every rank's part is read by another one."""
-        if self._team.size == 1:
+        """Each rank reads what the one before it has written: so every rank's part is read by another one.
+
+        Not on one host, where all read the same memory.
+        """
+        if self._team.is_one_host:
             return
         writer = (self._team.rank or self._team.size) - 1
         lost = [name for name, checksum in parts[writer].items() if not self._writer.holds(name, checksum)]

@@ -42,6 +42,7 @@ class Team(Protocol):
 
     rank: int
     size: int
+    is_one_host: bool
     round: Round | None  # under way; None while samples do not move
 
     @property
@@ -84,7 +85,7 @@ class Team(Protocol):
 class Alone:
     """A team of one."""
 
-    rank, size, is_first = 0, 1, True
+    rank, size, is_first, is_one_host = 0, 1, True, True
     round: Round | None = None
 
     def in_order(self, part: Tensor) -> tuple[Tensor, int]:
