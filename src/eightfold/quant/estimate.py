@@ -28,7 +28,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import total_bytes
 from eightfold.memory import available_bytes, resident_bytes
 from eightfold.quant.budget import budget_for
-from eightfold.quant.hidden import sample_batches
+from eightfold.quant.hidden import GENERATIONS, sample_batches
 from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.plan import Plan
 from eightfold.quant.probe import MAPPED_BYTES, Machine, probe
@@ -85,7 +85,7 @@ class RunPlan:
     Attributes:
         phases: in the order in which a layer meets them.
         output_bytes: tensors of the output.
-        spilled_bytes: hidden states on disk while it runs, two generations.
+        spilled_bytes: hidden states on disk while it runs.
         spills: whether hidden states live there only.
         free_bytes: on the target's disk.
         memory_bytes: the budget, or what the machine has free.
@@ -217,7 +217,7 @@ def plan_run(
     return RunPlan(
         phases=(Phase("start", started, peak_bytes=base), *phases, *_waiting(phases, machine)),
         output_bytes=work.output_bytes,
-        spilled_bytes=2 * work.state_bytes,
+        spilled_bytes=GENERATIONS * work.state_bytes,
         spills=spills,
         refusal=refusal,
         free_bytes=disk_usage(folder).free,

@@ -3,9 +3,12 @@
     generation i     what enters layer i, (T, E) float32; generation 0 is the embeddings
 
 After a layer, the next generation goes to a file of the run's work folder, exactly as it is in memory, while work goes
-on; when it is on the disk the layer may count as finished, and the generation before it goes. A stream that spills
-keeps nothing in memory but the samples that are on their way through the layer: it reads one generation and writes the
-next, by plain reads and writes, so that no mapped page counts as this process's memory.
+on; when it is on the disk the layer may count as finished. Three files take turns: writing over one that is there takes
+half the time of a new one, and while one rank already writes generation i + 1, generation i may not be journalled yet,
+so that a new start would need i - 1.
+
+A stream that spills keeps nothing in memory but the samples that are on their way through the layer: it reads one
+generation and writes the next, by plain reads and writes, so that no mapped page counts as this process's memory.
 
 Of several processes each moves its own batches (team.py), and writes them where they belong in the one file; none but
 rank 0 ever reads another's, and that when all layers are finished.
@@ -18,7 +21,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -32,6 +35,9 @@ from eightfold.quant.settling import Settling
 from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
 from eightfold.reference.decoder import Batch, Block, token_batches
 from eightfold.reference.load import Decoder
+
+# How many a stream has on disk.
+GENERATIONS = 3
 
 # How many tokens, of whole samples, go through a layer at once, at most.
 BATCH_TOKENS = 2048
@@ -108,7 +114,6 @@ class HiddenStates:
         finally:
             os.close(file)
         self.go_on_from(layer_idx, checksum)
-        self._drop(lambda found: found != layer_idx)
         return True
 
     def go_on_from(self, layer_idx: int, checksum: int) -> None:
@@ -120,8 +125,13 @@ class HiddenStates:
         """Bytes of one generation."""
         return 4 * sum(self.lengths) * self._width
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all its files."""
+        return GENERATIONS * self.nbytes
+
     def _path(self, layer_idx: int) -> Path:
-        return self._folder / f"{self.name}-{layer_idx:05d}.f32"
+        return self._folder / f"{self.name}-{layer_idx % GENERATIONS}.f32"
 
     def _sizes(self, batch: int) -> list[int]:
         return [self.lengths[index] for index in self._batches[batch]]
@@ -223,16 +233,6 @@ class HiddenStates:
         for batch, checksum in enumerate(in_batch_order(checksums, self.turns)):
             whole = joined_checksum(whole, checksum, 4 * self._width * sum(self._sizes(batch)))
         return whole
-
-    def drop_older_generations(self) -> None:
-        """Begin to remove the files of the generations before this one."""
-        current = self.layer_idx
-        self._settling.do(lambda: self._drop(lambda found: found < current))
-
-    def _drop(self, goes: Callable[[int], bool]) -> None:
-        for path in self._folder.glob(f"{self.name}-*.f32"):
-            if goes(int(path.stem.rpartition("-")[2])):
-                path.unlink()
 
 
 def sample_batches(lengths: Sequence[int]) -> list[list[int]]:

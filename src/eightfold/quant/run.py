@@ -90,8 +90,8 @@ class Run:
 
     @property
     def spilled_bytes(self) -> int:
-        """How much room on disk the hidden states take, two generations of each stream."""
-        return 2 * sum(stream.nbytes for stream in self._streams)
+        """How much room on disk the hidden states take."""
+        return sum(stream.disk_bytes for stream in self._streams)
 
     # --- the journal
 
@@ -118,8 +118,6 @@ class Run:
             stream.finish()
         states = {stream.name: [stream.layer_idx, stream.checksum] for stream in moved}
         self._journal.append({"step": step, **facts, "states": states})
-        for stream in moved if self._team.is_first else ():
-            stream.drop_older_generations()
 
     def _is_finished(self, step: str) -> bool:
         return step in self._journal.steps
