@@ -9,7 +9,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from eightfold.errors import CheckpointError, OutputError
 from eightfold.format.growing import GrowingDirectory
@@ -22,6 +21,8 @@ from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, write_model
 from tests.refusal import snapshot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEM = "quant_model_weight_w8a16"
 
 
@@ -32,14 +33,6 @@ def source(tmp_path):
     (model / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (model / "tokenizer_config.json").write_text("{}")
     return model
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantize(source, target, kind=QuantType.W8A16, **options):

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from eightfold.errors import OutputError
 from eightfold.format import growing
@@ -22,6 +21,8 @@ from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 from tests.quant.killing import Killed, killed_after
 from tests.refusal import snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = token_samples(4)
 LAYERS = 3
@@ -41,15 +42,6 @@ RECIPES = {
 def source(tmp_path):
     config = tiny_config("Qwen2ForCausalLM", num_hidden_layers=LAYERS)
     return write_model(tmp_path / "float", config, tokenizer=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are fastest so, and this file makes many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantize(source, target, name="m4 fa", **options):
