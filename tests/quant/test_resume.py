@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,30 @@ def test_another_source_is_refused_with_the_file(tmp_path, source, monkeypatch, 
         (source / name).write_text("{}")
     what = "is new" if change == "a file more" else "has changed"
     assert f"(source: {name} {what}), expected the same recipe and source." in refusal(source, out)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize(("text", "what"), [("", "is gone"), ("x = 2", "has changed")])
+def test_modules_that_auto_map_names_are_part_of_the_source(tmp_path, source, monkeypatch, is_complete, text, what):
+    out, module = tmp_path / "out", source / "configuration_own.py"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    module.write_text("x = 1")
+    with monkeypatch.context() as patched, nullcontext() if is_complete else pytest.raises(KeyboardInterrupt):
+        if not is_complete:
+            patched.setattr(growing, "seal", interrupted)
+        quantize(source, out)
+    assert (out / module.name).read_text() == "x = 1"
+    module.write_text(text) if text else module.unlink()
+    assert f"(source: configuration_own.py {what}), expected the same recipe and source." in refusal(source, out)
+    quantize(source, out, overwrite=True)
+    quantize(source, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+    assert (out / module.name).exists() == module.exists()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("changed", [".", "additional_chat_templates"])
