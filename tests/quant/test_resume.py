@@ -13,6 +13,7 @@ import pytest
 from eightfold.errors import OutputError
 from eightfold.format import growing
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.growing import GrowingDirectory
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, layers_done, read_entries
 from eightfold.quant.budget import Budget
 from eightfold.quant.methods import AntiOutlier, KVObserve
@@ -143,6 +144,31 @@ def test_a_model_in_a_mount_point_is_replaced_and_the_run_killed_at_any_moment(t
             quantize(source, out, "w8a16", overwrite=True)
         quantize(source, out, "w8a16", overwrite=True)
         assert files(out) == files(new), at
+
+
+@pytest.mark.parametrize("is_mount", [True, False])
+def test_a_complete_successor_takes_an_empty_place_without_overwrite(tmp_path, source, monkeypatch, is_mount):
+    new, out, rename = tmp_path / "new", tmp_path / "out", Path.rename
+    if is_mount:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    quantize(source, new, "w8a16")
+    quantize(source, out, "mix")
+
+    def killed(self, to):
+        if self.parent == growing.sibling(out) or self == out:
+            raise Killed
+        return rename(self, to)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Path, "rename", killed)
+        patched.setattr(GrowingDirectory, "__exit__", lambda self, *_: self._unlock())
+        quantize(source, out, "w8a16", overwrite=True)
+    if not is_mount:
+        shutil.rmtree(out)
+    assert [path for path in out.glob("*") if "partial" not in path.name] == []
+    assert quantize(source, out, "w8a16").already_complete
+    assert files(out) == files(new)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.")] == []
 
 
 @pytest.mark.parametrize("name", RECIPES)

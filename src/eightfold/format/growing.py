@@ -6,6 +6,7 @@ then: its successor grows in a hidden sibling, `.NAME.partial-quantize`, and the
 
     OUT is                                            grows in     and is refused
     absent or empty                                   OUT
+    the same, beside its complete successor           nowhere: the successor takes its place
     begun, by the same command                        OUT
     begun, by another one                             OUT          without --overwrite
     complete, by the same command                     nowhere: there is nothing to do
@@ -127,7 +128,7 @@ class GrowingDirectory:
         beside = sibling(target)
         remove_dead_siblings(beside.parent, f".{target.name}.partial-")
         remove_replaced(target)
-        if self._overwrite and (_is_ready(beside, self._head) or self._must_stay()):
+        if (self._overwrite or not _content(target)) and (_is_ready(beside, self._head) or self._must_stay()):
             self._replaceable()
             self._is_beside, self._is_made = True, not beside.exists()
             self._take(beside)
