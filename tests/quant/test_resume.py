@@ -19,6 +19,7 @@ from eightfold.quant.budget import Budget
 from eightfold.quant.methods import AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
+from eightfold.quant.run import Run
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 from tests.quant.killing import Killed, killed_after
@@ -338,6 +339,25 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
     assert outcome.restarted
     assert outcome.layers_resumed == 0
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_starting_over_empties_the_work_folder_and_leaves_it_where_it_is(tmp_path, source, monkeypatch):
+    out, resume = tmp_path / "out", Run.resume
+    begin(source, out, monkeypatch)
+    (out / WORK_NAME / "more").mkdir()
+    folder = os.open(out / WORK_NAME, os.O_RDONLY)  # held, its number is nobody else's
+    seen = []
+
+    def look(self):
+        seen.append(sorted(path.name for path in self._output.work.iterdir()))
+        assert os.path.samestat(os.fstat(folder), self._output.work.stat())
+        return len(seen) > 1 and resume(self)
+
+    monkeypatch.setattr(Run, "resume", look)
+    assert quantize(source, out).restarted
+    os.close(folder)
+    assert len(seen[0]) > 2
+    assert seen[1:] == [["times.json"]]
 
 
 def test_a_torn_last_line_counts_as_not_written(tmp_path, source, monkeypatch):

@@ -34,6 +34,7 @@ from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Entry, Journal, pr
 from eightfold.format.owned import REPORT_NAME as REPORT_NAME
 from eightfold.format.owned import (
     claimed_files,
+    empty_folder,
     has_written_name,
     is_as_sealed,
     is_its_own,
@@ -248,8 +249,8 @@ class GrowingDirectory:
         """Forget all that was written, as if nothing had been begun."""
         self._empty()
         self.journal.append(self._head)
-        shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(mode=0o700, exist_ok=True)
+        empty_folder(self.work)
 
     def _empty(self) -> None:
         """Remove what runs have written, and forget it; what somebody else has put there stays."""

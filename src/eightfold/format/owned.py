@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from eightfold.errors import OutputError, shortlist
@@ -69,6 +71,16 @@ def remove_files(directory: Path, names: Iterable[str]) -> None:
         folder = directory / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove what can be removed from a folder, which stays: it may be a mount point, or other hosts know it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def require_no_links(directory: Path, target: Path, names: Iterable[str]) -> None:
