@@ -8,7 +8,7 @@ then: its successor grows in a hidden sibling, `.NAME.partial-quantize`, and the
     absent or empty                                   OUT
     the same, beside its complete successor           nowhere: the successor takes its place
     begun, by the same command                        OUT
-    begun, by another one                             OUT          without --overwrite
+    begun, by another one or an older version         OUT          without --overwrite
     complete, by the same command                     nowhere: there is nothing to do
     complete, by another one, or changed since        the sibling  without --overwrite
     anything else that `eightfold quantize` wrote     the sibling  without --overwrite
@@ -35,6 +35,7 @@ from eightfold.format.owned import REPORT_NAME as REPORT_NAME
 from eightfold.format.owned import (
     claimed_files,
     empty_folder,
+    files_called_ours,
     has_written_name,
     is_as_sealed,
     is_its_own,
@@ -42,6 +43,7 @@ from eightfold.format.owned import (
     remove_files,
     replaced_note,
     require_no_links,
+    says_its_files,
     seal,
     strange_entries,
 )
@@ -164,13 +166,20 @@ class GrowingDirectory:
         if not self.journal.head or (self.journal.complete is None and not self._has_files()):
             self._require_untouched()
         require_no_links(path, self.target, self._claimed)
-        if self.journal.head and (differences := self._explain(self.journal.head, self._head)):
+        if self.journal.head and (differences := self._differences()):
             if not self._overwrite:
                 raise self._other_command(differences, "a model begun")
             self.restart()
         if not self.journal.head:
             self.journal.append(self._head)
         self.work.mkdir(mode=0o700, exist_ok=True)
+
+    def _differences(self) -> list[str]:
+        """Return what differs between what was begun here and what is asked for."""
+        found = self._explain(self.journal.head, self._head)
+        if not says_its_files(self.journal.entries):
+            found.append("version of eightfold: one whose journal does not name its files")
+        return found
 
     def _has_files(self) -> bool:
         """Whether what a journal tells of is there: a copy of the journal alone makes nothing ours."""
@@ -259,7 +268,9 @@ class GrowingDirectory:
 
     @property
     def _claimed(self) -> set[str]:
-        return claimed_files(self.journal.entries)
+        entries = self.journal.entries
+        claimed = claimed_files(entries)
+        return claimed if says_its_files(entries) else claimed | files_called_ours(self.path, self._source)
 
     def require_free(self, names: Iterable[str]) -> None:
         """Refuse to write over files that no run here has written.
