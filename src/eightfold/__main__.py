@@ -4,7 +4,8 @@ import gc
 import os
 import sys
 
-# Objects made while starting stay; looking through them again and again takes a tenth of the time to an answer.
+# Objects made while starting stay, so looking through them finds nothing. It takes 5 ms of about 370 to an answer, and
+# 40 ms where modules have to be compiled anew.
 _ALLOCATIONS_BEFORE_COLLECTION = 50_000
 
 

@@ -1,32 +1,22 @@
 """Single kernels of every instruction set: integers bit for bit, floats within what their roundings can do.
 
+Products of packed tokens are tested in test_packed_products.py.
+
 U = 2**-24 is half a unit in the last place of float32, relative: what one rounding costs at most.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from eightfold.native import core
-
-KERNELS = core.extension().kernels
-ISAS = core.extension().available_isas()
-ISA = pytest.mark.parametrize("isa", ISAS)
+from tests.native.operands import INPUTS, ISA, KERNELS, NOTHING, at_page_end, exact_product, reals, rng, sums_of
 
 F32, F16, BF16 = 0, 1, 2
 U = 2.0**-24
-INPUTS = (1, 3, 63, 64, 65, 576, 8193)  # K
 ALIGN = 64
-NOTHING = np.zeros(0, np.float32)
-
-
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def widened(stored: np.ndarray, dtype: int) -> np.ndarray:
@@ -43,39 +33,10 @@ def stored_as(x: np.ndarray, dtype: int) -> np.ndarray:
     return x.astype(np.float16 if dtype == F16 else np.float32)
 
 
-def at_page_end(array: np.ndarray) -> np.ndarray:
-    """Return a copy whose last byte is the last that may be read: behind it lies a page without access."""
-    page = mmap.PAGESIZE
-    size = -(-array.nbytes // page) * page
-    memory = mmap.mmap(-1, size + page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(address + size), page, 0) == 0
-    copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
 def product(isa: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
     out = np.full((len(x), len(weight)), 77, np.int32)
     KERNELS.gemm_i8(isa, weight, x, out)
     return out
-
-
-def exact_product(weight: np.ndarray, x: np.ndarray) -> np.ndarray:
-    # Below 2**53 sums of float64 are exact.
-    return (x.astype(np.float64) @ weight.astype(np.float64).T).astype(np.int64)
-
-
-@ISA
-@pytest.mark.parametrize("inputs", INPUTS)
-def test_integer_products_of_packed_tokens_are_exact(isa, inputs):
-    for outputs, tokens in ((1, 1), (3, 16), (7, 17), (16, 33), (19, 63), (33, 64), (64, 80), (67, 97), (140, 130)):
-        weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
-        x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
-        out = np.full((-(-tokens // 16) * 16, outputs), 77, np.int32)
-        KERNELS.gemm_packed(isa, weight, x, out)
-        np.testing.assert_array_equal(out[:tokens], exact_product(weight, x))
 
 
 @ISA
@@ -193,16 +154,6 @@ def test_quantize_16(isa, kind, size):
     assert (high[size:] == 128).all() and (low[size:] == 0).all()
 
 
-def sums_of(size: int, seed: int, most: int = 2**31 - 1) -> np.ndarray:
-    values = rng(size, seed).integers(-most, most, size, np.int64, endpoint=True)
-    values[: size // 3] //= 2**16  # and small ones, whose roundings differ
-    return values.astype(np.int32)
-
-
-def reals(size: int, seed: int) -> np.ndarray:
-    return rng(size, seed).normal(0, 1, size).astype(np.float32)
-
-
 FINISH = pytest.mark.parametrize("size", [1, 5, 16, 67])
 
 
@@ -227,95 +178,6 @@ def test_what_follows_a_product_may_be_added(isa, size):
         finish(alone, False)
         finish(added, True)
         np.testing.assert_array_equal(added, before + alone)
-
-
-PACKED = pytest.mark.parametrize(("tokens", "inputs", "outputs"), [
-    (1, 3, 1), (9, 64, 16), (16, 576, 7), (17, 65, 64), (31, 130, 65), (33, 20, 130), (64, 68, 48), (70, 33, 81),
-])  # fmt: skip
-
-
-@ISA
-@PACKED
-@pytest.mark.parametrize("adds", [False, True])
-def test_packed_static_is_a_product_and_what_follows(isa, tokens, inputs, outputs, adds):
-    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
-    x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
-    bias, deq_scale = at_page_end(sums_of(outputs, 1)), at_page_end(reals(outputs, 2))
-    y = reals(tokens * outputs, 3).reshape(tokens, outputs)
-    expected = y.copy()
-    for t, acc in enumerate(exact_product(weight, x)):
-        KERNELS.finish_static(isa, acc, bias, deq_scale, expected[t], adds)
-    KERNELS.packed_static(isa, weight, x, bias, deq_scale, y, adds)
-    np.testing.assert_array_equal(y, expected)
-
-
-@ISA
-@PACKED
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("full", [False, True])
-def test_packed_16_is_two_products_and_what_follows(isa, tokens, inputs, outputs, adds, full):
-    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
-    high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))
-    weight_sum, weight_scale = at_page_end(sums_of(outputs, 1, 2**16)), at_page_end(reals(outputs, 2))
-    offset, bias = (at_page_end(reals(outputs, 3 + i)) if full else NOTHING for i in (0, 1))
-    scale, total = np.abs(reals(tokens, 5)), sums_of(tokens, 6, 2**20)
-    y = reals(tokens * outputs, 7).reshape(tokens, outputs)
-    expected = y.copy()
-    for t, (top, rest) in enumerate(zip(exact_product(weight, high), exact_product(weight, low), strict=True)):
-        KERNELS.finish_16(
-            isa, top, rest, weight_sum, weight_scale, offset, bias, scale[t], int(total[t]), expected[t], adds
-        )
-    KERNELS.packed_16(isa, weight, high, low, weight_sum, weight_scale, offset, bias, scale, total, y, adds)
-    np.testing.assert_array_equal(y, expected)
-
-
-LANES = 16
-
-
-def pairs(make, outputs: int, seed: int, *more: float) -> np.ndarray:
-    return at_page_end(np.stack([make(outputs, seed + i, *more) for i in (0, 1)]))
-
-
-@ISA
-@PACKED
-def test_gated_static_is_two_products_their_silu_mul_and_its_quantization(isa, tokens, inputs, outputs):
-    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
-    x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
-    bias, deq_scale = pairs(sums_of, outputs, 1, 2**12), pairs(reals, outputs, 3) / np.float32(2**14)
-    inv_scale, offset = 3.7, -5.0
-    blocks, fours = -(-tokens // LANES), -(-outputs // 4)
-    made = np.full((blocks, fours, LANES, 4), 77, np.uint8)
-    KERNELS.gated_static(isa, weight, x, bias, deq_scale, inv_scale, offset, made)
-    found = made.transpose(0, 2, 1, 3).reshape(blocks * LANES, 4 * fours)[:tokens, :outputs]
-    expected = np.empty((tokens, outputs), np.uint8)
-    gated = np.empty((2, outputs), np.float32)
-    for t, (gate, up) in enumerate(zip(exact_product(weight[0], x), exact_product(weight[1], x), strict=True)):
-        for i, acc in enumerate((gate, up)):
-            KERNELS.finish_static(isa, acc, bias[i], deq_scale[i], gated[i])
-        KERNELS.silu_mul(isa, gated[0], gated[1], gated[0])
-        KERNELS.quantize_static(isa, gated[0], inv_scale, offset, expected[t])
-    assert len(np.unique(expected)) > min(expected.size, 40) // 4  # neither all clipped nor all the same
-    np.testing.assert_array_equal(found, expected)
-
-
-@ISA
-@PACKED
-@pytest.mark.parametrize("full", [False, True])
-def test_gated_16_is_silu_mul_of_two_products(isa, tokens, inputs, outputs, full):
-    weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
-    high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))
-    weight_sum, weight_scale = pairs(sums_of, outputs, 1, 2**16), pairs(reals, outputs, 3) / np.float32(2**22)
-    offset, bias = (pairs(reals, outputs, 5 + 2 * i) if full else np.zeros((0, 0), np.float32) for i in (0, 1))
-    scale, total = np.abs(reals(tokens, 9)), sums_of(tokens, 10, 2**20)
-    y, expected = np.full((tokens, outputs), 77, np.float32), np.empty((tokens, outputs), np.float32)
-    gated = np.empty((2, tokens, outputs), np.float32)
-    for i in (0, 1):
-        some = (offset[i], bias[i]) if full else (NOTHING, NOTHING)
-        KERNELS.packed_16(isa, weight[i], high, low, weight_sum[i], weight_scale[i], *some, scale, total, gated[i])
-    for t in range(tokens):
-        KERNELS.silu_mul(isa, gated[0, t], gated[1, t], expected[t])
-    KERNELS.gated_16(isa, weight, high, low, weight_sum, weight_scale, offset, bias, scale, total, y)
-    np.testing.assert_array_equal(y, expected)
 
 
 @ISA

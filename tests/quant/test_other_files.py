@@ -9,11 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from eightfold.errors import CheckpointError, OutputError
 from eightfold.format.growing import GrowingDirectory
-from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal
+from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, read_entries, render
 from eightfold.format.owned import claimed_files
 from eightfold.format.writer import is_mount_point
 from eightfold.quant.pipeline import _Job, quantize_checkpoint
@@ -21,6 +20,8 @@ from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, write_model
 from tests.refusal import snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEM = "quant_model_weight_w8a16"
 
@@ -34,24 +35,16 @@ def source(tmp_path):
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def quantize(source, target, kind=QuantType.W8A16, **options):
     return quantize_checkpoint(source, target, Recipe(kind), **options)
 
 
 def begin(source, out, monkeypatch, step="layer 1"):
-    """Leave what a run leaves that is killed just before a step is written down."""
+    """Leave what a run leaves that is killed just before a step, or the closing line, is written down."""
     append = Journal.append
 
     def kill(self, entry):
-        if entry.get("step") == step:
+        if step in (entry.get("step"), *entry):
             raise KeyboardInterrupt
         append(self, entry)
 
@@ -174,6 +167,43 @@ def test_a_copied_journal_makes_no_directory_ours(tmp_path, source, monkeypatch,
             f"output directory {out}: got a journal without the files that it tells of, expected both of one run. "
             "Choose another directory, or remove eightfold_journal.jsonl if the other files are yours."
         )
+
+
+def forget_claims(out):
+    """Make a journal one of the versions that did not say which files they were going to write."""
+    entries = [entry for entry in read_entries(out) if "files" not in entry]
+    (out / JOURNAL_NAME).write_bytes(b"".join(map(render, entries)))
+
+
+@pytest.mark.parametrize("step", ["layer 1", "complete"])
+@pytest.mark.parametrize("has_work", [True, False])
+def test_what_an_older_version_has_begun_is_begun_anew_only_with_overwrite(
+    tmp_path, source, monkeypatch, step, has_work
+):
+    out = tmp_path / "out"
+    begin(source, out, monkeypatch, step)
+    forget_claims(out)
+    mine = put(out, "README.md", "mine/config.json")
+    if not has_work:
+        shutil.rmtree(out / WORK_NAME)
+    for kind, more in ((QuantType.W8A16, ""), (QuantType.W8A8_DYNAMIC, "--scheme: w8a16 -> w8a8-dynamic; ")):
+        assert refusal(source, out, kind) == (
+            f"output directory {out}: got a model begun otherwise ({more}version of eightfold: one whose journal does "
+            "not name its files), expected the same recipe and source. "
+            "Choose another directory, or start over with --overwrite."
+        )
+    outcome = quantize(source, out, overwrite=True)
+    assert not outcome.already_complete and not outcome.layers_resumed
+    assert {name: snapshot(out / name) for name in mine} == mine
+    quantize(source, tmp_path / "whole")
+    made = {name: entry for name, entry in snapshot(out).items() if name not in mine and name != "mine"}
+    assert made == snapshot(tmp_path / "whole")
+
+
+def test_a_model_that_an_older_version_has_completed_is_complete(tmp_path, source):
+    quantize(source, tmp_path / "out")
+    forget_claims(tmp_path / "out")
+    assert quantize(source, tmp_path / "out").already_complete
 
 
 def test_names_in_a_journal_lead_nowhere_else(tmp_path):

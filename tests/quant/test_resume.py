@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 
 from eightfold.errors import OutputError
 from eightfold.format import growing
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.growing import GrowingDirectory
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, layers_done, read_entries
 from eightfold.quant.budget import Budget
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.methods import AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
+from eightfold.quant.run import Run
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 from tests.quant.killing import Killed, killed_after
 from tests.refusal import snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = token_samples(4)
 LAYERS = 3
@@ -42,15 +46,6 @@ RECIPES = {
 def source(tmp_path):
     config = tiny_config("Qwen2ForCausalLM", num_hidden_layers=LAYERS)
     return write_model(tmp_path / "float", config, tokenizer=False)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are fastest so, and this file makes many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def quantize(source, target, name="m4 fa", **options):
@@ -153,6 +148,31 @@ def test_a_model_in_a_mount_point_is_replaced_and_the_run_killed_at_any_moment(t
         assert files(out) == files(new), at
 
 
+@pytest.mark.parametrize("is_mount", [True, False])
+def test_a_complete_successor_takes_an_empty_place_without_overwrite(tmp_path, source, monkeypatch, is_mount):
+    new, out, rename = tmp_path / "new", tmp_path / "out", Path.rename
+    if is_mount:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    quantize(source, new, "w8a16")
+    quantize(source, out, "mix")
+
+    def killed(self, to):
+        if self.parent == growing.sibling(out) or self == out:
+            raise Killed
+        return rename(self, to)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Path, "rename", killed)
+        patched.setattr(GrowingDirectory, "__exit__", lambda self, *_: self._unlock())
+        quantize(source, out, "w8a16", overwrite=True)
+    if not is_mount:
+        shutil.rmtree(out)
+    assert [path for path in out.glob("*") if "partial" not in path.name] == []
+    assert quantize(source, out, "w8a16").already_complete
+    assert files(out) == files(new)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.")] == []
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_hidden_states_in_files_give_the_same_bytes(tmp_path, source, monkeypatch, name):
     quantize(source, tmp_path / "memory", name)
@@ -245,6 +265,30 @@ def test_another_source_is_refused_with_the_file(tmp_path, source, monkeypatch, 
     assert f"(source: {name} {what}), expected the same recipe and source." in refusal(source, out)
 
 
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize(("text", "what"), [("", "is gone"), ("x = 2", "has changed")])
+def test_modules_that_auto_map_names_are_part_of_the_source(tmp_path, source, monkeypatch, is_complete, text, what):
+    out, module = tmp_path / "out", source / "configuration_own.py"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_own.Own"}}))
+    module.write_text("x = 1")
+    with monkeypatch.context() as patched, nullcontext() if is_complete else pytest.raises(KeyboardInterrupt):
+        if not is_complete:
+            patched.setattr(growing, "seal", interrupted)
+        quantize(source, out)
+    assert (out / module.name).read_text() == "x = 1"
+    module.write_text(text) if text else module.unlink()
+    assert f"(source: configuration_own.py {what}), expected the same recipe and source." in refusal(source, out)
+    quantize(source, out, overwrite=True)
+    quantize(source, tmp_path / "whole")
+    assert files(out) == files(tmp_path / "whole")
+    assert (out / module.name).exists() == module.exists()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("changed", [".", "additional_chat_templates"])
 def test_of_two_files_of_one_name_each_counts(tmp_path, source, monkeypatch, changed):
     (source / "additional_chat_templates").mkdir()
@@ -296,6 +340,25 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
     assert outcome.restarted
     assert outcome.layers_resumed == 0
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_starting_over_empties_the_work_folder_and_leaves_it_where_it_is(tmp_path, source, monkeypatch):
+    out, resume = tmp_path / "out", Run.resume
+    begin(source, out, monkeypatch)
+    (out / WORK_NAME / "more").mkdir()
+    folder = os.open(out / WORK_NAME, os.O_RDONLY)  # held, its number is nobody else's
+    seen = []
+
+    def look(self):
+        seen.append(sorted(path.name for path in self._output.work.iterdir()))
+        assert os.path.samestat(os.fstat(folder), self._output.work.stat())
+        return len(seen) > 1 and resume(self)
+
+    monkeypatch.setattr(Run, "resume", look)
+    assert quantize(source, out).restarted
+    os.close(folder)
+    assert len(seen[0]) > 2
+    assert seen[1:] == [["times.json"]]
 
 
 def test_a_torn_last_line_counts_as_not_written(tmp_path, source, monkeypatch):

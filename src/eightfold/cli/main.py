@@ -43,7 +43,6 @@ COMMANDS = {
     "env": ("inspecting", "env"),
 }
 
-
 HELP = ("-h", "--help")
 
 # What several processes do together; another command in each of them would only be in the others' way.

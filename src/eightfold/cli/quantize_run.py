@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from eightfold.cli import console
 from eightfold.cli.calibration import Calibration
 from eightfold.errors import ConfigError
 from eightfold.memory import peak_resident_bytes
+from eightfold.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ def team_of_environment() -> Iterator[Team]:
     """The processes that torchrun has started; an error of one ends all."""
     from eightfold.quant.team import Alone
 
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if World.of_environment().size == 1:
         yield Alone()
         return
     console.require_torch("quantize")

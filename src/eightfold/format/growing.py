@@ -6,8 +6,9 @@ then: its successor grows in a hidden sibling, `.NAME.partial-quantize`, and the
 
     OUT is                                            grows in     and is refused
     absent or empty                                   OUT
+    the same, beside its complete successor           nowhere: the successor takes its place
     begun, by the same command                        OUT
-    begun, by another one                             OUT          without --overwrite
+    begun, by another one or an older version         OUT          without --overwrite
     complete, by the same command                     nowhere: there is nothing to do
     complete, by another one, or changed since        the sibling  without --overwrite
     anything else that `eightfold quantize` wrote     the sibling  without --overwrite
@@ -33,6 +34,8 @@ from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Entry, Journal, pr
 from eightfold.format.owned import REPORT_NAME as REPORT_NAME
 from eightfold.format.owned import (
     claimed_files,
+    empty_folder,
+    files_called_ours,
     has_written_name,
     is_as_sealed,
     is_its_own,
@@ -40,6 +43,7 @@ from eightfold.format.owned import (
     remove_files,
     replaced_note,
     require_no_links,
+    says_its_files,
     seal,
     strange_entries,
 )
@@ -127,7 +131,7 @@ class GrowingDirectory:
         beside = sibling(target)
         remove_dead_siblings(beside.parent, f".{target.name}.partial-")
         remove_replaced(target)
-        if self._overwrite and (_is_ready(beside, self._head) or self._must_stay()):
+        if (self._overwrite or not _content(target)) and (_is_ready(beside, self._head) or self._must_stay()):
             self._replaceable()
             self._is_beside, self._is_made = True, not beside.exists()
             self._take(beside)
@@ -162,13 +166,20 @@ class GrowingDirectory:
         if not self.journal.head or (self.journal.complete is None and not self._has_files()):
             self._require_untouched()
         require_no_links(path, self.target, self._claimed)
-        if self.journal.head and (differences := self._explain(self.journal.head, self._head)):
+        if self.journal.head and (differences := self._differences()):
             if not self._overwrite:
                 raise self._other_command(differences, "a model begun")
             self.restart()
         if not self.journal.head:
             self.journal.append(self._head)
         self.work.mkdir(mode=0o700, exist_ok=True)
+
+    def _differences(self) -> list[str]:
+        """Return what differs between what was begun here and what is asked for."""
+        found = self._explain(self.journal.head, self._head)
+        if not says_its_files(self.journal.entries):
+            found.append("version of eightfold: one whose journal does not name its files")
+        return found
 
     def _has_files(self) -> bool:
         """Whether what a journal tells of is there: a copy of the journal alone makes nothing ours."""
@@ -247,8 +258,8 @@ class GrowingDirectory:
         """Forget all that was written, as if nothing had been begun."""
         self._empty()
         self.journal.append(self._head)
-        shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir(mode=0o700, exist_ok=True)
+        empty_folder(self.work)
 
     def _empty(self) -> None:
         """Remove what runs have written, and forget it; what somebody else has put there stays."""
@@ -257,7 +268,9 @@ class GrowingDirectory:
 
     @property
     def _claimed(self) -> set[str]:
-        return claimed_files(self.journal.entries)
+        entries = self.journal.entries
+        claimed = claimed_files(entries)
+        return claimed if says_its_files(entries) else claimed | files_called_ours(self.path, self._source)
 
     def require_free(self, names: Iterable[str]) -> None:
         """Refuse to write over files that no run here has written.

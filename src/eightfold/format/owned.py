@@ -11,12 +11,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from eightfold.errors import OutputError, shortlist
+from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import WORK_NAME, Entry
 from eightfold.format.safetensors import checksum_of
+from eightfold.format.sidecars import carried_over
 from eightfold.format.writer import DIRECTORY_MODE, final_mode
 
 REPORT_NAME = "eightfold_report.json"  # in everything that quantize has ever written
@@ -31,6 +35,21 @@ def claimed_files(entries: Iterable[Entry]) -> set[str]:
     """Return the names of the files that the entries of a journal call written, or about to be."""
     found = {name for entry in entries for key in ("files", "complete") for name in entry.get(key, ())}
     return {name for name in found if _is_inside(name)}
+
+
+def says_its_files(entries: Iterable[Entry]) -> bool:
+    """Whether a journal names what its runs write before they do: those of older versions did not."""
+    keys = {key for entry in entries for key in entry}
+    return "tensors" not in keys or not keys.isdisjoint({"files", "complete"})
+
+
+def files_called_ours(directory: Path, source: Path) -> set[str]:
+    """Return the names of files that quantize has written as far as names tell, where no journal does.
+
+    Where there is a report, what is carried over from the source is there too.
+    """
+    found = {entry.name for entry in os.scandir(directory) if has_written_name(entry.name) and entry.is_file()}
+    return found | {CONFIG_NAME, *carried_over(source)} if REPORT_NAME in found else found
 
 
 def _is_inside(name: str) -> bool:
@@ -69,6 +88,16 @@ def remove_files(directory: Path, names: Iterable[str]) -> None:
         folder = directory / name
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove what can be removed from a folder, which stays: it may be a mount point, or other hosts know it."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def require_no_links(directory: Path, target: Path, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from eightfold import __version__
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.safetensors import TensorInfo, checksum_of
-from eightfold.format.sidecars import list_sidecars
+from eightfold.format.sidecars import list_sidecars, resolve_auto_map
 from eightfold.quant.outcome import samples_digest
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.recipe_file import recipe_content
@@ -66,7 +66,8 @@ def _is_large(checkpoint: Checkpoint) -> bool:
 def source_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files of a model that a quantization reads, sorted by name."""
     found = {info.file for info in checkpoint.tensors.values()}
-    return sorted({checkpoint.directory / CONFIG_NAME, *found, *list_sidecars(checkpoint.directory)})
+    _, modules, _ = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
+    return sorted({checkpoint.directory / CONFIG_NAME, *found, *list_sidecars(checkpoint.directory), *modules})
 
 
 def _name_of(checkpoint: Checkpoint, path: Path) -> str:

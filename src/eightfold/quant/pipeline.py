@@ -82,29 +82,28 @@ def quantize_checkpoint(
     """
     team = team or Alone()
     checkpoint = open_float(source)
-    samples = list(samples or ()) if recipe.needs_samples else []
-    if recipe.needs_samples and not samples:
-        raise ConfigError(f"calibration samples for {recipe.scheme.value}", got="none", expected="at least one")
+    samples = _needed_samples(recipe, samples)
     require_level(recipe, assign_types(checkpoint.config, recipe))
     head = identity(checkpoint, recipe, samples, part_bytes=part_bytes, legacy_names=legacy_names, device=device.type)
     spills = budget_for(checkpoint, recipe, samples).spills(memory, team.size)
     team.require_alike(head)
+    job = _Job(checkpoint, recipe, samples, Guest(target, Notes()), part_bytes, legacy_names, spills, progress, team)
     if not team.is_first:
-        guest = Guest(target, Notes())
-        return _Job(checkpoint, recipe, samples, guest, part_bytes, legacy_names, spills, progress, team).help()
+        return job.help()
     growing = GrowingDirectory(
         target, source=source, head=head, explain=differences, overwrite=overwrite, progress=progress
     )
     with growing as output, use(device):
-        job = _Job(checkpoint, recipe, samples, output, part_bytes, legacy_names, spills, progress, team)
-        if output.journal.complete is not None:
-            team.share(None)
-            if not output.is_complete:  # a run was killed before it had put the model in its place
-                output.finish({})
-            outcome = job.outcome()
-            outcome.already_complete, outcome.layers_resumed = True, checkpoint.config.num_layers
-            return outcome
-        return job.do()
+        return replace(job, output=output).do()
+
+
+def _needed_samples(recipe: Recipe, samples: Sequence[Sequence[int]] | None) -> Sequence[Sequence[int]]:
+    """Return the samples that a recipe needs, which may be none."""
+    if not recipe.needs_samples:
+        return []
+    if not samples:
+        raise ConfigError(f"calibration samples for {recipe.scheme.value}", got="none", expected="at least one")
+    return list(samples)
 
 
 def open_float(source: Path) -> Checkpoint:
@@ -156,6 +155,8 @@ class _Job:
         """Write what is not written yet."""
         output = self.output
         assert isinstance(output, GrowingDirectory)
+        if output.journal.complete is not None:
+            return self._leave_complete(output)
         if output.journal.steps:
             self._require_same_times(output)
         try:
@@ -164,6 +165,15 @@ class _Job:
             output.restart()
             outcome = self._begin(output)
             outcome.restarted = str(damage)
+        return outcome
+
+    def _leave_complete(self, output: GrowingDirectory) -> Outcome:
+        """Leave what an earlier run has made; put it in its place if that one was killed before it had."""
+        self.team.share(None)
+        if not output.is_complete:
+            output.finish({})
+        outcome = self.outcome()
+        outcome.already_complete, outcome.layers_resumed = True, outcome.layers
         return outcome
 
     def _begin(self, output: GrowingDirectory) -> Outcome:
