@@ -139,7 +139,7 @@ void Model::plan_units(const Batch& batch) {
                 for (int h = 0; h < per_kv; h += heads) {
                     const int tile = static_cast<int>(units_.size());
                     units_.push_back(
-                        {s, t, next - t, g * per_kv + h, std::min(heads, per_kv - h), g, 0, end, tile, 1, 0});
+                        {s, t, next - t, g * per_kv + h, std::min(heads, per_kv - h), g, 0, end, tile, 1, 0, 0, 0, 0});
                 }
         }
     }
@@ -163,6 +163,15 @@ void Model::plan_units(const Batch& batch) {
             unit.end = std::min(tile.end, unit.begin + run);
             unit.slot = total + unit.begin / kSplit;
         }
+    }
+}
+
+void Model::find_pages(const Batch& batch) {
+    for (Unit& unit : units_) {
+        const int32_t* table = batch.tables + static_cast<size_t>(unit.sequence) * batch.table_width;
+        unit.position = batch.positions[unit.first_token];
+        unit.first_page = table[unit.begin / kPage];
+        unit.last_page = table[unit.position / kPage];
     }
 }
 
@@ -228,6 +237,7 @@ void Model::reserve_units() {
 
 void Model::forward(const Batch& batch) {
     plan_units(batch);
+    find_pages(batch);
     reserve_tokens(std::max({batch.tokens, batch.logit_rows, batch.choice_rows}));
     if (shadow_.linears.empty()) reserve_choices(batch.choice_rows);
     if (batch.float_prompts) reserve_prompts(batch);

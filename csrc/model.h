@@ -88,6 +88,7 @@ private:
         int begin, end;    // positions
         int tile;
         int parts, slot;   // of a tile that several units share: its runs of kSplit positions; where the unit's first is
+        int position, first_page, last_page;  // of the first token; pages of `begin` and of that token
     };
     struct Step {  // what a run reads; see Pool
         Batch batch;
@@ -191,6 +192,7 @@ private:
     void prefetch_place(const Batch& batch, int layer, int t, int kv_head) const;
     void write_heads(const Step& step, int layer, const Unit& unit, AttnState state);
     void plan_units(const Batch& batch);
+    void find_pages(const Batch& batch);
     void reserve_tokens(int tokens);
     void reserve_choices(int rows);
     void reserve_prompts(const Batch& batch);

@@ -161,15 +161,16 @@ int Model::first_position(int layer, const Batch& batch, const Unit& unit) const
     return std::max(unit.begin, (batch.positions[unit.first_token] - window + 1) / kPage * kPage);
 }
 
-// Asks for what unit `u` reads first, if there is one.
+// Asks for what unit `u` reads first, if there is one. Between chunks, so not from the batch: a late thread may find its
+// memory given back.
 void Model::prefetch_unit(const Step& step, int layer, int u) const {
     if (u >= static_cast<int>(step.units.size())) return;
     const Unit& unit = step.units[u];
-    const int first = first_position(layer, step.batch, unit);
-    if (first >= unit.end) return;
-    const int page = step.batch.tables[static_cast<size_t>(unit.sequence) * step.batch.table_width + first / kPage];
-    cache_->prefetch(layer, page, unit.kv_head);
-    prefetch_place(step.batch, layer, unit.first_token, unit.kv_head);
+    const int window = attention[layer].window;
+    if (window == 0 || unit.position - window + 1 < unit.begin + kPage) {
+        cache_->prefetch(layer, unit.first_page, unit.kv_head);
+    }
+    cache_->prefetch_place(layer, unit.last_page, unit.position % kPage, unit.kv_head);
 }
 
 // Asks for the lines that a token's key and value are going to be written to.
