@@ -141,8 +141,9 @@ void Group::prefetch(int tokens, int index) const {
         const Linear& linear = linears[i];
         const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
         const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
-        const int runs = few_tokens && chunk.count % 4 == 0 ? 4 : 1;  // as gemm_i8 walks
-        const size_t apart = row * static_cast<size_t>(chunk.count / runs), bytes = std::min(apart, most / runs);
+        const int rows = few_tokens ? std::min(chunk.count, rows_of_piece(chunk, tokens)) : chunk.count;
+        const int runs = few_tokens && rows % 4 == 0 ? 4 : 1;  // as gemm_i8 walks
+        const size_t apart = row * static_cast<size_t>(rows / runs), bytes = std::min(apart, most / runs);
         for (size_t j = 0; j < bytes; j += 64)
             for (int r = 0; r < runs; r++) __builtin_prefetch(at + r * apart + j, 0, 2);
     }

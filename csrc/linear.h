@@ -106,16 +106,18 @@ inline bool is_packed(int tokens) { return tokens > kFewTokens; }
 
 inline int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
-// Calls f(first row, rows) for the pieces of a chunk that products are made of: of a few tokens, as few pieces as the
-// scratch memory allows, of about equal size.
+// Rows of the pieces of a chunk that products are made of: of a few tokens, as few pieces as the scratch memory allows, of
+// about equal size.
+inline int rows_of_piece(const Chunk& chunk, int tokens) {
+    if (tokens > kFewTokens) return kManyRows;
+    const int pieces = chunk_count(chunk.count, kProducts / tokens / 4 * 4);
+    return chunk_count(chunk_count(chunk.count, pieces), 4) * 4;
+}
+
+// Calls f(first row, rows) for them.
 template <typename Step>
 void by_rows(const Chunk& chunk, int tokens, Step f) {
-    const int end = chunk.begin + chunk.count;
-    int step = kManyRows;
-    if (tokens <= kFewTokens) {
-        const int pieces = chunk_count(chunk.count, kProducts / tokens / 4 * 4);
-        step = chunk_count(chunk_count(chunk.count, pieces), 4) * 4;
-    }
+    const int end = chunk.begin + chunk.count, step = rows_of_piece(chunk, tokens);
     for (int n = chunk.begin; n < end; n += step) f(n, std::min(step, end - n));
 }
 

@@ -423,6 +423,16 @@ def test_too_little_space_for_the_rest_keeps_what_is_finished(tmp_path, source, 
     assert quantize(source, out).layers_resumed == 2
 
 
+def test_room_is_asked_for_only_where_there_is_no_file_yet(tmp_path, source, monkeypatch):
+    out, asked, needed = tmp_path / "out", [], Run.spilled_bytes.fget
+    monkeypatch.setattr(Run, "spilled_bytes", property(lambda self: asked.append(needed(self)) or asked[-1]))
+    begin(source, out, monkeypatch)
+    states = sum(path.stat().st_size for path in (out / WORK_NAME).glob("*.f32"))
+    whole = asked[-1]
+    assert quantize(source, out).layers_resumed == 2
+    assert 0 < states == whole - asked[-1]
+
+
 def test_no_more_than_three_generations_of_hidden_states_are_on_disk(tmp_path, source, monkeypatch):
     seen = []
     append = Journal.append

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from eightfold.config import ModelConfig
 from eightfold.families import input_groups
+from eightfold.format.pagecache import drop
 from eightfold.format.safetensors import checksum_of, joined_checksum
 from eightfold.quant.settling import Settling
 from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
@@ -127,8 +128,8 @@ class HiddenStates:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all its files."""
-        return GENERATIONS * self.nbytes
+        """Bytes that its files still need, beside those they have."""
+        return sum(max(0, self.nbytes - _allocated(self._path(i))) for i in range(GENERATIONS))
 
     def _path(self, layer_idx: int) -> Path:
         return self._folder / f"{self.name}-{layer_idx % GENERATIONS}.f32"
@@ -194,6 +195,9 @@ class HiddenStates:
     def _open_next(self) -> int:
         file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT, 0o600)
         os.ftruncate(file, self.nbytes)  # not to nothing: another rank may have begun to write
+        if not self._team.is_one_host:
+            # A file system of several hosts may write a page that it has read as a whole, others' new bytes with it.
+            drop(file, 0, self.nbytes)
         return file
 
     def finish(self) -> None:
@@ -294,6 +298,13 @@ class Exchanging(Protocol):
     def stay_away(self) -> None:
         """Take part without samples."""
         ...
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return 512 * path.stat().st_blocks
+    except FileNotFoundError:
+        return 0
 
 
 def _write(file: int, states: Tensor, at: int) -> int:

@@ -90,7 +90,7 @@ class Run:
 
     @property
     def spilled_bytes(self) -> int:
-        """How much room on disk the hidden states take."""
+        """How much more room on disk the hidden states need."""
         return sum(stream.disk_bytes for stream in self._streams)
 
     # --- the journal
