@@ -20,8 +20,8 @@ constexpr int kAhead = 2048;               // bytes of a weight row
 // stored, and a call between them costs a fifth of the bandwidth. So what one token needs is forced into one function,
 // whatever else the compiler has put into this file.
 template <int C>
-[[gnu::always_inline]] inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx, int inner,
-                    int32_t sums[C][4]) {
+[[gnu::always_inline]] inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx,
+                                           int inner, int32_t sums[C][4]) {
     constexpr int step = 4 * W;
     // What is read kAhead bytes later: further along these rows, or the beginning of the next four, `next` bytes on.
     const int ahead = std::min(kAhead, inner);

@@ -106,8 +106,8 @@ inline bool is_packed(int tokens) { return tokens > kFewTokens; }
 
 inline int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
-// Rows of the pieces of a chunk that products are made of: of a few tokens, as few pieces as the scratch memory allows, of
-// about equal size.
+// Rows of the pieces of a chunk that products are made of: of a few tokens, as few pieces as the scratch memory allows,
+// of about equal size.
 inline int rows_of_piece(const Chunk& chunk, int tokens) {
     if (tokens > kFewTokens) return kManyRows;
     const int pieces = chunk_count(chunk.count, kProducts / tokens / 4 * 4);

@@ -161,8 +161,8 @@ int Model::first_position(int layer, const Batch& batch, const Unit& unit) const
     return std::max(unit.begin, (batch.positions[unit.first_token] - window + 1) / kPage * kPage);
 }
 
-// Asks for what unit `u` reads first, if there is one. Between chunks, so not from the batch: a late thread may find its
-// memory given back.
+// Asks for what unit `u` reads first, if there is one. Between chunks, so not from the batch, whose memory a late thread
+// may find given back.
 void Model::prefetch_unit(const Step& step, int layer, int u) const {
     if (u >= static_cast<int>(step.units.size())) return;
     const Unit& unit = step.units[u];

@@ -1,17 +1,18 @@
 // A pool whose threads all walk through the same program of phases.
 //
-// A phase is a number of chunks. Of up to kOwned, chunk i is first of all thread i % threads', which so knows what it will
-// read next; who has none left takes others', the last ones first. More are claimed one after the other from a counter.
+// A phase is a number of chunks. Of up to kOwned, chunk i is first of all thread i % threads', which so knows what it
+// will read next; who has none left takes others', the last ones first. More are claimed one after the other from a
+// counter.
 //
-// A phase has ended when all its chunks are done, not when all threads have come by: a thread whose core is busy elsewhere
-// holds nobody up unless it was stopped inside a chunk. It finds the phases it has missed finished, or the run over.
-// Waiting is a short spin, then a futex.
+// A phase has ended when all its chunks are done, not when all threads have come by: a thread whose core is busy
+// elsewhere holds nobody up unless it was stopped inside a chunk. It finds the phases it has missed finished, or the run
+// over. Waiting is a short spin, then a futex.
 //
 // Where a run still had to sleep for long (some other program keeps a core busy), the next ones are walked alone, and
 // after ever more of them the others are tried again.
 //
 // What a program reads between chunks must stay as it is while a late thread may still read it. So the arguments of a
-// run live in one of kSlots places that are used in turn.
+// run live in one of kSlots places that are used in turn, and what they only point to is read inside chunks alone.
 #pragma once
 
 #include <array>
