@@ -78,24 +78,30 @@ int Model::finish(bool forgets_head) {
         Model& model;
         bool forgets_head;
         std::atomic<int> damaged;
-    } job{{}, *this, forgets_head, -1};
-    constexpr int rows = 256;
+        int first, count;  // of a run's pieces
+    } job{{}, *this, forgets_head, -1, 0, 0};
+    constexpr int rows = 256, pieces_of_run = 32;  // as long as it is left alone
     if (embedding.weight != head.linears.front().weight) linears.push_back(&embedding);
     for (Linear* linear : linears)
         for (int n = 0; n < linear->outputs; n += rows) job.pieces.emplace_back(linear, n);
-    pool_.next_slot();
-    pool_.run(
-        [](void* context, Pool::Walk& walk) {
-            Job& job = *static_cast<Job*>(context);
-            (void)walk.phase(static_cast<int>(job.pieces.size()), [&](int i) {
-                auto [linear, n] = job.pieces[i];
-                const int end = std::min(n + rows, linear->outputs);
-                if (!linear->prepare(job.model.kernels_, n, end)) job.damaged = linear->ordinal;
-                if (linear == &job.model.head.linears.front()) job.model.shadow_rows(n, end, job.forgets_head);
-            });
-        },
-        &job);
-    pool_.quiesce();
+    const int all = static_cast<int>(job.pieces.size());
+    for (; job.first < all; job.first += job.count) {
+        const bool alone = left_alone_;
+        job.count = alone ? std::min(pieces_of_run, all - job.first) : all - job.first;
+        pool_.next_slot();
+        pool_.run(
+            [](void* context, Pool::Walk& walk) {
+                Job& job = *static_cast<Job*>(context);
+                (void)walk.phase(job.count, [&](int i) {
+                    auto [linear, n] = job.pieces[job.first + i];
+                    const int end = std::min(n + rows, linear->outputs);
+                    if (!linear->prepare(job.model.kernels_, n, end)) job.damaged = linear->ordinal;
+                    if (linear == &job.model.head.linears.front()) job.model.shadow_rows(n, end, job.forgets_head);
+                });
+            },
+            &job, alone);
+        pool_.quiesce();  // of a run's arguments there is one place
+    }
     return job.damaged;
 }
 

@@ -72,6 +72,8 @@ public:
     // Returns -1, or the ordinal of a weight that is not finite. `forgets_head`: the head lies in a mapped file, whose
     // pages need not stay in memory after its shadow was made.
     int finish(bool forgets_head);
+    // While it is left alone, finish() computes on its caller's thread, and leaves the other cores to somebody else.
+    void leave_alone(bool alone) { left_alone_ = alone; }
     void set_exchange(std::unique_ptr<Exchange> exchange) { exchange_ = std::move(exchange); }
     void allocate_cache(int pages);
     void forward(const Batch& batch);
@@ -211,6 +213,7 @@ private:
     std::unique_ptr<Exchange> exchange_;  // of several ranks
     std::atomic<uint64_t> failed_{0};     // the step whose meeting failed
     std::exception_ptr failure_;
+    std::atomic<bool> left_alone_{false};
     bool has_ranges_ = false;             // some inputs are quantized by what all ranks have of them
     size_t widest_part_ = 0;              // of a token, in numbers
     int gathered_width_ = 0;

@@ -103,8 +103,8 @@ public:
     // Waits until no thread reads anything of earlier runs.
     void quiesce();
 
-    // Runs a program on all threads; returns when its chunks are done. One caller at a time.
-    void run(Program program, void* context);
+    // Runs a program on all threads, or `alone` on the caller's; returns when its chunks are done. One caller at a time.
+    void run(Program program, void* context, bool alone = false);
 
 private:
     struct Job {

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ class PARunner:
         self.num_blocks = math.ceil(longest / self.block_size) * max_batch_size
         checkpoint = Checkpoint.open(Path(model_path))
         if max_position_embeddings is not None:
-            changed = {"max_position_embeddings": max_position_embeddings}
-            checkpoint.config = checkpoint.config.model_copy(update=changed)
+            checkpoint.config = replace(checkpoint.config, max_position_embeddings=max_position_embeddings)
         self.tokenizer = Tokenizer(checkpoint.directory, chat_template) if load_tokenizer else None
         self.stop_ids = stop_token_ids(checkpoint.directory, checkpoint.config_raw)
         self.engine = Engine(checkpoint, pages_for(self.num_blocks, self.block_size, max_batch_size))

@@ -10,13 +10,13 @@ Letters: H query heads, G key/value heads, D head_dim, E hidden size, F intermed
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from typing import Any, NamedTuple
 
 from eightfold.errors import CheckpointError, ConfigError, UnsupportedError, one_of
+from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, require
 
 
 class DType(str, Enum):
@@ -49,48 +49,45 @@ _ROPE_NEEDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-# Strict: a layer count of `true` is a damaged file, not one layer.
-_STRICT = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+MAX_LAYERS = 10_000  # tensor names are listed for each
 
 
-class RopeParameters(BaseModel):
+@dataclass(frozen=True)
+class RopeParameters:
     """Rotary embedding: base and, for long contexts, how frequencies are stretched."""
 
-    model_config = _STRICT
-
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: float = 10000.0
     rope_type: str = "default"
-    factor: PositiveFloat = 1.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: PositiveInt = 8192
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
 
-class ModelConfig(BaseModel):
+@dataclass(frozen=True)
+class ModelConfig:
     """What config.json says about a Llama-family decoder, with every default filled in."""
 
-    model_config = _STRICT
-
     architecture: str
+    vocab_size: int  # V
+    hidden_size: int  # E
+    intermediate_size: int  # F
+    num_layers: int  # L
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_dim: int  # D
     dtype: DType | None = None  # None: the file does not say
-    vocab_size: PositiveInt  # V
-    hidden_size: PositiveInt  # E
-    intermediate_size: PositiveInt  # F
-    num_layers: Annotated[int, Field(gt=0, le=10_000)]  # L; tensor names are listed for each
-    num_heads: PositiveInt  # H
-    num_kv_heads: PositiveInt  # G
-    head_dim: PositiveInt  # D
-    rms_norm_eps: PositiveFloat = 1e-6
-    max_position_embeddings: PositiveInt = 2048
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
     rope: RopeParameters = RopeParameters()
-    sliding_window: PositiveInt | None = 4096  # defaults as transformers has them for Mistral and Qwen; null is none
+    sliding_window: int | None = 4096  # defaults as transformers has them for Mistral and Qwen; null is none
     use_sliding_window: bool | None = None  # None: the family decides
     max_window_layers: int = 28
-    layer_types: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    layer_types: tuple[str, ...] | None = None
 
     @property
     def q_size(self) -> int:
@@ -129,34 +126,14 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
             got=architectures or "nothing",
             expected='a list such as ["LlamaForCausalLM"]',
         )
-    heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-    head_dim = raw.get("head_dim")
-    if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
-        if hidden % heads:
-            raise ConfigError(
-                '"hidden_size"',
-                where=where,
-                got=hidden,
-                expected=f"a multiple of num_attention_heads {heads}, or a head_dim",
-            )
-        head_dim = hidden // heads
-    rope = _rope_parameters(raw, where)
-    fields = {name: raw[name] for name in _SAME_NAME if raw.get(name) is not None}
-    fields.update(
-        architecture=architectures[0],
-        dtype=_dtype(raw, where),
-        num_layers=raw.get("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
-        head_dim=head_dim,
-        rope=rope,
-    )
+    said = _with_defaults(raw, where)
+    rope, dtype = _rope_parameters(raw, where), _dtype(raw, where)
+    architecture = require(TEXT, architectures[0], "architectures", where)
+    sizes = {ours: require(kind, said.get(theirs), theirs, where) for ours, (theirs, kind) in _SIZES.items()}
+    options = checked(said, _OPTIONS, where)
     if "sliding_window" in raw:
-        fields["sliding_window"] = raw["sliding_window"]
-    try:
-        config = ModelConfig.model_validate(fields)
-    except ValidationError as error:
-        raise _first_problem(error, where) from None
+        options.setdefault("sliding_window", None)
+    config = ModelConfig(architecture=architecture, dtype=dtype, rope=rope, **sizes, **options)
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(
             '"num_key_value_heads"',
@@ -173,43 +150,56 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     return config
 
 
-_SAME_NAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "hidden_act",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-)
+# Of ModelConfig: the name in config.json, and what it has to be there.
+_SIZES = {
+    "vocab_size": ("vocab_size", COUNT),
+    "hidden_size": ("hidden_size", COUNT),
+    "intermediate_size": ("intermediate_size", COUNT),
+    "num_layers": ("num_hidden_layers", COUNT._replace(most=MAX_LAYERS)),
+    "num_heads": ("num_attention_heads", COUNT),
+    "num_kv_heads": ("num_key_value_heads", COUNT),
+    "head_dim": ("head_dim", COUNT),
+}
 
-# Our field names where config.json uses another.
-_FILE_NAMES = {
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "architecture": "architectures",
-    "rope": "rope_parameters",
+# What may be absent, by the same name in both.
+_OPTIONS = {
+    "rms_norm_eps": POSITIVE,
+    "max_position_embeddings": COUNT,
+    "tie_word_embeddings": FLAG,
+    "attention_bias": FLAG,
+    "mlp_bias": FLAG,
+    "hidden_act": TEXT,
+    "sliding_window": COUNT,
+    "use_sliding_window": FLAG,
+    "max_window_layers": INTEGER,
+    "layer_types": TEXTS,
+}
+
+_ROPE_FIELDS = {
+    "rope_theta": POSITIVE,
+    "rope_type": TEXT,
+    "factor": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "original_max_position_embeddings": COUNT,
 }
 
 
-def _first_problem(error: ValidationError, where: Path) -> ConfigError:
-    problem = error.errors()[0]
-    name = str(problem["loc"][0])
-    # Of an absent field the input is the whole object.
-    got = None if problem["type"] == "missing" else problem["input"]
-    return ConfigError(
-        f'"{_FILE_NAMES.get(name, name)}"',
-        where=where,
-        got="nothing" if got is None else repr(got),
-        expected="a value" if got is None else problem["msg"].removeprefix("Input should be "),
-    )
+def _with_defaults(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return what a file says that is not null, with the head sizes that follow from others."""
+    said = {key: value for key, value in raw.items() if value is not None}
+    heads, hidden = said.get("num_attention_heads"), said.get("hidden_size")
+    if "head_dim" not in said and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+        if hidden % heads:
+            raise ConfigError(
+                '"hidden_size"',
+                where=where,
+                got=hidden,
+                expected=f"a multiple of num_attention_heads {heads}, or a head_dim",
+            )
+        said["head_dim"] = hidden // heads
+    said.setdefault("num_key_value_heads", heads)
+    return said
 
 
 def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
@@ -262,10 +252,7 @@ def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
         raise UnsupportedError(
             '"partial_rotary_factor"', where=where, got=raw.get("partial_rotary_factor"), expected="1"
         )
-    try:
-        return RopeParameters.model_validate(fields)
-    except ValidationError as error:
-        raise _first_problem(error, where) from None
+    return RopeParameters(**checked(fields, _ROPE_FIELDS, where))
 
 
 def _old_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:

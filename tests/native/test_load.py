@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,16 @@ from eightfold.reference import generate as reference_generate
 from eightfold.reference.load import Decoder
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 from tests.native import NAME
-from tests.native.models import DYNAMIC, ISAS, VARIANTS, Variant, keys_and_values_in_bfloat16, native, write_variant
+from tests.native.models import (
+    DYNAMIC,
+    ISAS,
+    VARIANTS,
+    Variant,
+    keys_and_values_in_bfloat16,
+    logits_of,
+    native,
+    write_variant,
+)
 
 
 def one_line(raised: pytest.ExceptionInfo[Exception]) -> str:
@@ -265,6 +276,39 @@ def test_generation_stops_at_a_stop_token_and_goes_on_over_pages(tmp_path):
     stopped = generate(model, prompt, 150, frozenset({stop}))
     assert stopped == Generation(whole.token_ids[: whole.token_ids.index(stop)], "stop")
     assert generate(model, prompt, 0) == Generation([], "length")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seconds", [0, 0.2], ids=["soon over", "longer than loading"])
+def test_what_is_done_beside_loading_changes_no_bit(tmp_path, isa, seconds):
+    config = tiny_config(num_hidden_layers=9, vocab_size=2_000)  # two runs of pieces
+    checkpoint = write_variant(tmp_path, Variant(VARIANTS["w8a8"].recipe, config))
+    prompt, done = token_samples(1, seed=3)[0], list[str]()
+
+    def beside() -> None:
+        time.sleep(seconds)
+        done.append("beside")
+
+    expected = logits_of(native(checkpoint, isa, threads=3), prompt)
+    for _ in range(3):
+        found = logits_of(native(checkpoint, isa, threads=3, beside=beside), prompt)
+        np.testing.assert_array_equal(found, expected)
+    assert done == ["beside"] * 3
+
+
+def test_what_fails_beside_loading_is_told_when_loading_is_done(checkpoint_of):
+    def beside() -> None:
+        raise ConfigError("tokenizer", got="none")
+
+    threads = threading.active_count()
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_model(checkpoint_of("w8a8"), threads=2, beside=beside)
+    assert threading.active_count() == threads
+
+
+def test_a_damaged_weight_is_found_also_when_something_is_done_beside(tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected a finite number"):
+        load_model(damaged(tmp_path, "bfloat16", "down_proj.weight", float("nan")), threads=2, beside=lambda: None)
 
 
 @pytest.mark.parametrize(("prompt", "count"), [([], 3), ([1] * 120, 9)])

@@ -95,13 +95,14 @@ def chat(
 
 
 def _load(model: Path, template: str | None, **settings: Any) -> Engine:
-    from eightfold.engine.engine import Engine
-    from eightfold.engine.settings import EngineConfig
-    from eightfold.tokenizer import Tokenizer
+    with console.loading():
+        from eightfold.engine.engine import Engine
+        from eightfold.engine.settings import EngineConfig
+        from eightfold.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(model, template)
-    sampling.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
-    engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings), tokenizer)
+        tokenizer = Tokenizer(model, template)
+        sampling.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
+        engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings), tokenizer)
     for note in engine.notes:
         console.note(note)
     return engine

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from eightfold import __version__
+from eightfold.cli.conversion import convert_soon
 from eightfold.errors import ConfigError, EightfoldError, kept_work
 
 PROGRAM = "eightfold"  # in messages, however the program was started
@@ -128,7 +129,9 @@ def _run() -> int:
     debug = "--debug" in sys.argv
     try:
         _require_one_process(_command(sys.argv[1:]))
-        code = program(sys.argv[1:])(prog_name=PROGRAM, standalone_mode=False)
+        command = typer.main.get_command(program(sys.argv[1:]))
+        convert_soon(command)
+        code = command(prog_name=PROGRAM, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code

@@ -138,14 +138,15 @@ def serve(
 
 def _load(model: Path, template: str | None, **limits: object) -> AsyncLLM:
     """Load the model, see that its chat template can be used, and answer a first time: that is slower than later."""
-    from eightfold.engine.async_llm import AsyncLLM
-    from eightfold.engine.engine import Engine
-    from eightfold.engine.sampling_params import SamplingParams
-    from eightfold.engine.settings import EngineConfig
-    from eightfold.tokenizer import Tokenizer
+    with console.loading():
+        from eightfold.engine.async_llm import AsyncLLM
+        from eightfold.engine.engine import Engine
+        from eightfold.engine.sampling_params import SamplingParams
+        from eightfold.engine.settings import EngineConfig
+        from eightfold.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(model, template)
-    engine = Engine.load(model, EngineConfig(**limits), tokenizer)  # type: ignore[arg-type]
+        tokenizer = Tokenizer(model, template)
+        engine = Engine.load(model, EngineConfig(**limits), tokenizer)  # type: ignore[arg-type]
     if tokenizer.has_chat_template:
         tokenizer.require_template()
     else:

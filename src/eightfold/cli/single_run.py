@@ -38,6 +38,11 @@ class Outcome(NamedTuple):
     resident_weights_mib: list[float]  # of each process
 
 
+class _Prompt(NamedTuple):
+    tokenizer: Tokenizer
+    ids: list[int]
+
+
 class _Generation(Protocol):
     @property
     def token_ids(self) -> list[int]: ...
@@ -86,30 +91,35 @@ class Single:
             EightfoldError: the model, the prompt or the options are not as they must be.
         """
         from eightfold.format.checkpoint import Checkpoint
-        from eightfold.tokenizer import Tokenizer
 
-        checkpoint = Checkpoint.open(self.model)
-        tokenizer = Tokenizer(self.model, self.chat_template)
-        prompt_ids = self._encode(tokenizer)
-        backend = self.backend
-        load = self._sampled if self.sampling else self._greedy
-        answer, model = load(checkpoint, tokenizer, backend, prompt_ids)
+        read = functools.cache(self._read)
+        with console.loading():
+            checkpoint = Checkpoint.open(self.model)
+            answer, model = (self._sampled if self.sampling else self._greedy)(checkpoint, read)
+        prompt_tokens = len(read().ids)
         started = time.monotonic()
         text, token_ids, reason = answer(show)
         seconds, weights = round(time.monotonic() - started, 3), [] if model is None else model.resident_weights_mib
         world_size = 1 if model is None else model.world_size
-        return Outcome(text, token_ids, len(prompt_ids), reason, seconds, backend.value, world_size, weights)
+        return Outcome(text, token_ids, prompt_tokens, reason, seconds, self.backend.value, world_size, weights)
 
-    def _encode(self, tokenizer: Tokenizer) -> list[int]:
+    def _read(self) -> _Prompt:
+        from eightfold.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer(self.model, self.chat_template)
         if not self.chat:
-            return tokenizer.encode(self.prompt)
-        return tokenizer.encode_chat([{"role": "user", "content": self.prompt}], add_generation_prompt=True)
+            return _Prompt(tokenizer, tokenizer.encode(self.prompt))
+        messages = [{"role": "user", "content": self.prompt}]
+        return _Prompt(tokenizer, tokenizer.encode_chat(messages, add_generation_prompt=True))
 
-    def _greedy(self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]) -> _Loaded:
-        """Load a model; return what answers with it."""
+    def _greedy(self, checkpoint: Checkpoint, read: Callable[[], _Prompt]) -> _Loaded:
+        """Load a model, and the prompt meanwhile; return what answers with it."""
         from eightfold.tokenizer import StreamDecoder, stop_token_ids
 
-        generate, model = (_reference if backend is Backend.reference else _native)(checkpoint, self.settings)
+        generate, model = (_reference if self.backend is Backend.reference else _native)(
+            checkpoint, self.settings, read
+        )
+        tokenizer, prompt_ids = read()
         stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
 
         def answer(show: Show) -> _Answered:
@@ -120,16 +130,15 @@ class Single:
 
         return answer, model
 
-    def _sampled(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer, backend: Backend, prompt_ids: list[int]
-    ) -> _Loaded:
+    def _sampled(self, checkpoint: Checkpoint, read: Callable[[], _Prompt]) -> _Loaded:
         """Load an engine; return what answers with it."""
-        if backend is Backend.reference:
+        if self.backend is Backend.reference:
             raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
         from eightfold.engine.engine import Engine
         from eightfold.engine.settings import EngineConfig
         from eightfold.generation import require_room
 
+        tokenizer, prompt_ids = read()
         require_room(checkpoint.config, len(prompt_ids), self.max_new_tokens)
         params = sampling_params(self.sampling, max_tokens=self.max_new_tokens)
         engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.settings), tokenizer)
@@ -145,18 +154,21 @@ def _run(engine: Engine, prompt_ids: list[int], params: SamplingParams, show: Sh
     return answer.text, answer.token_ids, answer.finish_reason
 
 
-def _reference(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[_Generate, None]:
+def _reference(checkpoint: Checkpoint, settings: dict[str, Any], read: Callable[[], object]) -> tuple[_Generate, None]:
     console.require_torch("run --backend reference")
+    read()
     from eightfold.reference.generate import generate
     from eightfold.reference.load import Decoder
 
     return functools.partial(generate, Decoder(checkpoint, settings["dynamic"], settings["attention_mode"])), None
 
 
-def _native(checkpoint: Checkpoint, settings: dict[str, Any]) -> tuple[_Generate, NativeModel]:
+def _native(
+    checkpoint: Checkpoint, settings: dict[str, Any], read: Callable[[], object]
+) -> tuple[_Generate, NativeModel]:
     from eightfold.engine.loading import load_model
     from eightfold.native.generate import generate
 
     dynamic, attention = settings["dynamic"], settings["attention_mode"]
-    model = load_model(checkpoint, threads=settings["threads"], dynamic=dynamic, attention=attention)
+    model = load_model(checkpoint, read, threads=settings["threads"], dynamic=dynamic, attention=attention)
     return functools.partial(generate, model), model

@@ -5,6 +5,7 @@ Nothing is imported before it is needed, so that a single process starts soon.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,13 +26,14 @@ class Options:
     attention: Literal["cache", "mindie"] = "cache"
 
 
-def load_model(checkpoint: Checkpoint, **options: Any) -> NativeModel:
+def load_model(checkpoint: Checkpoint, beside: Callable[[], object] | None = None, **options: Any) -> NativeModel:
     """Load a model. Of several processes rank 0 gets one that all compute, and this never returns in the others.
 
     They compute what rank 0 asks for until it ends, and then end too. It can be done once in a process.
 
     Args:
         checkpoint: any scheme.
+        beside: is called while the weights are made ready, if there is one process; else before.
         options: the fields of Options; see native.load.load_model.
 
     Raises:
@@ -41,11 +43,13 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> NativeModel:
     if world.size == 1:
         from eightfold.native import load as native
 
-        return native.load_model(checkpoint, **asdict(chosen))
+        return native.load_model(checkpoint, **asdict(chosen), beside=beside)
     from eightfold.engine import distributed
 
     if not world.is_first:
         distributed.follow_first(world, lambda: checkpoint, chosen)
+    if beside is not None:
+        beside()
     return distributed.lead(world, checkpoint, chosen)
 
 

@@ -259,7 +259,7 @@ def _are_llama3(factors: torch.Tensor, rope: dict[str, Any], head_dim: int) -> b
 
 
 def _rope_of(fields: dict[str, Any]) -> RopeParameters:
-    return RopeParameters.model_validate(fields)
+    return RopeParameters(**fields)
 
 
 def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -81,6 +83,7 @@ def load_model(
     attention: Literal["cache", "mindie"] = "cache",
     share: Share = WHOLE,
     neighbours: int = 1,
+    beside: Callable[[], object] | None = None,
 ) -> NativeModel:
     """Build the native model of a checkpoint, or a rank's share of it.
 
@@ -92,6 +95,7 @@ def load_model(
             keys and values (in bfloat16); prompts then have to run whole.
         share: what of the model; anything but the whole has to meet the others before it can run.
         neighbours: processes of this host that load a share of it, this one included.
+        beside: is called while the weights are made ready; what it raises goes on.
 
     Raises:
         ConfigError: the heads cannot be shared out evenly.
@@ -121,13 +125,40 @@ def load_model(
     for layer_idx in range(config.num_layers):
         loader.add_layer(layer_idx)
     loader.add_ends()
-    damaged = model.finish(forgets_head=True)  # it lies in a mapped file
+    damaged = _finish(model, beside)
     if damaged >= 0:
         loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
     loaded = NativeModel(model, config, isa, float_prompts, neighbours)
     loaded.resident_weights = (max((resident_bytes() or 0) - resident, 0),)
     return loaded
+
+
+def _finish(model: Any, beside: Callable[[], object] | None) -> int:
+    """Make the weights ready; return the ordinal of a damaged one, or -1."""
+    if beside is None:
+        return int(model.finish(forgets_head=True))  # it lies in a mapped file
+    found: list[int | BaseException] = []
+
+    def finish() -> None:
+        try:
+            found.append(model.finish(forgets_head=True))
+        except BaseException as error:
+            found.append(error)
+
+    # Python keeps one core busy meanwhile; the threads of the core would take turns with it.
+    model.leave_alone(True)
+    thread = threading.Thread(target=finish)
+    thread.start()
+    try:
+        beside()
+    finally:
+        model.leave_alone(False)
+        thread.join()
+    (result,) = found
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _require_shapes(checkpoint: Checkpoint) -> None:
