@@ -202,7 +202,9 @@ inline void by_rows(int rows, Step f) {
     }
 }
 
-// exp(s - max) over what is visible, zero elsewhere, in place; returns max, or minus infinity if nothing is visible.
+// kLevels exp(s - max) over what is visible, zero elsewhere, in place; returns max, or minus infinity if nothing is
+// visible.
+template <int kLevels>
 inline float exponentials(float* s, Visible see, int columns) {
     if (see.begin >= see.end) {
         std::fill(s, s + columns, 0.0f);
@@ -214,7 +216,7 @@ inline float exponentials(float* s, Visible see, int columns) {
     float max = f_hmax(top);
     for (; i < see.end; i++) max = std::max(max, s[i]);
     const F shift = f_set(max);
-    for (i = 0; i < columns; i += W) f_store(s + i, exp_lanes(f_sub(f_load(s + i), shift)));
+    for (i = 0; i < columns; i += W) f_store(s + i, exp_levels<kLevels>(f_sub(f_load(s + i), shift)));
     std::fill(s, s + see.begin, 0.0f);
     std::fill(s + see.end, s + columns, 0.0f);
     return max;
@@ -264,7 +266,7 @@ inline void normalize_whole(const AttnRows& in, int r, Page& page) {
     constexpr int N = kPage / W;
     const int32_t* scores = page.scores + r * kPage;
     const I shift = i_set(128 * in.q_sum[r]);
-    const F scale = f_set(in.q_scale[r]), levels = f_set(127.0f);
+    const F scale = f_set(in.q_scale[r]);
     F s[N];
     for (int i = 0; i < N; i++) s[i] = f_mul(to_f(i_sub(i_load(scores + i * W), shift)), scale);
     F top = s[0];
@@ -273,7 +275,7 @@ inline void normalize_whole(const AttnRows& in, int r, Page& page) {
     const F most = f_set(page.max[r]);
     I sum = i_set(0);
     for (int i = 0; i < N; i++) {
-        const I q = to_i(f_mul(exp_lanes(f_sub(s[i], most)), levels));
+        const I q = to_i(exp_levels<127>(f_sub(s[i], most)));
         sum = i_add(sum, q);
         store_low_bytes(page.high + r * kPage + i * W, q, W);
     }
@@ -292,20 +294,20 @@ inline void normalize_page(const AttnRows& in, int first, int columns, Ahead& ah
         }
         if (in.kind != CacheKind::bf16) finish_scores(in, r, columns, page);
         float* s = page.real + r * kPage;
-        page.max[r] = exponentials(s, see, columns);
         if (in.kind == CacheKind::bf16) {
+            page.max[r] = exponentials<1>(s, see, columns);
             F sum = f_set(0.0f);
             for (int i = 0; i < columns; i += W) sum = f_add(sum, f_load(s + i));
             page.sum[r] = f_hsum(sum);
             continue;
         }
-        ahead.ask<kRowLines>();
         const bool wide = in.kind == CacheKind::int8x2;
-        const F levels = f_set(wide ? 65535.0f : 127.0f);
+        page.max[r] = wide ? exponentials<65535>(s, see, columns) : exponentials<127>(s, see, columns);
+        ahead.ask<kRowLines>();
         const I mask = i_set(255);
         I sum = i_set(0);
         for (int i = 0; i < columns; i += W) {
-            const I q = to_i(f_mul(f_load(s + i), levels));
+            const I q = to_i(f_load(s + i));
             sum = i_add(sum, q);
             store_low_bytes(page.high + r * kPage + i, wide ? i_sra8(q) : q, W);
             if (wide) store_low_bytes(page.low + r * kPage + i, i_and(q, mask), W);

@@ -26,8 +26,10 @@ inline F f_sub(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F f_mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F f_div(F a, F b) { return _mm256_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F f_fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
 inline F f_min(F a, F b) { return _mm256_min_ps(a, b); }
 inline F f_max(F a, F b) { return _mm256_max_ps(a, b); }
+inline F f_round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline float f_hsum(F x) {
     const __m128 a = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
@@ -64,8 +66,8 @@ inline int32_t i_hsum(I x) {
 inline F to_f(I x) { return _mm256_cvtepi32_ps(x); }
 inline F as_f(I x) { return _mm256_castsi256_ps(x); }
 inline I to_i(F x) { return _mm256_cvtps_epi32(x); }
-inline F scale_2n(F x, I n) {
-    const I power = _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23);
+inline F scale_2n(F x, F n) {
+    const I power = _mm256_slli_epi32(_mm256_add_epi32(to_i(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(x, _mm256_castsi256_ps(power));
 }
 inline void store_low_bytes(void* p, I x, int n) {

@@ -25,8 +25,10 @@ inline F f_sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F f_mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F f_div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F f_fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F f_fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
 inline F f_min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F f_max(F a, F b) { return _mm512_max_ps(a, b); }
+inline F f_round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline float f_hsum(F x) { return _mm512_reduce_add_ps(x); }
 inline float f_hmax(F x) { return _mm512_reduce_max_ps(x); }
 inline float f_hmin(F x) { return _mm512_reduce_min_ps(x); }
@@ -49,7 +51,7 @@ inline int32_t i_hsum(I x) { return _mm512_reduce_add_epi32(x); }
 inline F to_f(I x) { return _mm512_cvtepi32_ps(x); }
 inline F as_f(I x) { return _mm512_castsi512_ps(x); }
 inline I to_i(F x) { return _mm512_cvtps_epi32(x); }
-inline F scale_2n(F x, I n) { return _mm512_scalef_ps(x, _mm512_cvtepi32_ps(n)); }
+inline F scale_2n(F x, F n) { return _mm512_scalef_ps(x, n); }
 inline void store_low_bytes(void* p, I x, int n) { _mm512_mask_cvtepi32_storeu_epi8(p, mask_n(n), x); }
 
 // As instructions and not as intrinsics: compilers have been seen to copy and spill accumulators around those.

@@ -22,8 +22,10 @@ inline F f_sub(F a, F b) { return a - b; }
 inline F f_mul(F a, F b) { return a * b; }
 inline F f_div(F a, F b) { return a / b; }
 inline F f_fma(F a, F b, F c) { return std::fma(a, b, c); }
+inline F f_fms(F a, F b, F c) { return std::fma(a, b, -c); }
 inline F f_min(F a, F b) { return a < b ? a : b; }  // b where one is NaN, as the vector instructions have it
 inline F f_max(F a, F b) { return a > b ? a : b; }
+inline F f_round(F x) { return std::nearbyint(x); }
 inline float f_hsum(F x) { return x; }
 inline float f_hmax(F x) { return x; }
 inline float f_hmin(F x) { return x; }
@@ -44,7 +46,7 @@ inline int32_t i_hsum(I x) { return x; }
 inline F to_f(I x) { return static_cast<float>(x); }
 inline I to_i(F x) { return static_cast<I>(std::nearbyint(x)); }  // to nearest even
 inline F as_f(I x) { F y; std::memcpy(&y, &x, 4); return y; }
-inline F scale_2n(F x, I n) { return x * as_f((n + 127) << 23); }
+inline F scale_2n(F x, F n) { return x * as_f((static_cast<I>(n) + 127) << 23); }
 inline void store_low_bytes(void* p, I x, int) { const uint8_t b = static_cast<uint8_t>(x); std::memcpy(p, &b, 1); }
 
 inline F f_acc(F acc, F a, F b) { return std::fma(a, b, acc); }  // as f_fma, where many are summed
