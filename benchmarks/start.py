@@ -2,8 +2,8 @@
 
     python benchmarks/start.py --ours DIR [--peer-python VENV/bin/python --gguf Q8_0.gguf] [--runs 12]
 
-Ours is `eightfold run DIR --prompt ... --max-new-tokens 1`, the peer a short script with llama-cpp-python; they have the
-same prompt and threads, and all files in the page cache after a first run that does not count. The two alternate,
+Ours is `eightfold run DIR --prompt ... --max-new-tokens 1`, the peer a short script with llama-cpp-python. They have
+the same prompt and threads, and all files in the page cache after a first run that does not count. They alternate,
 because the machine's speed drifts; what counts is the ratio of neighbours. The table goes to stdout, the figures to
 benchmarks/results/start.json.
 """

@@ -299,6 +299,7 @@ NB_MODULE(_core, m) {
         .def("finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
              "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def("leave_alone", [](Bound& self, bool alone) { self.model.leave_alone(alone); }, "alone"_a)
+        .def("abandon", [](Bound& self) { self.model.abandon(); })
         .def("share_memory", &share_memory, "rank"_a, "counters"_a, "places"_a)
         .def("share_by_call", &share_by_call, "rank"_a, "meet"_a)
         .def("allocate_cache", &allocate_cache)

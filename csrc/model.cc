@@ -93,6 +93,7 @@ int Model::finish(bool forgets_head) {
             [](void* context, Pool::Walk& walk) {
                 Job& job = *static_cast<Job*>(context);
                 (void)walk.phase(job.count, [&](int i) {
+                    if (job.model.is_abandoned_) return;
                     auto [linear, n] = job.pieces[job.first + i];
                     const int end = std::min(n + rows, linear->outputs);
                     if (!linear->prepare(job.model.kernels_, n, end)) job.damaged = linear->ordinal;

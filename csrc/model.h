@@ -74,6 +74,8 @@ public:
     int finish(bool forgets_head);
     // While it is left alone, finish() computes on its caller's thread, and leaves the other cores to somebody else.
     void leave_alone(bool alone) { left_alone_ = alone; }
+    // Lets finish() return soon, with a model that cannot be used.
+    void abandon() { is_abandoned_ = true; }
     void set_exchange(std::unique_ptr<Exchange> exchange) { exchange_ = std::move(exchange); }
     void allocate_cache(int pages);
     void forward(const Batch& batch);
@@ -213,7 +215,7 @@ private:
     std::unique_ptr<Exchange> exchange_;  // of several ranks
     std::atomic<uint64_t> failed_{0};     // the step whose meeting failed
     std::exception_ptr failure_;
-    std::atomic<bool> left_alone_{false};
+    std::atomic<bool> left_alone_{false}, is_abandoned_{false};
     bool has_ranges_ = false;             // some inputs are quantized by what all ranks have of them
     size_t widest_part_ = 0;              // of a token, in numbers
     int gathered_width_ = 0;

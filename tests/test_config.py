@@ -120,6 +120,17 @@ def test_absent_and_null_fields_have_the_usual_defaults(absent):
     assert parsed.rope == RopeParameters(rope_theta=10000.0, rope_type="default")
 
 
+def test_a_sliding_window_of_null_is_none_and_an_absent_one_has_the_default():
+    assert parse(config(sliding_window=None)).sliding_window is None
+    assert parse(config(sliding_window=...)).sliding_window == 4096
+
+
+def test_values_at_the_limits_are_taken():
+    parsed = parse(config(num_hidden_layers=10_000, max_window_layers=-1, rms_norm_eps=1))
+    assert (parsed.num_layers, parsed.max_window_layers) == (10_000, -1)
+    assert isinstance(parsed.rms_norm_eps, float)
+
+
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("prefix", ["", "torch."])
@@ -219,7 +230,9 @@ def test_a_missing_size_is_named(key, absent):
         ("tie_word_embeddings", "false", "got 'false', expected a valid boolean"),
         ("attention_bias", "no", "got 'no', expected a valid boolean"),
         ("sliding_window", 0, "got 0, expected greater than 0"),
-        ("layer_types", "full", "got 'full', expected a valid tuple"),
+        ("layer_types", "full", "got 'full', expected a list of strings"),
+        ("rms_norm_eps", 10**400, f"got {10**400}, expected a finite number"),
+        ("rope_theta", 10**400, f"got {10**400}, expected a finite number"),
         ("rope_theta", True, "got True, expected a number"),
         ("rope_theta", "1e4", "got '1e4', expected a number"),
         ("rope_theta", -1, "got -1, expected greater than 0"),
@@ -248,6 +261,10 @@ def test_a_head_dim_that_does_not_come_out_even_is_refused(heads):
     [
         ({"rope_type": "linear", "factor": "x"}, "\"factor\" in m/config.json: got 'x', expected a valid number"),
         ({"rope_type": "linear", "factor": 0}, '"factor" in m/config.json: got 0, expected greater than 0'),
+        (
+            {"rope_theta": float("inf")},
+            '"rope_parameters.rope_theta" in m/config.json: got inf, expected a finite number',
+        ),
         (
             {"rope_theta": [1]},
             '"rope_parameters.rope_theta" in m/config.json: got [1], expected a number',

@@ -221,7 +221,7 @@ def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
 
 def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
     old, new = _old_rope(raw, where), _new_rope(raw, where)
-    if old.theta is not None and new.theta is not None and float(old.theta) != float(new.theta):
+    if old.theta is not None and new.theta is not None and old.theta != new.theta:
         raise ConfigError(
             '"rope_theta" and "rope_parameters"',
             where=where,
@@ -258,9 +258,7 @@ def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
 def _old_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
     scaling = _rope_object(raw, "rope_scaling", where)
     theta = raw.get("rope_theta", scaling.pop("rope_theta", None) if scaling else None)
-    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float))):
-        raise ConfigError('"rope_theta"', where=where, got=repr(theta), expected="a number")
-    return _RopeDialects(theta, scaling or None)
+    return _RopeDialects(_theta(theta, "rope_theta", where), scaling or None)
 
 
 def _new_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
@@ -268,10 +266,12 @@ def _new_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
     if scaling is None:
         return _RopeDialects(None, None)
     theta = scaling.pop("rope_theta", None)
-    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float))):
-        raise ConfigError('"rope_parameters.rope_theta"', where=where, got=repr(theta), expected="a number")
     # A bare default says nothing that an absent rope_scaling would not say too.
-    return _RopeDialects(theta, scaling)
+    return _RopeDialects(_theta(theta, "rope_parameters.rope_theta", where), scaling)
+
+
+def _theta(value: Any, name: str, where: Path) -> float | None:
+    return None if value is None else float(require(POSITIVE._replace(name="a number"), value, name, where))
 
 
 def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any] | None:

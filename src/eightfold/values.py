@@ -5,6 +5,7 @@ pydantic does this and more, but importing it takes longer than everything else 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class Kind(NamedTuple):
         is_bool = isinstance(value, bool) and bool not in self.types
         if is_bool or not isinstance(value, self.types):
             return self.name
-        if float in self.types and not abs(value) < float("inf"):
+        if float in self.types and not abs(value) <= sys.float_info.max:
             return "a finite number"
         if self.above is not None and value <= self.above:
             return f"greater than {self.above:g}"
@@ -46,7 +47,7 @@ INTEGER = Kind((int,), "a valid integer")
 POSITIVE = Kind((int, float), "a valid number", above=0)
 FLAG = Kind((bool,), "a valid boolean")
 TEXT = Kind((str,), "a valid string")
-TEXTS = Kind((list, tuple), "a valid tuple")
+TEXTS = Kind((list, tuple), "a list of strings")
 
 
 def require(kind: Kind, value: Any, name: str, where: Path) -> Any:

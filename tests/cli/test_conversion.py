@@ -8,12 +8,13 @@ import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
 import typer
 
-from eightfold.cli.conversion import convert_soon
+from eightfold.cli.conversion import _has_hook, convert_soon
 from tests.conftest import tiny_config, write_model
 
 
@@ -35,6 +36,8 @@ def command(
     fresh: Annotated[Path | None, typer.Option(exists=True)] = None,
     real: Annotated[Path | None, typer.Option(resolve_path=True)] = None,
     folder: Annotated[Path | None, typer.Option(file_okay=False)] = None,
+    file: Annotated[Path | None, typer.Option(dir_okay=False)] = None,
+    out: Annotated[Path | None, typer.Option(writable=True)] = None,
     flag: Annotated[bool, typer.Option("--flag")] = False,
     pair: Annotated[bool, typer.Option()] = True,
     parsed: Annotated[int, typer.Option(parser=lambda text: len(str(text)))] = 7,
@@ -70,7 +73,13 @@ ARGUMENTS = [
     *(["DIR", "--color", text] for text in ("blue", "BLUE", "green", "Color.blue", "")),
     *(["DIR", "--loose", text] for text in ("blue", "BLUE", "green")),
     ["DIR", "--names", "a", "--names", "b"],
-    *(["DIR", f"--{name}", text] for name in ("fresh", "real", "folder") for text in (".", "nothing-there", __file__)),
+    *(
+        ["DIR", f"--{name}", text]
+        for name in ("fresh", "real", "folder", "file")
+        for text in (".", "nothing-there", __file__)
+    ),
+    ["DIR", "--file", "a" * 300],
+    ["DIR", "--out", "/proc/version"],
     ["DIR", "--flag"],
     ["DIR", "--no-pair"],
     ["DIR", "--parsed", "four"],
@@ -84,17 +93,25 @@ def test_values_and_messages_are_those_of_typer(arguments):
     assert outcome(arguments, soon=True) == outcome(arguments, soon=False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_what_typer_says_it_is(tmp_path):
+def test_a_file_that_may_not_be_read_or_written_is_what_typer_says_it_is(tmp_path, monkeypatch):
     closed = tmp_path / "closed"
     closed.write_text("")
-    closed.chmod(0)
-    assert outcome([str(closed)], soon=True) == outcome([str(closed)], soon=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as for somebody who is not root
+    for arguments in ([str(closed)], ["DIR", "--out", str(closed)]):
+        found = outcome(arguments, soon=True)
+        assert found == outcome(arguments, soon=False)
+        assert str(closed) in found[1]
 
 
-def test_without_the_hook_typer_converts_everything(monkeypatch):
-    monkeypatch.setattr("eightfold.cli.conversion._HOOK", "_not_there")
-    assert outcome(["DIR", "--count", "4"], soon=True) == outcome(["DIR", "--count", "4"], soon=False)
+def test_without_the_hook_typer_converts_everything():
+    """Its names are typer's own affair: where one is missing, nothing is put in its place."""
+    described = SimpleNamespace(annotation=str, parameter_info=None)
+    whole = {"_runtime_param": None, "get_runtime_param": print, "type_descriptor": described}
+    assert _has_hook(SimpleNamespace(**whole))
+    for name in whole:
+        assert not _has_hook(SimpleNamespace(**{key: value for key, value in whole.items() if key != name}))
+    for half in (SimpleNamespace(annotation=str), SimpleNamespace(parameter_info=None)):
+        assert not _has_hook(SimpleNamespace(**{**whole, "type_descriptor": half}))
 
 
 def test_a_prompt_is_answered_without_pydantic(tmp_path):

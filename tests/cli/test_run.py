@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 
+from eightfold.native import load
 from eightfold.tokenizer import Tokenizer
 from tests.engine.models import EOS
 from tests.refusal import error_line
@@ -26,6 +32,41 @@ def test_the_engine_gives_the_greedy_answer_of_the_backend(run, small):
     ]  # fmt: skip
     assert (plain["world_size"], len(plain["resident_weights_mib"])) == (1, 1)
     assert plain["token_ids"] == small.answer(Tokenizer(small.directory).encode("hello"), 20, frozenset({EOS}))
+
+
+def test_weights_are_measured_alone(run, monkeypatch):
+    """What the tokenizer takes is not among them."""
+    options: list[dict[str, Any]] = []
+    real = load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *args, **rest: options.append(rest) or real(*args, **rest))
+    run("--prompt", "hello", "--json")
+    run("--prompt", "hello")
+    assert [rest["beside"] is None for rest in options] == [True, False]
+
+
+def test_loading_leaves_the_process_as_it_was():
+    """Garbage is collected again, and other programs' BLAS has all its threads."""
+    code = """
+import gc, os, sys
+from eightfold.cli import console
+
+for error in (None, KeyError, KeyboardInterrupt):
+    try:
+        with console.loading():
+            print(gc.isenabled(), "numpy" in sys.modules, "OPENBLAS_NUM_THREADS" in os.environ)
+            if error is not None:
+                raise error
+    except (KeyError, KeyboardInterrupt):
+        pass
+    print(gc.isenabled(), "OPENBLAS_NUM_THREADS" in os.environ)
+gc.disable()
+with console.loading():
+    pass
+print(gc.isenabled())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["False True False", "True False"] * 3 + ["False"]
 
 
 def test_the_text_is_shown_with_its_counts(run):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.generation import Generation
 from eightfold.native import core
 from eightfold.native.generate import generate
-from eightfold.native.load import load_model
+from eightfold.native.load import _finish, load_model
 from eightfold.native.model import PAGE, Chunk
 from eightfold.native.rotary import inverse_frequencies
 from eightfold.reference import attention as reference_attention
@@ -281,7 +282,7 @@ def test_generation_stops_at_a_stop_token_and_goes_on_over_pages(tmp_path):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("seconds", [0, 0.2], ids=["soon over", "longer than loading"])
 def test_what_is_done_beside_loading_changes_no_bit(tmp_path, isa, seconds):
-    config = tiny_config(num_hidden_layers=9, vocab_size=2_000)  # two runs of pieces
+    config = tiny_config(num_hidden_layers=9, vocab_size=2_000)  # three runs of pieces
     checkpoint = write_variant(tmp_path, Variant(VARIANTS["w8a8"].recipe, config))
     prompt, done = token_samples(1, seed=3)[0], list[str]()
 
@@ -296,7 +297,106 @@ def test_what_is_done_beside_loading_changes_no_bit(tmp_path, isa, seconds):
     assert done == ["beside"] * 3
 
 
-def test_what_fails_beside_loading_is_told_when_loading_is_done(checkpoint_of):
+class Slow:
+    """A model of the core that takes as long as it is told; counts what it is asked for."""
+
+    def __init__(self, threads: int = 2, error: BaseException | None = None) -> None:
+        self.threads, self.error = threads, error
+        self.asked: list[str] = []
+        self.may_end = threading.Event()
+
+    def finish(self, forgets_head: bool) -> int:
+        assert self.may_end.wait(30)
+        self.asked.append("finish")
+        if self.error is not None:
+            raise self.error
+        return 5
+
+    def leave_alone(self, alone: bool) -> None:
+        self.asked.append(f"alone {alone}")
+        if not alone and len(self.asked) > 1:
+            self.may_end.set()
+
+    def abandon(self) -> None:
+        self.asked.append("abandon")
+        self.may_end.set()
+
+
+@pytest.mark.parametrize(("threads", "alone"), [(2, True), (3, True), (4, False)])
+def test_few_threads_leave_a_core_to_what_is_done_beside(threads, alone):
+    model = Slow(threads)
+    assert _finish(model, lambda: model.asked.append("beside")) == 5
+    assert model.asked == [f"alone {alone}", "beside", "alone False", "finish"]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, KeyboardInterrupt])
+def test_what_fails_beside_loading_ends_it(kind):
+    def beside() -> None:
+        raise kind("beside")
+
+    model, threads = Slow(), threading.active_count()
+    with pytest.raises(kind, match="beside"):
+        _finish(model, beside)
+    assert model.asked[-2:] == ["abandon", "finish"]
+    assert threading.active_count() == threads
+
+
+def test_a_failure_of_the_core_is_told_also_when_something_is_done_beside():
+    with pytest.raises(MemoryError):
+        _finish(Slow(error=MemoryError()), lambda: None)
+
+
+def test_an_abandoned_model_is_not_made_ready(tmp_path, monkeypatch):
+    """It ends before the next piece, so that even a damaged weight is not found."""
+    models: list[Any] = []
+    monkeypatch.setattr("eightfold.native.load._finish", lambda model, beside: models.append(model) or -1)
+    for _ in range(2):
+        load_model(damaged(tmp_path / str(len(models)), "bfloat16", "down_proj.weight", float("nan")), threads=2)
+    models[1].abandon()
+    assert models[0].finish(forgets_head=True) >= 0
+    assert models[1].finish(forgets_head=True) == -1
+
+
+def test_a_signal_while_weights_are_made_ready_ends_the_program_with_one_line(tmp_path):
+    write_model(tmp_path / "m", tiny_config())
+    code = """
+import os, signal, sys, threading, time
+import eightfold.native.load as load
+from eightfold.__main__ import main
+
+real = load._finish
+
+class Slow:
+    threads = 2
+
+    def __init__(self, model):
+        self.model, self.ends = model, threading.Event()
+
+    def leave_alone(self, alone):
+        if not alone:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    def abandon(self):
+        self.ends.set()
+
+    def finish(self, **options):
+        self.ends.wait()
+        time.sleep(0.2)
+        return self.model.finish(**options)
+
+load._finish = lambda model, beside: real(Slow(model), beside)
+sys.argv = ["eightfold", "run", "m", "--prompt", "x", "--backend", "native"]
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("eightfold: terminated: nothing was left half-written.")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_fails_beside_loading_is_told(checkpoint_of):
     def beside() -> None:
         raise ConfigError("tokenizer", got="none")
 

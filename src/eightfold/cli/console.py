@@ -98,25 +98,31 @@ def require_torch(command: str) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Load a model for the core, soon.
+    """Load a model, soon.
 
     Garbage is not looked for meanwhile: what loading makes stays, and looking through it takes 15 ms. numpy gets a BLAS
-    of one thread, as the core does all products: its other threads spin for 50 ms when they start, on cores that are
+    of one thread, as nothing is multiplied with it: other threads spin for 50 ms when they start, on cores that are
     needed then.
     """
-    collects, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
-    is_free = "numpy" not in sys.modules and threads not in os.environ
+    collects = gc.isenabled()
     gc.disable()
     try:
-        if is_free:
-            os.environ[threads] = "1"
-            import numpy  # noqa: F401
-
-            del os.environ[threads]  # torch may bring a BLAS of its own
+        _import_numpy()
         yield
     finally:
         if collects:
             gc.enable()
+
+
+def _import_numpy() -> None:
+    threads = "OPENBLAS_NUM_THREADS"
+    if "numpy" in sys.modules or threads in os.environ:
+        return
+    os.environ[threads] = "1"
+    try:
+        import numpy  # noqa: F401
+    finally:
+        del os.environ[threads]  # torch may bring a BLAS of its own
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> list[str]:

@@ -22,10 +22,16 @@ def convert_soon(command: Any, above: Any = None) -> None:
     """Let a command of typer, and those below it, convert plain values without pydantic."""
     context = typer.Context(command, parent=above, **command.context_settings)
     for parameter in command.get_params(context):  # with that of --help, which is made here
-        if getattr(parameter, _HOOK, _NOT_PLAIN) is None:
+        if _has_hook(parameter):
             setattr(parameter, _HOOK, _Plain())
     for below in getattr(command, "commands", {}).values():
         convert_soon(below, context)
+
+
+def _has_hook(parameter: Any) -> bool:
+    described = getattr(parameter, "type_descriptor", None)
+    is_described = hasattr(described, "annotation") and hasattr(described, "parameter_info")
+    return is_described and hasattr(parameter, "get_runtime_param") and getattr(parameter, _HOOK, _NOT_PLAIN) is None
 
 
 class _Plain:
@@ -52,7 +58,7 @@ def plain(value: Any, annotation: Any, limits: Any) -> Any:
     """
     if value is None:
         return None
-    if limits.parser is not None or limits.clamp:
+    if limits.parser is not None:
         return _NOT_PLAIN
     if annotation is str and type(value) is str:
         return value
@@ -77,5 +83,10 @@ def _whole_number(value: Any, limits: Any) -> Any:
 def _path(value: str, limits: Any) -> Any:
     is_any = limits.file_okay and limits.dir_okay and not (limits.exists or limits.writable or limits.resolve_path)
     is_text = limits.path_type in (None, Path) and value and "\0" not in value
-    path = Path(value)
-    return path if is_any and is_text and (os.access(path, os.R_OK) or not path.exists()) else _NOT_PLAIN
+    if not (is_any and is_text):
+        return _NOT_PLAIN
+    try:
+        os.stat(value)  # noqa: PTH116 (what it raises is not sorted out as Path.exists does)
+    except OSError:
+        return Path(value)  # whoever reads or writes it finds out, and says so
+    return Path(value) if os.access(value, os.R_OK) else _NOT_PLAIN

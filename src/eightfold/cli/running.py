@@ -104,7 +104,8 @@ def run(
         console.note(note)
     settings = {"threads": threads, "dynamic": dynamic.mode, "attention_mode": attention_mode.mode, **limits}
     if prompt is not None:
-        _one(Single(model, prompt, chat, template, max_new_tokens, chosen, settings, backend), as_json)
+        single = Single(model, prompt, chat, template, max_new_tokens, chosen, settings, backend, measures=as_json)
+        _one(single, as_json)
         return
     assert input_file is not None
     assert output_file is not None

@@ -26,7 +26,7 @@ Show = Callable[[str], None]
 
 
 class Outcome(NamedTuple):
-    """An answer; `seconds` without loading. Weights: by how much loading has made each process larger."""
+    """An answer; `seconds` without loading. Weights: by how much loading has made each process larger, if measured."""
 
     text: str
     token_ids: list[int]
@@ -73,6 +73,7 @@ class Single:
         sampling: parameters; without any the answer is greedy.
         settings: of EngineConfig: threads, dynamic, attention_mode.
         backend: native or reference.
+        measures: whether the memory of weights is measured: then they are loaded alone, which takes longer.
     """
 
     model: Path
@@ -83,6 +84,7 @@ class Single:
     sampling: dict[str, Any]
     settings: dict[str, Any]
     backend: Backend
+    measures: bool = False
 
     def answer(self, show: Show) -> Outcome:
         """Answer the prompt.
@@ -95,6 +97,8 @@ class Single:
         read = functools.cache(self._read)
         with console.loading():
             checkpoint = Checkpoint.open(self.model)
+            if self.measures:
+                read()
             answer, model = (self._sampled if self.sampling else self._greedy)(checkpoint, read)
         prompt_tokens = len(read().ids)
         started = time.monotonic()
@@ -116,9 +120,8 @@ class Single:
         """Load a model, and the prompt meanwhile; return what answers with it."""
         from eightfold.tokenizer import StreamDecoder, stop_token_ids
 
-        generate, model = (_reference if self.backend is Backend.reference else _native)(
-            checkpoint, self.settings, read
-        )
+        load = _reference if self.backend is Backend.reference else _native
+        generate, model = load(checkpoint, self.settings, None if self.measures else read)
         tokenizer, prompt_ids = read()
         stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
 
@@ -154,9 +157,12 @@ def _run(engine: Engine, prompt_ids: list[int], params: SamplingParams, show: Sh
     return answer.text, answer.token_ids, answer.finish_reason
 
 
-def _reference(checkpoint: Checkpoint, settings: dict[str, Any], read: Callable[[], object]) -> tuple[_Generate, None]:
+def _reference(
+    checkpoint: Checkpoint, settings: dict[str, Any], beside: Callable[[], object] | None
+) -> tuple[_Generate, None]:
     console.require_torch("run --backend reference")
-    read()
+    if beside is not None:
+        beside()
     from eightfold.reference.generate import generate
     from eightfold.reference.load import Decoder
 
@@ -164,11 +170,11 @@ def _reference(checkpoint: Checkpoint, settings: dict[str, Any], read: Callable[
 
 
 def _native(
-    checkpoint: Checkpoint, settings: dict[str, Any], read: Callable[[], object]
+    checkpoint: Checkpoint, settings: dict[str, Any], beside: Callable[[], object] | None
 ) -> tuple[_Generate, NativeModel]:
     from eightfold.engine.loading import load_model
     from eightfold.native.generate import generate
 
     dynamic, attention = settings["dynamic"], settings["attention_mode"]
-    model = load_model(checkpoint, read, threads=settings["threads"], dynamic=dynamic, attention=attention)
+    model = load_model(checkpoint, beside, threads=settings["threads"], dynamic=dynamic, attention=attention)
     return functools.partial(generate, model), model

@@ -71,6 +71,9 @@ KINDS = {
 # Sums of K products of an unsigned and a signed byte fit 32 bits up to here: 255 * 128 * K < 2**31.
 MAX_INPUTS = 65_793
 
+# So many threads can spare the core on which Python is busy.
+_MANY_THREADS = 4
+
 _NOTHING: NDArray[Any] = np.zeros(0, np.float32)
 _NO_INTEGERS: NDArray[Any] = np.zeros(0, np.int32)
 
@@ -95,7 +98,8 @@ def load_model(
             keys and values (in bfloat16); prompts then have to run whole.
         share: what of the model; anything but the whole has to meet the others before it can run.
         neighbours: processes of this host that load a share of it, this one included.
-        beside: is called while the weights are made ready; what it raises goes on.
+        beside: is called while the weights are made ready; what it raises ends that. By how much loading has made the
+            process larger is not known then.
 
     Raises:
         ConfigError: the heads cannot be shared out evenly.
@@ -130,7 +134,8 @@ def load_model(
         loader.require_finite(loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
     loaded = NativeModel(model, config, isa, float_prompts, neighbours)
-    loaded.resident_weights = (max((resident_bytes() or 0) - resident, 0),)
+    if beside is None:
+        loaded.resident_weights = (max((resident_bytes() or 0) - resident, 0),)
     return loaded
 
 
@@ -139,22 +144,30 @@ def _finish(model: Any, beside: Callable[[], object] | None) -> int:
     if beside is None:
         return int(model.finish(forgets_head=True))  # it lies in a mapped file
     found: list[int | BaseException] = []
+    done = threading.Event()
 
     def finish() -> None:
         try:
             found.append(model.finish(forgets_head=True))
         except BaseException as error:
             found.append(error)
+        done.set()
 
-    # Python keeps one core busy meanwhile; the threads of the core would take turns with it.
-    model.leave_alone(True)
     thread = threading.Thread(target=finish)
-    thread.start()
+    # Python keeps one core busy meanwhile; few threads would take turns with it, and both be late.
+    model.leave_alone(model.threads < _MANY_THREADS)
     try:
+        thread.start()
         beside()
-    finally:
         model.leave_alone(False)
-        thread.join()
+        done.wait()  # and not join(), which must not be interrupted: Python could end around a thread that computes
+    except BaseException:
+        model.abandon()
+        while thread.ident is not None and not done.is_set():
+            with contextlib.suppress(BaseException):
+                done.wait()
+        raise
+    thread.join()
     (result,) = found
     if isinstance(result, BaseException):
         raise result

@@ -78,7 +78,7 @@ class NativeModel:
         neighbours: processes of this host that have a share of the same model, this one included.
         pages: of the cache.
         world_size: processes that have a share of the model.
-        resident_weights: bytes by which loading has made each of them larger.
+        resident_weights: bytes by which loading has made each of them larger; empty where that is not known.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class NativeModel:
     ) -> None:
         self._model, self.config, self.isa, self.float_prompts = core_model, config, isa, float_prompts
         self.neighbours, self.world_size = neighbours, 1
-        self.resident_weights: tuple[int, ...] = (0,)
+        self.resident_weights: tuple[int, ...] = ()
         self.pages = 0
         self._logits: NDArray[Any] = np.empty((0, config.vocab_size), np.float32)
 
