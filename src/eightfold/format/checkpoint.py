@@ -6,6 +6,7 @@ the table in scheme.py: afterwards every tensor the model needs is known to be t
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -149,9 +150,10 @@ class Checkpoint:
     def array(self, name: str) -> NDArray[Any]:
         """Return a tensor as a view of the mapped file; BF16 as uint16 bit patterns."""
         info = self.tensors[name]
-        if info.file not in self._maps:
-            self._maps[info.file] = MappedFile(info.file)
-        return self._maps[info.file].array(info)
+        mapped = self._maps.get(info.file)
+        if mapped is None:
+            mapped = self._maps[info.file] = MappedFile(info.file)
+        return mapped.array(info)
 
     def release(self, names: Iterable[str]) -> None:
         """Let go of the memory that reading these tensors took; they can be read again."""
@@ -273,7 +275,7 @@ class Checkpoint:
         if not spec.admits(info.dtype, self.dtype):
             raise self._wrong_dtype(info, spec.dtype_text(self.dtype))
         # One value for each row may be stored flat or as a column; both mean the same.
-        if info.shape not in (spec.shape, tuple(size for size in spec.shape if size != 1), *spec.also):
+        if info.shape != spec.shape and info.shape not in (tuple(s for s in spec.shape if s != 1), *spec.also):
             raise CheckpointError(
                 f"shape of {info.name}",
                 where=info.file,
@@ -305,20 +307,22 @@ class _Expectation:
     def of(cls, spec: TensorSpec, **sizes: int) -> _Expectation:
         return cls(spec.shape_for(**sizes), spec.dtype, spec.optional)
 
-    def _allowed(self, model: DType) -> list[DType]:
-        if self.rule in (DTypeRule.INT8, DTypeRule.INT32):
-            return [self.rule.resolve(model)]
-        if self.rule is DTypeRule.DEQ:
-            return [self.rule.resolve(model)]
-        # Loaders cast floating tensors, and some writers store offsets as int8.
-        return [*_FLOATS, DType.I8] if self.rule in (DTypeRule.MODEL, DTypeRule.INT8_OFFSET) else list(_FLOATS)
-
     def admits(self, dtype: str, model: DType) -> bool:
-        return dtype in {kind.value for kind in self._allowed(model)}
+        return dtype in _allowed(self.rule, model)
 
     def dtype_text(self, model: DType) -> str:
-        text = one_of(kind.value for kind in self._allowed(model))
+        text = one_of(_allowed(self.rule, model))
         return text + (f" in a {model.value} model" if self.rule is DTypeRule.DEQ else "")
+
+
+@functools.cache
+def _allowed(rule: DTypeRule, model: DType) -> tuple[str, ...]:
+    """Return the safetensors names of the types that a tensor may have."""
+    if rule in (DTypeRule.INT8, DTypeRule.INT32, DTypeRule.DEQ):
+        return (rule.resolve(model).value,)
+    # Loaders cast floating tensors, and some writers store offsets as int8.
+    also = (DType.I8,) if rule in (DTypeRule.MODEL, DTypeRule.INT8_OFFSET) else ()
+    return tuple(kind.value for kind in (*_FLOATS, *also))
 
 
 def _fa_tensors(prefix: str) -> dict[str, TensorSpec]:
