@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from measure import RESULTS, save_results
@@ -33,7 +34,8 @@ def machine(record: dict[str, Any]) -> str:
     """Say on what and when a record was measured."""
     vnni = " with AVX-512 VNNI" if "avx512_vnni" in record["isa"] else ""
     where = f"{record['threads']} threads of {record['cpu']}{vnni}"
-    return f"{where}, torch {record['torch']}, {record['date']}, commit {record['commit']}"
+    torch = f", torch {record['torch']}" if record["torch"] else ""
+    return f"{where}{torch}, {record['date']}, commit {record['commit']}"
 
 
 def demo() -> str:
@@ -76,6 +78,20 @@ def native() -> str:
     return "\n".join([*lines, "", f"{basis} `benchmarks/native.py` on {machine(record)}."])
 
 
+def start() -> str:
+    """Return one sentence about the time from a process's start to the first token."""
+    record = load("start")
+    about, ours, theirs = record["rows"]
+    seconds = [median(row["first_byte_s"]) for row in (ours, theirs)]
+    ratios = sorted(theirs["ours_to_this"])
+    quarters = f"{ratios[len(ratios) // 4]:.2f} to {ratios[-len(ratios) // 4]:.2f}"
+    return (
+        f"From the start of `eightfold run DIR --prompt ...` to the first token: {seconds[0]:.2f} s; "
+        f"{theirs['program']}: {seconds[1]:.2f} s (medians of {about['runs']} in turn; ratio {median(ratios):.2f}, quarters {quarters}). "
+        f"`benchmarks/start.py` on {machine(record)}."
+    )
+
+
 def main() -> int:
     """Fill every marked place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -86,7 +102,7 @@ def main() -> int:
         save_results("demo", json.loads(args.demo.read_text()))
     text = README.read_text()
     filled = text
-    for name, render in (("demo", demo), ("versus", versus), ("native", native)):
+    for name, render in (("demo", demo), ("versus", versus), ("native", native), ("start", start)):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         filled = pattern.sub(rf"\g<1>{render()}\n\g<2>", filled)
     if args.check:
