@@ -87,8 +87,8 @@ def start() -> str:
     quarters = f"{ratios[len(ratios) // 4]:.2f} to {ratios[-len(ratios) // 4]:.2f}"
     return (
         f"From the start of `eightfold run DIR --prompt ...` to the first token: {seconds[0]:.2f} s; "
-        f"{theirs['program']}: {seconds[1]:.2f} s (medians of {about['runs']} in turn; ratio {median(ratios):.2f}, quarters {quarters}). "
-        f"`benchmarks/start.py` on {machine(record)}."
+        f"{theirs['program']}: {seconds[1]:.2f} s (medians of {about['runs']} in turn; "
+        f"ratio {median(ratios):.2f}, quarters {quarters}). `benchmarks/start.py` on {machine(record)}."
     )
 
 
