@@ -215,8 +215,10 @@ inline float exponentials(float* s, Visible see, int columns) {
     for (; i + W <= see.end; i += W) top = f_max(top, f_load(s + i));
     float max = f_hmax(top);
     for (; i < see.end; i++) max = std::max(max, s[i]);
-    const F shift = f_set(max);
-    for (i = 0; i < columns; i += W) f_store(s + i, exp_levels<kLevels>(f_sub(f_load(s + i), shift)));
+    const F shift = f_set(max), most = f_set(0.0f);  // what is not visible may be anything
+    for (i = 0; i < columns; i += W) {
+        f_store(s + i, exp_levels<kLevels>(f_min(f_sub(f_load(s + i), shift), most)));
+    }
     std::fill(s, s + see.begin, 0.0f);
     std::fill(s + see.end, s + columns, 0.0f);
     return max;

@@ -44,7 +44,8 @@ inline F exp_lanes(F x) {
     return scale_2n(exp2_rest<1>(f_fma(x, f_set(kLog2ERest), f_fms(x, log2_e, n))), n);
 }
 
-// kLevels e**x for x <= 0, relative error below 3e-7 down to -12 and 1.3e-6 down to -87; what lies below counts as that.
+// kLevels e**x for x <= 0, relative error below 3e-7 down to -12 and 1.3e-6 down to -87; what lies below counts as
+// that. Of other x anything.
 template <int kLevels>
 inline F exp_levels(F x) {
     x = f_max(x, f_set(-87.0f));

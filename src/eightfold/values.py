@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from eightfold.errors import ConfigError
 
+_MOST_SHOWN = 60  # characters of a value in a message
+
 
 class Kind(NamedTuple):
     """What a value has to be.
@@ -67,7 +69,8 @@ def require(kind: Kind, value: Any, name: str, where: Path) -> Any:
     problem = "a value" if value is None else kind.problem(value)
     if problem is not None:
         got = "nothing" if value is None else repr(value)
-        raise ConfigError(f'"{name}"', where=where, got=got, expected=problem)
+        shown = got if len(got) <= _MOST_SHOWN else f"{got[: _MOST_SHOWN - 3]}..."
+        raise ConfigError(f'"{name}"', where=where, got=shown, expected=problem)
     return float(value) if float in kind.types else value
 
 

@@ -245,6 +245,16 @@ def test_a_shape_that_is_no_list_of_sizes_is_refused(cli, float_model, weights, 
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "end"), [([10**4000, 10**4000], 1), ([10**60, 10**60], 10**120), ([0, 10**4000], 10**4000)]
+)
+def test_sizes_too_large_for_a_message_are_refused(cli, float_model, weights, shape, end):
+    write_parts(weights, {"a": {"dtype": "I8", "shape": shape, "data_offsets": [0, end]}}, b"x")
+    assert both_refused(cli, float_model) == (
+        f"size of a in {weights}: got more than 10**100 bytes, expected a tensor that a file can hold. {AGAIN}"
+    )
+
+
 @pytest.mark.parametrize("dtype", ["F128", "bf16", 2, None, ["BF16"]])
 def test_an_unknown_element_type_is_refused(cli, float_model, weights, relabel, dtype):
     relabel(dtype=dtype)

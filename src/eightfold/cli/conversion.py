@@ -1,8 +1,8 @@
 """What was typed -> Python's values, at once where that is plain.
 
-From 0.27 on typer has pydantic make a validator for every option of a command, given or not: 80 ms before an answer of
-400. So options that are absent, texts, whole numbers within their limits, paths and choices are converted here; typer
-converts the rest, and says what is wrong with a value. Without its hook for that, it converts all.
+From 0.27 on typer has pydantic make a validator for every option of a command, given or not: 80 ms of what were 400 to
+a first token. So options that are absent, texts, whole numbers within their limits, paths and choices are converted
+here; typer converts the rest, and says what is wrong with a value. Without its hook for that, it converts all.
 """
 
 from __future__ import annotations

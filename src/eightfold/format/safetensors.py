@@ -131,6 +131,9 @@ def _parse_header(blob: bytes, path: Path) -> dict[str, Any]:
     return header
 
 
+_HUGE = 10**100  # larger than any file, and small enough for a message
+
+
 def _are_counts(values: Any) -> TypeGuard[list[int]]:
     # Its very type: bool is an int in Python, and a size of `true` would pass arithmetic unnoticed.
     if type(values) is not list:
@@ -153,6 +156,8 @@ def _tensor_info(name: str, entry: Any, path: Path, data_start: int) -> TensorIn
         raise _lie(name, path, "data_offsets", repr(offsets), "two byte offsets")
     begin, end = offsets
     nbytes = math.prod(shape) * _ELEMENT_BYTES[dtype]
+    if max(nbytes, end) > _HUGE:
+        raise _lie(name, path, "size", "more than 10**100 bytes", "a tensor that a file can hold")
     if end - begin != nbytes:
         raise _lie(name, path, "data_offsets", f"{end - begin} bytes", f"{nbytes} for {dtype} {shape}")
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)

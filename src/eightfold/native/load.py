@@ -5,9 +5,9 @@ Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import mmap
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,31 +143,38 @@ def _finish(model: Any, beside: Callable[[], object] | None) -> int:
     """Make the weights ready; return the ordinal of a damaged one, or -1."""
     if beside is None:
         return int(model.finish(forgets_head=True))  # it lies in a mapped file
+    # A signal may raise anywhere here. So nothing of `threading`, whose objects are Python code that it could leave
+    # half done. Python must not end around a thread that computes: it is waited for, or sees that it must not begin.
     found: list[int | BaseException] = []
-    done = threading.Event()
+    entered, stopped = list[bool](), list[bool]()
+    done = _thread.allocate_lock()
+    done.acquire()
 
     def finish() -> None:
+        entered.append(True)
         try:
-            found.append(model.finish(forgets_head=True))
+            found.append(-1 if stopped else model.finish(forgets_head=True))
         except BaseException as error:
             found.append(error)
-        done.set()
+        finally:
+            done.release()
 
-    thread = threading.Thread(target=finish)
     # Python keeps one core busy meanwhile; few threads would take turns with it, and both be late.
     model.leave_alone(model.threads < _MANY_THREADS)
     try:
-        thread.start()
+        _thread.start_new_thread(finish, ())
         beside()
         model.leave_alone(False)
-        done.wait()  # and not join(), which must not be interrupted: Python could end around a thread that computes
+        while not found:
+            done.acquire()
     except BaseException:
-        model.abandon()
-        while thread.ident is not None and not done.is_set():
+        while not stopped or (entered and not found):
             with contextlib.suppress(BaseException):
-                done.wait()
+                stopped.append(True)
+                model.abandon()
+                while entered and not found:
+                    done.acquire()
         raise
-    thread.join()
     (result,) = found
     if isinstance(result, BaseException):
         raise result
