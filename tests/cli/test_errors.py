@@ -402,6 +402,14 @@ def test_a_damaged_model_to_compare_with_is_found_before_anything_runs(cli, tmp_
     )
 
 
+@pytest.mark.parametrize("command", ["run --prompt x", "chat", "serve", "bench", "eval", "inspect", "check"])
+def test_a_wrong_path_is_told_in_the_same_words_by_every_command(cli, tmp_path, command):
+    name, *options = command.split()
+    assert refused(cli, name, tmp_path / "gone", *options, within=tmp_path) == (
+        f"no directory {tmp_path}/gone: expected a model directory. Check the path."
+    )
+
+
 # --- help, version, environment
 
 

@@ -168,7 +168,7 @@ def test_an_empty_key_in_the_environment_does_not_open_the_server(cli, model, mo
 def test_no_such_directory(cli, tmp_path):
     result = cli("serve", tmp_path / "nothing")
     assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)
-    assert result.err.startswith(f"eightfold: model directory: got {tmp_path}/nothing, expected a directory")
+    assert result.err.startswith(f"eightfold: no directory {tmp_path}/nothing: expected a model directory.")
 
 
 def test_without_the_packages_it_says_what_to_install(cli, model, monkeypatch):

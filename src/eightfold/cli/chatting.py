@@ -98,8 +98,10 @@ def _load(model: Path, template: str | None, **settings: Any) -> Engine:
     with console.loading():
         from eightfold.engine.engine import Engine
         from eightfold.engine.settings import EngineConfig
+        from eightfold.format.checkpoint import require_directory
         from eightfold.tokenizer import Tokenizer
 
+        require_directory(model)
         tokenizer = Tokenizer(model, template)
         sampling.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
         engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings), tokenizer)

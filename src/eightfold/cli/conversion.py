@@ -39,7 +39,7 @@ class _Plain:
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
         described = param.type_descriptor
-        found = plain(value, described.annotation, described.parameter_info)
+        found = _converted(value, described.annotation, described.parameter_info)
         if found is not _NOT_PLAIN and not (param.multiple or param.nargs == -1):
             return found
         if value is None:
@@ -48,7 +48,7 @@ class _Plain:
         return param.get_runtime_param().coerce(value, param=param, ctx=ctx)
 
 
-def plain(value: Any, annotation: Any, limits: Any) -> Any:
+def _converted(value: Any, annotation: Any, limits: Any) -> Any:
     """Return what typer would make of a value, or _NOT_PLAIN.
 
     Args:

@@ -13,7 +13,7 @@ import typer
 
 from eightfold.cli import console, sampling
 from eightfold.cli.choices import AttentionMode
-from eightfold.errors import CheckpointError, ConfigError, DependencyError
+from eightfold.errors import ConfigError, DependencyError
 
 if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
@@ -98,14 +98,14 @@ def serve(
     names = tuple(served_model_name or (model.resolve().name,))
     memory = None if kv_memory is None else parse_size(kv_memory)
     template = None if chat_template is None else sampling.read_template(chat_template)
-    if not model.is_dir():
-        raise CheckpointError("model directory", got=model, expected="a directory", action="Check the path.")
     from eightfold.engine.loading import leave_to_first
+    from eightfold.format.checkpoint import require_directory
     from eightfold.server import logs
     from eightfold.server.serve import bind
     from eightfold.server.serve import serve as run
     from eightfold.server.settings import ServerSettings
 
+    require_directory(model)
     leave_to_first(model, threads=threads, attention=attention_mode.mode)
     _warn_of_strangers(host, key)
     sock = bind(host, port)

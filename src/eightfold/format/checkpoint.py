@@ -88,7 +88,7 @@ class Checkpoint:
             ConfigError: config.json makes no sense.
             UnsupportedError: architecture, dtype or scheme that this program does not know.
         """
-        _require_directory(directory)
+        require_directory(directory)
         require_finished(directory)
         config_raw = load_json_object(directory / CONFIG_NAME)
         path = find_description(directory)
@@ -333,7 +333,12 @@ def _kv_tensors(prefix: str) -> dict[str, TensorSpec]:
     return {f"{prefix}{linear}.{spec.suffix}": spec for linear in (KEY, VALUE) for spec in KV_TENSORS}
 
 
-def _require_directory(directory: Path) -> None:
+def require_directory(directory: Path) -> None:
+    """Refuse what is no directory, and say what it may have been meant to be.
+
+    Raises:
+        CheckpointError: it is a file, it looks like a name on a hub, or it is not there.
+    """
     if directory.is_dir():
         return
     if directory.exists():
