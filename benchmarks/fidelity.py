@@ -29,10 +29,10 @@ from torch import Tensor
 
 from eightfold.evaluate import perplexity
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.memory import tame_malloc
-from eightfold.reference.linear import Q_MAX, Q_MIN, W8A8DynamicLinear, token_params
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_tensor
+from eightfold.machine import tame_malloc
+from eightfold.model.reference.linear import Q_MAX, Q_MIN, W8A8DynamicLinear, token_params
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_tensor
 from eightfold.scheme import INPUT_OFFSET, INPUT_SCALE
 from eightfold.tokenizer import Tokenizer
 from measure import eightfold, save_results

@@ -25,10 +25,10 @@ import torch
 from eightfold.cli.calibration import Calibration
 from eightfold.families import input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.decoder import Batch, LinearGroup
+from eightfold.model.reference.linear import FloatLinear
+from eightfold.model.reference.load import Decoder
 from eightfold.quant.hidden import sample_batches
-from eightfold.reference.decoder import Batch, LinearGroup
-from eightfold.reference.linear import FloatLinear
-from eightfold.reference.load import Decoder
 from measure import save_results
 from scale import quantize
 

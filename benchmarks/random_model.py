@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from eightfold.config import parse_config
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.tensors import load_tensor
+from eightfold.model.reference.tensors import load_tensor
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -49,10 +49,10 @@ import numpy as np
 
 from eightfold.evaluate.text import default_text
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.core import choose_threads
-from eightfold.native.load import load_model
-from eightfold.native.measure import Runner, Workload
-from eightfold.native.model import NativeModel
+from eightfold.model.native.core import choose_threads
+from eightfold.model.native.load import load_model
+from eightfold.model.native.measure import Runner, Workload
+from eightfold.model.native.model import NativeModel
 from eightfold.tokenizer import Tokenizer
 from measure import run, save_results
 from native import PEER_SCRIPT, PEERS, Shape, found_peers, q8_0_of

@@ -26,8 +26,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.generate import generate
-from eightfold.native.load import load_model
+from eightfold.model.native.generate import generate
+from eightfold.model.native.load import load_model
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 
 GROWTH_MIB = 32  # of memory from the second third to the last: allocators take a while to have seen every size

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from eightfold.errors import ConfigError, EightfoldError
-from eightfold.world import World
+from eightfold.parallel.world import World
 
 EXIT_USER = 2
 

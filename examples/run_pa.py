@@ -31,7 +31,7 @@ from examples.server.generate import AdmissionError, Limits, Request, Timing, ge
 from examples.server.prompts import Prompt, encode, read_prompts, text_or_file
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.memory import total_bytes
+from eightfold.machine import total_bytes
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 
 LOG = logging.getLogger("run_pa")

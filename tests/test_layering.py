@@ -20,7 +20,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 RANKS = {
     "data": 0,
     "errors": 0,
-    "memory": 0,
+    "machine": 0,
     "progress": 0,
     "values": 1,
     "config": 2,
@@ -28,11 +28,9 @@ RANKS = {
     "generation": 3,
     "scheme": 3,
     "tokenizer": 3,
-    "world": 1,
-    "wire": 3,
     "format": 4,
-    "native": 5,
-    "reference": 5,
+    "model": 5,
+    "parallel": 4,
     "synth": 5,
     "engine": 6,
     "importers": 6,
@@ -47,7 +45,7 @@ RANKS = {
 }
 
 # Where torch is at home.
-TORCH_ALLOWED = ("reference/", "quant/", "importers/", "evaluate/perplexity.py")
+TORCH_ALLOWED = ("model/reference/", "quant/", "importers/", "evaluate/perplexity.py")
 
 HEAVY = ("torch", "transformers", "gguf", "numpy", "pydantic", "tokenizers", "jinja2")
 
@@ -113,13 +111,13 @@ def test_torch_is_loaded_with_a_module_only_where_it_is_at_home(path):
 
 def test_the_scan_sees_imports_of_every_form():
     tree = ast.parse(
-        "import torch.nn\nfrom eightfold import memory, errors\nfrom eightfold.cli.main import app\n"
+        "import torch.nn\nfrom eightfold import machine, errors\nfrom eightfold.cli.main import app\n"
         "try:\n    import numpy\nexcept ImportError:\n    pass\n"
         "class A:\n    import json\n"
         "if TYPE_CHECKING:\n    import rich\n"
         "def f():\n    import gguf\n"
     )
-    always = {"torch.nn", "eightfold.memory", "eightfold.errors", "eightfold.cli.main", "numpy", "json"}
+    always = {"torch.nn", "eightfold.machine", "eightfold.errors", "eightfold.cli.main", "numpy", "json"}
     assert set(at_import_time(tree)) == always
     assert set(imported(tree)) == always | {"rich", "gguf"}
 

@@ -9,7 +9,7 @@ from typing import Any
 from examples.arguments import Defaults, OneLineParser, cmd_bool
 
 from eightfold.errors import ConfigError, UnsupportedError, one_of
-from eightfold.world import World
+from eightfold.parallel.world import World
 
 DEFAULT_TEXT = "What's deep learning?"
 PARALLEL = ("dp", "tp", "moe_tp", "pp", "microbatch_size", "moe_ep", "sp", "cp")

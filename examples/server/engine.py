@@ -16,9 +16,9 @@ from eightfold.engine.block_manager import BlockManager
 from eightfold.errors import CapacityError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.generation import require_ids
-from eightfold.native import core
-from eightfold.native.model import PAGE, Chunk, NativeModel
-from eightfold.world import World
+from eightfold.model.native import core
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
+from eightfold.parallel.world import World
 
 # Tokens of prompts that run at once: enough for the matrix products, little enough for memory.
 PREFILL_TOKENS = 512

@@ -9,9 +9,9 @@ import torch
 from examples.server.generate import Request
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.decoder import Batch, Block, GroupCall, Norm
-from eightfold.reference.kvcache import Attention, KVCache
-from eightfold.reference.load import Decoder, Head
+from eightfold.model.reference.decoder import Batch, Block, GroupCall, Norm
+from eightfold.model.reference.kvcache import Attention, KVCache
+from eightfold.model.reference.load import Decoder, Head
 
 
 @dataclass(frozen=True)

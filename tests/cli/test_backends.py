@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eightfold.native import core
+from eightfold.model.native import core
 from tests.conftest import tiny_config, write_model
 
 
@@ -23,7 +23,7 @@ def not_built(monkeypatch):
     import_module = core.importlib.import_module
 
     def missing(name):
-        if name == "eightfold.native._core":
+        if name == "eightfold.model.native._core":
             raise ImportError(f"No module named {name!r}")
         return import_module(name)
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from eightfold.errors import CapacityError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import measure
-from eightfold.native import model as native_model
-from eightfold.native.generate import generate
-from eightfold.native.load import load_model
-from eightfold.native.measure import Measurement, Rates, Runner, Timing, Workload, cache_bytes, int8_elements
-from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.native import measure
+from eightfold.model.native import model as native_model
+from eightfold.model.native.generate import generate
+from eightfold.model.native.load import load_model
+from eightfold.model.native.measure import Measurement, Rates, Runner, Timing, Workload, cache_bytes, int8_elements
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
@@ -294,7 +294,7 @@ def test_bench_gives_json(cli, models, name, batch):
 
 
 def test_bench_computes_as_it_is_told(cli, models, monkeypatch):
-    from eightfold.native import load
+    from eightfold.model.native import load
 
     told = []
     real = load.load_model
@@ -363,7 +363,7 @@ def test_one_new_token_has_no_rate(cli, models):
 
 
 def test_bench_without_the_extension_says_what_to_do(cli, models, monkeypatch):
-    monkeypatch.setitem(sys.modules, "eightfold.native._core", None)
+    monkeypatch.setitem(sys.modules, "eightfold.model.native._core", None)
     message = error_line(cli("bench", models["fa"], *SMALL))
     assert message.startswith("native backend: got no compiled extension (")
     assert "Install a C++ compiler and reinstall eightfold" in message

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eightfold.native import load
+from eightfold.model.native import load
 from eightfold.tokenizer import Tokenizer
 from tests.engine.models import EOS
 from tests.refusal import error_line

@@ -13,9 +13,9 @@ from eightfold.engine.outputs import CompletionOutput, RequestOutput
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.generate import generate
-from eightfold.native.load import load_model
-from eightfold.native.model import PAGE, NativeModel
+from eightfold.model.native.generate import generate
+from eightfold.model.native.load import load_model
+from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from tests.conftest import tiny_config, token_samples, write_model

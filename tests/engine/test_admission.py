@@ -10,7 +10,7 @@ import pytest
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, ConfigError, EightfoldError, InputError, UnsupportedError
-from eightfold.native.model import PAGE, NativeModel
+from eightfold.model.native.model import PAGE, NativeModel
 from tests.engine.models import CONTEXT, assert_idle, greedy, run
 
 
@@ -55,7 +55,7 @@ class TestMemory:
         weights = 100 * model.page_bytes
         with (
             mock.patch.object(NativeModel, "weight_bytes", weights),
-            mock.patch("eightfold.native.model.available_bytes", lambda: weights + 21 * model.page_bytes),
+            mock.patch("eightfold.model.native.model.available_bytes", lambda: weights + 21 * model.page_bytes),
         ):
             assert model.engine().blocks.total == 10
 
@@ -68,14 +68,14 @@ class TestMemory:
         with pytest.raises(CapacityError, match=expected):
             model.engine(kv_memory=model.page_bytes - 1)
         with (
-            mock.patch("eightfold.native.model.available_bytes", lambda: model.alone.weight_bytes),
+            mock.patch("eightfold.model.native.model.available_bytes", lambda: model.alone.weight_bytes),
             pytest.raises(CapacityError, match=expected),
         ):
             model.engine()
 
     def test_more_than_the_machine_has(self, small):
         with (
-            mock.patch("eightfold.native.model.available_bytes", lambda: 2**20),
+            mock.patch("eightfold.model.native.model.available_bytes", lambda: 2**20),
             pytest.raises(CapacityError, match=r"^key/value cache: got 2 MiB for .* Lower --kv-memory\.$"),
         ):
             small("w8a8").engine(kv_memory=2**21)

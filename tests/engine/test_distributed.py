@@ -29,11 +29,11 @@ from eightfold.engine.ranks import pack, unpack
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import core
-from eightfold.native.model import Step
+from eightfold.model.native import core
+from eightfold.model.native.model import Step
+from eightfold.parallel.link import Connection, Peer
+from eightfold.parallel.world import World
 from eightfold.tokenizer import Tokenizer
-from eightfold.wire import Connection, Peer
-from eightfold.world import World
 from tests.engine.models import Small
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
@@ -169,7 +169,7 @@ def test_a_batch_run_that_has_nothing_to_do_ends_in_all(start, small, tmp_path):
 def test_bench_tells_of_all(start, small):
     words = ("-m", "eightfold", "bench", small("w8a8").directory, "--prompt-len", 8, "--new-tokens", 3, "--repeat", 1)
     # The buffer that the bandwidth is measured with is large.
-    script = "import sys\nfrom eightfold.native import measure\nmeasure.READ_BYTES = 1 << 20\n"
+    script = "import sys\nfrom eightfold.model.native import measure\nmeasure.READ_BYTES = 1 << 20\n"
     script += "from eightfold.cli.main import main\nsys.exit(main())"
     (code, out, err), follower = start("-c", script, *words[2:], "--json").ended()
     assert (code, follower) == (0, (0, "", "")), err

@@ -15,7 +15,7 @@ from eightfold.engine.engine import Engine
 from eightfold.engine.outputs import RequestOutput
 from eightfold.engine.sampler import prompt_logprobs
 from eightfold.engine.sampling_params import SamplingParams
-from eightfold.native.model import PAGE
+from eightfold.model.native.model import PAGE
 from tests.engine.models import CONTEXT, RECIPES, Small, answers, assert_idle, greedy, run, step, tokens
 from tests.native.models import logits_of
 
@@ -247,7 +247,7 @@ class TestFloatPrompts:
     @pytest.fixture
     def model(self, small) -> Small:
         from eightfold.format.checkpoint import Checkpoint
-        from eightfold.native.load import load_model
+        from eightfold.model.native.load import load_model
 
         model = small("c8")
         alone = load_model(Checkpoint.open(model.directory), threads=1, attention="mindie")

@@ -8,7 +8,7 @@ import pytest
 
 from eightfold.engine.engine import Engine
 from eightfold.engine.pace import LEAST_TOKENS, Pace
-from eightfold.native.model import PAGE
+from eightfold.model.native.model import PAGE
 from tests.engine.models import greedy, run, step, tokens
 
 

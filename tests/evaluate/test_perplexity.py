@@ -15,9 +15,9 @@ from eightfold.evaluate.evaluation import Evaluation, Tally
 from eightfold.evaluate.perplexity import evaluate
 from eightfold.evaluate.text import cut_chunks, default_text, read_text
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.load import Decoder
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.load import Decoder
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 

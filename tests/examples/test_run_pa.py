@@ -15,8 +15,8 @@ import torch
 from examples.server import benchmark
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.generate import generate
-from eightfold.reference.load import Decoder
+from eightfold.model.reference.generate import generate
+from eightfold.model.reference.load import Decoder
 from eightfold.tokenizer import Tokenizer
 from examples import run_pa
 from tests.conftest import CHAT_TEMPLATE, Result, write_model
@@ -302,7 +302,7 @@ def test_without_torch_answers_are_arrays(pa, monkeypatch):
 @pytest.mark.parametrize("words", [[], ["--load_tokenizer", "False", "--input_ids", "1,2,3", "7"]])
 def test_without_the_extension_the_reference_answers(pa, monkeypatch, words):
     native = answers(pa(*words, "--ignore_eos"))
-    monkeypatch.setattr("eightfold.native.core.is_built", lambda: False)
+    monkeypatch.setattr("eightfold.model.native.core.is_built", lambda: False)
     assert answers(pa(*words, "--ignore_eos")) == native
 
 

@@ -12,8 +12,8 @@ from examples.server.generate import AdmissionError, Limits, Request, Timing, ge
 from examples.server.loaded import LoadedDecoder, ReferenceBatcher
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.load import load_model
-from eightfold.native.model import PAGE
+from eightfold.model.native.load import load_model
+from eightfold.model.native.model import PAGE
 from tests.engine.models import Small, make
 
 

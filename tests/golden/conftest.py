@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from eightfold.model.reference.linear import to_int8_
 from eightfold.quant.calibrate import ObservedGroup
-from eightfold.reference.linear import to_int8_
 
 
 @pytest.fixture

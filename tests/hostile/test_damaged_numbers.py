@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eightfold.reference import linear
+from eightfold.model.reference import linear
 from tests.conftest import tiny_config, write_model
 from tests.refusal import error_line, refused
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.load import Decoder
+from eightfold.model.reference.attention import inverse_frequencies
+from eightfold.model.reference.load import Decoder
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 from tests.conftest import random_tensors, write_model
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 
-NAME = "eightfold.native._core"
+NAME = "eightfold.model.native._core"
 OTHER_BUILD = os.environ.get("EIGHTFOLD_TEST_CORE")
 
 if OTHER_BUILD and NAME not in sys.modules:

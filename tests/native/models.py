@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import core
-from eightfold.native.load import load_model
-from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.native import core
+from eightfold.model.native.load import load_model
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.reference import kvcache
+from eightfold.model.reference.attention import attend
+from eightfold.model.reference.kvcache import FloatAttention
 from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.reference import kvcache
-from eightfold.reference.attention import attend
-from eightfold.reference.kvcache import FloatAttention
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 

@@ -8,7 +8,7 @@ import mmap
 import numpy as np
 import pytest
 
-from eightfold.native import core
+from eightfold.model.native import core
 
 KERNELS = core.extension().kernels
 ISA = pytest.mark.parametrize("isa", core.extension().available_isas())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from eightfold.native import core
+from eightfold.model.native import core
 
 KERNELS = core.extension().kernels
 ISAS = core.extension().available_isas()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import core
-from eightfold.native.model import Chunk, NativeModel
+from eightfold.model.native import core
+from eightfold.model.native.model import Chunk, NativeModel
 from tests.conftest import tiny_config, token_samples, write_model
 from tests.native.models import ISAS, VARIANTS, native
 

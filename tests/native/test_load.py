@@ -21,14 +21,14 @@ from eightfold.config import RopeParameters
 from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.generation import Generation
-from eightfold.native import core
-from eightfold.native.generate import generate
-from eightfold.native.load import _finish, load_model
-from eightfold.native.model import PAGE, Chunk
-from eightfold.native.rotary import inverse_frequencies
-from eightfold.reference import attention as reference_attention
-from eightfold.reference import generate as reference_generate
-from eightfold.reference.load import Decoder
+from eightfold.model.native import core
+from eightfold.model.native.generate import generate
+from eightfold.model.native.load import _finish, load_model
+from eightfold.model.native.model import PAGE, Chunk
+from eightfold.model.native.rotary import inverse_frequencies
+from eightfold.model.reference import attention as reference_attention
+from eightfold.model.reference import generate as reference_generate
+from eightfold.model.reference.load import Decoder
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 from tests.native import NAME
 from tests.native.models import (
@@ -102,7 +102,7 @@ def test_threads_are_as_asked_as_the_variable_says_or_one_for_each_cpu(checkpoin
 def test_where_no_more_threads_may_start_there_is_an_error_and_no_crash():
     code = (
         "import resource, tests.native\n"
-        "from eightfold.native import core\n"
+        "from eightfold.model.native import core\n"
         "core.extension().kernels.pool_runs(2, [[1]])\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"  # room for a few stacks
@@ -122,7 +122,8 @@ def test_a_missing_extension_is_one_line(checkpoint_of, monkeypatch):
     with pytest.raises(UnsupportedError) as raised:
         load_model(checkpoint_of("w8a8"))
     assert one_line(raised) == (
-        "native backend: got no compiled extension (import of eightfold.native._core halted; None in sys.modules), "
+        "native backend: got no compiled extension "
+        "(import of eightfold.model.native._core halted; None in sys.modules), "
         "expected one built when eightfold was installed. "
         "Install a C++ compiler and reinstall eightfold, or use --backend reference."
     )
@@ -347,7 +348,7 @@ def test_what_fails_beside_loading_ends_it(kind):
 def test_what_fails_at_once_keeps_the_core_from_beginning(monkeypatch):
     """As far as the other thread has not begun, which is stood for by one that begins when all is over."""
     begin: list[Callable[[], None]] = []
-    monkeypatch.setattr("eightfold.native.load._thread.start_new_thread", lambda run, args: begin.append(run))
+    monkeypatch.setattr("eightfold.model.native.load._thread.start_new_thread", lambda run, args: begin.append(run))
     model = Slow()
     with pytest.raises(ZeroDivisionError):
         _finish(model, lambda: 1 // 0)
@@ -363,7 +364,7 @@ def test_a_failure_of_the_core_is_told_also_when_something_is_done_beside():
 def test_an_abandoned_model_is_not_made_ready(tmp_path, monkeypatch):
     """It ends before the next piece, so that even a damaged weight is not found."""
     models: list[Any] = []
-    monkeypatch.setattr("eightfold.native.load._finish", lambda model, beside: models.append(model) or -1)
+    monkeypatch.setattr("eightfold.model.native.load._finish", lambda model, beside: models.append(model) or -1)
     for _ in range(2):
         load_model(damaged(tmp_path / str(len(models)), "bfloat16", "down_proj.weight", float("nan")), threads=2)
     models[1].abandon()
@@ -375,7 +376,7 @@ def test_a_signal_while_weights_are_made_ready_ends_the_program_with_one_line(tm
     write_model(tmp_path / "m", tiny_config())
     code = """
 import os, signal, sys, threading, time
-import eightfold.native.load as load
+import eightfold.model.native.load as load
 from eightfold.__main__ import main
 
 real = load._finish
@@ -430,7 +431,7 @@ def test_what_does_not_fit_the_context_is_refused(checkpoint_of, prompt, count):
 
 
 def test_a_cache_beyond_the_memory_is_refused(checkpoint_of, monkeypatch):
-    monkeypatch.setattr("eightfold.native.model.available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("eightfold.model.native.model.available_bytes", lambda: 1 << 20)
     with pytest.raises(CapacityError, match=r"^key/value cache: got \d+ MiB for \d+ positions, expected at most 1 MiB"):
         native(checkpoint_of("bfloat16"), ISAS[-1]).allocate_cache(1 << 20)
 
@@ -440,8 +441,8 @@ def test_loading_and_generating_import_nothing_heavy(checkpoint_of):
         "import sys, pathlib, tests.native\n"
         "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'gguf', 'safetensors')))\n"  # importing them raises
         "from eightfold.format.checkpoint import Checkpoint\n"
-        "from eightfold.native.generate import generate\n"
-        "from eightfold.native.load import load_model\n"
+        "from eightfold.model.native.generate import generate\n"
+        "from eightfold.model.native.load import load_model\n"
         "model = load_model(Checkpoint.open(pathlib.Path(sys.argv[1])), threads=2)\n"
         "generate(model, [1, 2, 3], 4)\n"
         "heavy = ('torch', 'transformers', 'gguf', 'safetensors', 'tokenizers', 'jinja2', 'scipy')\n"

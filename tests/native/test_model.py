@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eightfold.native.model import Chunk
-from eightfold.reference.load import Decoder
+from eightfold.model.native.model import Chunk
+from eightfold.model.reference.load import Decoder
 from tests.conftest import token_samples
 from tests.native.models import (
     ISAS,

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from eightfold.native import core
-from eightfold.native.model import Chunk, NativeModel
+from eightfold.model.native import core
+from eightfold.model.native.model import Chunk, NativeModel
 from tests.native.models import ISAS, logits_of, native
 
 pool_runs = core.extension().kernels.pool_runs

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.model import Chunk, NativeModel
+from eightfold.model.native.model import Chunk, NativeModel
 from eightfold.quant.recipe import Recipe
 from tests.conftest import tiny_config, token_samples
 from tests.native.models import DYNAMIC, ISAS, W8A8, W8A16, Variant, logits_of, native, write_variant

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eightfold.native import core
+from eightfold.model.native import core
 from tests.native.sample_oracle import LOG2_E, Oracle, largest, log_probs, packed
 
 SAMPLE = core.extension().sample

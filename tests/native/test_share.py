@@ -18,9 +18,9 @@ import pytest
 from eightfold.config import ModelConfig, parse_config
 from eightfold.errors import ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.load import load_model
-from eightfold.native.model import PAGE, Chunk, NativeModel
-from eightfold.native.share import Share, cuts, even_sizes
+from eightfold.model.native.load import load_model
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.native.share import Share, cuts, even_sizes
 from tests.conftest import tiny_config
 from tests.native.models import VARIANTS, write_variant
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from eightfold.model.reference.attention import apply_rope, rope_tables
 from eightfold.quant.attention import (
     HEADROOM,
     FAQuantObserver,
@@ -19,7 +20,6 @@ from eightfold.quant.attention import (
     turned_extremes,
 )
 from eightfold.quant.methods import KVObserve
-from eightfold.reference.attention import apply_rope, rope_tables
 
 EPS = torch.finfo(torch.float32).eps
 

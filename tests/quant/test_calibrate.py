@@ -7,12 +7,12 @@ import torch
 
 from eightfold.families import input_groups
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.decoder import Batch, LinearGroup
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_float32, load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.decoder import Batch, LinearGroup
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_float32, load_tensor
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.decoder import apply_block_
+from eightfold.model.reference.device import use
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.decoder import apply_block_
-from eightfold.reference.device import use
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_tensor
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eightfold.errors import InputError
+from eightfold.model.reference.linear import EPS, asymmetric
 from eightfold.quant import histogram
 from eightfold.quant.histogram import (
     BINS,
@@ -24,7 +25,6 @@ from eightfold.quant.histogram import (
     spread,
     widen,
 )
-from eightfold.reference.linear import EPS, asymmetric
 
 END = BINS - 1
 

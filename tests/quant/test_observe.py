@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from eightfold.errors import InputError
+from eightfold.model.reference.linear import asymmetric
 from eightfold.quant.observe import MeanMinMax
-from eightfold.reference.linear import asymmetric
 
 SAMPLES = torch.tensor([[-1.0, 5.0], [0.0, 3.0], [-4.0, 2.0], [2.0, 9.0]])  # four tokens
 SPANS = [(0, 1), (1, 3), (3, 4)]  # three samples: extremes (-1, 5), (-4, 3), (2, 9)

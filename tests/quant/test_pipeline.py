@@ -11,11 +11,11 @@ import torch
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.plan import Plan
 from eightfold.quant.recipe import Recipe, assign_types
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_tensor
 from eightfold.scheme import SCHEMES, QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 

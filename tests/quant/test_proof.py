@@ -7,9 +7,9 @@ import torch
 
 from eightfold.errors import UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.load import Decoder
 from eightfold.quant.proof import compare_logits
 from eightfold.quant.team import Alone
-from eightfold.reference.load import Decoder
 
 
 def test_a_smoothed_model_that_computes_no_numbers_is_refused(float_model):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.generate import generate
-from eightfold.reference.load import Decoder
+from eightfold.model.reference.generate import generate
+from eightfold.model.reference.load import Decoder
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import FAMILIES, tiny_config, write_model
 

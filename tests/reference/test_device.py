@@ -10,8 +10,8 @@ import torch
 
 from eightfold.errors import ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.reference.device import CPU, find_device, use
-from eightfold.reference.tensors import load_tensor
+from eightfold.model.reference.device import CPU, find_device, use
+from eightfold.model.reference.tensors import load_tensor
 
 
 @pytest.fixture

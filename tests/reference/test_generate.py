@@ -7,10 +7,10 @@ import torch
 
 from eightfold.errors import CapacityError, InputError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.generate import generate
+from eightfold.model.reference.load import Decoder
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.generate import generate
-from eightfold.reference.load import Decoder
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 

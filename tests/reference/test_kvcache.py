@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.reference.attention import attend
-from eightfold.reference.kvcache import (
+from eightfold.model.reference.attention import attend
+from eightfold.model.reference.kvcache import (
     BLOCK,
     C8Attention,
     ChannelScale,
@@ -18,7 +18,7 @@ from eightfold.reference.kvcache import (
     KVCache,
     attend_int8,
 )
-from eightfold.reference.linear import W8A8DynamicLinear, W8A8Linear, W8A8MixLinear
+from eightfold.model.reference.linear import W8A8DynamicLinear, W8A8Linear, W8A8MixLinear
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 TOKENS = BLOCK + 30

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
-from eightfold.reference import linear
-from eightfold.reference.linear import (
+from eightfold.model.reference import linear
+from eightfold.model.reference.linear import (
     EXACT_K,
     FloatLinear,
     W8A8DynamicLinear,
@@ -26,8 +24,10 @@ from eightfold.reference.linear import (
     to_int8_,
     token_params,
 )
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_float32
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_float32
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples, write_model
 
@@ -305,7 +305,7 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(monkeypatch, t):
     w8a16 = W8A16Linear(weight_NK, torch.rand(40, 1), torch.rand(40, 1), None)
     found = []
     for elements in (1, 3 * 48 + 1, 1 << 19):
-        monkeypatch.setattr("eightfold.reference.linear._PIECE_ELEMENTS", elements)
+        monkeypatch.setattr("eightfold.model.reference.linear._PIECE_ELEMENTS", elements)
         xq = divided_to_int8(x_TK, scale_T1, offset_T1)
         found.append((xq, dynamic.multiply(xq, scale_T1, offset_T1), w8a16(x_TK)))
     assert torch.equal(found[0][0], (x_TK / scale_T1 + offset_T1).round().clamp(-128, 127).to(torch.int8))

@@ -10,7 +10,7 @@ import pytest
 
 from eightfold.errors import ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import core, kernels
+from eightfold.model.native import core, kernels
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.report.native import describe_native
@@ -131,7 +131,7 @@ def test_inspect_prints_the_choice_and_the_kernels(cli, float_model, monkeypatch
 
 
 def test_a_missing_extension_is_said_with_what_to_do(cli, float_model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "eightfold.native._core", None)
+    monkeypatch.setitem(sys.modules, "eightfold.model.native._core", None)
     shown = cli("inspect", float_model)
     assert (shown.code, shown.err) == (0, "")
     assert shown.out.splitlines()[-1].startswith("  cpu      native backend: got no compiled extension (")

@@ -16,8 +16,8 @@ from eightfold.config import DType, parse_config
 from eightfold.errors import ConfigError, OutputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import ShardedWriter
-from eightfold.reference.decoder import apply_block_
-from eightfold.reference.load import Decoder
+from eightfold.model.reference.decoder import apply_block_
+from eightfold.model.reference.load import Decoder
 from eightfold.synth import checkpoint as synth_checkpoint
 from eightfold.synth import shapes, tensors
 from eightfold.synth.checkpoint import synthesize

@@ -13,7 +13,7 @@ from eightfold.cli import console
 from eightfold.cli.choices import AttentionMode, Dynamic
 
 if TYPE_CHECKING:
-    from eightfold.native.measure import Measurement
+    from eightfold.model.native.measure import Measurement
 
 
 def bench(
@@ -83,7 +83,7 @@ def bench(
     """
     from eightfold.engine.loading import leave_to_first, load_model
     from eightfold.format.checkpoint import Checkpoint
-    from eightfold.native import measure
+    from eightfold.model.native import measure
 
     options: dict[str, Any] = {"threads": threads, "dynamic": dynamic.mode, "attention": attention_mode.mode}
     leave_to_first(model, **options)

@@ -113,7 +113,7 @@ def _load(model: Path, template: str | None, **settings: Any) -> Engine:
 def _talk(engine: Engine, model: Path, system: str | None, chosen: dict[str, Any], max_new_tokens: int) -> None:
     from eightfold.cli.conversation import Conversation
     from eightfold.cli.terminal import Pipe, Terminal
-    from eightfold.native.model import PAGE
+    from eightfold.model.native.model import PAGE
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show

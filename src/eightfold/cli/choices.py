@@ -21,7 +21,7 @@ class Backend(str, Enum):
         Raises:
             UnsupportedError: native was asked for and was not built.
         """
-        from eightfold.native import core
+        from eightfold.model.native import core
 
         if self is Backend.native:
             core.extension()

@@ -80,7 +80,7 @@ def require_torch(command: str) -> None:
     Raises:
         DependencyError: it is not installed.
     """
-    from eightfold.memory import tame_malloc
+    from eightfold.machine import tame_malloc
 
     tame_malloc()
     # OpenMP's threads spin while they wait for each other. With one core busy elsewhere that was measured to take

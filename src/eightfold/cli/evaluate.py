@@ -15,7 +15,7 @@ from eightfold.cli.choices import AttentionMode, Backend, Dynamic, TokensAs
 if TYPE_CHECKING:
     from eightfold.evaluate.evaluation import Evaluation
     from eightfold.format.checkpoint import Checkpoint
-    from eightfold.native.model import NativeModel
+    from eightfold.model.native.model import NativeModel
 
 
 def evaluate(
@@ -110,7 +110,7 @@ def _evaluate_native(
 ) -> tuple[Evaluation, float | None]:
     """Measure, and return the perplexity of mode `mindie` beside where both modes are measured."""
     from eightfold.evaluate.native import evaluate
-    from eightfold.native.load import load_model
+    from eightfold.model.native.load import load_model
 
     def load(checkpoint: Checkpoint, mode: AttentionMode) -> NativeModel:
         return load_model(checkpoint, dynamic=dynamic.mode, attention=mode.mode)
@@ -135,7 +135,7 @@ def _evaluate_reference(
     """As _evaluate_native, in torch."""
     console.require_torch("eval --backend reference")
     from eightfold.evaluate.perplexity import evaluate
-    from eightfold.reference.load import Decoder
+    from eightfold.model.reference.load import Decoder
 
     both = _both_modes(checkpoints[0], attention_mode, tokens_as)
     total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])

@@ -95,7 +95,7 @@ def _command(arguments: Sequence[str]) -> str:
 
 
 def _require_one_process(command: str) -> None:
-    from eightfold.world import World
+    from eightfold.parallel.world import World
 
     # Other launchers set WORLD_SIZE for whatever runs below them.
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("LOCAL_WORLD_SIZE", "1") != "1"
@@ -170,7 +170,7 @@ def _fail(message: str, debug: bool) -> int:
 
 def _speaks() -> bool:
     """Whether this process tells the user: of several that share a model, one does."""
-    from eightfold.world import World
+    from eightfold.parallel.world import World
 
     try:
         return World.of_environment().speaks

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from eightfold.cli import console
 from eightfold.cli.calibration import Calibration
 from eightfold.errors import ConfigError
-from eightfold.memory import peak_resident_bytes
-from eightfold.world import World
+from eightfold.machine import peak_resident_bytes
+from eightfold.parallel.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ class Command:
 
 
 def _torch_device(device: str, team: Team) -> torch.device:
-    from eightfold.reference.device import find_device
+    from eightfold.model.reference.device import find_device
 
     if team.size > 1 and device != "cpu":
         raise ConfigError("--device", got=device, expected=f"cpu, for {team.size} processes")

@@ -141,7 +141,7 @@ def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
 
         leave_to_first(model, **options)
         return
-    from eightfold.world import World
+    from eightfold.parallel.world import World
 
     if (size := World.of_environment().size) > 1:
         raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eightfold.engine.engine import Engine
     from eightfold.engine.sampling_params import SamplingParams
     from eightfold.format.checkpoint import Checkpoint
-    from eightfold.native.model import NativeModel
+    from eightfold.model.native.model import NativeModel
     from eightfold.tokenizer import Tokenizer
 
 # Is told of each piece of text.
@@ -163,8 +163,8 @@ def _reference(
     console.require_torch("run --backend reference")
     if beside is not None:
         beside()
-    from eightfold.reference.generate import generate
-    from eightfold.reference.load import Decoder
+    from eightfold.model.reference.generate import generate
+    from eightfold.model.reference.load import Decoder
 
     return functools.partial(generate, Decoder(checkpoint, settings["dynamic"], settings["attention_mode"])), None
 
@@ -173,7 +173,7 @@ def _native(
     checkpoint: Checkpoint, settings: dict[str, Any], beside: Callable[[], object] | None
 ) -> tuple[_Generate, NativeModel]:
     from eightfold.engine.loading import load_model
-    from eightfold.native.generate import generate
+    from eightfold.model.native.generate import generate
 
     dynamic, attention = settings["dynamic"], settings["attention_mode"]
     model = load_model(checkpoint, beside, threads=settings["threads"], dynamic=dynamic, attention=attention)

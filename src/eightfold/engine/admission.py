@@ -13,7 +13,7 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.engine.structured import Grammar, GrammarCompiler
 from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.generation import require_ids
-from eightfold.native.model import PAGE, NativeModel
+from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.tokenizer import Tokenizer
 
 

@@ -1,9 +1,9 @@
 """One model in several processes: tensor parallel.
 
-Every process that torchrun starts has a share of the model (native/share.py). Rank 0 has the engine: it schedules,
-sends every step to the others in one small message (ranks.py), and takes part in it. The others do nothing but steps.
-What the shares make of a step is put together in the core, in meetings: through memory that the processes of one host
-share, or through torch.distributed (gloo) between hosts. Only then is torch loaded, and by this file alone.
+Every process that torchrun starts has a share of the model (model/native/share.py). Rank 0 has the engine: it
+schedules, sends every step to the others in one small message (ranks.py), and takes part in it. The others do
+nothing but steps. What the shares make of a step is put together in the core: through memory that the processes of
+one host share, or through torch.distributed (gloo) between hosts. Only then is torch loaded, by this file alone.
 
 EIGHTFOLD_EXCHANGE=gloo takes torch.distributed on one host too.
 """
@@ -22,18 +22,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from eightfold import __version__, wire
+from eightfold import __version__
 from eightfold.engine.loading import Options
 from eightfold.engine.ranks import Facts, SharedModel, follow, memory_files
 from eightfold.engine.watch import EXIT_LOST, Watch, ended_by_watch
 from eightfold.errors import CheckpointError, ConfigError, DependencyError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import core
-from eightfold.native import load as native
-from eightfold.native.model import NativeModel
-from eightfold.native.share import Share
-from eightfold.wire import Peer
-from eightfold.world import World
+from eightfold.model.native import core
+from eightfold.model.native import load as native
+from eightfold.model.native.model import NativeModel
+from eightfold.model.native.share import Share
+from eightfold.parallel import link
+from eightfold.parallel.link import Peer
+from eightfold.parallel.world import World
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +75,7 @@ def lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel:
     _require_alike(team.peers, _answers(team.peers), _about(world, checkpoint, options))
     with ended_by_watch():
         for peer in team.peers:
-            peer.orders.tell(name=wire.process_name())
+            peer.orders.tell(name=link.process_name())
     share = _load(world, checkpoint, options)
     others = [Facts(**facts) for facts in _answers(team.peers)]
     team.exchange.join(share, team.peers)
@@ -190,12 +191,12 @@ class _Memory:
 
     def gather(self) -> list[Peer]:
         """Wait for all others."""
-        with wire.listen(self._world, local=True) as sock:
-            return wire.accept_all(sock, self._world, "")
+        with link.listen(self._world, local=True) as sock:
+            return link.accept_all(sock, self._world, "")
 
     def reach(self) -> Peer:
         """Connect to rank 0."""
-        return wire.connect(self._world, wire.local_name(self._world), "", local=True)
+        return link.connect(self._world, link.local_name(self._world), "", local=True)
 
     def join(self, share: NativeModel, peers: Sequence[Peer]) -> None:
         """Let a share meet the others."""
@@ -217,15 +218,15 @@ class _Gloo:
 
     def gather(self) -> list[Peer]:
         """Wait for all others."""
-        with wire.listen(self._world, local=False) as sock:
+        with link.listen(self._world, local=False) as sock:
             secret = secrets.token_hex(16)
             _broadcast([sock.getsockname()[1], secret])
-            return wire.accept_all(sock, self._world, secret)
+            return link.accept_all(sock, self._world, secret)
 
     def reach(self) -> Peer:
         """Connect to rank 0."""
         port, secret = _broadcast([None, None])
-        return wire.connect(self._world, (self._world.address, port), secret, local=False)
+        return link.connect(self._world, (self._world.address, port), secret, local=False)
 
     def join(self, share: NativeModel, peers: Sequence[Peer]) -> None:
         """Let a share meet the others."""
@@ -257,7 +258,7 @@ def _start_gloo(world: World) -> None:
         ) from None
     import datetime
 
-    if interface := wire.interface_to(world.address, world.port):
+    if interface := link.interface_to(world.address, world.port):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
         "gloo", rank=world.rank, world_size=world.size, timeout=datetime.timedelta(seconds=_GLOO_SECONDS)

@@ -25,7 +25,7 @@ from eightfold.engine.sequence import Request, TokenSequence
 from eightfold.engine.settings import EngineConfig
 from eightfold.engine.speculate import Lookup, Speculation, measure_row_cost
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native.model import PAGE, NativeModel
+from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.scheme import QuantType
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 

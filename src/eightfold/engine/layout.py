@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eightfold.engine.sequence import TokenSequence
-from eightfold.native.model import Step
+from eightfold.model.native.model import Step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eightfold.world import World
+from eightfold.parallel.world import World
 
 if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
-    from eightfold.native.model import NativeModel
+    from eightfold.model.native.model import NativeModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def load_model(checkpoint: Checkpoint, beside: Callable[[], object] | None = Non
     """
     chosen, world = Options(**options), World.of_environment()
     if world.size == 1:
-        from eightfold.native import load as native
+        from eightfold.model.native import load as native
 
         return native.load_model(checkpoint, **asdict(chosen), beside=beside)
     from eightfold.engine import distributed

@@ -17,8 +17,8 @@ import numpy as np
 
 from eightfold.engine.watch import ended_by_watch
 from eightfold.errors import CapacityError, EightfoldError
-from eightfold.native.model import NativeModel, Step
-from eightfold.wire import Peer
+from eightfold.model.native.model import NativeModel, Step
+from eightfold.parallel.link import Peer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

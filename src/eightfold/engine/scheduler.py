@@ -26,7 +26,7 @@ import numpy as np
 from eightfold.engine.block_manager import BlockManager
 from eightfold.engine.pace import Pace
 from eightfold.engine.sequence import TokenSequence
-from eightfold.native.model import PAGE
+from eightfold.model.native.model import PAGE
 
 # Positions that running sequences should be able to grow by after another one has started, or it is stopped at once.
 GROWTH = 16

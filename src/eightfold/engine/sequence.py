@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from eightfold.engine.block_manager import NO_PARENT, hash_block
 from eightfold.engine.outputs import CompletionOutput, FinishReason, Produced, RequestOutput, Times
-from eightfold.native.model import PAGE
+from eightfold.model.native.model import PAGE
 
 if TYPE_CHECKING:
     from eightfold.engine.detokenizer import Detokenizer

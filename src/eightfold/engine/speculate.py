@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from copy import copy
 from typing import TYPE_CHECKING
 
-from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
 
 if TYPE_CHECKING:
     from eightfold.engine.sequence import TokenSequence

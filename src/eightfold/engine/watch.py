@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from eightfold.wire import Peer
-from eightfold.world import World
+from eightfold.parallel.link import Peer
+from eightfold.parallel.world import World
 
 EXIT_LOST = 2
 

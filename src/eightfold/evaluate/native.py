@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eightfold.evaluate.evaluation import Evaluation, Tally, require_same_vocabulary
-from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

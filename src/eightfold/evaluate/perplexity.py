@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from eightfold.evaluate.evaluation import Evaluation, Tally, require_same_vocabulary
-from eightfold.reference.decoder import Origin
-from eightfold.reference.load import Decoder, Head
+from eightfold.model.reference.decoder import Origin
+from eightfold.model.reference.load import Decoder, Head
 
 # Tokens whose logits are held at a time: 128 x 128,256 float32 are 66 MB.
 _HEAD_TOKENS = 128

@@ -33,9 +33,9 @@ from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
+from eightfold.model.reference.attention import inverse_frequencies
+from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
-from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.tensors import require_range, to_array
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eightfold.model.reference.kvcache import Attention, KVCache
+from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 from eightfold.quant.methods import KVObserve
 from eightfold.quant.team import Team
-from eightfold.reference.kvcache import Attention, KVCache
-from eightfold.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 
 # The share of a sample's values that the range of queries and keys has to hold; of values all.
 QK_SHARE, VALUE_SHARE = 0.9999, 1.0

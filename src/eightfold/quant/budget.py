@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from eightfold.errors import CapacityError
 from eightfold.families import LM_HEAD, all_linears, input_groups
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.memory import available_bytes, resident_bytes
+from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
 from eightfold.quant.methods import AntiOutlier, KVObserve
 from eightfold.quant.recipe import Recipe

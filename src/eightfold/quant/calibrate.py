@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from eightfold.model.reference.decoder import Batch
+from eightfold.model.reference.linear import Linear, W8A8DynamicLinear, divided_to_int8
 from eightfold.quant.histogram import HistogramObserver
 from eightfold.quant.methods import ActMethod
 from eightfold.quant.observe import MeanMinMax
 from eightfold.quant.qparams import QuantizedWeight
 from eightfold.quant.team import Team
-from eightfold.reference.decoder import Batch
-from eightfold.reference.linear import Linear, W8A8DynamicLinear, divided_to_int8
 
 # Above this ratio of largest value to standard deviation, method `auto` takes the extremes and not the histogram.
 AUTO_LIMIT = 50.0

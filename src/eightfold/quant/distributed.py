@@ -26,11 +26,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from eightfold import __version__
 from eightfold.errors import CheckpointError, ConfigError
+from eightfold.parallel.link import JOIN_SECONDS, Peer, accept_all, connect, listen, local_name, process_name
+from eightfold.parallel.world import World
 from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.team import Round
 from eightfold.quant.watch import EXIT_LOST, OVER, Watch
-from eightfold.wire import JOIN_SECONDS, Peer, accept_all, connect, listen, local_name, process_name
-from eightfold.world import World
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from eightfold.errors import CapacityError
 from eightfold.families import EMBEDDING, LM_HEAD, LinearShape, input_groups, layer_of, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import total_bytes
-from eightfold.memory import available_bytes, resident_bytes
+from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import GENERATIONS, sample_batches
 from eightfold.quant.methods import AntiOutlier

@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, symmetric, to_int8_
 from eightfold.quant.statistics import InputStats
-from eightfold.reference.linear import asymmetric, float_linear, int_matmul, symmetric, to_int8_
 
 SCALE_MIN = 1e-5
 GRID = 20

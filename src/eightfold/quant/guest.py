@@ -9,8 +9,8 @@ from pathlib import Path
 
 from eightfold.errors import OutputError
 from eightfold.format.journal import WORK_NAME, Entry
+from eightfold.parallel.link import process_name
 from eightfold.quant.team import Team
-from eightfold.wire import process_name
 
 _TOKEN_NAME = "token"  # in the work folder, so it goes with it
 

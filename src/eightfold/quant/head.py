@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from eightfold.families import LM_HEAD
+from eightfold.model.reference.decoder import spans_of
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_float32
 from eightfold.quant.calibrate import observer_for
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.layer import static_tensors
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import Recipe
-from eightfold.reference.decoder import spans_of
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_float32
 from eightfold.scheme import NEEDS_CALIBRATION, WEIGHT, WEIGHT_OFFSET, WEIGHT_SCALE, QuantType
 
 

@@ -32,10 +32,10 @@ from eightfold.config import ModelConfig
 from eightfold.families import input_groups
 from eightfold.format.pagecache import drop
 from eightfold.format.safetensors import checksum_of, joined_checksum
+from eightfold.model.reference.decoder import Batch, Block, token_batches
+from eightfold.model.reference.load import Decoder
 from eightfold.quant.settling import Settling
 from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
-from eightfold.reference.decoder import Batch, Block, token_batches
-from eightfold.reference.load import Decoder
 
 # How many a stream has on disk.
 GENERATIONS = 3

@@ -34,9 +34,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from eightfold.model.reference.linear import asymmetric
 from eightfold.quant.statistics import require_finite_samples, stacked
 from eightfold.quant.team import Alone, Team
-from eightfold.reference.linear import asymmetric
 
 BINS = 2048
 LEVELS = 256  # of an int8 activation

@@ -30,6 +30,11 @@ from eightfold.families import (
     layer_prefix,
     sliding_window,
 )
+from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm
+from eightfold.model.reference.kvcache import FloatAttention
+from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
 from eightfold.quant.calibrate import ObservedGroup, Observer, observer_for, static_member
 from eightfold.quant.plan import tensor_name
@@ -38,11 +43,6 @@ from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
 from eightfold.quant.survey import LayerSurvey, head_sharing
 from eightfold.quant.team import Alone, Team, owners, prover_of
-from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm
-from eightfold.reference.kvcache import FloatAttention
-from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_float32, load_rows_float32
 from eightfold.scheme import (
     DEQ_SCALE,
     FA_TENSORS,

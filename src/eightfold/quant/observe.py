@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eightfold.model.reference.linear import asymmetric
 from eightfold.quant.statistics import require_finite_samples, stacked
 from eightfold.quant.team import Alone, Team
-from eightfold.reference.linear import asymmetric
 
 
 class MeanMinMax:

@@ -26,6 +26,7 @@ from eightfold.format.journal import Entry, layers_done
 from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map
 from eightfold.format.writer import ShardedWriter, total_bytes, weight_file_names, write_json
+from eightfold.model.reference.device import CPU, use
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.guest import Guest, Notes, leave_token, require_one_directory
@@ -37,7 +38,6 @@ from eightfold.quant.run import Run
 from eightfold.quant.settling import Settling
 from eightfold.quant.sink import Sink
 from eightfold.quant.team import Alone, Team
-from eightfold.reference.device import CPU, use
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
 _TIMES_NAME = "times.json"

@@ -35,6 +35,10 @@ from eightfold.errors import OutputError
 from eightfold.families import input_groups, layer_norms, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.pagecache import WriteBehind, drop
+from eightfold.model.reference.attention import inverse_frequencies
+from eightfold.model.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm
+from eightfold.model.reference.kvcache import FloatAttention
+from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
 from eightfold.quant.attention import FAQuantObserver, KVObserver, WatchedAttention, Watcher
 from eightfold.quant.calibrate import ObservedGroup, StaticMember, observer_for
 from eightfold.quant.methods import ActMethod, AntiOutlier
@@ -42,10 +46,6 @@ from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.statistics import InputWatcher
 from eightfold.quant.survey import WatchedGroup, needs_features, smoothed_pairs
-from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm
-from eightfold.reference.kvcache import FloatAttention
-from eightfold.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType
 
 _PRODUCT_TOKENS = 512

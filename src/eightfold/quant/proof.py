@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import UnsupportedError
+from eightfold.model.reference.decoder import Block
+from eightfold.model.reference.linear import float_linear, release_widened
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.team import Team
-from eightfold.reference.decoder import Block
-from eightfold.reference.linear import float_linear, release_widened
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_tensor
 
 # Moving a scale from one factor to another changes float32 results in their last bits: measured, 2e-6 of the largest
 # logit. What is wrong by a factor somewhere shows at 1e-2 and above.

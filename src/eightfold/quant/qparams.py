@@ -1,4 +1,4 @@
-"""The formulas of int8 for weights; those from a range to its parameters are in reference/linear.py.
+"""The formulas of int8 for weights; those from a range to its parameters are in model/reference/linear.py.
 
     symmetric     scale = max(absmax / 127, EPS)              offset = 0
     asymmetric    scale = max((hi - lo) / 255, EPS)           offset = rne(-lo / scale) - 128,   lo <= 0 <= hi
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.reference.linear import Q_MAX, Q_MIN, asymmetric, row_pieces, symmetric
+from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, row_pieces, symmetric
 
 # Symmetric weights stay off -128, so that -w and w are stored alike.
 Q_MIN_SYMMETRIC = -127

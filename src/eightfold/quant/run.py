@@ -28,6 +28,8 @@ from eightfold.errors import CheckpointError
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.growing import GrowingDirectory
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import mapped_tensor, require_finite
 from eightfold.progress import Progress
 from eightfold.quant.fallback import attention_back, roll_back
 from eightfold.quant.guest import Guest
@@ -42,8 +44,6 @@ from eightfold.quant.sink import Sink
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
 from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
 from eightfold.quant.team import Alone, Team, prover_of
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import mapped_tensor, require_finite
 from eightfold.scheme import QuantType, weight_name
 
 

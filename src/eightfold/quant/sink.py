@@ -10,11 +10,11 @@ from torch import Tensor
 from eightfold.errors import shortlist
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import ShardedWriter
+from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
+from eightfold.parallel.link import process_name
 from eightfold.quant.guest import not_shared
 from eightfold.quant.plan import OutputTensor
 from eightfold.quant.team import Alone, Team
-from eightfold.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
-from eightfold.wire import process_name
 
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
 _PIECE_BYTES = 2 << 20

@@ -32,11 +32,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eightfold.model.reference.linear import asymmetric, float_linear, to_int8_
 from eightfold.quant.flex_smooth import balance, search_exponents, weight_absmax
 from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.statistics import InputStats
-from eightfold.reference.linear import asymmetric, float_linear, to_int8_
 
 _THRESHOLDS = 100  # m2
 _RATIOS = 20  # m3

@@ -24,6 +24,11 @@ from eightfold.families import (
     layer_prefix,
     sliding_window,
 )
+from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
+from eightfold.model.reference.kvcache import FloatAttention
+from eightfold.model.reference.linear import FloatLinear, Linear
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_float32
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.methods import ActMethod, AntiOutlier
@@ -31,11 +36,6 @@ from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
 from eightfold.quant.team import Alone, Team, in_batch_order, owners
-from eightfold.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
-from eightfold.reference.kvcache import FloatAttention
-from eightfold.reference.linear import FloatLinear, Linear
-from eightfold.reference.load import Decoder
-from eightfold.reference.tensors import load_float32
 from eightfold.scheme import QuantType, bias_name, weight_name
 
 # So many samples decide what is rolled back and which activation method an input gets.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from eightfold.config import DType
 from eightfold.format.safetensors import FileWriter, MappedFile, PlannedTensor, checksum_of, read_header
+from eightfold.model.reference.tensors import to_array
 from eightfold.quant.attention import KVParams
 from eightfold.quant.smooth import SmoothScale
 from eightfold.quant.survey import LayerSurvey
-from eightfold.reference.tensors import to_array
 
 _SCALE = "scale:"
 _CACHE = ("key_scale", "key_offset", "value_scale", "value_offset")

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from eightfold import __version__, memory
+from eightfold import __version__, machine
 
 _PACKAGES = ("numpy", "tokenizers", "jinja2", "pydantic", "typer", "rich", "torch", "transformers", "gguf")
 
@@ -41,8 +41,8 @@ def environment() -> dict[str, Any]:
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "memory_bytes": memory.total_bytes(),
-        "memory_available_bytes": memory.available_bytes(),
+        "memory_bytes": machine.total_bytes(),
+        "memory_available_bytes": machine.available_bytes(),
     }
 
 

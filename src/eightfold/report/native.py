@@ -9,7 +9,7 @@ from typing import Any
 from eightfold.errors import UnsupportedError
 from eightfold.families import LM_HEAD, all_linears
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.native import core, kernels
+from eightfold.model.native import core, kernels
 from eightfold.scheme import QuantType, weight_name
 
 

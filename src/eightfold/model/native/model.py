@@ -14,7 +14,7 @@ import numpy as np
 
 from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
-from eightfold.memory import available_bytes
+from eightfold.machine import available_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

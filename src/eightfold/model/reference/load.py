@@ -25,9 +25,9 @@ from eightfold.families import (
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.generation import require_ids
-from eightfold.reference.attention import inverse_frequencies
-from eightfold.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
-from eightfold.reference.kvcache import (
+from eightfold.model.reference.attention import inverse_frequencies
+from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
+from eightfold.model.reference.kvcache import (
     Attention,
     AttentionMode,
     C8Attention,
@@ -35,7 +35,7 @@ from eightfold.reference.kvcache import (
     FAQuantAttention,
     FloatAttention,
 )
-from eightfold.reference.linear import (
+from eightfold.model.reference.linear import (
     DynamicMode,
     FloatLinear,
     Linear,
@@ -45,7 +45,7 @@ from eightfold.reference.linear import (
     W8A16Linear,
     release_widened,
 )
-from eightfold.reference.tensors import load_float32, load_tensor, mapped_tensor, require_finite
+from eightfold.model.reference.tensors import load_float32, load_tensor, mapped_tensor, require_finite
 from eightfold.scheme import (
     FA_K,
     FA_Q,

@@ -28,8 +28,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from eightfold.reference.attention import attend, visible
-from eightfold.reference.linear import Q_MAX, to_int8_
+from eightfold.model.reference.attention import attend, visible
+from eightfold.model.reference.linear import Q_MAX, to_int8_
 
 AttentionMode = Literal["cache", "mindie"]
 

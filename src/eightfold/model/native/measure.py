@@ -21,10 +21,10 @@ from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
 from eightfold.families import LM_HEAD, all_linears, sliding_window
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.memory import available_bytes
-from eightfold.native import core
-from eightfold.native.generate import PREFILL_TOKENS
-from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.machine import available_bytes
+from eightfold.model.native import core
+from eightfold.model.native.generate import PREFILL_TOKENS
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.scheme import QuantType
 
 READ_BYTES = 1 << 30  # of the buffer that is read to measure the bandwidth

@@ -30,11 +30,11 @@ from eightfold.families import (
     sliding_window,
 )
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.memory import resident_bytes
-from eightfold.native import core
-from eightfold.native.model import NativeModel
-from eightfold.native.rotary import inverse_frequencies
-from eightfold.native.share import WHOLE, Share
+from eightfold.machine import resident_bytes
+from eightfold.model.native import core
+from eightfold.model.native.model import NativeModel
+from eightfold.model.native.rotary import inverse_frequencies
+from eightfold.model.native.share import WHOLE, Share
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,

@@ -31,7 +31,7 @@ def extension() -> Any:
         UnsupportedError: it was not built, or cannot be loaded.
     """
     try:
-        return importlib.import_module("eightfold.native._core")
+        return importlib.import_module("eightfold.model.native._core")
     except ImportError as error:
         raise UnsupportedError(
             "native backend",

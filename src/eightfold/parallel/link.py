@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eightfold.errors import ConfigError
-from eightfold.world import World
+from eightfold.parallel.world import World
 
 # Until rank 0 is there: it may read a long file of prompts first.
 JOIN_SECONDS = 600.0

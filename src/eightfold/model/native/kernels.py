@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from eightfold.native.model import PAGE
+from eightfold.model.native.model import PAGE
 from eightfold.scheme import QuantType
 
 

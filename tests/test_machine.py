@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eightfold.memory import peak_resident_bytes, resident_bytes
+from eightfold.machine import peak_resident_bytes, resident_bytes
 
 
 def test_a_process_knows_what_it_has():

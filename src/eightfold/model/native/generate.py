@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from eightfold.generation import Generation, require_ids, require_room
-from eightfold.native.model import PAGE, Chunk, NativeModel
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
 
 # Tokens of a prompt that run at once: enough for the matrix products, little enough for memory.
 PREFILL_TOKENS = 512

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eightfold.generation import Generation, require_room
-from eightfold.reference.decoder import Batch, Origin
-from eightfold.reference.kvcache import KVCache
-from eightfold.reference.load import Decoder
+from eightfold.model.reference.decoder import Batch, Origin
+from eightfold.model.reference.kvcache import KVCache
+from eightfold.model.reference.load import Decoder
 
 
 @torch.inference_mode()

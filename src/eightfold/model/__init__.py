@@ -1,0 +1,1 @@
+"""A decoder in two ways: in torch as the oracle, and in the compiled core."""

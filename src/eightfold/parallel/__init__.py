@@ -1,0 +1,1 @@
+"""Several processes at one job: who they are, and how they talk."""
