@@ -1,9 +1,11 @@
-"""Put measured figures into README.md, between `<!-- NAME -->` and `<!-- /NAME -->`, from benchmarks/results/*.json.
+"""Put measured figures, from benchmarks/results/*.json, into README.md and docs/speed.md.
+
+They go between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python benchmarks/fill_readme.py [--demo build/demo/rows.json]        # or: make readme
 
-`--demo` first takes over the rows that examples/demo.py has measured. `--check` writes nothing and fails when the
-README is not up to date with the results.
+`--demo` first takes over the rows that examples/demo.py has measured. `--check` writes nothing and fails when a
+page is not up to date with the results.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any
 
 from measure import RESULTS, save_results
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -92,6 +95,14 @@ def start() -> str:
     )
 
 
+def fill(text: str) -> str:
+    """Return a page with every marked place filled."""
+    for name, render in (("demo", demo), ("versus", versus), ("native", native), ("start", start)):
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda match, render=render: f"{match[1]}{render()}\n{match[2]}", text)
+    return text
+
+
 def main() -> int:
     """Fill every marked place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,15 +111,14 @@ def main() -> int:
     args = parser.parse_args()
     if args.demo is not None:
         save_results("demo", json.loads(args.demo.read_text()))
-    text = README.read_text()
-    filled = text
-    for name, render in (("demo", demo), ("versus", versus), ("native", native), ("start", start)):
-        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        filled = pattern.sub(rf"\g<1>{render()}\n\g<2>", filled)
-    if args.check:
-        return int(filled != text)
-    README.write_text(filled)
-    return 0
+    stale = False
+    for page in PAGES:
+        text = page.read_text()
+        filled = fill(text)
+        stale |= filled != text
+        if not args.check:
+            page.write_text(filled)
+    return int(args.check and stale)
 
 
 if __name__ == "__main__":
