@@ -8,7 +8,27 @@ from pathlib import Path
 import pytest
 
 from eightfold.errors import ConfigError
-from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, Kind, checked, require
+from eightfold.values import (
+    COUNT,
+    FLAG,
+    INTEGER,
+    POSITIVE,
+    SWITCH,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    WORDS,
+    Kind,
+    checked,
+    is_token_ids,
+    number,
+    number_above,
+    optional,
+    require,
+    shorten,
+    shown,
+    whole,
+)
 
 WHERE = Path("m/config.json")
 
@@ -66,3 +86,40 @@ def test_of_an_object_those_keys_are_checked_that_it_has():
     assert checked({"a": 1, "other": ()}, {"a": POSITIVE, "b": FLAG}, WHERE) == {"a": 1.0}
     with pytest.raises(ConfigError, match=r'^"b" in m/config.json: got 1, expected a valid boolean$'):
         checked({"a": 1, "b": 1}, {"a": POSITIVE, "b": FLAG}, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside", "expected"),
+    [
+        (WHOLE, [0, -5, 10**30], [True, 1.0, "1", None], "a whole number"),
+        (whole(1, 3), [1, 3], [0, 4, True, 2.0], "a whole number from 1 to 3"),
+        (whole(-1), [-1, 10**18], [-2, 2**63], "a whole number of at least -1"),
+        (number(0), [0, 0.5, 1e300], [-1e-9, float("nan"), float("inf"), 10**400, False], "a number of at least 0"),
+        (number(-2, 2), [-2, 2.0], [2.1, -3, None], "a number from -2 to 2"),
+        (number_above(0, 1), [1e-9, 1], [0, 1.1], "a number above 0 and up to 1"),
+        (number_above(0), [5e-324], [0.0, float("nan")], "a number above 0"),
+        (SWITCH, [True, False], [0, "true", None], "true or false"),
+        (WORDS, ["a"], ["", 5, None], "a text that is not empty"),
+        (WORDS, ["\u20ac"], ["\ud800"], "text that UTF-8 can hold"),
+        (optional(whole(0)), [None, 0], [-1], "a whole number of at least 0"),
+    ],
+)
+def test_a_range_is_told_whole(kind, inside, outside, expected):
+    assert [kind.misfit(value) for value in inside] == [None] * len(inside)
+    assert [kind.misfit(value) for value in outside] == [(value, expected) for value in outside]
+
+
+def test_of_a_list_the_first_item_that_does_not_fit_is_told():
+    kind = Kind((list,), "a list", each=whole(0))
+    assert kind.misfit([1, -2, True]) == (-2, "a whole number of at least 0")
+    assert (kind.misfit((1,)), kind.fits([]), kind.fits([1, 2])) == (((1,), "a list"), True, True)
+
+
+def test_token_ids():
+    assert is_token_ids([0, -1, 10**30])
+    assert not any(map(is_token_ids, ([], [True], [1, 2.0], ["1"], (1,), "1", None)))
+
+
+def test_a_value_of_any_size_is_shown_in_sixty_characters():
+    assert (shown("a" * 58), shown("a" * 59)) == (repr("a" * 58), "'" + "a" * 56 + "...")
+    assert (shown(10**5000), shorten("abcdef", 5)) == ("a huge int", "ab...")

@@ -14,6 +14,7 @@ from typing import Any
 
 from eightfold.config import load_json_object
 from eightfold.errors import CheckpointError, InputError
+from eightfold.values import WHOLE
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -250,7 +251,7 @@ def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int
     if value is None:
         value = config_raw.get("eos_token_id")
     ids: Iterable[Any] = value if isinstance(value, list) else [value]
-    return frozenset(token for token in ids if isinstance(token, int) and not isinstance(token, bool))
+    return frozenset(token for token in ids if WHOLE.fits(token))
 
 
 class StreamDecoder:

@@ -1,76 +1,157 @@
-"""What the values of a settings file have to be, checked strictly: a layer count of `true` is damage, not one layer.
+"""What a value from a file, a request or an option has to be: a layer count of `true` is damage, not one layer.
 
 pydantic does this and more, but importing it takes longer than everything else that an answer needs of this package.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from eightfold.errors import ConfigError
 
-_MOST_SHOWN = 60  # characters of a value in a message
+MOST_SHOWN = 60  # characters of a value in a message
+MAX_INT = 2**63 - 1
 
 
 class Kind(NamedTuple):
     """What a value has to be.
 
     Attributes:
-        types: of Python; a bool is no number.
-        name: of these types, in messages.
-        above: a number is greater than this.
-        most: and at most this.
+        types: Python's types; a bool is a number only where bool is named.
+        name: what is expected, as a message says it.
+        above: numbers are greater than this.
+        least: and at least this; texts have at least so many characters.
+        most: numbers are at most this.
+        outside: what is expected where a number is out of its range; empty: the limit that it exceeds.
+        each: what the items of a list have to be.
+        is_optional: whether None fits too.
     """
 
     types: tuple[Any, ...]
     name: str
     above: float | None = None
+    least: float | None = None
     most: float | None = None
+    outside: str = ""
+    each: Kind | None = None
+    is_optional: bool = False
 
-    def problem(self, value: Any) -> str | None:
-        """Return what a value should have been; None where it is that."""
+    def misfit(self, value: Any) -> tuple[Any, str] | None:
+        """Return what does not fit, the value or an item of it, and what was expected; None where all fits."""
+        if value is None and self.is_optional:
+            return None
         is_bool = isinstance(value, bool) and bool not in self.types
         if is_bool or not isinstance(value, self.types):
-            return self.name
+            return value, self.name
+        if self.each is not None:
+            return next(filter(None, map(self.each.misfit, value)), None)
+        expected = self._missed(value)
+        return None if expected is None else (value, expected)
+
+    def fits(self, value: Any) -> bool:
+        """Return whether a value is of this kind."""
+        return self.misfit(value) is None
+
+    def _missed(self, value: Any) -> str | None:
+        """Return what a value of the right type misses."""
+        if isinstance(value, str):
+            return self.name if len(value) < (self.least or 0) else _unsendable(value)
         if float in self.types and not abs(value) <= sys.float_info.max:
-            return "a finite number"
+            return self.outside or "a finite number"
         if self.above is not None and value <= self.above:
-            return f"greater than {self.above:g}"
+            return self.outside or f"greater than {self.above:g}"
+        if self.least is not None and value < self.least:
+            return self.outside or f"greater than or equal to {self.least:g}"
         if self.most is not None and value > self.most:
-            return f"less than or equal to {self.most:g}"
+            return self.outside or f"less than or equal to {self.most:g}"
         return None
 
 
+def _unsendable(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return "text that UTF-8 can hold"
+    return None
+
+
+def whole(least: int, most: int = MAX_INT) -> Kind:
+    """Return the kind of whole numbers in [least, most]."""
+    name = f"a whole number of at least {least}" if most == MAX_INT else f"a whole number from {least} to {most}"
+    return Kind((int,), name, least=least, most=most, outside=name)
+
+
+def number(least: float, most: float = math.inf) -> Kind:
+    """Return the kind of finite numbers in [least, most]."""
+    name = f"a number of at least {least:g}" if most == math.inf else f"a number from {least:g} to {most:g}"
+    return Kind((int, float), name, least=least, most=most, outside=name)
+
+
+def number_above(above: float, most: float = math.inf) -> Kind:
+    """Return the kind of finite numbers in (above, most]."""
+    name = f"a number above {above:g}" + ("" if most == math.inf else f" and up to {most:g}")
+    return Kind((int, float), name, above=above, most=most, outside=name)
+
+
+def optional(kind: Kind) -> Kind:
+    """Return a kind that None fits too."""
+    return kind._replace(is_optional=True)
+
+
+# In the words of our own formats and of requests.
+WHOLE = Kind((int,), "a whole number")
+SWITCH = Kind((bool,), "true or false")
+WORDS = Kind((str,), "a text that is not empty", least=1)
+
+# In the words that config.json's readers know from pydantic.
 COUNT = Kind((int,), "a valid integer", above=0)
 INTEGER = Kind((int,), "a valid integer")
 POSITIVE = Kind((int, float), "a valid number", above=0)
 FLAG = Kind((bool,), "a valid boolean")
 TEXT = Kind((str,), "a valid string")
-TEXTS = Kind((list, tuple), "a list of strings")
+TEXTS = Kind((list, tuple), "a list of strings", each=TEXT)
+
+
+def is_token_ids(value: Any) -> TypeGuard[list[int]]:
+    """Return whether a value is a list of whole numbers, and not empty; a million of them take no time."""
+    return isinstance(value, list) and set(map(type, value)) == {int}
+
+
+def shown(value: Any) -> str:
+    """Render a value of any size and type for a message."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # an int of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def shorten(text: str, most: int = MOST_SHOWN) -> str:
+    """Return a text, cut where it has more than so many characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def require(kind: Kind, value: Any, name: str, where: Path) -> Any:
-    """Return a value that is of its kind: numbers that may have a fraction as float, lists of texts as tuples.
+    """Return a value of a settings file: numbers that may have a fraction as float, lists of texts as tuples.
 
     Args:
-        kind: that it has to be of.
-        value: None for one that is absent.
-        name: by which the file knows it.
+        kind: what it has to be.
+        value: what the file says; None where it says nothing.
+        name: the key in the file.
         where: the file.
 
     Raises:
         ConfigError: it is not of this kind.
     """
-    if kind is TEXTS and isinstance(value, TEXTS.types):
-        return tuple(require(TEXT, text, name, where) for text in value)
-    problem = "a value" if value is None else kind.problem(value)
-    if problem is not None:
-        got = "nothing" if value is None else repr(value)
-        shown = got if len(got) <= _MOST_SHOWN else f"{got[: _MOST_SHOWN - 3]}..."
-        raise ConfigError(f'"{name}"', where=where, got=shown, expected=problem)
+    misfit = (None, "a value") if value is None else kind.misfit(value)
+    if misfit is not None:
+        got, expected = ("nothing", "a value") if misfit[0] is None else (shown(misfit[0]), misfit[1])
+        raise ConfigError(f'"{name}"', where=where, got=got, expected=expected)
+    if kind.each is not None:
+        return tuple(value)
     return float(value) if float in kind.types else value
 
 

@@ -42,6 +42,7 @@ from eightfold.scheme import (
     linear_tensors,
     weight_name,
 )
+from eightfold.values import shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -406,7 +407,9 @@ def _no_weights(directory: Path) -> CheckpointError:
 def _read_indexed(index: Path) -> dict[str, TensorInfo]:
     weight_map = load_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError('"weight_map"', where=index, got=_clip(weight_map), expected="tensor name -> file name")
+        raise CheckpointError(
+            '"weight_map"', where=index, got=shorten(json.dumps(weight_map)), expected="tensor name -> file name"
+        )
     shards = sorted(set(weight_map.values()))
     outside = [name for name in shards if Path(name).name != name]
     if outside:
@@ -442,8 +445,3 @@ def _read_indexed(index: Path) -> dict[str, TensorInfo]:
             action="Fetch the directory again.",
         )
     return tensors
-
-
-def _clip(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

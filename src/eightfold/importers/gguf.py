@@ -10,7 +10,6 @@ Letters: H heads, D head_dim, E hidden size.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
 from eightfold.scheme import BIAS, WEIGHT, weight_name
+from eightfold.values import COUNT, POSITIVE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,13 +81,13 @@ class _GgufFile:
 
     def count(self, key: str, default: int | None = None) -> int:
         value = self.field(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not COUNT.fits(value):
             raise CheckpointError(f'"{key}"', where=self.path, got=repr(value), expected="a positive integer")
-        return value
+        return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.field(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not POSITIVE.fits(value):
             raise CheckpointError(f'"{key}"', where=self.path, got=repr(value), expected="a positive number")
         return float(value)
 

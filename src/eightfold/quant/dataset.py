@@ -14,6 +14,7 @@ from typing import Any
 
 from eightfold.errors import ConfigError, InputError, one_of
 from eightfold.tokenizer import Message, Tokenizer
+from eightfold.values import is_token_ids, shorten
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 
@@ -49,9 +50,9 @@ def read_token_ids(path: Path, limit: int | None = None, vocab_size: int | None 
     for number, line in _lines(path, limit):
         value = _parse(line, number, path)
         ids = value.get("input_ids") if isinstance(value, dict) else value
-        if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not is_token_ids(ids):
             raise InputError(
-                f"line {number}", where=path, got=_clip(line), expected="a JSON list of token ids, such as [1, 42]"
+                f"line {number}", where=path, got=shorten(line), expected="a JSON list of token ids, such as [1, 42]"
             )
         if vocab_size is not None and not (min(ids) >= 0 and max(ids) < vocab_size):
             outside = max(ids) if max(ids) >= vocab_size else min(ids)
@@ -142,7 +143,3 @@ def _parse(line: str, number: int, where: Any) -> Any:
         raise InputError(
             f"line {number}", where=where, got=f"no JSON ({error})", expected="one JSON value a line"
         ) from None
-
-
-def _clip(line: str) -> str:
-    return line if len(line) <= 60 else line[:57] + "..."

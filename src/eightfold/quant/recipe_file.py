@@ -13,21 +13,28 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import ConfigError, DependencyError, InputError, one_of
+from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES, QuantType
+from eightfold.values import SWITCH, TEXT, WHOLE, Kind
 
 if TYPE_CHECKING:
     import yaml
 
-_KINDS: dict[str, Any] = get_type_hints(Recipe)
-_KEYS = tuple(_KINDS)
+_KEYS = tuple(field.name for field in fields(Recipe))
+_PLAIN = {"bool": SWITCH, "int": WHOLE}
+_KINDS = {
+    **{field.name: _PLAIN[str(field.type)] for field in fields(Recipe) if field.type in _PLAIN},
+    "disable_level": WHOLE._replace(name="a whole number or Ln"),
+    "keep_float": Kind((list,), "a list of patterns, such as ['*.down_proj']", each=TEXT),
+}
+_METHODS: dict[str, type[Enum]] = {"anti_outlier": AntiOutlier, "act_method": ActMethod, "kv_observe": KVObserve}
 _TYPE_NAMES = {**SCHEMES, "float": QuantType.FLOAT}
 _NAMES = {kind: name for name, kind in _TYPE_NAMES.items()}
 
@@ -66,13 +73,18 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
     """
     if "scheme" not in choices:
         raise ConfigError("--scheme", got="none", expected=one_of(SCHEMES), action="Give it, or a --recipe that does.")
+    return Recipe(**{key: _method(key, value, where) for key, value in choices.items()})
+
+
+def _method(key: str, value: Any, where: str) -> Any:
+    """Return the method that a name means; lists of patterns as tuples, and other values as they are."""
+    if key not in _METHODS or (key == "anti_outlier" and value is None):
+        return tuple(value) if isinstance(value, list) else value
     try:
-        return TypeAdapter(Recipe).validate_python(choices)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            ".".join(map(str, first["loc"][:1])), where=where, got=_shown(first["input"]), expected=_expected(first)
-        ) from None
+        return _METHODS[key](value)
+    except ValueError:
+        known = one_of(repr(method.value) for method in _METHODS[key])
+        raise ConfigError(key, where=where, got=_shown(value), expected=known) from None
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:
@@ -138,25 +150,9 @@ def _value(key: str, value: Any, where: Path) -> Any:
         return parse_level(value)
     if key == "act_method":
         return act_method_name(value)
-    return _plain_value(key, value, where)
-
-
-def _plain_value(key: str, value: Any, where: Path) -> Any:
-    """Check a value that is a flag, a count or a list; make_recipe looks at those that are words."""
-    kind = _KINDS[key]
-    if kind is bool:
-        fits, expected = isinstance(value, bool), "true or false"
-    elif kind is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-        expected = "a whole number or Ln" if key == "disable_level" else "a whole number"
-    elif key == "keep_float":
-        fits = isinstance(value, list) and all(isinstance(pattern, str) for pattern in value)
-        expected = "a list of patterns, such as ['*.down_proj']"
-    else:
-        return value
-    if not fits:
-        raise ConfigError(key, where=where, got=_shown(value), expected=expected)
-    return tuple(value) if isinstance(value, list) else value
+    if key in _KINDS and not _KINDS[key].fits(value):
+        raise ConfigError(key, where=where, got=_shown(value), expected=_KINDS[key].name)
+    return value  # names of methods are looked up by make_recipe
 
 
 def _shown(value: Any) -> str:
@@ -184,11 +180,5 @@ def parse_level(text: str) -> int:
 
 def act_method_name(value: Any) -> Any:
     """Return an activation method's name; msModelSlim's numbers are understood."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        return value
-    return {"1": "minmax", "2": "histogram", "3": "auto"}.get(str(value), value)
-
-
-def _expected(problem: Any) -> str:
-    message = str(problem["msg"])
-    return message.removeprefix("Input should be ").removeprefix("a valid ")
+    is_number = WHOLE.fits(value) or isinstance(value, str)
+    return {"1": "minmax", "2": "histogram", "3": "auto"}.get(str(value), value) if is_number else value
