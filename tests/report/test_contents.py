@@ -304,7 +304,7 @@ def test_the_processor_is_read_as_linux_describes_it(monkeypatch, text, model, i
 
 def test_a_system_that_says_nothing_is_no_failure(monkeypatch):
     replace_proc(monkeypatch, None)
-    monkeypatch.setattr(environment_module.memory, "total_bytes", lambda: None)
+    monkeypatch.setattr(environment_module.machine, "total_bytes", lambda: None)
     found = environment()
     assert found["isa"] == []
     assert found["cpu"]
