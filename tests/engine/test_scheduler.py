@@ -7,7 +7,7 @@ import random
 import pytest
 
 from eightfold.engine.engine import Engine
-from eightfold.engine.pace import LEAST_TOKENS, Pace
+from eightfold.engine.scheduler import LEAST_TOKENS, Pace
 from eightfold.model.native.model import PAGE
 from tests.engine.models import greedy, run, step, tokens
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 from eightfold.engine.detokenizer import Detokenizer
@@ -10,8 +10,8 @@ from eightfold.engine.sampler import Sampler
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.sequence import Request, TokenSequence
 from eightfold.engine.settings import EngineConfig
-from eightfold.engine.structured import Grammar, GrammarCompiler
-from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
+from eightfold.engine.structured import GrammarCompiler
+from eightfold.errors import CapacityError, ConfigError, UnsupportedError
 from eightfold.generation import require_ids
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.tokenizer import Tokenizer
@@ -69,7 +69,6 @@ class Admission:
         self, model: NativeModel, tokenizer: Tokenizer, config: EngineConfig, pages: int, stop_ids: frozenset[int]
     ) -> None:
         self._model, self._tokenizer, self._stop_ids = model, tokenizer, stop_ids
-        self._config = config
         self.max_model_len = longest_context(model, config)
         self._capacity = pages * PAGE
 
@@ -102,23 +101,11 @@ class Admission:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         for index in range(params.n):
-            grammar = self._grammar(params)
+            grammar = None if params.structured is None else self._grammars.compile(params.structured)
             sampler = Sampler(params, prompt, self._model.config.vocab_size, eos_ids, index, grammar)
             detokenizer = Detokenizer(self._tokenizer, params)
             request.sequences.append(TokenSequence(request, index, max_len, sampler, detokenizer))
         return request
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        return None if params.structured is None else self._grammars.compile(params.structured)
-
-    def require_new(self, request: Request, known: Container[str]) -> None:
-        """Refuse an id that is in use.
-
-        Raises:
-            InputError: it is.
-        """
-        if request.request_id in known:
-            raise InputError("request id", got=request.request_id, expected="one that no unfinished request has")
 
     def _max_len(self, prompt_len: int, max_tokens: int | None) -> int:
         """Return at how many tokens a sequence ends."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,11 @@ from eightfold.engine.layout import Layout
 from eightfold.engine.loading import load_model
 from eightfold.engine.outputs import EngineStats, RequestOutput
 from eightfold.engine.sampler import Sampled, choose_all, prompt_logprobs
-from eightfold.engine.scheduler import Limits, Scheduler
+from eightfold.engine.scheduler import Scheduler
 from eightfold.engine.sequence import Request, TokenSequence
 from eightfold.engine.settings import EngineConfig
-from eightfold.engine.speculate import Lookup, Speculation, measure_row_cost
+from eightfold.engine.speculate import Lookup, measure_row_cost
+from eightfold.errors import InputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.scheme import QuantType
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eightfold.engine.sampling_params import SamplingParams
+
+WHOLE_PROMPTS_NOTE = "Attention mode mindie runs every prompt whole: chunked prefill and prefix caching are off."
 
 
 class Engine:
@@ -75,19 +79,18 @@ class Engine:
         self.max_model_len = self._admission.max_model_len
         self.blocks = BlockManager(pages)
         self._caches_prefixes = config.prefix_caching and not model.float_prompts
-        limits = Limits(
-            sequences=config.max_num_seqs,
-            step_tokens=config.max_batched_tokens,
-            blocks=min(-(-self.max_model_len // PAGE), pages),
+        self.scheduler = Scheduler(
+            config,
+            self.blocks,
+            min(-(-self.max_model_len // PAGE), pages),
             whole_prompts=model.float_prompts,
+            row_cost=measure_row_cost(model) if config.speculate else 1.0,
         )
-        self.scheduler = Scheduler(limits, self.blocks)
+        self._counts = self.scheduler.counts
         self._layout = Layout(self.scheduler.tables)
         self._tells_prompts = tells_prompts
-        self._speculation = Speculation(config.speculate, measure_row_cost(model)) if config.speculate else None
         self._requests: dict[str, Request] = {}
-        self._prompt_tokens = self._generated_tokens = self._drafted = self._accepted = 0
-        self.notes = self._notes()
+        self.notes = (WHOLE_PROMPTS_NOTE,) if model.float_prompts else ()
 
     @classmethod
     def load(cls, directory: Path, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Engine:
@@ -134,7 +137,7 @@ class Engine:
         first = request.sequences[0]
         if self._caches_prefixes:
             first.hash_blocks(first.prompt_len, self._tells_prompts)
-        lookup = Lookup(request.prompt_ids) if self._speculation is not None else None
+        lookup = Lookup(request.prompt_ids) if self.config.speculate else None
         for sequence in request.sequences:
             sequence.hashes = list(first.hashes)
             sequence.lookup = lookup and lookup.copy_for(sequence.token_ids)
@@ -146,7 +149,8 @@ class Engine:
         Raises:
             InputError: there is an unfinished request with its id.
         """
-        self._admission.require_new(request, self._requests)
+        if request.request_id in self._requests:
+            raise InputError("request id", got=request.request_id, expected="one that no unfinished request has")
         self._requests[request.request_id] = request
         for sequence in request.sequences:
             self.scheduler.add(sequence)
@@ -180,20 +184,13 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts."""
-        counts = self.scheduler.counts
-        return EngineStats(
+        """Counts as they are now."""
+        return replace(
+            self._counts,
             waiting=len(self.scheduler.waiting),
             running=len(self.scheduler.running),
             blocks_total=self.blocks.total,
             blocks_used=self.blocks.used,
-            preemptions=counts.preemptions,
-            prefix_hit_tokens=counts.prefix_hit_tokens,
-            prefix_query_tokens=counts.prefix_query_tokens,
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            drafted=self._drafted,
-            accepted=self._accepted,
         )
 
     def step(self) -> list[RequestOutput]:
@@ -202,8 +199,6 @@ class Engine:
         if not plan:
             assert not self._requests, "the scheduler is stuck"
             return []
-        if self._speculation is not None and all(sequence.remaining == 1 for sequence in plan):
-            self._drafted += self._speculation.draft(plan, self.config.max_batched_tokens)
         step = self._layout.of(plan, self.scheduler.version)
         started = time.perf_counter()
         logits, best = self.model.run(step)
@@ -212,22 +207,12 @@ class Engine:
         self._choose(moved, logits, best)
         return self._outputs(moved)
 
-    def assume_row_cost(self, row_cost: float) -> None:
-        """Decide on guesses by this instead of what was measured; see speculate.py."""
-        if self._speculation is not None:
-            self._speculation = Speculation(self.config.speculate, row_cost)
-
     def check_integrity(self) -> None:
         """Prove that every block is accounted for and every sequence is where it says it is."""
         self.scheduler.check_integrity()
         unfinished = {id(s) for r in self._requests.values() for s in r.sequences if s.finish_reason is None}
         known = {id(s) for s in (*self.scheduler.waiting, *self.scheduler.running)}
         assert known == unfinished, "the scheduler's sequences are not those of the unfinished requests"
-
-    def _notes(self) -> tuple[str, ...]:
-        if not self.model.float_prompts:
-            return ()
-        return ("Attention mode mindie runs every prompt whole: chunked prefill and prefix caching are off.",)
 
     def _note_pace(self, plan: list[TokenSequence], seconds: float) -> None:
         prompt_tokens = [sequence.scheduled for sequence in plan if sequence.scheduled > 1]
@@ -238,7 +223,7 @@ class Engine:
         moved = []
         for sequence in plan:
             if sequence.computed < sequence.prompt_len:
-                self._prompt_tokens += min(sequence.scheduled, sequence.prompt_len - sequence.computed)
+                self._counts.prompt_tokens += min(sequence.scheduled, sequence.prompt_len - sequence.computed)
             if sequence.wants_prompt_logits:
                 self._collect_prompt_logprobs(sequence, logits)
             sequence.computed += sequence.scheduled
@@ -283,7 +268,7 @@ class Engine:
 
     def _take(self, sequence: TokenSequence, sampled: Sampled) -> bool:
         """Append a token or end the sequence; return whether the draft foretold it, so that the next row counts."""
-        self._generated_tokens += 1
+        self._counts.generated_tokens += 1
         if sequence.ends_with(sampled.token_id):
             return False
         foretold = bool(sequence.draft) and sequence.draft[0] == sampled.token_id
@@ -293,7 +278,7 @@ class Engine:
         del sequence.draft[0]
         sequence.computed += 1
         sequence.row += 1
-        self._accepted += 1
+        self._counts.accepted += 1
         return True
 
     def _name_blocks(self, sequence: TokenSequence) -> None:

@@ -141,7 +141,7 @@ class RequestOutput:
         self.outputs = sorted([*unread.values(), *self.outputs], key=lambda answer: answer.index)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineStats:
     """Counts of an engine: the first four as it stands, the others since it began.
 

@@ -2,7 +2,7 @@
 
 Every running sequence that only lacks its next token gets it; what is left of the step's budget goes to prompts, the
 oldest first, running ones before waiting ones. While sequences wait for their next token the budget is less, see
-pace.py. A prompt that is longer than the budget is cut, and short ones that fit whole into the half of the budget that
+Pace. A prompt that is longer than the budget is cut, and short ones that fit whole into the half of the budget that
 it leaves pass it; so it goes on at no less than half its speed, and they need not wait for its end.
 
 A waiting sequence starts when there are blocks for all tokens it has, and some for the running ones to grow; those
@@ -12,6 +12,10 @@ with, it waits for that, and those behind it may pass.
 When a running sequence needs a block and there is none, the youngest gives all its blocks back and waits again, at
 its old place in line: it computes its tokens anew, the answer's too, as long as their blocks are not still cached. The
 oldest is never stopped for a younger one, so there is always one that comes to its end.
+
+A step without prompts may check guesses (speculate.py). They cost time: a step of r rows takes about a + b r, where
+`row_cost` = b / a is measured when the engine starts. A guess that is right with probability p is worth it while
+p (a + b r) / n > b, where n are the tokens that the step is expected to give.
 """
 
 from __future__ import annotations
@@ -19,13 +23,13 @@ from __future__ import annotations
 import bisect
 import itertools
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
 from eightfold.engine.block_manager import BlockManager
-from eightfold.engine.pace import Pace
+from eightfold.engine.outputs import EngineStats
 from eightfold.engine.sequence import TokenSequence
+from eightfold.engine.settings import EngineConfig
 from eightfold.model.native.model import PAGE
 
 # Positions that running sequences should be able to grow by after another one has started, or it is stopped at once.
@@ -38,30 +42,45 @@ PROMPT_LOGIT_ROWS = 64
 MAX_PASSED = 32
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a step and its sequences may take.
+# What prompts may add to a step in which other sequences get their next token: these seconds, or so many steps without
+# prompts where those are slow; prompts then have two thirds of the machine.
+DELAY_SECONDS, DELAY_STEPS = 0.2, 2.0
+
+# Fewer tokens than these cost almost as much time as these do.
+LEAST_TOKENS = 32
+
+_WEIGHT = 0.25  # of the newest step in an average
+
+
+class Pace:
+    """How many tokens of prompts a step takes while other sequences wait for its end. No answer depends on it.
 
     Attributes:
-        sequences: that run at a time.
-        step_tokens: of a step.
-        blocks: of one sequence.
-        whole_prompts: prompts run in one piece, whatever the budget.
+        step_seconds: average of steps without prompts; 0 as long as there was none.
+        token_seconds: what one token of a prompt adds to a step, on average; 0 as long as it is not known.
     """
 
-    sequences: int
-    step_tokens: int
-    blocks: int
-    whole_prompts: bool
+    def __init__(self) -> None:
+        self.step_seconds = self.token_seconds = 0.0
+
+    def note(self, going_on: int, prompt_tokens: int, seconds: float) -> None:
+        """Learn from a step of `seconds`: `going_on` sequences got their next token."""
+        if not prompt_tokens:
+            self.step_seconds = _average(self.step_seconds, seconds)
+        elif prompt_tokens >= LEAST_TOKENS:
+            own = max(seconds - (self.step_seconds if going_on else 0.0), seconds / 10)
+            self.token_seconds = _average(self.token_seconds, own / prompt_tokens)
+
+    def prompt_tokens(self) -> int | None:
+        """Return how many tokens of prompts a step may take in which sequences go on; None: as many as it can."""
+        if not self.token_seconds:
+            return None
+        delay = max(DELAY_SECONDS, DELAY_STEPS * self.step_seconds)
+        return max(LEAST_TOKENS, int(delay / self.token_seconds))
 
 
-@dataclass
-class Counts:
-    """What the scheduler did so far."""
-
-    preemptions: int = 0
-    prefix_hit_tokens: int = 0
-    prefix_query_tokens: int = 0
+def _average(old: float, new: float) -> float:
+    return old + _WEIGHT * (new - old) if old else new
 
 
 def _order(sequence: TokenSequence) -> int:
@@ -71,21 +90,38 @@ def _order(sequence: TokenSequence) -> int:
 class Scheduler:
     """Sequences that wait and run, both from the oldest to the youngest.
 
+    Args:
+        config: the engine's limits.
+        blocks: of the cache.
+        blocks_per_sequence: the most that one can hold.
+        whole_prompts: whether prompts run in one piece, whatever the budget.
+        row_cost: b / a, see above.
+
     Attributes:
+        counts: what it and the engine did so far.
         pace: how much of prompts a step takes.
         tables: (sequences, blocks) int32, the blocks of each running sequence in the row of its slot.
         version: differs when any of them does.
     """
 
-    def __init__(self, limits: Limits, blocks: BlockManager) -> None:
-        self.limits, self.blocks = limits, blocks
+    def __init__(
+        self,
+        config: EngineConfig,
+        blocks: BlockManager,
+        blocks_per_sequence: int,
+        *,
+        whole_prompts: bool = False,
+        row_cost: float = 1.0,
+    ) -> None:
+        self.blocks, self.row_cost = blocks, row_cost
+        self._step_tokens, self._most_guesses = config.max_batched_tokens, config.speculate
+        self._whole_prompts = whole_prompts
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
-        self.pace = Pace()
-        self.tables = np.zeros((limits.sequences, limits.blocks), np.int32)
+        self.pace, self.counts = Pace(), EngineStats()
+        self.tables = np.zeros((config.max_num_seqs, blocks_per_sequence), np.int32)
         self.version = 0
-        self.counts = Counts()
-        self._slots = list(range(limits.sequences - 1, -1, -1))
+        self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._orders = itertools.count()
 
     def add(self, sequence: TokenSequence) -> None:
@@ -102,13 +138,15 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[TokenSequence]:
-        """Return the sequences of the next step, their `scheduled` set: those that go on, then prompts."""
+        """Return the sequences of the next step: those that go on, then prompts. Sets their `scheduled` and `draft`."""
         plan, prompts = self._going_on()
-        budget = self.limits.step_tokens - len(plan)
+        budget = self._step_tokens - len(plan)
         if plan and (most := self.pace.prompt_tokens()) is not None:
             budget = min(budget, most)
         if prompts or (self.waiting and self._slots):
             plan += self._prompts(prompts, budget)
+        if self._most_guesses and all(sequence.remaining == 1 for sequence in plan):
+            self._draft(plan)
         return plan
 
     def _going_on(self) -> tuple[list[TokenSequence], list[TokenSequence]]:
@@ -140,7 +178,7 @@ class Scheduler:
         return True
 
     def _prompts(self, running: list[TokenSequence], budget: int) -> list[TokenSequence]:
-        plan = _PromptPlan(budget, self.limits.whole_prompts)
+        plan = _PromptPlan(budget, self._whole_prompts)
         for sequence in running:
             plan.put(sequence, _piece(sequence, sequence.remaining))
         coming = {each for sequence in running for each in sequence.hashes[sequence.computed // PAGE :]}
@@ -158,6 +196,30 @@ class Scheduler:
             coming.update(sequence.hashes[len(found) :])
             plan.put(sequence, wanted)
         return plan.sequences()
+
+    def _draft(self, plan: list[TokenSequence]) -> None:
+        """Give guesses to sequences that all get one token, as long as they are worth their time."""
+        cost = self.row_cost
+        expected, time_units = float(len(plan)), 1 + cost * len(plan)
+        room = self._step_tokens - len(plan)
+        for sequence in plan:
+            lookup = sequence.lookup
+            if lookup is None:
+                continue
+            known = len(sequence.token_ids)
+            most = min(self._most_guesses, sequence.max_len - known - 1, len(sequence.blocks) * PAGE - known, room)
+            count, chance = 0, 1.0
+            while count < most:
+                chance *= lookup.odds(count)
+                if chance * time_units <= cost * expected:
+                    break
+                count += 1
+                expected += chance
+                time_units += cost
+            if count:
+                sequence.draft = lookup.guesses(count)
+                room -= count
+                self.counts.drafted += count
 
     def _find(self, sequence: TokenSequence) -> list[int]:
         """Return the blocks that hold what a sequence begins with; its last token is always computed."""
@@ -212,7 +274,7 @@ class Scheduler:
             orders = [sequence.order for sequence in line]
             assert orders == sorted(set(orders)), "out of order"
         slots = sorted([*self._slots, *(sequence.slot for sequence in self.running)])
-        assert slots == list(range(self.limits.sequences)), "a row of the tables is lost or used twice"
+        assert slots == list(range(len(self.tables))), "a row of the tables is lost or used twice"
         for sequence in self.waiting:
             assert (sequence.slot, sequence.blocks, sequence.computed) == (-1, [], 0), (
                 "a waiting sequence holds something"

@@ -5,10 +5,9 @@ Prompt Lookup Decoding, 2023). A step with k guesses behind the last token compu
 there were no guesses, and they count up to the first that differs from its guess. So the answer is the same, only the
 number of steps is not.
 
-Guesses cost time: a step of r rows takes about a + b r, where `row_cost` = b / a is measured when the engine starts. A
-guess that is right with probability p is worth it while p (a + b r) / n > b, where n are the tokens that the step is
-expected to give. What p is, a sequence learns by comparing what it would have guessed with what came, at every token
-and also when it guesses nothing; that is why it goes silent on prose and wakes up at a quotation by itself.
+How likely a guess is right, a sequence learns by comparing what it would have guessed with what came, at every token
+and also when it guesses nothing; that is why it goes silent on prose and wakes up at a quotation by itself. How many
+guesses a step checks is the scheduler's choice.
 """
 
 from __future__ import annotations
@@ -17,12 +16,8 @@ import itertools
 import time
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING
 
-from eightfold.model.native.model import PAGE, Chunk, NativeModel
-
-if TYPE_CHECKING:
-    from eightfold.engine.sequence import TokenSequence
+from eightfold.model.native.model import Chunk, NativeModel
 
 _BITS = 21  # of a token id in a key
 
@@ -95,43 +90,6 @@ class Lookup:
         while len(found) < count:
             found.append(found[len(found) - period])
         return found
-
-
-class Speculation:
-    """Decides how many guesses a step checks.
-
-    Args:
-        most: guesses for a sequence and step.
-        row_cost: b / a.
-    """
-
-    def __init__(self, most: int, row_cost: float) -> None:
-        self._most, self._row_cost = most, row_cost
-
-    def draft(self, plan: Sequence[TokenSequence], step_tokens: int) -> int:
-        """Set the `draft` of sequences that all get one token; return how many guesses there are."""
-        cost = self._row_cost
-        expected, time_units = float(len(plan)), 1 + cost * len(plan)
-        room = step_tokens - len(plan)
-        total = 0
-        for sequence in plan:
-            lookup = sequence.lookup
-            if lookup is None:
-                continue
-            known = len(sequence.token_ids)
-            most = min(self._most, sequence.max_len - known - 1, len(sequence.blocks) * PAGE - known, room - total)
-            count, chance = 0, 1.0
-            while count < most:
-                chance *= lookup.odds(count)
-                if chance * time_units <= cost * expected:
-                    break
-                count += 1
-                expected += chance
-                time_units += cost
-            if count:
-                sequence.draft = lookup.guesses(count)
-                total += count
-        return total
 
 
 def measure_row_cost(model: NativeModel) -> float:
