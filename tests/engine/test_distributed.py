@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,15 @@ import pytest
 
 import eightfold
 from eightfold.engine import distributed
+from eightfold.engine.distributed import pack, unpack
 from eightfold.engine.llm import LLM
-from eightfold.engine.ranks import pack, unpack
+from eightfold.engine.loading import Options
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native import core
 from eightfold.model.native.model import Step
-from eightfold.parallel.link import Connection, Peer
-from eightfold.parallel.world import World
+from eightfold.parallel.world import World, require_alike
 from eightfold.tokenizer import Tokenizer
 from tests.engine.models import Small
 
@@ -233,27 +233,15 @@ def test_what_rank_1_lacks_is_told_by_rank_0(start, small, tmp_path):
     assert said.endswith(f"no directory {tmp_path / 'none'}: expected a model directory. Check the path.")
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "action"),
-    [
-        ("eightfold", ConfigError, "Install the same version on all hosts."),
-        ("checkpoint", CheckpointError, "Copy the model directory to all hosts again."),
-        ("isa", ConfigError, "Set EIGHTFOLD_ISA to one that all hosts have."),
-        ("options", ConfigError, "Start all processes with the same options."),
-        ("processes", ConfigError, "Start all processes with the same torchrun options."),
-    ],
-)
-def test_what_differs_is_named(small, name, kind, action):
+def test_what_differs_is_named(small):
     checkpoint = Checkpoint.open(small("w8a8").directory)
-    own = distributed._about(World(size=2), checkpoint, distributed.Options())
-    assert set(own) == {"eightfold", "checkpoint", "isa", "options", "processes"}
-    with socket.socket() as unused:
-        peers = [Peer(rank, Connection(unused), unused, f"process {rank} on host") for rank in (1, 2)]
-        distributed._require_alike(peers, [own, own], own)
-        with pytest.raises(kind) as caught:
-            distributed._require_alike(peers, [own, {**own, name: "other"}], own)
-    found = f"{name} of rank 2 (process 2 on host): got other, expected {own[name]}, as rank 0 has. {action}"
-    assert str(caught.value) == found
+    own = distributed._setup(World(size=2), checkpoint, asdict(Options()))
+    assert set(own) == set(distributed._ADVICE)
+    require_alike(own, [("rank 1", own), ("rank 2", own)], distributed._ADVICE)
+    for name, action in distributed._ADVICE.items():
+        with pytest.raises(CheckpointError if name == "checkpoint" else ConfigError) as caught:
+            require_alike(own, [("rank 1", own), ("rank 2", {**own, name: "other"})], distributed._ADVICE)
+        assert str(caught.value) == f"{name} of rank 2: got other, expected {own[name]}, as rank 0 has. {action}"
 
 
 def test_uneven_heads_are_refused_once(start, small):
@@ -340,8 +328,8 @@ def test_ctrl_c_ends_all_with_one_line(start, small):
 
 
 def test_a_rank_that_fails_says_why_through_rank_0(start, small):
-    script = textwrap.dedent(IDLE).replace("import sys, time", "import sys\nfrom eightfold.engine import ranks")
-    script = script.replace("llm = ", "ranks.unpack = lambda order: 1 // 0\nllm = ", 1)
+    script = textwrap.dedent(IDLE).replace("import sys, time", "import sys\nfrom eightfold.engine import distributed")
+    script = script.replace("llm = ", "distributed.unpack = lambda order: 1 // 0\nllm = ", 1)
     script = script.replace("time.sleep(60)", "llm.generate('hello', progress=False)")
     (code, _, err), (other, _, _) = start("-c", script, small("w8a8").directory).ended()
     assert (code, other) == (2, 2)

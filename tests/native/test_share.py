@@ -20,7 +20,7 @@ from eightfold.errors import ConfigError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.load import load_model
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
-from eightfold.model.native.share import Share, cuts, even_sizes
+from eightfold.parallel.share import Share, cuts, even_sizes
 from tests.conftest import tiny_config
 from tests.native.models import VARIANTS, write_variant
 

@@ -1,11 +1,14 @@
 """One model in several processes: tensor parallel.
 
-Every process that torchrun starts has a share of the model (model/native/share.py). Rank 0 has the engine: it
-schedules, sends every step to the others in one small message (ranks.py), and takes part in it. The others do
-nothing but steps. What the shares make of a step is put together in the core: through memory that the processes of
-one host share, or through torch.distributed (gloo) between hosts. Only then is torch loaded, by this file alone.
+Every process that torchrun starts has a share of the model (parallel/share.py). Rank 0 has the engine: it schedules,
+sends every step to the others in one small message, and takes part in it. The others do nothing but steps. What the
+shares make of a step is put together in the core: through memory that the processes of one host share, or over gloo
+between hosts (parallel/exchange.py).
 
-EIGHTFOLD_EXCHANGE=gloo takes torch.distributed on one host too.
+A message of rank 0 is int32 numbers: what to do, and for a step its arrays one after the other, which is about 50 bytes
+for each sequence of a decode step.
+
+Letters: T tokens of a step, S sequences, R rows after which the choice is wanted.
 """
 
 from __future__ import annotations
@@ -15,111 +18,158 @@ import functools
 import hashlib
 import json
 import os
-import secrets
 import signal
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+
 from eightfold import __version__
-from eightfold.engine.loading import Options
-from eightfold.engine.ranks import Facts, SharedModel, follow, memory_files
-from eightfold.engine.watch import EXIT_LOST, Watch, ended_by_watch
-from eightfold.errors import CheckpointError, ConfigError, DependencyError, EightfoldError, UnsupportedError
+from eightfold.errors import CapacityError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native import core
 from eightfold.model.native import load as native
-from eightfold.model.native.model import NativeModel
-from eightfold.model.native.share import Share
-from eightfold.parallel import link
+from eightfold.model.native.model import NativeModel, Step
+from eightfold.parallel import gloo, link
+from eightfold.parallel.exchange import meets_in_memory, shared_files
 from eightfold.parallel.link import Peer
-from eightfold.parallel.world import World
+from eightfold.parallel.liveness import EXIT_LOST, Liveness, ended_by_liveness
+from eightfold.parallel.share import Share
+from eightfold.parallel.world import World, require_alike
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-EXCHANGE_VARIABLE = "EIGHTFOLD_EXCHANGE"
-
-# For one meeting: a step of the slowest machine takes less.
+# A step of the slowest machine takes less.
 _GLOO_SECONDS = 600
 
 _STAMP_BYTES = 64  # of each tensor, in a checkpoint's fingerprint
 
+_ADVICE = {
+    "eightfold": "Install the same version on all hosts.",
+    "checkpoint": "Copy the model directory to all hosts again.",
+    "isa": f"Set {core.ISA_VARIABLE} to one that all hosts have.",
+    "options": "Start all processes with the same options.",
+    "processes": "Start all processes with the same torchrun options.",
+}
+
+_STEP, _CACHE = range(2)
+_HEADER = 6  # numbers: what to do, T, S, pages of a table, R, rows with logits
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rank 0 knows of a rank's share.
+
+    Attributes:
+        resident: bytes of memory that loading it took.
+        weights: bytes that a step reads.
+        room: memory for keys and values; None if the system does not say.
+    """
+
+    resident: int
+    weights: int
+    room: int | None
+
+
+class SharedModel(NativeModel):
+    """Rank 0's share of a model, and the others' behind it."""
+
+    def __init__(self, share: NativeModel, peers: Sequence[Peer], others: Sequence[Facts]) -> None:
+        super().__init__(share._model, share.config, share.isa, share.float_prompts, share.neighbours)
+        self._peers, self._others = peers, others
+        self._is_inside = False  # a step that has not ended
+        self.world_size = 1 + len(peers)
+        self.resident_weights = (*share.resident_weights, *(facts.resident for facts in others))
+
+    @property
+    def all_weight_bytes(self) -> int:
+        """Bytes of weights that a step reads on all ranks together."""
+        return self.weight_bytes + sum(facts.weights for facts in self._others)
+
+    def room(self) -> int | None:
+        """Return the memory that every rank has for keys and values."""
+        known = [room for room in (super().room(), *(facts.room for facts in self._others)) if room is not None]
+        return min(known, default=None)
+
+    def allocate_cache(self, positions: int, action: str = "Lower --max-new-tokens or shorten the prompt.") -> None:
+        """Make a cache of so many positions on every rank.
+
+        Raises:
+            CapacityError: there is not enough memory for it, on this rank or another.
+        """
+        self._send(np.array([_CACHE, positions], np.int32).tobytes())
+        problems = []
+        try:
+            super().allocate_cache(positions, action)
+        except EightfoldError as error:
+            problems.append(error)
+        for peer in self._peers:
+            with ended_by_liveness():
+                text = peer.orders.hear()["error"]
+            if text:
+                problems.append(CapacityError(f"{peer}: {text}", action=action))
+        if problems:
+            raise problems[0]
+
+    def run(self, step: Step) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Run a step on all ranks."""
+        if self._is_inside:
+            raise RuntimeError("the processes are out of step: an earlier one was interrupted")
+        self._is_inside = True
+        self._send(pack(step))
+        found = super().run(step)
+        self._is_inside = False
+        return found
+
+    def _send(self, order: bytes) -> None:
+        with ended_by_liveness():
+            for peer in self._peers:
+                peer.orders.send(order)
+
+
+# --- rank 0
+
 
 @dataclass
-class _Team:
+class _Others:
     """The other processes, as rank 0 has met them."""
 
-    exchange: _Memory | _Gloo
     peers: list[Peer]
-    has_model: bool = False
+    have_model: bool = False
 
 
 @functools.cache
-def meet(world: World) -> _Team:
+def meet(world: World) -> _Others:
     """Meet the others, once in a process; they end when it does."""
-    exchange = _exchange_of(world)
-    team = _Team(exchange, exchange.gather())
-    atexit.register(Watch(world, team.peers).end)
-    return team
+    others = _Others(link.accept_all(world, _broadcast_of(world)))
+    atexit.register(Liveness(world, others.peers).end)
+    return others
 
 
-def lead(world: World, checkpoint: Checkpoint, options: Options) -> SharedModel:
-    """Load a share of the model while the others load theirs."""
-    team = meet(world)
-    if team.has_model:
+def lead(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> SharedModel:
+    """Load a share of the model while the others load theirs.
+
+    Args:
+        world: this process and the others.
+        checkpoint: of the model.
+        options: of native.load.load_model.
+    """
+    others = meet(world)
+    if others.have_model:
         raise UnsupportedError("second model", got=f"{world.size} processes", expected="one model for them")
-    team.has_model = True
+    others.have_model, peers = True, others.peers
     Share(0, world.size).require(checkpoint.config, checkpoint.directory)
-    _require_alike(team.peers, _answers(team.peers), _about(world, checkpoint, options))
-    with ended_by_watch():
-        for peer in team.peers:
+    found = [(str(peer), facts) for peer, facts in zip(peers, _answers(peers), strict=True)]
+    require_alike(_setup(world, checkpoint, options), found, _ADVICE)
+    with ended_by_liveness():
+        for peer in peers:
             peer.orders.tell(name=link.process_name())
     share = _load(world, checkpoint, options)
-    others = [Facts(**facts) for facts in _answers(team.peers)]
-    team.exchange.join(share, team.peers)
-    return SharedModel(share, team.peers, others)
-
-
-def follow_first(world: World, opened: Callable[[], Checkpoint], options: Options) -> NoReturn:
-    """Do what rank 0 says."""
-    exchange = _exchange_of(world)
-    first = exchange.reach()
-    # Rank 0 decides when to end: a signal to all must not make this one leave in the middle of a step.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    watch = Watch(world, [first])
-    try:
-        with ended_by_watch():
-            share = _follow_loading(world, first, opened, options)
-            exchange.join(share, [first])
-            follow(share, first)
-    except BaseException as error:
-        watch.fail(str(error) or type(error).__name__)
-    os._exit(EXIT_LOST)
-
-
-def _follow_loading(world: World, first: Peer, opened: Callable[[], Checkpoint], options: Options) -> NativeModel:
-    try:
-        checkpoint = opened()
-        first.orders.tell(**_about(world, checkpoint, options))
-        first.name = str(first.orders.hear()["name"])
-        share = _load(world, checkpoint, options)
-        first.orders.tell(**asdict(Facts.of(share)))
-    except (EightfoldError, OSError, MemoryError) as error:
-        first.orders.tell(error=str(error) or "out of memory")
-        while True:
-            first.orders.receive()  # until rank 0 has told the user: it may be at work for long before it listens
-    return share
-
-
-def _load(world: World, checkpoint: Checkpoint, options: Options) -> NativeModel:
-    """Load this rank's share; the ranks of a host share its CPUs, too."""
-    threads = core.choose_threads(options.threads, world.local_size)
-    share = Share(world.rank, world.size)
-    chosen = asdict(options) | {"threads": threads}
-    return native.load_model(checkpoint, **chosen, share=share, neighbours=world.local_size)
+    loaded = [Facts(**facts) for facts in _answers(peers)]
+    _join(share, world, peers)
+    return SharedModel(share, peers, loaded)
 
 
 def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
@@ -130,7 +180,7 @@ def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
     """
     found = []
     for peer in peers:
-        with ended_by_watch():
+        with ended_by_liveness():
             facts = peer.orders.hear()
         if "error" in facts:
             raise ConfigError(f"{peer}: {facts['error']}")
@@ -138,39 +188,82 @@ def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
     return found
 
 
-def _about(world: World, checkpoint: Checkpoint, options: Options) -> dict[str, Any]:
+# --- the others
+
+
+def follow(world: World, opened: Callable[[], Checkpoint], options: Mapping[str, Any]) -> NoReturn:
+    """Do what rank 0 says, until it ends; see `lead`."""
+    first = link.connect(world, _broadcast_of(world))
+    # Rank 0 decides when to end: a signal to all must not make this one leave in the middle of a step.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    liveness = Liveness(world, [first])
+    try:
+        with ended_by_liveness():
+            share = _follow_loading(world, first, opened, options)
+            _join(share, world, [first])
+            while True:
+                _obey(share, first)
+    except BaseException as error:
+        liveness.fail(str(error) or type(error).__name__)
+    os._exit(EXIT_LOST)
+
+
+def _follow_loading(
+    world: World, first: Peer, opened: Callable[[], Checkpoint], options: Mapping[str, Any]
+) -> NativeModel:
+    try:
+        checkpoint = opened()
+        first.orders.tell(**_setup(world, checkpoint, options))
+        first.name = str(first.orders.hear()["name"])
+        share = _load(world, checkpoint, options)
+        first.orders.tell(**asdict(Facts(share.resident_weights[0], share.weight_bytes, share.room())))
+    except (EightfoldError, OSError, MemoryError) as error:
+        first.orders.tell(error=str(error) or "out of memory")
+        while True:
+            first.orders.receive()  # until rank 0 has told the user: it may be at work for long before it listens
+    return share
+
+
+def _obey(share: NativeModel, first: Peer) -> None:
+    """Do the next thing that rank 0 says.
+
+    Raises:
+        EOFError: it has ended.
+    """
+    order = first.orders.receive()
+    kind, size = np.frombuffer(order, np.int32, 2).tolist()
+    if kind == _STEP:
+        share.run(unpack(order))
+        return
+    problem = ""
+    try:
+        share.allocate_cache(size, "")
+    except (CapacityError, MemoryError) as error:
+        problem = str(error) or "out of memory"
+    first.orders.tell(error=problem)
+
+
+# --- all
+
+
+def _broadcast_of(world: World) -> link.Broadcast | None:
+    """Return how ranks find each other: None, as they know, or over gloo, which begins here."""
+    if meets_in_memory(world):
+        return None
+    gloo.start_gloo(world, _GLOO_SECONDS)
+    return gloo.broadcast
+
+
+def _setup(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what has to be the same in all processes."""
     return {
         "eightfold": __version__,
         "checkpoint": fingerprint(checkpoint),
         "isa": core.choose_isa(),
-        "options": f"{options.dynamic}, {options.attention}",
+        "options": f"{options['dynamic']}, {options['attention']}",
         "processes": world.size,
     }
-
-
-def _require_alike(peers: Sequence[Peer], found: Sequence[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Compare every rank with this one.
-
-    Raises:
-        ConfigError: another version, instruction set or options.
-        CheckpointError: another checkpoint.
-    """
-    for peer, facts in zip(peers, found, strict=True):
-        for name, value in expected.items():
-            if facts.get(name) != value:
-                kind = CheckpointError if name == "checkpoint" else ConfigError
-                wanted = f"{value}, as rank 0 has"
-                raise kind(f"{name} of {peer}", got=facts.get(name), expected=wanted, action=_ADVICE[name])
-
-
-_ADVICE = {
-    "eightfold": "Install the same version on all hosts.",
-    "checkpoint": "Copy the model directory to all hosts again.",
-    "isa": f"Set {core.ISA_VARIABLE} to one that all hosts have.",
-    "options": "Start all processes with the same options.",
-    "processes": "Start all processes with the same torchrun options.",
-}
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -183,100 +276,49 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-class _Memory:
-    """Ranks of one host: local sockets, and meetings in shared memory."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-
-    def gather(self) -> list[Peer]:
-        """Wait for all others."""
-        with link.listen(self._world, local=True) as sock:
-            return link.accept_all(sock, self._world, "")
-
-    def reach(self) -> Peer:
-        """Connect to rank 0."""
-        return link.connect(self._world, link.local_name(self._world), "", local=True)
-
-    def join(self, share: NativeModel, peers: Sequence[Peer]) -> None:
-        """Let a share meet the others."""
-        if self._world.is_first:
-            files = memory_files(self._world.size)
-            for peer in peers:
-                socket.send_fds(peer.orders.sock, [b"0"], files)
-        else:
-            _, files, _, _ = socket.recv_fds(peers[0].orders.sock, 1, 1 + 2 * self._world.size)
-        share.share_memory(self._world.rank, files)
+def _load(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> NativeModel:
+    """Load this rank's share; the ranks of a host share its CPUs, too."""
+    chosen = {**options, "threads": core.choose_threads(options["threads"], world.local_size)}
+    return native.load_model(checkpoint, **chosen, share=Share(world.rank, world.size), neighbours=world.local_size)
 
 
-class _Gloo:
-    """Ranks of several hosts: TCP, and meetings through torch.distributed."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        _start_gloo(world)
-
-    def gather(self) -> list[Peer]:
-        """Wait for all others."""
-        with link.listen(self._world, local=False) as sock:
-            secret = secrets.token_hex(16)
-            _broadcast([sock.getsockname()[1], secret])
-            return link.accept_all(sock, self._world, secret)
-
-    def reach(self) -> Peer:
-        """Connect to rank 0."""
-        port, secret = _broadcast([None, None])
-        return link.connect(self._world, (self._world.address, port), secret, local=False)
-
-    def join(self, share: NativeModel, peers: Sequence[Peer]) -> None:
-        """Let a share meet the others."""
-        share.share_by_call(self._world.rank, _gather_parts)
+def _join(share: NativeModel, world: World, peers: Sequence[Peer]) -> None:
+    """Let a share meet the others."""
+    if meets_in_memory(world):
+        share.share_memory(world.rank, shared_files(world, peers))
+    else:
+        share.share_by_call(world.rank, _gather_parts)
 
 
-def _exchange_of(world: World) -> _Memory | _Gloo:
-    wanted = os.environ.get(EXCHANGE_VARIABLE, "")
-    if wanted not in ("", "memory", "gloo"):
-        raise ConfigError(EXCHANGE_VARIABLE, got=wanted, expected="memory or gloo")
-    if wanted == "memory" and not world.is_one_host:
-        raise UnsupportedError(EXCHANGE_VARIABLE, got="memory", expected="gloo, as there are several hosts")
-    return _Memory(world) if world.is_one_host and wanted != "gloo" else _Gloo(world)
+def _gather_parts(own: NDArray[Any], everybody: NDArray[Any]) -> None:
+    with ended_by_liveness(RuntimeError):  # a connection is closed
+        gloo.gather_parts(own, everybody)
 
 
-def _start_gloo(world: World) -> None:
-    """Begin torch.distributed.
+def pack(step: Step) -> bytes:
+    """Write a step down. Positions rise by one inside a sequence, so the first of each is enough."""
+    header = (_STEP, len(step.token_ids), *step.tables.shape, len(step.rows), step.shown)
+    first = step.positions[step.starts[:-1]]
+    numbers = (np.array(header, np.int32), step.token_ids, first, step.starts, step.tables, step.rows)
+    return b"".join([array.tobytes() for array in numbers]) + step.generated.tobytes()
 
-    Raises:
-        DependencyError: torch is not installed.
-    """
-    try:
-        import torch.distributed as dist
-    except ImportError:
-        raise DependencyError(
-            "processes on several hosts need torch",
-            got="none installed",
-            action="Install it: pip install 'eightfold[distributed]'",
-        ) from None
-    import datetime
 
-    if interface := link.interface_to(world.address, world.port):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    dist.init_process_group(
-        "gloo", rank=world.rank, world_size=world.size, timeout=datetime.timedelta(seconds=_GLOO_SECONDS)
+def unpack(order: bytearray) -> Step:
+    """Read what `pack` has written."""
+    _, tokens, sequences, width, rows, shown = np.frombuffer(order, np.int32, _HEADER).tolist()
+    sizes = (tokens, sequences, sequences + 1, sequences * width, rows)
+    at, parts = 4 * _HEADER, []
+    for size in sizes:
+        parts.append(np.frombuffer(order, np.int32, size, at))
+        at += 4 * size
+    token_ids, first, starts, tables, wanted = parts
+    positions = np.repeat(first - starts[:-1], np.diff(starts)) + np.arange(tokens, dtype=np.int32)
+    return Step(
+        token_ids=token_ids,
+        positions=positions,
+        generated=np.frombuffer(order, np.uint8, tokens, at),
+        starts=starts,
+        tables=tables.reshape(sequences, width),
+        rows=wanted,
+        shown=shown,
     )
-
-
-def _broadcast(facts: list[Any]) -> list[Any]:
-    """Return what rank 0 gives."""
-    import torch.distributed as dist
-
-    dist.broadcast_object_list(facts, src=0)
-    return facts
-
-
-def _gather_parts(mine: NDArray[Any], everybody: NDArray[Any]) -> None:
-    """Put every rank's part (n,) into (ranks, n)."""
-    import torch
-    import torch.distributed as dist
-
-    with ended_by_watch(RuntimeError):  # a connection is closed
-        dist.all_gather(list(torch.from_numpy(everybody)), torch.from_numpy(mine))

@@ -39,22 +39,22 @@ def load_model(checkpoint: Checkpoint, beside: Callable[[], object] | None = Non
     Raises:
         EightfoldError: as native.load.load_model; or the processes do not fit together.
     """
-    chosen, world = Options(**options), World.of_environment()
+    chosen, world = asdict(Options(**options)), World.of_environment()
     if world.size == 1:
         from eightfold.model.native import load as native
 
-        return native.load_model(checkpoint, **asdict(chosen), beside=beside)
+        return native.load_model(checkpoint, **chosen, beside=beside)
     from eightfold.engine import distributed
 
     if not world.is_first:
-        distributed.follow_first(world, lambda: checkpoint, chosen)
+        distributed.follow(world, lambda: checkpoint, chosen)
     if beside is not None:
         beside()
     return distributed.lead(world, checkpoint, chosen)
 
 
 def leave_to_first(directory: Path, **options: Any) -> None:
-    """Never return but in rank 0, which has met the others then: they compute what it asks for until it ends.
+    """Return in rank 0 only, once it has met the others: they compute what it asks for until it ends.
 
     To be called before anything that only one process may do.
 
@@ -71,4 +71,4 @@ def leave_to_first(directory: Path, **options: Any) -> None:
     if world.is_first:
         distributed.meet(world)
     else:
-        distributed.follow_first(world, lambda: Checkpoint.open(directory), Options(**options))
+        distributed.follow(world, lambda: Checkpoint.open(directory), asdict(Options(**options)))

@@ -1,36 +1,37 @@
-"""How the processes that work on one thing talk: rank 0 has two connections to each of the others.
+"""How the processes that share a model talk: rank 0 has two connections to each of the others.
 
     orders    messages, one after the other
-    watch     silent while both live: whoever ends closes it (engine/watch.py, quant/watch.py)
+    watch     silent while both live: whoever ends closes it (liveness.py)
 
-On one host they are local sockets with names of their own, which only processes of the same user get to talk over;
-files of shared memory travel over them too. Between hosts they are TCP, with a secret that torchrun's store hands out.
+On one host they are local sockets with names of their own, which only processes of the same user may talk over; files
+of shared memory travel over them too. Between hosts they are TCP, with a secret that torchrun's store hands out.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
+import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from eightfold.errors import ConfigError
 from eightfold.parallel.world import World
 
-# Until rank 0 is there: it may read a long file of prompts first.
+# Rank 0 may read a long file of prompts before it listens.
 JOIN_SECONDS = 600.0
-# For a new connection to say whose it is, in so many bytes at most.
+# A new connection has so long to introduce itself, in so many bytes.
 _INTRODUCTION_SECONDS = 5.0
-_MOST_INTRODUCTION = 4096
-
-_SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
+_MAX_INTRODUCTION = 4096
 
 _LENGTH = struct.Struct("<Q")
+
+# Returns the values that rank 0 passes, in every rank.
+Broadcast = Callable[[list[Any]], list[Any]]
 
 
 class Connection:
@@ -43,22 +44,19 @@ class Connection:
         """Send a message."""
         self.sock.sendall(_LENGTH.pack(len(data)) + data)
 
-    def receive(self, most: int | None = None) -> bytearray:
+    def receive(self, max_bytes: int | None = None) -> bytearray:
         """Wait for a message.
 
-        Args:
-            most: bytes of it; None for any number.
-
         Raises:
-            EOFError: the other has ended.
-            ValueError: it is longer.
+            EOFError: the other process has ended.
+            ValueError: the message is longer than `max_bytes`.
         """
-        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size))
-        if most is not None and length > most:
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        if max_bytes is not None and length > max_bytes:
             raise ValueError(f"a message of {length} bytes")
-        return self._exactly(length)
+        return self._read(length)
 
-    def _exactly(self, length: int) -> bytearray:
+    def _read(self, length: int) -> bytearray:
         data = bytearray(length)
         view = memoryview(data)
         while view:
@@ -75,9 +73,9 @@ class Connection:
         """Send a JSON object."""
         self.send(json.dumps(facts).encode())
 
-    def hear(self, most: int | None = None) -> dict[str, Any]:
+    def hear(self, max_bytes: int | None = None) -> dict[str, Any]:
         """Wait for a JSON object; see `receive`."""
-        facts = json.loads(bytes(self.receive(most)))
+        facts = json.loads(bytes(self.receive(max_bytes)))
         assert isinstance(facts, dict)
         return facts
 
@@ -95,67 +93,74 @@ class Peer:
         return f"rank {self.rank} ({self.name})" if self.name else f"rank {self.rank}"
 
 
-def local_name(world: World) -> str:
-    """Return the name in the abstract namespace where rank 0 of a run on one host is found."""
-    return f"\0eightfold-{os.getuid()}-{world.port}-{world.run}"
+def process_name() -> str:
+    """Return what a person finds this process by."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def listen(world: World, *, local: bool) -> socket.socket:
-    """Return a socket to which the other ranks connect."""
-    family = socket.AF_UNIX if local else socket.AF_INET6 if ":" in world.address else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.bind(local_name(world) if local else ("", 0))
-    sock.listen(2 * world.size)
-    return sock
+def accept_all(world: World, broadcast: Broadcast | None) -> list[Peer]:
+    """Wait in rank 0 until all others have connected; return them in order.
 
-
-def accept_all(sock: socket.socket, world: World, secret: str) -> list[Peer]:
-    """Wait until all other ranks have connected; return them in order.
+    Args:
+        world: of this process.
+        broadcast: tells the others where rank 0 listens; None for ranks of one host, which know.
 
     Raises:
         ConfigError: one of them is not there in time.
     """
-    ends, found = time.monotonic() + JOIN_SECONDS, dict[tuple[int, str], socket.socket]()
+    if broadcast is None:
+        family: int = socket.AF_UNIX
+    else:
+        family = socket.AF_INET6 if ":" in world.address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as server:
+        server.bind(("", 0) if broadcast else _local_name(world))
+        server.listen(2 * world.size)
+        secret = secrets.token_hex(16) if broadcast else ""
+        if broadcast:
+            broadcast([server.getsockname()[1], secret])
+        return _accept_all(server, world, secret)
+
+
+def _accept_all(server: socket.socket, world: World, secret: str) -> list[Peer]:
+    deadline, found = time.monotonic() + JOIN_SECONDS, dict[tuple[int, str], socket.socket]()
     names = dict[int, str]()
     while len(found) < 2 * (world.size - 1):
-        sock.settimeout(max(ends - time.monotonic(), 0.001))
+        server.settimeout(max(deadline - time.monotonic(), 0.001))
         try:
-            other, _ = sock.accept()
-            who = _introduced(other, secret)
+            sock, _ = server.accept()
         except TimeoutError:
             missing = next(r for r in range(1, world.size) if (r, "watch") not in found)
             raise ConfigError(f"rank {missing}", got=f"no word from it in {JOIN_SECONDS:.0f} s") from None
-        if who is None or who[:2] in found or not 1 <= who[0] < world.size:
-            other.close()  # a stranger
+        introduced = _introduction(sock, secret)
+        if introduced is None or introduced[:2] in found or not 1 <= introduced[0] < world.size:
+            sock.close()  # a stranger
         else:
-            found[who[:2]], names[who[0]] = other, who[2]
+            found[introduced[:2]], names[introduced[0]] = sock, introduced[2]
     return [Peer(r, Connection(found[r, "orders"]), found[r, "watch"], names[r]) for r in range(1, world.size)]
 
 
-def connect(world: World, address: Any, secret: str, *, local: bool) -> Peer:
-    """Connect to rank 0.
+def connect(world: World, broadcast: Broadcast | None) -> Peer:
+    """Connect to rank 0; see `accept_all`.
 
     Raises:
         ConfigError: it is not there in time.
     """
-    orders, watch = (_connected(world, address, purpose, secret, local) for purpose in ("orders", "watch"))
+    port, secret = broadcast([None, None]) if broadcast else (None, "")
+    orders, watch = (_connected(world, port, purpose, secret) for purpose in ("orders", "watch"))
     return Peer(0, Connection(orders), watch)
 
 
-def _connected(world: World, address: Any, purpose: str, secret: str, local: bool) -> socket.socket:
-    ends = time.monotonic() + JOIN_SECONDS
+def _connected(world: World, port: int | None, purpose: str, secret: str) -> socket.socket:
+    deadline = time.monotonic() + JOIN_SECONDS
     while True:
-        sock = socket.socket(socket.AF_UNIX) if local else None
         try:
-            if sock is None:
-                sock = socket.create_connection(address, timeout=JOIN_SECONDS)
+            if port is not None:
+                sock = socket.create_connection((world.address, port), timeout=JOIN_SECONDS)
             else:
-                sock.connect(address)
+                sock = _connected_here(world)
             break
         except OSError as error:
-            if sock is not None:
-                sock.close()
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 raise ConfigError("rank 0", got=f"no connection in {JOIN_SECONDS:.0f} s", action=str(error)) from None
             time.sleep(0.05)
     if not _is_own(sock):
@@ -165,47 +170,35 @@ def _connected(world: World, address: Any, purpose: str, secret: str, local: boo
     return sock
 
 
-def interface_to(address: str, port: int) -> str | None:
-    """Return the network interface by which an address is reached; None where that cannot be told.
-
-    Left to itself, gloo takes the one that the host's own name stands for, which other hosts need not see.
-    """
+def _connected_here(world: World) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        family, _, _, _, target = socket.getaddrinfo(address, port or 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect(target)  # nothing is sent
-            own = sock.getsockname()[0]
-            if family != socket.AF_INET:
-                return None
-            for _, name in socket.if_nameindex():
-                with contextlib.suppress(OSError):  # an interface without an address
-                    request = struct.pack("256s", name.encode()[:15])
-                    if socket.inet_ntoa(fcntl.ioctl(sock, _SIOCGIFADDR, request)[20:24]) == own:
-                        return name
+        sock.connect(_local_name(world))
     except OSError:
-        pass
-    return None
+        sock.close()
+        raise
+    return sock
 
 
-def process_name() -> str:
-    """Return what a person finds this process by."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
+def _local_name(world: World) -> str:
+    """Return the name in the abstract namespace under which rank 0 of a run on one host is found."""
+    return f"\0eightfold-{os.getuid()}-{world.port}-{world.run}"
 
 
-def _introduced(sock: socket.socket, secret: str) -> tuple[int, str, str] | None:
-    """Return who has connected, what for, and its name; None for a stranger."""
+def _introduction(sock: socket.socket, secret: str) -> tuple[int, str, str] | None:
+    """Return the rank that has connected, what for, and its name; None for a stranger."""
     sock.settimeout(_INTRODUCTION_SECONDS)
     try:
         if not _is_own(sock):
             return None
-        facts = Connection(sock).hear(_MOST_INTRODUCTION)
+        facts = Connection(sock).hear(_MAX_INTRODUCTION)
         if facts["secret"] != secret:
             return None
-        who = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
+        introduced = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
     except (OSError, EOFError, ValueError, KeyError, AssertionError, RecursionError):
         return None
     _prepare(sock)
-    return who
+    return introduced
 
 
 def _is_own(sock: socket.socket) -> bool:
@@ -217,7 +210,7 @@ def _is_own(sock: socket.socket) -> bool:
 
 
 def _prepare(sock: socket.socket) -> None:
-    """Wait as long as it takes from here on; notice within seconds that the other host is gone."""
+    """Wait as long as it takes from here on, but notice within seconds that the other host is gone."""
     sock.settimeout(None)
     if sock.family == socket.AF_UNIX:
         return

@@ -1,11 +1,13 @@
-"""Which of several processes this one is, as torchrun says in the environment."""
+"""Which of several processes this one is, as torchrun says in the environment, and whether they go together."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from eightfold.errors import ConfigError
+from eightfold.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class World:
         local_rank: among those of this host.
         local_size: how many are on this host.
         address: of rank 0's host.
-        port: where torchrun's own store listens; also makes names of different runs different.
+        port: where torchrun's store listens; it also tells runs apart.
         run: what tells this start from an earlier one.
     """
 
@@ -67,7 +69,7 @@ class World:
 
     @property
     def speaks(self) -> bool:
-        """Whether an error of this process is shown: once on every host, before the ranks have met."""
+        """Whether this process reports its errors: one on every host does, before the ranks have met."""
         return self.is_first or (self.local_rank == 0 and not self.is_one_host)
 
 
@@ -81,3 +83,35 @@ def _number(name: str, default: int | None) -> int:
     if not text.isascii() or not text.isdigit() or (name.endswith("SIZE") and int(text) < 1):
         raise ConfigError(name, got=text or "nothing", expected="a number", action=_START)
     return int(text)
+
+
+def require_alike(
+    expected: Mapping[str, Any], others: Iterable[tuple[str, Mapping[str, Any]]], advice: Mapping[str, str]
+) -> None:
+    """Compare what has to be the same in all processes with what rank 0 has.
+
+    Args:
+        expected: what rank 0 has, by name.
+        others: for each other process, what a message calls it and what it has.
+        advice: by name, what a user can do about a difference.
+
+    Raises:
+        CheckpointError: a process has another model.
+        ConfigError: something else differs.
+    """
+    for process, found in others:
+        for name, value in expected.items():
+            if (theirs := found.get(name)) != value:
+                raise (CheckpointError if name in ("checkpoint", "source") else ConfigError)(
+                    f"{name} of {process}",
+                    got=_difference(theirs, value),
+                    expected=f"{_difference(value, theirs)}, as rank 0 has",
+                    action=advice.get(name, "Start all processes with the same options."),
+                )
+
+
+def _difference(value: Any, other: Any) -> str:
+    """Return a value; of a table, the entries that another one does not have."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return ", ".join(f"{key} {value[key]}" for key in value if value[key] != other.get(key))[:200] or "less"
+    return str(value)

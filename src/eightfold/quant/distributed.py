@@ -11,11 +11,11 @@ Objects travel pickled, so the network between hosts has to be one that can be t
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import pickle
-import secrets
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from eightfold import __version__
 from eightfold.errors import CheckpointError, ConfigError
-from eightfold.parallel.link import JOIN_SECONDS, Peer, accept_all, connect, listen, local_name, process_name
+from eightfold.parallel.link import JOIN_SECONDS, accept_all, connect, process_name
 from eightfold.parallel.world import World
 from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.team import Round
@@ -59,26 +59,17 @@ class Ranks:
         self.is_one_host = world.is_one_host
         self.round: Round | None = None
         with _one_line_errors():
-            peers = self._met_here(world) if world.is_one_host else self._met_anywhere(world)
+            tell = None if world.is_one_host else functools.partial(self._told, world)
+            peers = accept_all(world, tell) if self.is_first else [connect(world, tell)]
         self._orders = {peer.rank: peer.orders for peer in peers}
         self._watch = Watch(self.rank, {peer.watch: str(peer) for peer in peers})
 
-    def _met_here(self, world: World) -> list[Peer]:
-        if not self.is_first:
-            return [connect(world, local_name(world), "", local=True)]
-        with listen(world, local=True) as server:
-            return accept_all(server, world, "")
-
-    def _met_anywhere(self, world: World) -> list[Peer]:
+    def _told(self, world: World, values: list[Any]) -> list[Any]:
         self._store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))
         key = f"eightfold/quantize/{world.run}"  # a store outlives restarts
-        if not self.is_first:
-            port, secret = json.loads(self._store.get(key))
-            return [connect(world, (world.address, port), secret, local=False)]
-        with listen(world, local=False) as server:
-            secret = secrets.token_hex(16)
-            self._store.set(key, json.dumps([server.getsockname()[1], secret]))
-            return accept_all(server, world, secret)
+        if self.is_first:
+            self._store.set(key, json.dumps(values))
+        return list(json.loads(self._store.get(key)))
 
     def require_alike(self, facts: dict[str, Any]) -> None:
         """Compare what has to be the same in all processes.

@@ -34,7 +34,7 @@ from eightfold.machine import resident_bytes
 from eightfold.model.native import core
 from eightfold.model.native.model import NativeModel
 from eightfold.model.native.rotary import inverse_frequencies
-from eightfold.model.native.share import WHOLE, Share
+from eightfold.parallel.share import WHOLE, Share, cuts
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -114,9 +114,9 @@ def load_model(
         isa=isa,
         threads=core.choose_threads(threads),
         num_layers=config.num_layers,
-        hidden=share.hidden_cuts(config),
-        intermediate=share.intermediate_cuts(config),
-        vocab=share.vocab_cuts(config),
+        hidden=cuts(config.hidden_size, share.size),
+        intermediate=cuts(config.intermediate_size, share.size),
+        vocab=cuts(config.vocab_size, share.size),
         rank=share.rank,
         heads=_length(share.heads(config)),
         kv_heads=_length(share.kv_heads(config)),
@@ -220,10 +220,10 @@ class _Loader:
         )  # fmt: skip
 
     def add_ends(self) -> None:
-        self.model.set_embedding(self._rows(weight_name(EMBEDDING), self.share.vocab(self.config)))
+        self.model.set_embedding(self._rows(weight_name(EMBEDDING), self.share.part(self.config.vocab_size)))
         self.model.set_final_norm(*self._norm(FINAL_NORM))
         if self.config.tie_word_embeddings:
-            weight = self._rows(self.checkpoint.head_weight(), self.share.vocab(self.config))
+            weight = self._rows(self.checkpoint.head_weight(), self.share.part(self.config.vocab_size))
             self._add_float(-1, "head", weight, _NOTHING)
         else:
             self._add_linear(-1, "head", LM_HEAD, all_linears(self.config)[LM_HEAD])

@@ -75,25 +75,10 @@ class Share:
         heads, per_key = self.heads(config), config.num_heads // config.num_kv_heads
         return slice(heads.start // per_key, (heads.stop - 1) // per_key + 1)
 
-    def intermediate(self, config: ModelConfig) -> slice:
-        """Return the rank's intermediate channels."""
-        return self._of(self.intermediate_cuts(config))
-
-    def intermediate_cuts(self, config: ModelConfig) -> list[int]:
-        """Return where each rank's intermediate channels begin, and how many there are: R + 1 numbers."""
-        return cuts(config.intermediate_size, self.size)
-
-    def hidden_cuts(self, config: ModelConfig) -> list[int]:
-        """Return where each rank's outputs of floating o and down begin, and how many there are: R + 1 numbers."""
-        return cuts(config.hidden_size, self.size)
-
-    def vocab(self, config: ModelConfig) -> slice:
-        """Return the rank's tokens."""
-        return self._of(self.vocab_cuts(config))
-
-    def vocab_cuts(self, config: ModelConfig) -> list[int]:
-        """Return where each rank's tokens begin, and how many there are: R + 1 numbers."""
-        return cuts(config.vocab_size, self.size)
+    def part(self, total: int) -> slice:
+        """Return the rank's part of channels or tokens that are cut as `cuts` cuts them."""
+        at = cuts(total, self.size)
+        return slice(at[self.rank], at[self.rank + 1])
 
     def of_linear(self, config: ModelConfig, name: str, *, is_float: bool) -> Cut:
         """Return what of a linear the rank holds.
@@ -104,10 +89,10 @@ class Share:
             is_float: whether its weights are.
         """
         if name == LM_HEAD:
-            return Cut(self.vocab(config), None, True)
+            return Cut(self.part(config.vocab_size), None, True)
         (group,) = (group.title for group in input_groups(config) for linear in group.linears if linear.name == name)
         if group in _ROW_PARALLEL and is_float:
-            return Cut(self._of(self.hidden_cuts(config)), None, True)
+            return Cut(self.part(config.hidden_size), None, True)
         inner = self._inner(config, name, group)
         if group in _ROW_PARALLEL:
             return Cut(slice(None), None if self.size == 1 else inner, self.rank == 0)
@@ -116,19 +101,19 @@ class Share:
     def _inner(self, config: ModelConfig, name: str, group: str) -> slice:
         """Return the channels between the linears of a block that the rank computes."""
         if group in ("gate_up", "down"):
-            return self.intermediate(config)
+            return self.part(config.intermediate_size)
         heads = self.kv_heads(config) if name in (KEY, VALUE) else self.heads(config)
         return slice(heads.start * config.head_dim, heads.stop * config.head_dim)
-
-    def _of(self, at: list[int]) -> slice:
-        return slice(at[self.rank], at[self.rank + 1])
 
 
 WHOLE = Share()
 
 
 def cuts(total: int, size: int) -> list[int]:
-    """Cut a number of channels into parts of about the same size, at multiples of a cache line if there are many."""
+    """Return where each of `size` parts of about the same size begins, and the total: size + 1 numbers.
+
+    They begin at multiples of a cache line, if there are many channels.
+    """
     unit = next(unit for unit in _UNITS if total >= unit * size * _LEAST_UNITS or unit == 1)
     units = -(-total // unit)
     return [min(total, units * rank // size * unit) for rank in range(size + 1)]

@@ -22,25 +22,20 @@ from eightfold.parallel.world import World
 EXIT_LOST = 2
 
 # From the end of one process to that of another, at most.
-END_SECONDS = 8.0
+_END_SECONDS = 8.0
 
 _OVER, _TOLD = "over", "told"  # last words of rank 0: all is done; the user knows what has happened
-_MOST_WORDS = 1 << 16
+_MAX_WORDS = 1 << 16
 
 
-class Watch:
+class Liveness:
     """A thread that ends this process when another one has ended."""
 
     def __init__(self, world: World, peers: Sequence[Peer]) -> None:
-        """Begin to watch.
-
-        Args:
-            world: of this process.
-            peers: rank 0, or for rank 0 all others.
-        """
+        """Begin to watch `peers`: rank 0, or in rank 0 all others."""
         self._world, self._peers = world, peers
         self._ends = False
-        threading.Thread(target=self._run, name="eightfold-watch", daemon=True).start()
+        threading.Thread(target=self._run, name="eightfold-liveness", daemon=True).start()
 
     def end(self) -> None:
         """Let the others end too: all is done."""
@@ -55,33 +50,29 @@ class Watch:
             return
         self._ends = True
         for peer in self._peers:
-            try:
+            with contextlib.suppress(OSError):  # it has ended already
                 peer.watch.sendall(words.encode())
                 peer.watch.shutdown(socket.SHUT_WR)
-            except OSError:  # it has ended already
-                pass
 
     def _run(self) -> None:
         watched = {peer.watch: peer for peer in self._peers}
         ready, _, _ = select.select(watched, [], [])
         peer = watched[ready[0]]
-        words = _all_of(peer.watch)
+        words = _last_words(peer.watch)
         if self._ends:
             return
         if self._world.is_first or (self._world.rank == 1 and words not in (_OVER, _TOLD)):
-            self._tell(peer, words or "it has died or cannot be reached, so all others end")
+            reason = words or "it has died or cannot be reached, so all others end"
+            with contextlib.suppress(OSError):
+                print(f"eightfold: {peer}: {reason}. Start the command again.", file=sys.stderr, flush=True)
             self.fail(words)
         sys.stdout.flush()
         os._exit(0 if words == _OVER else EXIT_LOST)
 
-    def _tell(self, peer: Peer, reason: str) -> None:
-        with contextlib.suppress(OSError):
-            print(f"eightfold: {peer}: {reason}. Start the command again.", file=sys.stderr, flush=True)
-
 
 @contextlib.contextmanager
-def ended_by_watch(*more: type[Exception]) -> Iterator[None]:
-    """When another process is not there to talk to: wait to be ended by the watch, which knows why.
+def ended_by_liveness(*more: type[Exception]) -> Iterator[None]:
+    """When another process is not there to talk to, wait to be ended by the liveness thread, which knows why.
 
     Args:
         more: what says so, besides the errors of connections.
@@ -90,15 +81,13 @@ def ended_by_watch(*more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except gone:
-        time.sleep(END_SECONDS)
+        time.sleep(_END_SECONDS)
         os._exit(EXIT_LOST)
 
 
-def _all_of(sock: socket.socket) -> str:
+def _last_words(sock: socket.socket) -> str:
     data = b""
-    try:
-        while len(data) < _MOST_WORDS and (more := sock.recv(4096)):
+    with contextlib.suppress(OSError):
+        while len(data) < _MAX_WORDS and (more := sock.recv(4096)):
             data += more
-    except OSError:
-        pass
     return " ".join(data.decode(errors="replace").split()).rstrip(".")
