@@ -32,6 +32,7 @@ sanitize: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/fill_readme.py --check
 	$(BIN)/python docs/make_format.py --check

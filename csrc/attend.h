@@ -21,7 +21,7 @@ namespace eightfold::EF_ISA {
 constexpr int kQueryRows = W == 8 ? 2 : 3;  // rows whose scores share a load of keys
 constexpr int kValueRows = W == 8 ? 2 : 4;  // rows whose sums share a load of values
 constexpr int kValueCols = 4;
-constexpr int kRun = W < 4 ? 4 : W;         // columns come in such runs: whole lanes, and whole groups of values
+constexpr int kRun = W < 4 ? 4 : W;  // columns come in such runs: whole lanes, and whole groups of values
 
 // Lines of the next page that are asked for in a step of each loop: of a page of 64 channels about a quarter while
 // scores are computed, a quarter in the softmax, the rest with the values.
@@ -195,9 +195,12 @@ inline void by_rows(int rows, Step f) {
     for (int r = 0; r < rows;) {
         const int n = std::min(kMax, rows - r);
         if (n == 1) f.template operator()<1>(r);
-        if constexpr (kMax >= 2) if (n == 2) f.template operator()<2>(r);
-        if constexpr (kMax >= 3) if (n == 3) f.template operator()<3>(r);
-        if constexpr (kMax >= 4) if (n == 4) f.template operator()<4>(r);
+        if constexpr (kMax >= 2)
+            if (n == 2) f.template operator()<2>(r);
+        if constexpr (kMax >= 3)
+            if (n == 3) f.template operator()<3>(r);
+        if constexpr (kMax >= 4)
+            if (n == 4) f.template operator()<4>(r);
         r += n;
     }
 }
@@ -225,7 +228,7 @@ inline float exponentials(float* s, Visible see, int columns) {
 }
 
 struct Page {
-    alignas(64) int32_t scores[2 * kMaxAttnRows * kPage];   // integers, then floats in the same place
+    alignas(64) int32_t scores[2 * kMaxAttnRows * kPage];  // integers, then floats in the same place
     alignas(64) float real[kMaxAttnRows * kPage];
     alignas(64) uint8_t high[kMaxAttnRows * kPage];
     alignas(64) uint8_t low[kMaxAttnRows * kPage];
@@ -323,7 +326,8 @@ inline void accumulate(AttnState out, int r, float page_max, float page_sum, con
     if (page_max == -std::numeric_limits<float>::infinity()) return;
     const float max = std::max(out.max[r], page_max);
     const float smaller = std::exp(std::min(out.max[r], page_max) - max);  // the other is one
-    const float old_weight = page_max > out.max[r] ? smaller : 1.0f, new_weight = page_max > out.max[r] ? 1.0f : smaller;
+    const float old_weight = page_max > out.max[r] ? smaller : 1.0f,
+                new_weight = page_max > out.max[r] ? 1.0f : smaller;
     const F a = f_set(old_weight), b = f_set(new_weight);
     float* acc = out.acc + r * value_dim;
     for (int i = 0; i < value_dim; i += W) {
@@ -335,8 +339,8 @@ inline void accumulate(AttnState out, int r, float page_max, float page_sum, con
 
 // Positions from `end` on hold what an earlier owner of the page left: their weight is zero, and where a zero would not
 // cancel them (bfloat16 has NaN) they are not read.
-inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, int end, Ahead& ahead,
-                       Page& page, AttnState out) {
+inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, int end, Ahead& ahead, Page& page,
+                       AttnState out) {
     const int value_dim = (in.head_dim + 15) / 16 * 16;
     alignas(64) int32_t product[2][kValueRows * 512];
     alignas(64) float real[kValueRows * 512];

@@ -229,7 +229,8 @@ void share_by_call(Bound& self, int rank, nb::callable meet) {
 
 // `hidden`, `intermediate`, `vocab`: where each rank's share begins, and how many there are.
 ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const std::vector<int>& intermediate,
-                        const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+                        const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps,
+                        bool symmetric_tokens, const Vector<float>& inv_freq) {
     for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
         require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
                     std::is_sorted(cuts->begin(), cuts->end()),
@@ -240,8 +241,9 @@ ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const st
     require(head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number up to 512");
     require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
     const auto own = [&](const std::vector<int>& cuts) { return cuts[rank + 1] - cuts[rank]; };
-    return {num_layers, hidden.back(), own(intermediate), own(vocab), {heads, kv_heads, head_dim}, eps,
-            symmetric_tokens, floats(inv_freq), vocab, intermediate, hidden};
+    return {num_layers, hidden.back(),    own(intermediate), own(vocab), {heads, kv_heads, head_dim},
+            eps,        symmetric_tokens, floats(inv_freq),  vocab,      intermediate,
+            hidden};
 }
 
 }  // namespace
@@ -261,8 +263,8 @@ NB_MODULE(_core, m) {
         .def(
             "__init__",
             [](Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
-               const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps,
-               bool symmetric_tokens, const Vector<float>& inv_freq) {
+               const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads,
+               int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
                 require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
                 new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, rank, heads, kv_heads, head_dim,
                                               eps, symmetric_tokens, inv_freq),
@@ -274,8 +276,8 @@ NB_MODULE(_core, m) {
             },
             nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a, "vocab"_a, "rank"_a,
             "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
-        .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a, "offset"_a,
-             "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
+        .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a,
+             "offset"_a, "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
         .def("set_norms", &set_norms, "layer"_a, nb::kw_only(), "input_gain"_a, "input_bias"_a, "post_gain"_a,
              "post_bias"_a)
         .def("set_attention", &set_attention, "layer"_a, "kind"_a, nb::kw_only(), "window"_a, "query_norm"_a,
@@ -296,9 +298,11 @@ NB_MODULE(_core, m) {
                  self.model.final_gain = floats(gain);
                  self.model.final_bias = floats(bias);
              })
-        .def("finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
-             "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
-        .def("leave_alone", [](Bound& self, bool alone) { self.model.leave_alone(alone); }, "alone"_a)
+        .def(
+            "finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
+            "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "leave_alone", [](Bound& self, bool alone) { self.model.leave_alone(alone); }, "alone"_a)
         .def("abandon", [](Bound& self) { self.model.abandon(); })
         .def("share_memory", &share_memory, "rank"_a, "counters"_a, "places"_a)
         .def("share_by_call", &share_by_call, "rank"_a, "meet"_a)

@@ -41,8 +41,8 @@ Prepared padded(const uint8_t* x, size_t rows, size_t width) {
 void gemm_i8(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, Out<int32_t> out) {
     const Prepared rows = padded(x.data(), x.shape(0), x.shape(1));
     kernels_for(isa).gemm_i8(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), rows.bytes.data(),
-                             row_bytes(static_cast<int>(x.shape(1))),
-                             static_cast<int>(x.shape(0)), static_cast<int>(x.shape(1)), out.data(), weight.shape(0));
+                             row_bytes(static_cast<int>(x.shape(1))), static_cast<int>(x.shape(0)),
+                             static_cast<int>(x.shape(1)), out.data(), weight.shape(0));
 }
 
 // Planes of tokens as packed blocks, the planes of a block one after the other.
@@ -70,8 +70,8 @@ void gemm_packed(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x,
     const Kernels& kernels = kernels_for(isa);
     const Prepared packed = packed_blocks(kernels, {x});
     const PackedInput input = packed_input(packed, x);
-    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes.data(), input.block,
-                        (input.tokens + kLanes - 1) / kLanes, input.inputs, out.data(), weight.shape(0));
+    kernels.gemm_packed(weight.data(), weight.shape(1), static_cast<int>(weight.shape(0)), packed.bytes.data(),
+                        input.block, (input.tokens + kLanes - 1) / kLanes, input.inputs, out.data(), weight.shape(0));
 }
 
 void packed_static(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> x, In<int32_t, 1> bias,
@@ -255,8 +255,9 @@ void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf,
     for (size_t r = 0; r < q8.shape(0); r++) {
         sums[r] = std::accumulate(q8.data() + r * dim, q8.data() + (r + 1) * dim, 0);
     }
-    const AttnRows in{params.kind, rows, dim, integers.data(), reals.data(), sums.data(), q_scale.data(), last.data(),
-                      window, keys.data(), values.data(), first, end, end, nullptr, 0};
+    const AttnRows in{params.kind, rows,   dim,         integers.data(), reals.data(), sums.data(), q_scale.data(),
+                      last.data(), window, keys.data(), values.data(),   first,        end,         end,
+                      nullptr,     0};
     kernels.attend(in, {max.data(), sum.data(), acc.data()});
 }
 
@@ -324,8 +325,7 @@ void bind_kernels(nb::module_& m) {
     kernels.def("quantize_static", &quantize_static, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
     kernels.def("quantize_token", &quantize_token, "isa"_a, "x"_a, "symmetric"_a, "out"_a);
     kernels.def("quantize_16", &quantize_16, "isa"_a, "x"_a, "high"_a, "low"_a);
-    kernels.def("finish_static", &finish_static, "isa"_a, "acc"_a, "bias"_a, "deq_scale"_a, "y"_a,
-                "adds"_a = false);
+    kernels.def("finish_static", &finish_static, "isa"_a, "acc"_a, "bias"_a, "deq_scale"_a, "y"_a, "adds"_a = false);
     kernels.def("finish_token", &finish_token, "isa"_a, "acc"_a, "weight_sum"_a, "weight_scale"_a, "bias"_a, "scale"_a,
                 "offset"_a, "y"_a, "adds"_a = false);
     kernels.def("finish_16", &finish_16, "isa"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,

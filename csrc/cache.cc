@@ -12,9 +12,7 @@ namespace {
 int group_of(CacheKind kind) { return kind == CacheKind::bf16 ? 2 : 4; }
 int size_of(CacheKind kind) { return kind == CacheKind::bf16 ? 2 : 1; }
 
-size_t key_bytes(Shape shape, CacheKind kind) {
-    return static_cast<size_t>(shape.query_dim()) * kPage * size_of(kind);
-}
+size_t key_bytes(Shape shape, CacheKind kind) { return static_cast<size_t>(shape.query_dim()) * kPage * size_of(kind); }
 size_t value_bytes(Shape shape, CacheKind kind) {
     return static_cast<size_t>(shape.value_dim()) * kPage * size_of(kind);
 }
@@ -113,7 +111,8 @@ void Cache::store_run(const Kernels& kernels, int layer, int page, int at, int h
     const size_t first = static_cast<size_t>(head) * dim;
     int8_t k8[512], v8[kStored][512];
     for (int i = 0; i < kStored; i++) {
-        kernels.quantize_heads(k + i * ldk, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1, k8);
+        kernels.quantize_heads(k + i * ldk, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1,
+                               k8);
         put_key(k8, dim, keys(layer, page, head) + (at + i) * kStored);
         kernels.quantize_heads(v + i * ldv, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1,
                                v8[i]);

@@ -188,8 +188,7 @@ inline void gemm_float(const void* w, DType type, size_t ldw, int rows, const fl
         const int length = std::min(kFloatBlock, inner - k);
         walk<kFloatCols>(xrows, rows, [&](int t, int height, Rows at) {
             const void* wr[4];
-            for (int r = 0; r < 4; r++)
-                wr[r] = static_cast<const char*>(w) + (at.row(r) * ldw + k) * size;
+            for (int r = 0; r < 4; r++) wr[r] = static_cast<const char*>(w) + (at.row(r) * ldw + k) * size;
             const float* xt = x + t * ldx + k;
             const auto run = [&]<int C>() {
                 if constexpr (C <= kFloatCols) {

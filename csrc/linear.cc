@@ -56,8 +56,8 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
     if (!is_static()) return true;
     // Wraps around as the products do: only the total has to fit.
     for (int n = begin; n < end; n++) {
-        quant_bias[n] = static_cast<int32_t>(static_cast<uint32_t>(quant_bias[n]) -
-                                             128u * static_cast<uint32_t>(weight_sum[n]));
+        quant_bias[n] =
+            static_cast<int32_t>(static_cast<uint32_t>(quant_bias[n]) - 128u * static_cast<uint32_t>(weight_sum[n]));
     }
     return true;
 }
@@ -211,8 +211,8 @@ void Group::gate(const Kernels& kernels, int n0, int count, int t0, int t1, cons
 
 void Group::gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
                  float* y, size_t ldy) const {
-    kernels.gated_16(linears[0].rows_16(n0), linears[1].rows_16(n0), inputs(), count,
-                     packed_input(0, prepared, t0, t1), prepared[0].params.data() + t0, {y, ldy, false});
+    kernels.gated_16(linears[0].rows_16(n0), linears[1].rows_16(n0), inputs(), count, packed_input(0, prepared, t0, t1),
+                     prepared[0].params.data() + t0, {y, ldy, false});
 }
 
 void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t0, int t1, const uint8_t* generated,

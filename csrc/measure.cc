@@ -180,9 +180,8 @@ ReadProbe::ReadProbe(int threads, size_t bytes) : threads_(threads) {
     part_ = bytes_ / threads / kStreams;
     memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kLine, bytes_)));
     if (!memory_) throw std::bad_alloc();
-    timed(threads_, [&](int thread) {
-        std::memset(memory_.get() + thread * kStreams * part_, thread + 1, kStreams * part_);
-    });
+    timed(threads_,
+          [&](int thread) { std::memset(memory_.get() + thread * kStreams * part_, thread + 1, kStreams * part_); });
 }
 
 double ReadProbe::gb_s(int passes) {

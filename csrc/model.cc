@@ -253,8 +253,8 @@ void Model::forward(const Batch& batch) {
     Step& step = steps_[pool_.next_slot()];  // last: to reserve may take a slot
     step.batch = batch;
     step.alone = batch.tokens <= kAloneTokens && !has_ranges_;
-    step.single = batch.tokens == batch.sequences && !batch.float_prompts &&
-                  config_.shape.queries_per_kv() <= kMaxAttnRows;
+    step.single =
+        batch.tokens == batch.sequences && !batch.float_prompts && config_.shape.queries_per_kv() <= kMaxAttnRows;
     const int units = static_cast<int>(units_.size());
     step.turn = step.single && slots_ == 0 ? std::clamp(units / (kTurns * threads()), 1, kMostTurn) : 1;
     step.units.swap(units_);

@@ -89,16 +89,16 @@ public:
 private:
     struct Unit {  // some query rows of one key/value head, over some of their context
         int sequence, first_token, tokens, head, heads, kv_head;
-        int begin, end;    // positions
+        int begin, end;  // positions
         int tile;
-        int parts, slot;   // of a tile that several units share: its runs of kSplit positions; where the unit's first is
+        int parts, slot;  // of a tile that several units share: its runs of kSplit positions; where the unit's first is
         int position, first_page, last_page;  // of the first token; pages of `begin` and of that token
     };
     struct Step {  // what a run reads; see Pool
         Batch batch;
-        bool alone;   // every thread prepares the few input rows for itself
+        bool alone;  // every thread prepares the few input rows for itself
         bool single;  // one token a sequence: a unit of attention rotates and stores what it needs itself
-        int turn;     // units that a thread takes at a time
+        int turn;  // units that a thread takes at a time
         std::vector<Unit> units;
         uint64_t id;
     };
@@ -213,11 +213,11 @@ private:
 
     ModelConfig config_;
     std::unique_ptr<Exchange> exchange_;  // of several ranks
-    std::atomic<uint64_t> failed_{0};     // the step whose meeting failed
+    std::atomic<uint64_t> failed_{0};  // the step whose meeting failed
     std::exception_ptr failure_;
     std::atomic<bool> left_alone_{false}, is_abandoned_{false};
-    bool has_ranges_ = false;             // some inputs are quantized by what all ranks have of them
-    size_t widest_part_ = 0;              // of a token, in numbers
+    bool has_ranges_ = false;  // some inputs are quantized by what all ranks have of them
+    size_t widest_part_ = 0;  // of a token, in numbers
     int gathered_width_ = 0;
     static constexpr int kHeadUses = 3;  // inputs of the head: for logits, for logits of choices, for the shadow
 
@@ -225,35 +225,35 @@ private:
     Pool pool_;
     std::unique_ptr<Cache> cache_;
     std::vector<AttentionParams> fresh_params_{1};  // bf16
-    std::unique_ptr<Cache> fresh_;                  // of one layer at a time: keys and values of whole prompts
+    std::unique_ptr<Cache> fresh_;  // of one layer at a time: keys and values of whole prompts
     std::array<Step, Pool::kSlots> steps_;
-    std::vector<Scratch> scratch_;        // of each thread
-    std::vector<Prepared> prepared_;      // shared by all
-    std::vector<Prepared> handed_{1};     // quantized and packed where it was made
-    std::vector<Unit> units_;             // of the step being planned
+    std::vector<Scratch> scratch_;  // of each thread
+    std::vector<Prepared> prepared_;  // shared by all
+    std::vector<Prepared> handed_{1};  // quantized and packed where it was made
+    std::vector<Unit> units_;  // of the step being planned
     uint64_t step_count_ = 0;
     // A float head as int8, 16-bit activations: its products and their error bounds leave a few tokens whose exact
     // logits decide which is the likeliest.
-    Group shadow_;                        // and the head itself, for the form of its input; empty: there is none
-    Lines<int8_t> shadow_weight_;         // (V, E)
-    Lines<float> shadow_error_, shadow_norm_;        // (V)
-    Lines<float> choice_logits_;          // (C, V) where there is no shadow
-    int real_width_ = 0;                  // inputs of the widest group with floating linears
+    Group shadow_;  // and the head itself, for the form of its input; empty: there is none
+    Lines<int8_t> shadow_weight_;  // (V, E)
+    Lines<float> shadow_error_, shadow_norm_;  // (V)
+    Lines<float> choice_logits_;  // (C, V) where there is no shadow
+    int real_width_ = 0;  // inputs of the widest group with floating linears
 
-    int capacity_ = 0;                    // tokens
-    std::vector<int> sequence_of_;        // (T)
-    std::vector<int> fresh_page_;         // (S): first page of each sequence in fresh_
-    std::vector<int> head_cuts_;          // (ranks + 1): channels of attention
-    Lines<float> gathered_;               // (T, K): inputs of all ranks
+    int capacity_ = 0;  // tokens
+    std::vector<int> sequence_of_;  // (T)
+    std::vector<int> fresh_page_;  // (S): first page of each sequence in fresh_
+    std::vector<int> head_cuts_;  // (ranks + 1): channels of attention
+    Lines<float> gathered_;  // (T, K): inputs of all ranks
     Lines<float> x_, qkv_, heads_, act_, cos_, sin_;
-    Lines<int8_t> q8_;                    // (T, H, planes, Dq)
-    std::vector<int32_t> q_sum_;          // (T, H, planes)
-    Lines<float> q_scale_, qf_;           // (T, H), (T, H, Dq)
-    Lines<float> partial_;                // states of split units
+    Lines<int8_t> q8_;  // (T, H, planes, Dq)
+    std::vector<int32_t> q_sum_;  // (T, H, planes)
+    Lines<float> q_scale_, qf_;  // (T, H), (T, H, Dq)
+    Lines<float> partial_;  // states of split units
     std::unique_ptr<std::atomic<int>[]> parts_done_;  // of each tile
     size_t partial_stride_ = 0;
-    int tiles_ = 0;                       // most of all steps
-    int slots_ = 0;                       // of the step being planned
+    int tiles_ = 0;  // most of all steps
+    int slots_ = 0;  // of the step being planned
 };
 
 }  // namespace eightfold

@@ -203,9 +203,22 @@ void Model::attend(const Step& step, int layer, const Unit& unit, const Unit* ne
         scratch.keys[i] = from.keys(of_layer, page, unit.kv_head);
         scratch.values[i] = from.values(of_layer, page, unit.kv_head);
     }
-    AttnRows in{kind, rows, shape.head_dim, scratch.q8.data(), scratch.qf.data(), scratch.q_sum.data(),
-                scratch.q_scale.data(), scratch.last.data(), params.window, scratch.keys.data(),
-                scratch.values.data(), begin, unit.end, unit.end, nullptr, 0};
+    AttnRows in{kind,
+                rows,
+                shape.head_dim,
+                scratch.q8.data(),
+                scratch.qf.data(),
+                scratch.q_sum.data(),
+                scratch.q_scale.data(),
+                scratch.last.data(),
+                params.window,
+                scratch.keys.data(),
+                scratch.values.data(),
+                begin,
+                unit.end,
+                unit.end,
+                nullptr,
+                0};
     const int first = next != nullptr ? first_position(layer, batch, *next) : 0;
     if (next != nullptr && first < next->end) {  // a part may lie before the window as a whole
         const int32_t* pages_of = batch.tables + static_cast<size_t>(next->sequence) * batch.table_width;
@@ -222,7 +235,7 @@ void Model::attend(const Step& step, int layer, const Unit& unit, const Unit* ne
         in.end = std::min(unit.end, at + kSplit);
         in.first = std::min(std::max(at, begin), in.end);
         const bool first = at <= start;
-        const AttnState to = parted ? slot((at - unit.begin) / kSplit)
+        const AttnState to = parted  ? slot((at - unit.begin) / kSplit)
                              : first ? state
                                      : state_at(scratch.states.data() + partial_stride_);
         kernels_.attend(in, to);

@@ -129,8 +129,7 @@ bool Model::gathering_phases(Pool::Walk& walk, const Step& step, const Group& gr
 }
 
 // As Group::prepare, with two more inputs: the least and the largest of all ranks'. No weight meets them.
-void Model::prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed,
-                          Scratch& scratch) {
+void Model::prepare_share(const Group& group, const float* x, int t, bool is_generated, bool packed, Scratch& scratch) {
     const Linear& linear = group.linears.front();
     if (linear.reads_static(is_generated)) {
         return group.prepare(kernels_, x, t, is_generated, config_.symmetric_tokens, packed, prepared_, scratch);
@@ -157,7 +156,8 @@ void Model::prepare_share(const Group& group, const float* x, int t, bool is_gen
     std::fill(high + width, high + ld, 128);
     std::fill(low + width, low + ld, 0);
     if (packed) scratch.rows.resize(2 * kLanes * ld);
-    uint8_t* to = packed ? scratch.rows.data() + t % kLanes * ld : prepared_[0].bytes.data() + static_cast<size_t>(t) * many * ld;
+    uint8_t* to =
+        packed ? scratch.rows.data() + t % kLanes * ld : prepared_[0].bytes.data() + static_cast<size_t>(t) * many * ld;
     std::copy_n(high, ld, to);
     if (many == 2) std::copy_n(low, ld, to + (packed ? kLanes : 1) * ld);
 }

@@ -43,15 +43,14 @@ bool Model::head_phases(Pool::Walk& walk, const Step& step, HeadRows rows) {
             uint8_t generated[kTokenBlock];
             for (int t = t0; t < t1; t++) generated[t - t0] = step.batch.generated[rows.tokens[t]];
             by_rows(chunk, rows.count, [&](int n, int count) {
-                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, is_packed(rows.count), false, scratch,
-                              rows.logits + t0 * ld + n, ld);
+                head.multiply(kernels_, 0, n, count, t0, t1, generated - t0, prepared, is_packed(rows.count), false,
+                              scratch, rows.logits + t0 * ld + n, ld);
             });
         })) {
         return false;
     }
     if (is_shared()) return true;  // the likeliest is found when all logits are there
-    return walk.phase(rows.count,
-                      [&](int t) { rows.best[t] = kernels_.argmax(rows.logits + t * ld, config_.vocab); });
+    return walk.phase(rows.count, [&](int t) { rows.best[t] = kernels_.argmax(rows.logits + t * ld, config_.vocab); });
 }
 
 bool Model::choice_phases(Pool::Walk& walk, const Step& step) {
@@ -71,8 +70,7 @@ bool Model::choice_phases(Pool::Walk& walk, const Step& step) {
 
 void Model::find_candidates(const Step& step, const Chunk& chunk, int t0, int t1, Scratch& scratch) {
     const int rows = step.batch.choice_rows, use = 4 * config_.layers + 2;
-    const auto& prepared =
-        prepared_for(scratch, step, shadow_, use, x_.data(), rows, step.batch.choice_tokens);
+    const auto& prepared = prepared_for(scratch, step, shadow_, use, x_.data(), rows, step.batch.choice_tokens);
     constexpr float infinity = std::numeric_limits<float>::infinity();
     if (scratch.choices_for != step.id) {
         scratch.choices_for = step.id;
@@ -84,8 +82,7 @@ void Model::find_candidates(const Step& step, const Chunk& chunk, int t0, int t1
     const float half_root = 0.5005f * std::sqrt(static_cast<float>(config_.hidden));
     by_rows(chunk, rows, [&](int n, int count) {
         float* y = scratch.first.data();
-        shadow_.multiply(kernels_, 0, n, count, t0, t1, nullptr, prepared, is_packed(rows), false, scratch, y,
-                         count);
+        shadow_.multiply(kernels_, 0, n, count, t0, t1, nullptr, prepared, is_packed(rows), false, scratch, y, count);
         for (int t = t0; t < t1; t++, y += count) {
             const RowParams& x = prepared[shadow_.form_of[0]].params[t];
             std::vector<Candidate>& found = scratch.candidates[t];
@@ -120,8 +117,7 @@ void Model::settle(const Step& step, int row, Scratch& scratch) {
             if (candidate.upper >= floor) indices.push_back(candidate.index);
         }
     }
-    const auto& prepared =
-        prepared_for(scratch, step, shadow_, use, x_.data(), rows, step.batch.choice_tokens);
+    const auto& prepared = prepared_for(scratch, step, shadow_, use, x_.data(), rows, step.batch.choice_tokens);
     const Linear& exact = shadow_.linears[1];
     const float* x = prepared[shadow_.form_of[1]].real.data() + static_cast<size_t>(row) * exact.inputs;
     float most = -std::numeric_limits<float>::infinity();

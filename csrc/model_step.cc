@@ -126,14 +126,17 @@ bool Model::linear_phases(Pool::Walk& walk, const Step& step, const Group& group
     const bool of_share = group.linears.front().keeps_sums && needs_ranges(group);
     if (!prepare_phase(walk, step, group, input, tokens, nullptr, of_share)) return false;
     const int chunks = static_cast<int>(group.chunks(tokens).size());
-    return walk.phase(chunks * chunk_count(tokens, kTokenBlock), [&](int i) {
-        Scratch& scratch = scratch_[walk.thread()];
-        const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
-        multiply_chunk(step, group, i, prepared, output, adds, scratch);
-    }, [&] {
-        if (next.group != nullptr) next.group->prefetch(tokens, walk.thread());
-        else if (step.single) prefetch_unit(step, next.layer, walk.thread() * step.turn);
-    });
+    return walk.phase(
+        chunks * chunk_count(tokens, kTokenBlock),
+        [&](int i) {
+            Scratch& scratch = scratch_[walk.thread()];
+            const auto& prepared = prepared_for(scratch, step, group, use, input, tokens, nullptr);
+            multiply_chunk(step, group, i, prepared, output, adds, scratch);
+        },
+        [&] {
+            if (next.group != nullptr) next.group->prefetch(tokens, walk.thread());
+            else if (step.single) prefetch_unit(step, next.layer, walk.thread() * step.turn);
+        });
 }
 
 bool Model::takes_handed(const Step& step, const Group& group) const {
@@ -171,32 +174,35 @@ bool Model::gated_phases(Pool::Walk& walk, const Step& step, const Layer& layer,
     const int blocks = chunk_count(tokens, kTokenBlock);
     const size_t ld = config_.intermediate;
     const bool hands = hands_gated(step, layer);
-    return walk.phase(static_cast<int>(chunks.size()) * blocks, [&](int i) {
-        const Chunk& chunk = chunks[i / blocks];
-        const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
-        if (is_packed(tokens)) group.prefetch(tokens, i + threads());
-        Scratch& scratch = scratch_[walk.thread()];
-        const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
-        if (is_packed(tokens) && group.gates(hands ? &layer.down : nullptr)) {
+    return walk.phase(
+        static_cast<int>(chunks.size()) * blocks,
+        [&](int i) {
+            const Chunk& chunk = chunks[i / blocks];
+            const int t0 = i % blocks * kTokenBlock, t1 = std::min(tokens, t0 + kTokenBlock);
+            if (is_packed(tokens)) group.prefetch(tokens, i + threads());
+            Scratch& scratch = scratch_[walk.thread()];
+            const auto& prepared = prepared_for(scratch, step, group, use, x_.data(), tokens, nullptr);
+            if (is_packed(tokens) && group.gates(hands ? &layer.down : nullptr)) {
+                by_rows(chunk, tokens, [&](int n, int count) {
+                    if (hands) group.gate(kernels_, n, count, t0, t1, prepared, layer.down, handed_[0]);
+                    else group.gate(kernels_, n, count, t0, t1, prepared, act_.data() + t0 * ld + n, ld);
+                });
+                return;
+            }
+            float *gate = scratch.first.data(), *up = scratch.second.data();
             by_rows(chunk, tokens, [&](int n, int count) {
-                if (hands) group.gate(kernels_, n, count, t0, t1, prepared, layer.down, handed_[0]);
-                else group.gate(kernels_, n, count, t0, t1, prepared, act_.data() + t0 * ld + n, ld);
+                for (int j = 0; j < 2; j++) {
+                    group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens),
+                                   false, scratch, j == 0 ? gate : up, count);
+                }
+                for (int t = 0; t < t1 - t0; t++) {
+                    float* to = hands ? gate + t * count : act_.data() + (t0 + t) * ld + n;
+                    kernels_.silu_mul(gate + t * count, up + t * count, count, to);
+                }
+                if (hands) hand_gated(layer.down, t0, t1, n, count, gate, scratch);
             });
-            return;
-        }
-        float *gate = scratch.first.data(), *up = scratch.second.data();
-        by_rows(chunk, tokens, [&](int n, int count) {
-            for (int j = 0; j < 2; j++) {
-                group.multiply(kernels_, j, n, count, t0, t1, step.batch.generated, prepared, is_packed(tokens), false,
-                               scratch, j == 0 ? gate : up, count);
-            }
-            for (int t = 0; t < t1 - t0; t++) {
-                float* to = hands ? gate + t * count : act_.data() + (t0 + t) * ld + n;
-                kernels_.silu_mul(gate + t * count, up + t * count, count, to);
-            }
-            if (hands) hand_gated(layer.down, t0, t1, n, count, gate, scratch);
-        });
-    }, [&] { layer.down.prefetch(tokens, walk.thread()); });
+        },
+        [&] { layer.down.prefetch(tokens, walk.thread()); });
 }
 
 // Columns n .. n + count of the input of a linear, for tokens [t0, t1): `gated` (t1 - t0, count), count <= kManyRows.

@@ -12,9 +12,9 @@
 namespace eightfold::EF_ISA {
 
 static_assert(kLanes % W == 0);
-constexpr int kVectors = kLanes / W;              // of a block, for four bytes of K
-constexpr int kMostBlocks = W == 16 ? 4 : 1;      // that a weight meets at once
-constexpr int kPackedRows = 16;                   // weight rows whose sums wait in the first cache to be finished
+constexpr int kVectors = kLanes / W;  // of a block, for four bytes of K
+constexpr int kMostBlocks = W == 16 ? 4 : 1;  // that a weight meets at once
+constexpr int kPackedRows = 16;  // weight rows whose sums wait in the first cache to be finished
 static_assert(kPackedRows % W == 0);
 
 inline int blocks_of(int tokens) { return (tokens + kLanes - 1) / kLanes; }
@@ -26,7 +26,8 @@ constexpr int kRowsFor = W == 16 && B <= 2 ? 8 : 4;
 // sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks, whole fours of K. A function of its own: its loop needs
 // all registers.
 template <int R, int B>
-[[gnu::noinline]] void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t block, int inner, int32_t* sums) {
+[[gnu::noinline]] void tile_packed(const int8_t* w, size_t ldw, const uint8_t* x, size_t block, int inner,
+                                   int32_t* sums) {
     constexpr int V = B * kVectors;
     const int ahead = std::min(2048, inner);
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(R * ldw) - inner;
@@ -93,7 +94,8 @@ inline void by_blocks(int blocks, Run run) {
     for (int b = 0; b < blocks;) {
         const int count = std::min(kMost, blocks - b);
         if (count == 1) run.template operator()<1>(b);
-        if constexpr (kMost >= 2) if (count == 2) run.template operator()<2>(b);
+        if constexpr (kMost >= 2)
+            if (count == 2) run.template operator()<2>(b);
         if constexpr (kMost >= 4) {
             if (count == 3) run.template operator()<3>(b);
             if (count == 4) run.template operator()<4>(b);
@@ -220,9 +222,8 @@ inline void put_turned(int b, int tokens, int first, int count, Output out, Valu
         for (int lane = 0; lane < P * kLanes; lane += W) {
             const int t = b * kLanes + lane;
             for (int i = 0; i < m; i++) f_store(square + i * W, value(n + i, lane));
-            turn_some(square, W, tokens - t, [=](int i, I bits) {
-                put(out.y + (t + i) * out.ld + first + n, as_f(bits), m, out.adds);
-            });
+            turn_some(square, W, tokens - t,
+                      [=](int i, I bits) { put(out.y + (t + i) * out.ld + first + n, as_f(bits), m, out.adds); });
         }
     }
 }
@@ -232,9 +233,8 @@ inline void packed_16(Rows16 w, size_t ldw, int rows, PackedInput x, const RowPa
         const Tokens16<P> tokens(params, b, x.tokens);
         by_packed_rows(rows, [&](int first, int count) {
             const Sums16<P> sums(w.weight + first * ldw, ldw, count, x, b);
-            put_turned<P>(b, x.tokens, first, count, out, [&](int n, int lane) {
-                return tokens.real(sums, n, lane, w.scales, first + n);
-            });
+            put_turned<P>(b, x.tokens, first, count, out,
+                          [&](int n, int lane) { return tokens.real(sums, n, lane, w.scales, first + n); });
         });
     });
 }

@@ -126,7 +126,7 @@ private:
     std::array<Job, kSlots> jobs_{};
     std::atomic<uint32_t> epoch_{0};
     std::atomic<bool> stops_{false};
-    int64_t alone_ns_ = 0;        // how long runs were walked alone after the last sleepy one, halved by each good one
+    int64_t alone_ns_ = 0;  // how long runs were walked alone after the last sleepy one, halved by each good one
     int64_t alone_until_ns_ = 0;  // until then they are
     std::vector<std::thread> workers_;
 };

@@ -90,9 +90,7 @@ inline void pad_row(uint8_t* out, int n, uint8_t value) {
 inline void quantize_static(const float* x, int n, float inv_scale, float offset, uint8_t* out) {
     const F inv = f_set(inv_scale), off = f_set(offset);
     const I bias = i_set(128);
-    lanes(n, [&](int i, int m) {
-        store_low_bytes(out + i, i_add(to_int8(f_mul(get(x + i, m), inv), off), bias), m);
-    });
+    lanes(n, [&](int i, int m) { store_low_bytes(out + i, i_add(to_int8(f_mul(get(x + i, m), inv), off), bias), m); });
     pad_row(out, n, 128);
 }
 
@@ -146,8 +144,7 @@ inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low)
 
 inline F real_static(I acc, I bias, F deq_scale) { return f_mul(to_f(i_add(acc, bias)), deq_scale); }
 
-inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, bool adds,
-                          float* y) {
+inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const float* deq_scale, bool adds, float* y) {
     lanes(n, [&](int i, int m) {
         put(y + i, real_static(get(acc + i, m), get(bias + i, m), get(deq_scale + i, m)), m, adds);
     });
@@ -203,9 +200,7 @@ inline F silu_times(F gate, F up) {
 }
 
 inline void silu_mul(const float* gate, const float* up, int n, float* y) {
-    lanes(n, [&](int i, int m) {
-        set(y + i, silu_times(get(gate + i, m), get(up + i, m)), m);
-    });
+    lanes(n, [&](int i, int m) { set(y + i, silu_times(get(gate + i, m), get(up + i, m)), m); });
 }
 
 inline void rope(const float* x, int n, const float* cos, const float* sin, float* y) {
@@ -246,7 +241,8 @@ inline int argmax(const float* x, int n) {
     F best = f_set(-std::numeric_limits<float>::infinity());
     lanes(n, [&](int i, int m) {  // f_max returns its second where one is NaN
         if (m == W) best = f_max(f_load(x + i), best);
-        else for (int j = i; j < i + m; j++) best = f_max(f_set(x[j]), best);
+        else
+            for (int j = i; j < i + m; j++) best = f_max(f_set(x[j]), best);
     });
     const float* at = std::find(x, x + n, f_hmax(best));
     return at == x + n ? 0 : static_cast<int>(at - x);

@@ -80,8 +80,8 @@ inline void store_low_bytes(void* p, I x, int n) {
 
 inline F f_acc(F acc, F a, F b) { return _mm256_fmadd_ps(a, b, acc); }
 inline I dot4(I acc, I a, I b) {
-    const I even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)),
-                                     _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const I even =
+        _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
     const I odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }

@@ -35,9 +35,7 @@ inline float f_hmin(F x) { return _mm512_reduce_min_ps(x); }
 
 inline I i_set(int32_t x) { return _mm512_set1_epi32(x); }
 inline I i_load(const void* p) { return _mm512_loadu_si512(p); }
-inline I i_load_bytes(const void* p, int n) {
-    return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1ull, p);
-}
+inline I i_load_bytes(const void* p, int n) { return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1ull, p); }
 inline I i_load_n(const int32_t* p, int n) { return _mm512_maskz_loadu_epi32(mask_n(n), p); }
 inline void i_store(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
 inline void i_store_n(int32_t* p, I x, int n) { _mm512_mask_storeu_epi32(p, mask_n(n), x); }

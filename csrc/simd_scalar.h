@@ -31,8 +31,16 @@ inline float f_hmax(F x) { return x; }
 inline float f_hmin(F x) { return x; }
 
 inline I i_set(int32_t x) { return x; }
-inline I i_load(const void* p) { I x; std::memcpy(&x, p, 4); return x; }
-inline I i_load_bytes(const void* p, int n) { I x = 0; std::memcpy(&x, p, n); return x; }
+inline I i_load(const void* p) {
+    I x;
+    std::memcpy(&x, p, 4);
+    return x;
+}
+inline I i_load_bytes(const void* p, int n) {
+    I x = 0;
+    std::memcpy(&x, p, n);
+    return x;
+}
 inline I i_load_n(const int32_t* p, int) { return *p; }
 inline void i_store(int32_t* p, I x) { *p = x; }
 inline void i_store_n(int32_t* p, I x, int) { *p = x; }
@@ -45,9 +53,16 @@ inline I i_shift(I a, int left) { return static_cast<I>(static_cast<uint32_t>(a)
 inline int32_t i_hsum(I x) { return x; }
 inline F to_f(I x) { return static_cast<float>(x); }
 inline I to_i(F x) { return static_cast<I>(std::nearbyint(x)); }  // to nearest even
-inline F as_f(I x) { F y; std::memcpy(&y, &x, 4); return y; }
+inline F as_f(I x) {
+    F y;
+    std::memcpy(&y, &x, 4);
+    return y;
+}
 inline F scale_2n(F x, F n) { return x * as_f((static_cast<I>(n) + 127) << 23); }
-inline void store_low_bytes(void* p, I x, int) { const uint8_t b = static_cast<uint8_t>(x); std::memcpy(p, &b, 1); }
+inline void store_low_bytes(void* p, I x, int) {
+    const uint8_t b = static_cast<uint8_t>(x);
+    std::memcpy(p, &b, 1);
+}
 
 inline F f_acc(F acc, F a, F b) { return std::fma(a, b, acc); }  // as f_fma, where many are summed
 
@@ -81,9 +96,15 @@ inline F high_bf16(I x) { return as_f(static_cast<I>(static_cast<uint32_t>(x) & 
 
 // Calls row(i, lanes) for the columns of a square of W rows of W lanes.
 template <typename T, typename Row>
-inline void turn(const T* in, size_t, Row row) { row(0, i_load(in)); }
+inline void turn(const T* in, size_t, Row row) {
+    row(0, i_load(in));
+}
 
-inline void hsum4(const I a[4], int32_t out[4]) { for (int i = 0; i < 4; i++) out[i] = a[i]; }
-inline void hsum4(const F a[4], float out[4]) { for (int i = 0; i < 4; i++) out[i] = a[i]; }
+inline void hsum4(const I a[4], int32_t out[4]) {
+    for (int i = 0; i < 4; i++) out[i] = a[i];
+}
+inline void hsum4(const F a[4], float out[4]) {
+    for (int i = 0; i < 4; i++) out[i] = a[i];
+}
 
 }  // namespace eightfold::EF_ISA
