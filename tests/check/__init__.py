@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -141,7 +140,7 @@ class Case:
 
     title: str
     change: Change
-    expected: frozenset[str]  # of `rule outcome`, the rule without the loader's name
+    expected: frozenset[str]  # of `rule verdict`, the rule without the loader's name
     options: dict[str, Any]  # of Toy
 
     def __str__(self) -> str:
@@ -154,14 +153,8 @@ def case(title: str, change: Change, *expected: str, **options: Any) -> Case:
 
 
 def findings(report: Report) -> set[str]:
-    """Return what fired, as `rule outcome`."""
-    return {f"{f.rule.removeprefix(f'{report.loader}.')} {f.outcome.value}" for f in report.findings}
-
-
-def rules_in(*sources: ModuleType) -> set[str]:
-    """Return the ids of all rules that stand in modules as strings, without the loader's name."""
-    text = "".join(Path(str(source.__file__)).read_text(encoding="utf-8") for source in sources)
-    return set(re.findall(r'"(?:mindie|vllm-ascend)\.([a-z0-9-]+)"', text))
+    """Return what fired, as `rule verdict`."""
+    return {f"{f.rule.removeprefix(f'{report.loader}.')} {f.verdict.value}" for f in report.findings}
 
 
 def all_of(*changes: Change) -> Change:

@@ -1,4 +1,4 @@
-"""A model directory as it lies there, gathered once for the rules: nothing in it needs to be right.
+"""A model directory as it lies there, read once for all rules: nothing in it needs to be right.
 
 Checkpoint (format/checkpoint.py) refuses what does not fit together; here that is what is looked for. Only config.json
 must say how large the model is, and one safetensors file must be there.
@@ -35,10 +35,17 @@ from eightfold.families import (
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
-from eightfold.scheme import FA_TENSORS, KV_TENSORS, bias_name, legacy_norm, weight_name
+from eightfold.scheme import FA_TENSORS, INPUT_OFFSET, INPUT_SCALE, KV_TENSORS, bias_name, legacy_norm, weight_name
 
 DESCRIPTIONS = "quant_model_description*.json"
-NONZERO = "values other than zero"
+INTEGERS = ("I8", "I32", "I64")
+
+# Rule -> linears that become one, and what they have to agree in.
+SHARED_INPUTS = {
+    f"{title}-{suffix}".replace("_", "-"): (title, suffix)
+    for title in ("qkv", "gate_up")
+    for suffix in (INPUT_SCALE, INPUT_OFFSET)
+}
 
 # What tensor names and shapes depend on; the rest of a config.json may be beyond our own reader.
 _GEOMETRY = (
@@ -140,23 +147,14 @@ class RawDirectory:
         return self.model.architecture
 
     @property
-    def attentions(self) -> tuple[str, ...]:
-        """The attention modules, by full name."""
-        return tuple(layer_prefix(layer_idx) + ATTENTION for layer_idx in range(self.model.num_layers))
-
-    @property
-    def unpacked(self) -> tuple[str, ...]:
-        """The linears of the layers that loaders keep as they are."""
-        joined = {member for group in self.packed for member in group.members}
-        return tuple(name for name in self.linears if name not in joined)
+    def outer_weights(self) -> tuple[str, ...]:
+        """The weights outside of the layers that a loader reads: the embedding, and the head of an untied model."""
+        embedding = weight_name(EMBEDDING)
+        return (embedding,) if self.model.tie_word_embeddings else (embedding, weight_name(LM_HEAD))
 
     def dtype_of(self, name: str) -> str | None:
         """Return a tensor's element type by its safetensors name; None when it is not stored."""
         return self.tensors[name].dtype if name in self.tensors else None
-
-    def shape_of(self, name: str) -> tuple[int, ...] | None:
-        """Return a tensor's shape; None when it is not stored."""
-        return self.tensors[name].shape if name in self.tensors else None
 
     def values(self, name: str) -> NDArray[Any] | None:
         """Return a small tensor's values.
@@ -174,15 +172,38 @@ class RawDirectory:
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array.astype(np.float64 if DType(info.dtype).is_float else np.int64)
 
-    def is_nonzero(self, name: str) -> bool:
-        """Whether a tensor is stored and holds anything but zeros."""
-        values = self.values(name)
-        return values is not None and bool(np.any(values != 0))
+    def absent(self, names: Iterable[str]) -> list[str]:
+        """Return those tensors that are not stored."""
+        return [name for name in names if name not in self.tensors]
 
-    def fits_int8(self, name: str) -> bool:
-        """Whether a tensor, if it is stored, holds integers from -128 to 127 only."""
-        values = self.values(name)
-        return values is None or bool(np.all((values == np.rint(values)) & (values >= -128) & (values <= 127)))
+    def misshapen(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Return the tensors that are stored in another shape."""
+        return [name for name, shape in shapes.items() if name in self.tensors and self.tensors[name].shape != shape]
+
+    def nonzero(self, names: Iterable[str], suffix: str = "") -> list[str]:
+        """Return the tensors with this end of their name that are stored and hold anything but zeros."""
+        values = {name: self.values(name) for name in names if name.endswith(suffix)}
+        return [name for name, found in values.items() if found is not None and np.any(found != 0)]
+
+    def beyond_int8(self, names: Iterable[str]) -> list[str]:
+        """Return the tensors that are stored and hold anything but integers from -128 to 127."""
+        values = {name: self.values(name) for name in names}
+        return [
+            name
+            for name, found in values.items()
+            if found is not None and not np.all((found == np.rint(found)) & (found >= -128) & (found <= 127))
+        ]
+
+    def unequal_inputs(self, groups: Iterable[Packed], dtype: DType) -> Iterator[tuple[str, list[str]]]:
+        """Yield, for each of SHARED_INPUTS, the modules whose joined linears do not agree when cast to a dtype."""
+        groups = list(groups)
+        for rule, (title, suffix) in SHARED_INPUTS.items():
+            modules = []
+            for group in groups:
+                found = [self.values(f"{member}.{suffix}") for member in group.members if group.title == title]
+                if differ([cast(values, dtype) for values in found if values is not None]):
+                    modules.append(group.module)
+            yield rule, modules
 
     def duplicates(self) -> dict[str, list[str]]:
         """Return the tensors that lie in more than one file -> those files."""
@@ -191,6 +212,12 @@ class RawDirectory:
             for name in header:
                 homes.setdefault(name, []).append(file)
         return {name: files for name, files in homes.items() if len(files) > 1}
+
+    def unmatched(self, description: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """Return a description's entries that have no tensor, and the tensors that have no entry if there are any."""
+        tags = [key for key, value in description.items() if isinstance(value, str) and "." in key]
+        tags = [key for key in tags if not key.endswith(".quant_type")]
+        return self.absent(tags), [name for name in self.tensors if tags and name not in tags]
 
     def kv_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors of an int8 key/value cache in every layer -> shape."""
@@ -204,7 +231,8 @@ class RawDirectory:
     def fa_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors of quantized attention in every layer -> shape."""
         heads = {"H": self.model.num_heads, "G": self.model.num_kv_heads}
-        return {f"{module}.{s.suffix}": s.shape_for(**heads) for module in self.attentions for s in FA_TENSORS}
+        modules = [layer_prefix(layer_idx) + ATTENTION for layer_idx in range(self.model.num_layers)]
+        return {f"{module}.{s.suffix}": s.shape_for(**heads) for module in modules for s in FA_TENSORS}
 
     def norm_tensors(self) -> set[str]:
         """Return the names a norm's tensors may have, in the present and the older layout."""
@@ -226,15 +254,6 @@ def cast(values: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
     bits = values.astype(np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16  # to nearest, ties to even
     return np.asarray(rounded.view(np.float32), np.float64)
-
-
-def entries(description: Mapping[str, Any]) -> dict[str, str]:
-    """Return a description's entries about tensors: name -> label."""
-    return {
-        key: value
-        for key, value in description.items()
-        if isinstance(value, str) and "." in key and not key.endswith(".quant_type")
-    }
 
 
 def _packed(model: ModelConfig) -> Iterator[Packed]:
@@ -272,9 +291,3 @@ def _header(path: Path, damaged: dict[str, str]) -> dict[str, TensorInfo]:
     except CheckpointError as error:
         damaged[path.name] = str(error)
         return {}
-
-
-def head_and_embedding(model: ModelConfig) -> tuple[str, ...]:
-    """Return the weights outside of the layers that a loader reads: the embedding, and the head of an untied model."""
-    embedding = weight_name(EMBEDDING)
-    return (embedding,) if model.tie_word_embeddings else (embedding, weight_name(LM_HEAD))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-from eightfold.errors import EightfoldError
 
 _KEPT = 8  # places that a finding keeps; the others are counted
 _SHOWN = 2  # of those, in text
 
 
-class Outcome(str, Enum):
+class Verdict(str, Enum):
     """What the loader does with what a rule found, from harmless to fatal."""
 
     LOADS = "loads"
@@ -25,12 +23,12 @@ class Outcome(str, Enum):
     @property
     def severity(self) -> int:
         """Position in the list above."""
-        return list(Outcome).index(self)
+        return list(Verdict).index(self)
 
     @property
     def is_harmless(self) -> bool:
         """Whether what the loader computes is right."""
-        return self not in (Outcome.MISDECODES, Outcome.REFUSES)
+        return self not in (Verdict.MISDECODES, Verdict.REFUSES)
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Finding:
     """What one rule found."""
 
     rule: str  # stable, such as mindie.qkv-input-scale
-    outcome: Outcome
+    verdict: Verdict
     where: tuple[str, ...]  # tensors, modules, files or config keys: the first few
     count: int  # of all of them
     message: str
@@ -53,38 +51,39 @@ class Finding:
         """Return the finding for JSON."""
         return {
             "rule": self.rule,
-            "outcome": self.outcome.value,
+            "outcome": self.verdict.value,
             "where": list(self.where),
             "count": self.count,
             "message": self.message,
         }
 
 
-def found(
-    rule: str,
-    outcome: Outcome,
-    where: Iterable[str],
-    does: str,
-    *,
-    got: Any = None,
-    expected: Any = None,
-    action: str = "",
-) -> Iterator[Finding]:
-    """Yield one finding about all places, and nothing when there are none.
+class Rules:
+    """The rules about one loader: what each says about the places it applies to.
 
     Args:
-        rule: the rule's id.
-        outcome: what becomes of the directory.
-        where: every place that the rule applies to.
-        does: what the loader does there, in the form of an error's first part.
-        got: what there is.
-        expected: what the loader wants.
-        action: what to do about it.
+        loader: whose rules they are; their ids begin with it.
+        texts: verdict -> rule -> what the loader does, as the first part of an error's message and what follows it.
+            Facts of a directory stand in braces. A rule with several texts has a word for each behind a slash.
     """
-    places = tuple(dict.fromkeys(where))
-    if places:
-        text = str(EightfoldError(does, got=got, expected=expected, action=action))
-        yield Finding(rule, outcome, places[:_KEPT], len(places), text)
+
+    def __init__(self, loader: str, texts: Mapping[Verdict, Mapping[str, str]]) -> None:
+        self.loader = loader
+        self._texts = {rule: (verdict, text) for verdict, own in texts.items() for rule, text in own.items()}
+
+    @property
+    def names(self) -> set[str]:
+        """The rules, without the loader's name."""
+        return {rule.partition("/")[0] for rule in self._texts}
+
+    def found(self, rule: str, where: Iterable[str], **facts: Any) -> Iterator[Finding]:
+        """Yield one finding about all places, and nothing when there are none."""
+        places = tuple(dict.fromkeys(where))
+        if places:
+            verdict, text = self._texts[rule]
+            message = " ".join(text.format(**facts).split())
+            name = f"{self.loader}.{rule.partition('/')[0]}"
+            yield Finding(name, verdict, places[:_KEPT], len(places), message)
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,18 @@ class Report:
     @classmethod
     def of(cls, loader: str, directory: str, findings: Iterable[Finding], summary: Summary) -> Report:
         """Sort the findings, worst first, and keep the order of the rules otherwise."""
-        ordered = sorted(findings, key=lambda finding: -finding.outcome.severity)
+        ordered = sorted(findings, key=lambda finding: -finding.verdict.severity)
         return cls(loader, directory, tuple(ordered), summary)
 
     @property
-    def verdict(self) -> Outcome:
-        """The worst outcome."""
-        return self.findings[0].outcome if self.findings else Outcome.LOADS
+    def verdict(self) -> Verdict:
+        """The worst of all findings."""
+        return self.findings[0].verdict if self.findings else Verdict.LOADS
 
     @property
     def loads(self) -> bool:
         """Whether the loader takes the directory at all."""
-        return self.verdict is not Outcome.REFUSES
+        return self.verdict is not Verdict.REFUSES
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON."""

@@ -1,4 +1,4 @@
-"""What vllm-ascend (modelslim quantization) does with a directory, as a list of rules in the order it runs.
+"""What vllm-ascend (modelslim quantization) does with a directory, by rules in the order in which it runs.
 
     description -> for each module of vLLM's model: scheme by its label -> parameters -> every stored tensor is copied
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from eightfold.check.directory import NONZERO, RawDirectory, cast, differ, entries, head_and_embedding
-from eightfold.check.findings import Finding, Outcome, Report, Summary, found
+from eightfold.check.directory import INTEGERS, SHARED_INPUTS, RawDirectory, cast
+from eightfold.check.findings import Finding, Report, Rules, Summary, Verdict
 from eightfold.config import CONFIG_DTYPES, DType, load_json_object
 from eightfold.errors import EightfoldError, one_of
-from eightfold.families import EMBEDDING, KEY, LM_HEAD, LinearShape, layer_of
+from eightfold.families import EMBEDDING, KEY, LM_HEAD, layer_of
 from eightfold.format.description import SHORT_NAME
 from eightfold.scheme import (
     BIAS,
@@ -43,8 +43,6 @@ from eightfold.scheme import (
     weight_name,
 )
 
-LOADER = "vllm-ascend"
-
 _FLOAT = QuantType.FLOAT.value
 _CHECKED = {kind.value: kind for kind in LINEAR_TENSORS}  # with FLOAT
 _REGISTERED = ("W8A8", "W8A8_DYNAMIC", "W8A16", "W4A16", "W4A8_DYNAMIC", "W8A8_MIX", "W4A4_FLATQUANT_DYNAMIC")
@@ -60,23 +58,95 @@ _USED = {
     QuantType.W8A16: {WEIGHT_SCALE, WEIGHT_OFFSET, BIAS},
 }
 _STATIC = (QuantType.W8A8, QuantType.W8A8_MIX)
+_HEAD_FIRST = ("LlamaForCausalLM", "MistralForCausalLM")  # vLLM makes their head, and ties it then
 
 _INDEX = "model.safetensors.index.json"  # the one name that vLLM looks for
 _NORM_BIAS = "norm.bias"  # what vllm-ascend looks for in the description's keys
 
+RULES = Rules(
+    "vllm-ascend",
+    {
+        Verdict.REFUSES: {
+            "damaged-file": "opens {file} and fails. {why}",
+            "description": "raises ValueError, Quantization Config Not Found; it knows one name of the description "
+            f"only: got {{got}}. Name the description {SHORT_NAME}.",
+            "quantization-config": "takes quantization_config for the description, which it then never reads: KeyError "
+            "at the first layer. Remove quantization_config from config.json.",
+            "label-missing": "raises KeyError: the description has no entry for the weight. Add the entries.",
+            "mixed-group": "raises ValueError: q, k, v (or gate, up) have different labels: got {got}. "
+            "Keep all of them float, or none.",
+            "scheme": f"raises NotImplementedError for this scheme: got {{got}}, expected {one_of(_REGISTERED)}",
+            "missing-tensor": "raises ValueError: not initialized from checkpoint. Write the directory again.",
+            "shape": "raises AssertionError: tensor and parameter differ in shape: got {got}, expected {expected}",
+            "fa-scheme": "raises NotImplementedError for this kind of attention: got {got}. "
+            "Quantize without attention for vllm-ascend.",
+            "fa-scheme/latent": "has quantized attention for multi-head latent attention only, which this "
+            "architecture has not: got FAKQuant. Quantize without attention for vllm-ascend.",
+            "unknown-tensor": "raises KeyError: no parameter for a stored tensor. Remove it, or add what enables it.",
+        },
+        Verdict.MISDECODES: {
+            "empty-parameter": "lets these parameters be absent and then computes with uninitialized memory. "
+            "Write them.",
+            "label-and-weight": "casts the weight to the type its label asks for: got {got}. "
+            "Correct the labels, or write it again.",
+            "deq-scale": "casts deq_scale by value: floats become the integer 0, packed integers enormous floats: "
+            "got {got}, expected {expected}. Write it again for this torch_dtype.",
+            **{
+                rule: f"keeps one {suffix} for linears that become one, and these are not equal. "
+                "Quantize the linears that share an input with the same parameters."
+                for rule, (_, suffix) in SHARED_INPUTS.items()
+            },
+            "input-offset": f"casts {INPUT_OFFSET} to int8: expected integers from -128 to 127",
+            "input-scale-range": f"multiplies by 1 / {INPUT_SCALE}, which is infinite in the model's dtype",
+            "w8a16-offset": "adds the offset of an asymmetric weight where it must subtract it: "
+            "got values other than zero. Quantize symmetrically for vllm-ascend.",
+            "weight-offset": f"multiplies int8 by int8 without {WEIGHT_OFFSET}: "
+            "got values other than zero, expected zeros",
+            "norm-bias": f"gives no norm a bias, as none of the description's keys contains {_NORM_BIAS}: "
+            "got values other than zero",
+            "linear-bias": "passes over a bias that this architecture and config.json do not have: "
+            "got values other than zero. config.json may lack a setting such as attention_bias.",
+            "kv-scale": "quantizes the cache of these layers by a scale of 1. Write scales for k and v.",
+            "kv-offset": "leaves cache offsets out when it generates: got values other than zero. "
+            "Quantize the cache symmetrically.",
+        },
+        Verdict.IGNORES: {
+            "index": f"opens only the files that {_INDEX} names, and leaves this one. "
+            "Remove the index; it belongs to the float model.",
+            "description-other": f"reads {SHORT_NAME} and not the other description, which says something else. "
+            "Remove the wrong one.",
+            "tied-head": "reads the embedding for the head of a tied model, and not this int8 head. "
+            "Set tie_word_embeddings to false, or remove it.",
+            "kv-layer": "keeps the cache of these layers in float",
+            "entry-without-tensor": "does not compare the description with the files: these entries have no tensor",
+        },
+        Verdict.WARNS: {
+            "unchecked-scheme": "has this scheme, but its parameters are not among the rules here: got {got}",
+            "torch-dtype": "runs in float16 or bfloat16, and which one it chooses here decides how deq_scale is read: "
+            "got {got}. Serve with --dtype.",
+            "duplicate-tensor": "copies a tensor that two files have twice, and keeps that of the last file: "
+            "got {got}. Remove the file that does not belong here.",
+            "head-scheme": "gives it a linear's scheme; no source says that this works. Keep it float.",
+            "norm-bias-missing": f"gives every norm a bias, as one of the description's keys contains {_NORM_BIAS}; "
+            "these stay zero. Write all of them, or none.",
+        },
+        Verdict.LOADS: {
+            "tensor-without-entry": "does not compare the description with the files: these tensors have no entry",
+        },
+    },
+)
+
 
 def check(d: RawDirectory) -> Report:
     """Run every rule over a directory."""
-    seen = d.only(_files(d))
-    findings = [*index(d), *(finding for rule in RULES for finding in rule(seen))]
-    return Report.of(LOADER, str(d.path), findings, summary(seen))
+    opened = _opened_files(d)
+    loader = _VllmAscend(d.only(opened))
+    hidden = RULES.found("index", [name for name in d.files if name not in opened])
+    return Report.of(RULES.loader, str(d.path), [*hidden, *loader.findings()], loader.summary())
 
 
-# --- what the loader knows
-
-
-def _files(d: RawDirectory) -> list[str]:
-    """Return the safetensors files that vLLM opens: all, or those that model.safetensors.index.json names."""
+def _opened_files(d: RawDirectory) -> list[str]:
+    """Return the files that vLLM (by its code) opens: all, or those that model.safetensors.index.json names."""
     try:
         named = set(load_json_object(d.path / _INDEX)["weight_map"].values())
     except (EightfoldError, KeyError, AttributeError, TypeError):
@@ -84,404 +154,219 @@ def _files(d: RawDirectory) -> list[str]:
     return [name for name in d.files if name in named]
 
 
-def description(d: RawDirectory) -> dict[str, Any]:
-    """Return the description under the one name that is looked for; nothing for a float model."""
-    return d.descriptions.get(SHORT_NAME, {})
+class _Parameter(NamedTuple):
+    """A parameter of a linear whose scheme is known here."""
+
+    name: str
+    kind: QuantType
+    suffix: str
+    shape: tuple[int, ...]
 
 
-def label(d: RawDirectory, module: str) -> str | None:
-    """Return a module's label; FLOAT in a float model, None without an entry."""
-    is_float_model = SHORT_NAME not in d.descriptions and not d.has_int8
-    value = description(d).get(weight_name(module), _FLOAT if is_float_model else None)
-    return None if value is None else str(value)
+class _VllmAscend:
+    """What the loader knows of a directory, and does with it.
 
+    Attributes:
+        d: the directory, with the files that are opened.
+        description: under the one name that is looked for; nothing for a float model.
+        dtype: of the model, by either key of config.json; None if it is not one of the two.
+        modules: those that have a scheme: the linears, the head of an untied model.
+        labels: of these and of embedding and head; FLOAT in a float model.
+    """
 
-def _modules(d: RawDirectory) -> dict[str, LinearShape]:
-    """Return the modules that have a scheme: the linears, the head of an untied model."""
-    return d.linears if d.model.tie_word_embeddings else {**d.linears, LM_HEAD: d.head}
-
-
-def _parameters(d: RawDirectory) -> Iterator[tuple[str, QuantType, str, tuple[int, ...]]]:
-    """Yield (module, scheme, suffix, shape) of every parameter of a linear whose scheme is known here."""
-    for module, linear in _modules(d).items():
-        kind = _CHECKED.get(label(d, module) or "")
-        for spec in linear_tensors(kind, linear.has_bias) if kind else ():
-            yield module, kind, spec.suffix, spec.shape_for(N=linear.n, K=linear.k)  # type: ignore[misc]
-
-
-def model_dtype(d: RawDirectory) -> DType | None:
-    """Return the model's dtype, by either key of config.json; None if it is not one of the two."""
-    name = d.config.get("torch_dtype") or d.config.get("dtype")
-    kind = CONFIG_DTYPES.get(str(name).removeprefix("torch."))
-    return kind if kind in (DType.F16, DType.BF16) else None
-
-
-def _has_norm_biases(d: RawDirectory) -> bool:
-    return any(_NORM_BIAS in key for key in description(d))
-
-
-def _has_kv_cache(d: RawDirectory) -> bool:
-    return description(d).get("kv_cache_type") == "C8"
-
-
-def _kv_layers(d: RawDirectory) -> set[int | None]:
-    """Return the layers that get an int8 cache: those whose k_proj has a scale in the description."""
-    return {layer_of(key) for key in description(d) if f"{KEY}.{KV_SCALE}" in key} if _has_kv_cache(d) else set()
-
-
-def _fa_layers(d: RawDirectory) -> list[str]:
-    """Return the description's keys that make a layer's attention a quantized one."""
-    enabled = description(d).get("fa_quant_type") is not None
-    return [key for key in description(d) if f"{FA_K}.{SCALE}" in key] if enabled else []
-
-
-# --- files and description
-
-
-def index(d: RawDirectory) -> Iterator[Finding]:
-    """vLLM (by its code) opens only the files that model.safetensors.index.json names, if that is there."""
-    hidden = [name for name in d.files if name not in _files(d)]
-    does = f"opens only the files that {_INDEX} names, and leaves this one"
-    action = "Remove the index; it belongs to the float model."
-    yield from found("vllm-ascend.index", Outcome.IGNORES, hidden, does, action=action)
-
-
-def damaged_files(d: RawDirectory) -> Iterator[Finding]:
-    """json.load and safe_open raise on a file that is not what its name says; other descriptions are not opened."""
-    for name, why in d.damaged.items():
-        if name in d.files or name == SHORT_NAME:
-            yield from found("vllm-ascend.damaged-file", Outcome.REFUSES, [name], f"opens {name} and fails", action=why)
-
-
-def description_missing(d: RawDirectory) -> Iterator[Finding]:
-    """The short name selects the method; with --quantization ascend and without it: ValueError."""
-    where = [SHORT_NAME] if d.has_int8 and SHORT_NAME not in (*d.descriptions, *d.damaged) else []
-    does = "raises ValueError, Quantization Config Not Found; it knows one name of the description only"
-    got = one_of(d.descriptions) if d.descriptions else "none"
-    action = f"Name the description {SHORT_NAME}."
-    yield from found("vllm-ascend.description", Outcome.REFUSES, where, does, got=got, action=action)
-
-
-def description_other(d: RawDirectory) -> Iterator[Finding]:
-    """Descriptions of other names are not looked at."""
-    others = [name for name, content in d.descriptions.items() if content != description(d)]
-    where = others if SHORT_NAME in d.descriptions else []
-    does = f"reads {SHORT_NAME} and not the other description, which says something else"
-    yield from found("vllm-ascend.description-other", Outcome.IGNORES, where, does, action="Remove the wrong one.")
-
-
-def quantization_config(d: RawDirectory) -> Iterator[Finding]:
-    """vLLM (by its code) builds the method from a quantization_config; the description is then never opened."""
-    value = d.config.get("quantization_config")
-    does = "takes quantization_config for the description, which it then never reads: KeyError at the first layer"
-    where = ["quantization_config"] if value and SHORT_NAME in d.descriptions else []
-    action = "Remove quantization_config from config.json."
-    yield from found("vllm-ascend.quantization-config", Outcome.REFUSES, where, does, action=action)
-
-
-def label_missing(d: RawDirectory) -> Iterator[Finding]:
-    """Each module's weight is looked up: q, k, v, gate, up one by one, embedding and head too: KeyError."""
-    modules = [*_modules(d), EMBEDDING]
-    if d.architecture in ("LlamaForCausalLM", "MistralForCausalLM"):
-        modules.append(LM_HEAD)  # vLLM makes it first and ties it then
-    absent = [weight_name(m) for m in modules if SHORT_NAME in d.descriptions and label(d, m) is None]
-    does = "raises KeyError: the description has no entry for the weight"
-    yield from found("vllm-ascend.label-missing", Outcome.REFUSES, absent, does, action="Add the entries.")
-
-
-def mixed_group(d: RawDirectory) -> Iterator[Finding]:
-    """Linears that become one module must have one label: ValueError."""
-    kinds = {group.module: {label(d, member) for member in group.members} - {None} for group in d.packed}
-    mixed = {name: sorted(map(str, labels)) for name, labels in kinds.items() if len(labels) > 1}
-    does = "raises ValueError: q, k, v (or gate, up) have different labels"
-    got = "; ".join(sorted({" and ".join(labels) for labels in mixed.values()}))
-    action = "Keep all of them float, or none."
-    yield from found("vllm-ascend.mixed-group", Outcome.REFUSES, mixed, does, got=got, action=action)
-
-
-def unknown_scheme(d: RawDirectory) -> Iterator[Finding]:
-    """A label without a registered scheme is a NotImplementedError; W8A8S and W8A8SC are for another device."""
-    others = {m: kind for m in _modules(d) if (kind := label(d, m)) is not None and kind not in _CHECKED}
-    taken = [m for m, kind in others.items() if kind in _REGISTERED or kind.startswith(_REGISTERED_PREFIXES)]
-    refused = [m for m in others if m not in taken]
-    does = "raises NotImplementedError for this scheme"
-    got = ", ".join(sorted({others[m] for m in refused}))
-    yield from found("vllm-ascend.scheme", Outcome.REFUSES, refused, does, got=got, expected=one_of(_REGISTERED))
-    does = "has this scheme, but its parameters are not among the rules here"
-    got = ", ".join(sorted({others[m] for m in taken}))
-    yield from found("vllm-ascend.unchecked-scheme", Outcome.WARNS, taken, does, got=got)
-
-
-def torch_dtype(d: RawDirectory) -> Iterator[Finding]:
-    """Schemes run in float16 and bfloat16, and the type decides how deq_scale is read."""
-    where = ["torch_dtype"] if model_dtype(d) is None else []
-    does = "runs in float16 or bfloat16, and which one it chooses here decides how deq_scale is read"
-    got = d.config.get("torch_dtype") or d.config.get("dtype") or "none"
-    yield from found("vllm-ascend.torch-dtype", Outcome.WARNS, where, does, got=got, action="Serve with --dtype.")
-
-
-# --- parameters
-
-
-def duplicate_tensors(d: RawDirectory) -> Iterator[Finding]:
-    """vLLM (by its code) copies every tensor of every file, the files in order of their names: the last one stays."""
-    twice = d.duplicates()
-    does = "copies a tensor that two files have twice, and keeps that of the last file"
-    files = ", ".join(sorted({file for homes in twice.values() for file in homes}))
-    action = "Remove the file that does not belong here."
-    yield from found("vllm-ascend.duplicate-tensor", Outcome.WARNS, twice, does, got=files, action=action)
-
-
-def missing_tensors(d: RawDirectory) -> Iterator[Finding]:
-    """A parameter that no tensor was copied to is a ValueError, but for biases and what counts as computed."""
-    wanted = [*head_and_embedding(d.model), *(weight_name(norm) for norm in d.norms)]
-    wanted += [f"{module}.{suffix}" for module, _, suffix, _ in _parameters(d) if suffix not in _MAY_BE_ABSENT]
-    absent = [name for name in wanted if name not in d.tensors]
-    does, action = "raises ValueError: not initialized from checkpoint", "Write the directory again."
-    yield from found("vllm-ascend.missing-tensor", Outcome.REFUSES, absent, does, action=action)
-
-
-def empty_parameters(d: RawDirectory) -> Iterator[Finding]:
-    """Some parameters count as computed, and nothing computes them: they stay what the memory held."""
-    names = [
-        f"{module}.{suffix}"
-        for module, kind, suffix, _ in _parameters(d)
-        if suffix in _MAY_BE_ABSENT and suffix in _USED[kind]
-    ]
-    absent = [name for name in names if name not in d.tensors]
-    does, action = "lets these parameters be absent and then computes with uninitialized memory", "Write them."
-    yield from found("vllm-ascend.empty-parameter", Outcome.MISDECODES, absent, does, action=action)
-
-
-def shapes(d: RawDirectory) -> Iterator[Finding]:
-    """A tensor is copied only to a parameter of its shape: AssertionError."""
-    sizes = {f"{module}.{suffix}": shape for module, _, suffix, shape in _parameters(d)}
-    sizes.update({weight_name(norm): (size,) for norm, size in d.norms.items()})
-    sizes[weight_name(EMBEDDING)] = (d.head.n, d.head.k)
-    wrong = [name for name, shape in sizes.items() if d.shape_of(name) not in (None, shape)]
-    does = "raises AssertionError: tensor and parameter differ in shape"
-    got = f"{list(d.shape_of(wrong[0]) or ())}" if wrong else None
-    expected = str(list(sizes[wrong[0]])) if wrong else None
-    yield from found("vllm-ascend.shape", Outcome.REFUSES, wrong, does, got=got, expected=expected)
-
-
-def label_and_weight(d: RawDirectory) -> Iterator[Finding]:
-    """Values are copied and cast: floats cut to int8, or int8 taken for floats, without a scale."""
-    kinds = {weight_name(module): kind for module, kind, suffix, _ in _parameters(d) if suffix == WEIGHT}
-    kinds[weight_name(EMBEDDING)] = QuantType.FLOAT
-    wrong = [
-        name
-        for name, kind in kinds.items()
-        if name in d.tensors and (kind is QuantType.FLOAT) != (d.dtype_of(name) not in ("I8", "I32", "I64", "U8"))
-    ]
-    got = ", ".join(sorted({f"{kinds[name].value} stored as {d.dtype_of(name)}" for name in wrong}))
-    does, action = "casts the weight to the type its label asks for", "Correct the labels, or write it again."
-    yield from found("vllm-ascend.label-and-weight", Outcome.MISDECODES, wrong, does, got=got, action=action)
-
-
-def _static_linears(d: RawDirectory) -> list[str]:
-    return [module for module in _modules(d) if _CHECKED.get(label(d, module) or "") in _STATIC]
-
-
-def deq_scales(d: RawDirectory) -> Iterator[Finding]:
-    """deq_scale is an int64 parameter for float16 and a float32 one for bfloat16; the other is cast by value."""
-    kind = model_dtype(d)
-    wanted = {DType.F16: ("I64",), DType.BF16: ("F32", "F16", "BF16")}[kind] if kind else ()
-    names = [f"{module}.{DEQ_SCALE}" for module in _static_linears(d)]
-    wrong = [name for name in names if wanted and d.dtype_of(name) not in (None, *wanted)]
-    got = one_of(sorted({str(d.dtype_of(name)) for name in wrong})) if wrong else None
-    does = "casts deq_scale by value: floats become the integer 0, packed integers enormous floats"
-    action = "Write it again for this torch_dtype."
-    expected = wanted[0] if wanted else None
-    yield from found(
-        "vllm-ascend.deq-scale", Outcome.MISDECODES, wrong, does, got=got, expected=expected, action=action
-    )
-
-
-def shared_inputs(d: RawDirectory) -> Iterator[Finding]:
-    """A joined module has one input_scale and one input_offset: that of the last linear copied (vLLM, by its code)."""
-    kind, static = model_dtype(d) or DType.F16, set(_static_linears(d))
-    for title, suffix in ((t, s) for t in ("qkv", "gate_up") for s in (INPUT_SCALE, INPUT_OFFSET)):
-        unequal = [
-            group.module
-            for group in d.packed
-            if group.title == title and static.issuperset(group.members)
-            if differ([cast(v, kind) for m in group.members if (v := d.values(f"{m}.{suffix}")) is not None])
+    def __init__(self, d: RawDirectory) -> None:
+        self.d = d
+        self._is_described = SHORT_NAME in d.descriptions
+        self.description = d.descriptions.get(SHORT_NAME, {})
+        self._dtype_name = d.config.get("torch_dtype") or d.config.get("dtype")
+        dtype = CONFIG_DTYPES.get(str(self._dtype_name).removeprefix("torch."))
+        self.dtype = dtype if dtype in (DType.F16, DType.BF16) else None
+        self.modules = d.linears if d.model.tie_word_embeddings else {**d.linears, LM_HEAD: d.head}
+        unlabelled = None if self._is_described or d.has_int8 else _FLOAT
+        said = {m: self.description.get(weight_name(m), unlabelled) for m in (*self.modules, EMBEDDING, LM_HEAD)}
+        self.labels = {module: str(label) for module, label in said.items() if label is not None}
+        kinds = {m: kind for m in self.modules if (kind := _CHECKED.get(self.labels.get(m, "")))}
+        self._static = [module for module, kind in kinds.items() if kind in _STATIC]
+        self._parameters = [
+            _Parameter(f"{m}.{spec.suffix}", kind, spec.suffix, spec.shape_for(N=linear.n, K=linear.k))
+            for m, linear in self.modules.items()
+            if (kind := kinds.get(m))
+            for spec in linear_tensors(kind, linear.has_bias)
         ]
-        rule = f"vllm-ascend.{title}-{suffix}".replace("_", "-")
-        does = f"keeps one {suffix} for linears that become one, and these are not equal"
-        action = "Quantize the linears that share an input with the same parameters."
-        yield from found(rule, Outcome.MISDECODES, unequal, does, action=action)
+        self._has_norm_biases = any(_NORM_BIAS in key for key in self.description)
+        self._has_kv_cache = self.description.get("kv_cache_type") == "C8"
+        keys = [key for key in self.description if f"{KEY}.{KV_SCALE}" in key] if self._has_kv_cache else []
+        self._kv_layers = {layer_of(key) for key in keys}
+        self._attention = self.description.get("fa_quant_type")
+        fa_keys = [key for key in self.description if f"{FA_K}.{SCALE}" in key]
+        self._fa_layers = fa_keys if self._attention is not None else []
 
+    def findings(self) -> Iterator[Finding]:
+        """Yield what the rules find, in the order in which the loader gets there."""
+        yield from self._files()
+        yield from self._schemes()
+        yield from self._tensors()
+        yield from self._weights()
+        yield from self._inputs()
+        yield from self._norms_and_biases()
+        yield from self._cache_and_attention()
+        yield from self._left_over()
 
-def input_offsets(d: RawDirectory) -> Iterator[Finding]:
-    """input_offset is cast to int8."""
-    wrong = [f"{name}.{INPUT_OFFSET}" for name in _static_linears(d)]
-    wrong = [name for name in wrong if not d.fits_int8(name)]
-    does, expected = f"casts {INPUT_OFFSET} to int8", "integers from -128 to 127"
-    yield from found("vllm-ascend.input-offset", Outcome.MISDECODES, wrong, does, expected=expected)
+    def _files(self) -> Iterator[Finding]:
+        """The short name selects the method; vLLM (by its code) takes a quantization_config for it."""
+        d = self.d
+        for name, why in d.damaged.items():
+            if name in d.files or name == SHORT_NAME:
+                yield from RULES.found("damaged-file", [name], file=name, why=why)
+        if d.has_int8 and SHORT_NAME not in (*d.descriptions, *d.damaged):
+            yield from RULES.found(
+                "description", [SHORT_NAME], got=one_of(d.descriptions) if d.descriptions else "none"
+            )
+        if self._is_described:
+            others = [name for name, content in d.descriptions.items() if content != self.description]
+            yield from RULES.found("description-other", others)
+            if d.config.get("quantization_config"):
+                yield from RULES.found("quantization-config", ["quantization_config"])
 
+    def _schemes(self) -> Iterator[Finding]:
+        """Each module's weight is looked up: q, k, v, gate, up one by one, embedding and head too."""
+        d, labels = self.d, self.labels
+        asked = [*self.modules, EMBEDDING, *([LM_HEAD] if d.architecture in _HEAD_FIRST else [])]
+        yield from RULES.found(
+            "label-missing", [weight_name(m) for m in asked if self._is_described and m not in labels]
+        )
+        kinds = {group.module: {labels[m] for m in group.members if m in labels} for group in d.packed}
+        mixed = {module: " and ".join(sorted(found)) for module, found in kinds.items() if len(found) > 1}
+        yield from RULES.found("mixed-group", mixed, got="; ".join(sorted(set(mixed.values()))))
+        others = {m: labels[m] for m in self.modules if m in labels and labels[m] not in _CHECKED}
+        taken = [m for m, kind in others.items() if kind in _REGISTERED or kind.startswith(_REGISTERED_PREFIXES)]
+        refused = [m for m in others if m not in taken]
+        for rule, where in (("scheme", refused), ("unchecked-scheme", taken)):
+            yield from RULES.found(rule, where, got=", ".join(sorted({others[m] for m in where})))
+        if self.dtype is None:
+            yield from RULES.found("torch-dtype", ["torch_dtype"], got=self._dtype_name or "none")
 
-def reciprocals(d: RawDirectory) -> Iterator[Finding]:
-    """Activations are multiplied by 1 / input_scale, which is taken in the model's dtype."""
-    kind = model_dtype(d) or DType.F16
-    values = {name: d.values(name) for name in (f"{module}.{INPUT_SCALE}" for module in _static_linears(d))}
-    with np.errstate(divide="ignore"):
-        inverse = {name: cast(1 / cast(value, kind), kind) for name, value in values.items() if value is not None}
-    wrong = [name for name, value in inverse.items() if not np.all(np.isfinite(value))]
-    does = f"multiplies by 1 / {INPUT_SCALE}, which is infinite in the model's dtype"
-    yield from found("vllm-ascend.input-scale-range", Outcome.MISDECODES, wrong, does)
+    def _tensors(self) -> Iterator[Finding]:
+        """vLLM (by its code) copies every tensor of every file by name to a parameter of its shape.
 
+        One that nothing was copied to is a ValueError, but for biases and what counts as computed and is not: that
+        stays what the memory held.
+        """
+        d, parameters = self.d, self._parameters
+        twice = d.duplicates()
+        files = sorted({file for homes in twice.values() for file in homes})
+        yield from RULES.found("duplicate-tensor", twice, got=", ".join(files))
+        wanted = [*d.outer_weights, *(weight_name(norm) for norm in d.norms)]
+        wanted += [p.name for p in parameters if p.suffix not in _MAY_BE_ABSENT]
+        yield from RULES.found("missing-tensor", d.absent(wanted))
+        used = [p.name for p in parameters if p.suffix in _MAY_BE_ABSENT & _USED[p.kind]]
+        yield from RULES.found("empty-parameter", d.absent(used))
+        shapes = {p.name: p.shape for p in parameters}
+        shapes.update({weight_name(norm): (size,) for norm, size in d.norms.items()})
+        shapes[weight_name(EMBEDDING)] = (d.head.n, d.head.k)
+        wrong = d.misshapen(shapes)
+        first = {"got": list(d.tensors[wrong[0]].shape), "expected": list(shapes[wrong[0]])} if wrong else {}
+        yield from RULES.found("shape", wrong, **first)
 
-def weight_offsets(d: RawDirectory) -> Iterator[Finding]:
-    """W8A16 passes the offset on without turning its sign; schemes with int8 activations have no use for one."""
-    by_rule: dict[bool, list[str]] = {True: [], False: []}
-    for module, kind, suffix, _ in _parameters(d):
-        if suffix == WEIGHT_OFFSET and d.is_nonzero(f"{module}.{suffix}"):
-            by_rule[kind is QuantType.W8A16].append(f"{module}.{suffix}")
-    does, got = "adds the offset of an asymmetric weight where it must subtract it", NONZERO
-    action = "Quantize symmetrically for vllm-ascend."
-    yield from found("vllm-ascend.w8a16-offset", Outcome.MISDECODES, by_rule[True], does, got=got, action=action)
-    does = f"multiplies int8 by int8 without {WEIGHT_OFFSET}"
-    yield from found("vllm-ascend.weight-offset", Outcome.MISDECODES, by_rule[False], does, got=got, expected="zeros")
+    def _weights(self) -> Iterator[Finding]:
+        """Values are copied and cast: floats cut to int8, or int8 taken for floats, without a scale."""
+        d = self.d
+        kinds = {p.name: p.kind for p in self._parameters if p.suffix == WEIGHT}
+        kinds[weight_name(EMBEDDING)] = QuantType.FLOAT
+        stored = {name: kind for name in kinds if (kind := d.dtype_of(name)) is not None}
+        integers = (*INTEGERS, "U8")
+        wrong = [name for name, kind in stored.items() if (kinds[name] is QuantType.FLOAT) is (kind in integers)]
+        got = ", ".join(sorted({f"{kinds[name].value} stored as {stored[name]}" for name in wrong}))
+        yield from RULES.found("label-and-weight", wrong, got=got)
+        # An int64 parameter for float16 and a float32 one for bfloat16.
+        wanted = {DType.F16: ("I64",), DType.BF16: ("F32", "F16", "BF16")}.get(self.dtype or DType.I8, ())
+        kept = {name: d.dtype_of(name) for name in (f"{module}.{DEQ_SCALE}" for module in self._static)}
+        cut = {name: kind for name, kind in kept.items() if wanted and kind not in (None, *wanted)}
+        if cut:
+            yield from RULES.found(
+                "deq-scale", cut, got=one_of(sorted(map(str, set(cut.values())))), expected=wanted[0]
+            )
 
+    def _inputs(self) -> Iterator[Finding]:
+        """A joined module has one input_scale and one input_offset: that of the last linear copied (vLLM, by its code).
 
-def embedding_and_head(d: RawDirectory) -> Iterator[Finding]:
-    """Embedding and head get the scheme of their label, as linears do."""
-    names = [weight_name(m) for m in (EMBEDDING, LM_HEAD) if label(d, m) not in (None, _FLOAT)]
-    read, idle = ([n for n in names if (n in head_and_embedding(d.model)) is is_read] for is_read in (True, False))
-    does, action = "gives it a linear's scheme; no source says that this works", "Keep it float."
-    yield from found("vllm-ascend.head-scheme", Outcome.WARNS, read, does, action=action)
-    does = "reads the embedding for the head of a tied model, and not this int8 head"
-    action = "Set tie_word_embeddings to false, or remove it."
-    yield from found("vllm-ascend.tied-head", Outcome.IGNORES, idle, does, action=action)
+        Activations are multiplied by 1 / input_scale, which is taken in the model's dtype. W8A16 passes the offset of
+        weights on without turning its sign.
+        """
+        d, dtype = self.d, self.dtype or DType.F16
+        joined = [group for group in d.packed if set(self._static).issuperset(group.members)]
+        for rule, modules in d.unequal_inputs(joined, dtype):
+            yield from RULES.found(rule, modules)
+        yield from RULES.found("input-offset", d.beyond_int8(f"{module}.{INPUT_OFFSET}" for module in self._static))
+        values = {name: d.values(name) for name in (f"{module}.{INPUT_SCALE}" for module in self._static)}
+        with np.errstate(divide="ignore"):
+            inverse = {name: cast(1 / cast(value, dtype), dtype) for name, value in values.items() if value is not None}
+        infinite = [name for name, value in inverse.items() if not np.all(np.isfinite(value))]
+        yield from RULES.found("input-scale-range", infinite)
+        offsets = {p.name: p.kind is QuantType.W8A16 for p in self._parameters if p.suffix == WEIGHT_OFFSET}
+        used = d.nonzero(offsets)
+        yield from RULES.found("w8a16-offset", [name for name in used if offsets[name]])
+        yield from RULES.found("weight-offset", [name for name in used if not offsets[name]])
 
+    def _norms_and_biases(self) -> Iterator[Finding]:
+        """If any of the description's keys contains norm.bias, every norm has a bias, zero until one is copied.
 
-# --- norms, cache, attention
+        vLLM (by its code) passes over a bias that the class has no parameter for. Embedding and head get the scheme of
+        their label, as linears do.
+        """
+        d = self.d
+        names = [weight_name(m) for m in (EMBEDDING, LM_HEAD) if self.labels.get(m, _FLOAT) != _FLOAT]
+        yield from RULES.found("head-scheme", [name for name in names if name in d.outer_weights])
+        yield from RULES.found("tied-head", [name for name in names if name not in d.outer_weights])
+        biases = [bias_name(norm) for norm in d.norms]
+        if self._has_norm_biases:
+            yield from RULES.found("norm-bias-missing", d.absent(biases))
+        else:
+            yield from RULES.found("norm-bias", d.nonzero(biases))
+        without = [m for m, linear in self.modules.items() if not linear.has_bias and m not in self._static]
+        yield from RULES.found("linear-bias", d.nonzero(map(bias_name, without)))
 
+    def _cache_and_attention(self) -> Iterator[Finding]:
+        """A layer whose k_proj has a scale in the description gets an int8 cache; a scale that is not copied stays 1.
 
-def norm_biases(d: RawDirectory) -> Iterator[Finding]:
-    """If any of the description's keys contains norm.bias, every norm has a bias, zero until one is copied."""
-    names = [bias_name(norm) for norm in d.norms]
-    absent = [name for name in names if name not in d.tensors] if _has_norm_biases(d) else []
-    does = "gives every norm a bias, as one of the description's keys contains norm.bias; these stay zero"
-    yield from found("vllm-ascend.norm-bias-missing", Outcome.WARNS, absent, does, action="Write all of them, or none.")
-    lost = [] if _has_norm_biases(d) else [name for name in names if d.is_nonzero(name)]
-    does = "gives no norm a bias, as none of the description's keys contains norm.bias"
-    yield from found("vllm-ascend.norm-bias", Outcome.MISDECODES, lost, does, got=NONZERO)
+        The attention scheme is looked up by fa_quant_type: only FAKQuant, for latent attention, is there.
+        """
+        d = self.d
+        if self._has_kv_cache:
+            absent = [name for name in d.absent(d.kv_tensors()) if name.endswith(KV_SCALE)]
+            yield from RULES.found("kv-scale", [name for name in absent if layer_of(name) in self._kv_layers])
+            yield from RULES.found("kv-layer", [name for name in absent if layer_of(name) not in self._kv_layers])
+            yield from RULES.found("kv-offset", d.nonzero(d.kv_tensors(), KV_OFFSET))
+        rule = "fa-scheme/latent" if self._attention == "FAKQuant" else "fa-scheme"
+        yield from RULES.found(rule, self._fa_layers, got=self._attention)
 
+    def _left_over(self) -> Iterator[Finding]:
+        """vLLM (by its code) looks a parameter up for every stored tensor, but for biases."""
+        d = self.d
+        known = {parameter.name for parameter in self._parameters}
+        known |= {weight_name(EMBEDDING), *(weight_name(norm) for norm in d.norms)}
+        known |= {name for name in d.kv_tensors() if layer_of(name) in self._kv_layers}
+        known |= set(d.fa_tensors()) if self._fa_layers else set()
+        unchecked = [m for m in self.modules if self.labels.get(m, "") not in _CHECKED]
+        unchecked += [LM_HEAD] if d.model.tie_word_embeddings else []
+        strange = [name for name in d.tensors if name not in known and name.rpartition(".")[0] not in unchecked]
+        strange = [name for name in strange if not name.endswith((f".{BIAS}", "rotary_emb.inv_freq"))]
+        yield from RULES.found("unknown-tensor", strange)
+        idle, bare = d.unmatched(self.description)
+        yield from RULES.found("entry-without-tensor", idle)
+        yield from RULES.found("tensor-without-entry", bare)
 
-def linear_biases(d: RawDirectory) -> Iterator[Finding]:
-    """vLLM (by its code) passes over a bias that the class has no parameter for."""
-    lost = [bias_name(module) for module, linear in _modules(d).items() if not linear.has_bias]
-    lost = [name for name in lost if d.is_nonzero(name) and name.removesuffix(f".{BIAS}") not in _static_linears(d)]
-    does = "passes over a bias that this architecture and config.json do not have"
-    action = "config.json may lack a setting such as attention_bias."
-    yield from found("vllm-ascend.linear-bias", Outcome.MISDECODES, lost, does, got=NONZERO, action=action)
-
-
-def kv_layers(d: RawDirectory) -> Iterator[Finding]:
-    """Where a layer has an int8 cache, a scale that no tensor is copied to stays 1; other layers keep a float cache."""
-    scales = [name for name in d.kv_tensors() if name.endswith(KV_SCALE) and name not in d.tensors]
-    absent = [name for name in scales if layer_of(name) in _kv_layers(d)]
-    does, action = "quantizes the cache of these layers by a scale of 1", "Write scales for k and v."
-    yield from found("vllm-ascend.kv-scale", Outcome.MISDECODES, absent, does, action=action)
-    plain = [name for name in scales if _has_kv_cache(d) and layer_of(name) not in _kv_layers(d)]
-    does = "keeps the cache of these layers in float"
-    yield from found("vllm-ascend.kv-layer", Outcome.IGNORES, plain, does)
-
-
-def kv_offsets(d: RawDirectory) -> Iterator[Finding]:
-    """The fast path of generation does not look at cache offsets."""
-    names = [name for name in d.kv_tensors() if name.endswith(KV_OFFSET)] if _has_kv_cache(d) else []
-    wrong = [name for name in names if d.is_nonzero(name)]
-    does, action = "leaves cache offsets out when it generates", "Quantize the cache symmetrically."
-    yield from found("vllm-ascend.kv-offset", Outcome.MISDECODES, wrong, does, got=NONZERO, action=action)
-
-
-def fa_scheme(d: RawDirectory) -> Iterator[Finding]:
-    """The attention scheme is looked up by fa_quant_type: only FAKQuant, for multi-head latent attention, is there."""
-    kind, where = description(d).get("fa_quant_type"), _fa_layers(d)
-    does = "raises NotImplementedError for this kind of attention"
-    if kind == "FAKQuant":
-        does = "has quantized attention for multi-head latent attention only, which this architecture has not"
-    action = "Quantize without attention for vllm-ascend."
-    yield from found("vllm-ascend.fa-scheme", Outcome.REFUSES, where, does, got=kind, action=action)
-
-
-# --- what is left over
-
-
-def unknown_tensors(d: RawDirectory) -> Iterator[Finding]:
-    """vLLM (by its code) looks a parameter up for every stored tensor, but for biases: KeyError."""
-    known = {f"{module}.{suffix}" for module, _, suffix, _ in _parameters(d)}
-    known |= {weight_name(EMBEDDING), *(weight_name(norm) for norm in d.norms)}
-    known |= {name for name in d.kv_tensors() if layer_of(name) in _kv_layers(d)}
-    known |= set(d.fa_tensors()) if _fa_layers(d) else set()
-    open_ends = [m for m in _modules(d) if (label(d, m) or "") not in _CHECKED]
-    open_ends += [LM_HEAD] if d.model.tie_word_embeddings else []
-    strange = [
-        name
-        for name in d.tensors
-        if name not in known and not name.endswith((f".{BIAS}", "rotary_emb.inv_freq"))
-        if name.rpartition(".")[0] not in open_ends
-    ]
-    does, action = "raises KeyError: no parameter for a stored tensor", "Remove it, or add what enables it."
-    yield from found("vllm-ascend.unknown-tensor", Outcome.REFUSES, strange, does, action=action)
-
-
-def unused_entries(d: RawDirectory) -> Iterator[Finding]:
-    """The description is asked for labels and never compared with the files."""
-    tags = entries(description(d))
-    idle = [name for name in tags if name not in d.tensors]
-    bare = [name for name in d.tensors if name not in tags] if tags else []
-    does = "does not compare the description with the files: these entries have no tensor"
-    yield from found("vllm-ascend.entry-without-tensor", Outcome.IGNORES, idle, does)
-    does = "does not compare the description with the files: these tensors have no entry"
-    yield from found("vllm-ascend.tensor-without-entry", Outcome.LOADS, bare, does)
-
-
-RULES = (
-    damaged_files,
-    description_missing,
-    description_other,
-    quantization_config,
-    label_missing,
-    mixed_group,
-    unknown_scheme,
-    torch_dtype,
-    duplicate_tensors,
-    missing_tensors,
-    empty_parameters,
-    shapes,
-    label_and_weight,
-    deq_scales,
-    shared_inputs,
-    input_offsets,
-    reciprocals,
-    weight_offsets,
-    embedding_and_head,
-    norm_biases,
-    linear_biases,
-    kv_layers,
-    kv_offsets,
-    fa_scheme,
-    unknown_tensors,
-    unused_entries,
-)
-
-
-def summary(d: RawDirectory) -> Summary:
-    """Return what vllm-ascend makes of the directory, if nothing stops it."""
-    packs: dict[str, Counter[str]] = {group.title: Counter() for group in d.packed}
-    for group in d.packed:
-        labels = {label(d, member) or "unlabelled" for member in group.members}
-        packs[group.title][labels.pop() if len(labels) == 1 else "mixed"] += 1
-    return Summary(
-        dtype=str(d.config.get("torch_dtype") or d.config.get("dtype") or "unknown").removeprefix("torch."),
-        linears=dict(Counter(label(d, name) or "unlabelled" for name in d.linears)),
-        packs={title: dict(counts) for title, counts in packs.items()},
-        kv_cache="int8" if _has_kv_cache(d) else "float",
-        attention=str(description(d)["fa_quant_type"]) if _fa_layers(d) else "float",
-        attention_layers=len(_fa_layers(d)),
-    )
+    def summary(self) -> Summary:
+        """Return what the loader makes of the directory, if nothing stops it."""
+        packs: dict[str, Counter[str]] = {group.title: Counter() for group in self.d.packed}
+        for group in self.d.packed:
+            labels = {self.labels.get(member) or "unlabelled" for member in group.members}
+            packs[group.title][labels.pop() if len(labels) == 1 else "mixed"] += 1
+        return Summary(
+            dtype=str(self._dtype_name or "unknown").removeprefix("torch."),
+            linears=dict(Counter(self.labels.get(name) or "unlabelled" for name in self.d.linears)),
+            packs={title: dict(counts) for title, counts in packs.items()},
+            kv_cache="int8" if self._has_kv_cache else "float",
+            attention=str(self._attention) if self._fa_layers else "float",
+            attention_layers=len(self._fa_layers),
+        )

@@ -76,8 +76,8 @@ def _print_report(report: Report) -> None:
     width = max(map(len, names), default=0)
     previous = ""
     for name, finding in zip(names, report.findings, strict=True):
-        outcome = finding.outcome.value
-        print(f"  {'' if outcome == previous else outcome:10}  {name:{width}}  {finding.message}")
+        verdict = finding.verdict.value
+        print(f"  {'' if verdict == previous else verdict:10}  {name:{width}}  {finding.message}")
         print(f"  {'':10}  {'':{width}}  in {finding.place}")
-        previous = outcome
+        previous = verdict
     print(f"  {'runs':10}  {report.summary.text if report.loads else 'nothing'}")
