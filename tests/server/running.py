@@ -15,7 +15,7 @@ import httpx
 import openai
 
 from eightfold.server.serve import Server, bind
-from eightfold.server.settings import ServerSettings
+from eightfold.server.service import ServerSettings
 
 
 @dataclass

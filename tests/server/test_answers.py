@@ -7,9 +7,7 @@ import json
 import pytest
 
 from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
-from eightfold.server.answers import ChatAnswer, CompletionAnswer
-from eightfold.server.generation import Usage
-from eightfold.server.logprobs import TokenTexts
+from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts, Usage
 from eightfold.server.tools import ToolUse
 
 
@@ -48,7 +46,7 @@ def test_every_answer_of_a_chat_ends_once(texts):
 
 
 def test_every_answer_of_a_completion_ends_once(texts):
-    answer = CompletionAnswer("m", texts, n=2, logprobs=None, echo=None, max_tokens=9, shows_usage=False)
+    answer = CompletionAnswer("m", texts, n=2, logprobs=None, echo=None, only_prompts=False, shows_usage=False)
     found = [(choice["index"], choice["text"], choice["finish_reason"]) for choice in choices_of(answer)]
     assert found == [(0, "a", "stop"), (1, "b", None), (1, "c", "length")]
 

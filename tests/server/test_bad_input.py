@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from eightfold.server.settings import MAX_BODY_BYTES, MAX_JSON_DEPTH
+from eightfold.server.body import MAX_BODY_BYTES, MAX_JSON_DEPTH
 from tests.server.running import Running, eventually
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -67,7 +67,7 @@ def test_a_body_that_is_too_large(untouched):
     parts = (b" " * 2**20 for _ in range(5))  # of a length that is not said before
     raw = untouched.http.post("/tokenize", content=parts, headers={"content-type": "application/json"})
     assert refused(raw, 413) == f"body: got more than {MAX_BODY_BYTES} bytes. Send less text."
-    assert eventually(lambda: untouched.server.service.admission.held_bytes == 0)
+    assert eventually(lambda: untouched.server.service.limiter.held_bytes == 0)
 
 
 def test_who_asks_before_sending_too_large_a_body_need_not_send_it(untouched):

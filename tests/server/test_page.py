@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from eightfold.server.page import policy
+from eightfold.server.app import policy
 from tests.server.running import Running, eventually
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

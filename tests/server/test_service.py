@@ -142,7 +142,7 @@ def test_who_leaves_a_stream_ends_it(serve, prompt):
     half_a_request(running, {"prompt": prompt, "stream": True, "max_tokens": 200}, reads=b"data: ")
     assert eventually(lambda: not running.engine.open)
     assert set(running.engine.ended) == {"aborted"}
-    assert eventually(lambda: running.server.service.admission.inside == 0)
+    assert eventually(lambda: running.server.service.limiter.inside == 0)
     assert running.metric("answers_finished_total", reason="abort") == len(prompt)
 
 
@@ -161,9 +161,9 @@ def test_who_leaves_before_the_body_is_there_is_nobody(serve, caplog):
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-        assert eventually(lambda: running.server.service.admission.held_bytes == 1)
+        assert eventually(lambda: running.server.service.limiter.held_bytes == 1)
     assert eventually(lambda: [record.record.status for record in caplog.records] == [499])
-    assert running.server.service.admission.held_bytes == 0
+    assert running.server.service.limiter.held_bytes == 0
     assert running.engine.last is None
 
 
@@ -182,7 +182,7 @@ def test_a_body_that_does_not_come_is_a_408(serve, monkeypatch):
 def test_more_than_may_wait_get_a_429_that_says_when_to_come_back(serve):
     running = serve({"max_num_seqs": 1, "max_waiting": 2}, stuck=True)
     results = [in_background(lambda: running.chat()) for _ in range(3)]
-    assert eventually(lambda: running.server.service.admission.inside == 3)
+    assert eventually(lambda: running.server.service.limiter.inside == 3)
     raw = running.chat()
     assert (raw.status_code, error_of(raw)["type"]) == (429, "rate_limit_error")
     assert 1 <= int(raw.headers["retry-after"]) <= 60
@@ -201,15 +201,15 @@ def test_a_request_that_can_never_be_admitted_is_a_400(serve):
 
 
 def test_texts_that_are_being_read_are_limited_too(serve, monkeypatch):
-    monkeypatch.setattr("eightfold.server.admission.MAX_HELD_BYTES", 100)
+    monkeypatch.setattr("eightfold.server.service.MAX_HELD_BYTES", 100)
     running = serve()
     assert running.chat("x" * 200).status_code == 429
     assert running.chat("x").status_code == 200
-    assert eventually(lambda: running.server.service.admission.held_bytes == 0)
+    assert eventually(lambda: running.server.service.limiter.held_bytes == 0)
 
 
 def test_a_stream_that_has_to_wait_begins_with_comments(serve, monkeypatch):
-    monkeypatch.setattr("eightfold.server.respond.FIRST_SIGN_SECONDS", 0.02)
+    monkeypatch.setattr("eightfold.server.generation.FIRST_SIGN_SECONDS", 0.02)
     running = serve(stuck=True)
     with running.http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as raw:
         lines = raw.iter_lines()
@@ -385,12 +385,11 @@ def test_version(serve):
 
 
 def test_who_was_still_reading_when_the_end_began_is_not_admitted():
-    from eightfold.server.admission import Admission
-    from eightfold.server.problems import ApiError
-    from eightfold.server.settings import ServerSettings
+    from eightfold.server.fields import ApiError
+    from eightfold.server.service import Limiter, ServerSettings
 
-    admission = Admission(ServerSettings(model_names=("tiny",)))
-    admission.is_draining = True
-    with pytest.raises(ApiError) as caught:
-        admission.enter(1)
-    assert (caught.value.status, admission.inside) == (503, 0)
+    limiter = Limiter(ServerSettings(model_names=("tiny",)))
+    limiter.is_draining = True
+    with pytest.raises(ApiError) as caught, limiter.admitted(1):
+        pass
+    assert (caught.value.status, limiter.inside) == (503, 0)

@@ -103,7 +103,7 @@ def serve(
     from eightfold.server import logs
     from eightfold.server.serve import bind
     from eightfold.server.serve import serve as run
-    from eightfold.server.settings import ServerSettings
+    from eightfold.server.service import ServerSettings
 
     require_directory(model)
     leave_to_first(model, threads=threads, attention=attention_mode.mode)

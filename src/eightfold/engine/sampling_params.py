@@ -13,6 +13,7 @@ from typing import Any
 from eightfold.errors import InputError, one_of
 from eightfold.values import MAX_INT, SWITCH, WORDS, Kind, number, number_above, optional, shown, whole
 
+MAX_LOGPROBS = 20  # of the likeliest tokens, at each position
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, characters of one
 
 # Below it the likeliest token is taken: a division by less would only overflow.
@@ -22,7 +23,7 @@ _TEXTS = Kind((tuple, list), "a list of texts", each=WORDS)
 _TOKEN = whole(0)
 _PENALTY = number(-2, 2)
 _BIAS = number(-100, 100)
-_LOGPROBS = optional(whole(0, 20))
+_LOGPROBS = optional(whole(0, MAX_LOGPROBS))
 
 
 def _row(kind: Kind, help: str) -> dict[str, Any]:
@@ -190,3 +191,15 @@ def _require_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise InputError("structured json_schema", got=str(error), expected="a JSON object") from None
     _require("structured json_schema", schema, Kind((dict,), "a JSON object"))
+
+
+def biases_by_id(given: Mapping[str, Any]) -> dict[int, Any] | None:
+    """Return biases as JSON has them, with token ids as texts, by numbers; None where one is no token id."""
+    if not all(token.isdecimal() and len(token) < 10 for token in given):
+        return None
+    return {int(token): bias for token, bias in given.items()}
+
+
+def schema_text(given: Any) -> Any:
+    """Return a JSON schema as text, whether it was given so or as JSON; any other value as it is."""
+    return json.dumps(given) if isinstance(given, (dict, list, bool)) else given

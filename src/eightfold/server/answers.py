@@ -1,4 +1,4 @@
-"""Answers as JSON: whole, and in the pieces of a stream.
+"""Answers as JSON, whole and in the pieces of a stream, with log-probabilities as OpenAI and vLLM write them.
 
 A piece is put together from ready-made ends and what differs, because there is one for each token of each client.
 """
@@ -6,21 +6,26 @@ A piece is put together from ready-made ends and what differs, because there is 
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from eightfold.server.generation import Usage
-from eightfold.server.logprobs import CompletionLogprobs, TokenTexts, chat_logprobs, prompt_logprobs
-from eightfold.server.tools import ToolCall, ToolParser, ToolUse
+from eightfold.server.tools import ToolParser, ToolUse
 
 if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
     from eightfold.engine.sampler import Sampled
+    from eightfold.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+_LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
+_SINGLE_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies that have no bytes otherwise write one
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -35,16 +40,144 @@ def event(content: Any) -> bytes:
     return b"data: " + to_json(content) + b"\n\n"
 
 
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as OpenAI writes it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompt + self.generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+def _byte_symbols() -> dict[str, int]:
+    """Return which byte each symbol of a byte-level vocabulary stands for.
+
+    Bytes that are printable in Latin-1 stand for themselves, the others in order for symbols from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_symbols()
+
+
+class TokenTexts:
+    """The texts of single tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.of = lru_cache(65536)(self._of)
+        self.bytes_of = lru_cache(65536)(self._bytes_of)
+
+    def _of(self, token: int) -> str:
+        """Return a token's text; of a token that is part of a character its bytes, as OpenAI shows them."""
+        text = self._tokenizer.decode([token], keep_special=True)
+        if REPLACEMENT not in text:
+            return text
+        known = self.bytes_of(token)
+        return text if known is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        """Return a token's bytes; None where they are not known."""
+        text = self._tokenizer.decode([token], keep_special=True)
+        if REPLACEMENT not in text:
+            return text.encode("utf-8", "replace")
+        piece = self._tokenizer.piece(token) or ""
+        single = _SINGLE_BYTE.fullmatch(piece)
+        if single:
+            return bytes.fromhex(single[1])
+        codes = [_BYTE_OF.get(symbol) for symbol in piece]
+        known = [code for code in codes if code is not None]
+        return bytes(known) if known and len(known) == len(codes) else None
+
+    def chat_logprobs(self, sampled: Sequence[Sampled] | None) -> dict[str, Any] | None:
+        """Return what stands under `logprobs` of a chat's choice; None where they were not asked for."""
+        if sampled is None:
+            return None
+        content = [
+            {
+                **self._named(each.token_id, each.logprob),
+                "top_logprobs": [self._named(token, logprob) for token, logprob in each.top],
+            }
+            for each in sampled
+        ]
+        return {"content": content, "refusal": None}
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+        known = self.bytes_of(token)
+        return {
+            "token": self.of(token),
+            "logprob": _finite(logprob),
+            "bytes": None if known is None else list(known),
+        }
+
+    def prompt_logprobs(self, sampled: Sequence[Sampled | None]) -> list[Any]:
+        """Return vLLM's `prompt_logprobs`: for each token of the prompt what was likely there, by token id."""
+        return [
+            None
+            if each is None
+            else {
+                str(token): {"logprob": _finite(logprob), "decoded_token": self.of(token)}
+                for token, logprob in (*each.top, (each.token_id, each.logprob))
+            }
+            for each in sampled
+        ]
+
+
+def _finite(logprob: float | None) -> float | None:
+    """Return a number that JSON has."""
+    return None if logprob is None else max(logprob, _LEAST_LOGPROB)
+
+
+class CompletionLogprobs:
+    """What stands under `logprobs` of a completion's choice, piece by piece."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts, self._offset = texts, 0
+
+    def of(self, sampled: Sequence[Sampled | None], token_ids: Sequence[int], top: int) -> dict[str, Any]:
+        """Return them for the next tokens; None where nothing is known, as of a prompt's first token."""
+        tokens = [self._texts.of(token) for token in token_ids]
+        offsets = list[int]()
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if each is None else _finite(each.logprob) for each in sampled],
+            "top_logprobs": [None if each is None else self._likeliest(each, top) for each in sampled] if top else None,
+            "text_offset": offsets,
+        }
+
+    def _likeliest(self, sampled: Sampled, top: int) -> dict[str, float | None]:
+        found = dict[str, float | None]()
+        for token, logprob in (*sampled.top[:top], (sampled.token_id, sampled.logprob)):
+            found.setdefault(self._texts.of(token), _finite(logprob))
+        return found
+
+
 class _Answer:
     """What all pieces of an answer share."""
 
-    def __init__(self, prefix: str, kind: str, model: str, *, shows_usage: bool) -> None:
+    def __init__(self, prefix: str, kind: str, model: str, texts: TokenTexts, *, shows_usage: bool) -> None:
         self._common = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
             "model": model,
         }
+        self._texts = texts
+        self._ended: set[int] = set()
         # A stream with usage has the field everywhere, and null everywhere but at its end.
         self._end = ("]" + (',"usage":null' if shows_usage else "") + "}\n\n").encode()
         self._begin = b"data: " + _encode(self._common)[:-1].encode() + b',"choices":['
@@ -54,10 +187,10 @@ class _Answer:
 
     def usage(self, usage: Usage) -> bytes:
         """Return the piece that says how many tokens there were."""
-        return event({**self._common, "choices": [], "usage": self._counted(usage)})
+        return event(self._whole_of([], usage))
 
-    def _counted(self, usage: Usage) -> dict[str, Any]:
-        return usage.as_json()
+    def _whole_of(self, choices: list[Any], usage: Usage) -> dict[str, Any]:
+        return {**self._common, "choices": choices, "usage": usage.as_json()}
 
 
 class ChatAnswer(_Answer):
@@ -65,76 +198,72 @@ class ChatAnswer(_Answer):
 
     def __init__(self, model: str, texts: TokenTexts, tools: ToolUse, *, streams: bool, shows_usage: bool) -> None:
         kind = "chat.completion.chunk" if streams else "chat.completion"
-        super().__init__("chatcmpl", kind, model, shows_usage=shows_usage)
-        self._texts, self._tools = texts, tools
+        super().__init__("chatcmpl", kind, model, texts, shows_usage=shows_usage)
+        self._tools = tools
         self._parsers: dict[int, ToolParser] = {}
-        self._ended: set[int] = set()
 
     def pieces(self, at: int, output: RequestOutput) -> bytes:
         """Return what a step adds."""
         return b"".join([self._piece(answer) for answer in output.outputs if answer.index not in self._ended])
 
     def _piece(self, answer: CompletionOutput) -> bytes:
-        text, index, reason, logprobs = answer.delta_text, answer.index, answer.finish_reason, answer.delta_logprobs
+        index, reason, logprobs = answer.index, answer.finish_reason, answer.delta_logprobs
         parser, piece = self._parsers.get(index), b""
         if parser is None:
             parser = self._parsers[index] = ToolParser(self._tools)
             piece = self._delta(index, '{"role":"assistant","content":""}', None)
         before = parser.calls
-        calls = list[ToolCall]()
-        if self._tools.form is not None:
-            text, calls = parser.push(text)
-            if reason is not None:
-                more, last = parser.finish()
-                text, calls = text + more, calls + last
+        text, calls = parser.push(answer.delta_text, is_last=reason is not None)
         if text or logprobs:
-            piece += self._delta(index, '{"content":' + _encode(text) + "}", logprobs)
+            piece += self._delta(index, '{"content":' + _encode(text) + "}", logprobs or None)
         for number, call in enumerate(calls, before):
             piece += self._delta(index, _encode({"tool_calls": [{"index": number, **call.as_json()}]}), None)
-        return piece if reason is None else piece + self._last(answer, parser)
+        if reason is None:
+            return piece
+        self._ended.add(index)
+        ends = _encode("tool_calls" if parser.calls else reason)
+        return piece + self._choice(
+            f'{{"index":{index},"delta":{{}},"logprobs":null,'
+            f'"finish_reason":{ends},"stop_reason":{_encode(answer.stop_reason)}}}'
+        )
 
     def _delta(self, index: int, delta: str, logprobs: Sequence[Sampled] | None) -> bytes:
-        shown = "null" if not logprobs else _encode({"content": chat_logprobs(logprobs, self._texts), "refusal": None})
+        shown = "null" if logprobs is None else _encode(self._texts.chat_logprobs(logprobs))
         return self._choice(f'{{"index":{index},"delta":{delta},"logprobs":{shown},"finish_reason":null}}')
-
-    def _last(self, answer: CompletionOutput, parser: ToolParser) -> bytes:
-        self._ended.add(answer.index)
-        reason = _encode("tool_calls" if parser.calls else answer.finish_reason)
-        stop = _encode(answer.stop_reason)
-        return self._choice(
-            f'{{"index":{answer.index},"delta":{{}},"logprobs":null,"finish_reason":{reason},"stop_reason":{stop}}}'
-        )
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
         """Return all of it."""
-        choices = [self._whole(answer) for answer in outputs[0].outputs]
-        content = {**self._common, "choices": choices, "usage": self._counted(usage)}
+        content = self._whole_of([self._whole(answer) for answer in outputs[0].outputs], usage)
         if outputs[0].prompt_logprobs is not None:
-            content["prompt_logprobs"] = prompt_logprobs(outputs[0].prompt_logprobs, self._texts)
+            content["prompt_logprobs"] = self._texts.prompt_logprobs(outputs[0].prompt_logprobs)
         return content
 
     def _whole(self, answer: CompletionOutput) -> dict[str, Any]:
-        parser = ToolParser(self._tools)
-        text, calls = parser.push(answer.text)
-        more, last = parser.finish()
-        text, calls = text + more, calls + last
-        logprobs = answer.logprobs
+        text, calls = ToolParser(self._tools).push(answer.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if calls:
             message["tool_calls"] = [call.as_json() for call in calls]
         return {
             "index": answer.index,
             "message": message,
-            "logprobs": None
-            if logprobs is None
-            else {"content": chat_logprobs(logprobs, self._texts), "refusal": None},
+            "logprobs": self._texts.chat_logprobs(answer.logprobs),
             "finish_reason": "tool_calls" if calls else answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
 
 
 class CompletionAnswer(_Answer):
-    """The answer to a completion; its choices are the n answers to each prompt in turn."""
+    """The answer to a completion; its choices are the n answers to each prompt in turn.
+
+    Args:
+        model: the name that answers carry.
+        texts: of single tokens.
+        n: answers to each prompt.
+        logprobs: how many of the likeliest tokens are reported at each position; None: nothing is.
+        echo: texts of the prompts, which come first in the answers; None: they do not.
+        only_prompts: nothing was asked for but the prompts' log-probabilities.
+        shows_usage: whether a stream ends with the usage.
+    """
 
     def __init__(
         self,
@@ -144,18 +273,16 @@ class CompletionAnswer(_Answer):
         n: int,
         logprobs: int | None,
         echo: Sequence[str] | None,
-        max_tokens: int | None,
+        only_prompts: bool,
         shows_usage: bool,
     ) -> None:
-        super().__init__("cmpl", "text_completion", model, shows_usage=shows_usage)
-        self._texts, self._n, self._logprobs, self._echo = texts, n, logprobs, echo
-        self._only_prompts = max_tokens == 0
+        super().__init__("cmpl", "text_completion", model, texts, shows_usage=shows_usage)
+        self._n, self._logprobs, self._echo, self._only_prompts = n, logprobs, echo, only_prompts
         self._progress: dict[int, CompletionLogprobs] = {}
-        self._ended: set[int] = set()
 
-    def _counted(self, usage: Usage) -> dict[str, Any]:
+    def _whole_of(self, choices: list[Any], usage: Usage) -> dict[str, Any]:
         # The engine generates one token at least; who asked for none is not told of it.
-        return (replace(usage, generated=0) if self._only_prompts else usage).as_json()
+        return super()._whole_of(choices, replace(usage, generated=0) if self._only_prompts else usage)
 
     def pieces(self, at: int, output: RequestOutput) -> bytes:
         """Return what a step adds."""
@@ -166,10 +293,8 @@ class CompletionAnswer(_Answer):
         if index in self._ended:
             return b""
         is_first, reason = index not in self._progress, answer.finish_reason
-        text = "" if self._only_prompts else answer.delta_text
-        if self._echo is not None and is_first:
-            text = self._echo[at] + text
-        logprobs = self._shown(index, answer.delta_logprobs, output.prompt_logprobs if is_first else None, output)
+        text = self._text(at, answer.delta_text, is_first=is_first)
+        logprobs = self._shown(index, answer.delta_logprobs, output, is_first=is_first)
         if not (text or logprobs or reason is not None):
             return b""
         if reason is not None:
@@ -179,12 +304,12 @@ class CompletionAnswer(_Answer):
             f'"finish_reason":{_encode(reason)},"stop_reason":{_encode(answer.stop_reason)}}}'
         )
 
+    def _text(self, at: int, text: str, *, is_first: bool) -> str:
+        text = "" if self._only_prompts else text
+        return self._echo[at] + text if self._echo is not None and is_first else text
+
     def _shown(
-        self,
-        index: int,
-        sampled: Sequence[Sampled] | None,
-        of_prompt: Sequence[Sampled | None] | None,
-        output: RequestOutput,
+        self, index: int, sampled: Sequence[Sampled] | None, output: RequestOutput, *, is_first: bool
     ) -> dict[str, Any] | None:
         """Return the log-probabilities of the next tokens, in front of them the prompt's if it is echoed."""
         progress = self._progress.setdefault(index, CompletionLogprobs(self._texts))
@@ -192,25 +317,24 @@ class CompletionAnswer(_Answer):
             return None
         shown = list[Any]() if self._only_prompts else list[Any](sampled or ())
         token_ids = [each.token_id for each in shown]
-        if self._echo is not None and of_prompt is not None:
-            shown, token_ids = [*of_prompt, *shown], [*output.prompt_ids, *token_ids]
+        if self._echo is not None and is_first and output.prompt_logprobs is not None:
+            shown, token_ids = [*output.prompt_logprobs, *shown], [*output.prompt_ids, *token_ids]
         return progress.of(shown, token_ids, self._logprobs)
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
         """Return all of it."""
         choices = [self._whole(at, answer, output) for at, output in enumerate(outputs) for answer in output.outputs]
-        return {**self._common, "choices": choices, "usage": self._counted(usage)}
+        return self._whole_of(choices, usage)
 
     def _whole(self, at: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
         index = at * self._n + answer.index
-        text = "" if self._only_prompts else answer.text
         choice = {
             "index": index,
-            "text": text if self._echo is None else self._echo[at] + text,
-            "logprobs": self._shown(index, answer.logprobs, output.prompt_logprobs, output),
+            "text": self._text(at, answer.text, is_first=True),
+            "logprobs": self._shown(index, answer.logprobs, output, is_first=True),
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
         if output.prompt_logprobs is not None and self._echo is None:
-            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self._texts)
+            choice["prompt_logprobs"] = self._texts.prompt_logprobs(output.prompt_logprobs)
         return choice

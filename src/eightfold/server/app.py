@@ -1,26 +1,42 @@
-"""The application: which path is answered by whom."""
+"""The application: which path is answered by whom, and what surrounds every request: its id, the key, its errors."""
 
 from __future__ import annotations
 
-from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+import asyncio
+import base64
+import hashlib
+import logging
+import re
+from collections.abc import Iterable
+from importlib import resources
 
-from eightfold.server.chat import ChatCompletions
-from eightfold.server.completions import Completions
-from eightfold.server.endpoints import Endpoints
-from eightfold.server.gateway import Gateway
-from eightfold.server.page import Page
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from eightfold.server.chat import read_chat
+from eightfold.server.completions import read_completion
+from eightfold.server.endpoints import Endpoints, Generating
+from eightfold.server.fields import ApiError, internal
+from eightfold.server.generation import send_json
+from eightfold.server.logs import GONE, Record, request_id
 from eightfold.server.service import Service
+
+log = logging.getLogger("eightfold.server")
+
+_OPEN = frozenset({"/", "/health"})  # what needs no key: the page asks for it
 
 
 def create_app(service: Service) -> ASGIApp:
     """Return the ASGI application of a service."""
     small = Endpoints(service)
     routes = [
-        Route("/", Page(), methods=["GET"]),
-        Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
-        Route("/v1/completions", Completions(service), methods=["POST"]),
+        Route("/", Page().answer, methods=["GET"]),
+        Route("/v1/chat/completions", Generating(service, read_chat), methods=["POST"]),
+        Route("/v1/completions", Generating(service, read_completion), methods=["POST"]),
         Route("/v1/models", small.models, methods=["GET"]),
         Route("/v1/models/{name:path}", small.model, methods=["GET"]),
         Route("/tokenize", small.tokenize, methods=["POST"]),
@@ -40,3 +56,114 @@ def create_app(service: Service) -> ASGIApp:
         allow_headers=["*"],
         expose_headers=["X-Request-Id", "Retry-After"],
     )
+
+
+class Page:
+    """The chat page: one file, which may do nothing but talk to this server."""
+
+    def __init__(self) -> None:
+        self._html = resources.files("eightfold.server").joinpath("page.html").read_bytes()
+        self._headers = {
+            "content-type": "text/html; charset=utf-8",
+            "content-security-policy": policy(self._html.decode()),
+            "cache-control": "no-cache",
+            "referrer-policy": "no-referrer",
+            "x-content-type-options": "nosniff",
+        }
+
+    async def answer(self, request: Request) -> Response:
+        """Return the page."""
+        return Response(self._html, headers=self._headers)
+
+
+def policy(html: str) -> str:
+    """Return a content security policy that lets exactly this page's own script and style run."""
+    allowed = {
+        "default-src": "'none'",
+        "script-src": _hash(html, "script"),
+        "style-src": _hash(html, "style"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in allowed.items())
+
+
+def _hash(html: str, tag: str) -> str:
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+class Gateway:
+    """Lets requests through to the application and takes note of them."""
+
+    def __init__(self, app: ASGIApp, service: Service, paths: Iterable[str]) -> None:
+        self._app, self._service, self._paths = app, service, frozenset(paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request through."""
+        if scope["type"] != "http":
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        record = Record(request_id(headers.get(b"x-request-id")), scope["method"], scope["path"])
+        scope.setdefault("state", {})["record"] = record
+        scope["app"] = self._app  # with it the routes raise what they would else answer in plain text
+        id_header = (b"x-request-id", record.id.encode())
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), id_header]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_with_id, headers.get(b"authorization", ""))
+        finally:
+            self._note(record)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, authorization: str) -> None:
+        record: Record = scope["state"]["record"]
+        try:
+            if scope["path"] not in _OPEN and not self._service.settings.accepts_key(authorization):
+                raise _unauthorized(bool(authorization))
+            await self._app(scope, receive, send)
+        except ClientDisconnect:
+            record.status = GONE
+        except HTTPException as problem:
+            await _send_problem(record, send, _routing_problem(problem, scope))
+        except ApiError as problem:
+            await _send_problem(record, send, problem)
+        except asyncio.CancelledError:  # the server has to end
+            record.error = "cancelled"
+            raise
+        except Exception:
+            log.exception("a request failed", extra={"request_id": record.id})
+            await _send_problem(record, send, internal())
+
+    def _note(self, record: Record) -> None:
+        self._service.limiter.let_go(record)
+        path = record.path if record.path in self._paths else "other"
+        self._service.metrics.answered(path, record.status)
+        quiet = path in ("/health", "/metrics") and record.status == 200
+        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"record": record})
+
+
+async def _send_problem(record: Record, send: Send, problem: ApiError) -> None:
+    record.error = problem.code
+    if record.status == 0:
+        await send_json(send, problem.body(), problem.status, problem.headers)
+
+
+def _unauthorized(is_given: bool) -> ApiError:
+    message = "the API key is wrong" if is_given else "an API key is needed. Send it as Authorization: Bearer KEY."
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _routing_problem(error: HTTPException, scope: Scope) -> ApiError:
+    """Return the 404 or 405 of a path or method that is not served."""
+    where = f"{scope['method']} {scope['path'][:80]!r}"
+    if error.status_code == 405:
+        return ApiError(405, f"{where} is not allowed", code="method_not_allowed", headers=dict(error.headers or {}))
+    return ApiError(error.status_code, f"{where} is not served here", code="not_found")

@@ -4,47 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
 
-from eightfold.server.problems import ApiError, bad_request
-from eightfold.server.settings import (
-    BODY_SECONDS,
-    LARGE_BODY_BYTES,
-    MAX_BODY_BYTES,
-    MAX_JSON_DEPTH,
-    MAX_JSON_VALUES,
-    READ_AWAY_BYTES,
-)
+from eightfold.server.fields import ApiError, bad_request
+
+MAX_BODY_BYTES = 4 * 2**20
+READ_AWAY_BYTES = 16 * MAX_BODY_BYTES  # of a body that is too large
+BODY_SECONDS = 30.0  # a body has to have arrived by then
+MAX_JSON_DEPTH = 64
+MAX_JSON_VALUES = 1_000_000  # more than a body of token ids has
+LARGE_BODY_BYTES = 32 * 2**10  # larger ones are parsed and tokenized where they hold up nobody else
 
 
 async def read_json(request: Request, hold: Callable[[int], None]) -> dict[str, Any]:
     """Return a body's JSON object.
 
     Args:
-        request: whose body it is.
+        request: the request.
         hold: is told of bytes as they arrive, and may refuse them.
 
     Raises:
         ApiError: 400, 408, 413 or 415, or what `hold` raises.
-        ClientDisconnect: before its end.
+        ClientDisconnect: the client left before the body's end.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         # Also what keeps web pages of other origins from sending requests without asking first.
         raise ApiError(415, f"Content-Type: got {kind[:80] or 'none'}, expected application/json")
-    raw = await _read(request, hold)
-    return await asyncio.to_thread(parse_object, raw) if len(raw) > LARGE_BODY_BYTES else parse_object(raw)
-
-
-async def _read(request: Request, hold: Callable[[int], None]) -> bytes:
     try:
-        return await asyncio.wait_for(_collect(request, hold), BODY_SECONDS)
+        raw = await asyncio.wait_for(_collect(request, hold), BODY_SECONDS)
     except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
         raise ApiError(408, f"body: not there after {BODY_SECONDS:.0f} s", headers={"Connection": "close"}) from None
+    return await asyncio.to_thread(_parse, raw) if len(raw) > LARGE_BODY_BYTES else _parse(raw)
 
 
 async def _collect(request: Request, hold: Callable[[int], None]) -> bytes:
@@ -72,12 +66,7 @@ def _too_large() -> ApiError:
     return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object that bytes hold.
-
-    Raises:
-        ApiError: 400: no UTF-8, no JSON, no object, NaN, half a surrogate pair, too deep or too many values.
-    """
+def _parse(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -90,7 +79,13 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise bad_request(f"body is not JSON that can be used: {error}") from None
     if not isinstance(value, dict):
         raise bad_request("body: expected a JSON object")
-    _inspect(value)
+    _require_size(value)
+    try:  # what cannot be written again is not JSON either
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request("body: got half a surrogate pair in a text, expected Unicode") from None
+    except ValueError:
+        raise bad_request("body: got a number too large, expected a finite one") from None
     return value
 
 
@@ -102,53 +97,16 @@ def _too_deep() -> ApiError:
     return bad_request(f"body: got JSON nested deeper than {MAX_JSON_DEPTH} levels")
 
 
-def _inspect(value: dict[str, Any]) -> None:
-    """Check the depth, the number of values, numbers and texts, without recursion."""
+def _require_size(value: dict[str, Any]) -> None:
+    """Check the depth and the number of values, a level at a time: recursion would have an end of its own."""
     level: list[Any] = [value]
     seen = 0
     for _ in range(MAX_JSON_DEPTH):
-        below = list[Any]()
-        for container in level:
-            if isinstance(container, dict):
-                _check_texts(container)
-                items: Any = container.values()
-            else:
-                items = container
-            seen += len(container)
-            below += [item for item in items if _holds_more(item)]
+        seen += sum(map(len, level))
         if seen > MAX_JSON_VALUES:
             raise bad_request(f"body: got more than {MAX_JSON_VALUES} values")
-        if not below:
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        if not level:
             return
-        level = below
     raise _too_deep()
-
-
-def _check_texts(keys: Any) -> None:
-    for key in keys:
-        _check_text(key)
-
-
-def _holds_more(item: Any) -> bool:
-    check = _CHECKS.get(type(item))
-    if check is None:
-        return isinstance(item, (dict, list))
-    check(item)
-    return False
-
-
-def _check_text(text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise bad_request("body: got half a surrogate pair in a text, expected Unicode") from None
-
-
-def _check_number(number: float) -> None:
-    if not math.isfinite(number):
-        raise bad_request("body: got a number too large, expected a finite one")
-
-
-_CHECKS: dict[type, Callable[[Any], None]] = {str: _check_text, float: _check_number}

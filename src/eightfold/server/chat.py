@@ -1,134 +1,160 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: what a request asks for, and its messages as chat templates expect them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+import json
+from collections.abc import Callable
 from typing import Any
 
-from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
-
-from eightfold.engine.sampling_params import SamplingParams
+from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from eightfold.errors import EightfoldError
 from eightfold.server.answers import ChatAnswer
-from eightfold.server.fields import Fields
-from eightfold.server.messages import read_messages
-from eightfold.server.problems import bad_request, refused
-from eightfold.server.record import Record
-from eightfold.server.respond import answer_stream, answer_whole
+from eightfold.server.fields import OBJECT, STRING, Fields, bad_request, between, refused, wrong
+from eightfold.server.generation import Asked
 from eightfold.server.sampling import read_max_tokens, read_stream, sampling_params, structured_output
 from eightfold.server.service import Service
-from eightfold.server.settings import MAX_TOP_LOGPROBS
 from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import Message, Tokenizer
+from eightfold.values import SWITCH
+
+MAX_MESSAGES = 4096
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """What the chat template is given."""
-
-    messages: list[Message]
-    tools: list[Any] | None
-    opens_answer: bool
-    variables: dict[str, Any]
-
-    def encode(self, tokenizer: Tokenizer) -> list[int]:
-        """Return the prompt's token ids.
-
-        Raises:
-            ApiError: 400: the template refuses it.
-        """
-        try:
-            return tokenizer.encode_chat(
-                self.messages, add_generation_prompt=self.opens_answer, tools=self.tools, variables=self.variables
-            )
-        except EightfoldError as error:
-            raise refused(error, param="messages") from None
-
-
-def read_conversation(fields: Fields, template: str | None, tools: list[Any] | None) -> Conversation:
-    """Return what the chat template is given.
-
-    Raises:
-        ApiError: 400.
-    """
-    if template is None:
-        raise bad_request(
-            "messages: this model has no chat template. Use /v1/completions, or start the server with --chat-template.",
-            param="messages",
-        )
-    return Conversation(
-        read_messages(fields, template),
-        tools,
-        fields.flag("add_generation_prompt", True),
-        fields.object("chat_template_kwargs") or {},
+def read_chat(fields: Fields, service: Service) -> Asked:
+    """Return what a request for a chat's next message asks for."""
+    params, tools = _params(fields, service.template or "")
+    encode = read_conversation(fields, service.template, tools.shown)
+    stream = read_stream(fields)
+    return Asked(
+        prompts=1,
+        encode=lambda tokenizer: ([encode(tokenizer)], None),
+        params=params,
+        answer=lambda _: ChatAnswer(service.settings.model_names[0], service.texts, tools, **stream),
+        **stream,
     )
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a request asks for."""
-
-    conversation: Conversation
-    params: SamplingParams
-    tools: ToolUse
-    streams: bool
-    shows_usage: bool
-
-
-class ChatCompletions:
-    """Answers chats."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        request, service = Request(scope, receive), self._service
-        record: Record = request.state.record
-        asked = await self._read(request, record)
-        with service.admitted(asked.params.n):
-            prompt = await service.in_thread(record, partial(asked.conversation.encode, service.tokenizer))
-            service.require_fit([prompt])
-            answer = ChatAnswer(
-                service.settings.model_names[0],
-                service.texts,
-                asked.tools,
-                streams=asked.streams,
-                shows_usage=asked.shows_usage,
-            )
-            with service.run([prompt], asked.params, record, streams=asked.streams) as run:
-                if asked.streams:
-                    await answer_stream(run, answer, record, receive, send, shows_usage=asked.shows_usage)
-                else:
-                    await answer_whole(run, answer, record, receive, send)
-
-    async def _read(self, request: Request, record: Record) -> _Asked:
-        fields = await self._service.read(request)
-        template = self._service.template
-        params, tools = _params(fields, template or "")
-        conversation = read_conversation(fields, template, tools.shown)
-        streams, shows_usage = read_stream(fields)
-        record.ignored = fields.ignored
-        return _Asked(conversation, params, tools, streams, shows_usage)
 
 
 def _params(fields: Fields, template: str) -> tuple[SamplingParams, ToolUse]:
     tools, form = read_tools(fields, template), structured_output(fields)
     if tools.forced is not None and form is not None:
         raise bad_request("tool_choice: got one that asks for a call beside response_format", param="tool_choice")
+    wanted, top = fields.read("logprobs", SWITCH, False), fields.read("top_logprobs", between(0, MAX_LOGPROBS), 0)
+    if top and not wanted:
+        raise bad_request('top_logprobs: expected "logprobs": true beside it', param="top_logprobs")
     params = sampling_params(
         fields,
         max_tokens=read_max_tokens(fields, None),
-        logprobs=_logprobs(fields),
+        logprobs=top if wanted else None,
         structured=form or tools.forced,
     )
     return params, tools
 
 
-def _logprobs(fields: Fields) -> int | None:
-    wanted, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
-    if top and not wanted:
-        raise bad_request('top_logprobs: expected "logprobs": true beside it', param="top_logprobs")
-    return (top or 0) if wanted else None
+def read_conversation(
+    fields: Fields, template: str | None, tools: list[Any] | None
+) -> Callable[[Tokenizer], list[int]]:
+    """Return what makes the token ids of a request's messages, in the model's chat template."""
+    if template is None:
+        raise bad_request(
+            "messages: this model has no chat template. Use /v1/completions, or start the server with --chat-template.",
+            param="messages",
+        )
+    messages = _messages(fields, template)
+    opens_answer = fields.read("add_generation_prompt", SWITCH, True)
+    variables = fields.read("chat_template_kwargs", OBJECT, {})
+
+    def encode(tokenizer: Tokenizer) -> list[int]:
+        try:
+            return tokenizer.encode_chat(messages, add_generation_prompt=opens_answer, tools=tools, variables=variables)
+        except EightfoldError as error:
+            raise refused(error, param="messages") from None
+
+    return encode
+
+
+def _messages(fields: Fields, template: str) -> list[Message]:
+    given = fields.items("messages", MAX_MESSAGES)
+    if not given:
+        raise bad_request("messages: expected at least one", param="messages")
+    messages = [_message(f"messages[{at}]", message) for at, message in enumerate(given)]
+    if "developer" not in template:  # the younger name of the same
+        for message in messages:
+            if message["role"] == "developer":
+                message["role"] = "system"
+    return messages
+
+
+def _message(where: str, given: Any) -> Message:
+    if not isinstance(given, dict):
+        raise wrong(where, given, "an object")
+    role = given.get("role")
+    if not isinstance(role, str) or not role:
+        raise wrong(f"{where}.role", role, "system, user, assistant or tool")
+    if given.get("function_call") is not None:
+        raise bad_request(f"{where}.function_call is not supported. Use tool_calls.", param="messages")
+    calls = _calls(f"{where}.tool_calls", given.get("tool_calls"))
+    content = given.get("content")
+    if content is None and not calls and role != "assistant":
+        raise wrong(f"{where}.content", None, "a text")
+    message: Message = {"role": role, "content": _content(f"{where}.content", content)}
+    if calls:
+        message["tool_calls"] = calls
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if given.get(name) is not None:
+            message[name] = _text(f"{where}.{name}", given[name])
+    return message
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong(where, value, STRING.name)
+    return value
+
+
+def _content(where: str, content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise wrong(where, content, "a text or a list of parts")
+    return "\n".join(_part(f"{where}[{at}]", part) for at, part in enumerate(content))
+
+
+def _part(where: str, part: Any) -> str:
+    if not isinstance(part, dict):
+        raise wrong(where, part, "an object")
+    kind = part.get("type")
+    if kind in ("text", "refusal"):
+        return _text(f"{where}.{kind}", part.get(kind))
+    if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
+        message = f"{where}: this model reads text only, not {kind}"
+        raise bad_request(message, param="messages", code="unsupported_content")
+    raise wrong(f"{where}.type", kind, "text")
+
+
+def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise wrong(where, calls, "a list")
+    return [_call(f"{where}[{at}]", call) for at, call in enumerate(calls)]
+
+
+def _call(where: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise wrong(where, call, "an object with a function that has a name and arguments")
+    arguments = _arguments(f"{where}.function.arguments", function.get("arguments"))
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _arguments(where: str, arguments: Any) -> dict[str, Any]:
+    """Return a call's arguments as an object, which templates render in their own way."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            message = f"{where}: got text that is not JSON, expected a JSON object"
+            raise bad_request(message, param="messages") from None
+    if not isinstance(arguments, dict):
+        raise wrong(where, arguments, "a JSON object")
+    return arguments

@@ -1,19 +1,49 @@
-"""The small endpoints."""
+"""What answers each path."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from eightfold import __version__
 from eightfold.server.chat import read_conversation
-from eightfold.server.fields import Fields, wrong
+from eightfold.server.fields import STRING, Fields, bad_request, wrong
+from eightfold.server.generation import Asked, answer_stream, answer_whole
+from eightfold.server.logs import Record
 from eightfold.server.metrics import CONTENT_TYPE
-from eightfold.server.problems import bad_request
 from eightfold.server.service import Service
 from eightfold.server.tools import read_tools
+from eightfold.values import SWITCH, Kind
+
+_TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id")
+
+
+class Generating:
+    """Answers prompts, as the fields of a request ask for it."""
+
+    def __init__(self, service: Service, read: Callable[[Fields, Service], Asked]) -> None:
+        self._service, self._read = service, read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request, service = Request(scope, receive), self._service
+        record: Record = request.state.record
+        fields = await service.read(request)
+        asked = self._read(fields, service)
+        record.ignored = fields.ignored
+        with service.limiter.admitted(asked.params.n * asked.prompts):
+            prompts, texts = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
+            service.require_fit(prompts)
+            answer = asked.answer(texts)
+            with service.in_flight(prompts, asked.params, record, streams=asked.streams) as running:
+                if asked.streams:
+                    await answer_stream(running, answer, receive, send, shows_usage=asked.shows_usage)
+                else:
+                    await answer_whole(running, answer, receive, send)
 
 
 class Endpoints:
@@ -48,17 +78,17 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text or of a chat."""
-        service = self._service
+        service, record = self._service, request.state.record
         fields = await service.read(request)
-        text, with_texts = fields.text("prompt"), fields.flag("return_token_strs")
+        text, with_texts = fields.read("prompt", STRING), fields.read("return_token_strs", SWITCH, False)
         tokenizer = service.tokenizer
         if text is not None:
-            special, given = fields.flag("add_special_tokens", True), text
-            ids = await service.in_thread(request.state.record, lambda: tokenizer.encode(given, special_tokens=special))
+            special = fields.read("add_special_tokens", SWITCH, True)
+            ids = await service.in_thread(record, lambda: tokenizer.encode(text, special_tokens=special))
         elif fields.any("messages") is not None:
             tools = read_tools(fields, service.template or "")
-            conversation = read_conversation(fields, service.template, tools.shown)
-            ids = await service.in_thread(request.state.record, lambda: conversation.encode(tokenizer))
+            encode = read_conversation(fields, service.template, tools.shown)
+            ids = await service.in_thread(record, lambda: encode(tokenizer))
         else:
             raise bad_request("prompt: expected a text, or messages", param="prompt")
         content = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
@@ -70,13 +100,18 @@ class Endpoints:
         """Return the text of token ids."""
         service = self._service
         fields = await service.read(request)
-        ids, keep = _token_ids(fields), not fields.flag("skip_special_tokens")
+        if fields.any("tokens") is None:
+            raise bad_request("tokens: expected a list of token ids", param="tokens")
+        ids, keep = fields.items("tokens", 2**18), not fields.read("skip_special_tokens", SWITCH, False)
+        for at, token in enumerate(ids):
+            if not _TOKEN.fits(token):
+                raise wrong(f"tokens[{at}]", token, _TOKEN.name)
         text = await service.in_thread(request.state.record, lambda: service.tokenizer.decode(ids, keep_special=keep))
         return JSONResponse({"prompt": text})
 
     async def health(self, request: Request) -> Response:
         """Say whether requests are answered."""
-        if self._service.admission.is_draining:
+        if self._service.limiter.is_draining:
             return JSONResponse({"status": "stopping"}, 503)
         if not self._service.engine.is_healthy:
             return JSONResponse({"status": "failed"}, 503)
@@ -89,13 +124,3 @@ class Endpoints:
     async def version(self, request: Request) -> Response:
         """Return this program's version."""
         return JSONResponse({"version": __version__})
-
-
-def _token_ids(fields: Fields) -> list[int]:
-    ids = fields.items("tokens", 2**18)
-    if ids is None:
-        raise bad_request("tokens: expected a list of token ids", param="tokens")
-    for at, token in enumerate(ids):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-            raise wrong(f"tokens[{at}]", token, "a token id")
-    return ids

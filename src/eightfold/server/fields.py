@@ -1,20 +1,27 @@
-"""A request's fields: read with their types, refused where they would mean something that is not done here.
+"""A request's fields, read by their kinds, and the errors of OpenAI's API that say what is wrong with one.
 
-What is neither read, nor refused, nor known is ignored; docs/serving.md has the table.
+Everything in this package that reads a request raises ApiError for what it cannot use. Fields that would change the
+answer and are not supported are refused; what nobody reads is ignored. docs/serving.md has the table.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from eightfold.server.problems import ApiError, bad_request
+from eightfold.errors import CapacityError, EightfoldError
+from eightfold.values import WHOLE, Kind, shorten
+
+STRING = Kind((str,), "a text")
+LIST = Kind((list,), "a list")
+OBJECT = Kind((dict,), "an object")
 
 _USE_TOOLS = "Use tools and tool_choice."
 _NO_BEAMS = "There is no beam search."
 
 # Field -> values that change nothing, and what to do instead. Anything else is a 400.
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "allowed_token_ids": (([],), "Use logit_bias or a grammar."),
     "audio": ((), "Only text is generated."),
     "bad_words": (([],), "Use logit_bias."),
@@ -37,36 +44,83 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "There is no web search."),
 }
 
-_KINDS: dict[type, str] = {
-    str: "a text",
-    bool: "true or false",
-    int: "a whole number",
-    list: "a list",
-    dict: "an object",
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
 }
 
 
-class Fields:
-    """The fields of a request; null is the same as not given.
+class ApiError(Exception):
+    """An answer other than 200.
 
     Attributes:
-        names: of the fields that are given.
+        status: the HTTP status.
+        message: one line for a person.
+        code: one word for a program, or None.
+        param: the field of the request that is to blame, or None.
+        headers: more headers of the answer.
     """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, " ".join(message.split()), code, param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """Return what is sent as JSON."""
+        kind = _ERROR_TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """Return a 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def refused(error: EightfoldError, *, param: str | None = None) -> ApiError:
+    """Return the 400 for input that the engine, the tokenizer or the chat template refuses."""
+    code = "context_length_exceeded" if isinstance(error, CapacityError) else None
+    return bad_request(str(error), param=param, code=code)
+
+
+def wrong(name: str, value: Any, expected: str) -> ApiError:
+    """Return the 400 for a field that is not what it should be."""
+    return bad_request(f"{name}: got {shown(value)}, expected {expected}", param=name.partition("[")[0])
+
+
+def internal() -> ApiError:
+    """Return a 500, which tells a stranger nothing."""
+    return ApiError(500, "internal error: the server's log has the details", code="internal_error")
+
+
+def draining() -> ApiError:
+    """Return the 503 of a server that is stopping."""
+    return ApiError(503, "the server is stopping. Try again later.", code="stopping", headers={"Retry-After": "10"})
+
+
+class Fields:
+    """The fields of a request; null is the same as not given."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
         self._read: set[str] = set()
 
     def refuse_unsupported(self) -> None:
-        """Refuse fields that would change the answer and are not supported.
-
-        Raises:
-            ApiError: 400.
-        """
-        for name in self._values.keys() & _REFUSED.keys():
-            self._read.add(name)
-            neutral, advice = _REFUSED[name]
-            value = self._values[name]
+        """Refuse fields that would change the answer and are not supported."""
+        for name in self._values.keys() & REFUSED.keys():
+            neutral, advice = REFUSED[name]
+            value = self.any(name)
             if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
                 raise bad_request(f"{name} is not supported. {advice}", param=name, code="unsupported_parameter")
 
@@ -80,53 +134,35 @@ class Fields:
         self._read.add(name)
         return self._values.get(name)
 
-    def text(self, name: str) -> str | None:
-        """Return a text, or None."""
-        value: str | None = self._typed(name, str)
+    def read(self, name: str, kind: Kind, default: Any = None) -> Any:
+        """Return a field that has to be of a kind, or the default where it is not given."""
+        value = self.any(name)
+        if value is None:
+            return default
+        misfit = kind.misfit(value)
+        if misfit is not None:
+            raise wrong(name, *misfit)
         return value
 
-    def flag(self, name: str, default: bool = False) -> bool:
-        """Return true or false."""
-        value: bool | None = self._typed(name, bool)
-        return default if value is None else value
-
-    def whole(self, name: str, least: int, most: int) -> int | None:
-        """Return a whole number of a range, or None."""
-        value: int | None = self._typed(name, int)
-        if value is not None and not least <= value <= most:
-            raise bad_request(f"{name}: got {shown(value)}, expected {least} to {most}", param=name)
-        return value
-
-    def items(self, name: str, most: int) -> list[Any] | None:
-        """Return a list of so many items at most, or None."""
-        value: list[Any] | None = self._typed(name, list)
-        if value is not None and len(value) > most:
+    def items(self, name: str, most: int) -> list[Any]:
+        """Return a list of so many items at most; an empty one where it is not given."""
+        value: list[Any] = self.read(name, LIST, [])
+        if len(value) > most:
             raise bad_request(f"{name}: got {len(value)} items, expected at most {most}", param=name)
         return value
 
-    def object(self, name: str) -> dict[str, Any] | None:
-        """Return an object, or None."""
-        value: dict[str, Any] | None = self._typed(name, dict)
-        return value
 
-    def _typed(self, name: str, kind: type) -> Any:
-        value = self.any(name)
-        if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
-            return value
-        raise wrong(name, value, _KINDS[kind])
-
-
-def wrong(name: str, value: Any, expected: str) -> ApiError:
-    """Return the 400 for a field that is not what it should be."""
-    return bad_request(f"{name}: got {shown(value)}, expected {expected}", param=name.partition("[")[0])
+def between(least: int, most: int) -> Kind:
+    """Return the kind of whole numbers in [least, most]."""
+    return WHOLE._replace(least=least, most=most, outside=f"{least} to {most}")
 
 
 def shown(value: Any) -> str:
-    """Render a value of any size for a message."""
+    """Render a value of any size for a message, as JSON has it."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, str):
-        return repr(value if len(value) <= 60 else value[:57] + "...")
+        return repr(shorten(value))
     return "a huge number" if isinstance(value, int) and abs(value) >= 10**20 else str(value)

@@ -1,95 +1,79 @@
-"""One HTTP request in the engine: a prompt or several, and what becomes of them."""
+"""One HTTP request in the engine: its prompts, and how their answers leave, as JSON or event by event."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from eightfold.engine.outputs import EngineStats, RequestOutput
+from starlette.types import Receive, Send
+
+from eightfold.engine.async_llm import EngineStoppedError
+from eightfold.engine.outputs import RequestOutput
+from eightfold.errors import EightfoldError
+from eightfold.server.answers import DONE, ChatAnswer, CompletionAnswer, Usage, event, to_json
+from eightfold.server.fields import ApiError, draining, internal, refused
+from eightfold.server.logs import GONE, Record
 from eightfold.server.metrics import Metrics
-from eightfold.server.record import Record
-from eightfold.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from eightfold.engine.async_llm import AsyncLLM
     from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.tokenizer import Tokenizer
+
+log = logging.getLogger("eightfold.server")
+
+FIRST_SIGN_SECONDS = 10.0  # a stream that has to wait longer begins with comments, so that nobody gives it up
+
+Answer = ChatAnswer | CompletionAnswer
+
+_EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 
 
-class EngineFacts(Protocol):
-    """What the server reads of what runs inside."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks for.
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Of the model."""
+    Attributes:
+        prompts: how many there are.
+        encode: returns their token ids, and their texts where the answers repeat them; it takes time.
+        params: how the answers' tokens are chosen.
+        answer: makes what writes the answers, from the texts that they repeat.
+        streams: whether they are streamed.
+        shows_usage: whether a stream ends with the usage.
+    """
 
-    @property
-    def max_model_len(self) -> int:
-        """Positions of a sequence, prompt and answer together."""
-
-
-class ServedEngine(Protocol):
-    """What the server needs of an engine: AsyncLLM is one."""
-
-    @property
-    def engine(self) -> EngineFacts:
-        """What runs inside."""
-
-    @property
-    def stats(self) -> EngineStats:
-        """Counts as they are now."""
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether new requests are answered."""
-
-    def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None, *, streams: bool = True
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a prompt, in one output or many; an EightfoldError says what of it cannot be done."""
-
-    def abort(self, request_id: str) -> None:
-        """End a request where it stands, if there is one."""
-
-    async def shutdown(self, drain: float = 0.0) -> None:
-        """End after so many seconds at most."""
+    prompts: int
+    encode: Callable[[Tokenizer], tuple[list[list[int]], list[str] | None]]
+    params: SamplingParams
+    answer: Callable[[list[str] | None], Answer]
+    streams: bool
+    shows_usage: bool
 
 
 class Aborted(Exception):
     """The request ended before its answers were complete."""
 
 
-@dataclass(slots=True)
-class Usage:
-    """Tokens of a request."""
-
-    prompt: int = 0
-    cached: int = 0
-    generated: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as OpenAI writes it."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.generated,
-            "total_tokens": self.prompt + self.generated,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
+_ENDS = (Aborted, EngineStoppedError, EightfoldError)  # how a request ends that gets no answer
 
 
-class Run:
+class InFlight:
     """A request's prompts in the engine, from their submission to their end.
 
     Attributes:
-        usage: of the prompts that are finished.
+        record: of the request.
+        usage: tokens of the prompts that are finished.
     """
 
     def __init__(
         self,
-        engine: ServedEngine,
+        engine: AsyncLLM,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         record: Record,
@@ -97,9 +81,9 @@ class Run:
         *,
         streams: bool,
     ) -> None:
-        self.usage = Usage()
+        self.record, self.usage = record, Usage()
         self._engine, self._prompts, self._params, self._streams = engine, prompts, params, streams
-        self._record, self._metrics = record, metrics
+        self._metrics = metrics
         stem = uuid.uuid4().hex
         self._unfinished = {at: f"{stem}-{at}" for at in range(len(prompts))}
         self._is_aborted = False
@@ -117,7 +101,7 @@ class Run:
 
         Raises:
             EightfoldError: the engine refuses a prompt.
-        EngineStoppedError: there is no engine any more.
+            EngineStoppedError: there is no engine any more.
             Aborted: `abort` was called, or the engine gave up.
         """
         source = self._one(0) if len(self._prompts) == 1 else self._several()
@@ -133,14 +117,15 @@ class Run:
         source = self._engine.generate(self._prompts[at], self._params, self._unfinished[at], streams=self._streams)
         async with aclosing(source) as outputs:
             async for output in outputs:
-                if self._is_aborted or _is_aborted(output):
+                gave_up = output.finished and any(answer.finish_reason == "abort" for answer in output.outputs)
+                if self._is_aborted or gave_up:
                     raise Aborted
-                if self._record.first_token is None:
-                    self._record.first_token = output.times.first_token or time.monotonic()
+                if self.record.first_token is None:
+                    self.record.first_token = output.times.first_token or time.monotonic()
                 yield at, output
 
     async def _several(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        ready: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+        ready: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
         async def feed(at: int) -> None:
             try:
@@ -157,7 +142,7 @@ class Run:
                 item = await ready.get()
                 if item is None:
                     going -= 1
-                elif isinstance(item, BaseException):
+                elif isinstance(item, Exception):
                     raise item
                 else:
                     yield item
@@ -167,7 +152,7 @@ class Run:
 
     def _note_end(self, at: int, output: RequestOutput) -> None:
         self._unfinished.pop(at)
-        usage, record = self.usage, self._record
+        usage, record = self.usage, self.record
         usage.prompt += len(output.prompt_ids)
         usage.cached += output.cached_tokens
         usage.generated += sum(len(answer.token_ids) for answer in output.outputs)
@@ -180,5 +165,106 @@ class Run:
         self._metrics.finished(output)
 
 
-def _is_aborted(output: RequestOutput) -> bool:
-    return output.finished and any(answer.finish_reason == "abort" for answer in output.outputs)
+async def send_json(send: Send, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    """Send JSON."""
+    body = to_json(content)
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    raw += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+@asynccontextmanager
+async def _watched(prompts: InFlight, receive: Receive) -> AsyncIterator[None]:
+    """Abort prompts when their client leaves."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        prompts.record.status = GONE
+        prompts.abort()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+
+
+async def answer_whole(prompts: InFlight, answer: Answer, receive: Receive, send: Send) -> None:
+    """Wait for the end of prompts and send their answers; ApiError where there are none."""
+    finished: dict[int, RequestOutput] = {}
+    async with _watched(prompts, receive):
+        try:
+            async for at, output in prompts.outputs():
+                if output.finished:
+                    finished[at] = output
+        except _ENDS as error:
+            if prompts.record.status == GONE:
+                return
+            raise _problem(error) from None
+    await send_json(send, answer.whole([finished[at] for at in sorted(finished)], prompts.usage))
+
+
+async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, send: Send, *, shows_usage: bool) -> None:
+    """Send what prompts produce as it comes; ApiError where there is nothing, and nothing was sent yet."""
+    record = prompts.record
+    async with _watched(prompts, receive), aclosing(prompts.outputs()) as outputs:
+        try:
+            at, output = await _first(outputs, record, send)
+            await _begin(record, send)
+            await _event(send, answer.pieces(at, output))
+            async for at, output in outputs:
+                piece = answer.pieces(at, output)
+                if piece:
+                    await _event(send, piece)
+            last = (answer.usage(prompts.usage) if shows_usage else b"") + DONE
+            await _event(send, last, more=False)
+        except _ENDS as error:
+            if record.status == 0:
+                raise _problem(error) from None
+            if record.status != GONE:
+                await _give_up(record, send, _problem(error))
+        except Exception:
+            if record.status == 0:
+                raise
+            log.exception("a stream broke off", extra={"request_id": record.id})
+            await _give_up(record, send, internal())
+
+
+async def _first(
+    outputs: AsyncIterator[tuple[int, RequestOutput]], record: Record, send: Send
+) -> tuple[int, RequestOutput]:
+    """Wait for the first output, with a sign of life now and then."""
+    first = asyncio.ensure_future(anext(outputs))
+    try:
+        while not (await asyncio.wait({first}, timeout=FIRST_SIGN_SECONDS))[0]:
+            await _begin(record, send)
+            await _event(send, b": waiting\n\n")
+        return first.result()
+    finally:
+        if first.cancel():
+            await asyncio.wait({first})
+
+
+async def _begin(record: Record, send: Send) -> None:
+    if record.status == 0:
+        await send({"type": "http.response.start", "status": 200, "headers": list(_EVENTS)})
+
+
+async def _event(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _give_up(record: Record, send: Send, problem: ApiError) -> None:
+    """End a stream that has begun with an error, which is not followed by [DONE]."""
+    record.error = problem.code
+    await _event(send, event(problem.body()), more=False)
+
+
+def _problem(error: Exception) -> ApiError:
+    if isinstance(error, EightfoldError):
+        return refused(error)
+    if isinstance(error, Aborted):
+        return draining()
+    return ApiError(503, "the engine has stopped: the server's log has the details", code="engine_stopped")

@@ -3,14 +3,79 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
+import re
 import sys
+import time
 import traceback
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from eightfold.server.record import Record, log_line
-
 LEVELS = ("debug", "info", "warning", "error")
+GONE = 499  # what a request is logged with whose client left before its answer was complete
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known about one HTTP request, for the log and for its answer's headers; never what it says.
+
+    Attributes:
+        id: the client's, or our own.
+        method: of HTTP.
+        path: without the query.
+        started: seconds of time.monotonic.
+        status: of the answer; 0 until it begins.
+        held_bytes: bytes of its body that are in memory.
+        prompt_tokens: tokens of all prompts.
+        cached_tokens: those of them found in the prefix cache.
+        generated_tokens: tokens of all answers.
+        first_token: seconds of time.monotonic.
+        finish_reasons: one for each answer.
+        ignored: names of fields that nobody has read.
+        error: one word of what went wrong.
+    """
+
+    id: str
+    method: str
+    path: str
+    started: float = field(default_factory=time.monotonic)
+    status: int = 0
+    held_bytes: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    first_token: float | None = None
+    finish_reasons: list[str] = field(default_factory=list)
+    ignored: Sequence[str] = ()
+    error: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the log shows."""
+        line: dict[str, Any] = {"id": self.id, "method": self.method, "path": self.path[:200], "status": self.status}
+        if self.prompt_tokens:
+            line["prompt_tokens"] = self.prompt_tokens
+            line["cached_tokens"] = self.cached_tokens
+            line["generated_tokens"] = self.generated_tokens
+        if self.first_token is not None:
+            line["ttft"] = round(self.first_token - self.started, 4)
+        line["seconds"] = round(time.monotonic() - self.started, 4)
+        if self.finish_reasons:
+            line["finish"] = ",".join(self.finish_reasons[:8])
+        if self.ignored:
+            line["ignored"] = ",".join(name[:40] for name in self.ignored[:16])
+        if self.error:
+            line["error"] = self.error
+        return line
+
+
+def request_id(given: str | None) -> str:
+    """Return the id that a client gave its request, if it is a sane one, or a new one."""
+    return given if given is not None and _SANE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
 class _Lines(logging.Formatter):
@@ -32,7 +97,7 @@ class _Lines(logging.Formatter):
             line["traceback"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])]
             if record.levelno >= logging.ERROR and logging.getLogger("eightfold").isEnabledFor(logging.DEBUG):
                 line["exception_message"] = str(record.exc_info[1])
-        return log_line(line)
+        return json.dumps(line, separators=(",", ":"), default=str)
 
 
 def set_up(level: str) -> None:

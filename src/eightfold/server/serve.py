@@ -14,14 +14,16 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from eightfold.errors import ConfigError
 from eightfold.server.app import create_app
-from eightfold.server.generation import ServedEngine
-from eightfold.server.service import Service
-from eightfold.server.settings import ServerSettings
+from eightfold.server.service import ServerSettings, Service
+
+if TYPE_CHECKING:
+    from eightfold.engine.async_llm import AsyncLLM
 
 log = logging.getLogger("eightfold.server")
 
@@ -65,7 +67,7 @@ def _address_error(host: str, port: int, error: OSError) -> ConfigError:
     return _not_ours(host, error)
 
 
-def serve(engine: ServedEngine, settings: ServerSettings, sock: socket.socket, announce: Callable[[str], None]) -> None:
+def serve(engine: AsyncLLM, settings: ServerSettings, sock: socket.socket, announce: Callable[[str], None]) -> None:
     """Serve until a signal says to stop.
 
     Args:
@@ -95,7 +97,7 @@ class Server(uvicorn.Server):
         service: what it serves.
     """
 
-    def __init__(self, engine: ServedEngine, settings: ServerSettings, ready: Callable[[], None]) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings, ready: Callable[[], None]) -> None:
         self.service = Service(engine, settings)
         self._ready = ready
         self._drain: asyncio.Task[None] | None = None
@@ -134,15 +136,15 @@ class Server(uvicorn.Server):
 
     async def _finish(self) -> None:
         """Let what runs come to its end, within the time for it."""
-        admission, timeout = self.service.admission, self.service.settings.drain_timeout
-        admission.is_draining = True
-        log.info("stopping: %d sequences may finish within %g s", admission.inside, timeout)
+        limiter, timeout = self.service.limiter, self.service.settings.drain_timeout
+        limiter.is_draining = True
+        log.info("stopping: %d sequences may finish within %g s", limiter.inside, timeout)
         for seconds in (timeout, GRACE_SECONDS):
             try:
-                await asyncio.wait_for(admission.wait_until_empty(), seconds)
+                await asyncio.wait_for(limiter.wait_until_empty(), seconds)
                 break
             except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-                log.warning("ending %d sequences that still run", admission.inside)
+                log.warning("ending %d sequences that still run", limiter.inside)
                 self.service.abort_all()
         self.should_exit = True
 

@@ -1,72 +1,169 @@
-"""What the endpoints share."""
+"""What the endpoints share: the engine, who is let in, what runs, and threads for the tokenizer."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import hmac
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 
-from eightfold.engine.sampling_params import SamplingParams
-from eightfold.server.admission import Admission
-from eightfold.server.body import read_json
-from eightfold.server.fields import Fields, shown
-from eightfold.server.generation import Run, ServedEngine
-from eightfold.server.logprobs import TokenTexts
+from eightfold.server.answers import TokenTexts
+from eightfold.server.body import LARGE_BODY_BYTES, read_json
+from eightfold.server.fields import STRING, ApiError, Fields, bad_request, draining, shown
+from eightfold.server.generation import InFlight
+from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
-from eightfold.server.problems import ApiError, bad_request, draining
-from eightfold.server.record import Record
-from eightfold.server.settings import ServerSettings
-from eightfold.server.text import TextWorker
+
+if TYPE_CHECKING:
+    from eightfold.engine.async_llm import AsyncLLM
+    from eightfold.engine.sampling_params import SamplingParams
+
+MAX_HELD_BYTES = 256 * 2**20  # of all bodies that are being read or tokenized
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How to serve.
+
+    Attributes:
+        model_names: what clients may call the model; answers carry the first.
+        api_key: what clients have to send; None: nothing.
+        max_num_seqs: how many sequences the engine runs at a time.
+        max_waiting: how many more may wait for their turn.
+        drain_timeout: seconds that running requests get to finish when the server is told to stop.
+        cors_origins: web origins whose pages may call the API; "*" for any.
+    """
+
+    model_names: tuple[str, ...]
+    api_key: str | None = None
+    max_num_seqs: int = 64
+    max_waiting: int = 256
+    drain_timeout: float = 30.0
+    cors_origins: tuple[str, ...] = ()
+
+    def accepts_key(self, authorization: str) -> bool:
+        """Return whether an Authorization header holds the key, in a time that says nothing about the key."""
+        if self.api_key is None:
+            return True
+        scheme, _, given = authorization.partition(" ")
+        matches = hmac.compare_digest(_digest(given.strip()), _digest(self.api_key))
+        return matches and scheme.lower() == "bearer"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+class Limiter:
+    """Counts sequences from their admission to their end, and bytes of bodies from their arrival until they are tokens.
+
+    Attributes:
+        inside: sequences that were admitted and have not ended.
+        held_bytes: bytes of bodies.
+        is_draining: whether the server is stopping.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._running = settings.max_num_seqs
+        self._most = settings.max_num_seqs + settings.max_waiting
+        self.inside = 0
+        self.held_bytes = 0
+        self.is_draining = False
+        self._mean_seconds = 1.0  # of the last requests
+        self._emptied = asyncio.Event()
+        self._emptied.set()
+
+    @contextmanager
+    def admitted(self, sequences: int) -> Iterator[None]:
+        """Let a request in for as long as the context lasts.
+
+        Raises:
+            ApiError: 400 for one that can never be admitted, 429 when too many are inside, 503 while draining.
+        """
+        if self.is_draining:
+            raise draining()
+        if sequences > self._most:
+            raise bad_request(f"prompts x n: got {sequences}, expected at most {self._most}", param="n")
+        if self.inside + sequences > self._most:
+            raise self._busy("requests are waiting")
+        self.inside += sequences
+        self._emptied.clear()
+        entered = time.monotonic()
+        try:
+            yield
+        finally:
+            self.inside -= sequences
+            if not self.inside:
+                self._emptied.set()
+            self._mean_seconds += 0.1 * (time.monotonic() - entered - self._mean_seconds)
+
+    def hold(self, record: Record, size: int) -> None:
+        """Count more bytes of a request's body; ApiError 429 where there are too many already."""
+        if self.held_bytes + size > MAX_HELD_BYTES:
+            raise self._busy("texts are being read")
+        self.held_bytes += size
+        record.held_bytes += size
+
+    def let_go(self, record: Record) -> None:
+        """Count a request's body no longer."""
+        self.held_bytes -= record.held_bytes
+        record.held_bytes = 0
+
+    async def wait_until_empty(self) -> None:
+        """Return when nothing is inside."""
+        await self._emptied.wait()
+
+    def _busy(self, what: str) -> ApiError:
+        turns = max(self.inside - self._running, 0) / self._running
+        seconds = min(max(math.ceil(turns * self._mean_seconds), 1), 60)
+        message = f"too many {what}. Try again in {seconds} s."
+        return ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(seconds)})
 
 
 class Service:
     """An engine and everything around it.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: the model's.
         max_model_len: positions of a sequence, prompt and answer together.
         created: when it began, in seconds since 1970.
         template: the chat template's text; None: there is none.
     """
 
-    def __init__(self, engine: ServedEngine, settings: ServerSettings) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
         self.tokenizer = engine.engine.tokenizer
         self.max_model_len = engine.engine.max_model_len
         self.template = self.tokenizer.template_source() if self.tokenizer.has_chat_template else None
-        self.admission = Admission(settings)
+        self.limiter = Limiter(settings)
         self.metrics = Metrics(settings.model_names[0], lambda: engine.stats)
         self.texts = TokenTexts(self.tokenizer)
         self.created = int(time.time())
-        self._worker = TextWorker()
-        self._runs: set[Run] = set()
+        # Large texts have one thread, behind which small ones do not wait.
+        self._small_texts, self._large_texts = ThreadPoolExecutor(2, "text"), ThreadPoolExecutor(1, "large-text")
+        self._in_flight: set[InFlight] = set()
 
     async def read(self, request: Request) -> Fields:
-        """Return the fields of a request for the model.
-
-        Raises:
-            ApiError: 4xx, or 503 while the server is stopping.
-        """
-        if self.admission.is_draining:
+        """Return the fields of a request for the model; ApiError 4xx, or 503 while the server is stopping."""
+        if self.limiter.is_draining:
             raise draining()
         record: Record = request.state.record
-        fields = Fields(await read_json(request, lambda size: self._hold(record, size)))
-        self._require_model(fields.text("model"))
-        fields.refuse_unsupported()
-        return fields
-
-    def _hold(self, record: Record, size: int) -> None:
-        self.admission.hold(size)
-        record.held_bytes += size
-
-    def _require_model(self, name: str | None) -> None:
+        fields = Fields(await read_json(request, lambda size: self.limiter.hold(record, size)))
+        name = fields.read("model", STRING)
         if name is not None and name not in self.settings.model_names:
             raise self.unknown_model(name)
+        fields.refuse_unsupported()
+        return fields
 
     def unknown_model(self, name: str) -> ApiError:
         """Return the 404 for another model's name."""
@@ -74,36 +171,15 @@ class Service:
         return ApiError(404, message, param="model", code="model_not_found")
 
     async def in_thread(self, record: Record, work: Callable[[], T]) -> T:
-        """Return what work on a request's texts returns; its body is let go afterwards."""
+        """Return what work on a request's texts returns, in a thread; the request's body is let go afterwards."""
+        pool = self._large_texts if record.held_bytes > LARGE_BODY_BYTES else self._small_texts
         try:
-            return await self._worker.run(record.held_bytes, work)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
         finally:
-            self.let_go(record)
-
-    def let_go(self, record: Record) -> None:
-        """Take note that a request's body is no longer held."""
-        self.admission.let_go(record.held_bytes)
-        record.held_bytes = 0
-
-    @contextmanager
-    def admitted(self, sequences: int) -> Iterator[None]:
-        """Let a request in as long as the context lasts.
-
-        Raises:
-            ApiError: 400, 429 or 503.
-        """
-        entered = self.admission.enter(sequences)
-        try:
-            yield
-        finally:
-            self.admission.leave(sequences, entered)
+            self.limiter.let_go(record)
 
     def require_fit(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Check the lengths of prompts.
-
-        Raises:
-            ApiError: 400: one is empty or does not leave room for an answer.
-        """
+        """Refuse prompts that are empty or do not leave room for an answer."""
         most = self.max_model_len - 1
         for prompt in prompts:
             if not prompt:
@@ -115,22 +191,23 @@ class Service:
                 )
 
     @contextmanager
-    def run(
+    def in_flight(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, record: Record, *, streams: bool
-    ) -> Iterator[Run]:
-        """Make a run that `abort_all` knows as long as the context lasts."""
-        run = Run(self.engine, prompts, params, record, self.metrics, streams=streams)
-        self._runs.add(run)
+    ) -> Iterator[InFlight]:
+        """Hold prompts that `abort_all` knows for as long as the context lasts."""
+        made = InFlight(self.engine, prompts, params, record, self.metrics, streams=streams)
+        self._in_flight.add(made)
         try:
-            yield run
+            yield made
         finally:
-            self._runs.discard(run)
+            self._in_flight.discard(made)
 
     def abort_all(self) -> None:
         """End everything that runs."""
-        for run in tuple(self._runs):
-            run.abort()
+        for each in tuple(self._in_flight):
+            each.abort()
 
     def close(self) -> None:
         """Let the threads end."""
-        self._worker.close()
+        for pool in (self._small_texts, self._large_texts):
+            pool.shutdown(wait=False, cancel_futures=True)

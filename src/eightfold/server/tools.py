@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.server.fields import Fields, shown, wrong
-from eightfold.server.problems import bad_request
+from eightfold.server.fields import Fields, bad_request, shown, wrong
 from eightfold.server.sampling import form_of
-from eightfold.server.settings import MAX_TOOLS
+from eightfold.values import SWITCH
 
 Form = Literal["tagged", "json"]
+
+MAX_TOOLS = 128
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
@@ -35,7 +36,7 @@ class ToolUse:
 
     Attributes:
         shown: what the template is given; None: nothing.
-        names: of functions whose calls are recognised.
+        names: the functions whose calls are recognised.
         form: in which calls are recognised; None: not at all.
         forced: the form that the answer must have, which is a call.
         one_only: only the first call of an answer counts.
@@ -49,14 +50,10 @@ class ToolUse:
 
 
 def read_tools(fields: Fields, template: str) -> ToolUse:
-    """Return what a request says about tools.
-
-    Raises:
-        ApiError: 400.
-    """
-    one_only = not fields.flag("parallel_tool_calls", True)
+    """Return what a request says about tools, to a model with this chat template."""
+    one_only = not fields.read("parallel_tool_calls", SWITCH, True)
     choice = fields.any("tool_choice")
-    tools = fields.items("tools", MAX_TOOLS) or []
+    tools = fields.items("tools", MAX_TOOLS)
     functions = dict(_function(at, tool) for at, tool in enumerate(tools))
     if choice in (None, "auto") and functions:
         return ToolUse(tools, frozenset(functions), _form(template), None, one_only)
@@ -65,8 +62,7 @@ def read_tools(fields: Fields, template: str) -> ToolUse:
     wanted = functions if choice == "required" else {name: functions[name] for name in [_named(choice, functions)]}
     if not wanted:
         raise bad_request("tool_choice: got required, expected tools to choose from", param="tool_choice")
-    use = ToolUse(tools, frozenset(wanted), "json", None, one_only=True)
-    return replace(use, forced=_forced(wanted))
+    return ToolUse(tools, frozenset(wanted), "json", _forced(wanted), one_only=True)
 
 
 def _function(at: int, tool: Any) -> tuple[str, dict[str, Any]]:
@@ -133,15 +129,19 @@ class ToolParser:
         self._held = ""
         self.calls = 0
 
-    def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Take more of the answer; return the text and the calls that are certain now."""
+    def push(self, text: str, *, is_last: bool) -> tuple[str, list[ToolCall]]:
+        """Take more of the answer; return the text and the calls that are certain now: at the last, all."""
         if self._form is None:
             return text, []
         self._held += text
-        return self._tagged() if self._form == "tagged" else self._json()
+        text, calls = self._tagged() if self._form == "tagged" else self._json()
+        if is_last:
+            rest, last = self._rest()
+            text, calls = text + rest, calls + last
+        return text, calls
 
-    def finish(self) -> tuple[str, list[ToolCall]]:
-        """Return what was held back: no more text will come."""
+    def _rest(self) -> tuple[str, list[ToolCall]]:
+        """Return what was held back."""
         held, self._held = self._held, ""
         if self._form == "tagged" and _BEGIN in held:
             before, _, inner = held.partition(_BEGIN)
