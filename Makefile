@@ -15,7 +15,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	EIGHTFOLD_TESTS=ON EIGHTFOLD_WERROR=ON $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 demo: env
@@ -26,7 +26,7 @@ test: env
 
 # The native code under gcc's address, undefined-behaviour and thread sanitizers.
 sanitize: env
-	$(BIN)/pip install -q --disable-pip-version-check cmake ninja nanobind
+	$(BIN)/pip install -q --disable-pip-version-check cmake ninja
 	tests/native/sanitize.sh $(BIN)/python $(ARGS)
 
 lint: env

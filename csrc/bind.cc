@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu.h"
+#include "dispatch.h"
 #include "measure.h"
 #include "model.h"
 
@@ -19,8 +19,7 @@ using namespace nb::literals;
 
 namespace eightfold {
 
-void bind_kernels(nb::module_& m);  // bind_kernels.cc
-void bind_sample(nb::module_& m);   // bind_sample.cc
+void bind_sample(nb::module_& m);  // bind_sample.cc
 
 namespace {
 
@@ -250,10 +249,20 @@ ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const st
 
 NB_MODULE(_core, m) {
     nb::set_leak_warnings(false);
+    nb::class_<Isa>(m, "Isa")
+        .def_ro("name", &Isa::name)
+        .def_ro("needs", &Isa::needs)
+        .def_ro("dot", &Isa::dot)
+        .def_ro("fma", &Isa::fma)
+        .def_prop_ro("weight_rows", [](const Isa& self) { return self.tiles.weight_rows; })
+        .def_prop_ro("tokens", [](const Isa& self) { return self.tiles.tokens; })
+        .def_prop_ro("packed_tokens", [](const Isa& self) { return self.tiles.packed_tokens; })
+        .def_prop_ro("float_tokens", [](const Isa& self) { return self.tiles.float_tokens; });
+    m.def("isas", &isas);
     m.def("available_isas", &available_isas);
     m.def("usable_cpus", &usable_cpus);
     m.attr("PAGE") = kPage;
-    bind_kernels(m);
+    m.attr("FEW_TOKENS") = kFewTokens;
     bind_sample(m);
     m.def("int8_tops", &int8_tops, "threads"_a, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<ReadProbe>(m, "ReadProbe")
@@ -282,22 +291,26 @@ NB_MODULE(_core, m) {
              "post_bias"_a)
         .def("set_attention", &set_attention, "layer"_a, "kind"_a, nb::kw_only(), "window"_a, "query_norm"_a,
              "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a)
-        .def("set_embedding",
-             [](Bound& self, Weight weight) {
-                 Linear& embedding = self.model.embedding;
-                 embedding.kind = LinearKind::floating;
-                 embedding.outputs = static_cast<int>(weight.shape(0));
-                 embedding.inputs = static_cast<int>(weight.shape(1));
-                 embedding.weight = weight.data();
-                 embedding.dtype = float_type(weight);
-                 embedding.ordinal = static_cast<int>(self.kept.size());
-                 self.kept.push_back(nb::cast(weight));
-             })
-        .def("set_final_norm",
-             [](Bound& self, const Vector<float>& gain, const Vector<float>& bias) {
-                 self.model.final_gain = floats(gain);
-                 self.model.final_bias = floats(bias);
-             })
+        .def(
+            "set_embedding",
+            [](Bound& self, Weight weight) {
+                Linear& embedding = self.model.embedding;
+                embedding.kind = LinearKind::floating;
+                embedding.outputs = static_cast<int>(weight.shape(0));
+                embedding.inputs = static_cast<int>(weight.shape(1));
+                embedding.weight = weight.data();
+                embedding.dtype = float_type(weight);
+                embedding.ordinal = static_cast<int>(self.kept.size());
+                self.kept.push_back(nb::cast(weight));
+            },
+            "weight"_a)
+        .def(
+            "set_final_norm",
+            [](Bound& self, const Vector<float>& gain, const Vector<float>& bias) {
+                self.model.final_gain = floats(gain);
+                self.model.final_bias = floats(bias);
+            },
+            "gain"_a, "bias"_a)
         .def(
             "finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
             "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
@@ -306,7 +319,7 @@ NB_MODULE(_core, m) {
         .def("abandon", [](Bound& self) { self.model.abandon(); })
         .def("share_memory", &share_memory, "rank"_a, "counters"_a, "places"_a)
         .def("share_by_call", &share_by_call, "rank"_a, "meet"_a)
-        .def("allocate_cache", &allocate_cache)
+        .def("allocate_cache", &allocate_cache, "pages"_a)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
              "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "choice_tokens"_a, "choices"_a.noconvert(),
              "float_prompts"_a = false)

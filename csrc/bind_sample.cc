@@ -53,7 +53,7 @@ void accept(Chooser& self, int token) {
 }
 
 // Row r: chooser r looks at logits[rows[r]], with the mask masks[masked[r]] unless that is -1.
-void choose(SampleTeam& team, const std::vector<const Chooser*>& choosers, const In<float, 2>& logits,
+void choose(SamplePool& pool, const std::vector<const Chooser*>& choosers, const In<float, 2>& logits,
             const In<int32_t, 1>& rows, const In<int32_t, 2>& masks, const In<int32_t, 1>& masked,
             const In<double, 1>& uniforms, const Out<int32_t, 1>& tokens) {
     nb::gil_scoped_release release;
@@ -70,7 +70,7 @@ void choose(SampleTeam& team, const std::vector<const Chooser*>& choosers, const
         require(uniforms.data()[r] >= 0 && uniforms.data()[r] < 1, "uniforms: expected numbers from [0, 1)");
     }
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(masks.data());
-    team.run(static_cast<int>(count), static_cast<int>(vocab), [&](int r, SampleScratch& scratch) {
+    pool.run(static_cast<int>(count), static_cast<int>(vocab), [&](int r, SampleScratch& scratch) {
         const int mask = masked.data()[r];
         tokens.data()[r] = choosers[r]->choose(logits.data() + rows.data()[r] * vocab,
                                                mask < 0 ? nullptr : bits + mask * words, uniforms.data()[r], scratch);
@@ -78,7 +78,7 @@ void choose(SampleTeam& team, const std::vector<const Chooser*>& choosers, const
 }
 
 // Row r: of logits[rows[r]], the log-probability of tokens[r], and the ids and log-probabilities of the likeliest.
-void logprobs(SampleTeam& team, const In<float, 2>& logits, const In<int32_t, 1>& rows, const In<int32_t, 1>& tokens,
+void logprobs(SamplePool& pool, const In<float, 2>& logits, const In<int32_t, 1>& rows, const In<int32_t, 1>& tokens,
               const Out<double, 1>& chosen, const Out<int32_t, 2>& top_ids, const Out<double, 2>& top) {
     nb::gil_scoped_release release;
     const size_t count = rows.size(), vocab = logits.shape(1), width = top.shape(1);
@@ -87,7 +87,7 @@ void logprobs(SampleTeam& team, const In<float, 2>& logits, const In<int32_t, 1>
     require(top_ids.shape(1) == width, "top_ids: expected as many as top");
     require_all_below(rows.data(), count, logits.shape(0), "rows: outside the logits");
     require_all_below(tokens.data(), count, vocab, "tokens: outside the vocabulary");
-    team.run(static_cast<int>(count), static_cast<int>(vocab), [&](int r, SampleScratch& scratch) {
+    pool.run(static_cast<int>(count), static_cast<int>(vocab), [&](int r, SampleScratch& scratch) {
         const float* x = logits.data() + rows.data()[r] * vocab;
         const double sum = log_sum_exp(x, static_cast<int>(vocab), scratch);
         chosen.data()[r] = log_prob(x[tokens.data()[r]], sum);
@@ -100,24 +100,25 @@ void logprobs(SampleTeam& team, const In<float, 2>& logits, const In<int32_t, 1>
 }  // namespace
 
 void bind_sample(nb::module_& m) {
-    nb::module_ sample = m.def_submodule("sample");
-    nb::class_<Chooser>(sample, "Chooser")
+    nb::class_<Chooser>(m, "Chooser")
         .def("__init__", &make_chooser, nb::kw_only(), "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
              "stop_ids"_a, "min_tokens"_a, "bias_ids"_a, "biases"_a, "repetition"_a, "frequency"_a, "presence"_a,
              "prompt"_a)
-        .def("accept", &accept);
-    nb::class_<SampleTeam>(sample, "Team")
+        .def("accept", &accept, "token"_a);
+    nb::class_<SamplePool>(m, "SamplePool")
         .def(
             "__init__",
-            [](SampleTeam* self, int threads) {
+            [](SamplePool* self, int threads) {
                 require(threads >= 1 && threads <= 1024, "threads: expected 1 to 1024");
-                new (self) SampleTeam(threads);
+                new (self) SamplePool(threads);
             },
             "threads"_a)
         .def("choose", &choose, nb::kw_only(), "choosers"_a, "logits"_a, "rows"_a, "masks"_a, "masked"_a, "uniforms"_a,
              "tokens"_a.noconvert())
         .def("logprobs", &logprobs, nb::kw_only(), "logits"_a, "rows"_a, "tokens"_a, "chosen"_a.noconvert(),
              "top_ids"_a.noconvert(), "top"_a.noconvert());
+    m.attr("sample") = m;  // OLD
+    m.attr("Team") = m.attr("SamplePool");  // OLD
 }
 
 }  // namespace eightfold

@@ -10,6 +10,7 @@
 
 namespace eightfold::EF_ISA {
 
+constexpr int kTileRows = 4;           // of weights
 constexpr int kCols = W == 8 ? 2 : 6;      // accumulators are 4 * kCols of 16 or 32 registers
 constexpr int kFloatCols = W == 8 ? 2 : 4;
 constexpr int kBlock = 3072;               // of K: the activation rows of a tile stay in the first cache
@@ -26,7 +27,7 @@ template <int C>
     // What is read kAhead bytes later: further along these rows, or the beginning of the next four, `next` bytes on.
     const int ahead = std::min(kAhead, inner);
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(next) - inner;
-    I acc[4][C];
+    I acc[kTileRows][C];
     for (int r = 0; r < 4; r++)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) acc[r][c] = i_set(0);
@@ -71,7 +72,7 @@ inline void tile_float(const void* const w[4], DType type, size_t next, const fl
                        float sums[C][4]) {
     const int size = type == DType::f32 ? 4 : 2, ahead = std::min(kAhead / size, inner);
     const ptrdiff_t wraps = static_cast<ptrdiff_t>(next) - inner;
-    F acc[4][C];
+    F acc[kTileRows][C];
     for (int r = 0; r < 4; r++)
         for (int c = 0; c < C; c++) acc[r][c] = f_set(0.0f);
     const auto step = [&](auto load, int k, int n) {

@@ -402,7 +402,7 @@ void largest(const float* x, int n, int count, int32_t* ids, SampleScratch& scra
     std::fill(std::copy(found.begin(), end, ids), ids + count, -1);
 }
 
-void SampleTeam::run(int rows, int vocab, std::function<void(int, SampleScratch&)> work) {
+void SamplePool::run(int rows, int vocab, std::function<void(int, SampleScratch&)> work) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (SampleScratch& scratch : scratch_) scratch.reserve(vocab);
     if (rows < kFewRows || pool_.threads() == 1) {
@@ -413,8 +413,8 @@ void SampleTeam::run(int rows, int vocab, std::function<void(int, SampleScratch&
     pool_.run(program, this);
 }
 
-void SampleTeam::program(void* team, Pool::Walk& walk) {
-    SampleTeam& self = *static_cast<SampleTeam*>(team);
+void SamplePool::program(void* pool, Pool::Walk& walk) {
+    SamplePool& self = *static_cast<SamplePool*>(pool);
     const Job& job = self.jobs_[walk.slot()];
     (void)walk.phase(job.rows, [&](int r) { job.work(r, self.scratch_[walk.thread()]); });
 }

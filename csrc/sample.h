@@ -84,9 +84,9 @@ double log_prob(float logit, double log_sum);
 void largest(const float* x, int n, int count, int32_t* ids, SampleScratch& scratch);
 
 // Threads that take rows.
-class SampleTeam {
+class SamplePool {
 public:
-    explicit SampleTeam(int threads) : jobs_(Pool::kSlots), scratch_(threads), pool_(threads, 1) {}
+    explicit SamplePool(int threads) : jobs_(Pool::kSlots), scratch_(threads), pool_(threads, 1) {}
 
     // Calls work(row, scratch) for each row; few rows are not worth waking anybody.
     void run(int rows, int vocab, std::function<void(int, SampleScratch&)> work);
@@ -97,7 +97,7 @@ private:
         int rows = 0;
     };
 
-    static void program(void* team, Pool::Walk& walk);
+    static void program(void* pool, Pool::Walk& walk);
 
     std::mutex mutex_;  // one call at a time
     std::vector<Job> jobs_;

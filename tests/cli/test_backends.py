@@ -87,5 +87,5 @@ def test_models_of_other_vocabularies_are_not_compared(cli, quantized, tmp_path)
 def test_a_cpu_without_vectors_is_pointed_out(cli, quantized, monkeypatch):
     words = ("run", quantized, "--prompt", "hello", "--max-new-tokens", 2)
     assert "plain C++" not in cli(*words).err
-    monkeypatch.setattr(core.extension(), "available_isas", lambda: ["scalar"])
+    monkeypatch.setattr(core.extension, "available_isas", lambda: ["scalar"])
     assert "note: this CPU has neither AVX2 nor AVX-512: plain C++ computes, which is slow." in cli(*words).err

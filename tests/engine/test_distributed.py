@@ -418,7 +418,7 @@ def test_a_world_that_makes_no_sense_is_refused(variables, changed, message):
 
 def test_threads_are_divided_among_the_processes_of_a_host(monkeypatch):
     monkeypatch.delenv("EIGHTFOLD_THREADS", raising=False)
-    usable = core.extension().usable_cpus()
+    usable = core.extension.usable_cpus()
     assert core.choose_threads(None, 2) == max(1, usable // 2)
     assert core.choose_threads(None, 10**6) == 1
     assert core.choose_threads(3, 2) == 3

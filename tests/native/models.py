@@ -26,7 +26,7 @@ from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 
-ISAS = core.extension().available_isas()
+ISAS = core.extension.available_isas()
 
 W8A8, DYNAMIC, MIX, W8A16, FLOAT = (
     QuantType.W8A8, QuantType.W8A8_DYNAMIC, QuantType.W8A8_MIX, QuantType.W8A16, QuantType.FLOAT

@@ -10,8 +10,7 @@ import pytest
 
 from eightfold.model.native import core
 
-KERNELS = core.extension().kernels
-ISA = pytest.mark.parametrize("isa", core.extension().available_isas())
+ISA = pytest.mark.parametrize("isa", core.extension.available_isas())
 
 INPUTS = (1, 3, 63, 64, 65, 576, 8193)  # K
 NOTHING = np.zeros(0, np.float32)

@@ -16,12 +16,12 @@ check() {
     while [ "$1" != -- ]; do preload+=$(library "$1"):; shift; done
     shift
     "$bin/cmake" -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DEIGHTFOLD_SANITIZE="$kinds" \
-        -DPython_EXECUTABLE="$python" -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" >"$build.log"
+        -DEIGHTFOLD_TESTS=ON -DPython_EXECUTABLE="$python" -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" >"$build.log"
     "$bin/cmake" --build "$build" >>"$build.log" || { tail -40 "$build.log"; exit 1; }
     echo "== $kinds"
     # Without random addresses: older thread sanitizers do not find their way among them.
     # One thread for torch: its own pool is nothing that could be checked here.
-    env EIGHTFOLD_TEST_CORE="$(echo "$PWD/$build"/_core*.so)" LD_PRELOAD="$preload" OMP_NUM_THREADS=1 \
+    env EIGHTFOLD_TEST_CORE="$PWD/$build" LD_PRELOAD="$preload" OMP_NUM_THREADS=1 \
         ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
         TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:suppressions="$PWD/tests/native/tsan.supp" \
         setarch -R "$python" -m pytest -q -p no:cacheprovider tests/native "$@"

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from eightfold.model.native import core
+from tests.native import KERNELS
 
-KERNELS = core.extension().kernels
-ISAS = core.extension().available_isas()
+ISAS = core.extension.available_isas()
 ISA = pytest.mark.parametrize("isa", ISAS)
 
 KINDS = {"bf16": 0, "int8": 1, "int8x2": 2}

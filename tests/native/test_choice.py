@@ -61,7 +61,7 @@ def test_rows_of_both_kinds_come_in_the_order_of_the_chunks(checkpoint_of, isa):
 
 def head_only(isa: str, head: np.ndarray, embedding: np.ndarray, gain: float = 1.0) -> NativeModel:
     """Return a model without layers: logits are head @ (x / rms(x)), x a row of the embedding; its first times gain."""
-    model = core.extension().Model(
+    model = core.extension.Model(
         isa=isa, threads=2, num_layers=0, hidden=[0, HIDDEN], intermediate=[0, 4], vocab=[0, len(head)], rank=0,
         heads=1, kv_heads=1, head_dim=4, eps=0.0, symmetric_tokens=False, inv_freq=np.ones(2, np.float32),
     )  # fmt: skip

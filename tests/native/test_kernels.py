@@ -12,7 +12,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tests.native.operands import INPUTS, ISA, KERNELS, NOTHING, at_page_end, exact_product, reals, rng, sums_of
+from tests.native import KERNELS
+from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, exact_product, reals, rng, sums_of
 
 F32, F16, BF16 = 0, 1, 2
 U = 2.0**-24

@@ -61,7 +61,7 @@ def test_an_instruction_set_that_is_not_known_is_refused(checkpoint_of, monkeypa
 
 def test_an_instruction_set_that_this_cpu_lacks_is_refused(checkpoint_of, monkeypatch):
     """As on a CPU that has nothing but scalar code."""
-    monkeypatch.setattr(core.extension(), "available_isas", lambda: ["scalar"])
+    monkeypatch.setattr(core.extension, "available_isas", lambda: ["scalar"])
     monkeypatch.setenv("EIGHTFOLD_ISA", "avx512")
     with pytest.raises(ConfigError) as raised:
         load_model(checkpoint_of("w8a8"), threads=1)
@@ -96,21 +96,21 @@ def test_threads_are_as_asked_as_the_variable_says_or_one_for_each_cpu(checkpoin
     assert load_model(checkpoint_of("w8a8")).threads == 3
     assert load_model(checkpoint_of("w8a8"), threads=2).threads == 2
     monkeypatch.delenv("EIGHTFOLD_THREADS")
-    assert load_model(checkpoint_of("w8a8")).threads == core.extension().usable_cpus() >= 1
+    assert load_model(checkpoint_of("w8a8")).threads == core.extension.usable_cpus() >= 1
 
 
 def test_where_no_more_threads_may_start_there_is_an_error_and_no_crash():
     code = (
-        "import resource, tests.native\n"
-        "from eightfold.model.native import core\n"
-        "core.extension().kernels.pool_runs(2, [[1]])\n"
+        "import resource\n"
+        "from tests.native import KERNELS\n"
+        "KERNELS.pool_runs(2, [[1]])\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"  # room for a few stacks
         "try:\n"
-        "    core.extension().kernels.pool_runs(1000, [[5]])\n"
+        "    KERNELS.pool_runs(1000, [[5]])\n"
         "except RuntimeError as error:\n"
         "    print('refused')\n"
-        "print(core.extension().kernels.pool_runs(1, [[5]]))\n"
+        "print(KERNELS.pool_runs(1, [[5]]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "refused\n[15]\n", "")
@@ -487,4 +487,4 @@ def test_the_scheme_of_a_token_is_the_one_asked_for(tmp_path):
 
 
 def test_both_sides_of_the_border_mean_the_same_page():
-    assert core.extension().PAGE == PAGE
+    assert core.extension.PAGE == PAGE

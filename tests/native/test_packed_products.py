@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.native.operands import INPUTS, ISA, KERNELS, NOTHING, at_page_end, exact_product, reals, rng, sums_of
+from tests.native import KERNELS
+from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, exact_product, reals, rng, sums_of
 
 LANES = 16
 PACKED = pytest.mark.parametrize(("tokens", "inputs", "outputs"), [

@@ -12,17 +12,17 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from eightfold.model.native import core
 from eightfold.model.native.model import Chunk, NativeModel
+from tests.native import KERNELS
 from tests.native.models import ISAS, logits_of, native
 
-pool_runs = core.extension().kernels.pool_runs
+pool_runs = KERNELS.pool_runs
 
 LIMIT = 2**64
 
 
 def expected_sum(chunks: list[int]) -> int:
-    """Return the sum of all numbers that a run makes; see Chain in csrc/bind_kernels.cc."""
+    """Return the sum of all numbers that a run makes; see Chain in csrc/bind_test.cc."""
     total, before = 0, list[int]()
     for count in chunks:
         made = [31 * before[i % len(before)] + i if before else i + 1 for i in range(count)]

@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from eightfold.model.native import core
 from tests.native.sample_oracle import LOG2_E, Oracle, largest, log_probs, packed
 
-SAMPLE = core.extension().sample
-TEAM = SAMPLE.Team(1)
+POOL = core.extension.SamplePool(1)
 NONE = np.zeros((0, 0), np.int32)
 BLOCK = 64
 
 
 def chooser(oracle: Oracle, vocab: int) -> Any:
-    return SAMPLE.Chooser(
+    return core.extension.Chooser(
         vocab=vocab,
         temperature=oracle.temperature,
         top_k=oracle.top_k,
@@ -46,10 +45,10 @@ def choose_rows(
     rows: Sequence[int] | None = None,
     masks: np.ndarray = NONE,
     masked: Sequence[int] | None = None,
-    team: Any = TEAM,
+    pool: Any = POOL,
 ) -> list[int]:
     tokens = np.full(len(choosers), -77, np.int32)
-    team.choose(
+    pool.choose(
         choosers=list(choosers),
         logits=logits,
         rows=np.array(range(len(choosers)) if rows is None else rows, np.int32),
@@ -66,11 +65,11 @@ def choose(oracle: Oracle, logits: np.ndarray, u: float, mask: np.ndarray | None
     return choose_rows([chooser(oracle, len(logits))], logits[None], [u], **masks)[0]
 
 
-def logprobs(logits: np.ndarray, tokens: Sequence[int], top: int, team: Any = TEAM) -> tuple[np.ndarray, ...]:
+def logprobs(logits: np.ndarray, tokens: Sequence[int], top: int, pool: Any = POOL) -> tuple[np.ndarray, ...]:
     count = len(tokens)
     chosen, ids, values = np.empty(count), np.empty((count, top), np.int32), np.empty((count, top))
     rows, ints = np.arange(count, dtype=np.int32), np.array(tokens, np.int32)
-    team.logprobs(logits=logits, rows=rows, tokens=ints, chosen=chosen, top_ids=ids, top=values)
+    pool.logprobs(logits=logits, rows=rows, tokens=ints, chosen=chosen, top_ids=ids, top=values)
     return chosen, ids, values
 
 
@@ -384,34 +383,34 @@ def test_a_row_does_not_depend_on_others_or_on_threads():
     alone = [choose_rows([c], logits[[r]], [u])[0] for r, (c, u) in enumerate(zip(choosers, uniforms, strict=True))]
     chosen = logprobs(logits, alone, 5)
     for threads in (1, 2, 5):
-        team = SAMPLE.Team(threads)
-        assert choose_rows(choosers, logits, uniforms, team=team) == alone
+        pool = core.extension.SamplePool(threads)
+        assert choose_rows(choosers, logits, uniforms, pool=pool) == alone
         order = np.random.default_rng(threads).permutation(rows).tolist()
         shuffled = choose_rows(
-            [choosers[r] for r in order], logits, [uniforms[r] for r in order], rows=order, team=team
+            [choosers[r] for r in order], logits, [uniforms[r] for r in order], rows=order, pool=pool
         )
         assert shuffled == [alone[r] for r in order]
-        for one, other in zip(logprobs(logits, alone, 5, team), chosen, strict=True):
+        for one, other in zip(logprobs(logits, alone, 5, pool), chosen, strict=True):
             np.testing.assert_array_equal(one, other)
 
 
-def test_a_team_takes_vocabularies_of_any_size_in_any_order():
-    team = SAMPLE.Team(2)
+def test_a_pool_takes_vocabularies_of_any_size_in_any_order():
+    pool = core.extension.SamplePool(2)
     for size in (100, 5000, 3, 70, 5001):
         choosers, logits, uniforms = mixed_batch(8, max(size, 501))
         alone = [choose_rows([c], logits[[r]], [u])[0] for r, (c, u) in enumerate(zip(choosers, uniforms, strict=True))]
-        assert choose_rows(choosers, logits, uniforms, team=team) == alone
+        assert choose_rows(choosers, logits, uniforms, pool=pool) == alone
 
 
 def test_several_python_threads_may_ask_one_team():
-    team = SAMPLE.Team(3)
+    pool = core.extension.SamplePool(3)
     choosers, logits, uniforms = mixed_batch(12, 2000)
     expected = choose_rows(choosers, logits, uniforms)
     found: list[list[int]] = []
 
     def ask() -> None:
         for _ in range(50):
-            found.append(choose_rows(choosers, logits, uniforms, team=team))
+            found.append(choose_rows(choosers, logits, uniforms, pool=pool))
 
     askers = [threading.Thread(target=ask) for _ in range(3)]
     for asker in askers:
@@ -438,9 +437,9 @@ BAD_CHOOSERS = {
 def test_choosers_are_checked(message):
     good: dict[str, Any] = {"vocab": 10, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": [1]}
     good |= {"min_tokens": 0, "bias_ids": [], "biases": [], "repetition": 1.0, "frequency": 0.0, "presence": 0.0}
-    SAMPLE.Chooser(**good, prompt=[9])
+    core.extension.Chooser(**good, prompt=[9])
     with pytest.raises(ValueError, match=message):
-        SAMPLE.Chooser(**{**good, "prompt": [9], **BAD_CHOOSERS[message]})
+        core.extension.Chooser(**{**good, "prompt": [9], **BAD_CHOOSERS[message]})
 
 
 BAD_CALLS = {
@@ -468,4 +467,4 @@ def test_tokens_outside_the_vocabulary_are_refused():
         with pytest.raises(ValueError, match="tokens: outside the vocabulary"):
             logprobs(np.zeros((1, 10), np.float32), [token], 1)
     with pytest.raises(ValueError, match="threads: expected 1 to 1024"):
-        SAMPLE.Team(0)
+        core.extension.SamplePool(0)

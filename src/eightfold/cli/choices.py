@@ -24,9 +24,9 @@ class Backend(str, Enum):
         from eightfold.model.native import core
 
         if self is Backend.native:
-            core.extension()
+            core.require()
         if self is Backend.native or (self is Backend.auto and core.is_built()):
-            if core.extension().available_isas() == ["scalar"]:
+            if core.extension.available_isas() == ["scalar"]:
                 console.note("this CPU has neither AVX2 nor AVX-512: plain C++ computes, which is slow.")
             return Backend.native
         if self is Backend.reference:

@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from eightfold.model.native import core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from eightfold.model.native._core import SamplePool
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Sampler:
         self._waits = params.min_tokens if stops else 0  # tokens until a stop token may come
         key = secrets.randbits(128) if params.seed is None else params.seed % 2**64 + (index << 64)
         self._random = np.random.Philox(key=key)
-        self._chooser = core.extension().sample.Chooser(
+        self._chooser = core.extension.Chooser(
             vocab=vocab_size,
             temperature=0.0 if params.is_greedy else params.temperature,
             top_k=min(max(params.top_k, 0), vocab_size),
@@ -176,7 +178,7 @@ def prompt_logprobs(
 
 
 def _choose(
-    samplers: Sequence[Sampler], logits: NDArray[np.float32], rows: NDArray[np.int32], team: Any
+    samplers: Sequence[Sampler], logits: NDArray[np.float32], rows: NDArray[np.int32], team: SamplePool
 ) -> list[Sampled]:
     tokens = np.empty(len(samplers), np.int32)
     masks, masked = _masks(samplers, logits.shape[1])
@@ -211,7 +213,11 @@ def _masks(samplers: Sequence[Sampler], vocab_size: int) -> tuple[NDArray[np.int
 
 
 def _with_logprobs(
-    logits: NDArray[np.float32], rows: NDArray[np.int32], tokens: NDArray[np.int32], counts: Sequence[int], team: Any
+    logits: NDArray[np.float32],
+    rows: NDArray[np.int32],
+    tokens: NDArray[np.int32],
+    counts: Sequence[int],
+    team: SamplePool,
 ) -> list[Sampled]:
     """Return tokens, chosen from `rows` of the logits, with their log-probabilities and `counts` of the likeliest."""
     width = max(counts, default=0)
@@ -228,9 +234,9 @@ def _with_logprobs(
 
 
 @lru_cache
-def _team(threads: int | None) -> Any:
+def _team(threads: int | None) -> SamplePool:
     """Return the threads that share rows: they sleep between steps."""
-    return core.extension().sample.Team(core.choose_threads(threads))
+    return core.extension.SamplePool(core.choose_threads(threads))
 
 
 def _require_inside(params: SamplingParams, vocab_size: int) -> None:

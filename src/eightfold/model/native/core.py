@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import ConfigError, UnsupportedError
 
@@ -15,17 +15,8 @@ ISA_VARIABLE, THREADS_VARIABLE = "EIGHTFOLD_ISA", "EIGHTFOLD_THREADS"
 MAX_THREADS = 1024  # that the extension takes
 
 
-def is_built() -> bool:
-    """Whether the extension is there."""
-    try:
-        extension()
-    except UnsupportedError:
-        return False
-    return True
-
-
-def extension() -> Any:
-    """Return the extension module.
+def require() -> Any:
+    """Import the extension module and return it.
 
     Raises:
         UnsupportedError: it was not built, or cannot be loaded.
@@ -41,13 +32,37 @@ def extension() -> Any:
         ) from None
 
 
+def is_built() -> bool:
+    """Return whether the extension can be imported."""
+    try:
+        require()
+    except UnsupportedError:
+        return False
+    return True
+
+
+if TYPE_CHECKING:
+    from eightfold.model.native import _core
+
+    extension = _core
+else:
+
+    class _Extension:
+        """The extension module, imported at its first use."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(require(), name)
+
+    extension = _Extension()
+
+
 def choose_isa() -> str:
     """Return the instruction set to use: what EIGHTFOLD_ISA says, else the best of this CPU.
 
     Raises:
         ConfigError: unknown, or this CPU lacks it.
     """
-    available: list[str] = extension().available_isas()
+    available = extension.available_isas()
     wanted = os.environ.get(ISA_VARIABLE, "")
     if wanted and wanted not in available:
         raise ConfigError(
@@ -71,7 +86,7 @@ def choose_threads(threads: int | None = None, sharers: int = 1) -> int:
     """
     text = os.environ.get(THREADS_VARIABLE, "") if threads is None else str(threads)
     if not text:
-        usable: int = extension().usable_cpus()
+        usable = extension.usable_cpus()
         return max(1, min(usable // sharers, MAX_THREADS))
     if not text.isascii() or not text.isdigit() or len(text) > 4 or not 1 <= int(text) <= MAX_THREADS:
         what = THREADS_VARIABLE if threads is None else "threads"

@@ -60,6 +60,8 @@ from eightfold.scheme import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from eightfold.model.native._core import Model
+
 KINDS = {
     QuantType.FLOAT: "float",
     QuantType.W8A8: "w8a8",
@@ -110,7 +112,7 @@ def load_model(
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
     isa = core.choose_isa()
-    model = core.extension().Model(
+    model = core.extension.Model(
         isa=isa,
         threads=core.choose_threads(threads),
         num_layers=config.num_layers,
@@ -139,10 +141,10 @@ def load_model(
     return loaded
 
 
-def _finish(model: Any, beside: Callable[[], object] | None) -> int:
+def _finish(model: Model, beside: Callable[[], object] | None) -> int:
     """Make the weights ready; return the ordinal of a damaged one, or -1."""
     if beside is None:
-        return int(model.finish(forgets_head=True))  # it lies in a mapped file
+        return model.finish(forgets_head=True)  # it lies in a mapped file
     # A signal may raise anywhere here. So nothing of `threading`, whose objects are Python code that it could leave
     # half done. Python must not end around a thread that computes: it is waited for, or sees that it must not begin.
     found: list[int | BaseException] = []
@@ -198,7 +200,7 @@ def _require_shapes(checkpoint: Checkpoint) -> None:
 class _Loader:
     """Hands a checkpoint's tensors to the extension."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, share: Share) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: Model, share: Share) -> None:
         self.checkpoint, self.config, self.model, self.share = checkpoint, checkpoint.config, model, share
         self.weights: list[str] = []  # as the extension has got them
 

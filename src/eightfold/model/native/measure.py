@@ -172,16 +172,16 @@ class Limits:
                 expected=f"at least {READ_BYTES / 2**20:.0f} MiB",
                 action="Close other programs.",
             )
-        self._extension, self._threads = core.extension(), threads
-        self._probe: Any = self._extension.ReadProbe(threads, READ_BYTES)
+        self._threads = threads
+        self._probe = core.extension.ReadProbe(threads, READ_BYTES)
 
     def read_gb_s(self) -> float:
         """Return 10^9 bytes a second that all threads read together."""
-        return float(self._probe.gb_s(PASSES))
+        return self._probe.gb_s(PASSES)
 
     def int8_tops(self) -> float:
         """Return 10^12 operations a second, two for each product of bytes that all threads sum in registers."""
-        return float(self._extension.int8_tops(self._threads, PASSES))
+        return core.extension.int8_tops(self._threads, PASSES)
 
 
 @dataclass

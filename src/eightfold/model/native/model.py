@@ -19,6 +19,8 @@ from eightfold.machine import available_bytes
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from eightfold.model.native._core import Model
+
 PAGE = 128  # positions of a page of the cache
 
 
@@ -82,7 +84,7 @@ class NativeModel:
     """
 
     def __init__(
-        self, core_model: Any, config: ModelConfig, isa: str, float_prompts: bool = False, neighbours: int = 1
+        self, core_model: Model, config: ModelConfig, isa: str, float_prompts: bool = False, neighbours: int = 1
     ) -> None:
         self._model, self.config, self.isa, self.float_prompts = core_model, config, isa, float_prompts
         self.neighbours, self.world_size = neighbours, 1
@@ -93,17 +95,17 @@ class NativeModel:
     @property
     def threads(self) -> int:
         """How many threads compute."""
-        return int(self._model.threads)
+        return self._model.threads
 
     @property
     def page_bytes(self) -> int:
         """Memory of one page of the cache, all layers together."""
-        return int(self._model.page_bytes)
+        return self._model.page_bytes
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads, whatever its batch."""
-        return int(self._model.weight_bytes)
+        return self._model.weight_bytes
 
     @property
     def all_weight_bytes(self) -> int:

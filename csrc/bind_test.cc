@@ -1,4 +1,4 @@
-// Single kernels, for tests: each takes the name of an instruction set.
+// A module for tests alone, in no wheel: single kernels, each by the name of an instruction set, and the pool.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cache.h"
-#include "cpu.h"
+#include "dispatch.h"
 #include "linear.h"
 #include "pool.h"
 
@@ -308,8 +308,10 @@ std::vector<uint64_t> pool_runs(int threads, const std::vector<std::vector<int>>
 
 }  // namespace
 
-void bind_kernels(nb::module_& m) {
-    nb::module_ kernels = m.def_submodule("kernels");
+}  // namespace eightfold
+
+NB_MODULE(_core_test, kernels) {
+    using namespace eightfold;
     kernels.def("gemm_i8", &gemm_i8, "isa"_a, "weight"_a, "x"_a, "out"_a);
     kernels.def("gemm_packed", &gemm_packed, "isa"_a, "weight"_a, "x"_a, "out"_a);
     kernels.def("packed_static", &packed_static, "isa"_a, "weight"_a, "x"_a, "bias"_a, "deq_scale"_a, "y"_a,
@@ -343,5 +345,3 @@ void bind_kernels(nb::module_& m) {
     kernels.def("merge", &merge, "isa"_a, "max"_a, "sum"_a, "acc"_a, "from_max"_a, "from_sum"_a, "from_acc"_a);
     kernels.def("pool_runs", &pool_runs, "threads"_a, "chunks"_a, nb::call_guard<nb::gil_scoped_release>());
 }
-
-}  // namespace eightfold

@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "dispatch.h"
 
 #include <sched.h>
 
@@ -10,25 +10,28 @@
 
 namespace eightfold {
 
+// isa_*.cc
+Tiles scalar_tiles();
+#ifdef EIGHTFOLD_X86
+Tiles avx2_tiles();
+Tiles avx512_tiles();
+#endif
+
 namespace {
 
-struct Isa {
-    const char* name;
-    const char* needs;
-    bool available;
-    const Kernels& (*kernels)();
-};
-
-std::vector<Isa> isas() {
-    std::vector<Isa> found = {{"scalar", "", true, scalar_kernels}};
+std::vector<Isa> find_isas() {
+    std::vector<Isa> found = {{"scalar", "any CPU", "plain integer products", "plain float32 products", true,
+                               scalar_kernels(), scalar_tiles()}};
 #ifdef EIGHTFOLD_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vnni");
-    found.push_back({"avx2", "AVX2, FMA and F16C", avx2, avx2_kernels});
-    found.push_back({"avx512", "AVX-512 F, BW, VL, DQ and VNNI", avx512, avx512_kernels});
+    found.push_back({"avx2", "AVX2, FMA and F16C", "vpmaddwd on bytes widened to 16 bits", "float32 FMA", avx2,
+                     avx2_kernels(), avx2_tiles()});
+    found.push_back({"avx512", "AVX-512 F, BW, VL, DQ and VNNI", "vpdpbusd", "float32 FMA", avx512, avx512_kernels(),
+                     avx512_tiles()});
 #endif
     return found;
 }
@@ -49,6 +52,11 @@ int quota() {
 
 }  // namespace
 
+const std::vector<Isa>& isas() {
+    static const std::vector<Isa> found = find_isas();
+    return found;
+}
+
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
     for (const Isa& isa : isas())
@@ -57,15 +65,15 @@ std::vector<std::string> available_isas() {
 }
 
 const Kernels& kernels_for(const std::string& name) {
-    const std::vector<Isa> all = isas();
+    const std::vector<Isa>& all = isas();
     if (name.empty()) {
         const auto best = std::find_if(all.rbegin(), all.rend(), [](const Isa& isa) { return isa.available; });
-        return best->kernels();
+        return best->kernels;
     }
     std::string known;
     for (const Isa& isa : all) {
         if (name == isa.name) {
-            if (isa.available) return isa.kernels();
+            if (isa.available) return isa.kernels;
             throw std::invalid_argument(std::string("this CPU lacks ") + isa.needs);
         }
         known += known.empty() ? isa.name : std::string(", ") + isa.name;
