@@ -6,14 +6,15 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from eightfold.cli.sampling import sampling_params
-from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
+from eightfold.engine.sampling_params import SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.errors import EightfoldError, InputError, one_of
 from eightfold.tokenizer import Message, Tokenizer
+from eightfold.values import WHOLE, is_token_ids, shorten
 
 # A text, a chat, or token ids.
 Prompt = str | list[Message] | list[int]
@@ -21,7 +22,6 @@ Prompt = str | list[Message] | list[int]
 PROMPTS = ("prompt", "messages", "prompt_token_ids")
 _PARAMS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _FIELDS = (*PROMPTS, "id", *_PARAMS)
-_SHOWN = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _json_line(line: str) -> dict[str, Any]:
         reason = "too deep" if isinstance(error, RecursionError) else error
         raise _LineError(f"no JSON ({reason})", expected) from None
     if not isinstance(fields, dict):
-        raise _LineError(_clip(line), expected)
+        raise _LineError(shorten(line), expected)
     return fields
 
 
@@ -142,13 +142,13 @@ def _request(fields: dict[str, Any], index: int, line: int, defaults: dict[str, 
         if field not in _FIELDS:
             near = difflib.get_close_matches(field, _FIELDS, 1)
             hint = near[0] if near else f"{', '.join(_FIELDS[:4])} or a sampling parameter"
-            raise _LineError(f"the field {_clip(field)}", hint)
+            raise _LineError(f"the field {shorten(field)}", hint)
     prompt = _prompt(fields)
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     name = fields.get("id")
-    if name is not None and (not isinstance(name, (str, int)) or isinstance(name, bool)):
-        raise _LineError(f"id {_clip(json.dumps(name))}", "a text or a whole number")
+    if not (name is None or isinstance(name, str) or WHOLE.fits(name)):
+        raise _LineError(f"id {_json(name)}", "a text or a whole number")
     if "seed" in defaults:
         defaults["seed"] = (defaults["seed"] + index) % 2**64
     return BatchRequest(index, line, name, prompt, sampling_params(defaults, **_params(fields)))
@@ -161,17 +161,13 @@ def _prompt(fields: dict[str, Any]) -> Prompt:
     value = fields[kinds[0]]
     fits, expected = _FORMS[kinds[0]]
     if not fits(value):
-        raise _LineError(f"{kinds[0]} {_clip(json.dumps(value))}", expected)
+        raise _LineError(f"{kinds[0]} {_json(value)}", expected)
     prompt: Prompt = value
     return prompt
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_message(item) for item in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:
@@ -180,16 +176,10 @@ def _is_message(value: Any) -> bool:
     return value.get("content") is None or isinstance(value["content"], str)
 
 
-def _is_ids(value: Any) -> bool:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-
-
-_FORMS = {
-    "prompt": (_is_text, "a text"),
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prompt": (lambda value: isinstance(value, str), "a text"),
     "messages": (_is_chat, 'a list such as [{"role": "user", "content": "Hello"}]'),
-    "prompt_token_ids": (_is_ids, "a list of token ids such as [1, 42]"),
+    "prompt_token_ids": (is_token_ids, "a list of token ids such as [1, 42]"),
 }
 
 
@@ -208,18 +198,19 @@ def _params(fields: dict[str, Any]) -> dict[str, Any]:
 def _structured(given: Any) -> StructuredOutput:
     forms = [field.name for field in dataclasses.fields(StructuredOutput)]
     if not isinstance(given, dict) or not given.keys() <= set(forms):
-        raise _LineError(f"structured {_clip(json.dumps(given))}", f"an object with one of {one_of(forms)}")
+        raise _LineError(f"structured {_json(given)}", f"an object with one of {one_of(forms)}")
     form = {name: value for name, value in given.items() if value is not None}
-    if isinstance(form.get("json_schema"), (dict, list)):
-        form["json_schema"] = json.dumps(form["json_schema"])
+    if "json_schema" in form:
+        form["json_schema"] = schema_text(form["json_schema"])
     return StructuredOutput(**form)
 
 
 def _logit_bias(given: Any) -> dict[int, Any]:
-    if not isinstance(given, dict) or not all(name.isdecimal() and len(name) < 10 for name in given):
-        raise _LineError(f"logit_bias {_clip(json.dumps(given))}", "token ids, as texts, and what is added to them")
-    return {int(name): bias for name, bias in given.items()}
+    biases = biases_by_id(given) if isinstance(given, dict) else None
+    if biases is None:
+        raise _LineError(f"logit_bias {_json(given)}", "token ids, as texts, and what is added to them")
+    return biases
 
 
-def _clip(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def _json(value: Any) -> str:
+    return shorten(json.dumps(value))
