@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import tiny_config, write_model
 from tests.server.fake_engine import FakeEngine
-from tests.server.running import Running, running
+from tests.server.running import Running, eventually, running
 
 CONTEXT = 384
 
@@ -40,19 +40,34 @@ def real(model: Path, config: EngineConfig) -> Iterator[Running]:
         yield found
 
 
-@pytest.fixture
-def tokenizer(model: Path) -> Tokenizer:
-    return Tokenizer(model)
+@pytest.fixture(scope="session")
+def shared(model: Path) -> Iterator[Running]:
+    """A server of a fake engine; tests get at it by `serve`."""
+    with running(FakeEngine(Tokenizer(model))) as found:
+        yield found
 
 
 @pytest.fixture
-def serve(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
-    """Serve a fake engine: its attributes, and the server's settings, by name."""
+def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
+    """Serve a fake engine: its attributes by name. With settings the server is the test's own, else as good as new."""
+    service, usual = shared.server.service, (shared.server.service.tokenizer, shared.server.service.template)
     stack = ExitStack()
 
-    def start(settings: dict[str, Any] | None = None, **engine: Any) -> Running:
-        context: AbstractContextManager[Running] = running(FakeEngine(tokenizer, **engine), **(settings or {}))
-        return stack.enter_context(context)
+    def start(settings: dict[str, Any] | None = None, template: str | None = None, **engine: Any) -> Running:
+        found = shared
+        if settings is not None:
+            found = stack.enter_context(running(FakeEngine(Tokenizer(model), **engine), **settings))
+        for name, value in engine.items():
+            setattr(found.engine, name, value)
+        found.server.service.max_model_len = found.engine.max_model_len
+        if template is not None:
+            found.engine.tokenizer = found.server.service.tokenizer = Tokenizer(model, template)
+            found.server.service.template = template
+        return found
 
     with stack:
         yield start
+    assert eventually(lambda: not (shared.engine.open or service.limiter.inside or service.limiter.held_bytes))
+    service.tokenizer, service.template = usual
+    shared.engine.__init__(service.tokenizer)
+    assert shared.http.get("/health").json() == {"status": "ok"}  # and what ended before has been logged

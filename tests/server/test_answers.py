@@ -9,6 +9,7 @@ import pytest
 from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
 from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts, Usage
 from eightfold.server.tools import ToolUse
+from eightfold.tokenizer import Tokenizer
 
 
 def outputs():
@@ -32,8 +33,8 @@ def choices_of(answer):
 
 
 @pytest.fixture
-def texts(tokenizer):
-    return TokenTexts(tokenizer)
+def texts(model):
+    return TokenTexts(Tokenizer(model))
 
 
 def test_every_answer_of_a_chat_ends_once(texts):

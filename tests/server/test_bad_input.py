@@ -215,7 +215,7 @@ def test_a_huge_prompt_is_refused_while_others_are_answered(untouched):
     import threading
 
     found: list[object] = []
-    prompt = "hello " * (MAX_BODY_BYTES // 24)  # seconds of tokenizing
+    prompt = "hello " * (MAX_BODY_BYTES // 64)  # a good part of a second of tokenizing
     thread = threading.Thread(target=lambda: found.append(untouched.post("/v1/completions", {"prompt": prompt})))
     thread.start()
     others = 0
@@ -227,8 +227,7 @@ def test_a_huge_prompt_is_refused_while_others_are_answered(untouched):
 
 
 def test_a_message_that_the_template_refuses(serve):
-    running = serve()
-    running.server.service.tokenizer.chat_template = "{{ raise_exception('Only users here') }}"
+    running = serve(template="{{ raise_exception('Only users here') }}")
     raw = running.chat()
     expected = "messages: got Only users here, expected roles and contents that the chat template accepts"
     assert refused(raw) == expected

@@ -80,20 +80,17 @@ def test_it_serves_until_it_is_told_to_stop_and_lets_answers_finish(start):
     assert any(line.get("generated_tokens") == 300 for line in log)
 
 
-def test_ctrl_c_ends_it_in_good_order_too(start):
-    assert start("--speculate", 3, "--no-prefix-caching", "--kv-memory", "1MiB").end(signal.SIGINT)[0] == 0
-
-
-def test_a_template_of_ones_own(start, tmp_path):
+def test_a_template_of_ones_own_and_limits_until_ctrl_c(start, tmp_path):
     (tmp_path / "t.jinja").write_text("Q: {{ messages[-1].content }} A:")
-    server = start("--chat-template", tmp_path / "t.jinja", "--max-model-len", 64)
+    options = ("--speculate", 3, "--no-prefix-caching", "--kv-memory", "1MiB")
+    server = start("--chat-template", tmp_path / "t.jinja", "--max-model-len", 64, *options)
     with httpx.Client(base_url=server.url, timeout=30) as http:
         tokens = http.post("/tokenize", json={"messages": [{"role": "user", "content": "why"}]}).json()
         assert http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "Q: why A:"}
         assert tokens["max_model_len"] == 64
         too_long = {"prompt": "x", "stream": False, "max_tokens": 9}
         assert http.post("/v1/completions", json={**too_long, "prompt": "x" * 64}).status_code == 400
-    assert server.end()[0] == 0
+    assert server.end(signal.SIGINT)[0] == 0
 
 
 def test_a_model_without_a_template_continues_texts_only(model, tmp_path):

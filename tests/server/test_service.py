@@ -138,7 +138,7 @@ def half_a_request(running, content, reads=b""):
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y", "z"]])
 def test_who_leaves_a_stream_ends_it(serve, prompt):
-    running = serve(answer="word " * 50, seconds=0.01)
+    running = serve({}, answer="word " * 50, seconds=0.01)
     half_a_request(running, {"prompt": prompt, "stream": True, "max_tokens": 200}, reads=b"data: ")
     assert eventually(lambda: not running.engine.open)
     assert set(running.engine.ended) == {"aborted"}
@@ -321,7 +321,7 @@ def test_a_fault_is_logged_with_its_place_and_without_its_message(serve, capsys)
 
 
 def test_metrics_count_what_happened(serve):
-    running = serve(preemptions=2)
+    running = serve({}, preemptions=2)
     running.chat(n=2)
     running.chat(max_tokens=3)
     running.chat(max_tokens=0)

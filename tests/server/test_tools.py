@@ -36,9 +36,8 @@ def talk(serve):
     """Serve an engine with a template and an answer; return the server and its official client."""
     clients = []
 
-    def start(template, answer, **options):
-        running = serve(answer=answer, max_model_len=2000, **options)
-        running.server.service.tokenizer.chat_template = running.server.service.template = template
+    def start(template, answer):
+        running = serve(template=template, answer=answer, max_model_len=2000)
         clients.append(running.openai())
         return running, clients[-1]
 
