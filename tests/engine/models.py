@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from eightfold.engine.engine import Engine
 from eightfold.engine.outputs import CompletionOutput, RequestOutput
+from eightfold.engine.sampler import Sampled, Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.format.checkpoint import Checkpoint
@@ -114,6 +117,12 @@ def answers(engine: Engine, requests: Mapping[str, tuple[Sequence[int], Sampling
     for request_id, (prompt, params) in requests.items():
         engine.add_request(request_id, prompt, params)
     return {request_id: [each.token_ids for each in outputs] for request_id, outputs in run(engine).items()}
+
+
+def choose(one: Sampler, logits: np.ndarray | None, best: int) -> Sampled:
+    """Choose the next token of a single answer from its logits (V,); None where it needs none."""
+    rows = np.empty((0, 0), np.float32) if logits is None else logits[None]
+    return choose_all([one], rows, [best])[0]
 
 
 def pages_for(lengths: Iterable[int]) -> int:

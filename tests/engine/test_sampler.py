@@ -12,6 +12,7 @@ import pytest
 from eightfold.engine.sampler import Sampled, Sampler, choose_all, prompt_logprobs
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import InputError
+from tests.engine.models import choose
 from tests.native.sample_oracle import LOG2_E, Oracle, largest, log_probs
 
 VOCAB = 300
@@ -28,7 +29,7 @@ def normal(*shape: int, seed: int = 0, width: float = 2.0) -> np.ndarray:
 
 
 def answer(one: Sampler, rows: np.ndarray) -> list[int]:
-    return [one.choose(row, int(row.argmax())).token_id for row in rows]
+    return [choose(one, row, int(row.argmax())).token_id for row in rows]
 
 
 def uniforms(seed: int, index: int, count: int) -> list[float]:
@@ -76,7 +77,7 @@ def test_answers_are_numpys(fields):
     one = sampler(index=2, prompt=prompt, seed=11, **fields)
     oracle, given = oracle_of(one.params, prompt), list[int]()
     for row, u in zip(rows, uniforms(11, 2, 60), strict=True):
-        token = one.choose(row, int(row.argmax())).token_id
+        token = choose(one, row, int(row.argmax())).token_id
         scores = oracle.edited(row, answer=given)
         # Where a cut or an edge falls within roundings, see sample_oracle.py, either of two tokens is right.
         assert token == oracle.choose(scores, u) or (oracle.temperature > 0 and oracle.may_choose(scores, u, token))
@@ -123,7 +124,7 @@ def test_neighbouring_choices_are_independent():
     """Of one answer, of neighbouring seeds, and of neighbouring indices: pairs of 4 x 4 tokens are equally likely."""
     logits = np.zeros(4, np.float32)
     one = sampler(seed=5, vocab=4)
-    in_time = [one.choose(logits, 0).token_id for _ in range(8000)]
+    in_time = [choose(one, logits, 0).token_id for _ in range(8000)]
     by_seed = draws(4000, 1, logits)
     many = [sampler(seed=5, index=index, vocab=4) for index in range(4000)]
     by_index = [each.token_id for each in choose_all(many, np.zeros((4000, 4), np.float32), [0] * 4000)]
@@ -191,15 +192,15 @@ def test_only_the_first_tokens_need_logits_for_min_tokens():
     row[[7, 9, 50]] = 3.0, 2.0, 1.0
     for _ in range(2):
         assert one.needs_logits
-        assert one.choose(row, 7) == Sampled(50)
+        assert choose(one, row, 7) == Sampled(50)
     assert not one.needs_logits
-    assert one.choose(None, 7) == Sampled(7)
+    assert choose(one, None, 7) == Sampled(7)
     nothing_stops = Sampler(SamplingParams(temperature=0, min_tokens=2), [1], VOCAB, frozenset())
     assert not nothing_stops.needs_logits
 
 
 def test_the_likeliest_token_is_taken_as_it_is_told():
-    assert sampler(temperature=0).choose(None, 123) == Sampled(123, None, ())
+    assert choose(sampler(temperature=0), None, 123) == Sampled(123, None, ())
 
 
 def mixed_samplers() -> list[Sampler]:
@@ -207,10 +208,10 @@ def mixed_samplers() -> list[Sampler]:
     return [sampler(**each) for each in fields]
 
 
-def test_rows_may_be_those_needed_or_all_or_named():
+def test_rows_may_be_all_or_named():
     rows = normal(4, VOCAB)
     best = rows.argmax(1).tolist()
-    needed = choose_all(mixed_samplers(), np.ascontiguousarray(rows[[1, 3]]), best)
+    needed = choose_all(mixed_samplers(), np.ascontiguousarray(rows[[1, 3]]), best, rows=[0, 1])
     assert choose_all(mixed_samplers(), rows, best) == needed
     assert choose_all(mixed_samplers(), np.ascontiguousarray(rows[::-1]), best, rows=[2, 0]) == needed
     assert [needed[0].token_id, needed[2].token_id] == [best[0], best[2]]
@@ -231,11 +232,11 @@ def test_logprobs_are_the_models_own():
     expected, error = log_probs(row)
     everything: dict[str, Any] = {**REQUESTS["everything"], "temperature": 3.0, "seed": 1}
     for fields in ({"temperature": 0}, everything, {"temperature": 0, "logit_bias": {299: 100}}):
-        sampled = sampler(logprobs=3, **fields).choose(row, int(row.argmax()))
+        sampled = choose(sampler(logprobs=3, **fields), row, int(row.argmax()))
         assert sampled.logprob == pytest.approx(expected[sampled.token_id], rel=0, abs=error)
         assert [token for token, _ in sampled.top] == largest(row, 3)
         assert [value for _, value in sampled.top] == pytest.approx(expected[largest(row, 3)], rel=0, abs=error)
-    assert sampler(temperature=0, logit_bias={299: 100}).choose(row, 0).token_id == 299
+    assert choose(sampler(temperature=0, logit_bias={299: 100}), row, 0).token_id == 299
 
 
 def test_each_answer_has_the_logprobs_it_asked_for():
@@ -245,7 +246,7 @@ def test_each_answer_has_the_logprobs_it_asked_for():
     assert [len(each.top) for each in sampled] == [0, 0, 2, 20, 0]
     assert [each.logprob is None for each in sampled] == [True, False, False, False, True]
     assert sampled[2].top == choose_all([sampler(logprobs=20)], rows[2:3], [0])[0].top[:2]
-    few = Sampler(SamplingParams(logprobs=20), [0], 3, frozenset()).choose(np.zeros(3, np.float32), 0)
+    few = choose(Sampler(SamplingParams(logprobs=20), [0], 3, frozenset()), np.zeros(3, np.float32), 0)
     assert [token for token, _ in few.top] == [0, 1, 2]
     assert [value for _, value in few.top] == pytest.approx([-np.log(3)] * 3)
 
@@ -253,7 +254,7 @@ def test_each_answer_has_the_logprobs_it_asked_for():
 def test_tokens_without_a_chance_are_not_among_the_likeliest():
     row = np.full(VOCAB, -np.inf, np.float32)
     row[[200, 100]] = 1.0, 2.0
-    sampled = sampler(logprobs=20, seed=1).choose(row, 100)
+    sampled = choose(sampler(logprobs=20, seed=1), row, 100)
     assert [token for token, _ in sampled.top] == [100, 200]
     assert prompt_logprobs(row[None], [5], 1)[0].logprob == -np.inf
 
@@ -288,7 +289,7 @@ def test_equal_masses_are_exact():
     """At this temperature the four tokens have masses 1, 1/2, 1/4, 1/4, and u decides without rounding."""
     one = sampler(seed=9, vocab=4, temperature=LOG2_E)
     row = np.array([0, -1, -2, -2], np.float32)
-    found = [one.choose(row, 0).token_id for _ in range(200)]
+    found = [choose(one, row, 0).token_id for _ in range(200)]
     assert found == [0 if u < 0.5 else 1 if u < 0.75 else 2 if u < 0.875 else 3 for u in uniforms(9, 0, 200)]
 
 
@@ -310,4 +311,4 @@ def test_a_models_stop_token_outside_the_vocabulary_is_no_error():
     one = Sampler(SamplingParams(min_tokens=1, temperature=0), [1], 10, frozenset({5, 32_000}))
     row = np.zeros(10, np.float32)
     row[5] = 1
-    assert one.choose(row, 5).token_id == 0
+    assert choose(one, row, 5).token_id == 0

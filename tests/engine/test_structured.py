@@ -20,6 +20,7 @@ from eightfold.engine.structured import KEPT, MAX_REASON, Grammar, GrammarCompil
 from eightfold.errors import DependencyError, InputError
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
+from tests.engine.models import choose
 from tests.native.sample_oracle import unpacked
 from tests.test_stream_decoder import sentencepiece_like
 
@@ -47,7 +48,7 @@ def write(
     one = Sampler(params, [1], vocab, frozenset({stop}), 0, grammar)
     text = Detokenizer(tokenizer, params)
     for _ in range(most):
-        token = one.choose(rng.normal(0, 2, vocab).astype(np.float32), 0).token_id
+        token = choose(one, rng.normal(0, 2, vocab).astype(np.float32), 0).token_id
         if token == stop:
             text.finish()
             return text.text, "stop"

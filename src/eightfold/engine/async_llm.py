@@ -68,6 +68,7 @@ class AsyncLLM:
 
     Attributes:
         engine: what runs; from outside only its `prepare`, its tokenizer and its limits are to be used.
+        failure: what it crashed of; None if it did not.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -78,7 +79,7 @@ class AsyncLLM:
         self._orders: deque[Callable[[], object]] = deque()  # to the engine's thread
         self._ordered = threading.Condition()
         self._refuses = self._stops = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="eightfold-engine", daemon=True)
         self._thread.start()
         atexit.register(self._end)  # a thread inside the core must not outlive the interpreter
@@ -96,12 +97,7 @@ class AsyncLLM:
     @property
     def is_healthy(self) -> bool:
         """Whether new requests are answered."""
-        return self._failure is None and not self._refuses
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What the engine crashed of; None if it did not."""
-        return self._failure
+        return self.failure is None and not self._refuses
 
     def generate(
         self,
@@ -186,14 +182,14 @@ class AsyncLLM:
         return reader
 
     def _require_running(self) -> None:
-        if self._failure is not None:
+        if self.failure is not None:
             raise self._crashed()
         if self._refuses:
             raise EngineStoppedError("the engine is shutting down")
 
     def _crashed(self) -> EngineStoppedError:
-        error = EngineStoppedError(f"the engine crashed: {type(self._failure).__name__}: {self._failure}")
-        error.__cause__ = self._failure
+        error = EngineStoppedError(f"the engine crashed: {type(self.failure).__name__}: {self.failure}")
+        error.__cause__ = self.failure
         return error
 
     # What follows runs in the engine's thread, `_order` and `_hand_out` apart.
@@ -214,7 +210,7 @@ class AsyncLLM:
                 if self.engine.has_unfinished:
                     self._deliver(self.engine.step())
         except BaseException as error:
-            self._failure = error
+            self.failure = error
             self._call(self._fail_readers)
 
     def _abort(self, request_id: str) -> None:

@@ -202,7 +202,9 @@ class Engine:
         step = self._layout.of(plan, self.scheduler.version)
         started = time.perf_counter()
         logits, best = self.model.run(step)
-        self._note_pace(plan, time.perf_counter() - started)
+        prompt_tokens = [sequence.scheduled for sequence in plan if sequence.scheduled > 1]
+        seconds = time.perf_counter() - started
+        self.scheduler.pace.note(len(plan) - len(prompt_tokens), sum(prompt_tokens), seconds)
         moved = self._advance(plan, logits)
         self._choose(moved, logits, best)
         return self._outputs(moved)
@@ -213,10 +215,6 @@ class Engine:
         unfinished = {id(s) for r in self._requests.values() for s in r.sequences if s.finish_reason is None}
         known = {id(s) for s in (*self.scheduler.waiting, *self.scheduler.running)}
         assert known == unfinished, "the scheduler's sequences are not those of the unfinished requests"
-
-    def _note_pace(self, plan: list[TokenSequence], seconds: float) -> None:
-        prompt_tokens = [sequence.scheduled for sequence in plan if sequence.scheduled > 1]
-        self.scheduler.pace.note(len(plan) - len(prompt_tokens), sum(prompt_tokens), seconds)
 
     def _advance(self, plan: list[TokenSequence], logits: NDArray[Any]) -> list[TokenSequence]:
         """Note what was computed; return the sequences that get tokens."""

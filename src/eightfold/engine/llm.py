@@ -63,7 +63,8 @@ class LLM:
             CapacityError: a prompt is too long; nothing was computed.
             InputError: prompts and params do not fit together, or a prompt makes no sense.
         """
-        token_ids = [self._encode(prompt) for prompt in _list_of(prompts)]
+        encode = self.engine.tokenizer.encode
+        token_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in _list_of(prompts)]
         return self._run(token_ids, _one_each(params, len(token_ids)), progress)
 
     def chat(
@@ -84,9 +85,6 @@ class LLM:
         token_ids = [tokenizer.encode_chat(each, add_generation_prompt=True) for each in conversations]  # type: ignore[arg-type]
         return self._run(token_ids, _one_each(params, len(token_ids)), progress)
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
-        return self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-
     def _run(
         self, prompts: Sequence[Sequence[int]], params: list[SamplingParams], progress: Progress | bool
     ) -> list[RequestOutput]:
@@ -98,17 +96,14 @@ class LLM:
         found: dict[str, RequestOutput] = {}
         try:
             with _opened(progress, len(requests)) as task:
-                for output in self._finished():
-                    found[output.request_id] = output
-                    task.advance()
+                while self.engine.has_unfinished:
+                    for output in self.engine.step():
+                        found[output.request_id] = output
+                        task.advance()
         finally:  # nothing is left behind by an interrupt
             for request in requests:
                 self.engine.abort(request.request_id)
         return [found[request.request_id] for request in requests]
-
-    def _finished(self) -> Iterator[RequestOutput]:
-        while self.engine.has_unfinished:
-            yield from self.engine.step()
 
 
 def _list_of(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -49,7 +49,7 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses the tokens of one answer, one after the other.
+    """What decides on the tokens of one answer, one after the other; see choose_all.
 
     Its randomness is a stream of its own, begun by the seed and the answer's index, of which each choice that is drawn
     takes one number: so an answer depends neither on others nor on how steps are cut.
@@ -112,16 +112,6 @@ class Sampler:
         """Whether the answer has a form to keep to, which lets nothing but a stop token follow."""
         return self.grammar is not None and self.grammar.is_finished
 
-    def choose(self, logits: NDArray[np.float32] | None, best: int) -> Sampled:
-        """Choose the next token; it is part of the answer from now on.
-
-        Args:
-            logits: (V,) float32; None where `needs_logits` is false. They are not changed.
-            best: the likeliest token.
-        """
-        rows = np.empty((0, 0), np.float32) if logits is None else logits.reshape(1, -1)
-        return choose_all([self], rows, [best])[0]
-
     def _uniform(self) -> float:
         """Return the next number of the stream, from [0, 1): 53 bits."""
         return 0.0 if self.params.is_greedy else (int(self._random.random_raw()) >> 11) * 2.0**-53
@@ -140,21 +130,20 @@ def choose_all(
     rows: Sequence[int] | None = None,
     threads: int | None = None,
 ) -> list[Sampled]:
-    """Choose the next tokens of several answers.
+    """Choose the next tokens of several answers; they are part of these from now on.
 
     Args:
         samplers: R, each once.
-        logits: rows (V,) float32: one for each sampler that needs logits, in order; or one for every sampler.
+        logits: rows (V,) float32; not changed.
         best: (R,) the likeliest tokens.
-        rows: of the logits, for each sampler that needs logits, where they are neither.
+        rows: of the logits, for each sampler that needs them; None where sampler i has row i.
         threads: that share the rows; None as EIGHTFOLD_THREADS says, or one for each CPU.
     """
     sampled = [Sampled(int(token)) for token in best]
     needing = [i for i, sampler in enumerate(samplers) if sampler.needs_logits]
     if needing:
-        if rows is None:
-            rows = needing if len(logits) == len(samplers) else range(len(needing))
-        choices = _choose([samplers[i] for i in needing], logits, np.array(rows, np.int32), _team(threads))
+        which = np.array(needing if rows is None else rows, np.int32)
+        choices = _choose([samplers[i] for i in needing], logits, which, _pool(threads))
         for i, choice in zip(needing, choices, strict=True):
             sampled[i] = choice
     for sampler, choice in zip(samplers, sampled, strict=True):
@@ -174,15 +163,15 @@ def prompt_logprobs(
         threads: as for `choose_all`.
     """
     tokens = np.array(token_ids, np.int32)
-    return _with_logprobs(logits, np.arange(len(tokens), dtype=np.int32), tokens, [top] * len(tokens), _team(threads))
+    return _with_logprobs(logits, np.arange(len(tokens), dtype=np.int32), tokens, [top] * len(tokens), _pool(threads))
 
 
 def _choose(
-    samplers: Sequence[Sampler], logits: NDArray[np.float32], rows: NDArray[np.int32], team: SamplePool
+    samplers: Sequence[Sampler], logits: NDArray[np.float32], rows: NDArray[np.int32], pool: SamplePool
 ) -> list[Sampled]:
     tokens = np.empty(len(samplers), np.int32)
     masks, masked = _masks(samplers, logits.shape[1])
-    team.choose(
+    pool.choose(
         choosers=[sampler._chooser for sampler in samplers],
         logits=logits,
         rows=rows,
@@ -195,7 +184,7 @@ def _choose(
     reporting = [i for i, sampler in enumerate(samplers) if sampler.params.logprobs is not None]
     if reporting:
         counts = [samplers[i].params.logprobs or 0 for i in reporting]
-        reports = _with_logprobs(logits, rows[reporting], tokens[reporting], counts, team)
+        reports = _with_logprobs(logits, rows[reporting], tokens[reporting], counts, pool)
         for i, report in zip(reporting, reports, strict=True):
             sampled[i] = report
     return sampled
@@ -217,13 +206,13 @@ def _with_logprobs(
     rows: NDArray[np.int32],
     tokens: NDArray[np.int32],
     counts: Sequence[int],
-    team: SamplePool,
+    pool: SamplePool,
 ) -> list[Sampled]:
     """Return tokens, chosen from `rows` of the logits, with their log-probabilities and `counts` of the likeliest."""
     width = max(counts, default=0)
     chosen = np.empty(len(tokens))
     top_ids, top = np.empty((len(tokens), width), np.int32), np.empty((len(tokens), width))
-    team.logprobs(logits=logits, rows=rows, tokens=tokens, chosen=chosen, top_ids=top_ids, top=top)
+    pool.logprobs(logits=logits, rows=rows, tokens=tokens, chosen=chosen, top_ids=top_ids, top=top)
     found = zip(tokens.tolist(), chosen.tolist(), top_ids.tolist(), top.tolist(), counts, strict=True)
     return [
         Sampled(
@@ -234,7 +223,7 @@ def _with_logprobs(
 
 
 @lru_cache
-def _team(threads: int | None) -> SamplePool:
+def _pool(threads: int | None) -> SamplePool:
     """Return the threads that share rows: they sleep between steps."""
     return core.extension.SamplePool(core.choose_threads(threads))
 

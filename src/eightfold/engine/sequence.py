@@ -126,7 +126,12 @@ class TokenSequence:
         """End the sequence and complete its text."""
         self.finish_reason, self.stop_reason = reason, stop_reason
         self.draft = []
-        rest = self.detokenizer.finish() if self.request.reads_text else self.request.text_of(self.produced.token_ids)
+        request = self.request
+        if request.reads_text:
+            rest = self.detokenizer.finish()
+        else:
+            keep = not request.params.skip_special_tokens
+            rest = request.tokenizer.decode(self.produced.token_ids, keep_special=keep)
         if rest:
             self.produced.pieces.append(rest)
 
@@ -173,10 +178,6 @@ class Request:
     def __post_init__(self) -> None:
         self.end_ids = self.eos_ids | set(self.params.stop_token_ids)
         self.reads_text = self.streams or bool(self.params.stops)
-
-    def text_of(self, token_ids: list[int]) -> str:
-        """Return the text of a whole answer."""
-        return self.tokenizer.decode(token_ids, keep_special=not self.params.skip_special_tokens)
 
     @property
     def is_finished(self) -> bool:
