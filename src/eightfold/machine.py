@@ -25,13 +25,7 @@ def tame_malloc() -> None:
 
 def available_bytes() -> int | None:
     """Return the memory that can be used without swapping; None where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    return _proc("meminfo", "MemAvailable")
 
 
 def total_bytes() -> int | None:
@@ -44,17 +38,18 @@ def total_bytes() -> int | None:
 
 def peak_resident_bytes() -> int | None:
     """Return the most memory this process has had resident, mapped files included; None where nobody counts."""
-    return _status("VmHWM")
+    return _proc("self/status", "VmHWM")
 
 
 def resident_bytes() -> int | None:
     """Return the memory this process has resident, mapped files included; None where nobody counts."""
-    return _status("VmRSS")
+    return _proc("self/status", "VmRSS")
 
 
-def _status(key: str) -> int | None:
+def _proc(name: str, key: str) -> int | None:
+    """Return a size that a file of /proc gives in KiB."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc", name).read_text().splitlines():
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,8 @@ def test_inspect_as_json_is_describe_and_the_native_core(cli, tmp_path):
     directory = write_model(tmp_path / "float")
     shown = cli("inspect", directory, "--json")
     assert shown.code == 0, shown.err
-    expected = json.loads(json.dumps(describe(Checkpoint.open(directory)).as_dict()))
-    native = json.loads(json.dumps(describe_native(Checkpoint.open(directory)).as_dict()))
+    expected = json.loads(json.dumps(asdict(describe(Checkpoint.open(directory)))))
+    native = json.loads(json.dumps(asdict(describe_native(Checkpoint.open(directory)))))
     assert shown.json() == {**expected, "native": native}
     assert shown.json()["parts"][0] == {
         "name": "embed_tokens",

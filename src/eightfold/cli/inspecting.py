@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +32,7 @@ def inspect(
     checkpoint = Checkpoint.open(model)
     contents, native = describe(checkpoint), describe_native(checkpoint)
     if as_json:
-        console.print_json({**contents.as_dict(), "native": native.as_dict()})
+        console.print_json({**asdict(contents), "native": asdict(native)})
         return
     _print_contents(contents)
     print()

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_MODEL_TYPES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 # Modules by their GGUF name; those of a layer stand behind blk.N.
 _MODULES = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": LM_HEAD}
@@ -199,7 +198,7 @@ def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
     head_dim = file.count("attention.key_length", hidden // heads)
     raw: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": _MODEL_TYPES[architecture],
+        "model_type": file.fields["general.architecture"],
         "dtype": next(name for name, known in CONFIG_DTYPES.items() if known is dtype),
         "attention_bias": architecture != "Qwen2ForCausalLM" and "blk.0.attn_q.bias" in file.tensors,
         "head_dim": head_dim,
@@ -254,12 +253,8 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
 def _are_llama3(factors: torch.Tensor, rope: dict[str, Any], head_dim: int) -> bool:
     if factors.shape != (head_dim // 2,) or not ((factors > 0) & factors.isfinite()).all():
         return False
-    plain = inverse_frequencies(_rope_of({**rope, "rope_type": "default"}), head_dim)
-    return torch.allclose(plain / inverse_frequencies(_rope_of(rope), head_dim), factors, rtol=1e-3)
-
-
-def _rope_of(fields: dict[str, Any]) -> RopeParameters:
-    return RopeParameters(**fields)
+    plain = inverse_frequencies(RopeParameters(**{**rope, "rope_type": "default"}), head_dim)
+    return torch.allclose(plain / inverse_frequencies(RopeParameters(**rope), head_dim), factors, rtol=1e-3)
 
 
 def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:

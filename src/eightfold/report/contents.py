@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
@@ -41,12 +40,6 @@ class Contents:
     tied: bool
     notes: tuple[str, ...]
     parts: tuple[Part, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        from dataclasses import asdict
-
-        return asdict(self)
 
 
 def describe(checkpoint: Checkpoint) -> Contents:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from eightfold.errors import UnsupportedError
 from eightfold.families import LM_HEAD, all_linears
@@ -47,10 +47,6 @@ class Native:
     threads: int = 0
     threads_reason: str = ""
     kernels: tuple[Kernel, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
 
 def describe_native(checkpoint: Checkpoint) -> Native:

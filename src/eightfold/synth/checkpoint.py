@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
 from eightfold.progress import Progress, silent
 from eightfold.synth.shapes import model_config
@@ -64,7 +65,7 @@ def synthesize(
     config = parse_config(raw, Path(CONFIG_NAME))
     model = RandomModel(config, seed)
     tensors = list(model.tensors())
-    planned = [tensor.planned(dtype) for tensor in tensors]
+    planned = [PlannedTensor(tensor.name, dtype, tensor.shape) for tensor in tensors]
     nbytes = total_bytes(planned)
     with OutputDirectory(target, source=None, overwrite=overwrite) as output:
         output.require_space(nbytes)
@@ -98,16 +99,9 @@ def _values(
                     future = pool.submit(model.values, tensor, rows, dtype)
                     waiting.append((tensor, rows is pieces[-1], future))
                     if len(waiting) > 2 * threads:
-                        yield _result(waiting.popleft())
-            while waiting:
-                yield _result(waiting.popleft())
+                        done, is_last, values = waiting.popleft()
+                        yield done, is_last, values.result()
+            for done, is_last, values in waiting:
+                yield done, is_last, values.result()
         finally:
-            for _, _, future in waiting:
-                future.cancel()
-
-
-def _result(
-    piece: tuple[RandomTensor, bool, Future[NDArray[Any]]],
-) -> tuple[RandomTensor, bool, NDArray[Any]]:
-    tensor, last, future = piece
-    return tensor, last, future.result()
+            pool.shutdown(wait=False, cancel_futures=True)

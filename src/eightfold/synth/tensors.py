@@ -38,7 +38,6 @@ from eightfold.families import (
     layer_norms,
     layer_prefix,
 )
-from eightfold.format.safetensors import PlannedTensor
 from eightfold.scheme import bias_name, weight_name
 
 if TYPE_CHECKING:
@@ -74,10 +73,6 @@ class RandomTensor:
     mean: float = 0.0
     rows: Mapping[int, float] = field(default_factory=dict)
     columns: Mapping[int, float] = field(default_factory=dict)
-
-    def planned(self, dtype: DType) -> PlannedTensor:
-        """Return what is going to be written."""
-        return PlannedTensor(self.name, dtype, self.shape)
 
 
 class RandomModel:

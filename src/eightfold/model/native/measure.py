@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +20,7 @@ from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
 from eightfold.families import LM_HEAD, all_linears, sliding_window
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.machine import available_bytes
+from eightfold.machine import available_bytes, peak_resident_bytes
 from eightfold.model.native import core
 from eightfold.model.native.generate import PREFILL_TOKENS
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
@@ -207,7 +206,7 @@ def measure(runner: Runner, repeat: int, advance: Callable[[], None] = lambda: N
     """
     found = Measurement()
     runner.once()
-    found.peak_rss_bytes = peak_rss_bytes()
+    found.peak_rss_bytes = peak_resident_bytes()
     advance()
     limits, hosts = Limits(runner.model.threads * runner.model.neighbours), runner.model.hosts
     for _ in range(repeat):
@@ -273,14 +272,3 @@ def cache_bytes(checkpoint: Checkpoint, page_bytes: int, context: float) -> floa
     seen = [min(context, sliding_window(config, i) or context) for i in layers]
     read = sum(width * positions for width, positions in zip(widths, seen, strict=True))
     return page_bytes / PAGE * read / sum(widths)
-
-
-def peak_rss_bytes() -> int | None:
-    """Return the largest resident size of this process so far; None where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
