@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from eightfold.errors import EightfoldError
-from eightfold.format.safetensors import FileWriter
-from eightfold.quant import distributed, guest, hidden, pipeline
+from eightfold.parallel.ranks import Ranks
+from eightfold.parallel.world import World
+from eightfold.quant import hidden, identity, pipeline
 from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.run import Run
-from eightfold.quant.team import Team
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples
 
@@ -76,18 +76,13 @@ def die_after(steps: int) -> None:
 
 def look_elsewhere(folder: str) -> None:
     """Let this process find another directory under the output's path, as a host with a disk of its own does."""
-    guest.SHOW_SECONDS = 0.2
-    see = guest.require_one_directory
+    share = Ranks.share
 
-    def see_elsewhere(path: Path, token: str, team: Team) -> None:
-        see(Path(folder) / path.name, token, team)
+    def share_elsewhere(ranks: Ranks, value: Any) -> Any:
+        found = share(ranks, value)
+        return (Path(folder) / found[0].name, *found[1:]) if isinstance(found, tuple) else found
 
-    pipeline.require_one_directory = see_elsewhere  # type: ignore[assignment]
-
-
-def write_nowhere() -> None:
-    """Let what this process writes into weight files be seen by nobody."""
-    FileWriter._write_at = lambda *_: None  # type: ignore[method-assign]
+    Ranks.share = share_elsewhere  # type: ignore[method-assign]
 
 
 def main() -> int:
@@ -97,27 +92,25 @@ def main() -> int:
     if is_odd and "dies" in job:
         die_after(job["dies"])
     if is_odd and "version" in job:
-        distributed.__version__ = job["version"]
+        identity.__version__ = job["version"]
     if is_odd and "other" in job:
         job["source"] = job["other"]
     if is_odd and "arithmetic" in job:
-        facts = distributed.float_facts()
-        distributed.float_facts = lambda: {**facts, "float32 arithmetic": job["arithmetic"]}
+        facts = pipeline.float_facts()
+        pipeline.float_facts = lambda: {**facts, "float32 arithmetic": job["arithmetic"]}
     if is_odd and "elsewhere" in job:
         look_elsewhere(job["elsewhere"])
-    if is_odd and "nowhere" in job:
-        write_nowhere()
-    team = distributed.Ranks()
+    ranks = Ranks(World.of_environment())
     try:
         for name in job["names"]:
-            quantize(Path(job["source"]), Path(job["folder"]) / name, name, team=team)
+            quantize(Path(job["source"]), Path(job["folder"]) / name, name, ranks=ranks)
     except BaseException as error:
-        team.fail(error)
+        ranks.fail(error)
         if not isinstance(error, EightfoldError):
             raise
         print(f"eightfold: {error}", file=sys.stderr)
         return 2
-    team.end()
+    ranks.end()
     return 0
 
 

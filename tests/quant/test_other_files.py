@@ -88,7 +88,7 @@ def test_files_beside_what_was_begun_stay_as_they_are(tmp_path, source, monkeypa
     if ends == "badly":
         monkeypatch.setattr("eightfold.quant.run.require_finite", bad_input)
         monkeypatch.setattr("eightfold.quant.layer.QuantizedLayer.tensors", bad_input)
-        monkeypatch.setattr("eightfold.quant.sink.Sink.copy", bad_input)
+        monkeypatch.setattr("eightfold.quant.tensor_writer.TensorWriter.copy", bad_input)
         with pytest.raises(CheckpointError):
             quantize(source, out)
         assert {name.split("/")[0] for name in mine} == {path.name for path in out.iterdir()}

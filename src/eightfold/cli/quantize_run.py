@@ -19,23 +19,20 @@ if TYPE_CHECKING:
     import torch
 
     from eightfold.format.checkpoint import Checkpoint
+    from eightfold.parallel.ranks import Ranks
     from eightfold.quant.outcome import Outcome
     from eightfold.quant.recipe import Recipe
-    from eightfold.quant.team import Team
 
 
 @contextmanager
-def team_of_environment() -> Iterator[Team]:
+def ranks_of_environment() -> Iterator[Ranks]:
     """The processes that torchrun has started; an error of one ends all."""
-    from eightfold.quant.team import Alone
+    from eightfold.parallel.ranks import Ranks
 
-    if World.of_environment().size == 1:
-        yield Alone()
-        return
-    console.require_torch("quantize")
-    from eightfold.quant.distributed import Ranks
-
-    ranks = Ranks()
+    world = World.of_environment()
+    if world.size > 1:
+        console.require_torch("quantize")
+    ranks = Ranks(world)
     try:
         yield ranks
     except BaseException as error:
@@ -61,18 +58,18 @@ class Command:
     names_act_method: bool
     started: float
 
-    def plan(self, team: Team) -> None:
+    def plan(self, ranks: Ranks) -> None:
         """Say what it would take."""
-        if team.is_first:
+        if ranks.is_first:
             checkpoint = self._checked(is_plan=True)
             samples = self._samples(checkpoint) or []
             _show_plan(checkpoint, self.recipe, samples, self.target, self.memory, self.as_json)
 
-    def do(self, team: Team) -> Outcome:
+    def do(self, ranks: Ranks) -> Outcome:
         """Quantize. The texts are read and tokenized by one process."""
         # What can be refused is refused before torch is loaded and texts are tokenized.
-        samples = self._samples(self._checked()) if team.is_first else None
-        samples = team.share(samples)
+        samples = self._samples(self._checked()) if ranks.is_first else None
+        samples = ranks.share(samples)
         console.require_torch("quantize")
         from eightfold.progress import silent
         from eightfold.quant.pipeline import quantize_checkpoint
@@ -85,10 +82,10 @@ class Command:
             overwrite=self.overwrite,
             part_bytes=self.part_bytes,
             legacy_names=self.legacy_names,
-            device=_torch_device(self.device, team),
+            device=_torch_device(self.device, ranks),
             memory=self.memory,
-            progress=console.bars if team.is_first else silent,
-            team=team,
+            progress=console.bars if ranks.is_first else silent,
+            ranks=ranks,
         )
 
     def _checked(self, *, is_plan: bool = False) -> Checkpoint:
@@ -114,11 +111,11 @@ class Command:
             console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
         return found
 
-    def tell(self, outcome: Outcome, team: Team) -> None:
+    def tell(self, outcome: Outcome, ranks: Ranks) -> None:
         """Say what came of it."""
         seconds = time.monotonic() - self.started
-        peaks = team.collect_first(peak_resident_bytes())
-        if not team.is_first:
+        peaks = ranks.gather(peak_resident_bytes())
+        if not ranks.is_first:
             return
         if self.as_json:
             console.print_json(_document(outcome, seconds, peaks))
@@ -129,11 +126,11 @@ class Command:
             print(f"{self.target}: {_summary(outcome)}, {seconds:.1f} s")
 
 
-def _torch_device(device: str, team: Team) -> torch.device:
+def _torch_device(device: str, ranks: Ranks) -> torch.device:
     from eightfold.model.reference.device import find_device
 
-    if team.size > 1 and device != "cpu":
-        raise ConfigError("--device", got=device, expected=f"cpu, for {team.size} processes")
+    if ranks.size > 1 and device != "cpu":
+        raise ConfigError("--device", got=device, expected=f"cpu, for {ranks.size} processes")
 
     found, remark = find_device(device)
     if remark:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from eightfold.cli.calibration import Calibration
-from eightfold.cli.quantize_run import Command, team_of_environment
+from eightfold.cli.quantize_run import Command, ranks_of_environment
 from eightfold.cli.serving import parse_size
 from eightfold.errors import ConfigError, OutputError
 
@@ -315,14 +315,14 @@ def quantize(
         names_act_method=act_method is not None,
         started=started,
     )
-    with team_of_environment() as team:
+    with ranks_of_environment() as ranks:
         if plan:
-            command.plan(team)
+            command.plan(ranks)
             return
-        outcome = command.do(team)
-        if team.is_first and save_recipe is not None:
+        outcome = command.do(ranks)
+        if ranks.is_first and save_recipe is not None:
             _save(command.recipe, save_recipe)
-        command.tell(outcome, team)
+        command.tell(outcome, ranks)
 
 
 def _recipe(file: Path | None, **options: Any) -> Recipe:

@@ -342,22 +342,6 @@ class FileWriter:
         self.checksums[name] = checksum_of(self._file, begin, begin + tensor.nbytes)
         return self.checksums[name]
 
-    def holds(self, name: str, checksum: int) -> bool:
-        """Whether a tensor that another process has written is in the file, as this process finds it."""
-        tensor, at = self._pending[name]
-        begin = self._data_start + at
-        end = begin + tensor.nbytes
-        if checksum_of(self._file, begin, end) == checksum:
-            return True
-        # Another host may have written parts of pages that this one has read before: let it ask for them anew.
-        drop(self._file, begin - mmap.PAGESIZE, end + mmap.PAGESIZE)
-        return checksum_of(self._file, begin, end) == checksum
-
-    def adopt(self, name: str, checksum: int) -> None:
-        """Take note of a tensor that another process has written, which has summed it up."""
-        del self._pending[name]
-        self.checksums[name] = checksum
-
     def checksum(self) -> int:
         """Return the CRC-32 of the whole file, from those of its tensors, which must all be written."""
         checksum = self._header_checksum

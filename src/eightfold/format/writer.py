@@ -343,14 +343,6 @@ class ShardedWriter:
         """Leave a tensor as an earlier writer wrote it; return the CRC-32 of its bytes as they are in the file."""
         return self._files[self._weight_map[name]].take_over(name)
 
-    def holds(self, name: str, checksum: int) -> bool:
-        """Whether what another process has written is in the file, as this one finds it; see FileWriter."""
-        return self._files[self._weight_map[name]].holds(name, checksum)
-
-    def adopt(self, name: str, checksum: int) -> None:
-        """Take note of a tensor that another process has written; see FileWriter."""
-        self._files[self._weight_map[name]].adopt(name, checksum)
-
     def sync(self) -> None:
         """Return when what was written would survive a loss of power."""
         for file in self._files.values():

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 _SIOCGIFADDR = 0x8915  # of Linux: the address of an interface
 
 
-def start_gloo(world: World, seconds: float) -> None:
-    """Begin torch.distributed; any wait for another process ends after so many seconds.
+def start_gloo(world: World, seconds: float) -> Any:
+    """Begin torch.distributed and return its store; any wait for another process ends after so many seconds.
 
     Raises:
         DependencyError: torch is not installed.
     """
     try:
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
     except ImportError:
         raise DependencyError(
             "processes on several hosts need torch",
@@ -37,7 +38,9 @@ def start_gloo(world: World, seconds: float) -> None:
     if interface := _interface_to(world.address, world.port):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group("gloo", rank=world.rank, world_size=world.size, timeout=timeout)
+    store, _, _ = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    return store
 
 
 def broadcast(values: list[Any]) -> list[Any]:

@@ -33,7 +33,6 @@ from torch import Tensor
 from eightfold.model.reference.kvcache import Attention, KVCache
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 from eightfold.quant.methods import KVObserve
-from eightfold.quant.team import Team
 
 # The share of a sample's values that the range of queries and keys has to hold; of values all.
 QK_SHARE, VALUE_SHARE = 0.9999, 1.0
@@ -114,11 +113,11 @@ class FAQuantObserver:
         self.key.update(k_SGD)
         self.value.update(v_SGD)
 
-    def merge(self, team: Team) -> None:
-        """Take in what the other ranks have seen."""
-        for head in (self.query, self.key, self.value):
-            for absmax in team.collect(head.absmax):
-                head.take(absmax)
+    def merge(self, other: FAQuantObserver) -> None:
+        """Take in what one of other samples has seen."""
+        self.query.take(other.query.absmax)
+        self.key.take(other.key.absmax)
+        self.value.take(other.value.absmax)
 
 
 class ChannelRange:
@@ -237,12 +236,11 @@ class KVObserver:
         else:
             self._key.see(k_SGD)
 
-    def merge(self, team: Team) -> None:
-        """Rank 0 takes in what the others have seen."""
-        for channels in (self._key, self._value):
-            for ends in team.collect_first((channels.lo, channels.hi)):
-                channels.take(*ends)
-        self._rotated = [k_SC for rank in team.collect_first(self._rotated) for k_SC in rank]
+    def merge(self, other: KVObserver) -> None:
+        """Take in what one of other samples has seen."""
+        self._key.take(other._key.lo, other._key.hi)
+        self._value.take(other._value.lo, other._value.hi)
+        self._rotated += other._rotated
 
     def params(self, is_symmetric: bool, value_divisor_C: Tensor | None) -> KVParams:
         """Return the parameters; `value_divisor_C` is what smoothing divides v_proj's outputs by."""

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from eightfold.model.reference.decoder import Batch
@@ -23,7 +22,7 @@ from eightfold.quant.histogram import HistogramObserver
 from eightfold.quant.methods import ActMethod
 from eightfold.quant.observe import MeanMinMax
 from eightfold.quant.qparams import QuantizedWeight
-from eightfold.quant.team import Team
+from eightfold.quant.statistics import InOrder, unshared
 
 # Above this ratio of largest value to standard deviation, method `auto` takes the extremes and not the histogram.
 AUTO_LIMIT = 50.0
@@ -41,19 +40,19 @@ class Observer(Protocol):
         ...
 
 
-def observer_for(method: ActMethod, title: str, range_param: float | None, team: Team | None = None) -> Observer:
+def observer_for(method: ActMethod, title: str, range_param: float | None, in_order: InOrder = unshared) -> Observer:
     """Return the observer of an input.
 
     Args:
         method: what the user chose.
         title: names the input in errors.
         range_param: largest value over standard deviation; only AUTO looks at it.
-        team: the processes among which the samples are shared; None for this one alone.
+        in_order: see statistics.InOrder.
     """
     if method is ActMethod.AUTO:
         assert range_param is not None
         method = ActMethod.HISTOGRAM if range_param <= AUTO_LIMIT else ActMethod.MINMAX
-    return HistogramObserver(title, team) if method is ActMethod.HISTOGRAM else MeanMinMax(title, team)
+    return HistogramObserver(title, in_order) if method is ActMethod.HISTOGRAM else MeanMinMax(title, in_order)
 
 
 class StaticMember(W8A8DynamicLinear):
@@ -76,10 +75,6 @@ class ObservedGroup:
             member.multiply(xq, scale_T1, offset_T1) if isinstance(member, StaticMember) else member(x_TK)
             for member in self.members
         )
-
-    def stay_away(self) -> None:
-        """Take part in what the ranks exchange, without a sample."""
-        self.observer.update(torch.zeros(0, 1), [])
 
 
 def static_member(weight: QuantizedWeight, bias_N: Tensor | None) -> StaticMember:

@@ -4,38 +4,36 @@
 
 After a layer, the next generation goes to a file of the run's work folder, exactly as it is in memory, while work goes
 on; when it is on the disk the layer may count as finished. Three files take turns: writing over one that is there takes
-half the time of a new one, and while one rank already writes generation i + 1, generation i may not be journalled yet,
-so that a new start would need i - 1.
+half the time of a new one, and while another rank already writes generation i + 1, generation i may not be journalled
+yet, so that a new start would need i - 1.
 
 A stream that spills keeps nothing in memory but the samples that are on their way through the layer: it reads one
 generation and writes the next, by plain reads and writes, so that no mapped page counts as this process's memory.
 
-Of several processes each moves its own batches (team.py), and writes them where they belong in the one file; none but
-rank 0 ever reads another's, and that when all layers are finished.
+Each of W ranks moves every W-th batch, and writes it to its place in the one file; none but rank 0 ever reads another
+one's, and that when all layers are finished.
 
 Letters: T tokens of all samples, E hidden size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from eightfold.config import ModelConfig
-from eightfold.families import input_groups
-from eightfold.format.pagecache import drop
 from eightfold.format.safetensors import checksum_of, joined_checksum
 from eightfold.model.reference.decoder import Batch, Block, token_batches
 from eightfold.model.reference.load import Decoder
-from eightfold.quant.settling import Settling
-from eightfold.quant.team import Alone, Round, Team, in_batch_order, turns
+from eightfold.parallel.ranks import Ranks, in_turn
 
 # How many a stream has on disk.
 GENERATIONS = 3
@@ -46,8 +44,48 @@ BATCH_TOKENS = 2048
 # Batches come in a multiple of this number, so that as many ranks have as much to do, unless they became so small.
 _EVEN, _FEW_TOKENS = 8, 256
 
-# A product of attention takes as long as so many of a linear: small matrices, and softmax between them.
-_ATTENTION_COST = 5
+
+class BackgroundSync:
+    """A thread that brings files to the disk while work goes on."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="eightfold-sync")
+        self._begun: list[Future[None]] = []
+
+    def __enter__(self) -> BackgroundSync:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def sync(self, file: int) -> None:
+        """Begin to bring an open file to the disk, and close it."""
+        self._begun.append(self._thread.submit(_sync_and_close, file))
+
+    def wait(self) -> None:
+        """Return when all files are on the disk.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        while self._begun:
+            self._begun.pop(0).result()
+
+
+def _sync_and_close(file: int) -> None:
+    try:
+        os.fdatasync(file)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(file)
+
+
+class Observer(Protocol):
+    """What all ranks call in each round, even without samples."""
+
+    def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> object:
+        """Take in samples."""
+        ...
 
 
 class HiddenStates:
@@ -56,7 +94,6 @@ class HiddenStates:
     Attributes:
         name: of the stream, and of its files.
         lengths: tokens of each sample.
-        turns: which ranks take the batches of each round, see team.turns.
         layer_idx: the layer that they enter next.
         checksum: CRC-32 of this generation's file, in rank 0 and once it is finished; generation 0 has none.
     """
@@ -67,11 +104,10 @@ class HiddenStates:
         decoder: Decoder,
         samples: Sequence[Sequence[int]],
         folder: Path,
-        settling: Settling,
+        sync: BackgroundSync,
         *,
         spills: bool = False,
-        team: Team | None = None,
-        first_rank: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         """Start where the samples are.
 
@@ -80,46 +116,36 @@ class HiddenStates:
             decoder: the model.
             samples: token ids of each.
             folder: where files go.
-            settling: what brings them to the disk.
+            sync: brings them to the disk.
             spills: keep nothing in memory.
-            team: the processes among which the samples are shared; None for this one alone.
-            first_rank: who takes the first batch; another one than rank 0 only where there is no other batch.
+            ranks: the processes among which the samples are shared; None for this one alone.
         """
         self.name, self.lengths = name, [len(sample) for sample in samples]
         self.layer_idx = 0
         self.checksum: int | None = None
         self._decoder, self._samples, self._folder, self._spills = decoder, samples, folder, spills
-        self._team = team or Alone()
+        self._sync, self._ranks = sync, ranks or Ranks()
         self._width = decoder.checkpoint.config.hidden_size
-        self._settling = settling
         self._batches = sample_batches(self.lengths)
-        costs = [_cost(decoder.checkpoint.config, self._sizes(batch)) for batch in range(len(self._batches))]
-        self.turns = turns(costs, self._team.size)
-        if first_rank:
-            assert len(self._batches) == 1
-            self.turns = [[first_rank]]
-        self._written: list[int] = []  # CRC-32 of each batch that this rank has written of this generation
+        self._round = 0  # the first of the batches that the ranks move at this time
+        self._checksums: list[int] = []  # of each batch that this rank has moved into this generation
         self._begins = [0, *itertools.accumulate(self.lengths)]  # of each sample, in tokens
         self._held: dict[int, Tensor] = {}  # of this generation, this rank's batches, unless they lie in a file only
 
     def resume(self, layer_idx: int, checksum: int) -> bool:
-        """Go on with what an earlier run has left; return whether it is intact."""
+        """Go on with what an earlier run has left; return whether rank 0 finds it intact."""
+        self.layer_idx, self.checksum, self._held = layer_idx, checksum, {}
+        if not self._ranks.is_first:
+            return True
         try:
             file = os.open(self._path(layer_idx), os.O_RDONLY)
         except OSError:
             return False
         try:
             size = os.fstat(file).st_size
-            if size != self.nbytes or checksum_of(file, 0, size) != checksum:
-                return False
+            return size == self.nbytes and checksum_of(file, 0, size) == checksum
         finally:
             os.close(file)
-        self.go_on_from(layer_idx, checksum)
-        return True
-
-    def go_on_from(self, layer_idx: int, checksum: int) -> None:
-        """Go on with a generation that somebody has found intact."""
-        self.layer_idx, self.checksum, self._held = layer_idx, checksum, {}
 
     @property
     def nbytes(self) -> int:
@@ -137,28 +163,25 @@ class HiddenStates:
     def _sizes(self, batch: int) -> list[int]:
         return [self.lengths[index] for index in self._batches[batch]]
 
-    def _first_token(self, batch: int) -> int:
-        return self._begins[self._batches[batch][0]]
-
-    def _piece(self, batch: int) -> Tensor:
+    def _states(self, batch: int) -> Tensor:
         """Return the states of one batch, (tokens, E)."""
         if batch in self._held:
             return self._held[batch]
-        return self._read(self._first_token(batch), sum(self._sizes(batch)), self._batches[batch])
+        return self._read(self._batches[batch])
 
-    def _read(self, at: int, tokens: int, indices: Sequence[int]) -> Tensor:
-        """Return (tokens, E) from token `at` on, which are these samples', from the table or the file."""
+    def _read(self, indices: Sequence[int]) -> Tensor:
+        """Return the states of consecutive samples, (tokens, E), from the embedding table or the file."""
         if self.layer_idx == 0:
             return self._decoder.embed([token for index in indices for token in self._samples[index]])
+        tokens = sum(self.lengths[index] for index in indices)
         states = torch.empty(tokens, self._width, dtype=torch.float32, device="cpu")
-        buffer = states.numpy().data.cast("B")
+        buffer, at = states.numpy().data.cast("B"), 4 * self._width * self._begins[indices[0]]
         file = os.open(self._path(self.layer_idx), os.O_RDONLY)
         try:
-            begin = 4 * self._width * at
             while buffer:
-                count = os.preadv(file, [buffer], begin)
+                count = os.preadv(file, [buffer], at)
                 assert count, f"{self._path(self.layer_idx)} ends early"
-                buffer, begin = buffer[count:], begin + count
+                buffer, at = buffer[count:], at + count
         finally:
             os.close(file)
         return states.to(torch.get_default_device())
@@ -166,81 +189,77 @@ class HiddenStates:
     def pieces(self) -> Iterator[tuple[list[int], Tensor]]:
         """Yield all samples, a few at a time: their lengths, and their states one after the other, (tokens, E)."""
         for batch in range(len(self._batches)):
-            yield self._sizes(batch), self._piece(batch)
+            yield self._sizes(batch), self._states(batch)
 
     def first_sample(self) -> Tensor:
-        """Return the first sample's states, (T0, E)."""
-        if 0 in self._held:
-            return self._held[0][: self.lengths[0]]
-        return self._read(0, self.lengths[0], [0])
+        """Return the first sample's states, (T0, E), in rank 0."""
+        return self._held[0][: self.lengths[0]] if 0 in self._held else self._read([0])
 
-    def advance(self, block: Block) -> None:
-        """Move all samples through the next layer, and begin to bring the new generation to the disk.
+    def advance(self, block: Block, observers: Sequence[Observer] = ()) -> None:
+        """Move this rank's samples through the next layer, and begin to bring the new generation to the disk.
 
         The cut into batches changes no result that is not also changed by a matrix library's own blocking: samples
         never see each other.
+
+        Args:
+            block: the layer.
+            observers: of its inputs, in order; those that use `in_order`.
         """
-        has_batches = any(self._team.rank in order for order in self.turns)
-        file = self._open_next() if has_batches else -1
+        self._checksums = []
+        file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            self._written = self._move(block, file)
+            os.ftruncate(file, self.nbytes)  # not to nothing: another rank may have begun to write
+            for first in range(0, len(self._batches), self._ranks.size):
+                self._round, batch = first, first + self._ranks.rank
+                if batch < len(self._batches):
+                    self._move(batch, block, file)
+                else:
+                    for observer in observers:
+                        observer.update(torch.zeros(0, 1), [])
         except BaseException:
-            if has_batches:
-                os.close(file)
+            os.close(file)
             raise
-        if has_batches:
-            self._settling.sync(file)
+        self._sync.sync(file)
         self.layer_idx, self.checksum = self.layer_idx + 1, None
 
-    def _open_next(self) -> int:
-        file = os.open(self._path(self.layer_idx + 1), os.O_WRONLY | os.O_CREAT, 0o600)
-        os.ftruncate(file, self.nbytes)  # not to nothing: another rank may have begun to write
-        if not self._team.is_one_host:
-            # A file system of several hosts may write a page that it has read as a whole, others' new bytes with it.
-            drop(file, 0, self.nbytes)
-        return file
+    def _move(self, batch: int, block: Block, file: int) -> None:
+        states = block(self._states(batch), Batch.of(self._sizes(batch), self._decoder.inv_freq))
+        if not self._spills:
+            self._held[batch] = states
+        at = 4 * self._width * self._begins[self._batches[batch][0]]
+        self._checksums.append(_write(file, states, at))
+
+    def place(self) -> tuple[int, int]:
+        """Return which sample and which token, among all, are the first of the batch that this rank moves."""
+        sample = self._batches[self._round + self._ranks.rank][0]
+        return sample, self._begins[sample]
+
+    def in_order(self, part: Tensor) -> tuple[Tensor, int]:
+        """Put together what each rank has found of its samples in this round.
+
+        Args:
+            part: (samples of this rank, ...).
+
+        Returns:
+            (samples of the round, ...), and at which of them this rank's begin.
+        """
+        if self._ranks.size == 1:
+            return part, 0
+        counts = [len(batch) for batch in self._batches[self._round :][: self._ranks.size]]
+        counts += [0] * (self._ranks.size - len(counts))
+        return self._ranks.concatenated(part, counts), sum(counts[: self._ranks.rank])
 
     def finish(self) -> None:
-        """Tell rank 0 that what this rank has written of a generation is on the disk, as `settling` has found."""
-        written = self._team.collect_first(self._written)
-        if self._team.is_first:
-            self.checksum = self._joined(written)
-
-    def _move(self, block: Block, file: int) -> list[int]:
-        """Move this rank's batches; return the CRC-32 of each as it is in the file."""
-        inv_freq, team, checksums = self._decoder.inv_freq, self._team, []
-        try:
-            for number, order in enumerate(self.turns):
-                at = order.index(team.rank) if team.rank in order else len(order) - 1
-                batch = number * team.size + at
-                team.round = self._round(order, batch, at)
-                if team.rank not in order:
-                    stay_away(block)
-                    continue
-                states = block(self._piece(batch), Batch.of(self._sizes(batch), inv_freq))
-                if not self._spills:
-                    self._held[batch] = states
-                checksums.append(_write(file, states, 4 * self._width * self._first_token(batch)))
-        finally:
-            team.round = None
-        return checksums
-
-    def _round(self, order: Sequence[int], batch: int, at: int) -> Round:
-        counts = [0] * self._team.size
-        for place, rank in enumerate(order):
-            counts[rank] = len(self._batches[batch - at + place])
-        return Round(tuple(counts), tuple(order), self._batches[batch][0], self._first_token(batch))
-
-    def _joined(self, checksums: Sequence[Sequence[int]]) -> int:
-        """Return the CRC-32 of the whole file from those of the batches that each rank has written."""
-        whole = 0
-        for batch, checksum in enumerate(in_batch_order(checksums, self.turns)):
-            whole = joined_checksum(whole, checksum, 4 * self._width * sum(self._sizes(batch)))
-        return whole
+        """Tell rank 0 what this rank has written of a generation, which is on the disk."""
+        checksums = in_turn(self._ranks.gather(self._checksums))
+        if self._ranks.is_first:
+            self.checksum = 0
+            for batch, checksum in enumerate(checksums):
+                self.checksum = joined_checksum(self.checksum, checksum, 4 * self._width * sum(self._sizes(batch)))
 
 
 def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Cut samples (by index) into batches of nearly the same number of tokens, the same for any number of ranks."""
+    """Cut samples (by index) into batches of about the same number of tokens, the same for any number of ranks."""
     total = sum(lengths)
     least = -(-total // BATCH_TOKENS)
     count = -(-least // _EVEN) * _EVEN
@@ -249,55 +268,11 @@ def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
     batches: dict[int, list[int]] = {}
     for index, (length, end) in enumerate(zip(lengths, itertools.accumulate(lengths), strict=True)):
         batches.setdefault((2 * end - length) * max(count, least) // (2 * total), []).append(index)
-    even = _evened(list(batches.values()), lengths)
     return [
         [batch[at] for at in part]
-        for batch in even
+        for batch in batches.values()
         for part in token_batches([lengths[index] for index in batch], BATCH_TOKENS)
     ]
-
-
-def _evened(batches: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
-    """Move samples across the ends of batches as long as that brings two neighbours closer."""
-    tokens = [sum(lengths[index] for index in batch) for batch in batches]
-    left = list(range(1, len(batches)))  # ends to look at
-    while left:
-        after = left.pop()
-        before = after - 1
-        if 0 < lengths[batches[before][-1]] < tokens[before] - tokens[after]:
-            moved = batches[before].pop()
-            batches[after].insert(0, moved)
-        elif 0 < lengths[batches[after][0]] < tokens[after] - tokens[before]:
-            moved = batches[after].pop(0)
-            batches[before].append(moved)
-        else:
-            continue
-        tokens[before], tokens[after] = (sum(lengths[i] for i in batches[at]) for at in (before, after))
-        left += [end for end in (before, after + 1, after) if 0 < end < len(batches)]
-    return batches
-
-
-def _cost(config: ModelConfig, lengths: Sequence[int]) -> int:
-    """Return how much there is to do for samples in a layer, in products of its linears."""
-    linears = sum(linear.n * linear.k for group in input_groups(config) for linear in group.linears)
-    attention = 2 * config.q_size * _ATTENTION_COST
-    return sum(length * linears + length * length * attention for length in lengths)
-
-
-def stay_away(block: Block) -> None:
-    """Take part in what the observers of a layer exchange, without a sample."""
-    for group in (block.qkv, block.o, block.gate_up, block.down):
-        if isinstance(group, Exchanging):
-            group.stay_away()
-
-
-@runtime_checkable
-class Exchanging(Protocol):
-    """A group of linears that all ranks have to call in each round."""
-
-    def stay_away(self) -> None:
-        """Take part without samples."""
-        ...
 
 
 def _allocated(path: Path) -> int:

@@ -35,8 +35,7 @@ import torch
 from torch import Tensor
 
 from eightfold.model.reference.linear import asymmetric
-from eightfold.quant.statistics import require_finite_samples, stacked
-from eightfold.quant.team import Alone, Team
+from eightfold.quant.statistics import InOrder, require_finite_samples, stacked, unshared
 
 BINS = 2048
 LEVELS = 256  # of an int8 activation
@@ -54,18 +53,18 @@ _FROM_RIGHT = np.concatenate([[1.0], np.full(100_002, -STEP)]).cumsum()
 class HistogramObserver:
     """Activation method 2: per-tensor, asymmetric, of least squared error."""
 
-    def __init__(self, title: str, team: Team | None = None) -> None:
-        self._title, self._team = title, team or Alone()
+    def __init__(self, title: str, in_order: InOrder = unshared) -> None:
+        self._title, self._in_order = title, in_order
         self._lo = self._hi = torch.zeros(())  # ends of the grid, () float32
         self._counts_B = torch.zeros(BINS)
         self._params: tuple[Tensor, Tensor] | None = None  # of the grid as it is, once they are looked for
         self.samples = 0
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Take in more samples, in order; of several ranks each its own of a round.
+        """Take in more samples, in order; see `InOrder`.
 
-        How the grid widens follows from the extremes of the samples alone. So those go around first, each rank counts
-        its own samples on the grids that they will meet, and then the counts go around.
+        How the grid widens follows from the extremes of the samples alone. So those are put in order first, samples
+        are counted on the grids that they will meet, and then the counts are put in order.
 
         Args:
             x_TK: (T, K) float32, the input of the linear for all tokens of these samples.
@@ -79,11 +78,11 @@ class HistogramObserver:
         """
         samples = [x_TK[begin:end] for begin, end in spans]
         extremes = [torch.stack(torch.aminmax(x_SK)) for x_SK in samples]
-        ends_R2, own = self._team.in_order(stacked(extremes, 2))
+        ends_R2, own = self._in_order(stacked(extremes, 2))
         require_finite_samples(self._title, self.samples, *ends_R2.unbind(1))
         grids = self._grids(ends_R2)
         counts = [count(x_SK, *grid[:2]) for x_SK, grid in zip(samples, grids[own:], strict=False)]
-        counts_RB, _ = self._team.in_order(stacked(counts, BINS))
+        counts_RB, _ = self._in_order(stacked(counts, BINS))
         found = []
         for index, (grid, counts_B) in enumerate(zip(grids, counts_RB, strict=True)):
             self._see(grid, counts_B)

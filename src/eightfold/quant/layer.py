@@ -41,8 +41,8 @@ from eightfold.quant.plan import tensor_name
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, static_params
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
+from eightfold.quant.statistics import InOrder
 from eightfold.quant.survey import LayerSurvey, head_sharing
-from eightfold.quant.team import Alone, Team, owners, prover_of
 from eightfold.scheme import (
     DEQ_SCALE,
     FA_TENSORS,
@@ -162,7 +162,14 @@ def divide_gain(gain_E: Tensor, scale_E: Tensor, dtype: torch.dtype) -> tuple[Te
 
 @dataclass
 class QuantizedLayer:
-    """One layer's integers and, after its samples have passed, its activation parameters."""
+    """One layer's integers and, after its samples have passed, its activation parameters.
+
+    Attributes:
+        in_order: see statistics.InOrder.
+        chosen: which of the quantized linears are made here; `weights` of the others may be put in later.
+        weights: the quantized linears by name.
+        attention: watches attention, where that is going to be quantized.
+    """
 
     decoder: Decoder
     layer_idx: int
@@ -171,8 +178,9 @@ class QuantizedLayer:
     has_fa: bool
     survey: LayerSurvey
     stored_dtype: Callable[[str], torch.dtype]
-    team: Team = field(default_factory=Alone)
-    _weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    in_order: InOrder
+    chosen: slice
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     _observers: dict[str, Observer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -180,14 +188,10 @@ class QuantizedLayer:
         self._prefix = layer_prefix(self.layer_idx)
         release_widened()  # the survey is over
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
-        self._fa = FAQuantObserver() if self.has_fa else None
-        sizes = {linear.name: linear.n * linear.k for group in input_groups(self._config) for linear in group.linears}
-        prover = prover_of(self.team) if self.recipe.anti_outlier is not None else None
-        self._owners = owners(sizes, self.team.size, spared=prover)
-        for group in input_groups(self._config):
-            for linear in group.linears:
-                if self._type(linear) is not QuantType.FLOAT and (self.recipe.calibrates or self._owns(linear.name)):
-                    self._weights[linear.name] = self._quantize(linear)
+        self.attention = FAQuantObserver() if self.has_fa else None
+        linears = [linear for group in input_groups(self._config) for linear in group.linears]
+        for linear in [linear for linear in linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
+            self.weights[linear.name] = self._quantize(linear)
 
     def _quantize(self, linear: LinearShape) -> QuantizedWeight:
         return quantize_rows(
@@ -203,7 +207,7 @@ class QuantizedLayer:
     def observed_block(self) -> Block:
         """Return the layer with its linears quantized and what they and attention read observed."""
         window = sliding_window(self._config, self.layer_idx)
-        attention = WatchedAttention(FloatAttention(window), () if self._fa is None else (self._fa,))
+        attention = WatchedAttention(FloatAttention(window), () if self.attention is None else (self.attention,))
         groups = [self._observed_group(group) for group in input_groups(self._config)]
         return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms)
 
@@ -213,7 +217,7 @@ class QuantizedLayer:
         if not static:
             return LinearGroup(members)
         range_param = self.survey.range_params.get(group.title)
-        observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param, self.team)
+        observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param, self.in_order)
         self._observers.update({linear.name: observer for linear in static})
         return ObservedGroup(observer, members)
 
@@ -221,23 +225,23 @@ class QuantizedLayer:
         kind = self._type(linear)
         if kind is QuantType.FLOAT:
             return self.smoothed.linear(linear)
-        weight, bias = self._weights[linear.name], self.smoothed.bias(linear)
+        weight, bias = self.weights[linear.name], self.smoothed.bias(linear)
         if kind is QuantType.W8A16:
             return W8A16Linear(weight.values, weight.scale, weight.offset, bias)
         if kind is QuantType.W8A8_DYNAMIC:
             return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
         return static_member(weight, bias)
 
-    def merge(self) -> None:
-        """Take in what attention has shown to the other ranks; observers of inputs know it already."""
-        if self._fa is not None:
-            self._fa.merge(self.team)
+    @property
+    def observers(self) -> list[Observer]:
+        """What observes the layer's inputs, in order."""
+        return list(dict.fromkeys(self._observers.values()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the layer that is not the source's own, by full name; of linears, this rank's."""
+        """Return every tensor of the layer that is not the source's own, by full name."""
         found: dict[str, Tensor] = {}
         for group in input_groups(self._config):
-            for linear in filter(lambda linear: self._owns(linear.name), group.linears):
+            for linear in group.linears:
                 module = self._prefix + linear.name
                 stored = {**self._float_tensors(linear), **self._int8_tensors(linear)}
                 found.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
@@ -246,13 +250,6 @@ class QuantizedLayer:
         if self.survey.kv is not None:
             found.update(_kv_tensors(self._prefix, self.survey.kv))
         return found
-
-    def owns(self, name: str) -> bool:
-        """Whether it is for this rank to write a tensor: of a linear that it has made, or rank 0 what is left."""
-        return self._owns(name.removeprefix(self._prefix).rpartition(".")[0])
-
-    def _owns(self, module: str) -> bool:
-        return self._owners.get(module, 0) == self.team.rank
 
     def _float_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
         """Return what smoothing has changed of a linear's float tensors, by suffix."""
@@ -266,7 +263,7 @@ class QuantizedLayer:
 
     def _int8_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
         """Return what a quantized linear stores beside its float bias, by suffix."""
-        weight = self._weights.get(linear.name)
+        weight = self.weights.get(linear.name)
         if weight is None:
             return {}
         stored = {WEIGHT: weight.values, WEIGHT_SCALE: weight.scale, WEIGHT_OFFSET: weight.offset}
@@ -287,9 +284,9 @@ class QuantizedLayer:
         return found
 
     def _fa_tensors(self) -> dict[str, Tensor]:
-        if self._fa is None:
+        if self.attention is None:
             return {}
-        heads = (self._fa.query, self._fa.key, self._fa.value)
+        heads = (self.attention.query, self.attention.key, self.attention.value)
         scales = [head.scale() for head in heads]
         values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
         module = self._prefix + ATTENTION

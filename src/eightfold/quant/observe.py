@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 
 from eightfold.model.reference.linear import asymmetric
-from eightfold.quant.statistics import require_finite_samples, stacked
-from eightfold.quant.team import Alone, Team
+from eightfold.quant.statistics import InOrder, require_finite_samples, stacked, unshared
 
 
 class MeanMinMax:
     """Activation method 1: per-tensor, asymmetric, averaged over samples."""
 
-    def __init__(self, title: str, team: Team | None = None) -> None:
-        self._title, self._team = title, team or Alone()
+    def __init__(self, title: str, in_order: InOrder = unshared) -> None:
+        self._title, self._in_order = title, in_order
         self._lo_B = torch.zeros(0)  # of each sample
         self._hi_B = torch.zeros(0)
 
@@ -33,7 +32,7 @@ class MeanMinMax:
         return len(self._lo_B)
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Take in more samples, in order; of several ranks each its own of a round.
+        """Take in more samples, in order; see `InOrder`.
 
         Args:
             x_TK: (T, K) float32, the input of the linear for all tokens of these samples.
@@ -48,7 +47,7 @@ class MeanMinMax:
         row_lo, row_hi = x_TK.amin(1), x_TK.amax(1)
         own_lo = stacked([row_lo[begin:end].min() for begin, end in spans])
         own_hi = stacked([row_hi[begin:end].max() for begin, end in spans])
-        ends_R2, own = self._team.in_order(torch.stack([own_lo, own_hi], dim=1))
+        ends_R2, own = self._in_order(torch.stack([own_lo, own_hi], dim=1))
         lo, hi = ends_R2.unbind(1)
         require_finite_samples(self._title, self.samples, lo, hi)
         seen = range(self.samples + own + 1, self.samples + own + len(spans) + 1)

@@ -9,8 +9,9 @@ A run that is killed has lost the layer it was in: started again, it goes on wit
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,22 @@ from eightfold.families import LM_HEAD
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.description import render_description
 from eightfold.format.growing import REPORT_NAME, GrowingDirectory
-from eightfold.format.journal import Entry, layers_done
+from eightfold.format.journal import WORK_NAME, Entry, Journal, layers_done
 from eightfold.format.safetensors import PlannedTensor
 from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map
 from eightfold.format.writer import ShardedWriter, total_bytes, weight_file_names, write_json
 from eightfold.model.reference.device import CPU, use
+from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
+from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.budget import budget_for
-from eightfold.quant.guest import Guest, Notes, leave_token, require_one_directory
+from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import differences, file_times, identity
 from eightfold.quant.outcome import Outcome, notes_for
 from eightfold.quant.plan import OutputTensor, Plan
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level
-from eightfold.quant.run import Run
-from eightfold.quant.settling import Settling
-from eightfold.quant.sink import Sink
-from eightfold.quant.team import Alone, Team
+from eightfold.quant.run import Notes, Run
+from eightfold.quant.tensor_writer import TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
 _TIMES_NAME = "times.json"
@@ -55,7 +56,7 @@ def quantize_checkpoint(
     device: torch.device = CPU,
     memory: int | None = None,
     progress: Progress = silent,
-    team: Team | None = None,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Quantize a float model directory, or go on with one that was begun.
 
@@ -73,28 +74,29 @@ def quantize_checkpoint(
         memory: how much this process may have resident, in bytes; None takes half of what is free. What does not fit
             lives in files; the output is the same.
         progress: who is told.
-        team: the processes that do this together, each of which calls this function; None for this one alone. The
+        ranks: the processes that do this together, each of which calls this function; None for this one alone. The
             output is the same. What is returned to others than rank 0 is not the whole outcome.
 
     Raises:
         EightfoldError: see errors.py; `target` is then as it was, unless the error is one that running again may not
             meet, such as a full disk.
     """
-    team = team or Alone()
+    ranks = ranks or Ranks()
     checkpoint = open_float(source)
     samples = _needed_samples(recipe, samples)
     require_level(recipe, assign_types(checkpoint.config, recipe))
     head = identity(checkpoint, recipe, samples, part_bytes=part_bytes, legacy_names=legacy_names, device=device.type)
-    spills = budget_for(checkpoint, recipe, samples).spills(memory, team.size)
-    team.require_alike(head)
-    job = _Job(checkpoint, recipe, samples, Guest(target, Notes()), part_bytes, legacy_names, spills, progress, team)
-    if not team.is_first:
+    spills = budget_for(checkpoint, recipe, samples).spills(memory, ranks.size)
+    if ranks.size > 1:
+        ranks.require_alike({**head, "torch": torch.__version__, **float_facts()})
+    job = _Job(checkpoint, recipe, samples, part_bytes, legacy_names, spills, progress, ranks)
+    if not ranks.is_first:
         return job.help()
     growing = GrowingDirectory(
         target, source=source, head=head, explain=differences, overwrite=overwrite, progress=progress
     )
     with growing as output, use(device):
-        return replace(job, output=output).do()
+        return job.do(output)
 
 
 def _needed_samples(recipe: Recipe, samples: Sequence[Sequence[int]] | None) -> Sequence[Sequence[int]]:
@@ -135,12 +137,11 @@ class _Job:
     checkpoint: Checkpoint
     recipe: Recipe
     samples: Sequence[Sequence[int]]
-    output: GrowingDirectory | Guest
     part_bytes: int | None
     legacy_names: bool
     spills: bool
     progress: Progress
-    team: Team
+    ranks: Ranks
 
     def outcome(self) -> Outcome:
         """Return the outcome before anything is done."""
@@ -151,10 +152,8 @@ class _Job:
             outcome.took_samples(self.samples)
         return outcome
 
-    def do(self) -> Outcome:
+    def do(self, output: GrowingDirectory) -> Outcome:
         """Write what is not written yet."""
-        output = self.output
-        assert isinstance(output, GrowingDirectory)
         if output.journal.complete is not None:
             return self._leave_complete(output)
         if output.journal.steps:
@@ -162,6 +161,7 @@ class _Job:
         try:
             outcome = self._begin(output)
         except _Damaged as damage:
+            self.ranks.share(str(damage))
             output.restart()
             outcome = self._begin(output)
             outcome.restarted = str(damage)
@@ -169,7 +169,7 @@ class _Job:
 
     def _leave_complete(self, output: GrowingDirectory) -> Outcome:
         """Leave what an earlier run has made; put it in its place if that one was killed before it had."""
-        self.team.share(None)
+        self.ranks.share(None)
         if not output.is_complete:
             output.finish({})
         outcome = self.outcome()
@@ -179,101 +179,112 @@ class _Job:
     def _begin(self, output: GrowingDirectory) -> Outcome:
         output.require_free(self._companion_names())
         if not output.journal.steps:
-            self._keep_times()
-        if self.team.size > 1:
-            token = self.team.share((output.path, output.journal.entries, leave_token(output.work)))[2]
-            require_one_directory(output.path, token, self.team)
+            write_json(output.work / _TIMES_NAME, file_times(self.checkpoint))
+        if self.ranks.size > 1:
+            token = f"token-{secrets.token_hex(8)}"  # in the work folder, so it goes with it
+            (output.work / token).touch()
+            self.ranks.share((output.path, output.journal.entries, token))
         outcome = self.outcome()
         outcome.layers_resumed = layers_done(output.journal.entries)
-        plan, checksums = self._attempt(outcome)
-        self._write_companions(plan, outcome)
+        with BackgroundSync() as sync:
+            run = self._run(outcome, output.work, output.journal, sync)
+            plan, checksums = self._take_steps(run, output)
+        self._write_companions(output, plan, outcome)
         output.finish(checksums)
         return outcome
 
     def help(self) -> Outcome:
-        """Do this rank's part of what rank 0 has not written yet."""
+        """Compute this rank's part of what rank 0 has not written yet.
+
+        Raises:
+            OutputError: this rank does not see the directory that rank 0 writes to.
+        """
         outcome = self.outcome()
-        while (begun := self.team.share(None)) is not None:
+        while (begun := self.ranks.share(None)) is not None:
             path, entries, token = begun
-            require_one_directory(path, token, self.team)
-            helper = replace(self, output=Guest(path, Notes(list(entries))))
-            outcome = helper.outcome()
+            if not (path / WORK_NAME / token).exists():
+                raise OutputError(
+                    f"output directory {path}",
+                    got="another one, or none",
+                    expected="the directory that rank 0 writes to",
+                    action="OUT has to be one directory that all hosts see: put it on a file system they share.",
+                )
+            outcome = self.outcome()
             try:
-                helper._attempt(outcome)
+                with BackgroundSync() as sync:
+                    self._help(self._run(outcome, path / WORK_NAME, Notes(entries), sync))
                 break
             except _Damaged:
                 pass
         return outcome
 
-    def _attempt(self, outcome: Outcome) -> tuple[dict[str, OutputTensor], dict[str, int]]:
-        """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
-        with Settling() as settling:
-            return self._take_steps(outcome, settling)
+    def _help(self, run: Run) -> None:
+        run.resume()
+        self._require_sound()
+        if self.recipe.decides_by_comparison:
+            run.compare_layers()
+        self._require_sound()
+        run.write_all(self._plan(run), None)
 
-    def _take_steps(self, outcome: Outcome, settling: Settling) -> tuple[dict[str, OutputTensor], dict[str, int]]:
-        config, output = self.checkpoint.config, self.output
-        layers = fa_layers(config, self.recipe)
-        run = Run(
+    def _require_sound(self) -> None:
+        """Hear from rank 0 whether what an earlier run has left is what its journal says.
+
+        Raises:
+            _Damaged: it is not.
+        """
+        if damage := self.ranks.share(""):
+            raise _Damaged(damage)
+
+    def _run(self, outcome: Outcome, work: Path, journal: Journal | Notes, sync: BackgroundSync) -> Run:
+        return Run(
             self.checkpoint,
             self.recipe,
             self.samples,
             outcome,
-            layers,
-            output,
+            fa_layers(self.checkpoint.config, self.recipe),
+            work,
+            journal,
             self.progress,
-            settling=settling,
+            sync=sync,
             spills=self.spills,
-            team=self.team,
+            ranks=self.ranks,
         )
-        self._agree("" if run.resume() else "hidden states")
+
+    def _plan(self, run: Run) -> dict[str, OutputTensor]:
+        return Plan(self.checkpoint, self.recipe, run.outcome.types, run.fa_layers, self.legacy_names).tensors
+
+    def _take_steps(self, run: Run, output: GrowingDirectory) -> tuple[dict[str, OutputTensor], dict[str, int]]:
+        """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
+        if not run.resume():
+            raise _Damaged("hidden states")
+        self.ranks.share("")
         if self.recipe.decides_by_comparison:
             output.require_space(run.spilled_bytes)
             run.compare_layers()
-        plan = Plan(self.checkpoint, self.recipe, outcome.types, run.fa_layers, self.legacy_names).tensors
+        plan = self._plan(run)
         planned = [tensor.planned for tensor in plan.values()]
-        outcome.tensors, outcome.nbytes = len(planned), total_bytes(planned)
-        writer = self._shared_writer(planned)
+        run.outcome.tensors, run.outcome.nbytes = len(planned), total_bytes(planned)
+        files = self._writer(output, planned)
         try:
-            sink = Sink(self.checkpoint, plan, writer, self.team)
-            written = self._take_over(sink)
+            writer = TensorWriter(self.checkpoint, plan, files)
+            written = self._take_over(output.journal.entries, writer)
+            self.ranks.share("")
             output.require_space(total_bytes(t for t in planned if t.name not in written) + run.spilled_bytes)
-            run.write_all(sink)
-            if not self.team.is_first:
-                return plan, {}
-            writer.close()
+            run.write_all(plan, writer)
+            files.close()
         finally:
-            writer.abandon()
-        return plan, writer.file_checksums()
+            files.abandon()
+        return plan, files.file_checksums()
 
-    def _agree(self, damage: str) -> None:
-        """Tell the others what rank 0 has found damaged, if anything; begin anew then.
+    def _writer(self, output: GrowingDirectory, planned: list[PlannedTensor]) -> ShardedWriter:
+        """Return the writer of the weights: new, or where an earlier run has begun to write.
 
         Raises:
-            _Damaged: something is.
+            _Damaged: the files of an earlier run are not what they were.
         """
-        if damage := self.team.share(damage):
-            raise _Damaged(damage)
-
-    def _shared_writer(self, planned: list[PlannedTensor]) -> ShardedWriter:
-        """Return the writer of the weights, which rank 0 makes and the others open."""
-        writer, damage = None, ""
-        if self.team.is_first:
-            try:
-                writer = self._writer(planned)
-            except _Damaged as found:
-                damage = str(found)
-        self._agree(damage)
-        return writer or self._open_writer(planned, resume=True)
-
-    def _open_writer(self, planned: list[PlannedTensor], *, resume: bool) -> ShardedWriter:
+        is_begun = any("tensors" in entry for entry in output.journal.entries)
         stem = weight_file_stem(self.recipe.scheme)
-        return ShardedWriter(self.output.path, stem, planned, part_bytes=self.part_bytes, resume=resume)
-
-    def _writer(self, planned: list[PlannedTensor]) -> ShardedWriter:
-        """Return the writer of the weights: new, or where an earlier run has begun to write."""
-        output, is_begun = self.output, any("tensors" in entry for entry in self.output.journal.entries)
-        assert isinstance(output, GrowingDirectory)
-        names = weight_file_names(weight_file_stem(self.recipe.scheme), planned, self.part_bytes)
+        names = weight_file_names(stem, planned, self.part_bytes)
         output.claim(names)
         for file in (output.path / name for name in names):
             if not is_begun:
@@ -281,30 +292,26 @@ class _Job:
             elif file.exists():
                 file.chmod(0o600)
         try:
-            return self._open_writer(planned, resume=is_begun)
+            return ShardedWriter(output.path, stem, planned, part_bytes=self.part_bytes, resume=is_begun)
         except OutputError as error:
             raise _Damaged(str(error)) from None
 
-    def _take_over(self, sink: Sink) -> set[str]:
-        """Leave what an earlier run has written; return the names of those tensors."""
-        steps = [entry for entry in self.output.journal.entries if "tensors" in entry]
+    def _take_over(self, entries: Sequence[Entry], writer: TensorWriter) -> set[str]:
+        """Leave what an earlier run has written; return the names of those tensors.
+
+        Raises:
+            _Damaged: some are not what it has written.
+        """
+        steps = [entry for entry in entries if "tensors" in entry]
         if not steps:
             return set()
-        self._agree(self._verify(steps, sink) if self.team.is_first else "")
-        return {name for entry in steps for name in entry["tensors"]}
-
-    def _verify(self, steps: Sequence[Entry], sink: Sink) -> str:
-        """Return which tensors are not what an earlier run has written, if any."""
         with self.progress("verify", len(steps), "step") as task:
             for entry in steps:
                 task.at(entry["step"])
-                if damaged := sink.take_over(entry["tensors"]):
-                    return shortlist(damaged, 3)
+                if damaged := writer.take_over(entry["tensors"]):
+                    raise _Damaged(shortlist(damaged, 3))
                 task.advance()
-        return ""
-
-    def _keep_times(self) -> None:
-        write_json(self.output.work / _TIMES_NAME, file_times(self.checkpoint))
+        return {name for entry in steps for name in entry["tensors"]}
 
     def _require_same_times(self, output: GrowingDirectory) -> None:
         """Refuse a large weight file that has changed since the run began.
@@ -336,11 +343,10 @@ class _Job:
         names = [path.relative_to(checkpoint.directory).as_posix() for path in carried]
         return [*names, *description_names(self.recipe.scheme, self.legacy_names), REPORT_NAME, CONFIG_NAME]
 
-    def _write_companions(self, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
+    def _write_companions(self, output: GrowingDirectory, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
         """Write the files that are carried over, the description, the report, and last config.json."""
-        checkpoint, recipe, directory = self.checkpoint, self.recipe, self.output.path
-        assert isinstance(self.output, GrowingDirectory)
-        self.output.claim(self._companion_names())
+        checkpoint, recipe, directory = self.checkpoint, self.recipe, output.path
+        output.claim(self._companion_names())
         raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
         if note:
             outcome.notes.append(note)

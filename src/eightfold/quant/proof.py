@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -14,7 +13,6 @@ from eightfold.model.reference.linear import float_linear, release_widened
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.hidden import HiddenStates
-from eightfold.quant.team import Team
 
 # Moving a scale from one factor to another changes float32 results in their last bits: measured, 2e-6 of the largest
 # logit. What is wrong by a factor somewhere shows at 1e-2 and above.
@@ -37,8 +35,8 @@ class UnchangedProof:
         self.hidden.advance(block)
 
 
-def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team: Team) -> tuple[float, float]:
-    """Compare what enters the final norm in both models. The ranks of a team share the words.
+def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor) -> tuple[float, float]:
+    """Compare what enters the final norm in both models.
 
     Returns:
         The largest difference of a logit, and the largest logit.
@@ -46,25 +44,11 @@ def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team
     Raises:
         UnsupportedError: they differ by more than rounding.
     """
-    found = team.collect_first(_differences(decoder, float_TE, smoothed_TE, team))
-    difference, largest = (functools.reduce(_larger, values) for values in zip(*found, strict=True))
-    if team.is_first and not difference <= MAX_RELATIVE_DIFFERENCE * largest:
-        raise UnsupportedError(
-            "largest change of a logit by outlier suppression",
-            where=decoder.checkpoint.directory,
-            got=f"{difference:g} (the largest logit is {largest:g})",
-            expected=f"at most {MAX_RELATIVE_DIFFERENCE * largest:g}",
-            action="Use another --anti-outlier method, or --save-dtype float32.",
-        )
-    return difference, largest
-
-
-def _differences(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team: Team) -> tuple[float, float]:
     norm, checkpoint = decoder.final_norm(), decoder.checkpoint
     expected_TE, found_TE = norm(float_TE), norm(smoothed_TE)
     name = checkpoint.head_weight()
     difference = largest = 0.0
-    for row in range(_ROWS * team.rank, checkpoint.config.vocab_size, _ROWS * team.size):
+    for row in range(0, checkpoint.config.vocab_size, _ROWS):
         weight = load_tensor(checkpoint, name)[row : row + _ROWS].to(torch.float32)
         for at in range(0, len(float_TE), _TOKENS):
             expected = float_linear(expected_TE[at : at + _TOKENS], weight, None)
@@ -72,6 +56,14 @@ def _differences(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, team: 
             difference = _larger(difference, float((found - expected).abs().max()))
             largest = _larger(largest, float(expected.abs().max()))
         checkpoint.release([name])
+    if not difference <= MAX_RELATIVE_DIFFERENCE * largest:
+        raise UnsupportedError(
+            "largest change of a logit by outlier suppression",
+            where=checkpoint.directory,
+            got=f"{difference:g} (the largest logit is {largest:g})",
+            expected=f"at most {MAX_RELATIVE_DIFFERENCE * largest:g}",
+            action="Use another --anti-outlier method, or --save-dtype float32.",
+        )
     return difference, largest
 
 

@@ -11,13 +11,13 @@ The state that enters a layer is up to three streams of hidden states (hidden.py
     quantized   all samples through the layers as they are going to be computed, for calibration
     smoothed    the first sample through the smoothed float model, for the proof that smoothing changes nothing
 
-Of several processes all walk through the same steps, each with its own samples and with its share of a layer's linears;
-rank 0 writes a step into the journal when all have their part of it safely on disk.
+Of several processes all walk through the layers, each with its own samples; rank 0 writes the output, and a step into
+the journal when all have their hidden states safely on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,35 @@ from torch import Tensor
 from eightfold.errors import CheckpointError
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.growing import GrowingDirectory
+from eightfold.format.journal import Entry, Journal
 from eightfold.model.reference.load import Decoder
-from eightfold.model.reference.tensors import mapped_tensor, require_finite
+from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite
+from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress
 from eightfold.quant.fallback import attention_back, roll_back
-from eightfold.quant.guest import Guest
 from eightfold.quant.head import QuantizedHead
-from eightfold.quant.hidden import HiddenStates
+from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
+from eightfold.quant.plan import OutputTensor
 from eightfold.quant.proof import UnchangedProof, compare_logits
 from eightfold.quant.recipe import Recipe
-from eightfold.quant.settling import Settling
-from eightfold.quant.sink import Sink
+from eightfold.quant.statistics import unshared
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
 from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
-from eightfold.quant.team import Alone, Team, prover_of
+from eightfold.quant.tensor_writer import TensorWriter
 from eightfold.scheme import QuantType, weight_name
+
+
+class Notes:
+    """What a rank that does not write knows of the journal: what it said at the start, and the steps since."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.steps = {entry["step"]: entry for entry in entries if "step" in entry}
+
+    def append(self, entry: Entry) -> None:
+        """Take note of a finished step."""
+        self.steps[entry["step"]] = entry
 
 
 class Run:
@@ -57,25 +68,25 @@ class Run:
         samples: Sequence[Sequence[int]],
         outcome: Outcome,
         fa_layers: frozenset[int],
-        output: GrowingDirectory | Guest,
+        work: Path,
+        journal: Journal | Notes,
         progress: Progress,
         *,
-        settling: Settling,
+        sync: BackgroundSync,
         spills: bool = False,
-        team: Team | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.checkpoint, self.recipe, self.outcome = checkpoint, recipe, outcome
         self.fa_layers, self.progress = fa_layers, progress
         self.decoder = Decoder(checkpoint)
-        self._output, self._journal = output, output.journal
-        self._team = team = team or Alone()
-        self._settling = settling
+        self._work, self._journal = work, journal
+        self._ranks = ranks = ranks or Ranks()
+        self._sync = sync
+        self._plan: Mapping[str, OutputTensor] = {}
         self._streams: list[HiddenStates] = []
 
-        def stream(name: str, chosen: Sequence[Sequence[int]], first_rank: int = 0) -> HiddenStates:
-            found = HiddenStates(
-                name, self.decoder, chosen, output.work, settling, spills=spills, team=team, first_rank=first_rank
-            )
+        def stream(name: str, chosen: Sequence[Sequence[int]]) -> HiddenStates:
+            found = HiddenStates(name, self.decoder, chosen, work, sync, spills=spills, ranks=ranks)
             self._streams.append(found)
             return found
 
@@ -83,9 +94,9 @@ class Run:
         self.proof: UnchangedProof | None = None
         if needs_survey(recipe):
             chosen = surveyed_samples(recipe, samples)
-            self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen), team)
+            self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen), ranks)
         if recipe.anti_outlier is not None:
-            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1], prover_of(team)))
+            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1]))
         self.calibrated = stream("quantized", samples) if recipe.calibrates else None
 
     @property
@@ -96,24 +107,20 @@ class Run:
     # --- the journal
 
     def resume(self) -> bool:
-        """Go on with what an earlier run has left; return whether that is intact, which is for rank 0 to find out."""
+        """Go on with what an earlier run has left; return whether rank 0 finds it intact."""
         found: dict[str, tuple[int, int]] = {}
         for entry in self._journal.steps.values():
             found.update({name: (layer_idx, checksum) for name, (layer_idx, checksum) in entry["states"].items()})
-            if not self._team.is_first or "survey" not in entry:
-                continue
-            if file_checksum(self._survey_path(entry["layer"])) != entry["file"]:
+            if "survey" in entry and not self._is_intact(entry):
                 return False
-        begun = [stream for stream in self._streams if stream.name in found]
-        if self._team.is_first:
-            return all(stream.resume(*found[stream.name]) for stream in begun)
-        for stream in begun:
-            stream.go_on_from(*found[stream.name])
-        return True
+        return all(stream.resume(*found[stream.name]) for stream in self._streams if stream.name in found)
+
+    def _is_intact(self, entry: Entry) -> bool:
+        return not self._ranks.is_first or file_checksum(self._survey_path(entry["layer"])) == entry["file"]
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
         """Write a step into the journal, when all that it made is safely on disk, whoever made it."""
-        self._settling.require()
+        self._sync.wait()
         for stream in moved:
             stream.finish()
         states = {stream.name: [stream.layer_idx, stream.checksum] for stream in moved}
@@ -148,7 +155,7 @@ class Run:
                 task.at(f"layer {layer_idx}")
                 if not self._is_finished(f"survey {layer_idx}"):
                     survey = self.float_pass.survey(layer_idx)
-                    is_first = self._team.is_first
+                    is_first = self._ranks.is_first
                     checksum = save_survey(self._survey_path(layer_idx), survey) if is_first else None
                     self._finish(
                         f"survey {layer_idx}",
@@ -161,12 +168,12 @@ class Run:
                 task.advance()
 
     def _survey_path(self, layer_idx: int) -> Path:
-        return self._output.work / f"survey-{layer_idx:05d}"
+        return self._work / f"survey-{layer_idx:05d}"
 
     def _kept_survey(self, layer_idx: int) -> LayerSurvey:
         facts = self._journal.steps[f"survey {layer_idx}"]["survey"]
         path = self._survey_path(layer_idx)
-        return self._team.share(load_survey(path, facts) if self._team.is_first else LayerSurvey())
+        return self._ranks.share(load_survey(path, facts) if self._ranks.is_first else LayerSurvey())
 
     def _range_params(self, surveys: Sequence[LayerSurvey]) -> dict[str, float]:
         config = self.checkpoint.config
@@ -182,7 +189,7 @@ class Run:
 
     def _head_range_param(self) -> float:
         assert self.float_pass is not None
-        return self._team.share(self.float_pass.head_range_param() if self._team.is_first else 0.0)
+        return self._ranks.share(self.float_pass.head_range_param() if self._ranks.is_first else 0.0)
 
     def _take_attention_back(self, surveys: Sequence[LayerSurvey]) -> None:
         scores = {i: s.stretch for i, s in enumerate(surveys) if i in self.fa_layers and s.stretch is not None}
@@ -200,48 +207,66 @@ class Run:
     # --- one layer after the other
 
     @torch.inference_mode()
-    def write_all(self, sink: Sink) -> None:
-        """Write every tensor that is not written yet."""
+    def write_all(self, plan: Mapping[str, OutputTensor], writer: TensorWriter | None) -> None:
+        """Write every tensor that is not written yet; without a writer, compute this rank's part of it."""
+        self._plan = plan
         count = self.checkpoint.config.num_layers
         with self.progress(f"quantize to {self.recipe.scheme.value}", count, "layer") as task:
             task.at("embedding")
-            if not self._is_finished("embedding"):
-                self._copy_ends(sink)
-                self._finish("embedding", tensors=sink.finished())
+            if writer is not None and not self._is_finished("embedding"):
+                self._copy_ends(writer)
+                self._finish("embedding", tensors=writer.finished())
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
                 if not self._is_finished(f"layer {layer_idx}"):
-                    self._quantize_layer(layer_idx, sink)
+                    self._quantize_layer(layer_idx, writer)
                 self._record(self._journal.steps[f"layer {layer_idx}"])
                 task.advance()
             task.at("head")
-            if not self._is_finished("head"):
-                if self._team.is_first:
-                    self._write_head(sink)
-                self._finish("head", tensors=sink.finished(), proof=self._finish_proof())
-        if self.outcome.smoothing is not None and self._team.is_first:
-            proof = self._journal.steps["head"]["proof"]
-            self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
+            if writer is not None:
+                self._finish_head(writer)
         self.outcome.add_clipping_note()
 
-    def _copy_ends(self, sink: Sink) -> None:
-        """Copy the embedding, and a head that stays as it is, which is the last rank's."""
-        if self._team.is_first:
-            self._require_tied_head()
-            sink.copy(weight_name(EMBEDDING))
-        if self._team.rank == self._team.size - 1 and self._copies_head:
-            self._copy_head(sink)
+    def _copy_ends(self, writer: TensorWriter) -> None:
+        """Copy the embedding, and a head that stays as it is."""
+        self._require_tied_head()
+        writer.copy(weight_name(EMBEDDING))
+        if self._copies_head:
+            self._copy_head(writer)
 
     @property
     def _copies_head(self) -> bool:
         return self.outcome.types[LM_HEAD] is QuantType.FLOAT
 
-    def _copy_head(self, sink: Sink) -> None:
-        sink.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
+    def _copy_head(self, writer: TensorWriter) -> None:
+        writer.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
 
-    def _quantize_layer(self, layer_idx: int, sink: Sink) -> None:
+    def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
         survey, moved = self._survey(layer_idx)
+        layer = self._quantized(layer_idx, survey)
+        if self.calibrated is not None:
+            self.calibrated.advance(layer.observed_block(), layer.observers)
+            moved.append(self.calibrated)
+        if layer.attention is not None:
+            for other in self._ranks.gather(layer.attention)[1:]:
+                layer.attention.merge(other)
+        if self.proof is not None:
+            self.proof.advance(layer.smoothed.block())
+            moved.append(self.proof.hidden)
+        tensors = None
+        if writer is not None:
+            writer.write_below(layer_prefix(layer_idx), layer.tensors())
+            tensors = writer.finished()
+        self.decoder.release_block(layer_idx)
+        facts = survey_facts(survey)
+        self._finish(
+            f"layer {layer_idx}", moved, layer=layer_idx, tensors=tensors, notes=facts["notes"], keys=facts["keys"]
+        )
+
+    def _quantized(self, layer_idx: int, survey: LayerSurvey) -> QuantizedLayer:
+        """Quantize the linears: all of them where samples are going to pass, else this rank's, for rank 0."""
+        ranks, passes = self._ranks, self.calibrated
         layer = QuantizedLayer(
             self.decoder,
             layer_idx,
@@ -249,27 +274,17 @@ class Run:
             self.outcome.types,
             layer_idx in self.fa_layers,
             survey,
-            sink.stored_dtype,
-            self._team,
+            self._stored_dtype,
+            in_order=unshared if passes is None else passes.in_order,
+            chosen=slice(ranks.rank, None, ranks.size) if passes is None else slice(None),
         )
-        if self.calibrated is not None:
-            self.calibrated.advance(layer.observed_block())
-            layer.merge()
-            moved.append(self.calibrated)
-        if self.proof is not None:
-            self.proof.advance(layer.smoothed.block())
-            moved.append(self.proof.hidden)
-        sink.write_below(layer_prefix(layer_idx), layer.tensors(), layer.owns)
-        self.decoder.release_block(layer_idx)
-        facts = survey_facts(survey)
-        self._finish(
-            f"layer {layer_idx}",
-            moved,
-            layer=layer_idx,
-            tensors=sink.finished(),
-            notes=facts["notes"],
-            keys=facts["keys"],
-        )
+        if passes is None:
+            for weights in ranks.gather(layer.weights)[1:]:
+                layer.weights.update(weights)
+        return layer
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self._plan[name].planned.dtype]
 
     def _survey(self, layer_idx: int) -> tuple[LayerSurvey, list[HiddenStates]]:
         """Return what is known of a layer, and the streams that had to move for it."""
@@ -289,30 +304,33 @@ class Run:
             self.outcome.clipped_keys += entry["keys"][0]
             self.outcome.keys += entry["keys"][1]
 
-    def _write_head(self, sink: Sink) -> None:
+    def _finish_head(self, writer: TensorWriter) -> None:
+        if not self._is_finished("head"):
+            self._write_head(writer)
+            self._finish("head", tensors=writer.finished(), proof=self._finish_proof())
+        if self.outcome.smoothing is not None:
+            proof = self._journal.steps["head"]["proof"]
+            self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
+
+    def _write_head(self, writer: TensorWriter) -> None:
         made: dict[str, Tensor] = {}
         if self.recipe.anti_outlier is not None:
             made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain)
         if not self._copies_head:
             kind = self.outcome.types[LM_HEAD]
             range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
-            head = QuantizedHead(self.decoder, self.recipe, kind, range_param, sink.stored_dtype)
+            head = QuantizedHead(self.decoder, self.recipe, kind, range_param, self._stored_dtype)
             made.update(head.tensors(self.calibrated))
-        sink.write_below(FINAL_NORM + ".", made)
+        writer.write_below(FINAL_NORM + ".", made)
         if not self._copies_head:
-            sink.write_below(LM_HEAD + ".", made)
+            writer.write_below(LM_HEAD + ".", made)
         elif weight_name(LM_HEAD) not in self._journal.steps["embedding"]["tensors"]:  # begun by an earlier version
-            self._copy_head(sink)
+            self._copy_head(writer)
 
     def _finish_proof(self) -> tuple[float, float] | None:
-        if self.recipe.anti_outlier is None or self.float_pass is None:
+        if self.proof is None or self.float_pass is None:
             return None
-        states = None
-        if self.proof is not None and self._team.is_first:
-            states = self.float_pass.hidden.first_sample(), self.proof.hidden.first_sample()
-        states = self._team.share(states)
-        assert states is not None
-        return compare_logits(self.decoder, *states, self._team)
+        return compare_logits(self.decoder, self.float_pass.hidden.first_sample(), self.proof.hidden.first_sample())
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""

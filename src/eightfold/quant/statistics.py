@@ -15,18 +15,26 @@ Source: the published msModelSlim wheel, its operations traced; range_param chec
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eightfold.errors import InputError
-from eightfold.quant.team import Alone, Team
 
 FEATURE_SAMPLES = 5  # how many samples range_param is measured on
 
 _TINY = 1e-300
+
+# Puts what was found of samples, (samples of this process, ...), in order with what other processes have found of
+# theirs at the same time: returns (samples of all, ...), and at which of them this process's begin.
+InOrder = Callable[[Tensor], tuple[Tensor, int]]
+
+
+def unshared(part: Tensor) -> tuple[Tensor, int]:
+    """Return what a process found that has all the samples."""
+    return part, 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,11 @@ class InputStats:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is kept of a few samples."""
+    """What is kept of a few samples, B of them."""
 
-    samples: tuple[tuple[_Moments | None, Tensor, Tensor], ...]  # moments, if they are of use, and extremes of each
+    moments: tuple[_Moments | None, ...]  # of each, if they are of use
+    lo_BK: Tensor  # extremes
+    hi_BK: Tensor
     first: Tensor | None  # (T0, K) all of the first sample of all
     tokens: Tensor | None  # evenly spaced ones
 
@@ -101,7 +111,8 @@ class Seen:
 class InputWatcher:
     """Takes in the input of one group, a few samples at a time.
 
-    Of several ranks each keeps what it has seen; one of them takes it all in, in the order of the samples.
+    Attributes:
+        kept: of a watcher of some samples only, what it has seen, for one that takes it in in the order of the samples.
     """
 
     def __init__(
@@ -113,7 +124,7 @@ class InputWatcher:
         keep_tokens: bool = True,
         keep_features: bool = True,
         keep_spread: bool = True,
-        team: Team | None = None,
+        place: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         """Start without samples.
 
@@ -125,10 +136,10 @@ class InputWatcher:
             keep_tokens: keep evenly spaced tokens.
             keep_features: look at the deviation of the first samples.
             keep_spread: look at the deviation of all samples; otherwise `spread` is 0.
-            team: the processes among which the samples are shared; None for this one alone.
+            place: of a watcher of some samples only, which sample and which token the next ones begin with.
         """
-        self._team = team or Alone()
-        self._kept: list[Seen] = []  # with a team
+        self._place = place
+        self.kept: list[Seen] = []
         self._title = title
         self._stride = max(1, math.ceil(total_tokens / max_tokens))
         self._keep_first, self._keep_tokens = keep_first, keep_tokens
@@ -155,35 +166,28 @@ class InputWatcher:
         # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
         lo_BK = torch.stack([x_TK[begin:end].amin(0) for begin, end in spans])
         hi_BK = torch.stack([x_TK[begin:end].amax(0) for begin, end in spans])
-        place = self._team.round
-        sample, token = (self._samples, self._tokens_seen) if place is None else (place.first_sample, place.first_token)
+        sample, token = (self._samples, self._tokens_seen) if self._place is None else self._place()
         require_finite_samples(self._title, sample, lo_BK.amin(1), hi_BK.amax(1))
         seen = Seen(
-            tuple(
-                (self._moments(x_TK[begin:end], sample + at), lo, hi)
-                for at, ((begin, end), lo, hi) in enumerate(zip(spans, lo_BK, hi_BK, strict=True))
-            ),
+            tuple(self._moments(x_TK[begin:end], sample + at) for at, (begin, end) in enumerate(spans)),
+            lo_BK,
+            hi_BK,
             x_TK[slice(*spans[0])].clone() if self._keep_first and sample == 0 else None,
             x_TK[-token % self._stride :: self._stride].clone() if self._keep_tokens else None,
         )
         self._tokens_seen += len(x_TK)
-        if self._team.size > 1:
-            self._kept.append(seen)
-        else:
+        if self._place is None:
             self.take(seen)
+        else:
+            self.kept.append(seen)
 
     def _moments(self, x_TK: Tensor, sample: int) -> _Moments | None:
         is_feature = self._keep_features and sample < FEATURE_SAMPLES
         return _Moments.of(x_TK) if is_feature or self._keep_spread else None
 
-    @property
-    def kept(self) -> list[Seen]:
-        """What this rank of several has seen, batch by batch."""
-        return self._kept
-
     def take(self, seen: Seen) -> None:
         """Take in what was seen of the next samples."""
-        for sample in seen.samples:
+        for sample in zip(seen.moments, seen.lo_BK, seen.hi_BK, strict=True):
             self._take(*sample)
         if seen.first is not None:
             self._first = seen.first

@@ -29,13 +29,13 @@ from eightfold.model.reference.kvcache import FloatAttention
 from eightfold.model.reference.linear import FloatLinear, Linear
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32
+from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.methods import ActMethod, AntiOutlier
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
-from eightfold.quant.team import Alone, Team, in_batch_order, owners
 from eightfold.scheme import QuantType, bias_name, weight_name
 
 # So many samples decide what is rolled back and which activation method an input gets.
@@ -53,14 +53,6 @@ class LayerSurvey:
     range_params: Mapping[str, float] = field(default_factory=dict)  # of the smoothed input, by title
     kv: KVParams | None = None
     stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """What follows from an input that was watched."""
-
-    scale: SmoothScale | None
-    range_param: float | None
 
 
 @dataclass(frozen=True)
@@ -114,25 +106,23 @@ def surveyed_samples(recipe: Recipe, samples: Sequence[Sequence[int]]) -> Sequen
 class FloatPass:
     """The samples on their way through the float model."""
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates, team: Team | None = None) -> None:
+    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates, ranks: Ranks | None = None) -> None:
         """Start where the samples are.
 
         Args:
             decoder: the float model.
             recipe: what is going to be done.
             hidden: the samples of surveyed_samples().
-            team: the processes among which they are shared; None for this one alone.
+            ranks: the processes among which they are shared; None for this one alone.
         """
-        self._team = team or Alone()
+        self._ranks = ranks or Ranks()
         self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
         self._config = decoder.checkpoint.config
-        sizes = {group.title: sum(each.n * each.k for each in group.linears) for group in input_groups(self._config)}
-        self._judges = owners(sizes, self._team.size)
         self._smoothed = {pair.group for pair in smoothed_pairs(recipe.anti_outlier)}
 
     @torch.inference_mode()
     def survey(self, layer_idx: int) -> LayerSurvey:
-        """Move all samples through one layer and return what was seen; to all ranks the same."""
+        """Move all samples through one layer and return what was seen, the same in all ranks."""
         assert self.hidden.layer_idx == layer_idx
         recipe, prefix = self._recipe, layer_prefix(layer_idx)
         context_len = self._config.max_position_embeddings
@@ -146,44 +136,42 @@ class FloatPass:
         attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
         self.hidden.advance(self._decoder.block(layer_idx, groups, attention))
         self._merge(watchers, kv)
-        judged = self._judged(prefix, watchers)
-        return self._team.share(self._found(judged, kv, stretch) if self._team.is_first else LayerSurvey())
+        return self._ranks.share(self._found(prefix, watchers, kv, stretch) if self._ranks.is_first else LayerSurvey())
 
     def _merge(self, watchers: Mapping[str, InputWatcher | None], kv: KVObserver | None) -> None:
-        """Take in what the other ranks have seen: each for the inputs that it judges, rank 0 for the cache.
-
-        Of attention's stretch only the first sample counts, rank 0's own.
-        """
-        if self._team.size == 1:
+        """Let rank 0 take in what the other ranks have seen; its own sample is the one that `stretch` looks at."""
+        if self._ranks.size == 1:
             return
-        for title, watcher in watchers.items():
-            if watcher is not None:
-                parts = self._team.collect_at(self._judges[title], watcher.kept)
-                for seen in in_batch_order(parts, self.hidden.turns) if self._judges_here(title) else ():
-                    watcher.take(seen)
-        if kv is not None:
-            kv.merge(self._team)
-
-    def _judges_here(self, title: str) -> bool:
-        return self._judges[title] == self._team.rank
-
-    def _judged(self, prefix: str, watchers: Mapping[str, InputWatcher | None]) -> dict[str, _Judged]:
-        """Return what the ranks have found of each watched input, to rank 0; to the others what is theirs."""
-        own = {}
-        for group in input_groups(self._config):
-            watcher = watchers[group.title]
-            if watcher is not None and self._judges_here(group.title):
-                scale = self._scale(prefix, group, watcher) if group.title in self._smoothed else None
-                own[group.title] = _Judged(scale, self._range_param(watcher, scale))
-        found = {title: judged for part in self._team.collect_first(own) for title, judged in part.items()}
-        return {title: found[title] for title in watchers if title in found}
+        kept = {title: watcher.kept for title, watcher in watchers.items() if watcher is not None}
+        parts = self._ranks.gather((kept, kv))
+        for title in kept if self._ranks.is_first else ():
+            watcher = watchers[title]
+            assert watcher is not None
+            for seen in in_turn([part[title] for part, _ in parts]):
+                watcher.take(seen)
+        for _, other in parts[1:]:
+            if kv is not None and other is not None:
+                kv.merge(other)
 
     def _found(
-        self, judged: Mapping[str, _Judged], kv: KVObserver | None, stretch: StretchObserver | None
+        self,
+        prefix: str,
+        watchers: Mapping[str, InputWatcher | None],
+        kv: KVObserver | None,
+        stretch: StretchObserver | None,
     ) -> LayerSurvey:
-        scales = {title: each.scale for title, each in judged.items() if each.scale is not None}
-        range_params = {title: each.range_param for title, each in judged.items() if each.range_param is not None}
-        return LayerSurvey(scales, range_params, self._kv(kv, scales), _score(stretch))
+        scales, range_params = dict[str, SmoothScale](), dict[str, float]()
+        for group in input_groups(self._config):
+            watcher = watchers[group.title]
+            if watcher is None:
+                continue
+            if group.title in self._smoothed:
+                scales[group.title] = self._scale(prefix, group, watcher)
+            if needs_features(self._recipe):
+                scale = scales.get(group.title)
+                features = watcher.stats().features
+                range_params[group.title] = features.range_param(None if scale is None else scale.scale)
+        return LayerSurvey(scales, range_params, self._kv(kv, scales), None if stretch is None else stretch.score)
 
     def head_range_param(self) -> float:
         """Return the range parameter of the output head's input, after the last layer."""
@@ -206,7 +194,7 @@ class FloatPass:
             keep_tokens=method is AntiOutlier.M6,
             keep_features=needs_features(self._recipe),
             keep_spread=method is AntiOutlier.M2,
-            team=self._team,
+            place=self.hidden.place if self._ranks.size > 1 else None,
         )
 
     def _watched(
@@ -240,18 +228,9 @@ class FloatPass:
     def _bias(self, prefix: str, linear: LinearShape) -> Tensor | None:
         return load_float32(self._decoder.checkpoint, bias_name(prefix + linear.name)) if linear.has_bias else None
 
-    def _range_param(self, watcher: InputWatcher, scale: SmoothScale | None) -> float | None:
-        if not needs_features(self._recipe):
-            return None
-        return watcher.stats().features.range_param(None if scale is None else scale.scale)
-
     def _kv(self, observer: KVObserver | None, scales: Mapping[str, SmoothScale]) -> KVParams | None:
         if observer is None:
             return None
         sharing = head_sharing(self._config, "o")
         divisor = source_scale(scales["o"].scale, sharing) if "o" in scales and sharing is not None else None
         return observer.params(self._recipe.kv_symmetric, divisor)
-
-
-def _score(observer: StretchObserver | None) -> float | None:
-    return None if observer is None else observer.score

@@ -1,20 +1,16 @@
-"""Where the tensors of the output go: each checked, rounded once, written in place, and summed up for the journal."""
+"""Writes the tensors of the output: each is checked, rounded once, written in place, and summed up for the journal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from eightfold.errors import shortlist
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.writer import ShardedWriter
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
-from eightfold.parallel.link import process_name
-from eightfold.quant.guest import not_shared
 from eightfold.quant.plan import OutputTensor
-from eightfold.quant.team import Alone, Team
 
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
 _PIECE_BYTES = 2 << 20
@@ -23,21 +19,14 @@ _PIECE_BYTES = 2 << 20
 _RELEASE_BYTES = 32 << 20
 
 
-class Sink:
-    """The planned tensors on their way into files.
+class TensorWriter:
+    """Writes the planned tensors into files.
 
     Attributes:
         checksums: CRC-32 of the tensors that were written since it was last emptied, by name.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: dict[str, OutputTensor],
-        writer: ShardedWriter,
-        team: Team | None = None,
-    ) -> None:
-        self._team = team or Alone()
+    def __init__(self, checkpoint: Checkpoint, plan: dict[str, OutputTensor], writer: ShardedWriter) -> None:
         self._checkpoint, self._plan, self._writer = checkpoint, plan, writer
         self.checksums: dict[str, int] = {}
 
@@ -70,48 +59,19 @@ class Sink:
                 released = read
         self.checksums[name] = self._writer.checksum(name)
 
-    def write_below(self, prefix: str, made: dict[str, Tensor], owns: Callable[[str], bool] = lambda _: True) -> None:
-        """Write every planned tensor of a layer that is this rank's: as made, or as in the source."""
-        for name in (name for name in self._plan if name.startswith(prefix) and owns(name)):
+    def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
+        """Write every planned tensor of a layer: as made, or as in the source."""
+        for name in (name for name in self._plan if name.startswith(prefix)):
             if name in made:
                 self.write(name, made[name])
             else:
                 self.copy(name)
 
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """Return what a tensor is going to be stored as."""
-        return TORCH_DTYPES[self._plan[name].planned.dtype]
-
     def finished(self) -> dict[str, int]:
-        """Return, once they are safely on disk, the checksums of what all ranks wrote since the last call.
-
-        Raises:
-            OutputError: in rank 0, a rank does not find in the files what another one has written.
-        """
+        """Return the checksums of what was written since the last call, once it is safely on disk."""
         self._writer.sync()
-        own, self.checksums = self.checksums, {}
-        parts = self._team.collect(own)
-        self._read_each_other(parts)
-        found = {name: checksum for checksums in parts for name, checksum in checksums.items()}
-        for name in found.keys() - own.keys():
-            self._writer.adopt(name, found[name])
+        found, self.checksums = self.checksums, {}
         return {name: found[name] for name in self._plan if name in found}
-
-    def _read_each_other(self, parts: Sequence[dict[str, int]]) -> None:
-        """Each rank reads what the one before it has written: so every rank's part is read by another one.
-
-        Not on one host, where all read the same memory.
-        """
-        if self._team.is_one_host:
-            return
-        writer = (self._team.rank or self._team.size) - 1
-        lost = [name for name, checksum in parts[writer].items() if not self._writer.holds(name, checksum)]
-        for rank, (names, reader) in enumerate(self._team.collect_first((lost, process_name()))):
-            if self._team.is_first and names:
-                raise not_shared(
-                    f"{shortlist(names, 3)} as rank {rank} ({reader}) reads it",
-                    f"not what rank {(rank or self._team.size) - 1} has written",
-                )
 
     def take_over(self, checksums: dict[str, int]) -> Sequence[str]:
         """Leave tensors as an earlier run wrote them; return those that are not what it wrote."""
