@@ -140,7 +140,9 @@ def test_a_dead_rank_ends_the_others_and_another_number_of_ranks_goes_on(source,
     first, _, last = ended(processes)
     assert time.monotonic() - died < END_SECONDS
     names = [f"rank {rank} (process {processes[rank].pid} on {socket.gethostname()})" for rank in (1, 2)]
-    said = f"eightfold: {' or '.join(names)}: got no sign of life: it has died or cannot be reached\n"
+    said = (
+        f"eightfold: {' or '.join(names)}: got no sign of life: it has died or cannot be reached. So all others end.\n"
+    )
     assert first == Ended(2, said)
     assert last == Ended(2, "")
     assert layers_done(read_entries(tmp_path / "m4 fa") or []) in (1, 2)

@@ -15,6 +15,7 @@ from eightfold.format import growing
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.growing import GrowingDirectory
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, layers_done, read_entries
+from eightfold.quant import hidden
 from eightfold.quant.budget import Budget
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.methods import AntiOutlier, KVObserve
@@ -350,8 +351,8 @@ def test_starting_over_empties_the_work_folder_and_leaves_it_where_it_is(tmp_pat
     seen = []
 
     def look(self):
-        seen.append(sorted(path.name for path in self._output.work.iterdir()))
-        assert os.path.samestat(os.fstat(folder), self._output.work.stat())
+        seen.append(sorted(path.name for path in self._work.iterdir()))
+        assert os.path.samestat(os.fstat(folder), self._work.stat())
         return len(seen) > 1 and resume(self)
 
     monkeypatch.setattr(Run, "resume", look)
@@ -445,6 +446,20 @@ def test_no_more_than_three_generations_of_hidden_states_are_on_disk(tmp_path, s
     quantize(source, tmp_path / "out")
     assert max(map(len, seen)) == len(set.union(*seen)) == GENERATIONS
     assert not (tmp_path / "out" / WORK_NAME).exists()
+
+
+def test_a_layer_whose_hidden_states_do_not_reach_the_disk_is_not_finished(tmp_path, source, monkeypatch):
+    def refuse(file):
+        os.close(file)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hidden, "_sync_and_close", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        quantize(source, tmp_path / "out")
+    assert layers_done(read_entries(tmp_path / "out") or []) == 0
+    monkeypatch.undo()
+    quantize(source, tmp_path / "out")
+    assert layers_done(read_entries(tmp_path / "out")) == LAYERS
 
 
 def test_a_directory_without_a_journal_loads_as_ever(tmp_path, source):

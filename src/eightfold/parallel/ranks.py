@@ -148,7 +148,8 @@ class Ranks:
 
     def _reason(self) -> EightfoldError:
         if not self._store.check([_ERROR_KEY]):
-            return PeerError(one_of(self._others), got="no sign of life: it has died or cannot be reached")
+            got = "no sign of life: it has died or cannot be reached"
+            return PeerError(one_of(self._others), got=got, action="So all others end.")
         words = json.loads(self._store.get(_ERROR_KEY))
         kind = getattr(errors, words["kind"], PeerError)
         is_ours = isinstance(kind, type) and issubclass(kind, EightfoldError)
