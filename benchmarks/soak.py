@@ -25,10 +25,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native.generate import generate
-from eightfold.model.native.load import load_model
-from eightfold.tokenizer import Tokenizer, stop_token_ids
+from eightfold import LLM, SamplingParams
+from eightfold.tokenizer import Tokenizer
 
 GROWTH_MIB = 32  # of memory from the second third to the last: allocators take a while to have seen every size
 
@@ -122,16 +120,16 @@ def _request(path: str, body: bytes | None) -> bytes:
 
 def learn(model: Path, count: int, longest_prompt: int, longest_answer: int, draw: random.Random) -> list[Known]:
     """Return random prompts, some of which begin alike, and their greedy answers one by one."""
-    checkpoint = Checkpoint.open(model)
-    native, stops = load_model(checkpoint), stop_token_ids(model, checkpoint.config_raw)
-    vocab = checkpoint.config.vocab_size
+    llm = LLM(model, max_num_seqs=1, prefix_caching=False)
+    params = SamplingParams(temperature=0.0, max_tokens=longest_answer)
+    vocab = llm.engine.model_config.vocab_size
     shared = [draw.randrange(vocab) for _ in range(longest_prompt)]
     known = []
     for at in range(count):
         length = draw.randint(1, longest_prompt)
         own = [draw.randrange(vocab) for _ in range(length)]
         prompt = shared[: length // 2] + own[length // 2 :] if at % 3 == 0 else own
-        found = generate(native, prompt, longest_answer, stops)
+        (found,) = llm.generate(prompt, params, progress=False)[0].outputs
         known.append(Known(prompt, found.token_ids, found.finish_reason == "stop"))
     return known
 

@@ -25,7 +25,6 @@ RANKS = {
     "values": 1,
     "config": 2,
     "families": 3,
-    "generation": 3,
     "scheme": 3,
     "tokenizer": 3,
     "format": 4,

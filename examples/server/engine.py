@@ -15,7 +15,6 @@ from eightfold.engine import loading
 from eightfold.engine.block_manager import BlockManager
 from eightfold.errors import CapacityError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.generation import require_ids
 from eightfold.model.native import core
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.parallel.world import World
@@ -61,7 +60,7 @@ class Engine:
                 expected=f"at most {self.context} together",
                 action="Shorten it, or lower --max_output_length.",
             )
-        require_ids(self.config, prompt_ids)
+        self.config.require_ids(prompt_ids)
 
 
 class NativeBatcher:

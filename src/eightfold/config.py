@@ -9,13 +9,13 @@ Letters: H query heads, G key/value heads, D head_dim, E hidden size, F intermed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eightfold.errors import CheckpointError, ConfigError, UnsupportedError, one_of
+from eightfold.errors import CheckpointError, ConfigError, InputError, UnsupportedError, one_of
 from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, require
 
 
@@ -98,6 +98,16 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Columns of all key (or value) heads, G * D."""
         return self.num_kv_heads * self.head_dim
+
+    def require_ids(self, token_ids: Sequence[int]) -> None:
+        """Check token ids against the vocabulary.
+
+        Raises:
+            InputError: one is outside.
+        """
+        outside = [token for token in token_ids if not 0 <= token < self.vocab_size]
+        if outside:
+            raise InputError("token id", got=outside[0], expected=f"0 to {self.vocab_size - 1}")
 
 
 class _RopeDialects(NamedTuple):

@@ -16,6 +16,15 @@ from eightfold.config import load_json_object
 from eightfold.errors import CheckpointError, InputError
 from eightfold.values import WHOLE
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+# A character has four bytes at most: up to so many replacement characters may be the beginning of one.
+_MAX_PARTS = 3
+
+# Tokens that may wait until the text ends with a character. What takes longer is no UTF-8, or a chain of tokens that
+# each end one character and begin the next.
+MAX_WAITING = 64
+
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 
@@ -255,26 +264,54 @@ def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int
 
 
 class StreamDecoder:
-    """Turns a growing list of token ids into pieces of text, holding back unfinished characters."""
+    """Turns tokens into whole characters, one token after the other, at a cost that does not grow.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._begin = 0  # ids before this one are no longer needed for context
-        self._shown = 0  # ids up to this one have been returned as text
+    What decoding gives for a token depends on those before it: a space may belong to it or not, and a character may
+    have begun there. So some tokens are decoded again as context, and the text that they gave is left out.
+    """
 
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that it completes, perhaps none."""
-        self._ids.append(token_id)
-        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
-        after = self._tokenizer.decode(self._ids[self._begin :])
-        # A replacement character at the end is a multi-byte character whose other tokens are still to come.
-        if len(after) <= len(before) or after.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self._begin, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
+    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool = False) -> None:
+        self._tokenizer, self._keep_special = tokenizer, keep_special
+        self._ids = list[int]()  # context, and tokens whose text was not returned whole
+        self._context = 0  # how many of them are context
+        self._returned = 0  # characters of their text that were returned
+
+    def push(self, token: int) -> str:
+        """Add a token; return the characters that it completes."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        end = len(text.rstrip(_REPLACEMENT))
+        if end == len(text):
+            return self._move_on(text)
+        if len(self._ids) - self._context > MAX_WAITING:
+            return self._shorten(text, end)
+        released = text[self._returned : end]
+        self._returned += len(released)
+        return released
 
     def finish(self) -> str:
         """Return what was held back and never completed."""
-        before = self._tokenizer.decode(self._ids[self._begin : self._shown])
-        return self._tokenizer.decode(self._ids[self._begin :])[len(before) :]
+        return self._move_on(self._decode(self._ids))
+
+    def _move_on(self, text: str) -> str:
+        """Return all of the text; its tokens become the context of those to come."""
+        released = text[self._returned :]
+        if released:
+            self._ids = self._ids[self._context :]
+            self._context = len(self._ids)
+            self._returned = len(self._decode(self._ids))
+        elif len(self._ids) - self._context > MAX_WAITING:  # special tokens and the like
+            del self._ids[self._context :]
+        return released
+
+    def _shorten(self, text: str, end: int) -> str:
+        """Return all but what may still become a character; of the tokens only the last ones stay, as context."""
+        end = max(end, len(text) - _MAX_PARTS, self._returned)
+        released = text[self._returned : end]
+        self._ids = self._ids[-2 * _MAX_PARTS :]
+        self._context = len(self._ids)
+        self._returned = len(self._decode(self._ids)) - (len(text) - end)
+        return released
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, keep_special=self._keep_special)

@@ -16,7 +16,6 @@ from eightfold.errors import CapacityError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native import measure
 from eightfold.model.native import model as native_model
-from eightfold.model.native.generate import generate
 from eightfold.model.native.load import load_model
 from eightfold.model.native.measure import Measurement, Rates, Runner, Timing, Workload, cache_bytes, int8_elements
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
@@ -24,6 +23,7 @@ from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
+from tests.native.models import answer_of
 from tests.refusal import error_line, refused
 
 KEYS = {
@@ -117,7 +117,7 @@ def test_every_sequence_gets_what_generate_gives(models, monkeypatch, name, batc
     alone = load_model(Checkpoint.open(models[name]), threads=1)
     for i in range(batch):
         fed, best = recorder.sequence(i * work.pages)
-        answer = generate(alone, fed[:50], 6).token_ids
+        answer = answer_of(alone, fed[:50], 6)
         assert best == answer
         assert fed[50:] == answer[:5]
     lengths = [sum(len(chunk.token_ids) for chunk in chunks) for chunks, _ in recorder.steps]

@@ -113,9 +113,24 @@ def test_an_answer_stops_at_a_text_and_not_at_the_models_end(run, small):
     assert run("--prompt", "hello", "--ignore-eos", *words).out == stopped["text"] + "\n"
 
 
-def test_what_does_not_fit_the_context_is_refused_in_the_same_words(run):
-    long = ("--prompt", "x" * 1010)
-    assert error_line(run(*long, "--temperature", 1)) == error_line(run(*long))
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_what_does_not_fit_the_context_is_refused(run, backend):
+    of_backend = ("--backend", backend)
+    assert error_line(run("--prompt", "x" * 1005, *of_backend)) == (
+        "prompt: got 1005 tokens and 20 new ones, expected 1 to 1024 together. "
+        "Shorten the prompt or lower --max-new-tokens."
+    )
+    assert error_line(run("--prompt", "", *of_backend)) == (
+        "prompt: got no tokens, expected at least one. Give some text with --prompt."
+    )
+
+
+def test_a_cache_beyond_the_memory_is_refused(run, monkeypatch):
+    monkeypatch.setattr("eightfold.model.native.model.available_bytes", lambda: 1 << 10)
+    assert error_line(run("--prompt", "hello")) == (
+        "key/value cache: got 0 MiB for 25 positions, expected at most 0 MiB, which are free. "
+        "Lower --max-new-tokens or shorten the prompt."
+    )
 
 
 def test_options_that_change_nothing_are_noted(run):

@@ -16,13 +16,12 @@ from eightfold.engine.sampler import Sampled, Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native.generate import generate
 from eightfold.model.native.load import load_model
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from tests.conftest import tiny_config, token_samples, write_model
-from tests.native.models import DYNAMIC, MIX, W8A8, W8A16
+from tests.native.models import DYNAMIC, MIX, W8A8, W8A16, answer_of
 
 CONTEXT = 1024
 EOS = 257
@@ -48,7 +47,7 @@ class Small:
         """Return the greedy answer of the native model."""
         key = (tuple(prompt), count, stop_ids)
         if key not in self.known:
-            self.known[key] = generate(self.alone, prompt, count, stop_ids).token_ids
+            self.known[key] = answer_of(self.alone, prompt, count, stop_ids)
         return self.known[key]
 
     def engine(self, **limits: Any) -> Engine:

@@ -11,15 +11,31 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eightfold.engine.detokenizer import MAX_WAITING, Detokenizer
+from eightfold.engine.detokenizer import Detokenizer
 from eightfold.engine.sampling_params import SamplingParams
-from eightfold.tokenizer import Tokenizer
+from eightfold.tokenizer import MAX_WAITING, Tokenizer
 from tests.conftest import write_tokenizer
-from tests.test_stream_decoder import sentencepiece_like
 from tests.texts import TEXTS
 
 KINDS = ("byte level", "byte fallback")
 PIECES = ("a", "b", "ab", "ba", "aab", "bab", "abab", "aabbab", "é", "c🙂", "🙂ab")
+
+
+def sentencepiece_like(directory: Path) -> Tokenizer:
+    """Llama 2's way: words begin with ▁, unknown characters are bytes, and the first space is dropped."""
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, normalizers
+
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁th"]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    merges = [("▁", "a")]
+    fast = FastTokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(parts)
+    directory.mkdir(exist_ok=True)
+    fast.save(str(directory / "tokenizer.json"))
+    return Tokenizer(directory)
 
 
 def pieces_tokenizer(directory: Path) -> Tokenizer:

@@ -21,8 +21,8 @@ from eightfold.errors import DependencyError, InputError
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
 from tests.engine.models import choose
+from tests.engine.test_detokenizer import sentencepiece_like
 from tests.native.sample_oracle import unpacked
-from tests.test_stream_decoder import sentencepiece_like
 
 VOCAB, EOS = 320, 257  # of write_tokenizer; ids from 261 on have no token
 

@@ -134,6 +134,26 @@ def logits_of(
     return np.concatenate(found)
 
 
+def answer_of(
+    model: NativeModel, prompt_ids: Sequence[int], count: int, stop_ids: frozenset[int] = frozenset()
+) -> list[int]:
+    """Return a greedy answer that nothing else runs beside, without its stop token."""
+    model.allocate_cache(len(prompt_ids) + count)
+    tokens, at, chosen = list(prompt_ids), 0, list[int]()
+    while len(chosen) < count:
+        piece = tokens[at:] if model.float_prompts else tokens[at : at + 512]
+        end = at + len(piece)
+        used = range(-(-end // PAGE))
+        _, best = model.forward([Chunk(piece, at, used, len(prompt_ids), wants=end == len(tokens), logits=False)])
+        at = end
+        if end == len(tokens):
+            if int(best[0]) in stop_ids:
+                break
+            chosen.append(int(best[0]))
+            tokens.append(chosen[-1])
+    return chosen
+
+
 def _in_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.bfloat16).to(torch.float32)
 

@@ -20,14 +20,12 @@ from safetensors.torch import load_file, save_file
 from eightfold.config import RopeParameters
 from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.generation import Generation
 from eightfold.model.native import core
-from eightfold.model.native.generate import generate
 from eightfold.model.native.load import _finish, load_model
 from eightfold.model.native.model import PAGE, Chunk
 from eightfold.model.native.rotary import inverse_frequencies
 from eightfold.model.reference import attention as reference_attention
-from eightfold.model.reference import generate as reference_generate
+from eightfold.model.reference.generate import generate
 from eightfold.model.reference.load import Decoder
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 from tests.native import NAME
@@ -36,6 +34,7 @@ from tests.native.models import (
     ISAS,
     VARIANTS,
     Variant,
+    answer_of,
     keys_and_values_in_bfloat16,
     logits_of,
     native,
@@ -245,7 +244,7 @@ def sure_tokens(decoder: Decoder, prompt: list[int]) -> list[int]:
 
     That is twice what a step of an integer was measured to move logits by; see test_model.py.
     """
-    tokens = reference_generate.generate(decoder, prompt, 12).token_ids
+    tokens = generate(decoder, prompt, 12).token_ids
     logits = decoder.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
     best = logits.topk(2, dim=1).values
     is_close = (best[:, 0] - best[:, 1]) <= 0.02 * logits.abs().max()
@@ -264,21 +263,7 @@ def test_generation_is_the_references(tmp_path, architecture, name):
     for isa in ISAS:
         model = native(checkpoint, isa, threads=2)
         for prompt, expected in zip(prompts, answers, strict=True):
-            found: list[int] = []
-            assert generate(model, prompt, len(expected), on_token=found.append) == Generation(expected, "length")
-            assert found == expected
-
-
-def test_generation_stops_at_a_stop_token_and_goes_on_over_pages(tmp_path):
-    config = tiny_config(max_position_embeddings=2048)
-    model = native(Checkpoint.open(write_model(tmp_path / "float", config, tokenizer=False)), ISAS[-1])
-    prompt = (token_samples(1, seed=9)[0] * 100)[:600]  # two pieces of a prompt
-    whole = generate(model, prompt, 150)
-    assert (len(whole.token_ids), whole.finish_reason) == (150, "length")
-    stop = whole.token_ids[100]
-    stopped = generate(model, prompt, 150, frozenset({stop}))
-    assert stopped == Generation(whole.token_ids[: whole.token_ids.index(stop)], "stop")
-    assert generate(model, prompt, 0) == Generation([], "length")
+            assert answer_of(model, prompt, len(expected)) == expected
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -424,12 +409,6 @@ def test_a_damaged_weight_is_found_also_when_something_is_done_beside(tmp_path):
         load_model(damaged(tmp_path, "bfloat16", "down_proj.weight", float("nan")), threads=2, beside=lambda: None)
 
 
-@pytest.mark.parametrize(("prompt", "count"), [([], 3), ([1] * 120, 9)])
-def test_what_does_not_fit_the_context_is_refused(checkpoint_of, prompt, count):
-    with pytest.raises(CapacityError, match=r"^prompt: got "):
-        generate(native(checkpoint_of("w8a8"), ISAS[-1]), prompt, count)
-
-
 def test_a_cache_beyond_the_memory_is_refused(checkpoint_of, monkeypatch):
     monkeypatch.setattr("eightfold.model.native.model.available_bytes", lambda: 1 << 20)
     with pytest.raises(CapacityError, match=r"^key/value cache: got \d+ MiB for \d+ positions, expected at most 1 MiB"):
@@ -441,17 +420,17 @@ def test_loading_and_generating_import_nothing_heavy(checkpoint_of):
         "import sys, pathlib, tests.native\n"
         "sys.modules.update(dict.fromkeys(('torch', 'transformers', 'gguf', 'safetensors')))\n"  # importing them raises
         "from eightfold.format.checkpoint import Checkpoint\n"
-        "from eightfold.model.native.generate import generate\n"
+        "from eightfold.model.native.model import Chunk\n"
         "from eightfold.model.native.load import load_model\n"
         "model = load_model(Checkpoint.open(pathlib.Path(sys.argv[1])), threads=2)\n"
-        "generate(model, [1, 2, 3], 4)\n"
+        "model.allocate_cache(3)\n"
+        "model.forward([Chunk([1, 2, 3], 0, [0], 3)])\n"
         "heavy = ('torch', 'transformers', 'gguf', 'safetensors', 'tokenizers', 'jinja2', 'scipy')\n"
         "print([name for name in heavy if sys.modules.get(name)])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint_of("w8a8").directory)],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-    )  # fmt: skip
+    path = os.pathsep.join([str(Path.cwd()), *sys.path])
+    words = [sys.executable, "-c", code, str(checkpoint_of("w8a8").directory)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": path})
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -482,7 +461,7 @@ def test_the_scheme_of_a_token_is_the_one_asked_for(tmp_path):
             expected = Decoder(checkpoint, dynamic=mode).logits(PROMPT)[-1]
         found[mode] = int(expected.argmax()), expected
         model = native(checkpoint, ISAS[-1], dynamic=mode)
-        assert generate(model, PROMPT, 1).token_ids == [found[mode][0]]
+        assert answer_of(model, PROMPT, 1) == [found[mode][0]]
     assert not torch.equal(found["symmetric"][1], found["asymmetric"][1])
 
 

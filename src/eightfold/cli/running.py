@@ -196,7 +196,7 @@ def _report(tally: Tally, output_file: Path, as_json: bool) -> None:
 
 def _one(single: Single, as_json: bool) -> None:
     """Answer one prompt."""
-    found = single.answer(_ignore if as_json else _show)
+    found = single.answer(None if as_json else _show)
     if as_json:
         console.print_json(found._asdict())
         return
@@ -208,7 +208,3 @@ def _one(single: Single, as_json: bool) -> None:
 def _show(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _ignore(text: str) -> None:
-    pass

@@ -1,31 +1,29 @@
-"""`eightfold run --prompt`: the greedy answer of any backend, or a sampled one of the engine."""
+"""`eightfold run --prompt`: one answer, of the engine or of the reference backend."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.cli import console
 from eightfold.cli.choices import Backend
 from eightfold.cli.sampling import sampling_params
-from eightfold.errors import UnsupportedError
+from eightfold.errors import CapacityError, UnsupportedError
 
 if TYPE_CHECKING:
-    from eightfold.engine.engine import Engine
-    from eightfold.engine.sampling_params import SamplingParams
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.model import NativeModel
     from eightfold.tokenizer import Tokenizer
 
-# Is told of each piece of text.
-Show = Callable[[str], None]
+# Is told of each piece of text; None where nobody reads along.
+Show = Callable[[str], None] | None
 
 
-class Outcome(NamedTuple):
+class Answer(NamedTuple):
     """An answer; `seconds` without loading. Weights: by how much loading has made each process larger, if measured."""
 
     text: str
@@ -43,21 +41,11 @@ class _Prompt(NamedTuple):
     ids: list[int]
 
 
-class _Generation(Protocol):
-    @property
-    def token_ids(self) -> list[int]: ...
-    @property
-    def finish_reason(self) -> Literal["stop", "length"]: ...
-
-
-# Prompt, new tokens at most, stop tokens, and who is told of each token.
-_Generate = Callable[[Sequence[int], int, frozenset[int], Callable[[int], None]], _Generation]
-
 # Text, tokens and the reason of an answer's end.
-_Answered = tuple[str, list[int], str | None]
+_Generated = tuple[str, list[int], str | None]
 
 # What answers, and with which model; None: not with one of the native core.
-_Loaded = tuple[Callable[[Show], _Answered], "NativeModel | None"]
+_Loaded = tuple[Callable[[], _Generated], "NativeModel | None"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class Single:
     backend: Backend
     measures: bool = False
 
-    def answer(self, show: Show) -> Outcome:
+    def answer(self, show: Show = None) -> Answer:
         """Answer the prompt.
 
         Raises:
@@ -94,87 +82,107 @@ class Single:
         """
         from eightfold.format.checkpoint import Checkpoint
 
-        read = functools.cache(self._read)
         with console.loading():
             checkpoint = Checkpoint.open(self.model)
-            if self.measures:
-                read()
-            answer, model = (self._sampled if self.sampling else self._greedy)(checkpoint, read)
-        prompt_tokens = len(read().ids)
+            read = functools.cache(lambda: self._read(checkpoint))
+            load = self._reference if self.backend is Backend.reference else self._native
+            generate, model = load(checkpoint, read, show)
         started = time.monotonic()
-        text, token_ids, reason = answer(show)
-        seconds, weights = round(time.monotonic() - started, 3), [] if model is None else model.resident_weights_mib
-        world_size = 1 if model is None else model.world_size
-        return Outcome(text, token_ids, prompt_tokens, reason, seconds, self.backend.value, world_size, weights)
+        text, token_ids, reason = generate()
+        seconds = round(time.monotonic() - started, 3)
+        world_size, weights = (1, []) if model is None else (model.world_size, model.resident_weights_mib)
+        return Answer(text, token_ids, len(read().ids), reason, seconds, self.backend.value, world_size, weights)
 
-    def _read(self) -> _Prompt:
+    def _read(self, checkpoint: Checkpoint) -> _Prompt:
+        """Return the prompt as tokens.
+
+        Raises:
+            CapacityError: the prompt is empty, or it and its answer do not fit the model's context.
+        """
         from eightfold.tokenizer import Tokenizer
 
         tokenizer = Tokenizer(self.model, self.chat_template)
-        if not self.chat:
-            return _Prompt(tokenizer, tokenizer.encode(self.prompt))
-        messages = [{"role": "user", "content": self.prompt}]
-        return _Prompt(tokenizer, tokenizer.encode_chat(messages, add_generation_prompt=True))
+        if self.chat:
+            messages = [{"role": "user", "content": self.prompt}]
+            ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+        else:
+            ids = tokenizer.encode(self.prompt)
+        if not ids:
+            action = "Give some text with --prompt."
+            raise CapacityError("prompt", got="no tokens", expected="at least one", action=action)
+        if len(ids) + self.max_new_tokens > (context := checkpoint.config.max_position_embeddings):
+            raise CapacityError(
+                "prompt",
+                got=f"{len(ids)} tokens and {self.max_new_tokens} new ones",
+                expected=f"1 to {context} together",
+                action="Shorten the prompt or lower --max-new-tokens.",
+            )
+        return _Prompt(tokenizer, ids)
 
-    def _greedy(self, checkpoint: Checkpoint, read: Callable[[], _Prompt]) -> _Loaded:
-        """Load a model, and the prompt meanwhile; return what answers with it."""
-        from eightfold.tokenizer import StreamDecoder, stop_token_ids
+    def _native(self, checkpoint: Checkpoint, read: Callable[[], _Prompt], show: Show) -> _Loaded:
+        """Load an engine for this one request, and the prompt while its weights are made ready."""
+        from eightfold.engine.loading import load_model
 
-        load = _reference if self.backend is Backend.reference else _native
-        generate, model = load(checkpoint, self.settings, None if self.measures else read)
-        tokenizer, prompt_ids = read()
-        stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
+        def prepare() -> None:
+            import eightfold.engine.engine  # noqa: F401
 
-        def answer(show: Show) -> _Answered:
-            stream = StreamDecoder(tokenizer)
-            found = generate(prompt_ids, self.max_new_tokens, stop_ids, lambda token: show(stream.push(token)))
-            show(stream.finish())
-            return tokenizer.decode(found.token_ids), found.token_ids, found.finish_reason
+            sampling_params(self.sampling)
+            read()
 
-        return answer, model
-
-    def _sampled(self, checkpoint: Checkpoint, read: Callable[[], _Prompt]) -> _Loaded:
-        """Load an engine; return what answers with it."""
-        if self.backend is Backend.reference:
-            raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
+        if self.measures:
+            prepare()
+        model = load_model(
+            checkpoint,
+            None if self.measures else prepare,
+            threads=self.settings["threads"],
+            dynamic=self.settings["dynamic"],
+            attention=self.settings["attention_mode"],
+        )
         from eightfold.engine.engine import Engine
         from eightfold.engine.settings import EngineConfig
-        from eightfold.generation import require_room
+        from eightfold.tokenizer import stop_token_ids
 
         tokenizer, prompt_ids = read()
-        require_room(checkpoint.config, len(prompt_ids), self.max_new_tokens)
+        positions = len(prompt_ids) + self.max_new_tokens
+        model.allocate_cache(positions)  # refuses what does not fit, in the words of this command
+        config = EngineConfig(
+            max_num_seqs=1,
+            max_model_len=positions,
+            kv_memory=model.pages * model.page_bytes,
+            prefix_caching=False,
+            **self.settings,
+        )
+        engine = Engine(model, tokenizer, config, stop_ids=stop_token_ids(self.model, checkpoint.config_raw))
         params = sampling_params(self.sampling, max_tokens=self.max_new_tokens)
-        engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.settings), tokenizer)
-        return functools.partial(_run, engine, prompt_ids, params), engine.model
+        engine.add_request("run", prompt_ids, params, streams=show is not None)
 
+        def generate() -> _Generated:
+            while engine.has_unfinished:
+                for output in engine.step():
+                    (answer,) = output.outputs
+                    if show is not None:
+                        show(answer.delta_text)
+            return answer.text, answer.token_ids, answer.finish_reason
 
-def _run(engine: Engine, prompt_ids: list[int], params: SamplingParams, show: Show) -> _Answered:
-    engine.add_request("run", prompt_ids, params)
-    while engine.has_unfinished:
-        for output in engine.step():
-            (answer,) = output.outputs
-            show(answer.delta_text)
-    return answer.text, answer.token_ids, answer.finish_reason
+        return generate, model
 
+    def _reference(self, checkpoint: Checkpoint, read: Callable[[], _Prompt], show: Show) -> _Loaded:
+        """Load the oracle, which is greedy."""
+        if self.sampling:
+            raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
+        console.require_torch("run --backend reference")
+        from eightfold.model.reference.generate import generate
+        from eightfold.model.reference.load import Decoder
+        from eightfold.tokenizer import StreamDecoder, stop_token_ids
 
-def _reference(
-    checkpoint: Checkpoint, settings: dict[str, Any], beside: Callable[[], object] | None
-) -> tuple[_Generate, None]:
-    console.require_torch("run --backend reference")
-    if beside is not None:
-        beside()
-    from eightfold.model.reference.generate import generate
-    from eightfold.model.reference.load import Decoder
+        tokenizer, prompt_ids = read()
+        stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
+        decoder = Decoder(checkpoint, self.settings["dynamic"], self.settings["attention_mode"])
 
-    return functools.partial(generate, Decoder(checkpoint, settings["dynamic"], settings["attention_mode"])), None
+        def answer() -> _Generated:
+            stream, tell = StreamDecoder(tokenizer), show or (lambda text: None)
+            found = generate(decoder, prompt_ids, self.max_new_tokens, stop_ids, lambda token: tell(stream.push(token)))
+            tell(stream.finish())
+            return tokenizer.decode(found.token_ids), found.token_ids, found.finish_reason
 
-
-def _native(
-    checkpoint: Checkpoint, settings: dict[str, Any], beside: Callable[[], object] | None
-) -> tuple[_Generate, NativeModel]:
-    from eightfold.engine.loading import load_model
-    from eightfold.model.native.generate import generate
-
-    dynamic, attention = settings["dynamic"], settings["attention_mode"]
-    model = load_model(checkpoint, beside, threads=settings["threads"], dynamic=dynamic, attention=attention)
-    return functools.partial(generate, model), model
+        return answer, None

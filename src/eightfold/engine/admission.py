@@ -12,7 +12,6 @@ from eightfold.engine.sequence import Request, TokenSequence
 from eightfold.engine.settings import EngineConfig
 from eightfold.engine.structured import GrammarCompiler
 from eightfold.errors import CapacityError, ConfigError, UnsupportedError
-from eightfold.generation import require_ids
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.tokenizer import Tokenizer
 
@@ -87,7 +86,7 @@ class Admission:
             UnsupportedError: prompts run whole here and their log-probabilities are asked for.
         """
         prompt = tuple(prompt_ids)
-        require_ids(self._model.config, prompt)
+        self._model.config.require_ids(prompt)
         if params.prompt_logprobs is not None and self._model.float_prompts:
             raise UnsupportedError(
                 "prompt_logprobs",

@@ -15,7 +15,6 @@ equal hashes are taken for equal contents without comparing tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -33,6 +32,8 @@ def hash_block(parent: bytes, token_ids: Sequence[int], prompt_tokens: int) -> b
         token_ids: of the block.
         prompt_tokens: how many of them count as a prompt's; a constant where that changes nothing.
     """
+    import hashlib  # with OpenSSL, which a single answer need not wait for
+
     state = hashlib.blake2b(parent, digest_size=32)
     state.update(np.array([prompt_tokens, *token_ids], np.int32).tobytes())
     return state.digest()

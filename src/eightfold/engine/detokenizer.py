@@ -5,16 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from eightfold.engine.sampling_params import SamplingParams
-from eightfold.tokenizer import Tokenizer
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-# A character has four bytes at most: up to so many replacement characters may be the beginning of one.
-MAX_PARTS = 3
-
-# Tokens that may wait until the text ends with a character. What takes longer is no UTF-8, or a chain of tokens that
-# each end one character and begin the next.
-MAX_WAITING = 64
+from eightfold.tokenizer import StreamDecoder, Tokenizer
 
 
 class Detokenizer:
@@ -31,7 +22,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.stop_reason: str | None = None
         self.token_count = 0
-        self._decoder = _Decoder(tokenizer, keep_special=not params.skip_special_tokens)
+        self._decoder = StreamDecoder(tokenizer, keep_special=not params.skip_special_tokens)
         self._stops = [_Stop(text) for text in params.stops]
         self._includes, self._min_tokens = params.include_stop_str_in_output, params.min_tokens
         self._parts = list[str]()
@@ -109,57 +100,3 @@ class _Stop:
         while matched and self.text[matched] != character:
             matched = self._shorter[matched - 1]
         return matched + (self.text[matched] == character)
-
-
-class _Decoder:
-    """Tokens to whole characters.
-
-    What decoding gives for a token depends on those before it: a space may belong to it or not, and a character may
-    have begun there. So some tokens are decoded again as context, and the text that they gave is left out.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool) -> None:
-        self._tokenizer, self._keep_special = tokenizer, keep_special
-        self._ids = list[int]()  # context, and tokens whose text was not returned whole
-        self._context = 0  # how many of them are context
-        self._returned = 0  # characters of their text that were returned
-
-    def push(self, token: int) -> str:
-        """Add a token; return the characters that it completes."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        end = len(text.rstrip(REPLACEMENT))
-        if end == len(text):
-            return self._move_on(text)
-        if len(self._ids) - self._context > MAX_WAITING:
-            return self._shorten(text, end)
-        released = text[self._returned : end]
-        self._returned += len(released)
-        return released
-
-    def finish(self) -> str:
-        """Return what was held back and never completed."""
-        return self._move_on(self._decode(self._ids))
-
-    def _move_on(self, text: str) -> str:
-        """Return all of the text; its tokens become the context of those to come."""
-        released = text[self._returned :]
-        if released:
-            self._ids = self._ids[self._context :]
-            self._context = len(self._ids)
-            self._returned = len(self._decode(self._ids))
-        elif len(self._ids) - self._context > MAX_WAITING:  # special tokens and the like
-            del self._ids[self._context :]
-        return released
-
-    def _shorten(self, text: str, end: int) -> str:
-        """Return all but what may still become a character; of the tokens only the last ones stay, as context."""
-        end = max(end, len(text) - MAX_PARTS, self._returned)
-        released = text[self._returned : end]
-        self._ids = self._ids[-2 * MAX_PARTS :]
-        self._context = len(self._ids)
-        self._returned = len(self._decode(self._ids)) - (len(text) - end)
-        return released
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, keep_special=self._keep_special)

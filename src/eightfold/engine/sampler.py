@@ -14,10 +14,9 @@ Letters: R rows, V vocabulary, M masks, W words of a mask, K likeliest tokens.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,8 +83,7 @@ class Sampler:
             changes or not params.is_greedy or params.logprobs is not None or grammar is not None
         )
         self._waits = params.min_tokens if stops else 0  # tokens until a stop token may come
-        key = secrets.randbits(128) if params.seed is None else params.seed % 2**64 + (index << 64)
-        self._random = np.random.Philox(key=key)
+        self._index = index
         self._chooser = core.extension.Chooser(
             vocab=vocab_size,
             temperature=0.0 if params.is_greedy else params.temperature,
@@ -111,6 +109,13 @@ class Sampler:
     def is_finished(self) -> bool:
         """Whether the answer has a form to keep to, which lets nothing but a stop token follow."""
         return self.grammar is not None and self.grammar.is_finished
+
+    @cached_property
+    def _random(self) -> np.random.Philox:
+        import secrets
+
+        seed = self.params.seed
+        return np.random.Philox(key=secrets.randbits(128) if seed is None else seed % 2**64 + (self._index << 64))
 
     def _uniform(self) -> float:
         """Return the next number of the stream, from [0, 1): 53 bits."""

@@ -22,12 +22,14 @@ from eightfold.families import LM_HEAD, all_linears, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, peak_resident_bytes
 from eightfold.model.native import core
-from eightfold.model.native.generate import PREFILL_TOKENS
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.scheme import QuantType
 
 READ_BYTES = 1 << 30  # of the buffer that is read to measure the bandwidth
 PASSES = 3  # over it; the best counts
+
+# Tokens of a prompt that run at once, as in the engine: enough for the matrix products, little enough for memory.
+PREFILL_TOKENS = 512
 
 RATES = ("prefill_tok_s", "decode_tok_s", "output_tok_s")
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
-from eightfold.generation import Generation, require_room
 from eightfold.model.reference.decoder import Batch, Origin
 from eightfold.model.reference.kvcache import KVCache
 from eightfold.model.reference.load import Decoder
+
+
+class Generation(NamedTuple):
+    """An answer."""
+
+    token_ids: list[int]  # without the stop token
+    finish_reason: Literal["stop", "length"]
 
 
 @torch.inference_mode()
@@ -23,10 +30,10 @@ def generate(
     """Continue a prompt with the most likely token until a stop token or the limit.
 
     Raises:
-        CapacityError: the prompt is empty, or prompt and answer do not fit the model's context.
+        InputError: an id is outside the vocabulary.
     """
     config = decoder.checkpoint.config
-    needed = require_room(config, len(prompt_ids), max_new_tokens)
+    needed = len(prompt_ids) + max_new_tokens
     blocks = [decoder.block(layer_idx) for layer_idx in range(config.num_layers)]
     caches = [KVCache(needed, config.num_kv_heads, config.head_dim, block.attention.cache_dtype) for block in blocks]
     head, inv_freq = decoder.head(), decoder.inv_freq

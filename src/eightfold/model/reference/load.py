@@ -24,7 +24,6 @@ from eightfold.families import (
     sliding_window,
 )
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.generation import require_ids
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
 from eightfold.model.reference.kvcache import (
@@ -139,7 +138,7 @@ class Decoder:
         Raises:
             InputError: an id is outside the vocabulary.
         """
-        require_ids(self.checkpoint.config, token_ids)
+        self.checkpoint.config.require_ids(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
         name = weight_name(EMBEDDING)
         rows = mapped_tensor(self.checkpoint, name)[ids].to(torch.float32)
