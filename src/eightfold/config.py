@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from eightfold.errors import CheckpointError, ConfigError, InputError, UnsupportedError, one_of
 from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, require
@@ -108,13 +108,6 @@ class ModelConfig:
         outside = [token for token in token_ids if not 0 <= token < self.vocab_size]
         if outside:
             raise InputError("token id", got=outside[0], expected=f"0 to {self.vocab_size - 1}")
-
-
-class _RopeDialects(NamedTuple):
-    """The rope settings of a config.json, from whichever dialect has them."""
-
-    theta: float | None
-    scaling: dict[str, Any] | None  # without rope_theta; None when nothing but the default is said
 
 
 def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
@@ -230,34 +223,21 @@ def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
 
 
 def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
-    old, new = _old_rope(raw, where), _new_rope(raw, where)
-    if old.theta is not None and new.theta is not None and old.theta != new.theta:
-        raise ConfigError(
-            '"rope_theta" and "rope_parameters"',
-            where=where,
-            got=f"{old.theta:g} and {new.theta:g}",
-            expected="the same base",
-            action="Remove the wrong one.",
-        )
-    if old.scaling is not None and new.scaling is not None and old.scaling != new.scaling:
-        raise ConfigError(
-            '"rope_scaling" and "rope_parameters"',
-            where=where,
-            got=f"{old.scaling} and {new.scaling}",
-            expected="the same scaling",
-            action="Remove the wrong one.",
-        )
-    theta = new.theta if new.theta is not None else old.theta
-    fields = dict(new.scaling or old.scaling or {})
-    if theta is not None:
-        fields["rope_theta"] = theta
-    if fields.get("rope_type", "default") not in ROPE_TYPES:
-        raise UnsupportedError("rope type", where=where, got=fields["rope_type"], expected=one_of(ROPE_TYPES))
-    absent = [name for name in _ROPE_NEEDS.get(fields.get("rope_type", "default"), ()) if name not in fields]
+    old, new = _rope_object(raw, "rope_scaling", where), _rope_object(raw, "rope_parameters", where)
+    old_theta = _theta(raw.get("rope_theta", (old or {}).pop("rope_theta", None)), "rope_theta", where)
+    new_theta = _theta((new or {}).pop("rope_theta", None), "rope_parameters.rope_theta", where)
+    if None not in (old_theta, new_theta) and old_theta != new_theta:
+        raise _contradiction("rope_theta", f"{old_theta:g} and {new_theta:g}", "the same base", where)
+    if None not in (old, new) and old != new:
+        raise _contradiction("rope_scaling", f"{old} and {new}", "the same scaling", where)
+    theta = old_theta if new_theta is None else new_theta
+    fields = {**(new or old or {}), **({} if theta is None else {"rope_theta": theta})}
+    kind = fields.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError("rope type", where=where, got=kind, expected=one_of(ROPE_TYPES))
+    absent = [name for name in _ROPE_NEEDS.get(kind, ()) if name not in fields]
     if absent:
-        raise ConfigError(
-            f"rope scaling {fields['rope_type']}", where=where, got=f"no {', '.join(absent)}", expected="a number"
-        )
+        raise ConfigError(f"rope scaling {kind}", where=where, got=f"no {', '.join(absent)}", expected="a number")
     if raw.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise UnsupportedError(
             '"partial_rotary_factor"', where=where, got=raw.get("partial_rotary_factor"), expected="1"
@@ -265,19 +245,9 @@ def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
     return RopeParameters(**checked(fields, _ROPE_FIELDS, where))
 
 
-def _old_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
-    scaling = _rope_object(raw, "rope_scaling", where)
-    theta = raw.get("rope_theta", scaling.pop("rope_theta", None) if scaling else None)
-    return _RopeDialects(_theta(theta, "rope_theta", where), scaling or None)
-
-
-def _new_rope(raw: Mapping[str, Any], where: Path) -> _RopeDialects:
-    scaling = _rope_object(raw, "rope_parameters", where)
-    if scaling is None:
-        return _RopeDialects(None, None)
-    theta = scaling.pop("rope_theta", None)
-    # A bare default says nothing that an absent rope_scaling would not say too.
-    return _RopeDialects(_theta(theta, "rope_parameters.rope_theta", where), scaling)
+def _contradiction(key: str, got: str, expected: str, where: Path) -> ConfigError:
+    what = f'"{key}" and "rope_parameters"'
+    return ConfigError(what, where=where, got=got, expected=expected, action="Remove the wrong one.")
 
 
 def _theta(value: Any, name: str, where: Path) -> float | None:
@@ -285,6 +255,7 @@ def _theta(value: Any, name: str, where: Path) -> float | None:
 
 
 def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any] | None:
+    """Return one dialect's rope settings, with a `rope_type`; None where the file does not have them."""
     value = raw.get(key)
     if value is None:
         return None
