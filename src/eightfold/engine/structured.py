@@ -16,6 +16,7 @@ import numpy as np
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import DependencyError, InputError
 from eightfold.tokenizer import Tokenizer
+from eightfold.values import shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,16 +31,14 @@ JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 class Grammar:
     """How far one answer has come in its form."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._words = matcher, mask_words(vocab_size)
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
 
-    def mask(self, into: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
-        """Return the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete."""
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        """Write the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete."""
         from llguidance.numpy import fill_next_token_bitmask
 
-        mask = np.empty(self._words, np.int32) if into is None else into
         fill_next_token_bitmask(self._matcher, mask.reshape(1, -1))
-        return mask
 
     def accept(self, token: int) -> bool:
         """Go on by a token. False: the form does not allow it, or became too complex; only stop tokens can follow."""
@@ -49,16 +48,6 @@ class Grammar:
     def is_finished(self) -> bool:
         """Whether the answer is complete and nothing can be added, or nothing could be understood any more."""
         return bool(self._matcher.is_stopped())
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer so far has its form; more may be allowed."""
-        return bool(self._matcher.is_accepting())
-
-    @property
-    def error(self) -> str:
-        """Why nothing can follow although the answer is not complete; empty if all is well."""
-        return _reason(self._matcher)
 
 
 class GrammarCompiler:
@@ -75,7 +64,7 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> None:
-        self._library, self._vocab_size = _library(), vocab_size
+        self._library = _library()
         path = tokenizer.directory / "tokenizer.json"
         try:
             self._tokenizer = self._library.LLTokenizer(
@@ -102,7 +91,7 @@ class GrammarCompiler:
             self._kept[structured] = matcher
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
-        return Grammar(matcher.deep_copy(), self._vocab_size)
+        return Grammar(matcher.deep_copy())
 
     def _compile(self, structured: StructuredOutput) -> Any:
         name, text = _source(self._library, structured)
@@ -116,7 +105,7 @@ def fill_masks(grammars: Sequence[Grammar], vocab_size: int) -> NDArray[np.int32
     """Return the masks (len(grammars), W) of several answers."""
     masks = np.empty((len(grammars), mask_words(vocab_size)), np.int32)
     for grammar, mask in zip(grammars, masks, strict=True):
-        grammar.mask(mask)
+        grammar.fill(mask)
     return masks
 
 
@@ -139,8 +128,7 @@ def _library() -> Any:
 
 def _reason(matcher: Any) -> str:
     """Return on one line what is wrong, without the state that llguidance appends."""
-    text = " ".join(matcher.get_error().split("<state>")[0].split())
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
+    return shorten(" ".join(matcher.get_error().split("<state>")[0].split()), MAX_REASON)
 
 
 def _source(library: Any, structured: StructuredOutput) -> tuple[str, str]:
