@@ -7,7 +7,8 @@ import json
 import pytest
 
 from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
-from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts, Usage
+from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts
+from eightfold.server.logs import Record
 from eightfold.server.tools import ToolUse
 from eightfold.tokenizer import Tokenizer
 
@@ -54,7 +55,8 @@ def test_every_answer_of_a_completion_ends_once(texts):
 
 def test_the_usage_is_an_event_of_its_own(texts):
     answer = ChatAnswer("m\n", texts, ToolUse(), streams=True, shows_usage=True)
-    event = json.loads(answer.usage(Usage(5, 3, 2)).decode().removeprefix("data: "))
+    record = Record("id", "POST", "/", prompt_tokens=5, cached_tokens=3, generated_tokens=2)
+    event = json.loads(answer.usage(record).decode().removeprefix("data: "))
     assert (event["choices"], event["model"], event["object"]) == ([], "m\n", "chat.completion.chunk")
     assert event["usage"] == {
         "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3},

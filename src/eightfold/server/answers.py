@@ -10,7 +10,6 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from eightfold.server.tools import ToolParser, ToolUse
 if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
     from eightfold.engine.sampler import Sampled
+    from eightfold.server.logs import Record
     from eightfold.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -38,24 +38,6 @@ def to_json(content: Any) -> bytes:
 def event(content: Any) -> bytes:
     """Return one event of a stream."""
     return b"data: " + to_json(content) + b"\n\n"
-
-
-@dataclass(slots=True)
-class Usage:
-    """Tokens of a request."""
-
-    prompt: int = 0
-    cached: int = 0
-    generated: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it as OpenAI writes it."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.generated,
-            "total_tokens": self.prompt + self.generated,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
 
 
 def _byte_symbols() -> dict[str, int]:
@@ -166,48 +148,83 @@ class CompletionLogprobs:
         return found
 
 
-class _Answer:
-    """What all pieces of an answer share."""
+class Answer:
+    """Writes the answers to a request, whole or in pieces; each endpoint has its own way.
 
-    def __init__(self, prefix: str, kind: str, model: str, texts: TokenTexts, *, shows_usage: bool) -> None:
+    Args:
+        prefix: of the id.
+        kind: what OpenAI calls the object.
+        model: the name that answers carry.
+        texts: of single tokens.
+        n: answers to each prompt.
+        shows_usage: whether a stream ends with the usage.
+    """
+
+    def __init__(self, prefix: str, kind: str, model: str, texts: TokenTexts, n: int, *, shows_usage: bool) -> None:
         self._common = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
             "model": model,
         }
-        self._texts = texts
+        self._texts, self._n = texts, n
         self._ended: set[int] = set()
         # A stream with usage has the field everywhere, and null everywhere but at its end.
         self._end = ("]" + (',"usage":null' if shows_usage else "") + "}\n\n").encode()
         self._begin = b"data: " + _encode(self._common)[:-1].encode() + b',"choices":['
 
+    def pieces(self, at: int, output: RequestOutput) -> bytes:
+        """Return what a step of a prompt adds to a stream."""
+        choices = [(at * self._n + answer.index, answer) for answer in output.outputs]
+        return b"".join([self._piece(index, answer, output) for index, answer in choices if index not in self._ended])
+
+    def whole(self, outputs: Sequence[RequestOutput], record: Record) -> dict[str, Any]:
+        """Return all of it, from the finished outputs of all prompts."""
+        choices = [
+            self._whole(at * self._n + answer.index, answer, output)
+            for at, output in enumerate(outputs)
+            for answer in output.outputs
+        ]
+        return self._content(choices, record)
+
+    def usage(self, record: Record) -> bytes:
+        """Return the piece that says how many tokens there were."""
+        return event(self._content([], record))
+
+    def _content(self, choices: list[Any], record: Record) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": self._told(record.generated_tokens),
+            "total_tokens": record.prompt_tokens + self._told(record.generated_tokens),
+            "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+        }
+        return {**self._common, "choices": choices, "usage": usage}
+
+    def _told(self, generated: int) -> int:
+        """Return how many generated tokens are told of."""
+        return generated
+
     def _choice(self, choice: str) -> bytes:
         return self._begin + choice.encode("utf-8", "replace") + self._end
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the piece that says how many tokens there were."""
-        return event(self._whole_of([], usage))
+    def _piece(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
+        raise NotImplementedError
 
-    def _whole_of(self, choices: list[Any], usage: Usage) -> dict[str, Any]:
-        return {**self._common, "choices": choices, "usage": usage.as_json()}
+    def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
+        raise NotImplementedError
 
 
-class ChatAnswer(_Answer):
+class ChatAnswer(Answer):
     """The answer to a chat; its choices are the n answers to one prompt."""
 
     def __init__(self, model: str, texts: TokenTexts, tools: ToolUse, *, streams: bool, shows_usage: bool) -> None:
         kind = "chat.completion.chunk" if streams else "chat.completion"
-        super().__init__("chatcmpl", kind, model, texts, shows_usage=shows_usage)
+        super().__init__("chatcmpl", kind, model, texts, 0, shows_usage=shows_usage)
         self._tools = tools
         self._parsers: dict[int, ToolParser] = {}
 
-    def pieces(self, at: int, output: RequestOutput) -> bytes:
-        """Return what a step adds."""
-        return b"".join([self._piece(answer) for answer in output.outputs if answer.index not in self._ended])
-
-    def _piece(self, answer: CompletionOutput) -> bytes:
-        index, reason, logprobs = answer.index, answer.finish_reason, answer.delta_logprobs
+    def _piece(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
+        reason, logprobs = answer.finish_reason, answer.delta_logprobs
         parser, piece = self._parsers.get(index), b""
         if parser is None:
             parser = self._parsers[index] = ToolParser(self._tools)
@@ -231,20 +248,20 @@ class ChatAnswer(_Answer):
         shown = "null" if logprobs is None else _encode(self._texts.chat_logprobs(logprobs))
         return self._choice(f'{{"index":{index},"delta":{delta},"logprobs":{shown},"finish_reason":null}}')
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
-        """Return all of it."""
-        content = self._whole_of([self._whole(answer) for answer in outputs[0].outputs], usage)
+    def whole(self, outputs: Sequence[RequestOutput], record: Record) -> dict[str, Any]:
+        """Return all of it, from the finished output of the only prompt."""
+        content = super().whole(outputs, record)
         if outputs[0].prompt_logprobs is not None:
             content["prompt_logprobs"] = self._texts.prompt_logprobs(outputs[0].prompt_logprobs)
         return content
 
-    def _whole(self, answer: CompletionOutput) -> dict[str, Any]:
+    def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
         text, calls = ToolParser(self._tools).push(answer.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if calls:
             message["tool_calls"] = [call.as_json() for call in calls]
         return {
-            "index": answer.index,
+            "index": index,
             "message": message,
             "logprobs": self._texts.chat_logprobs(answer.logprobs),
             "finish_reason": "tool_calls" if calls else answer.finish_reason,
@@ -252,17 +269,14 @@ class ChatAnswer(_Answer):
         }
 
 
-class CompletionAnswer(_Answer):
+class CompletionAnswer(Answer):
     """The answer to a completion; its choices are the n answers to each prompt in turn.
 
     Args:
-        model: the name that answers carry.
-        texts: of single tokens.
-        n: answers to each prompt.
+        model, texts, n, shows_usage: as every answer has them.
         logprobs: how many of the likeliest tokens are reported at each position; None: nothing is.
         echo: texts of the prompts, which come first in the answers; None: they do not.
         only_prompts: nothing was asked for but the prompts' log-probabilities.
-        shows_usage: whether a stream ends with the usage.
     """
 
     def __init__(
@@ -276,24 +290,16 @@ class CompletionAnswer(_Answer):
         only_prompts: bool,
         shows_usage: bool,
     ) -> None:
-        super().__init__("cmpl", "text_completion", model, texts, shows_usage=shows_usage)
-        self._n, self._logprobs, self._echo, self._only_prompts = n, logprobs, echo, only_prompts
+        super().__init__("cmpl", "text_completion", model, texts, n, shows_usage=shows_usage)
+        self._logprobs, self._echo, self._only_prompts = logprobs, echo, only_prompts
         self._progress: dict[int, CompletionLogprobs] = {}
 
-    def _whole_of(self, choices: list[Any], usage: Usage) -> dict[str, Any]:
-        # The engine generates one token at least; who asked for none is not told of it.
-        return super()._whole_of(choices, replace(usage, generated=0) if self._only_prompts else usage)
+    def _told(self, generated: int) -> int:
+        return 0 if self._only_prompts else generated  # the engine generates one token at least
 
-    def pieces(self, at: int, output: RequestOutput) -> bytes:
-        """Return what a step adds."""
-        return b"".join([self._piece(at, answer, output) for answer in output.outputs])
-
-    def _piece(self, at: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
-        index = at * self._n + answer.index
-        if index in self._ended:
-            return b""
+    def _piece(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
         is_first, reason = index not in self._progress, answer.finish_reason
-        text = self._text(at, answer.delta_text, is_first=is_first)
+        text = self._text(index, answer.delta_text, is_first=is_first)
         logprobs = self._shown(index, answer.delta_logprobs, output, is_first=is_first)
         if not (text or logprobs or reason is not None):
             return b""
@@ -304,9 +310,9 @@ class CompletionAnswer(_Answer):
             f'"finish_reason":{_encode(reason)},"stop_reason":{_encode(answer.stop_reason)}}}'
         )
 
-    def _text(self, at: int, text: str, *, is_first: bool) -> str:
+    def _text(self, index: int, text: str, *, is_first: bool) -> str:
         text = "" if self._only_prompts else text
-        return self._echo[at] + text if self._echo is not None and is_first else text
+        return self._echo[index // self._n] + text if self._echo is not None and is_first else text
 
     def _shown(
         self, index: int, sampled: Sequence[Sampled] | None, output: RequestOutput, *, is_first: bool
@@ -321,16 +327,10 @@ class CompletionAnswer(_Answer):
             shown, token_ids = [*output.prompt_logprobs, *shown], [*output.prompt_ids, *token_ids]
         return progress.of(shown, token_ids, self._logprobs)
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
-        """Return all of it."""
-        choices = [self._whole(at, answer, output) for at, output in enumerate(outputs) for answer in output.outputs]
-        return self._whole_of(choices, usage)
-
-    def _whole(self, at: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
-        index = at * self._n + answer.index
+    def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
         choice = {
             "index": index,
-            "text": self._text(at, answer.text, is_first=True),
+            "text": self._text(index, answer.text, is_first=True),
             "logprobs": self._shown(index, answer.logprobs, output, is_first=True),
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,

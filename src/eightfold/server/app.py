@@ -7,7 +7,7 @@ import base64
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 
 from starlette.exceptions import HTTPException
@@ -34,7 +34,7 @@ def create_app(service: Service) -> ASGIApp:
     """Return the ASGI application of a service."""
     small = Endpoints(service)
     routes = [
-        Route("/", Page().answer, methods=["GET"]),
+        Route("/", _page(), methods=["GET"]),
         Route("/v1/chat/completions", Generating(service, read_chat), methods=["POST"]),
         Route("/v1/completions", Generating(service, read_completion), methods=["POST"]),
         Route("/v1/models", small.models, methods=["GET"]),
@@ -58,22 +58,17 @@ def create_app(service: Service) -> ASGIApp:
     )
 
 
-class Page:
-    """The chat page: one file, which may do nothing but talk to this server."""
-
-    def __init__(self) -> None:
-        self._html = resources.files("eightfold.server").joinpath("page.html").read_bytes()
-        self._headers = {
-            "content-type": "text/html; charset=utf-8",
-            "content-security-policy": policy(self._html.decode()),
-            "cache-control": "no-cache",
-            "referrer-policy": "no-referrer",
-            "x-content-type-options": "nosniff",
-        }
-
-    async def answer(self, request: Request) -> Response:
-        """Return the page."""
-        return Response(self._html, headers=self._headers)
+def _page() -> Callable[[Request], Response]:
+    """Return what answers with the chat page: one file, which may do nothing but talk to this server."""
+    html = resources.files("eightfold.server").joinpath("page.html").read_bytes()
+    headers = {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": policy(html.decode()),
+        "cache-control": "no-cache",
+        "referrer-policy": "no-referrer",
+        "x-content-type-options": "nosniff",
+    }
+    return lambda request: Response(html, headers=headers)
 
 
 def policy(html: str) -> str:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Send
 from eightfold.engine.async_llm import EngineStoppedError
 from eightfold.engine.outputs import RequestOutput
 from eightfold.errors import EightfoldError
-from eightfold.server.answers import DONE, ChatAnswer, CompletionAnswer, Usage, event, to_json
+from eightfold.server.answers import DONE, Answer, event, to_json
 from eightfold.server.fields import ApiError, draining, internal, refused
 from eightfold.server.logs import GONE, Record
 from eightfold.server.metrics import Metrics
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("eightfold.server")
 
 FIRST_SIGN_SECONDS = 10.0  # a stream that has to wait longer begins with comments, so that nobody gives it up
-
-Answer = ChatAnswer | CompletionAnswer
 
 _EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 
@@ -67,8 +65,7 @@ class InFlight:
     """A request's prompts in the engine, from their submission to their end.
 
     Attributes:
-        record: of the request.
-        usage: tokens of the prompts that are finished.
+        record: of the request; tokens are counted there as prompts finish.
     """
 
     def __init__(
@@ -81,8 +78,7 @@ class InFlight:
         *,
         streams: bool,
     ) -> None:
-        self.record, self.usage = record, Usage()
-        self._engine, self._prompts, self._params, self._streams = engine, prompts, params, streams
+        self.record, self._engine, self._prompts, self._params, self._streams = record, engine, prompts, params, streams
         self._metrics = metrics
         stem = uuid.uuid4().hex
         self._unfinished = {at: f"{stem}-{at}" for at in range(len(prompts))}
@@ -152,15 +148,10 @@ class InFlight:
 
     def _note_end(self, at: int, output: RequestOutput) -> None:
         self._unfinished.pop(at)
-        usage, record = self.usage, self.record
-        usage.prompt += len(output.prompt_ids)
-        usage.cached += output.cached_tokens
-        usage.generated += sum(len(answer.token_ids) for answer in output.outputs)
-        record.prompt_tokens, record.cached_tokens, record.generated_tokens = (
-            usage.prompt,
-            usage.cached,
-            usage.generated,
-        )
+        record = self.record
+        record.prompt_tokens += len(output.prompt_ids)
+        record.cached_tokens += output.cached_tokens
+        record.generated_tokens += sum(len(answer.token_ids) for answer in output.outputs)
         record.finish_reasons += [answer.finish_reason or "abort" for answer in output.outputs]
         self._metrics.finished(output)
 
@@ -203,7 +194,7 @@ async def answer_whole(prompts: InFlight, answer: Answer, receive: Receive, send
             if prompts.record.status == GONE:
                 return
             raise _problem(error) from None
-    await send_json(send, answer.whole([finished[at] for at in sorted(finished)], prompts.usage))
+    await send_json(send, answer.whole([finished[at] for at in sorted(finished)], prompts.record))
 
 
 async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, send: Send, *, shows_usage: bool) -> None:
@@ -218,7 +209,7 @@ async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, sen
                 piece = answer.pieces(at, output)
                 if piece:
                     await _event(send, piece)
-            last = (answer.usage(prompts.usage) if shows_usage else b"") + DONE
+            last = (answer.usage(record) if shows_usage else b"") + DONE
             await _event(send, last, more=False)
         except _ENDS as error:
             if record.status == 0:
