@@ -7,7 +7,7 @@ import base64
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from importlib import resources
 
 from starlette.exceptions import HTTPException
@@ -58,7 +58,7 @@ def create_app(service: Service) -> ASGIApp:
     )
 
 
-def _page() -> Callable[[Request], Response]:
+def _page() -> Callable[[Request], Awaitable[Response]]:
     """Return what answers with the chat page: one file, which may do nothing but talk to this server."""
     html = resources.files("eightfold.server").joinpath("page.html").read_bytes()
     headers = {
@@ -68,7 +68,11 @@ def _page() -> Callable[[Request], Response]:
         "referrer-policy": "no-referrer",
         "x-content-type-options": "nosniff",
     }
-    return lambda request: Response(html, headers=headers)
+
+    async def page(request: Request) -> Response:
+        return Response(html, headers=headers)
+
+    return page
 
 
 def policy(html: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from eightfold.errors import EightfoldError
 from eightfold.server.answers import ChatAnswer
-from eightfold.server.fields import OBJECT, STRING, Fields, bad_request, between, refused, wrong
+from eightfold.server.fields import LIST, OBJECT, STRING, Fields, bad_request, between, demand, refused, wrong
 from eightfold.server.generation import Asked
 from eightfold.server.sampling import read_max_tokens, read_stream, sampling_params, structured_output
 from eightfold.server.service import Service
@@ -85,9 +85,7 @@ def _messages(fields: Fields, template: str) -> list[Message]:
 
 
 def _message(where: str, given: Any) -> Message:
-    if not isinstance(given, dict):
-        raise wrong(where, given, "an object")
-    role = given.get("role")
+    role = demand(where, given, OBJECT).get("role")
     if not isinstance(role, str) or not role:
         raise wrong(f"{where}.role", role, "system, user, assistant or tool")
     if given.get("function_call") is not None:
@@ -101,30 +99,21 @@ def _message(where: str, given: Any) -> Message:
         message["tool_calls"] = calls
     for name in ("name", "tool_call_id", "reasoning_content"):
         if given.get(name) is not None:
-            message[name] = _text(f"{where}.{name}", given[name])
+            message[name] = demand(f"{where}.{name}", given[name], STRING)
     return message
-
-
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise wrong(where, value, STRING.name)
-    return value
 
 
 def _content(where: str, content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    if not isinstance(content, list):
-        raise wrong(where, content, "a text or a list of parts")
-    return "\n".join(_part(f"{where}[{at}]", part) for at, part in enumerate(content))
+    parts = demand(where, content, LIST._replace(name="a text or a list of parts"))
+    return "\n".join(_part(f"{where}[{at}]", part) for at, part in enumerate(parts))
 
 
 def _part(where: str, part: Any) -> str:
-    if not isinstance(part, dict):
-        raise wrong(where, part, "an object")
-    kind = part.get("type")
+    kind = demand(where, part, OBJECT).get("type")
     if kind in ("text", "refusal"):
-        return _text(f"{where}.{kind}", part.get(kind))
+        return str(demand(f"{where}.{kind}", part.get(kind), STRING))
     if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
         message = f"{where}: this model reads text only, not {kind}"
         raise bad_request(message, param="messages", code="unsupported_content")
@@ -132,11 +121,8 @@ def _part(where: str, part: Any) -> str:
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    if calls is None:
-        return []
-    if not isinstance(calls, list):
-        raise wrong(where, calls, "a list")
-    return [_call(f"{where}[{at}]", call) for at, call in enumerate(calls)]
+    given = [] if calls is None else demand(where, calls, LIST)
+    return [_call(f"{where}[{at}]", call) for at, call in enumerate(given)]
 
 
 def _call(where: str, call: Any) -> dict[str, Any]:
@@ -155,6 +141,5 @@ def _arguments(where: str, arguments: Any) -> dict[str, Any]:
         except (ValueError, RecursionError):
             message = f"{where}: got text that is not JSON, expected a JSON object"
             raise bad_request(message, param="messages") from None
-    if not isinstance(arguments, dict):
-        raise wrong(where, arguments, "a JSON object")
-    return arguments
+    checked: dict[str, Any] = demand(where, arguments, OBJECT._replace(name="a JSON object"))
+    return checked

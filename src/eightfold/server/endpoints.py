@@ -38,12 +38,9 @@ class Generating:
         with service.limiter.admitted(asked.params.n * asked.prompts):
             prompts, texts = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
             service.require_fit(prompts)
-            answer = asked.answer(texts)
-            with service.in_flight(prompts, asked.params, record, streams=asked.streams) as running:
-                if asked.streams:
-                    await answer_stream(running, answer, receive, send, shows_usage=asked.shows_usage)
-                else:
-                    await answer_whole(running, answer, receive, send)
+            respond = answer_stream if asked.streams else answer_whole
+            with service.in_flight(asked, prompts, record) as running:
+                await respond(running, asked.answer(texts), receive, send)
 
 
 class Endpoints:

@@ -54,15 +54,7 @@ _ERROR_TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than 200.
-
-    Attributes:
-        status: the HTTP status.
-        message: one line for a person.
-        code: one word for a program, or None.
-        param: the field of the request that is to blame, or None.
-        headers: more headers of the answer.
-    """
+    """An answer other than 200: a line for a person, a word for a program, and the field that is to blame."""
 
     def __init__(
         self,
@@ -137,12 +129,7 @@ class Fields:
     def read(self, name: str, kind: Kind, default: Any = None) -> Any:
         """Return a field that has to be of a kind, or the default where it is not given."""
         value = self.any(name)
-        if value is None:
-            return default
-        misfit = kind.misfit(value)
-        if misfit is not None:
-            raise wrong(name, *misfit)
-        return value
+        return default if value is None else demand(name, value, kind)
 
     def items(self, name: str, most: int) -> list[Any]:
         """Return a list of so many items at most; an empty one where it is not given."""
@@ -150,6 +137,14 @@ class Fields:
         if len(value) > most:
             raise bad_request(f"{name}: got {len(value)} items, expected at most {most}", param=name)
         return value
+
+
+def demand(name: str, value: Any, kind: Kind) -> Any:
+    """Return a value of a request that has to be of a kind."""
+    misfit = kind.misfit(value)
+    if misfit is not None:
+        raise wrong(name, *misfit)
+    return value
 
 
 def between(least: int, most: int) -> Kind:

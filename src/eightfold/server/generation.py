@@ -35,23 +35,15 @@ _EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a request asks for.
+    """What a request asks for."""
 
-    Attributes:
-        prompts: how many there are.
-        encode: returns their token ids, and their texts where the answers repeat them; it takes time.
-        params: how the answers' tokens are chosen.
-        answer: makes what writes the answers, from the texts that they repeat.
-        streams: whether they are streamed.
-        shows_usage: whether a stream ends with the usage.
-    """
-
-    prompts: int
+    prompts: int  # how many
+    # Returns the prompts' token ids, and their texts where the answers repeat them; it takes time.
     encode: Callable[[Tokenizer], tuple[list[list[int]], list[str] | None]]
     params: SamplingParams
-    answer: Callable[[list[str] | None], Answer]
+    answer: Callable[[list[str] | None], Answer]  # makes what writes the answers, from the texts that they repeat
     streams: bool
-    shows_usage: bool
+    shows_usage: bool  # at the end of a stream
 
 
 class Aborted(Exception):
@@ -65,21 +57,15 @@ class InFlight:
     """A request's prompts in the engine, from their submission to their end.
 
     Attributes:
+        asked: what the request asks for.
         record: of the request; tokens are counted there as prompts finish.
     """
 
     def __init__(
-        self,
-        engine: AsyncLLM,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        record: Record,
-        metrics: Metrics,
-        *,
-        streams: bool,
+        self, engine: AsyncLLM, metrics: Metrics, asked: Asked, prompts: Sequence[Sequence[int]], record: Record
     ) -> None:
-        self.record, self._engine, self._prompts, self._params, self._streams = record, engine, prompts, params, streams
-        self._metrics = metrics
+        self.asked, self.record = asked, record
+        self._engine, self._metrics, self._prompts = engine, metrics, prompts
         stem = uuid.uuid4().hex
         self._unfinished = {at: f"{stem}-{at}" for at in range(len(prompts))}
         self._is_aborted = False
@@ -88,7 +74,7 @@ class InFlight:
         """End it where it stands."""
         if not self._is_aborted:
             self._is_aborted = True
-            self._metrics.aborted(len(self._unfinished) * self._params.n)
+            self._metrics.aborted(len(self._unfinished) * self.asked.params.n)
         for request_id in self._unfinished.values():
             self._engine.abort(request_id)
 
@@ -110,7 +96,8 @@ class InFlight:
             raise Aborted
 
     async def _one(self, at: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        source = self._engine.generate(self._prompts[at], self._params, self._unfinished[at], streams=self._streams)
+        asked, name = self.asked, self._unfinished[at]
+        source = self._engine.generate(self._prompts[at], asked.params, name, streams=asked.streams)
         async with aclosing(source) as outputs:
             async for output in outputs:
                 gave_up = output.finished and any(answer.finish_reason == "abort" for answer in output.outputs)
@@ -197,7 +184,7 @@ async def answer_whole(prompts: InFlight, answer: Answer, receive: Receive, send
     await send_json(send, answer.whole([finished[at] for at in sorted(finished)], prompts.record))
 
 
-async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, send: Send, *, shows_usage: bool) -> None:
+async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, send: Send) -> None:
     """Send what prompts produce as it comes; ApiError where there is nothing, and nothing was sent yet."""
     record = prompts.record
     async with _watched(prompts, receive), aclosing(prompts.outputs()) as outputs:
@@ -209,7 +196,7 @@ async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, sen
                 piece = answer.pieces(at, output)
                 if piece:
                     await _event(send, piece)
-            last = (answer.usage(record) if shows_usage else b"") + DONE
+            last = (answer.usage(record) if prompts.asked.shows_usage else b"") + DONE
             await _event(send, last, more=False)
         except _ENDS as error:
             if record.status == 0:

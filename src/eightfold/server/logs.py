@@ -24,35 +24,22 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 class Record:
     """What is known about one HTTP request, for the log and for its answer's headers; never what it says.
 
-    Attributes:
-        id: the client's, or our own.
-        method: of HTTP.
-        path: without the query.
-        started: seconds of time.monotonic.
-        status: of the answer; 0 until it begins.
-        held_bytes: bytes of its body that are in memory.
-        prompt_tokens: tokens of all prompts.
-        cached_tokens: those of them found in the prefix cache.
-        generated_tokens: tokens of all answers.
-        first_token: seconds of time.monotonic.
-        finish_reasons: one for each answer.
-        ignored: names of fields that nobody has read.
-        error: one word of what went wrong.
+    Times are seconds of time.monotonic; tokens are those of all finished prompts and their answers.
     """
 
-    id: str
+    id: str  # the client's, or our own
     method: str
-    path: str
+    path: str  # without the query
     started: float = field(default_factory=time.monotonic)
-    status: int = 0
-    held_bytes: int = 0
+    status: int = 0  # until the answer begins
+    held_bytes: int = 0  # of its body, in memory
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, found in the prefix cache
     generated_tokens: int = 0
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
-    ignored: Sequence[str] = ()
-    error: str | None = None
+    ignored: Sequence[str] = ()  # names of fields that nobody has read
+    error: str | None = None  # one word of what went wrong
 
     def as_json(self) -> dict[str, Any]:
         """Return what the log shows."""

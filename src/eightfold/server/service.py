@@ -18,13 +18,12 @@ from starlette.requests import Request
 from eightfold.server.answers import TokenTexts
 from eightfold.server.body import LARGE_BODY_BYTES, read_json
 from eightfold.server.fields import STRING, ApiError, Fields, bad_request, draining, shown
-from eightfold.server.generation import InFlight
+from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
-    from eightfold.engine.sampling_params import SamplingParams
 
 MAX_HELD_BYTES = 256 * 2**20  # of all bodies that are being read or tokenized
 
@@ -33,23 +32,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How to serve.
+    """How to serve."""
 
-    Attributes:
-        model_names: what clients may call the model; answers carry the first.
-        api_key: what clients have to send; None: nothing.
-        max_num_seqs: how many sequences the engine runs at a time.
-        max_waiting: how many more may wait for their turn.
-        drain_timeout: seconds that running requests get to finish when the server is told to stop.
-        cors_origins: web origins whose pages may call the API; "*" for any.
-    """
-
-    model_names: tuple[str, ...]
-    api_key: str | None = None
-    max_num_seqs: int = 64
-    max_waiting: int = 256
-    drain_timeout: float = 30.0
-    cors_origins: tuple[str, ...] = ()
+    model_names: tuple[str, ...]  # what clients may call the model; answers carry the first
+    api_key: str | None = None  # what clients have to send; None: nothing
+    max_num_seqs: int = 64  # sequences that the engine runs at a time
+    max_waiting: int = 256  # sequences that may wait beyond those
+    drain_timeout: float = 30.0  # seconds that running requests get to finish when the server is told to stop
+    cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the API; "*" for any
 
     def accepts_key(self, authorization: str) -> bool:
         """Return whether an Authorization header holds the key, in a time that says nothing about the key."""
@@ -191,11 +181,9 @@ class Service:
                 )
 
     @contextmanager
-    def in_flight(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, record: Record, *, streams: bool
-    ) -> Iterator[InFlight]:
+    def in_flight(self, asked: Asked, prompts: Sequence[Sequence[int]], record: Record) -> Iterator[InFlight]:
         """Hold prompts that `abort_all` knows for as long as the context lasts."""
-        made = InFlight(self.engine, prompts, params, record, self.metrics, streams=streams)
+        made = InFlight(self.engine, self.metrics, asked, prompts, record)
         self._in_flight.add(made)
         try:
             yield made

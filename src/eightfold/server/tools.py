@@ -32,21 +32,13 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a request says about tools.
+    """What a request says about tools."""
 
-    Attributes:
-        shown: what the template is given; None: nothing.
-        names: the functions whose calls are recognised.
-        form: in which calls are recognised; None: not at all.
-        forced: the form that the answer must have, which is a call.
-        one_only: only the first call of an answer counts.
-    """
-
-    shown: list[Any] | None = None
-    names: frozenset[str] = frozenset()
-    form: Form | None = None
-    forced: StructuredOutput | None = None
-    one_only: bool = False
+    shown: list[Any] | None = None  # what the template is given; None: nothing
+    names: frozenset[str] = frozenset()  # functions whose calls are recognised
+    form: Form | None = None  # in which calls are recognised; None: not at all
+    forced: StructuredOutput | None = None  # the form that the answer must have, which is a call
+    one_only: bool = False  # only the first call of an answer counts
 
 
 def read_tools(fields: Fields, template: str) -> ToolUse:
