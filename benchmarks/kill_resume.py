@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eightfold.format.journal import layers_done, read_entries
+from eightfold.format.journal import layers_done, partial_path, read_entries
 from measure import save_results
 
 COMMAND = [sys.executable, "-m", "eightfold", "quantize"]
@@ -58,7 +58,7 @@ def kill_once(words: list[str], out: Path, after: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-    journalled = layers_done(read_entries(out) or [])
+    journalled = layers_done(read_entries(partial_path(out)) or [])
     document = finish(start(words))
     return {
         "killed_after_s": round(after, 2),

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eightfold.format.writer import OutputDirectory
+from eightfold.format.journal import FORMAT
+from eightfold.format.output import Output
+
+HEAD = {"format": FORMAT, "command": "synth"}
 
 
-def make(target: Path, source: Path, marker: str = "new", *, overwrite: bool = False) -> None:
+def output(target: Path, source: Path | None = None, *, overwrite: bool = False) -> Output:
+    """Return a directory that is made without steps."""
+    return Output(target, HEAD, source=source, overwrite=overwrite)
+
+
+def make(target: Path, marker: str = "new", *, overwrite: bool = False) -> None:
     """Make a directory that counts as a model and says who wrote it."""
-    with OutputDirectory(target, source=source, overwrite=overwrite) as output:
-        (output.path / "config.json").write_text(marker)
+    with output(target, overwrite=overwrite) as made:
+        (made.path / "model.safetensors").write_text("")
+        (made.path / "config.json").write_text(marker)
+        made.finish({})
 
 
 def siblings(target: Path) -> list[str]:

@@ -20,10 +20,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eightfold.errors import OutputError
-from eightfold.format.journal import layers_done, read_entries
-from eightfold.format.writer import OutputDirectory
+from eightfold.format.journal import JOURNAL_NAME, layers_done, partial_path, read_entries
+from eightfold.format.output import Output
 from tests.conftest import Result, tiny_config, token_samples, write_model
-from tests.format import make, siblings
+from tests.format import make, output, siblings
 from tests.refusal import error_line, quantize_refused, refused, snapshot
 
 EIGHTFOLD = [sys.executable, "-m", "eightfold"]
@@ -33,14 +33,11 @@ W8A16 = ["--scheme", "w8a16"]
 # --- failures on the way
 
 
-def test_a_failure_leaves_nothing_and_keeps_the_old_model(tmp_path, float_model):
-    target = write_model(tmp_path / "out")
+def test_a_failure_leaves_nothing_and_keeps_the_old_model(tmp_path):
+    make(tmp_path / "out")
     before = snapshot(tmp_path)
-    with (
-        pytest.raises(ZeroDivisionError),
-        OutputDirectory(target, source=float_model, overwrite=True) as output,
-    ):
-        (output.path / "config.json").write_text("half")
+    with pytest.raises(ZeroDivisionError), output(tmp_path / "out", overwrite=True) as made:
+        (made.path / "config.json").write_text("half")
         raise ZeroDivisionError
     assert snapshot(tmp_path) == before
 
@@ -56,51 +53,21 @@ def test_a_quantization_that_fails_in_the_last_layer_keeps_the_old_model(cli, fl
     )
 
 
-def failing_rename(monkeypatch: pytest.MonkeyPatch, to: Path, error: BaseException) -> None:
-    rename = Path.rename
-
-    def fail_once(self: Path, target: Path) -> Path:
-        if target == to and ".partial-" in self.name:
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_once)
-
-
 @pytest.mark.parametrize("error", [OSError(errno.EBUSY, "busy"), KeyboardInterrupt()])
-def test_an_old_model_survives_a_replacement_that_fails_at_the_last_step(tmp_path, float_model, monkeypatch, error):
-    target = write_model(tmp_path / "out")
-    before = snapshot(tmp_path)
-    failing_rename(monkeypatch, target, error)
-    with pytest.raises(type(error)):
-        make(target, float_model, overwrite=True)
-    assert snapshot(tmp_path) == before
-
-
-def set_aside(target):
-    """Leave a model as a run leaves it that is killed between its two renames."""
-    aside = target.parent / f".{target.name}.replaced-abc"
-    aside.mkdir()
-    target.rename(aside / "old")
-    return aside
-
-
-def test_an_old_model_set_aside_by_a_killed_run_is_put_back(tmp_path, float_model):
-    target = write_model(tmp_path / "out")
+def test_an_old_model_survives_a_replacement_that_fails_at_the_last_step(tmp_path, monkeypatch, error):
+    target, rename = tmp_path / "out", Path.rename
+    make(target, "old")
     before = snapshot(target)
-    aside = set_aside(target)
-    with pytest.raises(OutputError, match="a directory that is not empty"):
-        OutputDirectory(target, source=float_model)
+
+    def fail(self: Path, to: Path) -> Path:
+        if self.name == ".out.partial":
+            raise error
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OutputError if isinstance(error, OSError) else KeyboardInterrupt):
+        make(target, overwrite=True)
     assert snapshot(target) == before
-    assert not aside.exists()
-
-
-def test_an_old_model_set_aside_is_removed_once_there_is_a_new_one(tmp_path, float_model):
-    target = tmp_path / "out"
-    aside = set_aside(write_model(target))
-    write_model(target)
-    make(target, float_model, overwrite=True)
-    assert not aside.exists()
 
 
 def test_too_little_space_is_known_before_anything_is_written(cli, float_model, monkeypatch):
@@ -143,7 +110,8 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_what_is_finished(cli, float_m
         fill_disk_after(full, 45, number)
         message = error_line(cli(*command))
     assert message.startswith(os.strerror(number))
-    assert message.endswith(f"1 of 2 layers are finished in {target}. Run the same command to go on there.")
+    grows = partial_path(target)
+    assert message.endswith(f"1 of 2 layers are finished in {grows}. Run the same command to go on there.")
     assert cli(*command, "--json").json()["layers_resumed"] == 1
     assert cli("quantize", float_model, target.parent / "whole", *W8A16).code == 0
     assert snapshot(target) == snapshot(target.parent / "whole")
@@ -154,75 +122,73 @@ def test_no_file_stays_open_after_a_failure(cli, float_model, monkeypatch, write
     fill_disk_after(monkeypatch, writes)
     assert cli("quantize", float_model, float_model.parent / "out", *W8A16, "--part-size-gb", 1e-5).code == 2
     open_files = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert [path for path in open_files if str(float_model.parent / "out") in path] == []
+    assert [path for path in open_files if str(float_model.parent / ".out") in path] == []
 
 
 # --- other runs to the same place
 
 
-def leftover(target: Path, number: int = 1) -> Path:
-    """Make what a killed run leaves."""
-    path = target.parent / f".{target.name}.partial-{number}"
-    path.mkdir()
-    (path / ".lock").touch()
-    (path / "model.safetensors").write_bytes(b"x" * 1000)
-    return path
-
-
 @pytest.mark.parametrize("name", ["out", "out[1]", "o*t"])
-def test_what_killed_runs_left_is_removed_by_the_next(tmp_path, float_model, name):
-    leftover(tmp_path / name, 1)
-    leftover(tmp_path / name, 2)
-    make(tmp_path / name, float_model)
-    assert siblings(tmp_path / name) == []
-    assert (tmp_path / name / "config.json").read_text() == "new"
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path, name):
+    target = tmp_path / name
+    left = Output.__exit__
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(Output, "__exit__", lambda self, *_: self._journal.close())
+        with output(target) as killed:
+            (killed.path / "model.safetensors").write_bytes(b"x" * 1000)
+            (killed.path / "folder").mkdir()
+            raise ZeroDivisionError
+    assert Output.__exit__ is left
+    assert siblings(target) == [f".{name}.partial"]
+    make(target)
+    assert siblings(target) == []
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", JOURNAL_NAME, "model.safetensors"]
 
 
-def test_what_a_living_run_writes_is_kept(tmp_path, float_model):
-    living = leftover(tmp_path / "out")
-    with (living / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = snapshot(living)
-        make(tmp_path / "out", float_model)
-        assert snapshot(living) == before
-    assert (tmp_path / "out" / "config.json").read_text() == "new"
-
-
-def test_hidden_siblings_of_other_names_or_without_a_lock_are_kept(tmp_path, float_model):
-    other = leftover(tmp_path / "out2")
-    bare = tmp_path / ".out.partial-mine"
-    bare.mkdir()
-    (tmp_path / ".out.partial-file").touch()
-    make(tmp_path / "out", float_model)
-    assert (other / "model.safetensors").exists()
-    assert bare.exists()
-    assert (tmp_path / ".out.partial-file").exists()
-
-
-def test_the_second_of_two_writers_loses_and_the_first_result_stays_whole(tmp_path, float_model):
+def test_the_second_of_two_writers_is_refused_at_once(tmp_path):
     target = tmp_path / "out"
-    with (
-        pytest.raises(OutputError) as error,
-        OutputDirectory(target, source=float_model) as second,
-    ):
-        (second.path / "config.json").write_text("second")
-        make(target, float_model, "first")
+    with output(target) as first:
+        with pytest.raises(OutputError) as error:
+            make(target, "second", overwrite=True)
+        (first.path / "config.json").write_text("first")
+        first.finish({})
+    assert str(error.value) == (
+        f"output directory {target}: got another process that is writing there, expected none. "
+        "Wait for it, or choose another directory."
+    )
+    assert (target / "config.json").read_text() == "first"
+    assert siblings(target) == []
+
+
+@pytest.mark.parametrize("moment", ["locked", "open"])
+def test_a_place_that_is_renamed_while_it_is_opened_is_made_anew(tmp_path, monkeypatch, moment):
+    """Another process finishes between two looks of this one."""
+    target, flock, others = tmp_path / "out", fcntl.flock, []
+
+    def finished_meanwhile(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        others.append(file)
+        partial_path(target).rename(tmp_path / "elsewhere")
+        if moment == "locked":
+            flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", finished_meanwhile)
+    make(target)
+    assert others
+    assert (target / "config.json").read_text() == "new"
+
+
+def test_files_that_another_process_puts_there_meanwhile_are_kept(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(OutputError) as error, output(target) as made:
+        target.mkdir()
+        (target / "config.json").write_text("first")
+        made.finish({})
     assert str(error.value) == (
         f"output directory {target}: got files that another process put there meanwhile, expected an empty one. "
         "Nothing was replaced; run again with another directory."
     )
     assert [path.name for path in target.iterdir()] == ["config.json"]
-    assert (target / "config.json").read_text() == "first"
-    assert siblings(target) == []
-
-
-def test_the_second_of_two_writers_replaces_the_first_with_overwrite(tmp_path, float_model):
-    target = tmp_path / "out"
-    with OutputDirectory(target, source=float_model, overwrite=True) as second:
-        (second.path / "config.json").write_text("second")
-        make(target, float_model, "first")
-    assert (target / "config.json").read_text() == "second"
-    assert siblings(target) == []
 
 
 # --- real processes
@@ -255,7 +221,7 @@ def start_and_wait(command: list[str], target: Path, layers: int = 2) -> subproc
         preexec_fn=hear_signals,
     )
     deadline = time.monotonic() + 60
-    while layers_done(read_entries(target) or []) < layers:
+    while layers_done(read_entries(partial_path(target)) or []) < layers:
         assert process.poll() is None, process.communicate()  # not refused, not done
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -273,8 +239,9 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(tmp_path, long_j
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     message = error_line(Result(process.returncode, out, err))
-    done = layers_done(read_entries(target))
-    assert message == f"{word}: {done} of 150 layers are finished in {target}. Run the same command to go on there."
+    grows = partial_path(target)
+    done = layers_done(read_entries(grows))
+    assert message == f"{word}: {done} of 150 layers are finished in {grows}. Run the same command to go on there."
     assert out == ""
     assert 2 <= done < 150
 
@@ -291,13 +258,14 @@ def test_a_second_process_is_refused_and_an_unfinished_model_by_what_would_read_
     assert process.poll() is None
     process.kill()
     process.communicate(timeout=60)
-    done = layers_done(read_entries(target))
+    done = layers_done(read_entries(partial_path(target)))
     for words in (["inspect"], ["check"], ["eval"], ["run", "--prompt", "a"], ["bench"]):
-        message = refused(cli, words[0], target, *words[1:], within=target)
-        assert message == (
-            f"unfinished model {target}: got {done} of 150 layers, expected all of them, the head and the closing line "
-            "of its journal. Run the `eightfold quantize` command that began it again: it goes on where it stopped."
-        )
+        for model in (target, partial_path(target)):
+            message = refused(cli, words[0], model, *words[1:], within=partial_path(target))
+            assert message == (
+                f"unfinished model {model}: got {done} of 150 layers, expected a complete one. "
+                "Run the `eightfold quantize` command that began it again."
+            )
 
 
 def test_a_file_size_limit_ends_a_run_in_one_line_and_leaves_nothing(tmp_path, float_model):

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from eightfold.errors import CheckpointError, OutputError
+from eightfold.errors import CheckpointError
 from eightfold.format.journal import JOURNAL_NAME, Journal, layers_done, parse, read_entries, render, require_finished
 
 HEAD = {"format": 1, "layers": 3, "recipe": {"scheme": "w8a8"}}
@@ -81,12 +81,8 @@ def test_writing_goes_on_where_a_write_was_short(tmp_path, monkeypatch):
 
 def test_a_journal_has_one_writer(tmp_path):
     journal = Journal(tmp_path)
-    with pytest.raises(OutputError) as error:
+    with pytest.raises(BlockingIOError):
         Journal(tmp_path)
-    assert str(error.value) == (
-        f"output directory {tmp_path}: got another process that is writing there, expected none. "
-        "Wait for it, or choose another directory."
-    )
     journal.close()
     journal.close()
     Journal(tmp_path).close()
@@ -122,7 +118,7 @@ def test_a_directory_is_finished_with_the_closing_line_or_without_a_journal(tmp_
 @pytest.mark.parametrize(
     ("lines", "got"),
     [
-        ([], "a quantization that had just begun"),
+        ([], "one that had just begun"),
         (LINES[:1], "0 of 3 layers"),
         (LINES, "2 of 3 layers"),
         ([*LINES, {"complete": {}}, {"step": "x"}], "2 of 3 layers"),
@@ -133,6 +129,6 @@ def test_an_unfinished_directory_is_told_how_to_go_on(tmp_path, lines, got):
     with pytest.raises(CheckpointError) as error:
         require_finished(tmp_path)
     assert str(error.value) == (
-        f"unfinished model {tmp_path}: got {got}, expected all of them, the head and the closing line of its journal. "
-        "Run the `eightfold quantize` command that began it again: it goes on where it stopped."
+        f"unfinished model {tmp_path}: got {got}, expected a complete one. "
+        "Run the `eightfold quantize` command that began it again."
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from pathlib import Path
 
 import pytest
 
 from eightfold.errors import OutputError
-from eightfold.format.writer import OutputDirectory
+from eightfold.format.journal import JOURNAL_NAME, read_entries
 from tests.conftest import write_model
-from tests.format import make, siblings
+from tests.format import HEAD, make, output, siblings
 from tests.refusal import quantize_refused, refused, snapshot
 
 W8A16 = ["--scheme", "w8a16"]
@@ -24,23 +25,24 @@ def mode(path: Path) -> int:
 # --- the directory when all goes well
 
 
-def test_the_target_appears_only_at_the_end(tmp_path, float_model):
+def test_the_target_appears_only_at_the_end(tmp_path):
     target = tmp_path / "out"
-    with OutputDirectory(target, source=float_model) as output:
-        (output.path / "config.json").write_text("{}")
+    with output(target) as made:
+        (made.path / "config.json").write_text("{}")
         assert not target.exists()
-        assert output.path.parent == tmp_path
-        assert output.path.name.startswith(".out.partial-")
-    assert [path.name for path in target.iterdir()] == ["config.json"]
+        assert made.path == tmp_path / ".out.partial"
+        made.finish({})
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", JOURNAL_NAME]
     assert siblings(target) == []
 
 
-def test_nothing_is_open_to_others_and_weights_are_read_only(tmp_path, float_model):
-    with OutputDirectory(tmp_path / "out", source=float_model) as output:
-        (output.path / "additional_chat_templates").mkdir(mode=0o777)
+def test_nothing_is_open_to_others_and_weights_are_read_only(tmp_path):
+    with output(tmp_path / "out") as made:
+        (made.path / "additional_chat_templates").mkdir(mode=0o777)
         for name in ("w.safetensors", "config.json", "merges.txt", "additional_chat_templates/tools.jinja"):
-            (output.path / name).touch()
-            (output.path / name).chmod(0o666)
+            (made.path / name).touch()
+            (made.path / name).chmod(0o666)
+        made.finish({})
     out = tmp_path / "out"
     assert {str(path.relative_to(tmp_path)): mode(path) for path in [out, *out.rglob("*")]} == {
         "out": 0o750,
@@ -49,6 +51,24 @@ def test_nothing_is_open_to_others_and_weights_are_read_only(tmp_path, float_mod
         "out/w.safetensors": 0o400,
         "out/config.json": 0o600,
         "out/merges.txt": 0o600,
+        f"out/{JOURNAL_NAME}": 0o600,
+    }
+
+
+def test_the_closing_line_lists_every_file(tmp_path):
+    with output(tmp_path / "out") as made:
+        (made.path / "folder").mkdir()
+        for name in ("a.json", "folder/b.txt", "w.safetensors"):
+            (made.path / name).write_text(name)
+        made.finish({"w.safetensors": 7})
+    (head, last) = read_entries(tmp_path / "out")
+    assert head == HEAD
+    assert last == {
+        "complete": {
+            "a.json": [6, zlib.crc32(b"a.json")],
+            "folder/b.txt": [12, zlib.crc32(b"folder/b.txt")],
+            "w.safetensors": [13, 7],
+        }
     }
 
 
@@ -62,33 +82,27 @@ def test_quantize_leaves_the_source_as_it_was_and_the_modes_of_the_reference(cli
 
 
 @pytest.mark.parametrize("target", ["out", "a/b/out", "name with space", "out[1]*?", "-"])
-def test_a_target_that_does_not_exist_is_made_with_its_parents(tmp_path, float_model, target):
-    make(tmp_path / target, float_model)
+def test_a_target_that_does_not_exist_is_made_with_its_parents(tmp_path, target):
+    make(tmp_path / target)
     assert (tmp_path / target / "config.json").read_text() == "new"
     assert siblings(tmp_path / target) == []
 
 
-def test_an_empty_target_is_taken(tmp_path, float_model):
+def test_an_empty_target_is_taken(tmp_path):
     (tmp_path / "out").mkdir(mode=0o777)
-    make(tmp_path / "out", float_model)
+    make(tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == "new"
     assert mode(tmp_path / "out") == 0o750
 
 
-def test_overwrite_replaces_every_file_of_the_old_model(tmp_path, float_model):
-    target = write_model(tmp_path / "out")
-    make(target, float_model, overwrite=True)
-    assert [path.name for path in target.iterdir()] == ["config.json"]
+def test_overwrite_replaces_what_the_command_has_made(tmp_path):
+    target = tmp_path / "out"
+    make(target, "old")
+    with pytest.raises(OutputError, match="a directory that is not empty"):
+        make(target)
+    make(target, overwrite=True)
+    assert (target / "config.json").read_text() == "new"
     assert siblings(target) == []
-
-
-def test_a_symlinked_target_stays_a_link_and_its_destination_becomes_the_model(tmp_path, float_model):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "disk")
-    make(tmp_path / "link", float_model)
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "disk" / "config.json").read_text() == "new"
-    assert siblings(tmp_path / "disk") == siblings(tmp_path / "link") == []
 
 
 # --- targets that are refused
@@ -102,14 +116,27 @@ def test_a_target_with_files_is_refused_without_overwrite(cli, float_model):
     )
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["thesis.tex", "config.json", "model.safetensors", "folder/thesis.tex"])
 def test_overwrite_does_not_replace_what_quantize_has_not_written(cli, float_model, name):
     target = float_model.parent / "out"
-    target.mkdir()
+    (target / name).parent.mkdir(parents=True)
     (target / name).write_text("years of work")
     assert quantize_refused(cli, float_model, "--overwrite") == (
-        f"output directory {target}: got files that `eightfold quantize` did not write, expected a model that it made. "
-        "Choose another, or empty it yourself."
+        f"output directory {target}: got files that `eightfold quantize` did not write ({name}), expected a model and "
+        "nothing else, to replace it. Move them elsewhere and run the same command again, or choose another directory."
+    )
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_a_target_that_is_a_link_is_refused(cli, tmp_path, float_model, options, is_there):
+    if is_there:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    message = refused(cli, "quantize", float_model, tmp_path / "out", *W8A16, *options, within=tmp_path)
+    assert message == (
+        f"output directory {tmp_path}/out: got a symbolic link, expected a new or empty directory. "
+        f"Name the directory that it points to: {tmp_path}/disk"
     )
 
 
@@ -122,18 +149,18 @@ def test_a_target_that_is_a_file_is_refused(cli, float_model, options):
     )
 
 
-@pytest.mark.parametrize("relation", ["equal", "dots", "inside", "around", "link"])
+@pytest.mark.parametrize("relation", ["equal", "dots", "inside", "around", "below a link"])
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 def test_a_target_in_the_place_of_the_source_is_refused(cli, tmp_path, relation, options):
     source = write_model(tmp_path / "models" / "float")
     (source.parent / "config.json").write_text("{}")  # so that --overwrite would take the parent for a model
-    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "link").symlink_to(source.parent)
     target = {
         "equal": source,
         "dots": source.parent / "x" / ".." / "float",
         "inside": source / "out",
         "around": source.parent,
-        "link": tmp_path / "link",
+        "below a link": tmp_path / "link" / "float",
     }[relation]
     message = refused(cli, "quantize", source, target, *W8A16, *options, within=tmp_path)
     assert message == (
@@ -149,57 +176,11 @@ def test_a_target_below_a_file_is_refused(cli, float_model):
     assert message == f"cannot write to {target}: Not a directory. Choose a directory you may write to."
 
 
-# --- a mount point, which cannot be renamed
-
-
-@pytest.fixture
-def mount(tmp_path, monkeypatch) -> Path:
-    """Return an empty directory that passes for a mount point."""
-    target = tmp_path / "mount"
+def test_a_mount_point_is_refused(cli, float_model, monkeypatch):
+    target = float_model.parent / "out"
     target.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
-    return target
-
-
-def test_a_mount_point_is_filled_from_inside_and_config_json_comes_last(mount, float_model, monkeypatch):
-    moved = []
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda self, to: (moved.append(self.name), rename(self, to))[1])
-    inode = mount.stat().st_ino
-    with OutputDirectory(mount, source=float_model) as output:
-        assert output.path.parent == mount
-        for name in ("a.json", "config.json", "z.json"):
-            (output.path / name).touch()
-    assert moved == ["a.json", "z.json", "config.json"]
-    assert sorted(path.name for path in mount.iterdir()) == ["a.json", "config.json", "z.json"]
-    assert mount.stat().st_ino == inode
-
-
-def test_a_mount_point_with_a_model_is_emptied_only_with_overwrite(mount, float_model):
-    write_model(mount)
-    (mount / "more").mkdir()
-    before = snapshot(mount)
-    with pytest.raises(OutputError, match="not empty"):
-        make(mount, float_model)
-    assert snapshot(mount) == before
-    make(mount, float_model, overwrite=True)
-    assert [path.name for path in mount.iterdir()] == ["config.json"]
-
-
-def test_what_a_killed_run_left_in_a_mount_point_does_not_count_and_goes(mount, float_model):
-    path = mount / ".mount.partial-1"
-    path.mkdir()
-    (path / ".lock").touch()
-    make(mount, float_model)
-    assert [path.name for path in mount.iterdir()] == ["config.json"]
-
-
-def test_the_second_of_two_writers_into_a_mount_point_loses(mount, float_model):
-    with (
-        pytest.raises(OutputError, match="files that another process put there meanwhile"),
-        OutputDirectory(mount, source=float_model) as second,
-    ):
-        (second.path / "config.json").write_text("second")
-        make(mount, float_model, "first")
-    assert [path.name for path in mount.iterdir()] == ["config.json"]
-    assert (mount / "config.json").read_text() == "first"
+    assert quantize_refused(cli, float_model) == (
+        f"output directory {target}: got a mount point, which cannot be renamed, expected a directory. "
+        f"Choose a directory inside it, such as {target}/model."
+    )

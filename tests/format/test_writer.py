@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from eightfold.config import DType
+from eightfold.format.output import write_json
 from eightfold.format.safetensors import PlannedTensor, read_header
-from eightfold.format.writer import ShardedWriter, split_shards, total_bytes, write_json
+from eightfold.format.writer import ShardedWriter, split_shards, total_bytes
 from tests.refusal import quantize_refused
 
 W8A16 = ["--scheme", "w8a16"]

@@ -194,7 +194,7 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(tmp_path, source):
     (target / "precious").write_text("x")
     with pytest.raises(OutputError, match="not empty"):
         import_gguf(source, target, DType.BF16)
-    with pytest.raises(OutputError, match="no model"):
+    with pytest.raises(OutputError, match=r"did not write \(precious\)"):
         import_gguf(source, target, DType.BF16, overwrite=True)
     assert [path.name for path in target.iterdir()] == ["precious"]
     import_gguf(source, tmp_path / "model", DType.BF16)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from eightfold.format.journal import layers_done, read_entries
+from eightfold.format.journal import layers_done, partial_path, read_entries
 from eightfold.quant import hidden
 from eightfold.quant.hidden import sample_batches
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
@@ -145,7 +145,7 @@ def test_a_dead_rank_ends_the_others_and_another_number_of_ranks_goes_on(source,
     )
     assert first == Ended(2, said)
     assert last == Ended(2, "")
-    assert layers_done(read_entries(tmp_path / "m4 fa") or []) in (1, 2)
+    assert layers_done(read_entries(partial_path(tmp_path / "m4 fa")) or []) in (1, 2)
     assert run(2, source, tmp_path, ["m4 fa"]) == [ALL_WELL] * 2
     assert snapshot(tmp_path / "m4 fa") == alone("m4 fa")
 
@@ -156,7 +156,7 @@ def test_a_dead_rank_0_ends_the_others_and_one_process_goes_on(source, alone, tm
     died = time.monotonic()
     assert ended(processes)[1] == Ended(2, "")
     assert time.monotonic() - died < END_SECONDS
-    assert layers_done(read_entries(tmp_path / "levels") or []) == 1
+    assert layers_done(read_entries(partial_path(tmp_path / "levels")) or []) == 1
     quantize(source, tmp_path / "levels", "levels")
     assert snapshot(tmp_path / "levels") == alone("levels")
 
@@ -166,7 +166,7 @@ def test_what_one_process_has_begun_two_ranks_finish(source, alone, tmp_path, mo
 
     with killed_after(150, monkeypatch):
         quantize(source, tmp_path / "m4 fa", "m4 fa")
-    assert 0 < layers_done(read_entries(tmp_path / "m4 fa") or []) < LAYERS
+    assert 0 < layers_done(read_entries(partial_path(tmp_path / "m4 fa")) or []) < LAYERS
     assert run(2, source, tmp_path, ["m4 fa"]) == [ALL_WELL] * 2
     assert snapshot(tmp_path / "m4 fa") == alone("m4 fa")
 
@@ -215,20 +215,20 @@ def test_a_rank_that_finds_another_output_is_refused(source, alone, tmp_path, mo
 
         with killed_after(100, monkeypatch):
             quantize(source, out, "w8a16")
-        shutil.copytree(out, elsewhere / "w8a16")
-    before = layers_done(read_entries(out) or [])
+        shutil.copytree(partial_path(out), partial_path(elsewhere / "w8a16"))
+    before = layers_done(read_entries(partial_path(out)) or [])
     assert (before > 0) == is_begun
     first, second = run(2, source, out.parent, ["w8a16"], odd=1, elsewhere=elsewhere)
     assert (first.code, second) == (2, Ended(2, ""))
     assert re.fullmatch(
         rf"eightfold: rank 1 \(process \d+ on {re.escape(socket.gethostname())}\): "
-        f"output directory {elsewhere / 'w8a16'}: "
+        f"output directory {partial_path(elsewhere / 'w8a16')}: "
         "got another one, or none, expected the directory that rank 0 writes to. "
         "OUT has to be one directory that all hosts see: put it on a file system they share.\n",
         first.err,
     )
-    assert layers_done(read_entries(out) or []) == before
-    assert out.exists() == is_begun
+    assert layers_done(read_entries(partial_path(out)) or []) == before
+    assert partial_path(out).exists() == is_begun
     if is_begun:
         assert run(2, source, out.parent, ["w8a16"]) == [ALL_WELL] * 2
         assert snapshot(out) == alone("w8a16")

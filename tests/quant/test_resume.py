@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from eightfold.errors import OutputError
-from eightfold.format import growing
+from eightfold.format import output
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.growing import GrowingDirectory
-from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, layers_done, read_entries
+from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, layers_done, partial_path, read_entries
+from eightfold.format.output import REPORT_NAME, Output
 from eightfold.quant import hidden
 from eightfold.quant.budget import Budget
 from eightfold.quant.hidden import GENERATIONS
@@ -74,12 +74,13 @@ def test_a_run_killed_between_any_two_operations_on_files_goes_on(tmp_path, sour
     for at in sorted({*range(0, count, stride), *range(count - 8, count)}):
         with killed_after(at, monkeypatch):
             quantize(source, out, name)
-        done = layers_done(read_entries(out) or [])
+        done = layers_done(read_entries(partial_path(out)) or [])
         outcome = quantize(source, out, name)
         assert not outcome.restarted, at
         assert outcome.layers_resumed >= done, at
         assert files(out) == expected, at
         shutil.rmtree(out)
+        assert not partial_path(out).exists(), at
 
 
 def test_a_run_killed_again_and_again_gets_to_its_end(tmp_path, source, monkeypatch):
@@ -108,8 +109,8 @@ def test_an_old_model_stays_until_its_successor_is_complete(tmp_path, source, mo
         shutil.copytree(old, out)
         with killed_after(at, monkeypatch):
             quantize(source, out, name, overwrite=True)
-        aside = list(tmp_path.glob(".out.replaced-*/old"))
-        state = files(aside[0] if aside and not out.exists() else out)
+        aside = partial_path(out) / WORK_NAME / "old"
+        state = {name: entry for name, entry in files(out if out.exists() else aside).items() if WORK_NAME not in name}
         assert state in (files(old), files(new)), at
         quantize(source, out, name, overwrite=True)
         assert files(out) == files(new), at
@@ -121,7 +122,7 @@ def test_starting_over_is_killed_at_any_moment(tmp_path, source, monkeypatch):
     quantize(source, new, "w8a16")
     begin(source, begun, monkeypatch, name="mix")
     for at in range(0, 60, 3):
-        shutil.copytree(begun, out)
+        shutil.copytree(partial_path(begun), partial_path(out))
         with killed_after(at, monkeypatch):
             quantize(source, out, "w8a16", overwrite=True)
         quantize(source, out, "w8a16", overwrite=True)
@@ -129,49 +130,55 @@ def test_starting_over_is_killed_at_any_moment(tmp_path, source, monkeypatch):
         shutil.rmtree(out)
 
 
-def test_a_model_in_a_mount_point_is_replaced_and_the_run_killed_at_any_moment(tmp_path, source, monkeypatch):
-    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
-    quantize(source, old, "mix")
-    quantize(source, new, "w8a16")
-    out.mkdir()
-    quantize(source, out, "w8a16")
-    assert files(out) == files(new)
-    shutil.rmtree(out)
-    shutil.copytree(old, out)
-    count = operations(source, out, monkeypatch, "w8a16", overwrite=True)
-    for at in sorted({*range(0, count, 41), *range(count - 25, count, 2)}):
-        shutil.rmtree(out)
-        shutil.copytree(old, out)
-        with killed_after(at, monkeypatch):
-            quantize(source, out, "w8a16", overwrite=True)
-        quantize(source, out, "w8a16", overwrite=True)
-        assert files(out) == files(new), at
-
-
-@pytest.mark.parametrize("is_mount", [True, False])
-def test_a_complete_successor_takes_an_empty_place_without_overwrite(tmp_path, source, monkeypatch, is_mount):
-    new, out, rename = tmp_path / "new", tmp_path / "out", Path.rename
-    if is_mount:
-        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_run_killed_beside_a_rename_leaves_the_old_model_or_a_way_back(tmp_path, source, monkeypatch, renames):
+    """Killed before the first rename or between the two; what comes then is another command, or the same."""
+    new, out, rename, done = tmp_path / "new", tmp_path / "out", Path.rename, []
     quantize(source, new, "w8a16")
     quantize(source, out, "mix")
+    old = files(out)
 
     def killed(self, to):
-        if self.parent == growing.sibling(out) or self == out:
+        if len(done) == renames:
             raise Killed
+        done.append(to)
         return rename(self, to)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(Path, "rename", killed)
-        patched.setattr(GrowingDirectory, "__exit__", lambda self, *_: self._unlock())
+        patched.setattr(Output, "__exit__", lambda self, *_: self._journal.close())
+        patched.setattr(Path, "exists", lambda self: False)  # nothing is put back
         quantize(source, out, "w8a16", overwrite=True)
-    if not is_mount:
-        shutil.rmtree(out)
-    assert [path for path in out.glob("*") if "partial" not in path.name] == []
+    assert out.exists() == (renames == 0)
+    with pytest.raises(OutputError, match="got a model made otherwise"):
+        quantize(source, out, "w8a16")
+    assert files(out) == old
+    assert quantize(source, out, "mix").already_complete
+    assert quantize(source, out, "w8a16", overwrite=True).already_complete
+    assert files(out) == files(new)
+    assert not partial_path(out).exists()
+
+
+def test_a_model_moved_away_is_not_lost_when_another_one_comes_meanwhile(tmp_path, source, monkeypatch):
+    out, aside = tmp_path / "out", tmp_path / ".out.partial" / WORK_NAME / "old"
+    begin(source, out, monkeypatch)
+    quantize(source, tmp_path / "other", "mix")
+    (tmp_path / "other").rename(aside)
+    quantize(source, tmp_path / "other", "w8a16")
+    (tmp_path / "other").rename(out)
+    assert refusal(source, out, overwrite=True) == (
+        f"output directory {out}: got a directory, and the one that was there before in {aside}, "
+        "expected one of them. Move one of them elsewhere and run the same command again."
+    )
+
+
+def test_a_complete_successor_takes_an_empty_place_without_overwrite(tmp_path, source, monkeypatch):
+    new, out = tmp_path / "new", tmp_path / "out"
+    quantize(source, new, "w8a16")
+    shutil.copytree(new, partial_path(out))
     assert quantize(source, out, "w8a16").already_complete
     assert files(out) == files(new)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.")] == []
+    assert not partial_path(out).exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -209,7 +216,8 @@ def begin(source, target, monkeypatch, layers=2, name="m4 fa", **options):
         patched.setattr(Journal, "append", kill)
         with pytest.raises(KeyboardInterrupt):
             quantize(source, target, name, **options)
-    assert layers_done(read_entries(target)) == layers
+    assert layers_done(read_entries(partial_path(target))) == layers
+    assert not target.exists()
 
 
 def test_a_complete_directory_is_left_to_the_last_byte_and_time(tmp_path, source):
@@ -223,10 +231,10 @@ def test_a_complete_directory_is_left_to_the_last_byte_and_time(tmp_path, source
 
 
 def refusal(source, out, name="m4 fa", **options):
-    before = files(out)
+    before = files(out), files(partial_path(out))
     with pytest.raises(OutputError) as error:
         quantize(source, out, name, **options)
-    assert files(out) == before
+    assert (files(out), files(partial_path(out))) == before
     return str(error.value)
 
 
@@ -275,9 +283,9 @@ def test_modules_that_auto_map_names_are_part_of_the_source(tmp_path, source, mo
     module.write_text("x = 1")
     with monkeypatch.context() as patched, nullcontext() if is_complete else pytest.raises(KeyboardInterrupt):
         if not is_complete:
-            patched.setattr(growing, "seal", interrupted)
+            patched.setattr(output, "_seal", interrupted)
         quantize(source, out)
-    assert (out / module.name).read_text() == "x = 1"
+    assert ((out if is_complete else partial_path(out)) / module.name).read_text() == "x = 1"
     module.write_text(text) if text else module.unlink()
     assert f"(source: configuration_own.py {what}), expected the same recipe and source." in refusal(source, out)
     quantize(source, out, overwrite=True)
@@ -328,11 +336,12 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
     quantize(source, tmp_path / "whole", name)
     begin(source, out, monkeypatch, name=name)
     pattern = {"states": f"{WORK_NAME}/quantized-*", "survey": f"{WORK_NAME}/survey-00002"}.get(what, "*.safetensors")
-    path = sorted(out.glob(pattern))[-1]  # of two generations the later one counts
+    grows = partial_path(out)
+    path = sorted(grows.glob(pattern))[-1]  # of two generations the later one counts
     if what == "no weights":
         path.unlink()
     elif what == "no work":
-        shutil.rmtree(out / WORK_NAME)
+        shutil.rmtree(grows / WORK_NAME)
     else:
         blob = bytearray(path.read_bytes())
         blob[len(blob) // 8 if what == "weights" else -5] ^= 1
@@ -346,8 +355,8 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
 def test_starting_over_empties_the_work_folder_and_leaves_it_where_it_is(tmp_path, source, monkeypatch):
     out, resume = tmp_path / "out", Run.resume
     begin(source, out, monkeypatch)
-    (out / WORK_NAME / "more").mkdir()
-    folder = os.open(out / WORK_NAME, os.O_RDONLY)  # held, its number is nobody else's
+    (partial_path(out) / WORK_NAME / "more").mkdir()
+    folder = os.open(partial_path(out) / WORK_NAME, os.O_RDONLY)  # held, its number is nobody else's
     seen = []
 
     def look(self):
@@ -366,7 +375,7 @@ def test_a_torn_last_line_counts_as_not_written(tmp_path, source, monkeypatch):
     out = tmp_path / "out"
     quantize(source, tmp_path / "whole")
     begin(source, out, monkeypatch, layers=1)
-    with (out / JOURNAL_NAME).open("ab") as file:
+    with (partial_path(out) / JOURNAL_NAME).open("ab") as file:
         file.write(b'{"step": "layer 1", "lay')
     assert quantize(source, out).layers_resumed == 1
     assert files(out) == files(tmp_path / "whole")
@@ -397,21 +406,7 @@ def test_bad_input_leaves_nothing_of_what_was_begun(tmp_path, source, monkeypatc
     monkeypatch.setattr("eightfold.quant.proof.MAX_RELATIVE_DIFFERENCE", -1)
     with pytest.raises(Exception, match="largest change of a logit"):
         quantize(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_files_of_the_user_among_what_was_begun_are_never_removed(tmp_path, source, monkeypatch):
-    out = tmp_path / "out"
-    begin(source, out, monkeypatch)
-    (out / "mine").mkdir()
-    for name in ("thesis.txt", "mine/model.safetensors"):
-        (out / name).write_text("years of work")
-    with monkeypatch.context() as refusing:
-        refusing.setattr("eightfold.quant.proof.MAX_RELATIVE_DIFFERENCE", -1)
-        with pytest.raises(Exception, match="largest change of a logit"):
-            quantize(source, out)
-    assert sorted(path.name for path in out.iterdir()) == ["mine", "thesis.txt"]
-    assert (out / "mine" / "model.safetensors").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
 
 
 def test_too_little_space_for_the_rest_keeps_what_is_finished(tmp_path, source, monkeypatch):
@@ -428,7 +423,7 @@ def test_room_is_asked_for_only_where_there_is_no_file_yet(tmp_path, source, mon
     out, asked, needed = tmp_path / "out", [], Run.spilled_bytes.fget
     monkeypatch.setattr(Run, "spilled_bytes", property(lambda self: asked.append(needed(self)) or asked[-1]))
     begin(source, out, monkeypatch)
-    states = sum(path.stat().st_size for path in (out / WORK_NAME).glob("*.f32"))
+    states = sum(path.stat().st_size for path in (partial_path(out) / WORK_NAME).glob("*.f32"))
     whole = asked[-1]
     assert quantize(source, out).layers_resumed == 2
     assert 0 < states == whole - asked[-1]
@@ -440,7 +435,7 @@ def test_no_more_than_three_generations_of_hidden_states_are_on_disk(tmp_path, s
 
     def look(self, entry):
         append(self, entry)
-        seen.append({path.name for path in (tmp_path / "out" / WORK_NAME).glob("quantized-*")})
+        seen.append({path.name for path in (tmp_path / ".out.partial" / WORK_NAME).glob("quantized-*")})
 
     monkeypatch.setattr(Journal, "append", look)
     quantize(source, tmp_path / "out")
@@ -467,7 +462,7 @@ def test_a_directory_without_a_journal_loads_as_ever(tmp_path, source):
     (tmp_path / "out" / JOURNAL_NAME).unlink()
     assert Checkpoint.open(tmp_path / "out").is_quantized
     quantize(source, tmp_path / "out", "mix", overwrite=True)  # the report says whose it is
-    assert growing.REPORT_NAME in {path.name for path in (tmp_path / "out").iterdir()}
+    assert REPORT_NAME in {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_the_watch_kills():

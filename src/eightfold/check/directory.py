@@ -122,9 +122,9 @@ class RawDirectory:
             ConfigError: config.json does not say how large the model is.
             UnsupportedError: an architecture of which the tensors' names are not known.
         """
+        require_finished(path)
         if not path.is_dir():
             raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
-        require_finished(path)
         config = load_json_object(path / CONFIG_NAME)
         model = _sizes(config, path / CONFIG_NAME)
         damaged: dict[str, str] = {}

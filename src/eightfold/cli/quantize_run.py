@@ -91,12 +91,12 @@ class Command:
     def _checked(self, *, is_plan: bool = False) -> Checkpoint:
         """Open the float model; refuse a recipe or an output directory that does not go with it."""
         from eightfold.format.checkpoint import Checkpoint
-        from eightfold.format.growing import check_target
+        from eightfold.format.output import QUANTIZE, check_target
         from eightfold.quant.recipe import assign_types, require_level
 
         checkpoint = Checkpoint.open(self.source)
         require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
-        check_target(self.target, source=self.source, overwrite=self.overwrite or is_plan)
+        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or is_plan)
         return checkpoint
 
     def _samples(self, checkpoint: Checkpoint) -> list[list[int]] | None:

@@ -89,8 +89,8 @@ class Checkpoint:
             ConfigError: config.json makes no sense.
             UnsupportedError: architecture, dtype or scheme that this program does not know.
         """
-        require_directory(directory)
         require_finished(directory)
+        require_directory(directory)
         config_raw = load_json_object(directory / CONFIG_NAME)
         path = find_description(directory)
         description = read_description(path) if path else None

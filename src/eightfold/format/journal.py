@@ -1,63 +1,57 @@
-"""The journal of a quantization: what is finished, so that a killed run goes on where it stopped.
+"""The journal of an output: what is being made and what is finished, so that a killed run goes on where it stopped.
 
 One JSON object a line, each with the CRC-32 of its own text; a last line that is torn counts as not written. The first
 line says what is being made; then comes a line for each finished step; the line that says `complete` is the last, and
 without it the directory is not a model. Directories of other tools have no journal.
 
-    {"format": 1, "layers": 30, ..., "check": "1c291ca3"}
-    {"files": [what is going to be written], "check": "..."}
+    {"format": 2, "command": "quantize", "layers": 30, ..., "check": "1c291ca3"}
     {"step": "embedding", ..., "check": "..."}
     {"step": "layer 0", ..., "check": "..."}
     {"complete": {file: [bytes, CRC-32]}, "check": "..."}
 
-Not here: what the first line says of recipe and source (quant/identity.py), and what is done with it (quant/).
+Not here: what the first line says of recipe and source (quant/identity.py), and what is done with it (output.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eightfold.errors import CheckpointError, OutputError
+from eightfold.errors import CheckpointError
+from eightfold.format.lines import LineFile
 
 JOURNAL_NAME = "eightfold_journal.jsonl"
 
 # What only a run at work needs: hidden states and the like.
 WORK_NAME = ".eightfold-work"
 
-FORMAT = 1
+FORMAT = 2
 
 Entry = dict[str, Any]
 
 
-class Journal:
-    """An open journal, locked against other processes.
+def partial_path(target: Path) -> Path:
+    """Return where a directory grows until it is whole."""
+    return target.parent / f".{target.name}.partial"
+
+
+class Journal(LineFile):
+    """An open journal.
 
     Attributes:
-        path: the file.
         entries: every whole line of it, in order.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Open the journal of a directory, or make an empty one.
-
-        Raises:
-            OutputError: another process is at work there.
-            OSError: it cannot be opened.
-        """
-        self.path = directory / JOURNAL_NAME
-        while (file := _locked(self.path)) is None:
-            pass  # whoever had the lock has removed the file meanwhile
-        self._file = file
+        """Open the journal of a directory, or make an empty one; see LineFile."""
+        super().__init__(directory / JOURNAL_NAME)
         try:
-            self.entries, self._end = parse(_read_all(file))
+            self.entries, self.size = parse(self.path.read_bytes())
         except BaseException:
-            os.close(file)
+            self.close()
             raise
 
     @property
@@ -73,79 +67,17 @@ class Journal:
     @property
     def complete(self) -> Entry | None:
         """What the closing line says of each file; None without it."""
-        return _complete(self.entries)
+        return closing_line(self.entries)
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write a line, and return when it would survive a loss of power."""
-        line = render(entry)
-        os.ftruncate(self._file, self._end)  # what a killed run has left of a line
-        at = self._end
-        data = memoryview(line)
-        while data:
-            written = os.pwrite(self._file, data, at)
-            data, at = data[written:], at + written
-        os.fsync(self._file)
-        self._end = at
+        self.write_line(render(entry), sync=True)
         self.entries.append(dict(entry))
 
     def clear(self) -> None:
         """Forget every line."""
-        os.ftruncate(self._file, 0)
-        self.entries, self._end = [], 0
-
-    def close(self) -> None:
-        """Let go of the file and the lock; twice is allowed."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-def _locked(path: Path) -> int | None:
-    """Open and lock the file of this name; None when that is not what has been locked."""
-    if path.is_symlink():
-        raise OutputError(
-            f"output directory {path.parent}",
-            got=f"a symbolic link ({path.name})",
-            expected="a file of its own",
-            action="Remove the link, or choose another directory.",
-        )
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(file, path):
-            return file
-    except BlockingIOError:
-        os.close(file)
-        raise _in_use(path.parent) from None
-    except BaseException:
-        os.close(file)
-        raise
-    os.close(file)
-    return None
-
-
-def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file is the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _in_use(directory: Path) -> OutputError:
-    return OutputError(
-        f"output directory {directory}",
-        got="another process that is writing there",
-        expected="none",
-        action="Wait for it, or choose another directory.",
-    )
-
-
-def _read_all(file: int) -> bytes:
-    blob, size = b"", os.fstat(file).st_size
-    while len(blob) < size and (piece := os.pread(file, size - len(blob), len(blob))):
-        blob += piece
-    return blob
+        self.truncate(0)
+        self.entries = []
 
 
 def _text(entry: Mapping[str, Any]) -> str:
@@ -175,7 +107,8 @@ def parse(blob: bytes) -> tuple[list[Entry], int]:
     return entries, end
 
 
-def _complete(entries: list[Entry]) -> Entry | None:
+def closing_line(entries: Sequence[Entry]) -> Entry | None:
+    """Return what the last line says of each file, if it is the one that completes a directory."""
     found = entries[-1].get("complete") if entries else None
     return found if isinstance(found, dict) else None
 
@@ -185,34 +118,35 @@ def read_entries(directory: Path) -> list[Entry] | None:
     path = directory / JOURNAL_NAME
     try:
         return parse(path.read_bytes())[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def layers_done(entries: list[Entry]) -> int:
+def layers_done(entries: Sequence[Entry]) -> int:
     """Return how many layers are written."""
     return sum(str(entry.get("step", "")).startswith("layer ") for entry in entries)
 
 
-def progress_text(entries: list[Entry]) -> str:
-    """Return how far a run has come: `12 of 30 layers`."""
+def progress_text(entries: Sequence[Entry]) -> str:
+    """Return how far a quantization has come: `12 of 30 layers`."""
     return f"{layers_done(entries)} of {entries[0].get('layers', '?') if entries else '?'} layers"
 
 
 def require_finished(directory: Path) -> None:
-    """Refuse a directory that a quantization has begun and not finished.
+    """Refuse a model that a command has begun and not finished, where it grows and where it is going to be.
 
     Raises:
         CheckpointError: it has a journal without the closing line.
     """
-    entries = read_entries(directory)
-    if entries is None or _complete(entries) is not None:
+    entries = read_entries(directory if directory.exists() else partial_path(directory))
+    if entries is None or (directory.exists() and closing_line(entries) is not None):
         return
+    head = entries[0] if entries else {}
     raise CheckpointError(
         f"unfinished model {directory}",
-        got=f"{progress_text(entries)}" if entries else "a quantization that had just begun",
-        expected="all of them, the head and the closing line of its journal",
-        action="Run the `eightfold quantize` command that began it again: it goes on where it stopped.",
+        got=progress_text(entries) if "layers" in head else "one that had just begun",
+        expected="a complete one",
+        action=f"Run the `eightfold {head.get('command', 'quantize')}` command that began it again.",
     )

@@ -30,8 +30,10 @@ from eightfold.config import (
 from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, family_of, layer_prefix
 from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.journal import FORMAT
+from eightfold.format.output import Output, write_json
 from eightfold.format.safetensors import PlannedTensor
-from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
+from eightfold.format.writer import ShardedWriter, total_bytes
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
@@ -125,7 +127,8 @@ def import_gguf(
     family_of(config)
     names = _tensor_names(file, config)
     plan = [PlannedTensor(name, dtype, file.shape(gguf_name)) for name, gguf_name in names.items()]
-    with OutputDirectory(target, source=source, overwrite=overwrite) as output:
+    head = {"format": FORMAT, "command": "import-gguf"}
+    with Output(target, head, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan))
         _write_tokenizer(source, output.path, raw)  # first: what can fail in seconds should not after minutes
         writer = ShardedWriter(output.path, "model", plan, metadata={"format": "pt"})
@@ -141,6 +144,7 @@ def import_gguf(
         finally:
             writer.abandon()
         write_json(output.path / CONFIG_NAME, both_dialects(raw, config, dtype))
+        output.finish(writer.file_checksums())
     return config
 
 

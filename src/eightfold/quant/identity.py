@@ -19,6 +19,7 @@ from typing import Any
 from eightfold import __version__
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.journal import FORMAT, Entry
+from eightfold.format.output import QUANTIZE
 from eightfold.format.safetensors import TensorInfo, checksum_of
 from eightfold.format.sidecars import list_sidecars, resolve_auto_map
 from eightfold.quant.outcome import samples_digest
@@ -45,6 +46,7 @@ def identity(
     """Return the first line of the journal: all that decides what the output is."""
     return {
         "format": FORMAT,
+        "command": QUANTIZE,
         "eightfold": __version__,
         "layers": checkpoint.config.num_layers,
         "recipe": recipe_content(recipe),

@@ -11,7 +11,7 @@ from typing import Any
 from eightfold import __version__
 from eightfold.config import ModelConfig
 from eightfold.families import LM_HEAD
-from eightfold.format.growing import REPORT_NAME as REPORT_NAME
+from eightfold.format.output import REPORT_NAME as REPORT_NAME
 from eightfold.quant.fallback import RolledBack
 from eightfold.quant.recipe import Recipe, split_groups
 from eightfold.quant.recipe_file import recipe_content

@@ -3,7 +3,7 @@
 For each layer: survey the float model -> smooth and quantize weights -> calibrate -> write -> journal -> forget.
 Only automatic roll-back has to compare all layers first; then the surveys of all layers come before the first write.
 
-A run that is killed has lost the layer it was in: started again, it goes on with the next (run.py, format/growing.py).
+A run that is killed has lost the layer it was in: started again, it goes on with the next (run.py, format/output.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from eightfold.errors import CheckpointError, ConfigError, OutputError, shortlis
 from eightfold.families import LM_HEAD
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.description import render_description
-from eightfold.format.growing import REPORT_NAME, GrowingDirectory
 from eightfold.format.journal import WORK_NAME, Entry, Journal, layers_done
+from eightfold.format.output import REPORT_NAME, Output, write_json
 from eightfold.format.safetensors import PlannedTensor
-from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map
-from eightfold.format.writer import ShardedWriter, total_bytes, weight_file_names, write_json
+from eightfold.format.sidecars import copy_sidecars, resolve_auto_map
+from eightfold.format.writer import ShardedWriter, total_bytes
 from eightfold.model.reference.device import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
@@ -62,7 +62,7 @@ def quantize_checkpoint(
 
     Args:
         source: the float model. Only read.
-        target: the directory to make; it is a model when everything is written, see format/growing.py.
+        target: the directory to make; it appears when everything is written, see format/output.py.
         recipe: what to do.
         samples: token ids of the calibration samples, for recipes that need them.
         overwrite: replace what quantize has written at `target` before.
@@ -92,9 +92,7 @@ def quantize_checkpoint(
     job = _Job(checkpoint, recipe, samples, part_bytes, legacy_names, spills, progress, ranks)
     if not ranks.is_first:
         return job.help()
-    growing = GrowingDirectory(
-        target, source=source, head=head, explain=differences, overwrite=overwrite, progress=progress
-    )
+    growing = Output(target, head, source=source, explain=differences, overwrite=overwrite, progress=progress)
     with growing as output, use(device):
         return job.do(output)
 
@@ -152,10 +150,10 @@ class _Job:
             outcome.took_samples(self.samples)
         return outcome
 
-    def do(self, output: GrowingDirectory) -> Outcome:
+    def do(self, output: Output) -> Outcome:
         """Write what is not written yet."""
-        if output.journal.complete is not None:
-            return self._leave_complete(output)
+        if output.is_complete:
+            return self._leave_complete()
         if output.journal.steps:
             self._require_same_times(output)
         try:
@@ -167,17 +165,13 @@ class _Job:
             outcome.restarted = str(damage)
         return outcome
 
-    def _leave_complete(self, output: GrowingDirectory) -> Outcome:
-        """Leave what an earlier run has made; put it in its place if that one was killed before it had."""
+    def _leave_complete(self) -> Outcome:
         self.ranks.share(None)
-        if not output.is_complete:
-            output.finish({})
         outcome = self.outcome()
         outcome.already_complete, outcome.layers_resumed = True, outcome.layers
         return outcome
 
-    def _begin(self, output: GrowingDirectory) -> Outcome:
-        output.require_free(self._companion_names())
+    def _begin(self, output: Output) -> Outcome:
         if not output.journal.steps:
             write_json(output.work / _TIMES_NAME, file_times(self.checkpoint))
         if self.ranks.size > 1:
@@ -253,7 +247,7 @@ class _Job:
     def _plan(self, run: Run) -> dict[str, OutputTensor]:
         return Plan(self.checkpoint, self.recipe, run.outcome.types, run.fa_layers, self.legacy_names).tensors
 
-    def _take_steps(self, run: Run, output: GrowingDirectory) -> tuple[dict[str, OutputTensor], dict[str, int]]:
+    def _take_steps(self, run: Run, output: Output) -> tuple[dict[str, OutputTensor], dict[str, int]]:
         """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
         if not run.resume():
             raise _Damaged("hidden states")
@@ -276,7 +270,7 @@ class _Job:
             files.abandon()
         return plan, files.file_checksums()
 
-    def _writer(self, output: GrowingDirectory, planned: list[PlannedTensor]) -> ShardedWriter:
+    def _writer(self, output: Output, planned: list[PlannedTensor]) -> ShardedWriter:
         """Return the writer of the weights: new, or where an earlier run has begun to write.
 
         Raises:
@@ -284,13 +278,11 @@ class _Job:
         """
         is_begun = any("tensors" in entry for entry in output.journal.entries)
         stem = weight_file_stem(self.recipe.scheme)
-        names = weight_file_names(stem, planned, self.part_bytes)
-        output.claim(names)
-        for file in (output.path / name for name in names):
-            if not is_begun:
-                file.unlink(missing_ok=True)
-            elif file.exists():
+        for file in output.path.glob("*.safetensors*"):
+            if is_begun:
                 file.chmod(0o600)
+            else:
+                file.unlink()
         try:
             return ShardedWriter(output.path, stem, planned, part_bytes=self.part_bytes, resume=is_begun)
         except OutputError as error:
@@ -313,7 +305,7 @@ class _Job:
                 task.advance()
         return {name for entry in steps for name in entry["tensors"]}
 
-    def _require_same_times(self, output: GrowingDirectory) -> None:
+    def _require_same_times(self, output: Output) -> None:
         """Refuse a large weight file that has changed since the run began.
 
         Raises:
@@ -325,7 +317,7 @@ class _Job:
             return  # removed at the end: nothing more is read of the source's weights
         now = file_times(self.checkpoint)
         changed = [name for name, time in now.items() if before.get(name) != time]
-        if changed and not output.overwrites:
+        if changed and not output.overwrite:
             raise OutputError(
                 f"output directory {output.target}",
                 got=f"a model begun otherwise (source: {shortlist(changed, 3)} changed since)",
@@ -335,18 +327,9 @@ class _Job:
         if changed:
             output.restart()
 
-    def _companion_names(self) -> list[str]:
-        """Return the names of the files that accompany the weights."""
-        checkpoint = self.checkpoint
-        _, modules, _ = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
-        carried = [*list_sidecars(checkpoint.directory), *modules]
-        names = [path.relative_to(checkpoint.directory).as_posix() for path in carried]
-        return [*names, *description_names(self.recipe.scheme, self.legacy_names), REPORT_NAME, CONFIG_NAME]
-
-    def _write_companions(self, output: GrowingDirectory, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
+    def _write_companions(self, output: Output, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
         """Write the files that are carried over, the description, the report, and last config.json."""
         checkpoint, recipe, directory = self.checkpoint, self.recipe, output.path
-        output.claim(self._companion_names())
         raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
         if note:
             outcome.notes.append(note)

@@ -324,8 +324,6 @@ class Run:
         writer.write_below(FINAL_NORM + ".", made)
         if not self._copies_head:
             writer.write_below(LM_HEAD + ".", made)
-        elif weight_name(LM_HEAD) not in self._journal.steps["embedding"]["tensors"]:  # begun by an earlier version
-            self._copy_head(writer)
 
     def _finish_proof(self) -> tuple[float, float] | None:
         if self.proof is None or self.float_pass is None:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.journal import FORMAT
+from eightfold.format.output import Output, write_json
 from eightfold.format.safetensors import PlannedTensor
-from eightfold.format.writer import OutputDirectory, ShardedWriter, total_bytes, write_json
+from eightfold.format.writer import ShardedWriter, total_bytes
 from eightfold.progress import Progress, silent
 from eightfold.synth.shapes import model_config
 from eightfold.synth.tensors import RandomModel, RandomTensor
@@ -67,7 +69,7 @@ def synthesize(
     tensors = list(model.tensors())
     planned = [PlannedTensor(tensor.name, dtype, tensor.shape) for tensor in tensors]
     nbytes = total_bytes(planned)
-    with OutputDirectory(target, source=None, overwrite=overwrite) as output:
+    with Output(target, {"format": FORMAT, "command": "synth"}, overwrite=overwrite) as output:
         output.require_space(nbytes)
         write_tokenizer(output.path, config, raw)
         part_bytes = SHARD_BYTES if nbytes > SHARD_BYTES else None
@@ -83,6 +85,7 @@ def synthesize(
         finally:
             writer.abandon()
         write_json(output.path / CONFIG_NAME, raw)
+        output.finish(writer.file_checksums())
     return Synthesized(config, len(tensors), nbytes)
 
 

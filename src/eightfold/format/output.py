@@ -1,0 +1,512 @@
+"""The way in which a directory is made: it grows in a hidden sibling, and is renamed once, when it is whole.
+
+    DIR/OUT             absent, empty, or an earlier output that --overwrite replaces; as it was until the end
+    DIR/.OUT.partial    grows; its journal (journal.py) is locked by the process that writes it
+        eightfold_journal.jsonl     what is being made, what is finished, and at last every file with its checksum
+        .eightfold-work/            what only a run at work needs
+
+A killed run leaves the sibling, and the same command goes on in it. Replacing takes two renames: OUT goes into the
+work folder of its successor, as `old`, and the successor becomes OUT; then `old` is removed with the work folder. A run
+that finds itself between the two undoes the first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from eightfold.errors import CapacityError, EightfoldError, OutputError, PeerError, remember_kept, shortlist
+from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.journal import (
+    JOURNAL_NAME,
+    WORK_NAME,
+    Entry,
+    Journal,
+    closing_line,
+    partial_path,
+    progress_text,
+    read_entries,
+)
+from eightfold.format.safetensors import checksum_of
+from eightfold.format.sidecars import carried_over
+from eightfold.progress import Progress, silent
+
+QUANTIZE = "quantize"
+REPORT_NAME = "eightfold_report.json"  # in everything that quantize has ever written
+
+# As the reference tool leaves them: weights are read-only, nothing is open to others.
+DIRECTORY_MODE, WEIGHTS_MODE, JSON_MODE = 0o750, 0o400, 0o600
+
+# Room for headers, JSON files and rounding up to file system blocks, beside the tensors themselves.
+_SPARE_BYTES = 64 << 20
+
+# What differs between two first lines of a journal, for the user; empty when nothing does.
+Explain = Callable[[Entry, Entry], list[str]]
+
+
+class Output:
+    """Context manager: `path` is where to write, and `finish` makes it the target.
+
+    Leaving it with an error removes what was written, unless a step is finished and running again would help.
+
+    Attributes:
+        target: the directory to make.
+        path: where it grows.
+        overwrite: whether an earlier output may be replaced.
+        is_complete: whether the target is what this command makes: then there is nothing to do, and no journal.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        head: Entry,
+        *,
+        source: Path | None = None,
+        explain: Explain | None = None,
+        overwrite: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        """Say what is to be made.
+
+        Args:
+            target: the directory to make.
+            head: the first line of its journal: `format`, `command`, and whatever else decides what it is.
+            source: what it is made of, which it must not replace.
+            explain: tells what differs between two first lines; None for a command that always starts over.
+            overwrite: replace what the command has written at `target` before, or begun.
+            progress: who is told.
+        """
+        self.target, self.path = target, partial_path(target)
+        self.overwrite, self.is_complete = overwrite, False
+        self._head, self._source, self._explain, self._progress = head, source, explain, progress
+        self._journal: Journal | None = None
+
+    @property
+    def journal(self) -> Journal:
+        """What is finished; locked."""
+        assert self._journal is not None
+        return self._journal
+
+    @property
+    def work(self) -> Path:
+        """Where files lie that only a run at work needs."""
+        return self.path / WORK_NAME
+
+    def __enter__(self) -> Output:
+        """Lock the place where the directory grows.
+
+        Raises:
+            OutputError: the target cannot be made or replaced, another command has begun it (without `overwrite`), or
+                another process is writing it.
+        """
+        try:
+            self._open()
+        except BaseException as error:
+            self._close(keeps=bool(self._journal and (self._journal.steps or self._journal.complete)))
+            if not isinstance(error, OSError):
+                raise
+            raise OutputError(
+                f"cannot write to {self.target}: {error.strerror or error}",
+                action="Choose a directory you may write to.",
+            ) from None
+        return self
+
+    def _open(self) -> None:
+        self.target = self._checked()
+        self.path = partial_path(self.target)
+        if self._is_made():
+            return
+        self._journal = self._locked()
+        if self._restore():
+            self._checked()
+            if self._is_made():
+                self._close(keeps=True)
+                return
+        self._take()
+
+    def _checked(self) -> Path:
+        return check_target(self.target, self._head["command"], source=self._source, overwrite=self.overwrite)
+
+    def _is_made(self) -> bool:
+        """Whether the target is what this command makes; sets is_complete. Without `overwrite` it has to be."""
+        entries = read_entries(self.target) or []
+        sealed = closing_line(entries)
+        if sealed is None:
+            return False
+        if self._explain is None and not self.overwrite:
+            raise _not_empty(self.target)
+        if differences := self._differences(entries[0]):
+            if self.overwrite:
+                return False
+            raise self._other_command(differences, "a model made")
+        changed = _changed_files(self.target, sealed, self._progress) if self._explain else ["all"]
+        if changed and not self.overwrite:
+            raise OutputError(
+                f"output directory {self.target}",
+                got=f"files changed since it was made ({shortlist(changed)})",
+                expected="them as they were",
+                action="Choose another directory, or make it anew with --overwrite.",
+            )
+        if not changed:
+            shutil.rmtree(self.target / WORK_NAME, ignore_errors=True)  # a run was killed when all was in its place
+        self.is_complete = not changed
+        return self.is_complete
+
+    def _differences(self, old: Entry) -> list[str]:
+        before, now = old.get("command", QUANTIZE), self._head["command"]
+        if before != now:
+            return [f"command: {before} -> {now}"]
+        return self._explain(old, self._head) if self._explain else []
+
+    def _other_command(self, differences: list[str], what: str) -> OutputError:
+        return OutputError(
+            f"output directory {self.target}",
+            got=f"{what} otherwise ({'; '.join(differences)})",
+            expected="the same recipe and source",
+            action="Choose another directory, or start over with --overwrite.",
+        )
+
+    def _locked(self) -> Journal:
+        """Make the directory in which the output grows, and lock its journal."""
+        while True:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                if self.path.is_symlink() or (any(self.path.iterdir()) and not (self.path / JOURNAL_NAME).exists()):
+                    raise OutputError(
+                        f"{self.path}, where the output grows",
+                        got="files that eightfold did not write",
+                        expected="nothing there",
+                        action="Move them elsewhere and run the same command again.",
+                    )
+                return Journal(self.path)
+            except FileNotFoundError:
+                pass  # renamed or removed by the process that had it until just now
+            except BlockingIOError:
+                raise OutputError(
+                    f"output directory {self.target}",
+                    got="another process that is writing there",
+                    expected="none",
+                    action="Wait for it, or choose another directory.",
+                ) from None
+
+    def _restore(self) -> bool:
+        """Put back what a killed run had moved away to replace it; return whether there was anything."""
+        old = self._old
+        if not old.exists():
+            return False
+        if any_content(self.target):
+            raise OutputError(
+                f"output directory {self.target}",
+                got=f"a directory, and the one that was there before in {old}",
+                expected="one of them",
+                action="Move one of them elsewhere and run the same command again.",
+            )
+        old.rename(self.target)
+        return True
+
+    @property
+    def _old(self) -> Path:
+        return self.work / "old"
+
+    def _take(self) -> None:
+        """Go on with what was begun here, or begin."""
+        journal = self.journal
+        if journal.steps or journal.complete:
+            differences = self._differences(journal.head)
+            if differences and not self.overwrite:
+                raise self._other_command(differences, "a model begun")
+            if not differences and self._explain:
+                if journal.complete:
+                    self._put_in_place()
+                else:
+                    self.work.mkdir(mode=0o700, exist_ok=True)
+                return
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all that was written, as if nothing had been begun."""
+        self._empty()
+        self.work.mkdir(mode=0o700, exist_ok=True)
+        self.journal.append(self._head)
+
+    def _empty(self) -> None:
+        """Remove what was written. The work folder stays, as other hosts may know it."""
+        self.journal.clear()  # first: no line may tell of a file that is gone
+        for path in self.path.iterdir():
+            if path.name not in (JOURNAL_NAME, WORK_NAME):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._empty_work()
+
+    def _empty_work(self) -> None:
+        for path in self.work.iterdir() if self.work.is_dir() else ():
+            with suppress(OSError):  # what another host holds open goes with the folder
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def require_space(self, nbytes: int) -> None:
+        """Fail early when the file system cannot hold so many bytes more, and what goes with them.
+
+        Raises:
+            OutputError: fewer bytes are free.
+        """
+        nbytes += _SPARE_BYTES
+        free = shutil.disk_usage(self.path).free
+        if free < nbytes:
+            raise OutputError(
+                f"disk space for {self.target}",
+                got=f"{free / 1e9:.2f} GB free",
+                expected=f"{nbytes / 1e9:.2f} GB",
+                action="Free some space, or choose another disk.",
+            )
+
+    def finish(self, checksums: Mapping[str, int]) -> None:
+        """Close the journal and make the directory the target.
+
+        Args:
+            checksums: CRC-32 of files, by name, for which it is known; of the others it is computed.
+
+        Raises:
+            OutputError: the target holds files of somebody else, or cannot be renamed; nothing was replaced.
+        """
+        sealed = _seal(self.path, checksums)
+        self.path.chmod(DIRECTORY_MODE)
+        self.journal.append({"complete": sealed})
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        self._require_replaceable()
+        self._empty_work()
+        try:
+            if any_content(self.target):
+                self.work.mkdir(mode=0o700, exist_ok=True)
+                self.target.rename(self._old)
+            else:
+                shutil.rmtree(self.work, ignore_errors=True)
+            self.path.rename(self.target)
+        except BaseException as error:  # Ctrl-C too
+            if self._old.exists() and not self.target.exists():
+                self._old.rename(self.target)
+            if not isinstance(error, OSError):
+                raise
+            raise OutputError(
+                f"output directory {self.target}",
+                got=f"one that cannot be renamed ({error.strerror or error})",
+                expected=f"that it can change places with {self.path}, where the new model is complete",
+                action="Nothing was replaced. Empty it yourself and run the same command again.",
+            ) from None
+        self.is_complete = True
+        shutil.rmtree(self.target / WORK_NAME, ignore_errors=True)
+
+    def _require_replaceable(self) -> None:
+        """Look at the target once more: time has passed."""
+        if any_content(self.target) and not self.overwrite:
+            raise OutputError(
+                f"output directory {self.target}",
+                got="files that another process put there meanwhile",
+                expected="an empty one",
+                action="Nothing was replaced; run again with another directory.",
+            )
+        self._checked()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._journal is None:
+            return
+        # A signal may have come between a line and our note of it, or between the renaming and ours.
+        entries = (read_entries(self.path) or []) if self._journal.is_in_place else []
+        is_worth_keeping = any(not {"step", "complete"}.isdisjoint(entry) for entry in entries)
+        # Running again meets bad input again.
+        may_help = not isinstance(error, EightfoldError) or isinstance(error, (OutputError, CapacityError, PeerError))
+        keeps = error is None or (is_worth_keeping and may_help)
+        if error is not None and keeps and self._explain:
+            done = progress_text(entries)
+            remember_kept(error, f"{done} are finished in {self.path}. Run the same command to go on there.")
+        self._close(keeps=keeps)
+
+    def _close(self, *, keeps: bool) -> None:
+        """Let go of the lock; remove what was written, unless it `keeps`."""
+        if self._journal is None:
+            return
+        try:
+            if not keeps and self._journal.is_in_place and not self._old.exists():
+                with suppress(OSError):  # without its lines, what is left counts for nothing
+                    self._empty()
+                    shutil.rmtree(self.work, ignore_errors=True)
+                    self._journal.path.unlink()
+                    self.path.rmdir()
+        finally:
+            self._journal.close()
+            self._journal = None
+
+
+def check_target(target: Path, command: str, *, source: Path | None, overwrite: bool) -> Path:
+    """Refuse an output directory that can be refused without knowing what is going to be made; return its real path.
+
+    Raises:
+        OutputError: it is a link, a file or a mount point, holds or lies inside the source, is not empty (without
+            `overwrite`), or holds files that `command` has not written (with it).
+    """
+    if target.is_symlink():
+        raise OutputError(
+            f"output directory {target}",
+            got="a symbolic link",
+            expected="a new or empty directory",
+            action=f"Name the directory that it points to: {os.path.realpath(target)}",
+        )
+    target = Path(os.path.realpath(target))
+    _require_outside(target, source)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
+    if _is_mount_point(target):
+        raise OutputError(
+            f"output directory {target}",
+            got="a mount point, which cannot be renamed",
+            expected="a directory",
+            action=f"Choose a directory inside it, such as {target / 'model'}.",
+        )
+    if not any_content(target) or (not overwrite and closing_line(read_entries(target) or []) is not None):
+        return target
+    if not overwrite:
+        raise _not_empty(target)
+    if strange := sorted(_files_in(target) - _written_files(target, command, source)):
+        raise OutputError(
+            f"output directory {target}",
+            got=f"files that `eightfold {command}` did not write ({shortlist(strange, 3)})",
+            expected="a model and nothing else, to replace it",
+            action="Move them elsewhere and run the same command again, or choose another directory.",
+        )
+    return target
+
+
+def _require_outside(target: Path, source: Path | None) -> None:
+    """Refuse a target that holds or lies inside the source."""
+    if source is None:
+        return
+    source = Path(os.path.realpath(source))
+    if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
+        raise OutputError(
+            f"output directory {target}",
+            got=f"the source {source} in the same place",
+            expected="a place outside of it",
+            action="Choose another output directory.",
+        )
+
+
+def _not_empty(target: Path) -> OutputError:
+    return OutputError(
+        f"output directory {target}",
+        got="a directory that is not empty",
+        expected="a new or empty one",
+        action="Choose another, or replace it with --overwrite.",
+    )
+
+
+def any_content(directory: Path) -> bool:
+    """Whether there is a directory that is not empty."""
+    return directory.is_dir() and any(directory.iterdir())
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Whether something is mounted here, if only another directory of the same file system."""
+    if not path.is_dir():
+        return False
+    if os.path.ismount(path):
+        return True
+    try:
+        return _mount_of(path) != _mount_of(path.parent)
+    except OSError:
+        return False  # no such list on this system
+
+
+def _mount_of(path: Path) -> str:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        found = re.search(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{file}").read_text())
+    finally:
+        os.close(file)
+    return found[1] if found else ""
+
+
+def _files_in(directory: Path) -> set[str]:
+    """Return the names of all files in a directory and its folders, the work folder aside."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(directory) for path in found}
+    return {name.as_posix() for name in names if name.parts[0] != WORK_NAME}
+
+
+def _written_files(target: Path, command: str, source: Path | None) -> set[str]:
+    """Return the names of the files in a target that a command has written there, as its journal or report says."""
+    entries = read_entries(target)
+    if entries is None and command == QUANTIZE and (target / REPORT_NAME).is_file():
+        ours = {path.name for path in target.glob("quant_model_*")}
+        return {REPORT_NAME, CONFIG_NAME, *ours, *(carried_over(source) if source else ())}
+    sealed = closing_line(entries or [])
+    if not entries or sealed is None or entries[0].get("command", QUANTIZE) != command:
+        return {JOURNAL_NAME}
+    # A journal may have been copied to where somebody's own files are.
+    is_its_own = any(
+        name.endswith(".safetensors") and (target / name).is_file() and (target / name).stat().st_size == size
+        for name, (size, _) in sealed.items()
+    )
+    return {JOURNAL_NAME, *(sealed if is_its_own else ())}
+
+
+def _seal(directory: Path, checksums: Mapping[str, int]) -> dict[str, list[int]]:
+    """Give every file and folder its mode, and see it safely on disk; return name -> size and CRC-32."""
+    sealed = {}
+    for name in sorted(_files_in(directory) - {JOURNAL_NAME}):
+        path = directory / name
+        path.chmod(WEIGHTS_MODE if path.suffix == ".safetensors" else JSON_MODE)
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fsync(file)
+            size = os.fstat(file).st_size
+            checksum = checksums[name] if name in checksums else checksum_of(file, 0, size)
+        finally:
+            os.close(file)
+        sealed[name] = [size, checksum]
+    for folder in {directory, *((directory / name).parent for name in sealed)}:
+        folder.chmod(DIRECTORY_MODE)
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    return sealed
+
+
+def _changed_files(directory: Path, sealed: Entry, progress: Progress) -> list[str]:
+    """Return the files of a complete directory that are not what its closing line says. Other files are ignored."""
+    changed = []
+    with progress("verify", len(sealed), "file") as task:
+        for name, (size, checksum) in sealed.items():
+            task.at(name)
+            if not _is_as_sealed(directory / name, size, checksum):
+                changed.append(name)
+            task.advance()
+    return changed
+
+
+def _is_as_sealed(path: Path, size: int, checksum: int) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.fstat(file).st_size == size and checksum_of(file, 0, size) == checksum
+    finally:
+        os.close(file)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented as the reference tool does."""
+    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, stays the escape it was.
+    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
