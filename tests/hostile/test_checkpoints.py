@@ -72,10 +72,15 @@ def test_a_config_json_of_another_model_is_refused(cli, float_model, weights, co
 
 @pytest.mark.parametrize("name", [Q_PROJ, EMBEDDING])
 @pytest.mark.parametrize(
-    ("dtype", "called"),
-    [(torch.int8, "I8"), (torch.int32, "I32"), (torch.uint8, "U8"), (torch.float64, "F64"), (torch.bool, "BOOL")],
+    ("dtype", "called", "said"),
+    [
+        (torch.int8, "I8", "bfloat16"),
+        (torch.int32, "I32", ...),
+        (torch.uint8, "U8", "bfloat16"),
+        (torch.float64, "F64", ...),
+        (torch.bool, "BOOL", ...),
+    ],
 )
-@pytest.mark.parametrize("said", ["bfloat16", ...], ids=["dtype", "no-dtype"])
 def test_weights_of_a_type_no_float_model_has_are_refused(
     cli, float_model, weights, replace, configure, name, dtype, called, said
 ):
@@ -107,7 +112,6 @@ def test_one_tensor_in_two_shards_is_refused(cli, float_model):
 # --- values
 
 
-@pytest.mark.parametrize("scheme", ["w8a16", "w8a8"])
 @pytest.mark.parametrize(
     ("name", "at", "place"),
     [
@@ -119,7 +123,7 @@ def test_one_tensor_in_two_shards_is_refused(cli, float_model):
         ("lm_head.weight", (0, 0), "[0, 0]"),
     ],
 )
-@pytest.mark.parametrize("value", ["nan", "-inf"])
+@pytest.mark.parametrize(("value", "scheme"), [("nan", "w8a16"), ("-inf", "w8a8")])
 def test_a_weight_that_is_no_finite_number_is_named(cli, float_model, weights, replace, scheme, name, at, place, value):
     tensor = load_file(str(weights))[name]
     tensor[at] = float(value)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import Recipe
+from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, write_model
 from tests.hostile import EMBEDDING, NORM, Q_PROJ
 from tests.refusal import both_refused, quantize_refused
@@ -117,11 +121,16 @@ def test_half_a_surrogate_pair_in_config_json_does_no_harm(cli, tmp_path, float_
 # --- descriptions
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("quantized")
+    quantize_checkpoint(write_model(made / "float", tokenizer=False), made / "out", Recipe(QuantType.W8A16), None)
+    return made / "out"
+
+
 @pytest.fixture
-def quantized(cli, tmp_path) -> Path:
-    source = write_model(tmp_path / "original", tokenizer=False)
-    assert cli("quantize", source, tmp_path / "float", "--scheme", "w8a16").code == 0
-    return tmp_path / "float"
+def quantized(whole, tmp_path) -> Path:
+    return shutil.copytree(whole, tmp_path / "float")
 
 
 def describe(directory: Path, **changes: Any) -> Path:

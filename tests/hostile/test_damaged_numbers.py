@@ -86,22 +86,24 @@ def with_attention(cli, source, out, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=["int8", "bfloat16"])
-@pytest.mark.parametrize(
-    ("part", "layer", "values", "got"),
-    [("q", 0, [0, 0, 0, -3], "-3 to 0"), ("k", 1, [5, 5], "5 to 5"), ("v", 0, [1, 0], "0 to 1")],
-)
-def test_an_offset_of_quantized_attention_is_refused(cli, float_model, tmp_path, part, layer, values, got, dtype):
+def test_an_offset_of_quantized_attention_is_refused(cli, float_model, tmp_path, dtype):
     out, weights = tmp_path / "out", "quant_model_weight_w8a16.safetensors"
     with_attention(cli, float_model, out, dtype)
     commands = (["run", out, "--prompt", "hello"], ["eval", out, "--chunks", "1", "--chunk-len", "16"])
     assert [cli(*command).code for command in commands] == [0, 0]
-    name = f"model.layers.{layer}.self_attn.fa_{part}.offset"
-    edit(out, lambda tensors: tensors[name].copy_(torch.tensor(values)[:, None]), weights)
-    for command in commands:
-        assert error_line(cli(*command)) == (
-            f"values of {name} in {out}/{weights}: got {got}, expected zeros. "
-            "Attention is computed without offsets; quantize it symmetrically."
-        )
+    for part, layer, values, got in (
+        ("q", 0, [0, 0, 0, -3], "-3 to 0"),
+        ("k", 1, [5, 5], "5 to 5"),
+        ("v", 0, [1, 0], "0 to 1"),
+    ):
+        name = f"model.layers.{layer}.self_attn.fa_{part}.offset"
+        edit(out, lambda tensors, name=name, values=values: tensors[name].copy_(torch.tensor(values)[:, None]), weights)
+        for command in commands:
+            assert error_line(cli(*command)) == (
+                f"values of {name} in {out}/{weights}: got {got}, expected zeros. "
+                "Attention is computed without offsets; quantize it symmetrically."
+            )
+        edit(out, lambda tensors, name=name: tensors[name].zero_(), weights)
 
 
 def test_norm_biases_are_added(cli, float_model, tmp_path):

@@ -51,8 +51,9 @@ def assert_same_tensors(directory: Path, expected: dict[str, torch.Tensor], dtyp
         assert torch.equal(bits(found[name]), bits(tensor.to(dtype))), name
 
 
-@pytest.mark.parametrize("dtype", [DType.BF16, DType.F16])
-@pytest.mark.parametrize("kind", [F32, F16, Q8_0], ids=["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(F32, DType.BF16), (F32, DType.F16), (F16, DType.BF16), (Q8_0, DType.F16)], ids=str
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensors_are_the_stored_ones_bit_for_bit(tmp_path, architecture, kind, dtype):
     made = Source(float_config(architecture), architecture, kind)

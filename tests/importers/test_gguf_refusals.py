@@ -170,16 +170,16 @@ def test_a_damaged_count_does_not_read_on_past_the_end(tmp_path):
 
 
 def test_damaged_metadata_never_ends_in_a_traceback(tmp_path, source):
-    # Each byte of the header in turn is changed; what can still be imported is, and the rest is refused in words.
+    # Bytes of the header in turn are changed; what can still be imported is, and the rest is refused in words.
     content, path = source.read_bytes(), tmp_path / "bad.gguf"
     refused = 0
-    for at in range(4, 1200, 3):
+    for at in range(4, 1200, 11):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
         try:
             import_gguf(path, tmp_path / "out", DType.BF16, overwrite=True)
         except EightfoldError:
             refused += 1
-    assert refused > 100
+    assert refused > 30
 
 
 def test_a_missing_file_and_a_directory_are_no_files(tmp_path):
