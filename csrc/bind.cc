@@ -68,8 +68,8 @@ LinearKind kind_of(const std::string& name) {
 }
 
 Group& group_of(Model& model, int layer, const std::string& group) {
-    if (group == "head") return model.head;
-    Model::Layer& of = model.layers.at(layer);
+    if (group == "head") return model.weights.head;
+    Layer& of = model.weights.layers.at(layer);
     if (group == "qkv") return of.qkv;
     if (group == "o") return of.o;
     if (group == "gate_up") return of.gate_up;
@@ -111,7 +111,7 @@ void add_linear(Bound& self, int layer, const std::string& group, const std::str
 
 void set_norms(Bound& self, int layer, const Vector<float>& input_gain, const Vector<float>& input_bias,
                const Vector<float>& post_gain, const Vector<float>& post_bias) {
-    Model::Layer& to = self.model.layers.at(layer);
+    Layer& to = self.model.weights.layers.at(layer);
     to.input_gain = floats(input_gain);
     to.input_bias = floats(input_bias);
     to.post_gain = floats(post_gain);
@@ -121,7 +121,7 @@ void set_norms(Bound& self, int layer, const Vector<float>& input_gain, const Ve
 void set_attention(Bound& self, int layer, const std::string& kind, int window, const Vector<float>& query_norm,
                    const Vector<float>& key_norm, const Vector<float>& query_inv, const Vector<float>& score_scale,
                    const std::vector<Floats>& key, const std::vector<Floats>& value) {
-    AttentionParams& to = self.model.attention.at(layer);
+    AttentionParams& to = self.model.weights.attention.at(layer);
     require(kind == "bf16" || kind == "int8" || kind == "int8x2", "unknown kind of cache: " + kind);
     to.kind = kind == "bf16" ? CacheKind::bf16 : kind == "int8" ? CacheKind::int8 : CacheKind::int8x2;
     to.window = window;
@@ -294,7 +294,7 @@ NB_MODULE(_core, m) {
         .def(
             "set_embedding",
             [](Bound& self, Weight weight) {
-                Linear& embedding = self.model.embedding;
+                Linear& embedding = self.model.weights.embedding;
                 embedding.kind = LinearKind::floating;
                 embedding.outputs = static_cast<int>(weight.shape(0));
                 embedding.inputs = static_cast<int>(weight.shape(1));
@@ -307,12 +307,15 @@ NB_MODULE(_core, m) {
         .def(
             "set_final_norm",
             [](Bound& self, const Vector<float>& gain, const Vector<float>& bias) {
-                self.model.final_gain = floats(gain);
-                self.model.final_bias = floats(bias);
+                self.model.weights.final_gain = floats(gain);
+                self.model.weights.final_bias = floats(bias);
             },
             "gain"_a, "bias"_a)
         .def(
-            "finish", [](Bound& self, bool forgets_head) { return self.model.finish(forgets_head); },
+            "finish",
+            [](Bound& self, bool forgets_head) {
+                return self.model.finish(forgets_head ? HeadPages::released : HeadPages::kept);
+            },
             "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def(
             "leave_alone", [](Bound& self, bool alone) { self.model.leave_alone(alone); }, "alone"_a)

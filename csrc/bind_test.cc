@@ -12,7 +12,7 @@
 
 #include "cache.h"
 #include "dispatch.h"
-#include "linear.h"
+#include "linears.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -32,7 +32,7 @@ const float* or_null(const In<float, 1>& x) { return x.size() ? x.data() : nullp
 // Rows as a model keeps them: padded, aligned.
 Prepared padded(const uint8_t* x, size_t rows, size_t width) {
     Prepared to;
-    to.reserve(static_cast<int>(rows), static_cast<int>(width), false);
+    to.reserve(static_cast<int>(rows), static_cast<int>(width));
     const size_t ld = row_bytes(static_cast<int>(width));
     for (size_t t = 0; t < rows; t++) std::memcpy(to.bytes.data() + t * ld, x + t * width, width);
     return to;
@@ -50,7 +50,7 @@ Prepared packed_blocks(const Kernels& kernels, const std::vector<In<uint8_t, 2>>
     const size_t tokens = planes[0].shape(0), width = planes[0].shape(1), many = planes.size();
     const size_t ld = row_bytes(static_cast<int>(width)), block = kLanes * ld;
     Prepared packed;
-    packed.reserve(static_cast<int>(many * ((tokens + kLanes - 1) / kLanes * kLanes)), static_cast<int>(width), false);
+    packed.reserve(static_cast<int>(many * ((tokens + kLanes - 1) / kLanes * kLanes)), static_cast<int>(width));
     for (size_t i = 0; i < many; i++) {
         const Prepared rows = padded(planes[i].data(), tokens, width);
         for (size_t b = 0; b * kLanes < tokens; b++) {

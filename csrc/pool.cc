@@ -80,10 +80,10 @@ void Pool::leave_before(uint32_t epoch) {
     }
 }
 
-void Pool::run(Program program, void* context, bool alone) {
+void Pool::run(Program program, void* context, Crew crew) {
     const uint32_t epoch = epoch_.load() + 1;
     const int64_t start = now_ns();
-    alone |= start < alone_until_ns_;
+    const bool alone = crew == Crew::caller || start < alone_until_ns_;
     jobs_[epoch % kSlots] = alone ? Job{} : Job{program, context};
     for (int i = 0; i < max_phases_; i++) {
         phases_[i].next.store(static_cast<uint64_t>(epoch) << 32, std::memory_order_relaxed);

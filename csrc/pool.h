@@ -103,8 +103,10 @@ public:
     // Waits until no thread reads anything of earlier runs.
     void quiesce();
 
-    // Runs a program on all threads, or `alone` on the caller's; returns when its chunks are done. One caller at a time.
-    void run(Program program, void* context, bool alone = false);
+    enum class Crew { all, caller };
+
+    // Runs a program on all threads, or on the caller's alone; returns when its chunks are done. One caller at a time.
+    void run(Program program, void* context, Crew crew = Crew::all);
 
 private:
     struct Job {

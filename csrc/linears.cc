@@ -1,4 +1,4 @@
-#include "linear.h"
+#include "linears.h"
 
 #include <algorithm>
 #include <cmath>
@@ -72,23 +72,37 @@ Rows16 Linear::rows_16(int n) const {
     return {rows, {weight_sum.data() + n, scale.data() + n, offset.empty() ? nullptr : offset.data() + n, bias_at(n)}};
 }
 
-// Wraps around as the products do: only the total of all shares has to fit.
-void Linear::keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const {
-    const auto times = static_cast<uint32_t>(offset + 128);
+// Both wrap around as the products do: only the total of all shares has to fit.
+void Linear::keep_static_sums(const int32_t* acc, int begin, int count, float* out) const {
     for (int n = 0; n < count; n++) {
-        const auto sum = static_cast<uint32_t>(acc[n]);
-        const uint32_t kept = is_static ? sum + static_cast<uint32_t>(quant_bias[n0 + n])
-                                        : sum - times * static_cast<uint32_t>(weight_sum[n0 + n]);
+        const uint32_t kept = static_cast<uint32_t>(acc[n]) + static_cast<uint32_t>(quant_bias[begin + n]);
         std::memcpy(out + n, &kept, sizeof kept);
     }
 }
 
-void Prepared::reserve(int tokens, int width, bool is_real) {
-    const size_t ld = row_bytes(width);
-    const size_t rows = static_cast<size_t>(tokens + kLanes - 1) / kLanes * kLanes;
-    if (bytes.size() < 2 * ld * rows) bytes.resize(2 * ld * rows);
+void Linear::keep_token_sums(const int32_t* acc, int begin, int count, int32_t offset, float* out) const {
+    const auto times = static_cast<uint32_t>(offset + 128);
+    for (int n = 0; n < count; n++) {
+        const uint32_t kept = static_cast<uint32_t>(acc[n]) - times * static_cast<uint32_t>(weight_sum[begin + n]);
+        std::memcpy(out + n, &kept, sizeof kept);
+    }
+}
+
+namespace {
+
+size_t in_blocks(int tokens) { return static_cast<size_t>(chunk_count(tokens, kLanes)) * kLanes; }
+
+}  // namespace
+
+void Prepared::reserve(int tokens, int width) {
+    const size_t rows = in_blocks(tokens), size = 2 * row_bytes(width) * rows;
+    if (bytes.size() < size) bytes.resize(size);
     if (params.size() < rows) params.resize(rows);
-    if (is_real && real.size() < rows * width) real.resize(rows * width);
+}
+
+void Prepared::reserve_real(int tokens, int width) {
+    const size_t size = in_blocks(tokens) * width;
+    if (real.size() < size) real.resize(size);
 }
 
 bool Group::has_floating() const {
@@ -112,17 +126,17 @@ void Group::find_forms() {
     }
 }
 
-void Group::cut(int threads, bool paired) {
-    is_paired = paired;
-    const size_t distinct = paired ? 1 : linears.size();
+void Group::make_chunks(int threads) {
+    const bool is_first = cut != Cut::each;
+    const size_t distinct = is_first ? 1 : linears.size();
     size_t bytes = 0;
     for (size_t i = 0; i < distinct; i++) bytes += linears[i].weight_bytes();
     const double all = static_cast<double>(bytes);
-    const double few_turns = std::clamp((paired ? 2 : 1) * all / threads / kFewBytes, 1.0, kFewTurns);
+    const double few_turns = std::clamp((is_first ? 2 : 1) * all / threads / kFewBytes, 1.0, kFewTurns);
     for (size_t i = 0; i < distinct; i++) {
         const int rows = linears[i].outputs, index = static_cast<int>(i);
         // Of a pair whole blocks, so that what is made of it can be packed.
-        const int size = paired && rows >= threads * kManyRows ? kManyRows : many_rows(rows, threads);
+        const int size = is_first && rows >= threads * kManyRows ? kManyRows : many_rows(rows, threads);
         for (int n = 0; n < rows; n += size) many.push_back({index, n, std::min(size, rows - n)});
         const double share = static_cast<double>(linears[i].weight_bytes()) / all;
         const int turns = std::max(1, static_cast<int>(std::lround(share * few_turns)));
@@ -137,7 +151,7 @@ void Group::prefetch(int tokens, int index) const {
     const Chunk& chunk = all[index];
     const bool few_tokens = tokens <= kFewTokens;
     const size_t most = few_tokens ? kPrefetchBytes : kPrefetchPacked;
-    for (int i = chunk.linear; i < (is_paired && !few_tokens ? 2 : chunk.linear + 1); i++) {
+    for (int i = chunk.linear; i < (cut == Cut::pairs && !few_tokens ? 2 : chunk.linear + 1); i++) {
         const Linear& linear = linears[i];
         const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
         const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
@@ -149,9 +163,11 @@ void Group::prefetch(int tokens, int index) const {
     }
 }
 
-void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric, bool packed,
-                    std::vector<Prepared>& prepared, Scratch& scratch) const {
-    const int width = inputs();
+void Group::prepare(const Kernels& kernels, Token token, Layout layout, std::vector<Prepared>& prepared,
+                    Scratch& scratch) const {
+    const int width = inputs(), t = token.t;
+    const bool packed = layout == Layout::packed;
+    const float* x = token.x;
     if (gain != nullptr) {
         scratch.row.resize(width);
         kernels.rms_norm(x, width, gain, norm_bias, eps, scratch.row.data());
@@ -169,10 +185,11 @@ void Group::prepare(const Kernels& kernels, const float* x, int t, bool is_gener
         } else if (form.kind == LinearKind::w8a16) {
             to.params[t] = kernels.quantize_16(x, width, out, out + (packed ? kLanes : 1) * ld);
             if (wants_norm) to.params[t].norm = kernels.norm(x, width);
-        } else if (form.kind == LinearKind::w8a8 || (form.kind == LinearKind::mix && is_generated)) {
+        } else if (form.kind == LinearKind::w8a8 ||
+                   (form.kind == LinearKind::mix && token.origin == Origin::generated)) {
             kernels.quantize_static(x, width, form.inv_scale, form.offset, out);
         } else {
-            to.params[t] = kernels.quantize_token(x, width, symmetric, out);
+            to.params[t] = kernels.quantize_token(x, width, symmetric_tokens, out);
         }
     }
 }
@@ -189,11 +206,11 @@ void Group::pack(const Kernels& kernels, int block, std::vector<Prepared>& prepa
     }
 }
 
-PackedInput Group::packed_input(int which, const std::vector<Prepared>& prepared, int t0, int t1) const {
+PackedInput Group::packed_input(const Piece& piece, const std::vector<Prepared>& prepared) const {
     const size_t ld = row_bytes(inputs());
-    const int many = planes(linears[which].kind);
-    const uint8_t* blocks = prepared[form_of[which]].bytes.data() + static_cast<size_t>(t0) * many * ld;
-    return {blocks, kLanes * ld, t1 - t0, inputs()};
+    const int many = planes(linears[piece.linear].kind);
+    const uint8_t* blocks = prepared[form_of[piece.linear]].bytes.data() + static_cast<size_t>(piece.t0) * many * ld;
+    return {blocks, kLanes * ld, piece.t1 - piece.t0, inputs()};
 }
 
 bool Group::gates(const Group* next) const {
@@ -201,37 +218,34 @@ bool Group::gates(const Group* next) const {
     return forms[0].kind == (next != nullptr ? LinearKind::w8a8 : LinearKind::w8a16);
 }
 
-void Group::gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
-                 const Group& next, Prepared& handed) const {
+void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, const Group& next,
+                 Prepared& handed) const {
+    const int n = piece.begin;
     const size_t block = kLanes * row_bytes(next.inputs());
-    uint8_t* to = handed.bytes.data() + t0 / kLanes * block + static_cast<size_t>(n0) * kLanes;
-    kernels.gated_static(linears[0].static_rows(n0), linears[1].static_rows(n0), inputs(), count,
-                         packed_input(0, prepared, t0, t1), {to, block, next.forms[0].inv_scale, next.forms[0].offset});
+    uint8_t* to = handed.bytes.data() + piece.t0 / kLanes * block + static_cast<size_t>(n) * kLanes;
+    kernels.gated_static(linears[0].static_rows(n), linears[1].static_rows(n), inputs(), piece.count,
+                         packed_input(piece, prepared), {to, block, next.forms[0].inv_scale, next.forms[0].offset});
 }
 
-void Group::gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
-                 float* y, size_t ldy) const {
-    kernels.gated_16(linears[0].rows_16(n0), linears[1].rows_16(n0), inputs(), count, packed_input(0, prepared, t0, t1),
-                     prepared[0].params.data() + t0, {y, ldy, false});
+void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, Output out) const {
+    kernels.gated_16(linears[0].rows_16(piece.begin), linears[1].rows_16(piece.begin), inputs(), piece.count,
+                     packed_input(piece, prepared), prepared[0].params.data() + piece.t0, out);
 }
 
-void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t0, int t1, const uint8_t* generated,
-                     const std::vector<Prepared>& prepared, bool packed, bool adds, Scratch& scratch, float* y,
-                     size_t ldy) const {
-    const Linear& linear = linears[which];
-    const Prepared& from = prepared[form_of[which]];
-    const Piece piece{n0, count, t0, t1};
-    if (linear.kind == LinearKind::floating) {
-        return multiply_floating(kernels, linear, from, piece, adds, scratch, y, ldy);
-    }
-    const int many = planes(linear.kind);
-    const PackedInput x = packed_input(which, prepared, t0, t1);
+void Group::multiply(const Kernels& kernels, const Piece& piece, const Source& from, Output out,
+                     Scratch& scratch) const {
+    const Linear& linear = linears[piece.linear];
+    const Prepared& prepared = from.prepared[form_of[piece.linear]];
+    if (linear.kind == LinearKind::floating) return multiply_floating(kernels, piece, prepared, out, scratch);
+    const int many = planes(linear.kind), count = piece.count;
+    const bool packed = from.layout == Layout::packed;
+    const PackedInput x = packed_input(piece, from.prepared);
     if (packed && !linear.keeps_sums && linear.kind == LinearKind::w8a8) {
-        return kernels.packed_static(linear.static_rows(n0), x.inputs, count, x, {y, ldy, adds});
+        return kernels.packed_static(linear.static_rows(piece.begin), x.inputs, count, x, out);
     }
-    const Rows16 w = linear.rows_16(n0);
+    const Rows16 w = linear.rows_16(piece.begin);
     if (packed && !linear.keeps_sums && many == 2) {
-        return kernels.packed_16(w, x.inputs, count, x, from.params.data() + t0, {y, ldy, adds});
+        return kernels.packed_16(w, x.inputs, count, x, prepared.params.data() + piece.t0, out);
     }
     int32_t* sums = scratch.sums.data();
     if (packed) {
@@ -241,46 +255,52 @@ void Group::multiply(const Kernels& kernels, int which, int n0, int count, int t
         kernels.gemm_i8(w.weight, x.inputs, count, x.blocks, row_bytes(x.inputs), x.tokens * many, x.inputs, sums,
                         count);
     }
-    finish(kernels, linear, from, piece, generated, packed, adds, sums, y, ldy);
+    finish(kernels, piece, from, sums, out);
 }
 
-void Group::multiply_floating(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece,
-                              bool adds, Scratch& scratch, float* y, size_t ldy) const {
+void Group::multiply_floating(const Kernels& kernels, const Piece& piece, const Prepared& from, Output out,
+                              Scratch& scratch) const {
+    const Linear& linear = linears[piece.linear];
     const int width = linear.inputs, rows = piece.t1 - piece.t0, count = piece.count;
     const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
-    const auto* weight = static_cast<const char*>(linear.weight) + static_cast<size_t>(piece.n0) * row;
-    float* to = adds ? scratch.first.data() : y;
-    const size_t ld = adds ? count : ldy;
+    const auto* weight = static_cast<const char*>(linear.weight) + static_cast<size_t>(piece.begin) * row;
+    float* to = out.adds ? scratch.first.data() : out.y;
+    const size_t ld = out.adds ? count : out.ld;
     kernels.gemm_float(weight, linear.dtype, width, count, from.real.data() + static_cast<size_t>(piece.t0) * width,
                        width, rows, width, to, ld);
     for (int t = 0; t < rows; t++) {
-        if (!linear.bias.empty()) kernels.add(to + t * ld, linear.bias_at(piece.n0), count);
-        if (adds) kernels.add(y + t * ldy, to + t * ld, count);
+        if (!linear.bias.empty()) kernels.add(to + t * ld, linear.bias_at(piece.begin), count);
+        if (out.adds) kernels.add(out.y + t * out.ld, to + t * ld, count);
     }
 }
 
 // Sums of rows, or of the lanes of packed blocks, to what they mean.
-void Group::finish(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece,
-                   const uint8_t* generated, bool packed, bool adds, const int32_t* sums, float* y, size_t ldy) const {
-    const int many = planes(linear.kind), n0 = piece.n0, count = piece.count;
-    for (int t = piece.t0; t < piece.t1; t++) {
-        const int i = t - piece.t0;
+void Group::finish(const Kernels& kernels, const Piece& piece, const Source& from, const int32_t* sums,
+                   Output out) const {
+    const Linear& linear = linears[piece.linear];
+    const RowParams* params = from.prepared[form_of[piece.linear]].params.data() + piece.t0;
+    const bool packed = from.layout == Layout::packed;
+    const int many = planes(linear.kind), n = piece.begin, count = piece.count;
+    for (int i = 0; i < piece.t1 - piece.t0; i++) {
         const size_t row = packed ? i / kLanes * kLanes * many + i % kLanes : static_cast<size_t>(i) * many;
         const int32_t* acc = sums + row * count;
         const int32_t* low = acc + static_cast<size_t>(packed ? kLanes : 1) * count;
-        float* out = y + i * ldy;
-        const bool reads_static = linear.reads_static(generated != nullptr && generated[t]);
-        if (linear.keeps_sums) {
-            linear.keep_sums(acc, n0, count, reads_static, many == 2 ? 0 : from.params[t].offset, out);
-            if (many == 2) std::memcpy(out + linear.outputs, low, count * sizeof(int32_t));
+        float* y = out.y + i * out.ld;
+        const Origin origin = from.generated != nullptr && from.generated[i] ? Origin::generated : Origin::prompt;
+        const bool reads_static = linear.reads_static(origin);
+        if (linear.keeps_sums && reads_static) {
+            linear.keep_static_sums(acc, n, count, y);
+        } else if (linear.keeps_sums) {
+            linear.keep_token_sums(acc, n, count, many == 2 ? 0 : params[i].offset, y);
+            if (many == 2) std::memcpy(y + linear.outputs, low, count * sizeof(int32_t));
         } else if (many == 2) {
-            kernels.finish_16(acc, low, count, linear.rows_16(n0).scales, from.params[t], adds, out);
+            kernels.finish_16(acc, low, count, linear.rows_16(n).scales, params[i], out.adds, y);
         } else if (reads_static) {
-            const StaticRows of = linear.static_rows(n0);
-            kernels.finish_static(acc, count, of.bias, of.deq_scale, adds, out);
+            const StaticRows of = linear.static_rows(n);
+            kernels.finish_static(acc, count, of.bias, of.deq_scale, out.adds, y);
         } else {
-            kernels.finish_token(acc, count, linear.weight_sum.data() + n0, linear.scale.data() + n0,
-                                 linear.bias_at(n0), from.params[t], adds, out);
+            kernels.finish_token(acc, count, linear.weight_sum.data() + n, linear.scale.data() + n, linear.bias_at(n),
+                                 params[i], out.adds, y);
         }
     }
 }

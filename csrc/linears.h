@@ -9,6 +9,9 @@
 
 namespace eightfold {
 
+// Where a token comes from: some linears read a prompt's tokens in another way than those of an answer.
+enum class Origin : uint8_t { prompt, generated };
+
 enum class LinearKind : int { none, floating, w8a8, dynamic, mix, w8a16 };
 
 struct Linear {
@@ -27,13 +30,15 @@ struct Linear {
     bool keeps_sums = false;      // a share of the inputs: products come out as int32, to be summed with the others'
 
     bool is_static() const { return kind == LinearKind::w8a8 || kind == LinearKind::mix; }
-    bool reads_static(bool is_generated) const {
-        return kind == LinearKind::w8a8 || (kind == LinearKind::mix && is_generated);
+    bool reads_static(Origin origin) const {
+        return kind == LinearKind::w8a8 || (kind == LinearKind::mix && origin == Origin::generated);
     }
     size_t weight_bytes() const;
 
-    // int32 products of some rows in the place of reals, less what offsets of activations have added to them.
-    void keep_sums(const int32_t* acc, int n0, int count, bool is_static, int32_t offset, float* out) const;
+    // int32 products of rows [begin, begin + count) in the place of reals, less what an offset of the activations has
+    // added to them; products of activations with a static scale have their bias instead.
+    void keep_static_sums(const int32_t* acc, int begin, int count, float* out) const;
+    void keep_token_sums(const int32_t* acc, int begin, int count, int32_t offset, float* out) const;
 
     // Weight rows from n on, and what finishes their sums.
     StaticRows static_rows(int n) const;
@@ -57,7 +62,9 @@ struct Prepared {
     Lines<uint8_t> bytes;          // (T, planes, ld), or of many tokens (T / kLanes, planes) packed blocks
     Lines<float> real;             // (T, inputs), floating only
     std::vector<RowParams> params; // (T)
-    void reserve(int tokens, int width, bool is_real);  // memory only grows
+    // Memory only grows.
+    void reserve(int tokens, int width);
+    void reserve_real(int tokens, int width);
 };
 
 // Bytes of a quantized row in memory, and how many rows a token takes.
@@ -71,38 +78,25 @@ constexpr int kFewTokens = 8;
 constexpr int kProducts = 4096;
 static_assert(kManyRows * kTokenBlock <= kProducts && kProducts % (4 * kFewTokens) == 0);
 
-// A token whose value may turn out to be the largest.
-struct Candidate {
-    float upper;
-    int32_t index;
-};
+// How quantized rows lie: one below the other, or in packed blocks of kLanes tokens.
+enum class Layout { rows, packed };
 
 // What one thread needs for products.
-struct Scratch {
+struct alignas(kAlign) Scratch {
     Lines<int32_t> sums = Lines<int32_t>(2 * kProducts);
     Lines<float> first = Lines<float>(kProducts);
     Lines<float> second = Lines<float>(kProducts);
-    Lines<float> row;                // one input row, before it is quantized
-    std::vector<uint8_t> wide;       // a quantized row and what it is not to be quantized without
-    Lines<uint8_t> rows;             // quantized rows of a block, before they are packed
-    std::vector<Prepared> prepared;  // a few rows, prepared by this thread alone
-    uint64_t prepared_for = 0;
-    Lines<int8_t> q8;                // query rows of an attention unit, one below the other
-    std::vector<int32_t> q_sum, last;
-    Lines<float> qf, q_scale, states;
-    std::vector<const uint8_t*> keys, values;
-    uint64_t choices_for = 0;                        // the step of the following
-    Lines<float> floors, upper;                      // (R): the likeliest of a row is at least that
-    std::vector<std::vector<Candidate>> candidates;  // (R)
-    std::vector<int32_t> indices;
+    Lines<float> row;           // one input row, before it is quantized
+    std::vector<uint8_t> wide;  // a quantized row and what it is not to be quantized without
+    Lines<uint8_t> rows;        // quantized rows of a block, before they are packed
 };
 
 struct Chunk {  // rows of one linear; of a paired group, of the first and the second at once
     int linear, begin, count;
 };
 
-// Whether so many tokens are prepared in packed blocks.
-inline bool is_packed(int tokens) { return tokens > kFewTokens; }
+// How so many tokens are prepared.
+inline Layout layout_of(int tokens) { return tokens > kFewTokens ? Layout::packed : Layout::rows; }
 
 inline int chunk_count(int rows, int of) { return (rows + of - 1) / of; }
 
@@ -121,6 +115,34 @@ void by_rows(const Chunk& chunk, int tokens, Step f) {
     for (int n = chunk.begin; n < end; n += step) f(n, std::min(step, end - n));
 }
 
+// How the rows of a group are cut into chunks.
+enum class Cut {
+    each,   // of every linear by itself
+    pairs,  // of the first two at once
+    first,  // of the first alone: the others' rows are read one by one
+};
+
+// An input of a group, and which of its rows.
+struct Token {
+    const float* x;  // (K)
+    int t;
+    Origin origin;
+};
+
+// A part of a product: rows [begin, begin + count) of a linear meet tokens [t0, t1); of packed tokens, t0 is the first of
+// a block.
+struct Piece {
+    int linear, begin, count, t0, t1;
+};
+
+// The input of a product.
+struct Source {
+    const std::vector<Prepared>& prepared;
+    Layout layout;
+    const uint8_t* generated;  // of a piece's tokens, from its first on; null: it does not matter
+};
+
+// Linears that read the same input.
 struct Group {
     std::vector<Linear> linears;
     std::vector<Form> forms;     // the different ones
@@ -128,51 +150,48 @@ struct Group {
     const float* gain = nullptr; // of the norm before it; null: there is none
     const float* norm_bias = nullptr;
     float eps = 0;
-    bool wants_norm = false;     // of 16-bit inputs
-    bool is_paired = false;      // chunks are of two linears at once
+    bool symmetric_tokens = false;  // how dynamic linears quantize a token
+    bool wants_norm = false;        // of 16-bit inputs
+    Cut cut = Cut::each;
     std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
 
     void find_forms();
-    void cut(int threads, bool paired);
+    void make_chunks(int threads);
     int inputs() const { return linears.front().inputs; }
     int outputs() const;
     bool has_floating() const;
 
     const std::vector<Chunk>& chunks(int tokens) const { return tokens <= kFewTokens ? few : many; }
+    // Chunks of so many tokens' product: those of a block of tokens, then those of the next.
+    int chunk_total(int tokens) const {
+        return static_cast<int>(chunks(tokens).size()) * chunk_count(tokens, kTokenBlock);
+    }
 
     // Asks for the first weights of a chunk, if there are so many: a thread is likely to read those of its own number
     // first. Of many tokens each row takes long enough.
     void prefetch(int tokens, int chunk) const;
 
-    // Writes row t of the input in every form; x (K) is read only. `symmetric`: how a token is quantized. `packed`:
-    // quantized rows go to the scratch memory first, until pack() is called for their block.
-    void prepare(const Kernels& kernels, const float* x, int t, bool is_generated, bool symmetric, bool packed,
-                 std::vector<Prepared>& prepared, Scratch& scratch) const;
+    // Writes a row of the input in every form. Packed rows go to the scratch memory first, until pack() is called for
+    // their block.
+    void prepare(const Kernels& kernels, Token token, Layout layout, std::vector<Prepared>& prepared,
+                 Scratch& scratch) const;
     void pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const;
 
-    // silu_mul of both linears for packed tokens [t0, t1), rows n0 on, where gates(): a part of the input of `next`, in
-    // packed blocks, or rows of ldy floats if there is no `next`.
+    // silu_mul of both linears for packed tokens, where gates(): a part of the input of `next`, in packed blocks, or
+    // floats if there is no `next`. The piece's linear does not matter.
     bool gates(const Group* next) const;
-    void gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
-              const Group& next, Prepared& handed) const;
-    void gate(const Kernels& kernels, int n0, int count, int t0, int t1, const std::vector<Prepared>& prepared,
-              float* y, size_t ldy) const;
+    void gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, const Group& next,
+              Prepared& handed) const;
+    void gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, Output out) const;
 
-    // y[t - t0][0 .. count) of one linear, rows n0 on, tokens [t0, t1); ldy: floats from row to row. `packed`: how the
-    // input was prepared; then t0 is the first of a block. `adds`: to what y holds.
-    void multiply(const Kernels& kernels, int linear, int n0, int count, int t0, int t1, const uint8_t* generated,
-                  const std::vector<Prepared>& prepared, bool packed, bool adds, Scratch& scratch, float* y,
-                  size_t ldy) const;
+    // A piece of a linear's product, to `out`.
+    void multiply(const Kernels& kernels, const Piece& piece, const Source& from, Output out, Scratch& scratch) const;
 
 private:
-    struct Piece {  // of a product: rows of a linear and tokens
-        int n0, count, t0, t1;
-    };
-    PackedInput packed_input(int which, const std::vector<Prepared>& prepared, int t0, int t1) const;
-    void multiply_floating(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece, bool adds,
-                           Scratch& scratch, float* y, size_t ldy) const;
-    void finish(const Kernels& kernels, const Linear& linear, const Prepared& from, Piece piece,
-                const uint8_t* generated, bool packed, bool adds, const int32_t* sums, float* y, size_t ldy) const;
+    PackedInput packed_input(const Piece& piece, const std::vector<Prepared>& prepared) const;
+    void multiply_floating(const Kernels& kernels, const Piece& piece, const Prepared& from, Output out,
+                           Scratch& scratch) const;
+    void finish(const Kernels& kernels, const Piece& piece, const Source& from, const int32_t* sums, Output out) const;
 };
 
 }  // namespace eightfold

@@ -1,0 +1,182 @@
+#include "step.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace eightfold {
+
+namespace {
+
+constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
+
+// And where several ranks meet: two for every meeting.
+constexpr int kMeetingsOfLayer = 5, kOtherMeetings = 3;
+
+// Up to so many tokens, each thread prepares the inputs of products itself: a phase of its own would take longer.
+constexpr int kAloneTokens = 2;
+
+constexpr int kRowsOfChunk = 8;  // tokens of a chunk where each is little work
+
+}  // namespace
+
+Step::Step(const ModelConfig& config, const Weights& weights, const Kernels& kernels, Pool& pool, Parts parts)
+    : config_(config), weights_(weights), kernels_(kernels), pool_(pool), parts_(parts) {
+    for (int r = 0; r <= config_.ranks(); r++) {
+        head_cuts_.push_back(r * config_.shape.heads * config_.shape.head_dim);
+    }
+}
+
+int Step::phases(const ModelConfig& config) {
+    const int alone = config.layers * kPhasesOfLayer + kOtherPhases;
+    return config.is_shared() ? alone + 2 * (config.layers * kMeetingsOfLayer + kOtherMeetings) : alone;
+}
+
+void Step::run(const Batch& batch) {
+    parts_.attention.plan(batch, plan_);
+    reserve_tokens(std::max({batch.tokens, batch.logit_rows, batch.choice_rows}));
+    parts_.head.reserve(batch);
+    if (config_.is_shared()) parts_.share.reserve_parts(batch);
+    Slot& slot = slots_[pool_.next_slot()];  // last: to reserve may take a slot
+    const bool alone = batch.tokens <= kAloneTokens && !parts_.share.has_ranges();
+    slot.run = {batch, ++count_, alone};
+    std::swap(slot.attention, plan_);
+    parts_.attention.begin(batch);
+    pool_.run(program, this);
+    parts_.share.rethrow_failure(count_);
+}
+
+void Step::reserve_tokens(int tokens) {
+    if (tokens <= capacity_) return;
+    pool_.quiesce();
+    capacity_ = tokens;
+    x_.resize(static_cast<size_t>(tokens) * config_.hidden);
+    gated_.resize(static_cast<size_t>(tokens) * config_.intermediate);
+    parts_.attention.reserve_tokens(tokens);
+    parts_.products.reserve_tokens(tokens);
+    parts_.share.reserve_tokens(tokens);
+}
+
+void Step::program(void* step, Pool::Walk& walk) {
+    Step& self = *static_cast<Step*>(step);
+    self.walk_through(walk, self.slots_[walk.slot()]);
+}
+
+void Step::walk_through(Pool::Walk& walk, const Slot& slot) {
+    const Run& run = slot.run;
+    const int tokens = run.batch.tokens;
+    const auto embed_some = [&](int i) {
+        for (int t = i * kRowsOfChunk; t < std::min(tokens, (i + 1) * kRowsOfChunk); t++) embed(run, t);
+    };
+    if (!walk.phase(chunk_count(tokens, kRowsOfChunk), embed_some)) return;
+    if (config_.is_shared() && !parts_.share.gather_embedding(walk, run, x_.data())) return;
+    for (int i = 0; i < config_.layers; i++) {
+        const bool is_last = i + 1 == config_.layers;
+        const Group& after = is_last ? parts_.head.first(run.batch) : weights_.layers[i + 1].qkv;
+        if (!layer_phases(walk, slot, i, after)) return;
+    }
+    (void)parts_.head.find(walk, run, x_.data());
+}
+
+bool Step::layer_phases(Pool::Walk& walk, const Slot& slot, int i, const Group& after) {
+    const Run& run = slot.run;
+    const int tokens = run.batch.tokens;
+    const Layer& layer = weights_.layers[i];
+    Attention& attention = parts_.attention;
+    const auto ask_for_keys = [&] { attention.prefetch(slot.attention, i, walk.thread()); };
+    const Output qkv{attention.qkv(), static_cast<size_t>(layer.qkv.outputs()), false};
+    const bool hands_heads = attention.hands_heads(layer.o, tokens), hands = hands_gated(layer, tokens);
+    const Term o{{layer.o, attention.heads(), tokens, nullptr, hands_heads}, head_cuts_, layer.gate_up};
+    const Term down{{layer.down, gated_.data(), tokens, nullptr, hands}, config_.intermediate_cuts, after};
+    return parts_.products.multiply(walk, run, {layer.qkv, x_.data(), tokens}, qkv, ask_for_keys) &&
+           attention.attend_all(walk, run.batch, slot.attention, i, layer.o) && add(walk, run, o) &&
+           gate(walk, run, layer) && add(walk, run, down);
+}
+
+void Step::embed(const Run& run, int t) {
+    const Linear& embedding = weights_.embedding;
+    const size_t size = config_.hidden;
+    const int token = run.batch.token_ids[t], owner = parts_.share.owner_of(token);
+    if (!config_.is_shared() || owner == parts_.share.rank()) {
+        const size_t row = static_cast<size_t>(token - config_.vocab_cuts[owner]) * size;
+        const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
+        float* to = config_.is_shared() ? parts_.share.part() : x_.data();
+        kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, config_.hidden,
+                       to + static_cast<size_t>(t) * size);
+    }
+    parts_.attention.find_angles(run.batch, t);
+}
+
+bool Step::add(Pool::Walk& walk, const Run& run, const Term& term) {
+    const Input& input = term.input;
+    const Group& group = input.group;
+    const Linear& linear = group.linears.front();
+    Products& products = parts_.products;
+    Share& share = parts_.share;
+    const auto ask_for_weights = [&] { term.next.prefetch(input.tokens, walk.thread()); };
+    if (!config_.is_shared()) {
+        return products.multiply(walk, run, input, {x_.data(), static_cast<size_t>(linear.outputs), true},
+                                 ask_for_weights);
+    }
+    if (group.has_floating()) {
+        return share.gather_inputs(walk, run, input.x, term.cuts) &&
+               products.multiply(walk, run, {group, share.inputs(), input.tokens},
+                                 {share.part(), static_cast<size_t>(linear.outputs), false}, ask_for_weights) &&
+               share.add_outputs(walk, run, x_.data());
+    }
+    if (share.needs_ranges(group) && !share.meet_ranges(walk, run, group, input.x)) return false;
+    return products.multiply(walk, run, input, {share.part(), share.part_width(linear), false}, ask_for_weights) &&
+           share.add_sums(walk, run, group, products.prepared()[0], x_.data());
+}
+
+// Whether what comes out of the gate is quantized and packed at once.
+bool Step::hands_gated(const Layer& layer, int tokens) const {
+    return layer.gate_up.many.front().count % kAlign == 0 && parts_.products.takes_handed(layer.down, tokens);
+}
+
+bool Step::gate(Pool::Walk& walk, const Run& run, const Layer& layer) {
+    const int tokens = run.batch.tokens;
+    const Group& group = layer.gate_up;
+    const Input input{group, x_.data(), tokens};
+    const Layout layout = layout_of(tokens);
+    const bool hands = hands_gated(layer, tokens);
+    Products& products = parts_.products;
+    if (!products.prepare(walk, run, input)) return false;
+    return walk.phase(
+        group.chunk_total(tokens),
+        [&](int i) {
+            const Piece whole = products.piece_of(input, i);
+            if (layout == Layout::packed) group.prefetch(tokens, i + pool_.threads());
+            const Source from{products.prepared(run, input, walk.thread()), layout, run.batch.generated + whole.t0};
+            by_rows({whole.linear, whole.begin, whole.count}, tokens, [&](int n, int count) {
+                gate_piece(from, layer, {0, n, count, whole.t0, whole.t1}, hands, walk.thread());
+            });
+        },
+        [&] { layer.down.prefetch(tokens, walk.thread()); });
+}
+
+void Step::gate_piece(const Source& from, const Layer& layer, const Piece& piece, bool hands, int thread) {
+    const Group& group = layer.gate_up;
+    Products& products = parts_.products;
+    const int count = piece.count;
+    const size_t ld = config_.intermediate;
+    float* out = gated_.data() + piece.t0 * ld + piece.begin;
+    if (from.layout == Layout::packed && group.gates(hands ? &layer.down : nullptr)) {
+        if (hands) group.gate(kernels_, piece, from.prepared, layer.down, products.handed());
+        else group.gate(kernels_, piece, from.prepared, {out, ld, false});
+        return;
+    }
+    Scratch& scratch = products.scratch(thread);
+    float *gate = scratch.first.data(), *up = scratch.second.data();
+    const size_t width = count;
+    Piece half = piece;
+    for (half.linear = 0; half.linear < 2; half.linear++) {
+        group.multiply(kernels_, half, from, {half.linear == 0 ? gate : up, width, false}, scratch);
+    }
+    for (int t = 0; t < piece.t1 - piece.t0; t++) {
+        float* to = hands ? gate + t * count : out + t * ld;
+        kernels_.silu_mul(gate + t * count, up + t * count, count, to);
+    }
+    if (hands) products.hand_block(layer.down, piece, gate, thread);
+}
+
+}  // namespace eightfold
