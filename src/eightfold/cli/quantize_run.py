@@ -146,9 +146,9 @@ def _show_plan(
     budget: int | None,
     as_json: bool,
 ) -> None:
-    from eightfold.quant.estimate import plan_run
+    from eightfold.quant.estimate import estimate_run
 
-    found = plan_run(checkpoint, recipe, [len(sample) for sample in samples], target=target, memory=budget)
+    found = estimate_run(checkpoint, recipe, samples, target=target, memory=budget, progress=console.bars)
     if as_json:
         console.print_json(found.as_json())
     else:

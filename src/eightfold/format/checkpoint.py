@@ -98,6 +98,14 @@ class Checkpoint:
         checkpoint._check()
         return checkpoint
 
+    def first_layers(self, count: int) -> Checkpoint:
+        """Return the model that these files would hold if it had so many layers."""
+        raw = {**self.config_raw, "num_hidden_layers": count}
+        if isinstance(raw.get("layer_types"), list):
+            raw["layer_types"] = raw["layer_types"][:count]
+        tensors = {name: info for name, info in self.tensors.items() if (layer_of(name) or 0) < count}
+        return Checkpoint(self.directory, raw, tensors, self.description)
+
     @property
     def dtype(self) -> DType:
         """The model's dtype: what config.json says, else what the embedding is stored in."""

@@ -46,12 +46,14 @@ class Budget:
     Attributes:
         base: bytes resident before the first step.
         step: what the largest step adds.
-        states: bytes of all hidden states of one generation.
+        states: bytes of the hidden states of all samples, one generation.
+        proved: bytes of those of the sample that proves smoothing.
     """
 
     base: int
     step: int
     states: int
+    proved: int = 0
 
     @property
     def needed(self) -> int:
@@ -90,7 +92,7 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequenc
     streams = surveyed + (sum(lengths) if recipe.calibrates else 0)
     base = resident_bytes() or _BASE_BYTES
     step = max(_layer_bytes(checkpoint, recipe, lengths), _head_bytes(checkpoint, recipe))
-    return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams)
+    return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams, 4 * width * proved)
 
 
 def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:

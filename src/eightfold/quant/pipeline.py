@@ -45,7 +45,7 @@ _TIMES_NAME = "times.json"
 
 
 def quantize_checkpoint(
-    source: Path,
+    source: Path | Checkpoint,
     target: Path,
     recipe: Recipe,
     samples: Sequence[Sequence[int]] | None = None,
@@ -61,7 +61,7 @@ def quantize_checkpoint(
     """Quantize a float model directory, or go on with one that was begun.
 
     Args:
-        source: the float model. Only read.
+        source: the float model, a directory or an open one. Only read.
         target: the directory to make; it appears when everything is written, see format/output.py.
         recipe: what to do.
         samples: token ids of the calibration samples, for recipes that need them.
@@ -82,7 +82,7 @@ def quantize_checkpoint(
             meet, such as a full disk.
     """
     ranks = ranks or Ranks()
-    checkpoint = open_float(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_float(source)
     samples = _needed_samples(recipe, samples)
     require_level(recipe, assign_types(checkpoint.config, recipe))
     head = identity(checkpoint, recipe, samples, part_bytes=part_bytes, legacy_names=legacy_names, device=device.type)
@@ -92,7 +92,8 @@ def quantize_checkpoint(
     job = _Job(checkpoint, recipe, samples, part_bytes, legacy_names, spills, progress, ranks)
     if not ranks.is_first:
         return job.help()
-    growing = Output(target, head, source=source, explain=differences, overwrite=overwrite, progress=progress)
+    directory = checkpoint.directory
+    growing = Output(target, head, source=directory, explain=differences, overwrite=overwrite, progress=progress)
     with growing as output, use(device):
         return job.do(output)
 
