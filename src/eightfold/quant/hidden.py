@@ -25,8 +25,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from eightfold.format.safetensors import checksum_of, joined_checksum
 from eightfold.model.reference.decoder import Batch, Block, token_batches
 from eightfold.model.reference.load import Decoder
 from eightfold.parallel.ranks import Ranks, in_turn
+from eightfold.quant.calibrate import Observer
 
 # How many a stream has on disk.
 GENERATIONS = 3
@@ -78,14 +79,6 @@ def _sync_and_close(file: int) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.close(file)
-
-
-class Observer(Protocol):
-    """What all ranks call in each round, even without samples."""
-
-    def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> object:
-        """Take in samples."""
-        ...
 
 
 class HiddenStates:
@@ -135,17 +128,7 @@ class HiddenStates:
     def resume(self, layer_idx: int, checksum: int) -> bool:
         """Go on with what an earlier run has left; return whether rank 0 finds it intact."""
         self.layer_idx, self.checksum, self._held = layer_idx, checksum, {}
-        if not self._ranks.is_first:
-            return True
-        try:
-            file = os.open(self._path(layer_idx), os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            size = os.fstat(file).st_size
-            return size == self.nbytes and checksum_of(file, 0, size) == checksum
-        finally:
-            os.close(file)
+        return not self._ranks.is_first or file_checksum(self._path(layer_idx)) == checksum
 
     @property
     def nbytes(self) -> int:
@@ -164,27 +147,15 @@ class HiddenStates:
         return [self.lengths[index] for index in self._batches[batch]]
 
     def _states(self, batch: int) -> Tensor:
-        """Return the states of one batch, (tokens, E)."""
+        """Return the states of one batch, (tokens, E): as they are held, from the embedding table or from the file."""
         if batch in self._held:
             return self._held[batch]
-        return self._read(self._batches[batch])
-
-    def _read(self, indices: Sequence[int]) -> Tensor:
-        """Return the states of consecutive samples, (tokens, E), from the embedding table or the file."""
+        indices = self._batches[batch]
         if self.layer_idx == 0:
             return self._decoder.embed([token for index in indices for token in self._samples[index]])
-        tokens = sum(self.lengths[index] for index in indices)
-        states = torch.empty(tokens, self._width, dtype=torch.float32, device="cpu")
-        buffer, at = states.numpy().data.cast("B"), 4 * self._width * self._begins[indices[0]]
-        file = os.open(self._path(self.layer_idx), os.O_RDONLY)
-        try:
-            while buffer:
-                count = os.preadv(file, [buffer], at)
-                assert count, f"{self._path(self.layer_idx)} ends early"
-                buffer, at = buffer[count:], at + count
-        finally:
-            os.close(file)
-        return states.to(torch.get_default_device())
+        path, count = self._path(self.layer_idx), self._width * sum(self._sizes(batch))
+        states = np.fromfile(path, np.float32, count, offset=4 * self._width * self._begins[indices[0]])
+        return torch.from_numpy(states).reshape(-1, self._width).to(torch.get_default_device())
 
     def pieces(self) -> Iterator[tuple[list[int], Tensor]]:
         """Yield all samples, a few at a time: their lengths, and their states one after the other, (tokens, E)."""
@@ -193,7 +164,7 @@ class HiddenStates:
 
     def first_sample(self) -> Tensor:
         """Return the first sample's states, (T0, E), in rank 0."""
-        return self._held[0][: self.lengths[0]] if 0 in self._held else self._read([0])
+        return self._states(0)[: self.lengths[0]]
 
     def advance(self, block: Block, observers: Sequence[Observer] = ()) -> None:
         """Move this rank's samples through the next layer, and begin to bring the new generation to the disk.
@@ -273,6 +244,18 @@ def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
         for batch in batches.values()
         for part in token_batches([lengths[index] for index in batch], BATCH_TOKENS)
     ]
+
+
+def file_checksum(path: Path) -> int | None:
+    """Return the CRC-32 of a file; None when it is not there."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        return checksum_of(file, 0, os.fstat(file).st_size)
+    finally:
+        os.close(file)
 
 
 def _allocated(path: Path) -> int:

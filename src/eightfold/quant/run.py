@@ -34,7 +34,7 @@ from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress
 from eightfold.quant.fallback import attention_back, roll_back
 from eightfold.quant.head import QuantizedHead
-from eightfold.quant.hidden import BackgroundSync, HiddenStates
+from eightfold.quant.hidden import BackgroundSync, HiddenStates, file_checksum
 from eightfold.quant.layer import QuantizedLayer, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputTensor
@@ -42,7 +42,7 @@ from eightfold.quant.proof import UnchangedProof, compare_logits
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.statistics import unshared
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
-from eightfold.quant.surveyed import file_checksum, load_survey, save_survey, survey_facts
+from eightfold.quant.surveyed import load_survey, save_survey, survey_facts
 from eightfold.quant.tensor_writer import TensorWriter
 from eightfold.scheme import QuantType, weight_name
 

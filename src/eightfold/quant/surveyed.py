@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from eightfold.config import DType
-from eightfold.format.safetensors import FileWriter, MappedFile, PlannedTensor, checksum_of, read_header
+from eightfold.format.safetensors import FileWriter, MappedFile, PlannedTensor, read_header
 from eightfold.model.reference.tensors import to_array
 from eightfold.quant.attention import KVParams
+from eightfold.quant.hidden import file_checksum
 from eightfold.quant.smooth import SmoothScale
 from eightfold.quant.survey import LayerSurvey
 
@@ -47,18 +47,6 @@ def save_survey(path: Path, survey: LayerSurvey) -> int | None:
     finally:
         writer.abandon()
     return file_checksum(path)
-
-
-def file_checksum(path: Path) -> int | None:
-    """Return the CRC-32 of a file; None when it is not there."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        return checksum_of(file, 0, os.fstat(file).st_size)
-    finally:
-        os.close(file)
 
 
 def load_survey(path: Path, facts: Mapping[str, Any]) -> LayerSurvey:
