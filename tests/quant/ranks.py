@@ -18,7 +18,7 @@ import torch
 from eightfold.errors import EightfoldError
 from eightfold.parallel.ranks import Ranks
 from eightfold.parallel.world import World
-from eightfold.quant import hidden, identity, pipeline
+from eightfold.quant import hidden, identity
 from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
@@ -93,11 +93,6 @@ def main() -> int:
         die_after(job["dies"])
     if is_odd and "version" in job:
         identity.__version__ = job["version"]
-    if is_odd and "other" in job:
-        job["source"] = job["other"]
-    if is_odd and "arithmetic" in job:
-        facts = pipeline.float_facts()
-        pipeline.float_facts = lambda: {**facts, "float32 arithmetic": job["arithmetic"]}
     if is_odd and "elsewhere" in job:
         look_elsewhere(job["elsewhere"])
     ranks = Ranks(World.of_environment())

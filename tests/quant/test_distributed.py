@@ -17,10 +17,15 @@ from typing import Any
 import pytest
 import torch
 
+from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.journal import layers_done, partial_path, read_entries
+from eightfold.parallel.ranks import ADVICE, Ranks
+from eightfold.parallel.world import require_alike
 from eightfold.quant import hidden
+from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.hidden import sample_batches
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
+from tests.quant.killing import killed_after
 from tests.quant.ranks import RECIPES, quantize
 from tests.refusal import snapshot
 
@@ -67,18 +72,13 @@ class Ended:
 
 
 def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
-    """Start processes as torchrun would; `variable`, a name and a value, is set for the odd one."""
+    """Start processes as torchrun would."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     local = size == 2  # two as on one host, more as on a host each
-    variable = job.pop("variable", None)
-
-    def here(rank: int) -> dict[str, str]:
-        own = dict([variable] if variable and rank == job["odd"] else [])
-        return {**own, "LOCAL_WORLD_SIZE": str(size)} if local else own
-
+    host = {"LOCAL_WORLD_SIZE": str(size)} if local else {}
     return [
         subprocess.Popen(
             [
@@ -88,7 +88,7 @@ def start(size: int, **job: Any) -> list[subprocess.Popen[str]]:
                 json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in job.items()}),
             ],
             cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank * local), **here(rank)},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank * local), **host},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -162,8 +162,6 @@ def test_a_dead_rank_0_ends_the_others_and_one_process_goes_on(source, alone, tm
 
 
 def test_what_one_process_has_begun_two_ranks_finish(source, alone, tmp_path, monkeypatch):
-    from tests.quant.killing import killed_after
-
     with killed_after(150, monkeypatch):
         quantize(source, tmp_path / "m4 fa", "m4 fa")
     assert 0 < layers_done(read_entries(partial_path(tmp_path / "m4 fa")) or []) < LAYERS
@@ -180,44 +178,56 @@ def test_a_rank_with_another_version_is_refused(source, tmp_path):
     assert not (tmp_path / "w8a16").exists()
 
 
-def test_a_rank_with_another_source_is_refused(source, tmp_path):
-    config = tiny_config("Qwen2ForCausalLM", num_hidden_layers=LAYERS)
-    other = write_model(tmp_path / "other", config, seed=5)
-    first, second = run(2, source, tmp_path, ["w8a16"], odd=1, other=other)
-    assert (first.code, second) == (2, Ended(2, ""))
-    assert first.err.startswith("eightfold: source of rank 1 (process ")
-    assert "model.safetensors" in first.err and first.err.count("\n") == 1
-    assert not (tmp_path / "w8a16").exists()
-
-
 @pytest.mark.parametrize(
-    ("variable", "what"),
-    [(("ATEN_CPU_CAPABILITY", "default"), "instruction set"), (None, "float32 arithmetic")],
-)
-def test_a_rank_with_other_arithmetic_is_refused(source, tmp_path, variable, what):
-    first, second = run(2, source, tmp_path, ["w8a16"], odd=1, variable=variable, arithmetic="0" * 8)
-    assert first.code == second.code == 2
-    assert first.err.startswith(f"eightfold: {what} of rank 1 (process ")
-    assert first.err.endswith(
-        ", as rank 0 has. Use hosts with the same kind of CPU and the same environment, or start all ranks with "
-        "ATEN_CPU_CAPABILITY=avx2 and MKL_CBWR=AVX2.\n"
-    )
-    assert first.err.count("\n") == 1
-    assert not (tmp_path / "w8a16").exists()
+    ("name", "kind", "own", "other", "said"),
+    [
+        ("source", CheckpointError, {"a": [1, 2], "b": [3, 4]}, {"a": [1, 2], "b": [3, 5]},
+         "got b [3, 5], expected b [3, 4], as rank 0 has. Let all ranks see the same model directory."),
+        ("device", ConfigError, "cpu", None, "got None, expected cpu, as rank 0 has. "
+         "Start all processes with the same options."),
+        *((name, ConfigError, "1", "2", "got 2, expected 1, as rank 0 has. Use hosts with the same kind of CPU and the "
+           "same environment, or start all ranks with ATEN_CPU_CAPABILITY=avx2 and MKL_CBWR=AVX2.")
+          for name in float_facts()),
+    ],
+)  # fmt: skip
+def test_what_differs_in_a_rank_is_named(name, kind, own, other, said):
+    with pytest.raises(kind) as caught:
+        require_alike({name: own}, [("rank 1", {name: own}), ("rank 2", {name: other})], ADVICE)
+    assert str(caught.value) == f"{name} of rank 2: {said}"
 
 
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_a_rank_that_finds_another_output_is_refused(source, alone, tmp_path, monkeypatch, is_begun):
-    """Its host has a disk of its own, there with nothing or with a copy of what was begun."""
+def test_all_that_decides_the_bytes_is_compared(source, tmp_path):
+    class Two(Ranks):
+        def require_alike(self, facts):
+            seen.update(facts)
+            raise ConfigError("enough")
+
+    seen, ranks = {}, Two()
+    ranks.size = 2
+    with pytest.raises(ConfigError, match="enough"):
+        quantize(source, tmp_path / "out", "w8a16", ranks=ranks)
+    assert {"eightfold", "torch", "recipe", "calibration", "source", "output", *float_facts()} <= set(seen)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arithmetic_is_compared():
+    """The instruction set by its name, and what libraries make of it by results."""
+    before = float_facts()
+    assert float_facts() == before
+    script = "from eightfold.quant.arithmetic import float_facts; print(float_facts()['instruction set'])"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() not in ("", before["instruction set"]), done.stderr
+
+
+def test_a_rank_that_finds_another_output_is_refused(source, alone, tmp_path, monkeypatch):
+    """Its host has a disk of its own, there with a copy of what was begun."""
     out, elsewhere = tmp_path / "shared" / "w8a16", tmp_path / "own"
-    if is_begun:
-        from tests.quant.killing import killed_after
-
-        with killed_after(100, monkeypatch):
-            quantize(source, out, "w8a16")
-        shutil.copytree(partial_path(out), partial_path(elsewhere / "w8a16"))
+    with killed_after(100, monkeypatch):
+        quantize(source, out, "w8a16")
+    shutil.copytree(partial_path(out), partial_path(elsewhere / "w8a16"))
     before = layers_done(read_entries(partial_path(out)) or [])
-    assert (before > 0) == is_begun
+    assert before > 0
     first, second = run(2, source, out.parent, ["w8a16"], odd=1, elsewhere=elsewhere)
     assert (first.code, second) == (2, Ended(2, ""))
     assert re.fullmatch(
@@ -228,10 +238,8 @@ def test_a_rank_that_finds_another_output_is_refused(source, alone, tmp_path, mo
         first.err,
     )
     assert layers_done(read_entries(partial_path(out)) or []) == before
-    assert partial_path(out).exists() == is_begun
-    if is_begun:
-        assert run(2, source, out.parent, ["w8a16"]) == [ALL_WELL] * 2
-        assert snapshot(out) == alone("w8a16")
+    assert run(2, source, out.parent, ["w8a16"]) == [ALL_WELL] * 2
+    assert snapshot(out) == alone("w8a16")
 
 
 def torchrun(size: int, *args: object) -> Result:

@@ -39,7 +39,7 @@ _SAME_BITS = (
     "Use hosts with the same kind of CPU and the same environment, or start all ranks with "
     "ATEN_CPU_CAPABILITY=avx2 and MKL_CBWR=AVX2."
 )
-_ADVICE = {
+ADVICE = {
     "eightfold": "Install the same version on all hosts.",
     "torch": "Install the same version on all hosts.",
     "source": "Let all ranks see the same model directory.",
@@ -77,7 +77,7 @@ class Ranks:
         names, found = zip(*self.gather((process_name(), expected)), strict=True)
         if self.is_first and self.size > 1:
             self._others = [f"rank {rank} ({name})" for rank, name in enumerate(names)][1:]
-            require_alike(expected, zip(self._others, found[1:], strict=True), _ADVICE)
+            require_alike(expected, zip(self._others, found[1:], strict=True), ADVICE)
 
     def share(self, value: T) -> T:
         """Return rank 0's value."""
