@@ -148,7 +148,7 @@ class CompletionLogprobs:
         return found
 
 
-class Answer:
+class AnswerWriter:
     """Writes the answers to a request, whole or in pieces; each endpoint has its own way.
 
     Args:
@@ -214,7 +214,7 @@ class Answer:
         raise NotImplementedError
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(AnswerWriter):
     """The answer to a chat; its choices are the n answers to one prompt."""
 
     def __init__(self, model: str, texts: TokenTexts, tools: ToolUse, *, streams: bool, shows_usage: bool) -> None:
@@ -269,7 +269,7 @@ class ChatAnswer(Answer):
         }
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(AnswerWriter):
     """The answer to a completion; its choices are the n answers to each prompt in turn.
 
     Args:

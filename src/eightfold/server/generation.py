@@ -16,7 +16,7 @@ from starlette.types import Receive, Send
 from eightfold.engine.async_llm import EngineStoppedError
 from eightfold.engine.outputs import RequestOutput
 from eightfold.errors import EightfoldError
-from eightfold.server.answers import DONE, Answer, event, to_json
+from eightfold.server.answers import DONE, AnswerWriter, event, to_json
 from eightfold.server.fields import ApiError, draining, internal, refused
 from eightfold.server.logs import GONE, Record
 from eightfold.server.metrics import Metrics
@@ -41,7 +41,7 @@ class Asked:
     # Returns the prompts' token ids, and their texts where the answers repeat them; it takes time.
     encode: Callable[[Tokenizer], tuple[list[list[int]], list[str] | None]]
     params: SamplingParams
-    answer: Callable[[list[str] | None], Answer]  # makes what writes the answers, from the texts that they repeat
+    answer: Callable[[list[str] | None], AnswerWriter]  # makes what writes the answers, from the texts that they repeat
     streams: bool
     shows_usage: bool  # at the end of a stream
 
@@ -169,7 +169,7 @@ async def _watched(prompts: InFlight, receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-async def answer_whole(prompts: InFlight, answer: Answer, receive: Receive, send: Send) -> None:
+async def answer_whole(prompts: InFlight, answer: AnswerWriter, receive: Receive, send: Send) -> None:
     """Wait for the end of prompts and send their answers; ApiError where there are none."""
     finished: dict[int, RequestOutput] = {}
     async with _watched(prompts, receive):
@@ -184,7 +184,7 @@ async def answer_whole(prompts: InFlight, answer: Answer, receive: Receive, send
     await send_json(send, answer.whole([finished[at] for at in sorted(finished)], prompts.record))
 
 
-async def answer_stream(prompts: InFlight, answer: Answer, receive: Receive, send: Send) -> None:
+async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receive, send: Send) -> None:
     """Send what prompts produce as it comes; ApiError where there is nothing, and nothing was sent yet."""
     record = prompts.record
     async with _watched(prompts, receive), aclosing(prompts.outputs()) as outputs:
