@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from eightfold.server.tools import ToolParser, ToolUse
@@ -121,33 +122,6 @@ def _finite(logprob: float | None) -> float | None:
     return None if logprob is None else max(logprob, _LEAST_LOGPROB)
 
 
-class CompletionLogprobs:
-    """What stands under `logprobs` of a completion's choice, piece by piece."""
-
-    def __init__(self, texts: TokenTexts) -> None:
-        self._texts, self._offset = texts, 0
-
-    def of(self, sampled: Sequence[Sampled | None], token_ids: Sequence[int], top: int) -> dict[str, Any]:
-        """Return them for the next tokens; None where nothing is known, as of a prompt's first token."""
-        tokens = [self._texts.of(token) for token in token_ids]
-        offsets = list[int]()
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [None if each is None else _finite(each.logprob) for each in sampled],
-            "top_logprobs": [None if each is None else self._likeliest(each, top) for each in sampled] if top else None,
-            "text_offset": offsets,
-        }
-
-    def _likeliest(self, sampled: Sampled, top: int) -> dict[str, float | None]:
-        found = dict[str, float | None]()
-        for token, logprob in (*sampled.top[:top], (sampled.token_id, sampled.logprob)):
-            found.setdefault(self._texts.of(token), _finite(logprob))
-        return found
-
-
 class AnswerWriter:
     """Writes the answers to a request, whole or in pieces; each endpoint has its own way.
 
@@ -219,7 +193,7 @@ class ChatAnswer(AnswerWriter):
 
     def __init__(self, model: str, texts: TokenTexts, tools: ToolUse, *, streams: bool, shows_usage: bool) -> None:
         kind = "chat.completion.chunk" if streams else "chat.completion"
-        super().__init__("chatcmpl", kind, model, texts, 0, shows_usage=shows_usage)
+        super().__init__("chatcmpl", kind, model, texts, 1, shows_usage=shows_usage)
         self._tools = tools
         self._parsers: dict[int, ToolParser] = {}
 
@@ -292,13 +266,13 @@ class CompletionAnswer(AnswerWriter):
     ) -> None:
         super().__init__("cmpl", "text_completion", model, texts, n, shows_usage=shows_usage)
         self._logprobs, self._echo, self._only_prompts = logprobs, echo, only_prompts
-        self._progress: dict[int, CompletionLogprobs] = {}
+        self._offsets: dict[int, int] = {}  # of each choice, where the next token of its log-probabilities begins
 
     def _told(self, generated: int) -> int:
         return 0 if self._only_prompts else generated  # the engine generates one token at least
 
     def _piece(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
-        is_first, reason = index not in self._progress, answer.finish_reason
+        is_first, reason = index not in self._offsets, answer.finish_reason
         text = self._text(index, answer.delta_text, is_first=is_first)
         logprobs = self._shown(index, answer.delta_logprobs, output, is_first=is_first)
         if not (text or logprobs or reason is not None):
@@ -318,14 +292,28 @@ class CompletionAnswer(AnswerWriter):
         self, index: int, sampled: Sequence[Sampled] | None, output: RequestOutput, *, is_first: bool
     ) -> dict[str, Any] | None:
         """Return the log-probabilities of the next tokens, in front of them the prompt's if it is echoed."""
-        progress = self._progress.setdefault(index, CompletionLogprobs(self._texts))
+        begin = self._offsets.setdefault(index, 0)
         if self._logprobs is None:
             return None
         shown = list[Any]() if self._only_prompts else list[Any](sampled or ())
         token_ids = [each.token_id for each in shown]
         if self._echo is not None and is_first and output.prompt_logprobs is not None:
             shown, token_ids = [*output.prompt_logprobs, *shown], [*output.prompt_ids, *token_ids]
-        return progress.of(shown, token_ids, self._logprobs)
+        tokens = [self._texts.of(token) for token in token_ids]
+        *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=begin)
+        likeliest = [None if each is None else self._likeliest(each) for each in shown] if self._logprobs else None
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if each is None else _finite(each.logprob) for each in shown],
+            "top_logprobs": likeliest,
+            "text_offset": offsets,
+        }
+
+    def _likeliest(self, sampled: Sampled) -> dict[str, float | None]:
+        found = dict[str, float | None]()
+        for token, logprob in (*sampled.top[: self._logprobs], (sampled.token_id, sampled.logprob)):
+            found.setdefault(self._texts.of(token), _finite(logprob))
+        return found
 
     def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
         choice = {

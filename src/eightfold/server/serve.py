@@ -68,13 +68,7 @@ def _address_error(host: str, port: int, error: OSError) -> ConfigError:
 
 
 def serve(engine: AsyncLLM, settings: ServerSettings, sock: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serve until a signal says to stop.
-
-    Args:
-        engine: that answers.
-        settings: how.
-        sock: from `bind`.
-        announce: is told the address once requests are accepted.
+    """Serve on a socket from `bind` until a signal says to stop; `announce` is told the address once it is served.
 
     Raises:
         ConfigError: another program was quicker to listen at the address.
@@ -91,11 +85,7 @@ def _in_url(host: str) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with a stop of our own.
-
-    Attributes:
-        service: what it serves.
-    """
+    """uvicorn with a stop of our own."""
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings, ready: Callable[[], None]) -> None:
         self.service = Service(engine, settings)
