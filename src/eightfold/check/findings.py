@@ -38,7 +38,7 @@ class Finding:
     rule: str  # stable, such as mindie.qkv-input-scale
     verdict: Verdict
     where: tuple[str, ...]  # tensors, modules, files or config keys: the first few
-    count: int  # of all of them
+    count: int  # all places
     message: str
 
     @property
@@ -62,7 +62,7 @@ class Rules:
     """The rules about one loader: what each says about the places it applies to.
 
     Args:
-        loader: whose rules they are; their ids begin with it.
+        loader: the loader's name, with which rule ids begin.
         texts: verdict -> rule -> what the loader does, as the first part of an error's message and what follows it.
             Facts of a directory stand in braces. A rule with several texts has a word for each behind a slash.
     """
@@ -90,12 +90,12 @@ class Rules:
 class Summary:
     """What the loader makes of the directory, when nothing stops it."""
 
-    dtype: str  # of activations; "unknown" when config.json does not say
+    dtype: str  # activations'; "unknown" when config.json does not say
     linears: dict[str, int]  # scheme -> linears of the layers
     packs: dict[str, dict[str, int]]  # group of linears that become one -> how -> layers
     kv_cache: str  # int8, float, or what is which
     attention: str  # FAQuant, float, ...
-    attention_layers: int  # that are quantized
+    attention_layers: int  # layers whose attention is quantized
 
     @property
     def text(self) -> str:

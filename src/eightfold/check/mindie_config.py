@@ -32,9 +32,9 @@ _W8A8_LABELS = frozenset({"W8A8", "W8A8S", "W8A8_MIX"})
 class Scheme:
     """What a value of `quantize` means for a layer."""
 
-    pack: str  # in the names of pack types
-    labels: frozenset[str]  # in the description, that count as quantized
-    reads: tuple[str, ...]  # of an int8 linear, besides its weight
+    pack: str  # its name in pack types
+    labels: frozenset[str]  # labels in the description that count as quantized
+    reads: tuple[str, ...]  # tensors of an int8 linear, besides its weight
 
 
 SCHEMES = {
@@ -135,11 +135,11 @@ class MindIE:
     Attributes:
         d: the directory.
         described: the description that the router merges: the short name, else the one with config.json's `quantize`.
-        quantize: of config.json, else model_quant_type in small letters; None makes it a float model.
+        quantize: config.json's value, else model_quant_type in small letters; None makes it a float model.
         scheme: what `quantize` means.
         description_file: the description that Weights reads the labels from; None if there is none.
         labels: what Weights looks labels up in.
-        dtype: of the model, from `torch_dtype` only; None if it is not one of the two.
+        dtype: the model's, from `torch_dtype` only; None if it is not one of the two.
     """
 
     def __init__(self, d: RawDirectory) -> None:

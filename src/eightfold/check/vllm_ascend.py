@@ -169,9 +169,9 @@ class _VllmAscend:
     Attributes:
         d: the directory, with the files that are opened.
         description: under the one name that is looked for; nothing for a float model.
-        dtype: of the model, by either key of config.json; None if it is not one of the two.
+        dtype: the model's, by either key of config.json; None if it is not one of the two.
         modules: those that have a scheme: the linears, the head of an untied model.
-        labels: of these and of embedding and head; FLOAT in a float model.
+        labels: the labels of these, of embedding and of head; FLOAT in a float model.
     """
 
     def __init__(self, d: RawDirectory) -> None:

@@ -17,7 +17,7 @@ from eightfold.tokenizer import Tokenizer
 
 
 def longest_context(model: NativeModel, config: EngineConfig) -> int:
-    """Return the positions of a sequence.
+    """Return how many positions a sequence may have.
 
     Raises:
         ConfigError: more are asked for than the model knows.
@@ -111,11 +111,13 @@ class Admission:
         if not prompt_len:
             raise CapacityError("prompt", got="no tokens", expected="at least one")
         if prompt_len >= self.max_model_len:
+            can_grow = self.max_model_len < self._model.config.max_position_embeddings
+            way_out = " or raise --max-model-len." if can_grow else ": the model cannot look back on more."
             raise CapacityError(
                 "prompt",
                 got=f"{prompt_len} tokens",
                 expected=f"at most {self.max_model_len - 1}, and room for an answer",
-                action=self._longer_context(),
+                action=f"Shorten it{way_out}",
             )
         longest = self.max_model_len if max_tokens is None else min(self.max_model_len, prompt_len + max_tokens)
         # The last token's own key and value are never needed.
@@ -129,8 +131,3 @@ class Admission:
                 action="Raise --kv-memory, or ask for fewer tokens.",
             )
         return longest
-
-    def _longer_context(self) -> str:
-        if self.max_model_len < self._model.config.max_position_embeddings:
-            return "Shorten it or raise --max-model-len."
-        return "Shorten it: the model cannot look back on more."

@@ -115,7 +115,7 @@ class AsyncLLM:
         Args:
             prompt_ids: at least one token.
             params: what is asked for.
-            request_id: that no unfinished request has; None for one that is made up.
+            request_id: an id that no unfinished request has; None for a fresh one.
             streams: whether there is an item as soon as there is something new, and not only the last; without, an
                 answer costs less.
 

@@ -29,7 +29,7 @@ def hash_block(parent: bytes, token_ids: Sequence[int], prompt_tokens: int) -> b
 
     Args:
         parent: hash of the block before it, or NO_PARENT.
-        token_ids: of the block.
+        token_ids: the block's tokens.
         prompt_tokens: how many of them count as a prompt's; a constant where that changes nothing.
     """
     import hashlib  # with OpenSSL, which a single answer need not wait for

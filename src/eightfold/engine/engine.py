@@ -45,8 +45,8 @@ class Engine:
     Attributes:
         config: the limits as they were given.
         model: the native model.
-        model_config: of the checkpoint.
-        tokenizer: of the checkpoint.
+        model_config: the checkpoint's configuration.
+        tokenizer: the checkpoint's tokenizer.
         max_model_len: positions of a sequence, prompt and answer together.
         notes: what a user should know about how it runs, one sentence each.
     """
@@ -63,11 +63,12 @@ class Engine:
         """Allocate the cache.
 
         Args:
-            model: whose cache is the engine's from now on.
-            tokenizer: of the same checkpoint.
+            model: the native model; its cache belongs to the engine from now on.
+            tokenizer: the same checkpoint's.
             config: the limits.
             stop_ids: the model's own tokens that end an answer.
-            tells_prompts: some linears compute prompts and answers differently, so keys and values depend on it.
+            tells_prompts: whether some linears compute prompts and answers differently, so that keys and values depend
+                on which tokens are the prompt's.
 
         Raises:
             CapacityError: the cache does not fit the memory.
@@ -97,7 +98,7 @@ class Engine:
         """Load a model directory.
 
         Args:
-            directory: of the model.
+            directory: a quantized or float model directory.
             config: limits and options.
             tokenizer: the model's, if it has been loaded before, perhaps with another chat template.
 
@@ -123,7 +124,7 @@ class Engine:
         """Check a request and make it ready for `submit`. Any thread may call it at any time.
 
         Args:
-            request_id: that no unfinished request has.
+            request_id: an id that no unfinished request has.
             prompt_ids: at least one token.
             params: what is asked for.
             streams: whether each step gives an output, and not only the last.

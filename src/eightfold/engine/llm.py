@@ -53,7 +53,7 @@ class LLM:
 
         Args:
             prompts: texts or lists of token ids; or just one.
-            params: for all prompts, or one for each; None for the defaults.
+            params: one SamplingParams for all prompts, or one for each; None for the defaults.
             progress: who is told of every finished answer; True for a bar on a terminal's stderr after two seconds.
 
         Returns:

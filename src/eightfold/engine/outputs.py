@@ -20,9 +20,9 @@ class Produced:
     """What a sequence has produced so far; all lists only grow.
 
     Attributes:
-        token_ids: without a stop token.
-        pieces: of text, as they became certain.
-        logprobs: of each token; None where they were not asked for.
+        token_ids: the tokens, without a stop token.
+        pieces: the text, in the pieces in which it became certain.
+        logprobs: the log-probabilities of each token; None where they were not asked for.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class CompletionOutput:
     """One answer to a request, up to a step.
 
     Attributes:
-        index: which of the n answers.
+        index: the answer's place among the request's n.
         finish_reason: None while it goes on.
         stop_reason: the stop string or stop token that ended it; None for the model's own end token.
     """
@@ -88,7 +88,7 @@ class CompletionOutput:
         return None if found is None else found[slice(*self._ids)]
 
     def begin_with(self, earlier: CompletionOutput) -> None:
-        """Let the deltas begin where an earlier output's do, which nobody has read."""
+        """Let the deltas begin where those of an earlier output do that nobody has read."""
         self._ids = (earlier._ids[0], self._ids[1])
         self._pieces = (earlier._pieces[0], self._pieces[1])
 
@@ -114,13 +114,13 @@ class RequestOutput:
     """A request after a step that moved it.
 
     Attributes:
-        request_id: as it was added.
-        prompt_ids: of the prompt.
+        request_id: the id it was added by.
+        prompt_ids: the prompt's tokens.
         outputs: the answers that moved in this step; all of them once the request is finished.
         finished: whether all answers are complete.
         times: shared with the engine, which fills it in.
-        cached_tokens: of the prompt that were found in the cache.
-        prompt_logprobs: of each token of the prompt but the first, which stands there as None; None where they were
+        cached_tokens: how many of the prompt's tokens were found in the cache.
+        prompt_logprobs: log-probabilities of the prompt's tokens, None in the place of the first; None where they were
             not asked for or are not complete yet.
     """
 
@@ -133,7 +133,7 @@ class RequestOutput:
     prompt_logprobs: list[Sampled | None] | None = None
 
     def begin_with(self, earlier: RequestOutput) -> None:
-        """Take in the output before this one, which nobody has read."""
+        """Merge the output before this one, which nobody has read, into this one."""
         unread = {answer.index: answer for answer in earlier.outputs}
         for answer in self.outputs:
             if answer.index in unread:
@@ -143,18 +143,18 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts of an engine: the first four as it stands, the others since it began.
+    """Counts of an engine: the first four as they are now, the others since it began.
 
     Attributes:
-        waiting: sequences.
-        running: sequences.
-        blocks_total: of the cache.
-        blocks_used: that sequences hold.
+        waiting: sequences in line.
+        running: sequences that have started.
+        blocks_total: blocks of the cache.
+        blocks_used: blocks that sequences hold.
         preemptions: sequences that had to give their blocks back and begin again.
-        prefix_hit_tokens: of prompts, found in the cache.
-        prefix_query_tokens: of prompts, looked up.
-        prompt_tokens: computed for prompts, hits left out.
-        generated_tokens: of answers.
+        prefix_hit_tokens: prompt tokens found in the cache.
+        prefix_query_tokens: prompt tokens looked up in it.
+        prompt_tokens: prompt tokens computed, without those found.
+        generated_tokens: answer tokens.
         drafted: tokens that prompt lookup guessed.
         accepted: guesses that were right.
     """

@@ -37,7 +37,7 @@ class Sampled:
     """A chosen token.
 
     Attributes:
-        token_id: of the token.
+        token_id: the token.
         logprob: its natural log-probability, perhaps minus infinity; None where none were asked for.
         top: the likeliest tokens and their log-probabilities, likeliest first.
     """
@@ -54,12 +54,12 @@ class Sampler:
     takes one number: so an answer depends neither on others nor on how steps are cut.
 
     Args:
-        params: of the request.
+        params: the request's parameters.
         prompt_ids: tokens before the answer.
         vocab_size: V.
         stop_ids: tokens that end the answer, besides `params.stop_token_ids`.
-        index: of the answer among the request's n.
-        grammar: of the answer's form.
+        index: the answer's place among the request's n.
+        grammar: the answer's form, None for free text.
 
     Raises:
         InputError: a token id in the parameters is outside the vocabulary.
@@ -141,8 +141,8 @@ def choose_all(
         samplers: R, each once.
         logits: rows (V,) float32; not changed.
         best: (R,) the likeliest tokens.
-        rows: of the logits, for each sampler that needs them; None where sampler i has row i.
-        threads: that share the rows; None as EIGHTFOLD_THREADS says, or one for each CPU.
+        rows: which row each sampler reads that needs logits; None where sampler i has row i.
+        threads: how many threads share the rows; None for EIGHTFOLD_THREADS, or one for each CPU.
     """
     sampled = [Sampled(int(token)) for token in best]
     needing = [i for i, sampler in enumerate(samplers) if sampler.needs_logits]
@@ -165,7 +165,7 @@ def prompt_logprobs(
         logits: (T, V) float32; row t is what the model says before token t.
         token_ids: T tokens.
         top: how many of the likeliest to report.
-        threads: as for `choose_all`.
+        threads: see choose_all.
     """
     tokens = np.array(token_ids, np.int32)
     return _with_logprobs(logits, np.arange(len(tokens), dtype=np.int32), tokens, [top] * len(tokens), _pool(threads))

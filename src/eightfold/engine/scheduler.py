@@ -92,7 +92,7 @@ class Scheduler:
 
     Args:
         config: the engine's limits.
-        blocks: of the cache.
+        blocks: the cache's blocks.
         blocks_per_sequence: the most that one can hold.
         whole_prompts: whether prompts run in one piece, whatever the budget.
         row_cost: b / a, see above.
@@ -130,7 +130,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: TokenSequence) -> None:
-        """Forget a sequence, wherever it is."""
+        """Take a sequence out, whether it waits or runs."""
         if sequence.slot >= 0:
             self.running.remove(sequence)
             self._give_back(sequence)

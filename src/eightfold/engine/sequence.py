@@ -23,18 +23,18 @@ class TokenSequence:
 
     Attributes:
         request: it belongs to.
-        index: which of the request's answers.
-        order: of arrival; the lower, the older.
+        index: the answer's place among the request's n.
+        order: rank by arrival; the lower, the older.
         token_ids: prompt and answer.
         prompt_len: how many of them are the prompt's.
         max_len: tokens at which it ends for its length.
         computed: tokens whose keys and values are in the cache.
         scheduled: tokens of `token_ids` that the step to come computes.
         draft: guesses that the step to come computes behind them.
-        blocks: of the cache, in order; none while it waits.
-        hashes: of its full blocks, as far as they are known.
+        blocks: blocks of the cache, in order; none while it waits.
+        hashes: the hashes of its full blocks, as far as they are known.
         named: how many of `blocks` the block manager knows by these.
-        row: of the step that runs, the first after which a token is chosen for it.
+        row: in the step that runs, the first row after which a token is chosen for it.
         lookup: what drafts its tokens; None where nothing does.
         slot: row of the scheduler's tables while it runs.
         finish_reason: None while it goes on.
@@ -148,18 +148,18 @@ class Request:
     """A prompt, what was asked for, and its sequences.
 
     Attributes:
-        request_id: chosen by the caller.
-        prompt_ids: of the prompt.
+        request_id: the caller's id.
+        prompt_ids: the prompt's tokens.
         params: what was asked for.
         eos_ids: the model's own tokens that end an answer; none if they are to be ignored.
         streams: whether every step gives an output, and not only the last.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         end_ids: all tokens that end an answer.
         reads_text: whether text is made as tokens come, and not from all of them at the end.
-        sequences: one for each answer.
-        times: when what happened.
-        cached_tokens: of the prompt that the first sequence found in the cache.
-        prompt_logprobs: those that are there so far; None: not asked for.
+        sequences: the sequences, one for each answer.
+        times: when it arrived, began, got its first token and ended.
+        cached_tokens: how many of the prompt's tokens the first sequence found in the cache.
+        prompt_logprobs: the prompt's log-probabilities so far; None where they were not asked for.
     """
 
     request_id: str

@@ -17,8 +17,8 @@ class Part:
     name: str  # such as self_attn.q_proj
     layers: str  # such as 0-29, or 0-4,7
     scheme: str
-    dtype: str  # of the weight
-    shape: tuple[int, ...]  # of one weight
+    dtype: str  # the weight's
+    shape: tuple[int, ...]  # one weight's
     count: int
     nbytes: int  # all tensors of these modules
 
@@ -32,10 +32,10 @@ class Contents:
     dtype: str
     scheme: str
     num_layers: int
-    parameters: int  # of the float model, a tied head not counted
+    parameters: int  # the float model's, a tied head not counted
     files: int
-    nbytes: int  # of tensors, a tied head not counted
-    disk_bytes: int  # of the weight files
+    nbytes: int  # all tensors, a tied head not counted
+    disk_bytes: int  # all weight files
     float_bytes: int  # the same model with every tensor in its dtype
     tied: bool
     notes: tuple[str, ...]

@@ -31,7 +31,7 @@ class Kernel:
 
     modules: str  # such as linears
     scheme: str
-    dtype: str  # of the weights, or of the cache
+    dtype: str  # the weights', or the cache's
     count: int
     how: str
 

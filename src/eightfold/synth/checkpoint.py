@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +19,19 @@ from eightfold.format.writer import ShardedWriter, total_bytes
 from eightfold.progress import Progress, silent
 from eightfold.synth.shapes import model_config
 from eightfold.synth.tensors import RandomModel, RandomTensor
-from eightfold.synth.vocabulary import write_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Larger models are published in files of this size.
 SHARD_BYTES = 5_000_000_000
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
 
 @dataclass(frozen=True)
@@ -108,3 +115,43 @@ def _values(
                 yield done, is_last, values.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def write_tokenizer(directory: Path, config: ModelConfig, raw: dict[str, Any]) -> None:
+    """Write a tokenizer without training data, and a chat template.
+
+    It has one token for each byte, and names up to the size of the vocabulary. bos_token_id and eos_token_id are those
+    of `raw`, the model's config.json; the roles stand behind them.
+    """
+    bos, eos = raw["bos_token_id"], raw["eos_token_id"]
+    special = {bos: "<|begin_of_text|>", eos: "<|end_of_text|>"}
+    special.update({max(bos, eos) + 1 + i: role for i, role in enumerate(_ROLES)})
+    _tokenizer(config.vocab_size, special, bos).save(str(directory / "tokenizer.json"))
+    settings = {
+        "bos_token": special[bos],
+        "eos_token": special[eos],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+    }
+    _write_json(directory / "tokenizer_config.json", settings)
+    _write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _tokenizer(size: int, special: dict[int, str], bos: int) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    bytes_first = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [special.get(i) or (bytes_first[i] if i < 256 else f"<|unused_{i}|>") for i in range(size)]
+    tokenizer = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special[bos]} $A", special_tokens=[(special[bos], bos)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special.values()])
+    return tokenizer
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -59,11 +59,11 @@ class RandomTensor:
     """One tensor to be made.
 
     Attributes:
-        name: of the tensor.
+        name: its name in the file.
         shape: a matrix's, or a vector's.
         std: deviation of an ordinary element.
-        mean: of a vector's elements.
-        rows: of a matrix, the rows that are larger, and by what factor.
+        mean: mean of a vector's elements.
+        rows: rows of a matrix that are larger, and by what factor.
         columns: its columns that are larger or smaller; of a vector, the elements that are set, and to what.
     """
 
