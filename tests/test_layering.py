@@ -128,6 +128,15 @@ def test_circles_are_found():
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
 
 
+@pytest.mark.parametrize("path", [path for path in SOURCES if part_of(path) == "model"], ids=name_of)
+def test_backends_do_not_know_each_other_and_the_reader_of_layers_knows_neither(path):
+    reference, native = "eightfold.model.reference", "eightfold.model.native"
+    strange = {"model/reference": (native,), "model/native": (reference,)}.get(
+        path.relative_to(ROOT).parent.as_posix(), (reference, native)
+    )
+    assert [name for name in imported(parse(path)) if name.startswith(strange)] == []
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if not name_of(p).startswith(TORCH_ALLOWED)], ids=name_of)
 def test_torch_is_loaded_with_a_module_only_where_it_is_at_home(path):
     loaded = {name.split(".")[0] for name in at_import_time(parse(path))}

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from eightfold.config import RopeParameters
 from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.layers import inverse_frequencies
 from eightfold.model.native import core
 from eightfold.model.native.load import _finish, load_model
 from eightfold.model.native.model import PAGE, Chunk
-from eightfold.model.native.rotary import inverse_frequencies
 from eightfold.model.reference import attention as reference_attention
 from eightfold.model.reference.generate import generate
 from eightfold.model.reference.load import Decoder

@@ -13,49 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eightfold.config import DType
-from eightfold.errors import CheckpointError, UnsupportedError
-from eightfold.families import (
-    ATTENTION,
-    EMBEDDING,
-    FINAL_NORM,
-    KEY,
-    LM_HEAD,
-    VALUE,
-    LinearShape,
-    all_linears,
-    input_groups,
-    layer_norms,
-    layer_prefix,
-    sliding_window,
-)
+from eightfold.errors import UnsupportedError
+from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, input_groups, layer_prefix, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import resident_bytes
+from eightfold.model import layers
 from eightfold.model.native import core
 from eightfold.model.native.model import NativeModel
-from eightfold.model.native.rotary import inverse_frequencies
 from eightfold.parallel.share import WHOLE, Share, cuts
-from eightfold.scheme import (
-    BIAS,
-    DEQ_SCALE,
-    FA_K,
-    FA_Q,
-    FA_V,
-    INPUT_OFFSET,
-    INPUT_SCALE,
-    KV_OFFSET,
-    KV_SCALE,
-    NEEDS_CALIBRATION,
-    OFFSET,
-    QUANT_BIAS,
-    SCALE,
-    WEIGHT_OFFSET,
-    WEIGHT_SCALE,
-    QuantType,
-    bias_name,
-    legacy_norm,
-    weight_name,
-)
+from eightfold.scheme import QuantType, weight_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -125,7 +91,7 @@ def load_model(
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
         symmetric_tokens=dynamic == "symmetric",
-        inv_freq=inverse_frequencies(config.rope, config.head_dim),
+        inv_freq=layers.inverse_frequencies(config.rope, config.head_dim),
     )
     loader = _Loader(checkpoint, model, share)
     for layer_idx in range(config.num_layers):
@@ -133,7 +99,7 @@ def load_model(
     loader.add_ends()
     damaged = _finish(model, beside)
     if damaged >= 0:
-        loader.require_finite(loader.weights[damaged])
+        layers.require_finite(checkpoint, loader.weights[damaged])
     float_prompts = attention == "mindie" and checkpoint.has_int8_attention
     loaded = NativeModel(model, config, isa, float_prompts, neighbours)
     if beside is None:
@@ -207,140 +173,83 @@ class _Loader:
     def add_layer(self, layer_idx: int) -> None:
         prefix = layer_prefix(layer_idx)
         for group in input_groups(self.config):
-            for linear in group.linears:
-                self._add_linear(layer_idx, group.title, prefix + linear.name, linear)
-        norms = {name: self._norm(prefix + name) for name in layer_norms(self.config)}
-        (input_gain, input_bias), (post_gain, post_bias) = norms["input_layernorm"], norms["post_attention_layernorm"]
+            for shape in group.linears:
+                linear = layers.read_linear(self.checkpoint, prefix + shape.name, shape)
+                self._add_linear(layer_idx, group.title, shape.name, linear)
+        norms = layers.read_norms(self.checkpoint, layer_idx)
+        before, between = norms["input_layernorm"], norms["post_attention_layernorm"]
         self.model.set_norms(
-            layer_idx, input_gain=input_gain, input_bias=input_bias, post_gain=post_gain, post_bias=post_bias
+            layer_idx,
+            input_gain=before.gain,
+            input_bias=_given(before.bias),
+            post_gain=between.gain,
+            post_bias=_given(between.bias),
         )
-        none = (_NOTHING, _NOTHING)
-        query_norm, key_norm = norms.get("self_attn.q_norm", none)[0], norms.get("self_attn.k_norm", none)[0]
+        query_norm, key_norm = (
+            norms[name].gain if name in norms else _NOTHING for name in ("self_attn.q_norm", "self_attn.k_norm")
+        )
         self.model.set_attention(
             layer_idx, window=sliding_window(self.config, layer_idx) or 0, query_norm=query_norm, key_norm=key_norm,
-            **self._attention(layer_idx)
+            **self._attention(layers.read_attention(self.checkpoint, layer_idx))
         )  # fmt: skip
 
     def add_ends(self) -> None:
-        self.model.set_embedding(self._rows(weight_name(EMBEDDING), self.share.part(self.config.vocab_size)))
-        self.model.set_final_norm(*self._norm(FINAL_NORM))
-        if self.config.tie_word_embeddings:
-            weight = self._rows(self.checkpoint.head_weight(), self.share.part(self.config.vocab_size))
-            self._add_float(-1, "head", weight, _NOTHING)
-        else:
-            self._add_linear(-1, "head", LM_HEAD, all_linears(self.config)[LM_HEAD])
+        name = weight_name(EMBEDDING)
+        self.weights.append(name)
+        self.model.set_embedding(self.checkpoint.array(name)[self.share.part(self.config.vocab_size)])
+        gain, bias = layers.read_norm(self.checkpoint, FINAL_NORM)
+        self.model.set_final_norm(gain, _given(bias))
+        self._add_linear(-1, "head", LM_HEAD, layers.read_head(self.checkpoint))
 
-    def _add_linear(self, layer_idx: int, group: str, module: str, linear: LinearShape) -> None:
-        kind = self.checkpoint.quant_type(module)
-        cut = self.share.of_linear(self.config, linear.name, is_float=kind is QuantType.FLOAT)
-        bias = self._values(f"{module}.{BIAS}")[cut.rows] if linear.has_bias else _NOTHING
-        name = weight_name(module)
-        weight = self._rows(name, cut.rows) if cut.columns is None else self._columns(name, cut.columns)
-        if kind is QuantType.FLOAT:
-            self._add_float(layer_idx, group, weight, bias)
-            return
-        is_static = kind in NEEDS_CALIBRATION
-        weight_scale = f"{module}.{WEIGHT_SCALE}"
-        offset = self._values(f"{module}.{WEIGHT_OFFSET}")[cut.rows] if kind is QuantType.W8A16 else _NOTHING
-        quant_bias = self._integers(f"{module}.{QUANT_BIAS}")[cut.rows] if is_static else _NO_INTEGERS
+    def _add_linear(self, layer_idx: int, group: str, name: str, linear: layers.Linear) -> None:
+        """Hand over a linear, or what the rank has of it: `name` is its name inside the layer, or the head's."""
+        cut = self.share.of_linear(self.config, name, is_float=linear.kind is QuantType.FLOAT)
+        weight = linear.weight[cut.rows] if cut.columns is None else self._columns(linear, cut.columns)
+        offset, quant_bias = _given(linear.weight_offset, cut.rows), _NO_INTEGERS
+        if linear.quant_bias is not None:
+            quant_bias = linear.quant_bias[cut.rows] if cut.counts_bias else np.zeros(len(weight), np.int32)
+        scale = _given(linear.weight_scale, cut.rows)
+        if linear.kind is not QuantType.FLOAT and linear.weight_scale is None:
+            scale = np.ones(len(weight), np.float32)
+        self.weights.append(linear.name)
         self.model.add_linear(
             layer_idx,
             group,
-            KINDS[kind],
+            KINDS[linear.kind],
             weight,
-            scale=self._values(weight_scale)[cut.rows] if weight_scale in self.checkpoint.tensors else _ones(weight),
+            scale=scale,
             offset=offset if offset.any() else _NOTHING,
-            bias=bias,
-            deq_scale=self._deq_scale(module)[cut.rows] if is_static else _NOTHING,
-            quant_bias=quant_bias if cut.counts_bias else np.zeros_like(quant_bias),
-            inv_input_scale=float(np.float32(1) / self._values(f"{module}.{INPUT_SCALE}")[0]) if is_static else 0.0,
-            input_offset=float(self._values(f"{module}.{INPUT_OFFSET}")[0]) if is_static else 0.0,
+            bias=_given(linear.bias, cut.rows),
+            deq_scale=_given(linear.deq_scale, cut.rows),
+            quant_bias=quant_bias,
+            inv_input_scale=0.0 if linear.input_scale is None else float(np.float32(1) / linear.input_scale[0]),
+            input_offset=0.0 if linear.input_offset is None else float(linear.input_offset[0]),
         )
 
-    def _add_float(self, layer_idx: int, group: str, weight: NDArray[Any], bias: NDArray[Any]) -> None:
-        self.model.add_linear(
-            layer_idx, group, "float", weight, scale=_NOTHING, offset=_NOTHING, bias=bias,
-            deq_scale=_NOTHING, quant_bias=_NO_INTEGERS, inv_input_scale=0.0, input_offset=0.0,
-        )  # fmt: skip
-
-    def _norm(self, module: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        gain = self._values(weight_name(module))
-        stored = [b for b in (bias_name(module), bias_name(legacy_norm(module))) if b in self.checkpoint.tensors]
-        bias = self._values(stored[0]) if stored else _NOTHING
-        return gain, bias if bias.any() else _NOTHING
-
-    def _attention(self, layer_idx: int) -> dict[str, Any]:
+    def _attention(self, read: layers.Attention) -> dict[str, Any]:
         """Return the kind of cache and its scales: (scale, reciprocal, offset) of keys and of values, (G * D,) each."""
-        kind, prefix = self.checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
-        if kind is QuantType.FLOAT:
+        if read.key is None or read.value is None:
             return {"kind": "bf16", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": [], "value": []}
-        if kind is QuantType.C8:
-            key, value = (self._channels(f"{prefix}{part}", KV_SCALE, KV_OFFSET) for part in (KEY, VALUE))
+        key, value = self._channels(read.key), self._channels(read.value)
+        if read.query_scale is None:
             return {"kind": "int8x2", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": key, "value": value}
-        module, config, dim = prefix + ATTENTION, self.config, self.config.head_dim
+        config, dim = self.config, self.config.head_dim
         heads, per_key = self.share.heads(config), config.num_heads // config.num_kv_heads
-        for part in (FA_Q, FA_K, FA_V):
-            self._require_zeros(f"{module}.{part}.{OFFSET}")
-        key, value = (self._channels(f"{module}.{part}", SCALE, "") for part in (FA_K, FA_V))
-        query_scale = self._values(f"{module}.{FA_Q}.{SCALE}").reshape(config.num_heads, -1)[heads, 0]
-        first_key = self.share.kv_heads(config).start
-        key_of_head = [h // per_key - first_key for h in range(heads.start, heads.stop)]
-        key_scale = key[0].reshape(-1, dim)[key_of_head, 0]
-        score_scale = query_scale * key_scale / np.float32(np.sqrt(dim))
+        query_scale = read.query_scale[heads]
+        key_of_head = [head // per_key for head in range(heads.start, heads.stop)]
+        score_scale = query_scale * read.key.scale[key_of_head, 0] / np.float32(np.sqrt(dim))
         query_inv = np.float32(1) / query_scale
         return {"kind": "int8", "query_inv": query_inv, "score_scale": score_scale, "key": key, "value": value}
 
-    def _channels(self, module: str, scale: str, offset: str) -> list[NDArray[Any]]:
-        shape = (self.config.num_kv_heads, self.config.head_dim)
+    def _channels(self, read: layers.Channels) -> list[NDArray[Any]]:
         heads = self.share.kv_heads(self.config)
-        stored = self._values(f"{module}.{scale}").reshape(shape[0], -1)
-        scale_C = np.ascontiguousarray(np.broadcast_to(stored, shape)[heads]).reshape(-1)
-        name = f"{module}.{offset}"
-        has_offset = name in self.checkpoint.tensors
-        offset_C = self._values(name).reshape(shape)[heads].reshape(-1) if has_offset else np.zeros_like(scale_C)
+        scale_C = read.scale[heads].reshape(-1)
+        offset_C = np.zeros_like(scale_C) if read.offset is None else read.offset[heads].reshape(-1)
         return [scale_C, np.float32(1) / scale_C, offset_C]
 
-    def _require_zeros(self, name: str) -> None:
-        """Refuse an offset that nothing here would subtract."""
-        values = self._values(name) if name in self.checkpoint.tensors else _NOTHING
-        if values.any():
-            raise UnsupportedError(
-                f"values of {name}",
-                where=self.checkpoint.tensors[name].file,
-                got=f"{values.min():g} to {values.max():g}",
-                expected="zeros",
-                action="Attention is computed without offsets; quantize it symmetrically.",
-            )
-
-    def _deq_scale(self, module: str) -> NDArray[Any]:
-        stored = self.checkpoint.array(f"{module}.{DEQ_SCALE}").reshape(-1)
-        if stored.dtype == np.int64:  # float32 bits in the low half
-            return stored.astype(np.int32).view(np.float32)
-        return self._values(f"{module}.{DEQ_SCALE}")
-
-    def _integers(self, name: str) -> NDArray[Any]:
-        return np.ascontiguousarray(self.checkpoint.array(name).reshape(-1), dtype=np.int32)
-
-    def _values(self, name: str) -> NDArray[Any]:
-        """Return a small tensor as a flat float32 copy."""
-        array = self.checkpoint.array(name).reshape(-1)
-        if self.checkpoint.tensors[name].dtype == DType.BF16.value:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        values = np.array(array, dtype=np.float32)
-        if not np.isfinite(values).all():
-            self.require_finite(name)
-        return values
-
-    def _rows(self, name: str, rows: slice) -> NDArray[Any]:
-        """Return rows of a weight as they lie in the file."""
-        self.weights.append(name)
-        return self.checkpoint.array(name)[rows]
-
-    def _columns(self, name: str, columns: slice) -> NDArray[Any]:
+    def _columns(self, linear: layers.Linear, columns: slice) -> NDArray[Any]:
         """Return a copy of columns of a weight, in memory of its own; the file's pages are let go."""
-        self.weights.append(name)
-        array = self.checkpoint.array(name)
-        share = array[:, columns]
+        share = linear.weight[:, columns]
         # Anonymous memory of whole pages: rows that are multiples of a cache line start at one.
         memory = mmap.mmap(-1, max(share.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -348,27 +257,13 @@ class _Loader:
                 memory.madvise(mmap.MADV_HUGEPAGE)
         copy = np.frombuffer(memory, share.dtype, share.size).reshape(share.shape)
         copy[:] = share
-        self.checkpoint.release([name])
+        self.checkpoint.release([linear.name])
         return copy
 
-    def require_finite(self, name: str) -> None:
-        """Refuse a tensor with a number that is not finite, and name the first."""
-        array = self.checkpoint.array(name)
-        array = array.reshape(array.shape[0], -1) if array.ndim else array.reshape(1, 1)
-        if self.checkpoint.tensors[name].dtype == DType.BF16.value:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        for row, column in np.argwhere(~np.isfinite(array))[:1]:
-            raise CheckpointError(
-                f"{name}[{row}, {column}]",
-                where=self.checkpoint.tensors[name].file,
-                got=float(array[row, column]),
-                expected="a finite number",
-                action="The weights are damaged; fetch the model again.",
-            )
 
-
-def _ones(weight_NK: NDArray[Any]) -> NDArray[Any]:
-    return np.ones(len(weight_NK), np.float32)
+def _given(values: NDArray[Any] | None, rows: slice = slice(None)) -> NDArray[Any]:
+    """Return some of the values as the extension takes them: none where there are none."""
+    return _NOTHING if values is None else values[rows]
 
 
 def _length(of: slice) -> int:

@@ -5,38 +5,24 @@
 
 Letters: S new tokens, C context tokens (the new ones are the last S), H query heads, G kv heads, D head_dim.
 
-Sources: RoFormer, Su et al. 2021, arXiv:2104.09864; the llama3 stretching is that of the Llama 3.1 model card.
+Source: RoFormer, Su et al. 2021, arXiv:2104.09864.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from eightfold.config import RopeParameters
+from eightfold.model.layers import stretch_frequencies
 
 
 def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
     """Return (D/2,) float32 angles for one position, after stretching for long contexts."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
-    inv_freq = 1.0 / (rope.rope_theta**exponents)
-    if rope.rope_type == "linear":
-        return inv_freq / rope.factor
-    if rope.rope_type == "llama3":
-        return _stretch_llama3(inv_freq, rope)
-    return inv_freq
-
-
-def _stretch_llama3(inv_freq: Tensor, rope: RopeParameters) -> Tensor:
-    # Long waves are stretched by `factor`, short ones kept, those between blended.
-    old_context = rope.original_max_position_embeddings
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (old_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    stretched = torch.where(wavelength > old_context / rope.low_freq_factor, inv_freq / rope.factor, blended)
-    return torch.where(wavelength < old_context / rope.high_freq_factor, inv_freq, stretched)
+    # torch and numpy round powers differently in their last bit, so each backend takes its own.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim
+    plain = 1.0 / (rope.rope_theta**exponents)
+    return torch.from_numpy(stretch_frequencies(plain.numpy(), rope)).to(torch.get_default_device())
 
 
 def rope_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:

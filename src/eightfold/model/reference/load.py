@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from eightfold.errors import UnsupportedError
-from eightfold.families import (
-    ATTENTION,
-    EMBEDDING,
-    FINAL_NORM,
-    KEY,
-    LM_HEAD,
-    VALUE,
-    LinearShape,
-    all_linears,
-    input_groups,
-    layer_norms,
-    layer_prefix,
-    sliding_window,
-)
+from eightfold.families import EMBEDDING, FINAL_NORM, LinearShape, input_groups, layer_prefix, sliding_window
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model import layers
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
 from eightfold.model.reference.kvcache import (
@@ -44,67 +32,48 @@ from eightfold.model.reference.linear import (
     W8A16Linear,
     release_widened,
 )
-from eightfold.model.reference.tensors import load_float32, load_tensor, mapped_tensor, require_finite
-from eightfold.scheme import (
-    FA_K,
-    FA_Q,
-    FA_V,
-    KV_OFFSET,
-    KV_SCALE,
-    OFFSET,
-    SCALE,
-    QuantType,
-    bias_name,
-    legacy_norm,
-    linear_tensors,
-    weight_name,
-)
+from eightfold.model.reference.tensors import as_tensor, load_float32, mapped_tensor, require_finite
+from eightfold.scheme import QuantType, weight_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).reshape(-1)
+def _optional(values: NDArray[Any] | None) -> Tensor | None:
+    return None if values is None else as_tensor(values)
 
 
-def _float_linear(_: DynamicMode, *, weight: Tensor, bias: Tensor | None = None) -> Linear:
-    return FloatLinear(weight, None if bias is None else _flat(bias))
+def _needed(values: NDArray[Any] | None) -> Tensor:
+    assert values is not None, "the reader lets no file through that lacks it"
+    return as_tensor(values)
 
 
-def _w8a16_linear(
-    _: DynamicMode, *, weight: Tensor, weight_scale: Tensor, weight_offset: Tensor, bias: Tensor | None = None
-) -> Linear:
-    return W8A16Linear(
-        weight, _flat(weight_scale)[:, None], _flat(weight_offset)[:, None], None if bias is None else _flat(bias)
-    )
+def _float_linear(_: DynamicMode, read: layers.Linear) -> Linear:
+    return FloatLinear(as_tensor(read.weight), _optional(read.bias))
 
 
-def _w8a8_linear(
-    _: DynamicMode,
-    *,
-    weight: Tensor,
-    input_scale: Tensor,
-    input_offset: Tensor,
-    quant_bias: Tensor,
-    deq_scale: Tensor,
-    **unused: Tensor,  # weight_scale and weight_offset say nothing new, bias is inside quant_bias
-) -> W8A8Linear:
-    if deq_scale.dtype == torch.int64:
-        deq_scale = deq_scale.to(torch.int32).view(torch.float32)
-    return W8A8Linear(weight, quant_bias, deq_scale, 1.0 / _flat(input_scale), _flat(input_offset))
+def _w8a16_linear(_: DynamicMode, read: layers.Linear) -> Linear:
+    scale, offset = _needed(read.weight_scale), _needed(read.weight_offset)
+    return W8A16Linear(as_tensor(read.weight), scale[:, None], offset[:, None], _optional(read.bias))
 
 
-def _dynamic_linear(
-    mode: DynamicMode, *, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **unused: Tensor
-) -> W8A8DynamicLinear:
+def _w8a8_linear(_: DynamicMode, read: layers.Linear) -> W8A8Linear:
+    quant_bias, deq_scale = _needed(read.quant_bias), _needed(read.deq_scale)
+    inv_scale = 1.0 / _needed(read.input_scale)
+    return W8A8Linear(as_tensor(read.weight), quant_bias, deq_scale, inv_scale, _needed(read.input_offset))
+
+
+def _dynamic_linear(mode: DynamicMode, read: layers.Linear) -> W8A8DynamicLinear:
+    weight = as_tensor(read.weight)
     weight_sum = weight.sum(1, dtype=torch.int32)
-    return W8A8DynamicLinear(weight, _flat(weight_scale), weight_sum, None if bias is None else _flat(bias), mode)
+    return W8A8DynamicLinear(weight, _needed(read.weight_scale), weight_sum, _optional(read.bias), mode)
 
 
-def _mix_linear(mode: DynamicMode, **stored: Tensor) -> Linear:
-    return W8A8MixLinear(_dynamic_linear(mode, **stored), _w8a8_linear(mode, **stored))
+def _mix_linear(mode: DynamicMode, read: layers.Linear) -> Linear:
+    return W8A8MixLinear(_dynamic_linear(mode, read), _w8a8_linear(mode, read))
 
 
-# Keyword arguments are the suffixes in scheme.py.
-LINEAR_FOR: dict[QuantType, Callable[..., Linear]] = {
+LINEAR_FOR: dict[QuantType, Callable[[DynamicMode, layers.Linear], Linear]] = {
     QuantType.FLOAT: _float_linear,
     QuantType.W8A8: _w8a8_linear,
     QuantType.W8A8_DYNAMIC: _dynamic_linear,
@@ -174,16 +143,10 @@ class Decoder:
 
     def norms(self, layer_idx: int) -> dict[str, Norm]:
         """Return one layer's norms by their name inside the layer."""
-        prefix = layer_prefix(layer_idx)
-        return {name: self._norm(prefix + name) for name in layer_norms(self.checkpoint.config)}
+        return {name: self._norm(read) for name, read in layers.read_norms(self.checkpoint, layer_idx).items()}
 
-    def _norm(self, name: str) -> Norm:
-        gain = load_float32(self.checkpoint, weight_name(name))
-        stored = [b for b in (bias_name(name), bias_name(legacy_norm(name))) if b in self.checkpoint.tensors]
-        bias = load_float32(self.checkpoint, stored[0]) if stored else None
-        # Writers put zeros there; adding them would only cost time.
-        kept = bias if bias is not None and bool(bias.any()) else None
-        return Norm(gain, self.checkpoint.config.rms_norm_eps, kept)
+    def _norm(self, read: layers.Norm) -> Norm:
+        return Norm(as_tensor(read.gain), self.checkpoint.config.rms_norm_eps, _optional(read.bias))
 
     def attend(self, layer_idx: int) -> Attention:
         """Build one layer's attention as the checkpoint stores it.
@@ -192,77 +155,38 @@ class Decoder:
             UnsupportedError: FAQuant with an offset that is not zero.
         """
         window = sliding_window(self.checkpoint.config, layer_idx)
-        kind, prefix = self.checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
-        if kind is QuantType.C8:
-            key, value = (self._channel_scale(prefix + linear, KV_SCALE, KV_OFFSET) for linear in (KEY, VALUE))
+        read = layers.read_attention(self.checkpoint, layer_idx)
+        if read.key is None or read.value is None:
+            return FloatAttention(window)
+        key, value = (
+            ChannelScale(as_tensor(scale), torch.zeros(()) if offset is None else as_tensor(offset))
+            for scale, offset in (read.key, read.value)
+        )
+        if read.query_scale is None:
             return C8Attention(key=key, value=value, mode=self.attention, window=window)
-        if kind is QuantType.FAQUANT:
-            module = prefix + ATTENTION
-            for part in (FA_Q, FA_K, FA_V):
-                self._require_zeros(f"{module}.{part}.{OFFSET}")
-            key, value = (self._channel_scale(module, f"{part}.{SCALE}") for part in (FA_K, FA_V))
-            query_scale_H = self._head_scale(f"{module}.{FA_Q}.{SCALE}")
-            return FAQuantAttention(
-                key=key, value=value, mode=self.attention, window=window, query_scale_H=query_scale_H
-            )
-        return FloatAttention(window)
-
-    def _channel_scale(self, module: str, scale: str, offset: str = "") -> ChannelScale:
-        config = self.checkpoint.config
-        shape = (config.num_kv_heads, config.head_dim)
-        stored = load_float32(self.checkpoint, f"{module}.{scale}")
-        scale_GD = stored.reshape(shape[0], -1).expand(shape).contiguous()
-        name = f"{module}.{offset}"
-        if not offset or name not in self.checkpoint.tensors:
-            return ChannelScale(scale_GD, torch.zeros(()))
-        return ChannelScale(scale_GD, load_float32(self.checkpoint, name).reshape(shape))
-
-    def _require_zeros(self, name: str) -> None:
-        """Refuse an offset that nothing here would subtract."""
-        if name not in self.checkpoint.tensors:
-            return
-        lo, hi = (float(end) for end in torch.aminmax(load_float32(self.checkpoint, name)))
-        if lo or hi:
-            raise UnsupportedError(
-                f"values of {name}",
-                where=self.checkpoint.tensors[name].file,
-                got=f"{lo:g} to {hi:g}",
-                expected="zeros",
-                action="Attention is computed without offsets; quantize it symmetrically.",
-            )
-
-    def _head_scale(self, name: str) -> Tensor:
-        """Return one scale for each head; a file may repeat it for each channel of the head."""
-        return load_float32(self.checkpoint, name).reshape(self.checkpoint.config.num_heads, -1)[:, 0]
+        query_scale_H = as_tensor(read.query_scale)
+        return FAQuantAttention(key=key, value=value, mode=self.attention, window=window, query_scale_H=query_scale_H)
 
     def linear(self, prefix: str, linear: LinearShape) -> Linear:
         """Build one linear as the checkpoint stores it."""
-        name = prefix + linear.name
-        quant_type = self.checkpoint.quant_type(name)
-        stored = {
-            spec.suffix: load_tensor(self.checkpoint, f"{name}.{spec.suffix}")
-            for spec in linear_tensors(quant_type, linear.has_bias)
-            if f"{name}.{spec.suffix}" in self.checkpoint.tensors
-        }
-        for suffix, tensor in stored.items():
-            if tensor.is_floating_point():
-                require_finite(tensor, f"{name}.{suffix}", self.checkpoint)
-        return LINEAR_FOR[quant_type](self.dynamic, **stored)
+        return self._linear(layers.read_linear(self.checkpoint, prefix + linear.name, linear))
+
+    def _linear(self, read: layers.Linear) -> Linear:
+        if read.kind is QuantType.FLOAT:
+            require_finite(as_tensor(read.weight), read.name, self.checkpoint)
+        return LINEAR_FOR[read.kind](self.dynamic, read)
 
     def head(self) -> Head:
         """Build the final norm and the output head."""
-        return Head(self.final_norm(), self._head_linear())
+        read = layers.read_head(self.checkpoint)
+        if read.kind is not QuantType.FLOAT:
+            return Head(self.final_norm(), self._linear(read))
+        # Widened once: the head runs for every slice of tokens.
+        return Head(self.final_norm(), FloatLinear(load_float32(self.checkpoint, read.name), None))
 
     def final_norm(self) -> Norm:
         """Build the norm before the output head."""
-        return self._norm(FINAL_NORM)
-
-    def _head_linear(self) -> Linear:
-        config = self.checkpoint.config
-        if not config.tie_word_embeddings and self.checkpoint.quant_type(LM_HEAD) is not QuantType.FLOAT:
-            return self.linear("", all_linears(config)[LM_HEAD])
-        # Widened once: the head runs for every slice of tokens.
-        return FloatLinear(load_float32(self.checkpoint, self.checkpoint.head_weight()), None)
+        return self._norm(layers.read_norm(self.checkpoint, FINAL_NORM))
 
     def release_block(self, layer_idx: int) -> None:
         """Let go of the memory in which a layer's stored tensors were read and widened."""

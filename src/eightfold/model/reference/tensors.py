@@ -12,6 +12,7 @@ import torch
 from eightfold.config import DType
 from eightfold.errors import CheckpointError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model import layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +25,12 @@ TORCH_DTYPES = {
     DType.I32: torch.int32,
     DType.I8: torch.int8,
 }
+
+
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """Return an array as a tensor on the device in use, on the CPU without a copy; uint16 are the bits of BF16."""
+    tensor = torch.from_numpy(array)
+    return (tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor).to(torch.get_default_device())
 
 
 def mapped_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -65,7 +72,7 @@ def load_rows_float32(checkpoint: Checkpoint, name: str, begin: int, end: int) -
 
 
 def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
-    """Check a float tensor for NaN and infinity, in slices that stay small.
+    """Check a float tensor, as it is stored or widened, for NaN and infinity, in slices that stay small.
 
     Raises:
         CheckpointError: names the first bad element's row.
@@ -74,18 +81,9 @@ def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> N
     step = max(1, (1 << 22) // max(1, rows.shape[1]))
     for at in range(0, rows.shape[0], step):
         # A sum is finite unless an element is not, or it overflows: cheap, and only then is each element looked at.
-        piece = rows[at : at + step]
-        if not torch.isfinite(piece.sum(dtype=torch.float32)):
-            bad = (~torch.isfinite(piece)).nonzero()
-            if len(bad):
-                row, column = at + int(bad[0, 0]), int(bad[0, 1])
-                raise CheckpointError(
-                    f"{name}[{row}, {column}]",
-                    where=checkpoint.tensors[name].file,
-                    got=float(rows[row, column]),
-                    expected="a finite number",
-                    action="The weights are damaged; fetch the model again.",
-                )
+        if not torch.isfinite(rows[at : at + step].sum(dtype=torch.float32)):
+            layers.require_finite(checkpoint, name)
+            return
 
 
 def require_range(tensor: torch.Tensor, dtype: DType, name: str, where: Path, action: str) -> None:

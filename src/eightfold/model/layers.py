@@ -1,0 +1,272 @@
+"""What the modules of a model consist of, read from its checkpoint: once for both backends.
+
+Weights stay views of the mapped files, in the dtype they are stored in (BF16 as uint16 bit patterns); who computes with
+them looks for damaged numbers. All other tensors are small: flat float32 copies, checked here.
+
+Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim, V vocabulary, E hidden size.
+
+Source of the rotary frequencies: RoFormer, Su et al. 2021, arXiv:2104.09864; the llama3 stretching is that of the Llama
+3.1 model card.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from eightfold.config import DType, RopeParameters
+from eightfold.errors import CheckpointError, UnsupportedError
+from eightfold.families import ATTENTION, KEY, LM_HEAD, VALUE, LinearShape, layer_norms, layer_prefix
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.scheme import (
+    BIAS,
+    DEQ_SCALE,
+    FA_K,
+    FA_Q,
+    FA_V,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    KV_OFFSET,
+    KV_SCALE,
+    NEEDS_CALIBRATION,
+    OFFSET,
+    QUANT_BIAS,
+    SCALE,
+    WEIGHT_OFFSET,
+    WEIGHT_SCALE,
+    QuantType,
+    bias_name,
+    legacy_norm,
+    weight_name,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_CHECKED_ELEMENTS = 1 << 22  # of a large tensor at a time
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear as it is stored; what its scheme does without is None.
+
+    Attributes:
+        kind: the scheme.
+        name: of the weight tensor.
+        weight: (N, K) in the dtype on disk, a view of the file.
+        bias: (N,); None in W8A8 too, where quant_bias has it.
+        weight_scale: (N,); W8A8 files need not have it, as deq_scale has.
+        weight_offset: (N,), W8A16 only: zeros in the other schemes.
+        input_scale: (1,), of static activations, as input_offset.
+        deq_scale: (N,), of static activations, as quant_bias, which is int32.
+    """
+
+    kind: QuantType
+    name: str
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None = None
+    weight_scale: NDArray[Any] | None = None
+    weight_offset: NDArray[Any] | None = None
+    input_scale: NDArray[Any] | None = None
+    input_offset: NDArray[Any] | None = None
+    deq_scale: NDArray[Any] | None = None
+    quant_bias: NDArray[Any] | None = None
+
+
+class Norm(NamedTuple):
+    """The gain of an RMS norm and what is added behind it: None where a file has none, or zeros."""
+
+    gain: NDArray[Any]
+    bias: NDArray[Any] | None
+
+
+class Channels(NamedTuple):
+    """How keys or values are stored: scales and offsets, both (G, D); None: no offsets."""
+
+    scale: NDArray[Any]
+    offset: NDArray[Any] | None
+
+
+class Attention(NamedTuple):
+    """How an attention is computed: FLOAT, C8 or FAQUANT; only the last has scales of queries, (H,)."""
+
+    kind: QuantType
+    key: Channels | None = None
+    value: Channels | None = None
+    query_scale: NDArray[Any] | None = None
+
+
+def read_linear(checkpoint: Checkpoint, module: str, shape: LinearShape) -> Linear:
+    """Read a linear.
+
+    Raises:
+        CheckpointError: a scale, an offset or a bias is not a finite number.
+    """
+    kind, name = checkpoint.quant_type(module), weight_name(module)
+    weight = checkpoint.array(name)
+    has_bias = shape.has_bias and kind is not QuantType.W8A8
+    bias = read_values(checkpoint, f"{module}.{BIAS}") if has_bias else None
+    if kind is QuantType.FLOAT:
+        return Linear(kind, name, weight, bias)
+    scale = f"{module}.{WEIGHT_SCALE}"
+    weight_scale = read_values(checkpoint, scale) if scale in checkpoint.tensors else None
+    if kind not in NEEDS_CALIBRATION:
+        has_offset = kind is QuantType.W8A16
+        offset = read_values(checkpoint, f"{module}.{WEIGHT_OFFSET}") if has_offset else None
+        return Linear(kind, name, weight, bias, weight_scale, offset)
+    return Linear(
+        kind,
+        name,
+        weight,
+        bias,
+        weight_scale,
+        input_scale=read_values(checkpoint, f"{module}.{INPUT_SCALE}"),
+        input_offset=read_values(checkpoint, f"{module}.{INPUT_OFFSET}"),
+        deq_scale=_deq_scale(checkpoint, f"{module}.{DEQ_SCALE}"),
+        quant_bias=np.ascontiguousarray(checkpoint.array(f"{module}.{QUANT_BIAS}").reshape(-1), dtype=np.int32),
+    )
+
+
+def read_head(checkpoint: Checkpoint) -> Linear:
+    """Read the output head (V, E): the embedding, when the model is tied."""
+    config = checkpoint.config
+    if config.tie_word_embeddings:
+        name = checkpoint.head_weight()
+        return Linear(QuantType.FLOAT, name, checkpoint.array(name))
+    return read_linear(checkpoint, LM_HEAD, LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False))
+
+
+def read_norm(checkpoint: Checkpoint, module: str) -> Norm:
+    """Read a norm; its bias may stand where older writers put it.
+
+    Raises:
+        CheckpointError: a value is not a finite number.
+    """
+    gain = read_values(checkpoint, weight_name(module))
+    stored = [name for name in (bias_name(module), bias_name(legacy_norm(module))) if name in checkpoint.tensors]
+    bias = read_values(checkpoint, stored[0]) if stored else None
+    # Writers put zeros there; adding them would only cost time.
+    return Norm(gain, bias if bias is not None and bias.any() else None)
+
+
+def read_norms(checkpoint: Checkpoint, layer_idx: int) -> dict[str, Norm]:
+    """Read the norms of a layer, by their names inside it."""
+    prefix = layer_prefix(layer_idx)
+    return {name: read_norm(checkpoint, prefix + name) for name in layer_norms(checkpoint.config)}
+
+
+def read_attention(checkpoint: Checkpoint, layer_idx: int) -> Attention:
+    """Read how a layer's attention is computed.
+
+    Raises:
+        CheckpointError: a scale is not a finite number.
+        UnsupportedError: FAQuant with an offset that is not zero.
+    """
+    kind, prefix = checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
+    if kind is QuantType.C8:
+        key, value = (_channels(checkpoint, prefix + part, KV_SCALE, KV_OFFSET) for part in (KEY, VALUE))
+        return Attention(kind, key, value)
+    if kind is QuantType.FLOAT:
+        return Attention(kind)
+    module = prefix + ATTENTION
+    for part in (FA_Q, FA_K, FA_V):
+        _require_zeros(checkpoint, f"{module}.{part}.{OFFSET}")
+    key, value = (_channels(checkpoint, f"{module}.{part}", SCALE) for part in (FA_K, FA_V))
+    query_scale = read_values(checkpoint, f"{module}.{FA_Q}.{SCALE}")
+    # A file may repeat it for each channel of the head.
+    return Attention(kind, key, value, query_scale.reshape(checkpoint.config.num_heads, -1)[:, 0])
+
+
+def inverse_frequencies(rope: RopeParameters, head_dim: int) -> NDArray[Any]:
+    """Return f_i = theta**(-2 i / D) for i < D/2, stretched for long contexts: float32 angles for one position."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return stretch_frequencies(np.float32(1.0) / np.power(np.float32(rope.rope_theta), exponents), rope)
+
+
+def stretch_frequencies(inv_freq: NDArray[Any], rope: RopeParameters) -> NDArray[Any]:
+    """Stretch plain rotary frequencies, (D/2,) float32, as the model's long context wants it."""
+    if rope.rope_type == "linear":
+        return np.asarray(inv_freq / np.float32(rope.factor))
+    if rope.rope_type != "llama3":
+        return inv_freq
+    # Long waves are stretched by `factor`, short ones kept, those between blended.
+    old_context = rope.original_max_position_embeddings
+    wavelength = np.float32(2 * math.pi) / inv_freq
+    smooth = (old_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+    stretched = np.where(wavelength > old_context / rope.low_freq_factor, inv_freq / rope.factor, blended)
+    kept = np.where(wavelength < old_context / rope.high_freq_factor, inv_freq, stretched)
+    return np.ascontiguousarray(kept, dtype=np.float32)
+
+
+def read_values(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+    """Return a small tensor as a flat float32 copy.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+    """
+    values = _widened(checkpoint, name, checkpoint.array(name).reshape(-1))
+    if not np.isfinite(values).all():
+        require_finite(checkpoint, name)
+    return values
+
+
+def require_finite(checkpoint: Checkpoint, name: str) -> None:
+    """Look through a float tensor for NaN and infinity, in slices that stay small.
+
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    array = checkpoint.array(name)
+    array = array.reshape(array.shape[0], -1) if array.ndim else array.reshape(1, 1)
+    step = max(1, _CHECKED_ELEMENTS // max(1, array.shape[1]))
+    for at in range(0, len(array), step):
+        values = _widened(checkpoint, name, array[at : at + step])
+        for row, column in np.argwhere(~np.isfinite(values))[:1]:
+            raise CheckpointError(
+                f"{name}[{at + row}, {column}]",
+                where=checkpoint.tensors[name].file,
+                got=float(values[row, column]),
+                expected="a finite number",
+                action="The weights are damaged; fetch the model again.",
+            )
+
+
+def _widened(checkpoint: Checkpoint, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Return values of a tensor as a float32 copy."""
+    if checkpoint.tensors[name].dtype == DType.BF16.value:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return np.array(array, dtype=np.float32)
+
+
+def _deq_scale(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+    stored = checkpoint.array(name).reshape(-1)
+    if stored.dtype == np.int64:  # float32 bits in the low half
+        return stored.astype(np.int32).view(np.float32)
+    return read_values(checkpoint, name)
+
+
+def _channels(checkpoint: Checkpoint, module: str, scale: str, offset: str = "") -> Channels:
+    config = checkpoint.config
+    shape = (config.num_kv_heads, config.head_dim)
+    stored = read_values(checkpoint, f"{module}.{scale}").reshape(shape[0], -1)
+    name = f"{module}.{offset}"
+    has_offset = bool(offset) and name in checkpoint.tensors
+    offset_GD = read_values(checkpoint, name).reshape(shape) if has_offset else None
+    return Channels(np.broadcast_to(stored, shape).copy(), offset_GD)
+
+
+def _require_zeros(checkpoint: Checkpoint, name: str) -> None:
+    """Refuse an offset that nothing here would subtract."""
+    if name not in checkpoint.tensors or not (values := read_values(checkpoint, name)).any():
+        return
+    raise UnsupportedError(
+        f"values of {name}",
+        where=checkpoint.tensors[name].file,
+        got=f"{values.min():g} to {values.max():g}",
+        expected="zeros",
+        action="Attention is computed without offsets; quantize it symmetrically.",
+    )
