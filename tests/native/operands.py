@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import mmap
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,3 +50,25 @@ def sums_of(size: int, seed: int, most: int = 2**31 - 1) -> np.ndarray:
 
 def reals(size: int, seed: int) -> np.ndarray:
     return rng(size, seed).normal(0, 1, size).astype(np.float32)
+
+
+def each(names: str | tuple[str, ...], values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test for each value, as pytest.mark.parametrize does, but in one step; a failure names the value."""
+    of = (names,) if isinstance(names, str) else names
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**others: Any) -> None:
+            for value in values:
+                case = dict(zip(of, (value,) if isinstance(names, str) else value, strict=True))
+                try:
+                    test(**others, **case)
+                except AssertionError as error:
+                    raise AssertionError(f"{case}: {error}") from error
+
+        signature = inspect.signature(test)
+        others = [p for name, p in signature.parameters.items() if name not in of]
+        run.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+        return run
+
+    return decorate

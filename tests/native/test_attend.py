@@ -15,12 +15,13 @@ import pytest
 
 from eightfold.model.native import core
 from tests.native import KERNELS
+from tests.native.operands import each
 
 ISAS = core.extension.available_isas()
 ISA = pytest.mark.parametrize("isa", ISAS)
 
 KINDS = {"bf16": 0, "int8": 1, "int8x2": 2}
-KIND = pytest.mark.parametrize("kind", KINDS)
+KIND = each("kind", KINDS)
 LEVELS = {"int8": 127, "int8x2": 65535}
 PAGE = 128
 U = 2.0**-24
@@ -124,7 +125,7 @@ def check(case: Case, found: State, first: int, end: int, window: int = 0) -> No
 
 @ISA
 @KIND
-@pytest.mark.parametrize("dim", [2, 6, 16, 20, 64, 80, 128, 256])
+@each("dim", [2, 6, 16, 20, 64, 80, 128, 256])
 def test_every_head_dim(isa, kind, dim):
     case = case_of(kind, 5, 300, dim)
     check(case, run(isa, case, 0, 300), 0, 300)
@@ -132,7 +133,7 @@ def test_every_head_dim(isa, kind, dim):
 
 @ISA
 @KIND
-@pytest.mark.parametrize("rows", range(1, 25))
+@each("rows", range(1, 25))
 def test_every_number_of_rows(isa, kind, rows):
     case = case_of(kind, rows, 200, 16)
     check(case, run(isa, case, 0, 200), 0, 200)
@@ -140,7 +141,7 @@ def test_every_number_of_rows(isa, kind, rows):
 
 @ISA
 @KIND
-@pytest.mark.parametrize("context", [1, 2, 3, 5, 31, 32, 33, 127, 128, 129, 255, 257, 1000])
+@each("context", [1, 2, 3, 5, 31, 32, 33, 127, 128, 129, 255, 257, 1000])
 def test_every_end_of_a_page(isa, kind, context):
     """Positions behind the end hold the largest keys and values: none of them may be seen."""
     case = case_of(kind, 4, context + 140, 16)
@@ -152,7 +153,7 @@ def test_every_end_of_a_page(isa, kind, context):
 
 @ISA
 @KIND
-@pytest.mark.parametrize("window", [1, 2, 31, 127, 128, 129, 300, 5000])
+@each("window", [1, 2, 31, 127, 128, 129, 300, 5000])
 def test_windows(isa, kind, window):
     case = case_of(kind, 24, 600, 16)
     check(case, run(isa, case, 0, 600, window), 0, 600, window)
@@ -210,7 +211,7 @@ def test_merging_nothing_changes_nothing(isa):
 
 
 @ISA
-@pytest.mark.parametrize("context", [10, 11, 140])
+@each("context", [10, 11, 140])
 def test_what_an_earlier_owner_of_a_page_left_is_not_read(isa, context):
     case = case_of("bf16", 5, context + 20, 16)
     case = replace(case, last=np.full(5, context - 1, np.int32))

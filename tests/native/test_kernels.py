@@ -10,10 +10,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
-import pytest
 
 from tests.native import KERNELS
-from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, exact_product, reals, rng, sums_of
+from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, each, exact_product, reals, rng, sums_of
 
 F32, F16, BF16 = 0, 1, 2
 U = 2.0**-24
@@ -41,7 +40,7 @@ def product(isa: str, weight: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 @ISA
-@pytest.mark.parametrize("inputs", INPUTS)
+@each("inputs", INPUTS)
 def test_integer_products_are_exact(isa, inputs):
     for outputs in (*range(1, 10), 67):
         weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
@@ -51,7 +50,7 @@ def test_integer_products_are_exact(isa, inputs):
 
 
 @ISA
-@pytest.mark.parametrize("tokens", range(1, 14))
+@each("tokens", range(1, 14))
 def test_integer_products_of_any_number_of_tokens(isa, tokens):
     weight = at_page_end(rng(tokens).integers(-128, 128, (9, 193), np.int8))
     x = rng(tokens, 1).integers(0, 256, (tokens, 193), np.uint8)
@@ -59,8 +58,8 @@ def test_integer_products_of_any_number_of_tokens(isa, tokens):
 
 
 @ISA
-@pytest.mark.parametrize("weight_value", [-128, 127])
-@pytest.mark.parametrize("value", [0, 127, 128, 255])
+@each("weight_value", [-128, 127])
+@each("value", [0, 127, 128, 255])
 def test_integer_products_of_extreme_values_do_not_saturate(isa, weight_value, value):
     inputs = 65_793  # the most that the loader allows: 255 * 128 * 65793 < 2**31
     weight = np.full((5, inputs), weight_value, np.int8)
@@ -69,7 +68,7 @@ def test_integer_products_of_extreme_values_do_not_saturate(isa, weight_value, v
 
 
 @ISA
-@pytest.mark.parametrize("inputs", INPUTS)
+@each("inputs", INPUTS)
 def test_row_sums(isa, inputs):
     weight = at_page_end(rng(inputs).integers(-128, 128, (7, inputs), np.int8))
     weight[0], weight[1] = -128, 127
@@ -96,9 +95,9 @@ def padded_like(x: np.ndarray) -> np.ndarray:
 
 
 @ISA
-@pytest.mark.parametrize("size", INPUTS)
-@pytest.mark.parametrize("inv_scale", [1.0, 1 / 3, 3e-3])
-@pytest.mark.parametrize("offset", [0.0, -3.0, 128.0, -128.0])
+@each("size", INPUTS)
+@each("inv_scale", [1.0, 1 / 3, 3e-3])
+@each("offset", [0.0, -3.0, 128.0, -128.0])
 def test_quantize_static(isa, size, inv_scale, offset):
     x = activations(size, 1)
     out = padded_like(x)
@@ -120,12 +119,12 @@ TOKENS = {
     "tiny": lambda size: rng(size).normal(0, 1e-12, size),
     "huge": lambda size: rng(size).uniform(-1e38, 1e38, size),
 }
-TOKEN = pytest.mark.parametrize("kind", TOKENS)
+TOKEN = each("kind", TOKENS)
 
 
 @ISA
 @TOKEN
-@pytest.mark.parametrize("size", INPUTS)
+@each("size", INPUTS)
 def test_quantize_token(isa, kind, size):
     x = TOKENS[kind](size).astype(np.float32)
     lo, hi = token_range(x)
@@ -142,7 +141,7 @@ def test_quantize_token(isa, kind, size):
 
 @ISA
 @TOKEN
-@pytest.mark.parametrize("size", INPUTS)
+@each("size", INPUTS)
 def test_quantize_16(isa, kind, size):
     x = TOKENS[kind](size).astype(np.float32)
     lo, hi = token_range(x)
@@ -155,7 +154,7 @@ def test_quantize_16(isa, kind, size):
     assert (high[size:] == 128).all() and (low[size:] == 0).all()
 
 
-FINISH = pytest.mark.parametrize("size", [1, 5, 16, 67])
+FINISH = each("size", [1, 5, 16, 67])
 
 
 @ISA
@@ -182,7 +181,7 @@ def test_what_follows_a_product_may_be_added(isa, size):
 
 
 @ISA
-@pytest.mark.parametrize("size", [1, 6, 16, 37, 128])
+@each("size", [1, 6, 16, 37, 128])
 def test_scale_heads_rounds_each_time(isa, size):
     acc, offset, scale = at_page_end(reals(size, 1) * 1e6), at_page_end(reals(size, 2)), at_page_end(reals(size, 3))
     y, inverse = np.full(size + 1, 77, np.float32), np.float32(1 / 16129)
@@ -195,8 +194,8 @@ def test_scale_heads_rounds_each_time(isa, size):
 
 @ISA
 @FINISH
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("offset", [-128, 0, 127])
+@each("with_bias", [False, True])
+@each("offset", [-128, 0, 127])
 def test_finish_token(isa, size, with_bias, offset):
     acc, weight_sum, weight_scale = sums_of(size, 1), sums_of(size, 2, 2**22), reals(size, 3)
     bias, scale, y = reals(size, 4) if with_bias else NOTHING, np.float32(0.0371), np.empty(size, np.float32)
@@ -217,8 +216,8 @@ def rounded(exact: Fraction) -> np.float32:
 
 @ISA
 @FINISH
-@pytest.mark.parametrize("with_offset", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@each("with_offset", [False, True])
+@each("with_bias", [False, True])
 def test_finish_16_fuses_what_it_says(isa, size, with_offset, with_bias):
     high, low, weight_sum = sums_of(size, 1, 2**30), sums_of(size, 2, 2**30), sums_of(size, 3, 2**22)
     weight_scale, scale, total, y = reals(size, 4), np.float32(3.7e-5), 20_011_337, np.empty(size, np.float32)
@@ -235,7 +234,7 @@ def test_finish_16_fuses_what_it_says(isa, size, with_offset, with_bias):
 
 
 @ISA
-@pytest.mark.parametrize("size", [1, 6, 16, 37, 128])
+@each("size", [1, 6, 16, 37, 128])
 def test_quantize_heads_with_one_scale_or_many(isa, size):
     x = activations(size, 7)
     many, offsets = rng(size).uniform(0.1, 3, size).astype(np.float32), np.rint(reals(size, 8) * 30)
@@ -251,7 +250,7 @@ def test_quantize_heads_with_one_scale_or_many(isa, size):
 
 
 @ISA
-@pytest.mark.parametrize("size", [1, 7, 8, 65])
+@each("size", [1, 7, 8, 65])
 def test_add_rounds_once(isa, size):
     x, y = reals(size, 1), reals(size, 2)
     expected = x + y
@@ -260,8 +259,8 @@ def test_add_rounds_once(isa, size):
 
 
 @ISA
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("inputs", [1, 3, 15, 16, 33, 576, 2049, 8193])
+@each("dtype", [F32, F16, BF16])
+@each("inputs", [1, 3, 15, 16, 33, 576, 2049, 8193])
 def test_float_products(isa, dtype, inputs):
     for outputs, tokens in ((1, 3), (4, 1), (5, 7), (67, 2)):
         weight = at_page_end(stored_as(reals(outputs * inputs, 1).reshape(outputs, inputs), dtype))
@@ -275,7 +274,7 @@ def test_float_products(isa, dtype, inputs):
 
 
 @ISA
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@each("dtype", [F32, F16, BF16])
 def test_a_row_has_the_same_bits_whatever_other_rows_are_there(isa, dtype):
     inputs, outputs = 2500, 11
     weight = stored_as(reals(outputs * inputs, 1).reshape(outputs, inputs), dtype)
@@ -295,9 +294,9 @@ def test_a_row_has_the_same_bits_whatever_other_rows_are_there(isa, dtype):
 
 
 @ISA
-@pytest.mark.parametrize("size", INPUTS)
-@pytest.mark.parametrize("with_gain", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@each("size", INPUTS)
+@each("with_gain", [False, True])
+@each("with_bias", [False, True])
 def test_rms_norm(isa, size, with_gain, with_bias):
     x, eps, y = at_page_end(reals(size, 1) * 30), 1e-5, np.empty(size, np.float32)
     gain = at_page_end(reals(size, 2)) if with_gain else NOTHING
@@ -322,7 +321,7 @@ def test_rms_norm_in_place_is_the_same(isa):
 
 
 @ISA
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000])
+@each("size", [1, 15, 16, 17, 1000])
 def test_silu_mul(isa, size):
     gate = at_page_end(np.linspace(-100, 100, size, dtype=np.float32) if size > 1 else reals(1, 1))
     up, y = at_page_end(reals(size, 2)), np.empty(size, np.float32)
@@ -335,7 +334,7 @@ def test_silu_mul(isa, size):
 
 
 @ISA
-@pytest.mark.parametrize("dim", [2, 6, 16, 80, 128])
+@each("dim", [2, 6, 16, 80, 128])
 def test_rope_is_two_rounded_products_and_a_sum(isa, dim):
     x, angle = reals(dim, 1), reals(dim // 2, 2)
     cos, sin = at_page_end(np.cos(angle)), at_page_end(np.sin(angle))
@@ -345,7 +344,7 @@ def test_rope_is_two_rounded_products_and_a_sum(isa, dim):
 
 
 @ISA
-@pytest.mark.parametrize("dtype", [F16, BF16])
+@each("dtype", [F16, BF16])
 def test_widen_takes_every_16_bit_pattern(isa, dtype):
     """Subnormals, infinities and zeros of either sign among them; of a NaN only that it is one."""
     bits = np.arange(65536, dtype=np.uint16)
@@ -359,8 +358,8 @@ def test_widen_takes_every_16_bit_pattern(isa, dtype):
 
 
 @ISA
-@pytest.mark.parametrize("dtype", [F32, F16, BF16])
-@pytest.mark.parametrize("size", [1, 7, 9, 16, 31])
+@each("dtype", [F32, F16, BF16])
+@each("size", [1, 7, 9, 16, 31])
 def test_widen_of_any_size(isa, dtype, size):
     x = at_page_end(stored_as(reals(size, 1), dtype))
     y = np.full(size + 1, 77, np.float32)
@@ -370,7 +369,7 @@ def test_widen_of_any_size(isa, dtype, size):
 
 
 @ISA
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 333])
+@each("size", [1, 2, 15, 16, 17, 333])
 def test_argmax_takes_the_first_of_the_largest(isa, size):
     for at in {0, size // 2, size - 1}:
         x = at_page_end(-1 - np.abs(reals(size, 1)))
@@ -380,7 +379,7 @@ def test_argmax_takes_the_first_of_the_largest(isa, size):
 
 
 @ISA
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 333])
+@each("size", [1, 2, 15, 16, 17, 333])
 def test_argmax_passes_over_nan_and_stays_inside(isa, size):
     for at in {0, size // 2, size - 1}:
         x = reals(size, 1)

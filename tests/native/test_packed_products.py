@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from tests.native import KERNELS
-from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, exact_product, reals, rng, sums_of
+from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, each, exact_product, reals, rng, sums_of
 
 LANES = 16
-PACKED = pytest.mark.parametrize(("tokens", "inputs", "outputs"), [
+PACKED = each(("tokens", "inputs", "outputs"), [
     (1, 3, 1), (9, 64, 16), (16, 576, 7), (17, 65, 64), (31, 130, 65), (33, 20, 130), (64, 68, 48), (70, 33, 81),
 ])  # fmt: skip
 
 
 @ISA
-@pytest.mark.parametrize("inputs", INPUTS)
+@each("inputs", INPUTS)
 def test_integer_products_of_packed_tokens_are_exact(isa, inputs):
     for outputs, tokens in ((1, 1), (3, 16), (7, 17), (16, 33), (19, 63), (33, 64), (64, 80), (67, 97), (140, 130)):
         weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
@@ -27,7 +26,7 @@ def test_integer_products_of_packed_tokens_are_exact(isa, inputs):
 
 @ISA
 @PACKED
-@pytest.mark.parametrize("adds", [False, True])
+@each("adds", [False, True])
 def test_packed_static_is_a_product_and_what_follows(isa, tokens, inputs, outputs, adds):
     weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
     x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
@@ -42,8 +41,8 @@ def test_packed_static_is_a_product_and_what_follows(isa, tokens, inputs, output
 
 @ISA
 @PACKED
-@pytest.mark.parametrize("adds", [False, True])
-@pytest.mark.parametrize("full", [False, True])
+@each("adds", [False, True])
+@each("full", [False, True])
 def test_packed_16_is_two_products_and_what_follows(isa, tokens, inputs, outputs, adds, full):
     weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (outputs, inputs), np.int8))
     high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))
@@ -88,7 +87,7 @@ def test_gated_static_is_two_products_their_silu_mul_and_its_quantization(isa, t
 
 @ISA
 @PACKED
-@pytest.mark.parametrize("full", [False, True])
+@each("full", [False, True])
 def test_gated_16_is_silu_mul_of_two_products(isa, tokens, inputs, outputs, full):
     weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
     high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))

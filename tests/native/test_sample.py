@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eightfold.model.native import core
+from tests.native.operands import each
 from tests.native.sample_oracle import LOG2_E, Oracle, largest, log_probs, packed
 
 POOL = core.extension.SamplePool(1)
@@ -99,7 +100,7 @@ CUTS = {
     "highest min-p": {"min_p": 1.0},
     "all three": {"top_k": 300, "top_p": 0.5, "min_p": 2.0**-4},
 }
-CUT = pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+CUT = each("cuts", CUTS.values())
 
 
 def uniforms_of(seed: int, count: int = 20) -> list[float]:
@@ -108,7 +109,7 @@ def uniforms_of(seed: int, count: int = 20) -> list[float]:
 
 
 @CUT
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 700, 5000])
+@each("size", [1, 2, 63, 64, 65, 700, 5000])
 def test_draws_with_exact_sums(cuts, size):
     oracle = Oracle(temperature=EXACT, **{**cuts, "top_k": min(cuts.get("top_k", 0), size)})
     for seed in range(4):
@@ -118,7 +119,7 @@ def test_draws_with_exact_sums(cuts, size):
 
 
 @CUT
-@pytest.mark.parametrize("size", [64, 5000])
+@each("size", [64, 5000])
 def test_draws_among_equals_take_the_first_ones(cuts, size):
     oracle = Oracle(temperature=EXACT, **{**cuts, "top_k": min(cuts.get("top_k", 0), size)})
     logits = np.zeros(size, np.float32)
@@ -152,8 +153,8 @@ def test_draws_with_exact_sums_of_any_row(values, top_k, top_p, min_p, u, seed):
 
 
 @CUT
-@pytest.mark.parametrize("temperature", [1e-5, 0.1, 0.8, 1.0, 2.0, 1e3, 1e30, 1e300])
-@pytest.mark.parametrize("size", [50, 3000])
+@each("temperature", [1e-5, 0.1, 0.8, 1.0, 2.0, 1e3, 1e30, 1e300])
+@each("size", [50, 3000])
 def test_draws_with_rounded_sums(cuts, temperature, size):
     oracle = Oracle(temperature=temperature, **{**cuts, "top_k": min(cuts.get("top_k", 0), size)})
     exactly = 0
@@ -167,7 +168,7 @@ def test_draws_with_rounded_sums(cuts, temperature, size):
     assert exactly >= 3 * (30 - 3)
 
 
-@pytest.mark.parametrize("size", [40, 1500])
+@each("size", [40, 1500])
 def test_a_nucleus_that_ends_among_close_logits(size):
     """All logits within one part of the range that is looked at first, and many that are the same."""
     rng = np.random.default_rng(size)
@@ -196,7 +197,7 @@ def test_a_nucleus_counts_what_can_never_be_in_it():
     assert choose(Oracle(temperature=1.0, top_p=edge + 1e-4), logits, last) == 2
 
 
-@pytest.mark.parametrize("size", [1, 40, 64, 4097])
+@each("size", [1, 40, 64, 4097])
 def test_the_likeliest_is_the_first_of_the_largest(size):
     logits = whole(size, size)
     for u in (0.0, 0.9):
@@ -216,7 +217,7 @@ def test_what_is_not_a_number_or_minus_infinity_has_no_chance():
     assert choose(Oracle(), logits, 0.0) == 5
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@each("temperature", [0.0, 1.0])
 def test_rows_without_any_chance_still_give_a_token(temperature):
     oracle = Oracle(temperature=temperature, top_p=0.9)
     assert choose(oracle, np.full(70, np.nan, np.float32), 0.3) == 0
@@ -291,7 +292,7 @@ def test_stop_tokens_come_early_only_where_nothing_else_may():
     assert choose_rows([native], logits[None], [0.0]) == [7]
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 100, 700])
+@each("size", [1, 31, 32, 33, 64, 100, 700])
 def test_masks_of_every_shape(size):
     rng = np.random.default_rng(size)
     logits = normal(size, size)
@@ -315,8 +316,8 @@ def test_each_row_has_its_own_mask():
     assert found[1] == Oracle(temperature=1.0).choose(logits, 0.1)
 
 
-@pytest.mark.parametrize("size", [1, 5, 64, 65, 3000])
-@pytest.mark.parametrize("top", [0, 1, 20])
+@each("size", [1, 5, 64, 65, 3000])
+@each("top", [0, 1, 20])
 def test_logprobs(size, top):
     logits = np.stack([normal(size, seed, width) for seed, width in ((1, 3.0), (2, 0.01), (3, 40.0))])
     tokens = [0, size // 2, size - 1]
@@ -433,7 +434,7 @@ BAD_CHOOSERS = {
 }
 
 
-@pytest.mark.parametrize("message", BAD_CHOOSERS)
+@each("message", BAD_CHOOSERS)
 def test_choosers_are_checked(message):
     good: dict[str, Any] = {"vocab": 10, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_ids": [1]}
     good |= {"min_tokens": 0, "bias_ids": [], "biases": [], "repetition": 1.0, "frequency": 0.0, "presence": 0.0}
@@ -452,7 +453,7 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("message", BAD_CALLS)
+@each("message", BAD_CALLS)
 def test_calls_are_checked(message):
     call: dict[str, Any] = {"logits": np.zeros((1, 10), np.float32), "uniforms": [0.5], **BAD_CALLS[message]}
     with pytest.raises(ValueError, match=message):
