@@ -36,7 +36,7 @@ Floats floats(const Vector<float>& from) { return {from.data(), from.data() + fr
 
 constexpr int kMaxThreads = 1024;
 
-void require(bool holds, const std::string& what) {
+void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
@@ -122,7 +122,7 @@ void set_attention(Bound& self, int layer, const std::string& kind, int window, 
                    const Vector<float>& key_norm, const Vector<float>& query_inv, const Vector<float>& score_scale,
                    const std::vector<Floats>& key, const std::vector<Floats>& value) {
     AttentionParams& to = self.model.weights.attention.at(layer);
-    require(kind == "bf16" || kind == "int8" || kind == "int8x2", "unknown kind of cache: " + kind);
+    require(kind == "bf16" || kind == "int8" || kind == "int8x2", "kind of cache: expected bf16, int8 or int8x2");
     to.kind = kind == "bf16" ? CacheKind::bf16 : kind == "int8" ? CacheKind::int8 : CacheKind::int8x2;
     to.window = window;
     to.query_norm = floats(query_norm);
@@ -135,52 +135,60 @@ void set_attention(Bound& self, int layer, const std::string& kind, int window, 
     to.value_scale = value[0], to.value_inv = value[1], to.value_offset = value[2];
 }
 
+// One token after the other, in pages that are there.
+void require_sequence(const Batch& batch, int sequence, int pages) {
+    const int first = batch.starts[sequence], end = batch.starts[sequence + 1];
+    const int64_t begin = batch.positions[first];
+    require(begin >= 0, "positions: negative");
+    for (int t = first; t < end; t++) {
+        require(batch.positions[t] == begin + (t - first), "positions: expected to rise by one");
+    }
+    const int last = batch.positions[end - 1] / kPage;
+    require(last < batch.table_width, "tables: too narrow for the positions");
+    for (int i = 0; i <= last; i++) {
+        const int page = batch.table(sequence)[i];
+        require(page >= 0 && page < pages, "tables: a page outside the cache");
+    }
+    require(!batch.float_prompts || batch.generated[first] || begin == 0,
+            "float_prompts: expected a prompt whole, from its first token on");
+}
+
+// `starts` as large as the sequences need it.
+void require_batch(const Batch& batch, int vocab, int pages) {
+    require(batch.starts[batch.sequences] == batch.tokens,
+            "starts: expected one for each sequence, and the number of tokens");
+    require(batch.starts[0] == 0, "starts: expected to begin at 0");
+    for (int s = 0; s < batch.sequences; s++) {
+        require(batch.starts[s] < batch.starts[s + 1], "starts: expected at least one token a sequence");
+    }
+    for (int s = 0; s < batch.sequences; s++) require_sequence(batch, s, pages);
+    for (int t = 0; t < batch.tokens; t++) {
+        require(batch.token_ids[t] >= 0 && batch.token_ids[t] < vocab, "token_ids: outside the vocabulary");
+    }
+    const auto require_inside = [&](const int32_t* wanted, int count) {
+        for (int r = 0; r < count; r++) {
+            require(wanted[r] >= 0 && wanted[r] < batch.tokens, "logit_tokens, choice_tokens: outside the batch");
+        }
+    };
+    require_inside(batch.logit_tokens, batch.logit_rows);
+    require_inside(batch.choice_tokens, batch.choice_rows);
+}
+
 void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t>& positions,
              const Vector<uint8_t>& generated, const Vector<int32_t>& starts, const Matrix<int32_t>& tables,
              const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best,
              const Vector<int32_t>& choice_tokens, Output<int32_t> choices, bool float_prompts) {
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(self.mutex);
-    const size_t tokens = token_ids.size(), sequences = tables.shape(0), rows = logit_tokens.size();
+    const size_t tokens = token_ids.size(), rows = logit_tokens.size();
     require(positions.size() == tokens && generated.size() == tokens, "positions, generated: expected one a token");
-    require(starts.size() == sequences + 1 && starts.data()[sequences] == static_cast<int32_t>(tokens),
-            "starts: expected one for each sequence, and the number of tokens");
-    require(starts.data()[0] == 0, "starts: expected to begin at 0");
-    for (size_t s = 0; s < sequences; s++) {
-        require(starts.data()[s] < starts.data()[s + 1], "starts: expected at least one token a sequence");
-    }
+    require(starts.size() == tables.shape(0) + 1, "starts: expected one for each sequence, and the number of tokens");
     require(logits.size() == rows * static_cast<size_t>(self.vocab), "logits: expected (rows, vocabulary)");
     require(best.size() == rows, "best: expected one for each row");
     require(choices.size() == choice_tokens.size(), "choices: expected one for each token");
-    const int pages = self.model.cache_pages();
-    for (size_t s = 0; s < sequences; s++) {
-        const int first = starts.data()[s];
-        const int64_t begin = positions.data()[first];
-        require(begin >= 0, "positions: negative");
-        for (int t = first; t < starts.data()[s + 1]; t++) {
-            require(positions.data()[t] == begin + (t - first), "positions: expected to rise by one");
-        }
-        const int last = positions.data()[starts.data()[s + 1] - 1];
-        require(last / kPage < static_cast<int>(tables.shape(1)), "tables: too narrow for the positions");
-        for (int i = 0; i <= last / kPage; i++) {
-            const int page = tables.data()[s * tables.shape(1) + i];
-            require(page >= 0 && page < pages, "tables: a page outside the cache");
-        }
-        require(!float_prompts || generated.data()[first] || begin == 0,
-                "float_prompts: expected a prompt whole, from its first token on");
-    }
-    for (size_t t = 0; t < tokens; t++) {
-        require(token_ids.data()[t] >= 0 && token_ids.data()[t] < self.vocab, "token_ids: outside the vocabulary");
-    }
-    for (const Vector<int32_t>* wanted : {&logit_tokens, &choice_tokens}) {
-        for (size_t r = 0; r < wanted->size(); r++) {
-            require(wanted->data()[r] >= 0 && wanted->data()[r] < static_cast<int32_t>(tokens),
-                    "logit_tokens, choice_tokens: outside the batch");
-        }
-    }
     Batch batch;
     batch.tokens = static_cast<int>(tokens);
-    batch.sequences = static_cast<int>(sequences);
+    batch.sequences = static_cast<int>(tables.shape(0));
     batch.table_width = static_cast<int>(tables.shape(1));
     batch.logit_rows = static_cast<int>(rows);
     batch.token_ids = token_ids.data();
@@ -195,6 +203,7 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.choice_tokens = choice_tokens.data();
     batch.choices = choices.data();
     batch.float_prompts = float_prompts;
+    require_batch(batch, self.vocab, self.model.cache_pages());
     require(self.ranks == 1 || self.model.is_joined(), "the model is a share, and has not met the others");
     if (tokens > 0) self.model.forward(batch);
 }
@@ -227,9 +236,10 @@ void share_by_call(Bound& self, int rank, nb::callable meet) {
 }
 
 // `hidden`, `intermediate`, `vocab`: where each rank's share begins, and how many there are.
-ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const std::vector<int>& intermediate,
-                        const std::vector<int>& vocab, int rank, int heads, int kv_heads, int head_dim, float eps,
-                        bool symmetric_tokens, const Vector<float>& inv_freq) {
+void make_model(Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
+                const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads,
+                int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+    require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
     for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
         require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
                     std::is_sorted(cuts->begin(), cuts->end()),
@@ -240,9 +250,40 @@ ModelConfig make_config(int num_layers, const std::vector<int>& hidden, const st
     require(head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number up to 512");
     require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
     const auto own = [&](const std::vector<int>& cuts) { return cuts[rank + 1] - cuts[rank]; };
-    return {num_layers, hidden.back(),    own(intermediate), own(vocab), {heads, kv_heads, head_dim},
-            eps,        symmetric_tokens, floats(inv_freq),  vocab,      intermediate,
-            hidden};
+    ModelConfig config;
+    config.layers = num_layers;
+    config.hidden = hidden.back();
+    config.intermediate = own(intermediate);
+    config.vocab = own(vocab);
+    config.shape = {heads, kv_heads, head_dim};
+    config.eps = eps;
+    config.symmetric_tokens = symmetric_tokens;
+    config.inv_freq = floats(inv_freq);
+    config.vocab_cuts = vocab;
+    config.intermediate_cuts = intermediate;
+    config.hidden_cuts = hidden;
+    const int ranks = config.ranks();
+    new (self) Bound{{std::move(config), kernels_for(isa), threads}, vocab.back(), ranks, {}, {}};
+}
+
+void set_embedding(Bound& self, Weight weight) {
+    Linear& embedding = self.model.weights.embedding;
+    embedding.kind = LinearKind::floating;
+    embedding.outputs = static_cast<int>(weight.shape(0));
+    embedding.inputs = static_cast<int>(weight.shape(1));
+    embedding.weight = weight.data();
+    embedding.dtype = float_type(weight);
+    embedding.ordinal = static_cast<int>(self.kept.size());
+    self.kept.push_back(nb::cast(weight));
+}
+
+void set_final_norm(Bound& self, const Vector<float>& gain, const Vector<float>& bias) {
+    self.model.weights.final_gain = floats(gain);
+    self.model.weights.final_bias = floats(bias);
+}
+
+int finish(Bound& self, bool forgets_head) {
+    return self.model.finish(forgets_head ? HeadPages::released : HeadPages::kept);
 }
 
 }  // namespace
@@ -269,54 +310,17 @@ NB_MODULE(_core, m) {
         .def(nb::init<int, size_t>(), "threads"_a, "nbytes"_a)
         .def("gb_s", &ReadProbe::gb_s, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Bound>(m, "Model")
-        .def(
-            "__init__",
-            [](Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
-               const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads,
-               int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
-                require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
-                new (self) Bound{{make_config(num_layers, hidden, intermediate, vocab, rank, heads, kv_heads, head_dim,
-                                              eps, symmetric_tokens, inv_freq),
-                                  kernels_for(isa), threads},
-                                 vocab.back(),
-                                 static_cast<int>(vocab.size()) - 1,
-                                 {},
-                                 {}};
-            },
-            nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a, "vocab"_a, "rank"_a,
-            "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
+        .def("__init__", &make_model, nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a,
+             "vocab"_a, "rank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
         .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a,
              "offset"_a, "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
         .def("set_norms", &set_norms, "layer"_a, nb::kw_only(), "input_gain"_a, "input_bias"_a, "post_gain"_a,
              "post_bias"_a)
         .def("set_attention", &set_attention, "layer"_a, "kind"_a, nb::kw_only(), "window"_a, "query_norm"_a,
              "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a)
-        .def(
-            "set_embedding",
-            [](Bound& self, Weight weight) {
-                Linear& embedding = self.model.weights.embedding;
-                embedding.kind = LinearKind::floating;
-                embedding.outputs = static_cast<int>(weight.shape(0));
-                embedding.inputs = static_cast<int>(weight.shape(1));
-                embedding.weight = weight.data();
-                embedding.dtype = float_type(weight);
-                embedding.ordinal = static_cast<int>(self.kept.size());
-                self.kept.push_back(nb::cast(weight));
-            },
-            "weight"_a)
-        .def(
-            "set_final_norm",
-            [](Bound& self, const Vector<float>& gain, const Vector<float>& bias) {
-                self.model.weights.final_gain = floats(gain);
-                self.model.weights.final_bias = floats(bias);
-            },
-            "gain"_a, "bias"_a)
-        .def(
-            "finish",
-            [](Bound& self, bool forgets_head) {
-                return self.model.finish(forgets_head ? HeadPages::released : HeadPages::kept);
-            },
-            "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
+        .def("set_embedding", &set_embedding, "weight"_a)
+        .def("set_final_norm", &set_final_norm, "gain"_a, "bias"_a)
+        .def("finish", &finish, "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())
         .def(
             "leave_alone", [](Bound& self, bool alone) { self.model.leave_alone(alone); }, "alone"_a)
         .def("abandon", [](Bound& self) { self.model.abandon(); })

@@ -25,7 +25,7 @@ template <typename T, size_t N>
 using Out = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Ids = std::vector<int32_t>;
 
-void require(bool holds, const std::string& what) {
+void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
 }
 
@@ -117,8 +117,6 @@ void bind_sample(nb::module_& m) {
              "tokens"_a.noconvert())
         .def("logprobs", &logprobs, nb::kw_only(), "logits"_a, "rows"_a, "tokens"_a, "chosen"_a.noconvert(),
              "top_ids"_a.noconvert(), "top"_a.noconvert());
-    m.attr("sample") = m;  // OLD
-    m.attr("Team") = m.attr("SamplePool");  // OLD
 }
 
 }  // namespace eightfold
