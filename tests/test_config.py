@@ -21,7 +21,7 @@ from tests.conftest import FAMILIES, tiny_config
 
 WHERE = Path("m/config.json")
 
-LLAMA3 = {
+LLAMA3: dict[str, Any] = {
     "factor": 32.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -324,7 +324,7 @@ def test_the_old_dialect_has_no_scaling_when_there_is_none():
 
 @pytest.mark.parametrize("dialect", [0, 1], ids=["old", "new"])
 def test_linear_scaling_is_written_by_the_names_that_each_dialect_takes(dialect):
-    raw = with_rope(ROPE_DIALECTS[2][dialect])
+    raw = with_rope(ROPE_DIALECTS[2][dialect])  # type: ignore[arg-type]
     written = both_dialects(raw, parse(raw), DType.BF16)
     # MindIE knows rope_type dynamic, yarn and llama3 only, and linear as a type.
     assert written["rope_scaling"] == {"type": "linear", "factor": 4.0}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from examples.server.generate import Batcher, Request
 
@@ -135,7 +136,7 @@ def pages_for(num_blocks: int, block_size: int, sequences: int) -> int:
 
 
 # How the core computes as an NPU does.
-OPTIONS = {"dynamic": "symmetric", "attention": "mindie"}
+OPTIONS: dict[str, Any] = {"dynamic": "symmetric", "attention": "mindie"}
 
 
 def leave_to_first(model_path: Path) -> None:

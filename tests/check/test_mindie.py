@@ -23,6 +23,7 @@ from tests.check import (
     NORM,
     UP,
     Case,
+    Change,
     K,
     O,
     Q,
@@ -51,7 +52,7 @@ SUFFIXED = "quant_model_description_w8a8.json"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 8.0}
 
 
-def fa_by_config(value: str | None) -> object:
+def fa_by_config(value: str | None) -> Change:
     return lambda toy: toy.add_attention().configure(quantization_config={"fa_quant_type": value})
 
 

@@ -20,14 +20,14 @@ def quantized(cli, tmp_path):
 def not_built(monkeypatch):
     """As after an installation without a compiler."""
 
-    import_module = core.importlib.import_module
+    import_module = core.importlib.import_module  # type: ignore[attr-defined]
 
     def missing(name):
         if name == "eightfold.model.native._core":
             raise ImportError(f"No module named {name!r}")
         return import_module(name)
 
-    monkeypatch.setattr(core.importlib, "import_module", missing)
+    monkeypatch.setattr(core.importlib, "import_module", missing)  # type: ignore[attr-defined]
 
 
 def test_native_is_the_default(cli, quantized):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ class Runner:
         common = ("--threads", 1, "--max-new-tokens", 5, "--max-num-seqs", 1)
         return self.cli("run", model or self.model, *files, *common, *words)
 
-    def answers(self, *lines: object, **how: object) -> dict[int, dict]:
+    def answers(self, *lines: object, **how: Any) -> dict[int, dict]:
         """Answer lines into a new file; return the answers by index."""
         self.output.unlink(missing_ok=True)
         result = self(*lines, **how)
@@ -445,7 +446,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 def test_the_disk_is_waited_for_now_and_then(tmp_path, monkeypatch):
     waits, now = [], [0.0]
     monkeypatch.setattr(os, "fsync", lambda descriptor: waits.append(now[0]))
-    monkeypatch.setattr(batch_output.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(batch_output.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
     with AnswerFile(tmp_path / "a") as answers:
         for now[0] in (1.0, 4.0, 6.0, 7.0, 10.0, 12.0):
             answers.append({"index": 0})

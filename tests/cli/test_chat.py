@@ -18,6 +18,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -320,7 +321,7 @@ def talker(small, tmp_path_factory) -> Path:
 def typist(talker):
     started = []
 
-    def start(*words: object, **how: object) -> Typist:
+    def start(*words: object, **how: Any) -> Typist:
         started.append(Typist(talker, *words, **how))
         return started[-1]
 

@@ -419,7 +419,7 @@ def test_help_names_every_option_and_argument(cli, monkeypatch, command, flag):
     monkeypatch.setenv("COLUMNS", "200")
     result = cli(command, flag)
     assert (result.code, result.err) == (0, "")
-    parameters = typer.main.get_command(program([command])).commands[command].params
+    parameters = typer.main.get_command(program([command])).commands[command].params  # type: ignore[attr-defined]
     assert parameters
     names = [name for p in parameters for name in ([p.metavar] if p.param_type_name == "argument" else p.opts)]
     assert [name for name in names if name not in result.out] == []
@@ -429,7 +429,7 @@ def test_the_help_names_every_command_and_a_way_to_start(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     result = cli("--help")
     assert (result.code, result.err) == (0, "")
-    commands = typer.main.get_command(program()).commands
+    commands = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
     assert tuple(commands) == COMMANDS
     assert [name for name in (*COMMANDS, "--version", "--debug") if name not in result.out] == []
     assert "eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic" in result.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -81,7 +82,7 @@ class TestMemory:
             small("w8a8").engine(kv_memory=2**21)
 
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "empty": ([], {}, CapacityError, "prompt: got no tokens, expected at least one"),
     "vocabulary": ([1, 320], {}, InputError, "token id: got 320, expected 0 to 319"),
     "negative": ([-1], {}, InputError, "token id: got -1, expected 0 to 319"),

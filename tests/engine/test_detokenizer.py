@@ -184,7 +184,7 @@ def test_a_token_costs_the_same_however_long_the_answer_is(kinds, kind):
         "ids without a token": 300,
     }
     watched: Any = Watched(tokenizer)
-    stream = Detokenizer(watched, SamplingParams(stop=["zz", "aaaab", "\N{REPLACEMENT CHARACTER}" * 9 + "b"]))
+    stream = Detokenizer(watched, SamplingParams(stop=["zz", "aaaab", "\N{REPLACEMENT CHARACTER}" * 9 + "b"]))  # type: ignore[arg-type]
     ids = [token[kind]] * 1000
     pieces = pieces_of(stream, ids)
     assert "".join(pieces) == tokenizer.decode(ids)

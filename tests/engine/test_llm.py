@@ -100,7 +100,7 @@ def test_progress_hears_of_every_answer(llm):
     def progress(title, total, unit):
         heard.append((title, total, unit))
         task = SilentTask()
-        task.advance = lambda: heard.append("one")
+        task.advance = lambda: heard.append("one")  # type: ignore[arg-type]
         yield task
 
     llm.generate([[1], [2], [3]], greedy(5), progress=progress)

@@ -116,7 +116,7 @@ def test_frequencies_are_probabilities(fields):
     shares = np.where(kept, np.exp(logits.astype(np.float64) / params.temperature), 0)
     expected = 20_000 * shares / shares.sum()
     assert set(tokens) <= set(np.flatnonzero(kept).tolist())
-    statistic = sum((tokens[i] - expected[i]) ** 2 / expected[i] for i in np.flatnonzero(kept))
+    statistic = sum((tokens[i] - expected[i]) ** 2 / expected[i] for i in np.flatnonzero(kept).tolist())
     assert statistic < chi_square_limit(int(kept.sum()) - 1)
 
 
@@ -182,7 +182,7 @@ def test_what_needs_logits():
     assert sampler(temperature=0, logprobs=0).needs_logits
     assert sampler(temperature=0, logit_bias={5: 0.0}).needs_logits
     for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
-        assert sampler(temperature=0, **{name: 1.1}).needs_logits
+        assert sampler(temperature=0, **dict[str, Any]({name: 1.1})).needs_logits
     assert not sampler(temperature=0, prompt_logprobs=3).needs_logits
 
 

@@ -87,7 +87,7 @@ def test_what_is_outside_is_refused_by_name(name, value):
     assert refusal(**{name: value}).startswith(name)
 
 
-MESSAGES = {
+MESSAGES: dict[str, Any] = {
     "n: got 0, expected a whole number from 1 to 128": {"n": 0},
     "temperature: got -1, expected a number of at least 0": {"temperature": -1},
     "temperature: got nan, expected a number of at least 0": {"temperature": math.nan},
@@ -127,7 +127,7 @@ def test_numbers_of_numpy_are_taken_where_they_are_pythons():
 
 def test_values_are_copied_and_of_one_type():
     stops, biases = ["a", "a", "b"], {5: 1}
-    params = SamplingParams(stop=stops, stop_token_ids=[3, 3], logit_bias=biases)
+    params = SamplingParams(stop=stops, stop_token_ids=[3, 3], logit_bias=biases)  # type: ignore[arg-type]
     stops.append("c")
     biases[6] = 1
     assert (params.stop, params.stops, params.stop_token_ids) == (("a", "b"), ("a", "b"), (3,))
@@ -137,7 +137,7 @@ def test_values_are_copied_and_of_one_type():
 
 def test_the_same_params_are_equal_and_hash_alike_and_travel():
     first = SamplingParams(stop="a", logit_bias={5: 1}, structured=StructuredOutput(regex="a"))
-    second = SamplingParams(stop=["a"], logit_bias={5: 1.0}, structured=StructuredOutput(regex="a"))
+    second = SamplingParams(stop=["a"], logit_bias={5: 1.0}, structured=StructuredOutput(regex="a"))  # type: ignore[arg-type]
     assert first == second and hash(first) == hash(second)
     assert pickle.loads(pickle.dumps(first)) == first == copy.deepcopy(first)
 
@@ -156,7 +156,7 @@ def structured_refusal(**fields: Any) -> str:
 def test_exactly_one_form():
     for form in ({"json_schema": "{}"}, {"regex": "a"}, {"grammar": "start: A"}, {"json_object": True}):
         StructuredOutput(**form)
-    assert StructuredOutput(choices=["a", "b"]).choices == ("a", "b")
+    assert StructuredOutput(choices=["a", "b"]).choices == ("a", "b")  # type: ignore[arg-type]
     expected = "expected exactly one of json_schema, regex, grammar, json_object or choices"
     assert structured_refusal() == f"structured output: got nothing, {expected}"
     assert (

@@ -206,7 +206,7 @@ def test_ids_without_a_token_and_special_tokens_never_come(compiler):
 
 def test_every_stop_token_may_end_a_form(tokenizer):
     compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({256, EOS}))
-    grammar = compiler.compile(StructuredOutput(choices=["a"]))
+    grammar = compiler.compile(StructuredOutput(choices=["a"]))  # type: ignore[arg-type]
     grammar.accept(tokenizer.encode("a")[0])
     assert allowed(grammar) == {256, EOS}
 
@@ -275,7 +275,7 @@ def test_only_so_many_forms_are_kept(tokenizer):
     made: list[StructuredOutput] = []
     compile_one = compiler._compile
     compiler._compile = lambda structured: made.append(structured) or compile_one(structured)  # type: ignore[method-assign, func-returns-value]
-    forms = [StructuredOutput(choices=[f"x{i}"]) for i in range(KEPT + 1)]
+    forms = [StructuredOutput(choices=[f"x{i}"]) for i in range(KEPT + 1)]  # type: ignore[arg-type]
     compiler.compile(forms[0])
     for form in forms[1:KEPT]:
         compiler.compile(form)

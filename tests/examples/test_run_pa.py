@@ -265,7 +265,7 @@ def test_the_benchmark_tries_two_tokens_first(model, tmp_path, monkeypatch):
     monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
     monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", str(tmp_path / "times.csv"))
     runner = run_pa.PARunner(str(model), max_output_length=5)
-    real, asked = run_pa.generate_requests, []
+    real, asked = run_pa.generate_requests, []  # type: ignore[attr-defined]
 
     def watched(requests, batcher, limits):
         asked.append(limits.max_new_tokens)
@@ -290,7 +290,7 @@ def test_as_many_blocks_as_the_original_and_not_one_more(model):
     runner = run_pa.PARunner(str(model), max_batch_size=2, max_input_length=300)
     assert runner.num_blocks == 6
     runner.warm_up()
-    assert runner.engine.batcher.blocks.total == runner.engine.batcher.blocks.available == 6
+    assert runner.engine.batcher.blocks.total == runner.engine.batcher.blocks.available == 6  # type: ignore[attr-defined]
 
 
 def test_without_torch_answers_are_arrays(pa, monkeypatch):
@@ -398,6 +398,6 @@ FLAGS = """
 
 
 def test_every_flag_of_the_original_is_known():
-    help_text = run_pa.build_parser("run_pa").format_help()
+    help_text = run_pa.build_parser("run_pa").format_help()  # type: ignore[attr-defined]
     for flag in FLAGS.split():
         assert f"--{flag}" in help_text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from examples.server import generate
@@ -17,8 +18,8 @@ from eightfold.model.native.model import PAGE
 from tests.engine.models import Small, make
 
 
-def limits(**changes: object) -> Limits:
-    usual = {
+def limits(**changes: Any) -> Limits:
+    usual: dict[str, Any] = {
         "max_batch_size": 2,
         "max_prefill_batch_size": 2,
         "max_prefill_tokens": 100,
@@ -35,7 +36,7 @@ class Fake:
 
     def __init__(self, monkeypatch) -> None:
         self.now, self.calls, self.held = 0.0, [], set()
-        monkeypatch.setattr(generate.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(generate.time, "perf_counter", lambda: self.now)  # type: ignore[attr-defined]
 
     def prefill(self, requests: Sequence[Request]) -> list[int]:
         self.calls.append(("prefill", [request.req_id for request in requests]))
@@ -172,7 +173,7 @@ def test_answers_do_not_depend_on_company(small, kind):
         model.allocate_cache(pages * PAGE)
         batcher = NativeBatcher(model, pages)
     else:
-        batcher = ReferenceBatcher(LoadedDecoder.of(checkpoint))
+        batcher = ReferenceBatcher(LoadedDecoder.of(checkpoint))  # type: ignore[assignment]
     settings = limits(
         max_batch_size=3, max_prefill_batch_size=3, max_prefill_tokens=800, num_blocks=pages, block_size=128
     )

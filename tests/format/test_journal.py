@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from eightfold.errors import CheckpointError
 from eightfold.format.journal import JOURNAL_NAME, Journal, layers_done, parse, read_entries, render, require_finished
 
 HEAD = {"format": 1, "layers": 3, "recipe": {"scheme": "w8a8"}}
-LINES = [HEAD, {"step": "embedding"}, {"step": "layer 0", "é": 0.1 + 0.2}, {"step": "layer 1"}]
+LINES: list[dict[str, Any]] = [HEAD, {"step": "embedding"}, {"step": "layer 0", "é": 0.1 + 0.2}, {"step": "layer 1"}]
 
 
 def written(tmp_path, lines=LINES):

@@ -277,7 +277,11 @@ def test_tensors_come_in_the_order_of_the_header(tmp_path):
 
 
 PLAN = [PlannedTensor("w", DType.I8, (64,)), PlannedTensor("b", DType.F32, (3,)), PlannedTensor("e", DType.I8, (0,))]
-ARRAYS = {"w": np.arange(64, dtype=np.int8), "b": np.array([1, 2, 3], np.float32), "e": np.zeros(0, np.int8)}
+ARRAYS: dict[str, np.ndarray] = {
+    "w": np.arange(64, dtype=np.int8),
+    "b": np.array([1, 2, 3], np.float32),
+    "e": np.zeros(0, np.int8),
+}
 
 
 def test_a_file_goes_on_where_another_writer_stopped(tmp_path):
@@ -291,7 +295,7 @@ def test_a_file_goes_on_where_another_writer_stopped(tmp_path):
     first.sync()
     first.abandon()
     second = FileWriter(path, PLAN, resume=True)
-    assert second.take_over("w") == first.checksums["w"] == zlib.crc32(ARRAYS["w"])
+    assert second.take_over("w") == first.checksums["w"] == zlib.crc32(ARRAYS["w"])  # type: ignore[arg-type]
     second.write("b", ARRAYS["b"])
     second.write("e", ARRAYS["e"])
     second.close()
@@ -303,7 +307,7 @@ def test_pieces_of_a_tensor_have_the_checksum_of_the_whole(tmp_path):
     writer = FileWriter(tmp_path / "f.safetensors", PLAN)
     for at in range(0, 64, 7):
         writer.append("w", ARRAYS["w"][at : at + 7])
-    assert writer.checksums["w"] == zlib.crc32(ARRAYS["w"])
+    assert writer.checksums["w"] == zlib.crc32(ARRAYS["w"])  # type: ignore[arg-type]
     writer.abandon()
 
 

@@ -296,7 +296,7 @@ def test_tokenizer_is_rebuilt(tmp_path, source):
     import_gguf(source, tmp_path / "out", DType.BF16)
     tokens, types, merges = byte_level_vocabulary()
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    original = FastTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, pairs))
+    original = FastTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, pairs))  # type: ignore[arg-type]
     original.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     original.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]

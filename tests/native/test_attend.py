@@ -60,7 +60,7 @@ def case_of(kind: str, rows: int, context: int, dim: int, seed: int = 0) -> Case
         k, v = ((rng.normal(0, 1, (context, dim)).astype(np.float32).view(np.uint32) >> 16 << 16) for _ in "kv")
         k, v = k.view(np.float32), v.view(np.float32)
     else:
-        k, v = (rng.integers(-128, 128, (context, dim)).astype(np.float32) for _ in "kv")
+        k, v = (rng.integers(-128, 128, (context, dim)).astype(np.float32) for _ in "kv")  # type: ignore[assignment]
     qf = (rng.normal(0, 3, (rows, dim)) / np.sqrt(dim)).astype(np.float32)
     last = np.sort(rng.integers(0, context, rows)).astype(np.int32)
     return Case(kind, q8, qf, q_scale, last, k, v)

@@ -8,6 +8,7 @@ U = 2**-24 is half a unit in the last place of float32, relative: what one round
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def token_range(x: np.ndarray) -> tuple[np.float32, np.float32]:
     return min(x.min(), np.float32(0)), max(x.max(), np.float32(0))
 
 
-TOKENS = {
+TOKENS: dict[str, Any] = {
     "both signs": lambda size: rng(size).normal(0, 3, size),
     "positive": lambda size: rng(size).uniform(1, 2, size),
     "negative": lambda size: rng(size).uniform(-9, -2, size),
@@ -243,7 +244,7 @@ def test_quantize_heads_with_one_scale_or_many(isa, size):
         total = KERNELS.quantize_heads(isa, x, inv_scale, offset, out)
         with np.errstate(over="ignore"):
             scaled = x * inv_scale
-        expected = to_int8(scaled, offset if len(offset) else np.float32(0))
+        expected = to_int8(scaled, offset if len(offset) else np.float32(0))  # type: ignore[arg-type]
         np.testing.assert_array_equal(out[:size], expected.astype(np.int8))
         assert total == expected.sum()
         assert out[size] == 77

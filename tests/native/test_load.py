@@ -313,7 +313,7 @@ class Slow:
 @pytest.mark.parametrize(("threads", "alone"), [(2, True), (3, True), (4, False)])
 def test_few_threads_leave_a_core_to_what_is_done_beside(threads, alone):
     model = Slow(threads)
-    assert _finish(model, lambda: model.asked.append("beside")) == 5
+    assert _finish(model, lambda: model.asked.append("beside")) == 5  # type: ignore[arg-type]
     assert model.asked == [f"alone {alone}", "beside", "alone False", "finish"]
 
 
@@ -325,7 +325,7 @@ def test_what_fails_beside_loading_ends_it(kind):
 
     model = Slow()
     with pytest.raises(kind, match="beside"):
-        _finish(model, beside)
+        _finish(model, beside)  # type: ignore[arg-type]
     assert "abandon" in model.asked
     assert model.asked[-1] == "finish"  # nobody computes any more
 
@@ -336,14 +336,14 @@ def test_what_fails_at_once_keeps_the_core_from_beginning(monkeypatch):
     monkeypatch.setattr("eightfold.model.native.load._thread.start_new_thread", lambda run, args: begin.append(run))
     model = Slow()
     with pytest.raises(ZeroDivisionError):
-        _finish(model, lambda: 1 // 0)
+        _finish(model, lambda: 1 // 0)  # type: ignore[arg-type]
     begin[0]()
     assert model.asked == ["alone True", "abandon"]
 
 
 def test_a_failure_of_the_core_is_told_also_when_something_is_done_beside():
     with pytest.raises(MemoryError):
-        _finish(Slow(error=MemoryError()), lambda: None)
+        _finish(Slow(error=MemoryError()), lambda: None)  # type: ignore[arg-type]
 
 
 def test_an_abandoned_model_is_not_made_ready(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -49,7 +51,7 @@ def is_wide(name: str) -> bool:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_the_references(checkpoint_of, name):
     checkpoint, dynamic = checkpoint_of(name), VARIANTS[name].dynamic
-    decoder = Decoder(checkpoint, dynamic=dynamic)
+    decoder = Decoder(checkpoint, dynamic=dynamic)  # type: ignore[arg-type]
     with keys_and_values_in_bfloat16():
         expected = [decoder.logits(sample).numpy() for sample in SAMPLES]
     for isa in ISAS:
@@ -147,7 +149,7 @@ def forward(model, **changes) -> None:
     model._model.forward(**arguments)
 
 
-BAD = {
+BAD: dict[str, Any] = {
     "positions, generated": {"positions": [0, 1]},
     "positions, generated:": {"generated": np.zeros(4, np.uint8)},
     "starts: expected one": {"starts": [0, 1, 3]},

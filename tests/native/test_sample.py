@@ -62,7 +62,7 @@ def choose_rows(
 
 
 def choose(oracle: Oracle, logits: np.ndarray, u: float, mask: np.ndarray | None = None) -> int:
-    masks = {} if mask is None else {"masks": mask[None], "masked": [0]}
+    masks: dict[str, Any] = {} if mask is None else {"masks": mask[None], "masked": [0]}
     return choose_rows([chooser(oracle, len(logits))], logits[None], [u], **masks)[0]
 
 
@@ -262,7 +262,7 @@ def test_edits_are_numpys(seed, repetition, frequency, presence, with_mask, min_
     for _ in range(6):
         logits = rng.normal(0, 2, size).astype(np.float32)
         mask = packed(rng.random(size) < 0.3) if with_mask else None
-        masks = {} if mask is None else {"masks": mask[None], "masked": [0]}
+        masks: dict[str, Any] = {} if mask is None else {"masks": mask[None], "masked": [0]}
         token = choose_rows([native], logits[None], [0.0], **masks)[0]
         assert token == oracle.choose(oracle.edited(logits, mask, answer), 0.0)
         native.accept(token)
@@ -426,7 +426,7 @@ def test_no_rows_are_no_work():
     assert choose_rows([], np.empty((0, 10), np.float32), []) == []
 
 
-BAD_CHOOSERS = {
+BAD_CHOOSERS: dict[str, dict[str, Any]] = {
     "vocab: expected 1 or more": {"vocab": 0},
     "temperature, top_k, top_p, min_p: outside": {"top_p": 0.0},
     "biases: expected one for each id": {"biases": [1.0]},
@@ -443,7 +443,7 @@ def test_choosers_are_checked(message):
         core.extension.Chooser(**{**good, "prompt": [9], **BAD_CHOOSERS[message]})
 
 
-BAD_CALLS = {
+BAD_CALLS: dict[str, dict[str, Any]] = {
     "rows: outside the logits": {"rows": [1]},
     "masked: outside the masks": {"masked": [0]},
     "masks: expected a bit for each token": {"masks": np.zeros((1, 2), np.int32)},

@@ -38,7 +38,7 @@ class Team:
         self._barrier, self._parts = threading.Barrier(size), {}
         for rank, model in enumerate(self.models):
             if by_call:
-                model.share_by_call(rank, lambda mine, all_, rank=rank: self._meet(rank, mine, all_))
+                model.share_by_call(rank, lambda mine, all_, rank=rank: self._meet(rank, mine, all_))  # type: ignore[misc]
             else:
                 model.share_memory(rank, self.files)
             model.allocate_cache(2 * PAGE)
@@ -107,7 +107,7 @@ BY_CALL = ("float odd", "w8a16 odd", "w8a8 odd", "dynamic odd", "mixture", "c8 a
 def test_shares_give_what_the_whole_gives(written, name, by_call):
     checkpoint, dynamic = written(name), VARIANTS[name].dynamic
     vocab = checkpoint.config.vocab_size
-    whole = load_model(checkpoint, threads=1, dynamic=dynamic)
+    whole = load_model(checkpoint, threads=1, dynamic=dynamic)  # type: ignore[arg-type]
     whole.allocate_cache(2 * PAGE)
     expected = outputs(whole, vocab)
     # Of the odd ones 5 ranks share one key head, and nothing is a multiple of anything.

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from nanobind.stubgen import StubGen
+from nanobind.stubgen import StubGen  # type: ignore[import-untyped]
 
 from eightfold.model.native import core
 

@@ -71,7 +71,7 @@ def die_after(steps: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         finish(run, *args, **facts)
 
-    Run._finish = killed  # type: ignore[method-assign]
+    Run._finish = killed  # type: ignore[assignment, method-assign]
 
 
 def look_elsewhere(folder: str) -> None:
@@ -82,7 +82,7 @@ def look_elsewhere(folder: str) -> None:
         found = share(ranks, value)
         return (Path(folder) / found[0].name, *found[1:]) if isinstance(found, tuple) else found
 
-    Ranks.share = share_elsewhere  # type: ignore[method-assign]
+    Ranks.share = share_elsewhere  # type: ignore[assignment, method-assign]
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def main() -> int:
     if is_odd and "dies" in job:
         die_after(job["dies"])
     if is_odd and "version" in job:
-        identity.__version__ = job["version"]
+        identity.__version__ = job["version"]  # type: ignore[attr-defined]
     if is_odd and "elsewhere" in job:
         look_elsewhere(job["elsewhere"])
     ranks = Ranks(World.of_environment())

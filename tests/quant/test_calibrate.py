@@ -62,8 +62,8 @@ def naive_parameters(checkpoint, samples):
             batch = Batch.of([len(sample)], decoder.inv_freq)
             for layer_idx, groups in enumerate(layers):
                 block = decoder.block(layer_idx)
-                names = ("qkv", "o", "gate_up", "down")
-                for name, group in zip(names, groups, strict=True):
+                names = ("qkv", "o", "gate_up", "down")  # type: ignore[assignment]
+                for name, group in zip(names, groups, strict=True):  # type: ignore[assignment]
                     object.__setattr__(block, name, group)
                 x = block(x, batch)
     return [[group.params() for group in groups] for groups in layers]

@@ -92,22 +92,22 @@ def test_old_counts_are_spread_as_on_a_dense_grid(new_lo, new_hi):
     # Exact: the counts are whole and their sum over the cells stays below 2**24.
     assert counts.sum() * UPSAMPLE < 2**24
     expected = dense.reshape(BINS, cells).sum(1) / UPSAMPLE
-    assert torch.equal(spread(counts, *old, lo, hi, cells), torch.from_numpy(expected).float())
+    assert torch.equal(spread(counts, *old, lo, hi, cells), torch.from_numpy(expected).float())  # type: ignore[call-arg]
 
 
 def test_integral_is_rounded_at_the_lower_end_of_a_bin_only():
     counts = torch.zeros(BINS)
     counts[:2] = torch.tensor([2.0**17, 3 / 128])  # over their cells: 2**24 + 3, in float32 2**24 + 4
     lo, hi, cells = widen(*scalars(0.0, 8.0, 0.0, 8.01))
-    assert set(spread(counts, *scalars(0.0, 8.0), lo, hi, cells)[2:].tolist()) == {-1 / 128}
-    assert torch.equal(spread(counts, *scalars(0.0, 8.0, 0.0, 8.0), UPSAMPLE), counts)
+    assert set(spread(counts, *scalars(0.0, 8.0), lo, hi, cells)[2:].tolist()) == {-1 / 128}  # type: ignore[call-arg]
+    assert torch.equal(spread(counts, *scalars(0.0, 8.0, 0.0, 8.0), UPSAMPLE), counts)  # type: ignore[call-arg]
 
 
 def test_second_sample_is_added_to_the_spread_counts_of_the_first():
     first, second = torch.linspace(0, 4, 500)[None], torch.linspace(-2, 9, 700)[None]
     observer = observed(first, second)
     lo, hi, cells = widen(*scalars(0.0, 4.0, -2.0, 9.0))
-    old = spread(counted(first.tolist(), 0.0, 4.0), *scalars(0.0, 4.0), lo, hi, cells)
+    old = spread(counted(first.tolist(), 0.0, 4.0), *scalars(0.0, 4.0), lo, hi, cells)  # type: ignore[call-arg]
     assert torch.equal(observer._counts_B, count(second, lo, hi) + old)
     assert (observer._lo, observer._hi) == (lo, hi)
 

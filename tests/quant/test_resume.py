@@ -420,7 +420,7 @@ def test_too_little_space_for_the_rest_keeps_what_is_finished(tmp_path, source, 
 
 
 def test_room_is_asked_for_only_where_there_is_no_file_yet(tmp_path, source, monkeypatch):
-    out, asked, needed = tmp_path / "out", [], Run.spilled_bytes.fget
+    out, asked, needed = tmp_path / "out", [], Run.spilled_bytes.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(Run, "spilled_bytes", property(lambda self: asked.append(needed(self)) or asked[-1]))
     begin(source, out, monkeypatch)
     states = sum(path.stat().st_size for path in (partial_path(out) / WORK_NAME).glob("*.f32"))

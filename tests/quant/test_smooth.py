@@ -120,7 +120,7 @@ def by_threshold(xs, weights, biases, combine):
         centred = x - (low + high) / 2
         reach, spread = np.maximum(reach, centred.max(0)), max(spread, centred.std(ddof=1))
     a, w = largest(xs, weights)
-    if 3 * spread >= reach.max():
+    if 3 * spread >= reach.max():  # type: ignore[attr-defined]
         return np.sqrt(a / w), []
     x, centre = array(xs[0]), (low + high) / 2
     pairs = [
@@ -129,7 +129,7 @@ def by_threshold(xs, weights, biases, combine):
     exact = combine([x @ weight.T + bias for weight, bias in pairs])
     best, errors = np.ones_like(a), []
     for i in range(100):
-        threshold = reach.max() if i == 99 else spread + (reach.max() - spread) * i / 99
+        threshold = reach.max() if i == 99 else spread + (reach.max() - spread) * i / 99  # type: ignore[attr-defined]
         ratio = np.maximum(1.0, reach / threshold)
         scale = np.where(ratio > 1, np.sqrt(ratio * threshold / w), 1.0)
         changed = int8((x - centre) / scale) * scale + centre

@@ -108,7 +108,7 @@ def test_int8_attention_is_stored_and_near_float(models, quantized, family, choi
         sizes = {"q": 4, "k": 2, "v": 2}
         names = {f"self_attn.fa_{part}.{kind}": (n, 1) for part, n in sizes.items() for kind in ("scale", "offset")}
     else:
-        names = {f"self_attn.{p}_proj.kv_cache_{kind}": (32,) for p in "kv" for kind in ("scale", "offset")}
+        names = {f"self_attn.{p}_proj.kv_cache_{kind}": (32,) for p in "kv" for kind in ("scale", "offset")}  # type: ignore[misc]
     for name, shape in ((f"{layer}.{name}", shape) for layer in LAYERS for name, shape in names.items()):
         assert tags[name] == ("FAQuant" if "fa_quant" in choice else "C8")
         assert out.tensors[name].shape == shape
@@ -127,7 +127,7 @@ def test_int8_attention_is_stored_and_near_float(models, quantized, family, choi
 def test_everything_at_once_runs(models, quantized, family):
     want = logits(Checkpoint.open(models[family]))
     for i, choice in enumerate(ATTENTIONS[:2]):
-        out = quantized(family, name=f"out{i}", anti_outlier=AntiOutlier.M4, act_method=ActMethod.AUTO, **choice)
+        out = quantized(family, name=f"out{i}", anti_outlier=AntiOutlier.M4, act_method=ActMethod.AUTO, **choice)  # type: ignore[arg-type]
         found = logits(out)
         assert torch.isfinite(found).all()
         assert error(found, want) < 0.25

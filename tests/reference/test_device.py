@@ -78,12 +78,12 @@ def test_tensors_are_loaded_and_made_on_the_device(float_model):
 
 def test_an_npu_multiplies_whole_float32(torch_npu, monkeypatch):
     torch_npu(is_available=True)
-    torch.npu.matmul = types.SimpleNamespace(allow_hf32=True)
+    torch.npu.matmul = types.SimpleNamespace(allow_hf32=True)  # type: ignore[attr-defined]
     seen = []
-    monkeypatch.setattr(torch, "set_default_device", lambda device: seen.append(torch.npu.matmul.allow_hf32))
-    with use(types.SimpleNamespace(type="npu")):
+    monkeypatch.setattr(torch, "set_default_device", lambda device: seen.append(torch.npu.matmul.allow_hf32))  # type: ignore[attr-defined]
+    with use(types.SimpleNamespace(type="npu")):  # type: ignore[arg-type]
         assert seen == [False]
-    assert torch.npu.matmul.allow_hf32
+    assert torch.npu.matmul.allow_hf32  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

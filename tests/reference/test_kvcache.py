@@ -188,7 +188,7 @@ def test_mindie_second_piece_of_a_prompt_reads_the_first_from_the_cache(kind):
     q, k, v = inputs()
     out, _, _ = through_cache(run, [first, TOKENS - first])
     mixed = [torch.cat((p.real(p.quantize(x[:first])), x[first:])) for x, p in ((k, run.key), (v, run.value))]
-    torch.testing.assert_close(out[first:], attend(q[first:], *mixed, None), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out[first:], attend(q[first:], *mixed, None), rtol=1e-5, atol=1e-6)  # type: ignore[arg-type, call-arg]
 
 
 def test_mix_linear_picks_rows_by_origin():

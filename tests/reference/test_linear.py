@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def exact_product(x: torch.Tensor, weight: torch.Tensor) -> np.ndarray:
 def portable_int_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int_matmul as it runs where torch has no trustworthy int8 product."""
     saved = linear._fast_int_matmul
-    linear._fast_int_matmul = lambda: None
+    linear._fast_int_matmul = lambda: None  # type: ignore[assignment]
     try:
         return int_matmul(x, weight)
     finally:
@@ -206,7 +207,7 @@ def test_the_reciprocal_is_taken_once_at_load_in_float32(tmp_path):
     quantize_checkpoint(source, tmp_path / "out", Recipe(QuantType.W8A8), token_samples())
     checkpoint = Checkpoint.open(tmp_path / "out")
     stored = load_float32(checkpoint, "model.layers.0.mlp.down_proj.input_scale")
-    loaded = Decoder(checkpoint).block(0).down.linears[0]
+    loaded = Decoder(checkpoint).block(0).down.linears[0]  # type: ignore[attr-defined]
     assert loaded.inv_input_scale.dtype == torch.float32
     assert torch.equal(loaded.inv_input_scale, 1 / stored)
 
@@ -224,7 +225,7 @@ def tokens() -> torch.Tensor:
     return x
 
 
-def dynamic_linear(mode: str, bias: torch.Tensor | None) -> W8A8DynamicLinear:
+def dynamic_linear(mode: Any, bias: torch.Tensor | None) -> W8A8DynamicLinear:
     weight = int8(N, K, seed=2)
     return W8A8DynamicLinear(weight, normal(N, seed=3).abs() * 1e-3, weight.sum(1, dtype=torch.int32), bias, mode)
 

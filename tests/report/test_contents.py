@@ -300,14 +300,14 @@ CPUINFO = {
 @pytest.mark.parametrize(("text", "model", "isa"), CPUINFO.values(), ids=CPUINFO)
 def test_the_processor_is_read_as_linux_describes_it(monkeypatch, text, model, isa):
     replace_proc(monkeypatch, text)
-    monkeypatch.setattr(environment_module.platform, "processor", lambda: "fallback")
+    monkeypatch.setattr(environment_module.platform, "processor", lambda: "fallback")  # type: ignore[attr-defined]
     found = environment()
     assert (found["cpu"], found["isa"]) == (model or "fallback", isa)
 
 
 def test_a_system_that_says_nothing_is_no_failure(monkeypatch):
     replace_proc(monkeypatch, None)
-    monkeypatch.setattr(environment_module.machine, "total_bytes", lambda: None)
+    monkeypatch.setattr(environment_module.machine, "total_bytes", lambda: None)  # type: ignore[attr-defined]
     found = environment()
     assert found["isa"] == []
     assert found["cpu"]

@@ -95,7 +95,7 @@ def test_stop_by_button_and_by_key_ends_the_request(serve, open_page):
         stop()
         page.locator(".facts").nth(number).get_by_text("stopped").wait_for()
         page.get_by_role("button", name="Send").wait_for()
-        assert eventually(lambda ends=number + 1: running.engine.ended["aborted"] == ends)
+        assert eventually(lambda ends=number + 1: running.engine.ended["aborted"] == ends)  # type: ignore[misc]
         assert page.locator(".assistant .text").nth(number).text_content() in "word " * 40
 
 

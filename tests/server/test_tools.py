@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ JSON = (
     '{% if tools %}Answer {"name": name, "parameters": object} of tools {{ tools | tojson }}{% endif %}'
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 )
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
