@@ -42,7 +42,7 @@ diff -r "$work/one" "$work/two" && echo "two hosts: the same bytes as one proces
 rm -rf "$work/two"
 node 1 "$source" "$work/two" "$@" 2> /dev/null & other=$!
 (
-    until grep -q '"layer 0"' "$work/two/eightfold_journal.jsonl" 2> /dev/null; do sleep 0.1; done
+    until grep -q '"layer 0"' "$work/.two.partial/eightfold_journal.jsonl" 2> /dev/null; do sleep 0.1; done
     date +%s.%N > "$work/killed"
     ip netns pids "$second" | xargs kill -9
 ) & killer=$!

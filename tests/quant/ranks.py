@@ -9,13 +9,14 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eightfold.errors import EightfoldError
+from eightfold.errors import EightfoldError, InputError
 from eightfold.parallel.ranks import Ranks
 from eightfold.parallel.world import World
 from eightfold.quant import hidden, identity
@@ -74,6 +75,32 @@ def die_after(steps: int) -> None:
     Run._finish = killed  # type: ignore[assignment, method-assign]
 
 
+def fail_after(steps: int) -> None:
+    """Let this process fail when it has come to the end of so many steps."""
+    finish: Callable[..., None] = Run._finish
+    left = iter(range(steps))
+
+    def failing(run: Run, *args: Any, **facts: Any) -> None:
+        if next(left, None) is None:
+            raise InputError("sample 7", got="nonsense")
+        finish(run, *args, **facts)
+
+    Run._finish = failing  # type: ignore[method-assign]
+
+
+def wait_in_layers() -> None:
+    """Let this process be busy for long at the end of a layer."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    finish: Callable[..., None] = Run._finish
+
+    def waiting(run: Run, step: str, *args: Any, **facts: Any) -> None:
+        if step.startswith("layer"):
+            time.sleep(60)
+        finish(run, step, *args, **facts)
+
+    Run._finish = waiting  # type: ignore[method-assign]
+
+
 def look_elsewhere(folder: str) -> None:
     """Let this process find another directory under the output's path, as a host with a disk of its own does."""
     share = Ranks.share
@@ -91,6 +118,10 @@ def main() -> int:
     is_odd = int(os.environ["RANK"]) == job.get("odd")
     if is_odd and "dies" in job:
         die_after(job["dies"])
+    if is_odd and "fails" in job:
+        fail_after(job["fails"])
+    if not is_odd and job.get("waits"):
+        wait_in_layers()
     if is_odd and "version" in job:
         identity.__version__ = job["version"]  # type: ignore[attr-defined]
     if is_odd and "elsewhere" in job:

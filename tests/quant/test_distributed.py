@@ -150,6 +150,14 @@ def test_a_dead_rank_ends_the_others_and_another_number_of_ranks_goes_on(source,
     assert snapshot(tmp_path / "m4 fa") == alone("m4 fa")
 
 
+def test_the_error_of_a_rank_is_told_even_if_the_launcher_ends_rank_0_first(source, tmp_path):
+    processes = start(2, source=source, folder=tmp_path, names=["minmax"], odd=1, fails=0, waits=1)
+    assert processes[1].wait(120) == 2
+    processes[0].terminate()
+    said = f"eightfold: rank 1 (process {processes[1].pid} on {socket.gethostname()}): sample 7: got nonsense\n"
+    assert ended(processes) == [Ended(2, said), Ended(2, "")]
+
+
 def test_a_dead_rank_0_ends_the_others_and_one_process_goes_on(source, alone, tmp_path):
     processes = start(2, source=source, folder=tmp_path, names=["levels"], odd=0, dies=LAYERS + 2)  # in layer 1
     processes[0].wait(120)

@@ -107,7 +107,7 @@ class SharedModel(NativeModel):
             problems.append(error)
         for peer in self._peers:
             with ended_by_liveness():
-                text = peer.orders.hear()["error"]
+                text = peer.hear()["error"]
             if text:
                 problems.append(CapacityError(f"{peer}: {text}", action=action))
         if problems:
@@ -126,7 +126,7 @@ class SharedModel(NativeModel):
     def _send(self, order: bytes) -> None:
         with ended_by_liveness():
             for peer in self._peers:
-                peer.orders.send(order)
+                peer.send(order)
 
 
 # --- rank 0
@@ -165,7 +165,7 @@ def lead(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Sh
     require_alike(_setup(world, checkpoint, options), found, _ADVICE)
     with ended_by_liveness():
         for peer in peers:
-            peer.orders.tell(name=link.process_name())
+            peer.tell(name=link.process_name())
     share = _load(world, checkpoint, options)
     loaded = [Facts(**facts) for facts in _answers(peers)]
     _join(share, world, peers)
@@ -181,7 +181,7 @@ def _answers(peers: Sequence[Peer]) -> list[dict[str, Any]]:
     found = []
     for peer in peers:
         with ended_by_liveness():
-            facts = peer.orders.hear()
+            facts = peer.hear()
         if "error" in facts:
             raise ConfigError(f"{peer}: {facts['error']}")
         found.append(facts)
@@ -214,14 +214,14 @@ def _follow_loading(
 ) -> NativeModel:
     try:
         checkpoint = opened()
-        first.orders.tell(**_setup(world, checkpoint, options))
-        first.name = str(first.orders.hear()["name"])
+        first.tell(**_setup(world, checkpoint, options))
+        first.name = str(first.hear()["name"])
         share = _load(world, checkpoint, options)
-        first.orders.tell(**asdict(Facts(share.resident_weights[0], share.weight_bytes, share.room())))
+        first.tell(**asdict(Facts(share.resident_weights[0], share.weight_bytes, share.room())))
     except (EightfoldError, OSError, MemoryError) as error:
-        first.orders.tell(error=str(error) or "out of memory")
+        first.tell(error=str(error) or "out of memory")
         while True:
-            first.orders.receive()  # until rank 0 has told the user: it may be at work for long before it listens
+            first.receive()  # until rank 0 has told the user: it may be at work for long before it listens
     return share
 
 
@@ -231,7 +231,7 @@ def _obey(share: NativeModel, first: Peer) -> None:
     Raises:
         EOFError: it has ended.
     """
-    order = first.orders.receive()
+    order = first.receive()
     kind, size = np.frombuffer(order, np.int32, 2).tolist()
     if kind == _STEP:
         share.run(unpack(order))
@@ -241,7 +241,7 @@ def _obey(share: NativeModel, first: Peer) -> None:
         share.allocate_cache(size, "")
     except (CapacityError, MemoryError) as error:
         problem = str(error) or "out of memory"
-    first.orders.tell(error=problem)
+    first.tell(error=problem)
 
 
 # --- all

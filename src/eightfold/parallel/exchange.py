@@ -39,10 +39,10 @@ def shared_files(world: World, peers: Sequence[Peer]) -> list[int]:
     """
     count = 1 + 2 * world.size
     if not world.is_first:
-        return list(socket.recv_fds(peers[0].orders.sock, 1, count)[1])
+        return list(socket.recv_fds(peers[0].sock, 1, count)[1])
     files = [os.memfd_create("eightfold", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for _ in range(count)]
     for file in files:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # they grow with the cache, and never shrink
     for peer in peers:
-        socket.send_fds(peer.orders.sock, [b"0"], files)
+        socket.send_fds(peer.sock, [b"0"], files)
     return files

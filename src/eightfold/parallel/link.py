@@ -34,63 +34,63 @@ _LENGTH = struct.Struct("<Q")
 Broadcast = Callable[[list[Any]], list[Any]]
 
 
-class Connection:
-    """Messages between two processes, in order."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-
-    def send(self, data: bytes) -> None:
-        """Send a message."""
-        self.sock.sendall(_LENGTH.pack(len(data)) + data)
-
-    def receive(self, max_bytes: int | None = None) -> bytearray:
-        """Wait for a message.
-
-        Raises:
-            EOFError: the other process has ended.
-            ValueError: the message is longer than `max_bytes`.
-        """
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
-        if max_bytes is not None and length > max_bytes:
-            raise ValueError(f"a message of {length} bytes")
-        return self._read(length)
-
-    def _read(self, length: int) -> bytearray:
-        data = bytearray(length)
-        view = memoryview(data)
-        while view:
-            try:
-                count = self.sock.recv_into(view)
-            except ConnectionError:
-                count = 0
-            if not count:
-                raise EOFError
-            view = view[count:]
-        return data
-
-    def tell(self, **facts: Any) -> None:
-        """Send a JSON object."""
-        self.send(json.dumps(facts).encode())
-
-    def hear(self, max_bytes: int | None = None) -> dict[str, Any]:
-        """Wait for a JSON object; see `receive`."""
-        facts = json.loads(bytes(self.receive(max_bytes)))
-        assert isinstance(facts, dict)
-        return facts
-
-
 @dataclass
 class Peer:
-    """Another rank, as this one reaches it."""
+    """Another rank, as this one reaches it: messages in order, and a connection that is silent while both live."""
 
     rank: int
-    orders: Connection
+    sock: socket.socket
     watch: socket.socket
     name: str = ""  # host and process, for messages
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({self.name})" if self.name else f"rank {self.rank}"
+
+    def send(self, data: bytes) -> None:
+        """Send a message."""
+        _send(self.sock, data)
+
+    def receive(self) -> bytearray:
+        """Wait for a message.
+
+        Raises:
+            EOFError: the other process has ended.
+        """
+        return _receive(self.sock)
+
+    def tell(self, **facts: Any) -> None:
+        """Send a JSON object."""
+        self.send(json.dumps(facts).encode())
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for a JSON object; see `receive`."""
+        facts: dict[str, Any] = json.loads(self.receive())
+        return facts
+
+
+def _send(sock: socket.socket, data: bytes) -> None:
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(sock: socket.socket, max_bytes: int | None = None) -> bytearray:
+    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
+    if max_bytes is not None and length > max_bytes:
+        raise ValueError(f"a message of {length} bytes")
+    return _read(sock, length)
+
+
+def _read(sock: socket.socket, length: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    while view:
+        try:
+            count = sock.recv_into(view)
+        except ConnectionError:
+            count = 0
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data
 
 
 def process_name() -> str:
@@ -136,7 +136,7 @@ def _accept_all(server: socket.socket, world: World, secret: str) -> list[Peer]:
             sock.close()  # a stranger
         else:
             found[introduced[:2]], names[introduced[0]] = sock, introduced[2]
-    return [Peer(r, Connection(found[r, "orders"]), found[r, "watch"], names[r]) for r in range(1, world.size)]
+    return [Peer(r, found[r, "orders"], found[r, "watch"], names[r]) for r in range(1, world.size)]
 
 
 def connect(world: World, broadcast: Broadcast | None) -> Peer:
@@ -147,7 +147,7 @@ def connect(world: World, broadcast: Broadcast | None) -> Peer:
     """
     port, secret = broadcast([None, None]) if broadcast else (None, "")
     orders, watch = (_connected(world, port, purpose, secret) for purpose in ("orders", "watch"))
-    return Peer(0, Connection(orders), watch)
+    return Peer(0, orders, watch)
 
 
 def _connected(world: World, port: int | None, purpose: str, secret: str) -> socket.socket:
@@ -166,7 +166,8 @@ def _connected(world: World, port: int | None, purpose: str, secret: str) -> soc
     if not _is_own(sock):
         raise ConfigError("rank 0", got="another user's process", expected="one of this user")
     _prepare(sock)
-    Connection(sock).tell(rank=world.rank, purpose=purpose, secret=secret, name=process_name())
+    facts = {"rank": world.rank, "purpose": purpose, "secret": secret, "name": process_name()}
+    _send(sock, json.dumps(facts).encode())
     return sock
 
 
@@ -191,11 +192,11 @@ def _introduction(sock: socket.socket, secret: str) -> tuple[int, str, str] | No
     try:
         if not _is_own(sock):
             return None
-        facts = Connection(sock).hear(_MAX_INTRODUCTION)
+        facts = json.loads(_receive(sock, _MAX_INTRODUCTION))
         if facts["secret"] != secret:
             return None
         introduced = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
-    except (OSError, EOFError, ValueError, KeyError, AssertionError, RecursionError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
         return None
     _prepare(sock)
     return introduced

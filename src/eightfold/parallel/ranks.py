@@ -15,6 +15,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eightfold import errors
@@ -67,9 +68,21 @@ class Ranks:
         except (RuntimeError, ValueError, OSError) as error:
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError("the ranks do not find each other", got=text, action=_START) from None
-        if not self.is_first:  # rank 0 decides when to end
+        self._take_signals()
+
+    def _take_signals(self) -> None:
+        """Let rank 0 decide when to end; to it, SIGTERM may be the launcher's answer to the error of another rank."""
+        if not self.is_first:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
+        elif callable(before := signal.getsignal(signal.SIGTERM)):
+
+            def terminated(number: int, frame: FrameType | None) -> None:
+                if self._store.check([_ERROR_KEY]):
+                    raise self._reason()
+                before(number, frame)
+
+            signal.signal(signal.SIGTERM, terminated)
 
     def require_alike(self, facts: Mapping[str, Any]) -> None:
         """Compare what has to be the same in all processes; see world.require_alike."""
