@@ -46,7 +46,7 @@ RANKS = {
 # Where torch is at home.
 TORCH_ALLOWED = ("model/reference/", "quant/", "importers/", "evaluate/perplexity.py")
 
-HEAVY = ("torch", "transformers", "gguf", "numpy", "pydantic", "tokenizers", "jinja2")
+HEAVY = ("torch", "transformers", "gguf", "numpy", "tokenizers", "jinja2")
 
 
 def name_of(path: Path) -> str:

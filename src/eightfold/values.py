@@ -1,17 +1,16 @@
-"""What a value from a file, a request or an option has to be: a layer count of `true` is damage, not one layer.
-
-pydantic does this and more, but importing it takes longer than everything else that an answer needs of this package.
-"""
+"""What a value from a file, a request or an option has to be: a layer count of `true` is damage, not one layer."""
 
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from eightfold.errors import ConfigError
+from eightfold.errors import ConfigError, one_of
 
 MOST_SHOWN = 60  # characters of a value in a message
 MAX_INT = 2**63 - 1
@@ -29,6 +28,7 @@ class Kind(NamedTuple):
         outside: what is expected where a number is out of its range; empty: the limit that it exceeds.
         each: what the items of a list have to be.
         is_optional: whether None fits too.
+        choices: a text is one of these; empty: any.
     """
 
     types: tuple[Any, ...]
@@ -39,6 +39,7 @@ class Kind(NamedTuple):
     outside: str = ""
     each: Kind | None = None
     is_optional: bool = False
+    choices: tuple[str, ...] = ()
 
     def misfit(self, value: Any) -> tuple[Any, str] | None:
         """Return what does not fit, the value or an item of it, and what was expected; None where all fits."""
@@ -58,6 +59,8 @@ class Kind(NamedTuple):
 
     def _missed(self, value: Any) -> str | None:
         """Return what a value of the right type misses."""
+        if self.choices:
+            return None if value in self.choices else self.name
         if isinstance(value, str):
             return self.name if len(value) < (self.least or 0) else _unsendable(value)
         if float in self.types and not abs(value) <= sys.float_info.max:
@@ -102,6 +105,11 @@ def optional(kind: Kind) -> Kind:
     return kind._replace(is_optional=True)
 
 
+def choice(*names: str) -> Kind:
+    """Return the kind of texts that are one of these."""
+    return Kind((str,), one_of(names), choices=names)
+
+
 # In the words of our own formats and of requests.
 WHOLE = Kind((int,), "a whole number")
 SWITCH = Kind((bool,), "true or false")
@@ -114,6 +122,43 @@ POSITIVE = Kind((int, float), "a valid number", above=0)
 FLAG = Kind((bool,), "a valid boolean")
 TEXT = Kind((str,), "a valid string")
 TEXTS = Kind((list, tuple), "a list of strings", each=TEXT)
+
+# In the words of the command line.
+PATH = Kind((Path,), "a path")
+BYTES = Kind((int,), "a size such as 2GiB or 500MB", least=1, outside="at least 1")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def setting(
+    default: Any,
+    kind: Kind,
+    help: str,
+    *,
+    flag: str = "",
+    metavar: str = "",
+    group: str = "",
+    read: Callable[[str], Any] | None = None,
+) -> Any:
+    """Return a dataclass field from which an option of the command line can be made.
+
+    Args:
+        default: of the field; MISSING where it has to be given.
+        kind: what the value has to be.
+        help: one or two sentences.
+        flag: the option's name, if it is not the field's with dashes.
+        metavar: what stands for the value in the help.
+        group: heading in the help.
+        read: text -> value, or None where the text is none; empty: by the kind.
+    """
+    known = {"kind": kind, "help": help, "flag": flag, "metavar": metavar, "group": group, "read": read}
+    return field(metadata=known) if default is MISSING else field(default=default, metadata=known)
+
+
+def parse_size(text: str) -> int | None:
+    """Return how many bytes a size such as 2GiB, 500M or 1000000 is; None if it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    return None if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
 
 
 def is_token_ids(value: Any) -> TypeGuard[list[int]]:

@@ -132,7 +132,7 @@ def test_an_architecture_without_names(cli, tmp_path):
 
 def test_an_unknown_loader(cli, tmp_path):
     message = error_line(cli("check", tmp_path, "--for", "vllm"))
-    assert "'vllm' is not one of 'mindie', 'vllm-ascend', 'all'" in message
+    assert message == "--for: got vllm, expected mindie, vllm-ascend or all. Try: eightfold check --help"
 
 
 # --- directories that the rest of the program refuses

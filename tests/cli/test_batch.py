@@ -278,7 +278,7 @@ def test_files_that_cannot_be_read(cli, small, tmp_path):
         (["--input-file", "b", "--output-file", "c", "--backend", "reference"],
          "--input-file: got the reference backend, expected the native one"),
         (["--input-file", "b", "--output-file", "c", "--kv-memory", "x"],
-         "--kv-memory: got x, expected a size such as 2GiB or 500MB"),
+         "--kv-memory: got x, expected a size such as 2GiB or 500MB. Try: eightfold run --help"),
         (["--prompt", "a", "--seed", "1", "--temperature", "1", "--backend", "reference"],
          "sampling options: got the reference backend, expected the native one"),
     ],

@@ -197,7 +197,7 @@ def test_an_answer_that_is_cut_off_says_so(chat, small):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--top-p", "0"], "top_p: got 0.0, expected a number above 0 and up to 1"),
+        (["--top-p", "0"], "--top-p: got 0, expected a number above 0 and up to 1. Try: eightfold chat --help"),
         (["--kv-memory", "x"], "--kv-memory: got x, expected a size such as 2GiB or 500MB"),
         (["--max-model-len", "9999"], "--max-model-len: got 9999, expected at most 1024, which is all this model can"),
         (["--chat-template", "/no"], "--chat-template in /no: got No such file or directory, expected a readable file"),

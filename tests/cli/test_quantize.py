@@ -66,4 +66,4 @@ def test_a_budget_that_cannot_work_is_refused_with_the_one_that_would(cli, tmp_p
 
 def test_a_budget_that_is_no_size_is_refused(cli, float_model):
     message = quantize_refused(cli, float_model, "--memory", "much")
-    assert message == "--memory: got much, expected a size such as 2GiB or 500MB"
+    assert message == "--memory: got much, expected a size such as 2GiB or 500MB. Try: eightfold quantize --help"

@@ -18,13 +18,13 @@ from tests.engine.models import CONTEXT, assert_idle, greedy, run
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_num_seqs": 0}, "--max-num-seqs: got 0, expected at least 1"),
-        ({"max_model_len": -1}, "--max-model-len: got -1, expected at least 1"),
-        ({"kv_memory": 0}, "--kv-memory: got 0, expected at least 1"),
-        ({"speculate": 33}, "--speculate: got 33, expected 0 to 32 tokens"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected a whole number of at least 1"),
+        ({"max_model_len": -1}, "max_model_len: got -1, expected a whole number of at least 1"),
+        ({"kv_memory": 0}, "kv_memory: got 0, expected at least 1"),
+        ({"speculate": 33}, "speculate: got 33, expected a whole number from 0 to 32"),
         (
             {"max_batched_tokens": 64},
-            "--max-batched-tokens: got 64, expected more than --max-num-seqs, 64. "
+            "max_batched_tokens: got 64, expected more than `max_num_seqs`, 64. "
             "Every running sequence takes a token of a step, and prompts need some too.",
         ),
     ],

@@ -16,7 +16,7 @@ import time
 import httpx
 import pytest
 
-from eightfold.cli.serving import parse_size
+from eightfold.values import parse_size
 
 
 class Process:
@@ -139,7 +139,7 @@ def test_another_machines_address(cli, model):
         (["--max-num-seqs", "600"], "--max-batched-tokens: got 512, expected more than --max-num-seqs, 600."),
         (["--chat-template", "nowhere.jinja"],
          "--chat-template in nowhere.jinja: got No such file or directory, expected a readable file"),
-        (["--port", "70000"], "Invalid value for '--port': "),
+        (["--port", "70000"], "--port: got 70000, expected a whole number from 0 to 65535. Try: eightfold "),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense(cli, model, words, message):

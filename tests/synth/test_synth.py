@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.cli.synthesizing import Like
 from eightfold.config import DType, parse_config
 from eightfold.errors import ConfigError, OutputError
 from eightfold.format.checkpoint import Checkpoint
@@ -67,10 +66,6 @@ def test_shapes_of_the_models_made_small_above_are_the_real_ones(monkeypatch):
     for name, parameters in (("llama3.2-1b", 1_235_814_400), ("qwen2-7b", 7_615_616_512)):
         model = RandomModel(parse_config(shapes.model_config(name, None, DType.BF16), Path("config.json")), 0)
         assert sum(int(np.prod(tensor.shape)) for tensor in model.tensors()) == parameters
-
-
-def test_the_command_line_knows_every_model():
-    assert [like.value for like in Like] == list(shapes.MODELS)
 
 
 def test_a_directory_opens_and_has_the_asked_layers(cli, tmp_path):

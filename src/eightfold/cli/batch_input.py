@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from eightfold.cli.sampling import sampling_params
+from eightfold.cli.generating import sampling_params
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.errors import EightfoldError, InputError, one_of
 from eightfold.tokenizer import Message, Tokenizer

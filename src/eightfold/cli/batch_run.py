@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold.cli import console, sampling
+from eightfold.cli import console, generating
 from eightfold.cli.batch_input import BatchRequest, read_requests
 from eightfold.cli.batch_output import AnswerFile
+from eightfold.cli.options import flags_of, in_flags
 from eightfold.engine.engine import Engine
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import EightfoldError, InputError
@@ -118,7 +119,7 @@ def _setup(batch: Batch, requests: Sequence[BatchRequest]) -> str:
     facts: list[Any] = [checkpoint.config_raw, config.dynamic, config.attention_mode]
     facts.append(sorted(stop_token_ids(batch.model, checkpoint.config_raw)))
     if any(request.needs_template for request in requests):
-        sampling.require_template(tokenizer, "prompts as texts without --chat")
+        generating.require_template(tokenizer, "prompts as texts without --chat")
         facts.append(tokenizer.template_source())
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     digest.update((batch.model / "tokenizer.json").read_bytes())
@@ -186,7 +187,7 @@ class _Run:
                 self.engine.add_request(name, prompt_ids, request.params, streams=False)
             except EightfoldError as error:
                 self.tally.failed += 1
-                self.answers.append({**self._head(request), "error": str(error)})
+                self.answers.append({**self._head(request), "error": in_flags(error, flags_of(EngineConfig))})
                 task.advance()
             else:
                 self.running[name] = request

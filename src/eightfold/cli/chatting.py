@@ -8,15 +8,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from eightfold.cli import console, sampling
-from eightfold.cli.choices import AttentionMode, Dynamic
-from eightfold.cli.serving import parse_size
+from eightfold.cli import console, generating
+from eightfold.cli.options import argument, flags_of, in_flags
+from eightfold.engine.settings import EngineConfig
 from eightfold.errors import EightfoldError
+from eightfold.values import TEXT, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.cli.conversation import Conversation, Prompt
@@ -35,79 +35,51 @@ A line that ends in a backslash goes on in the next one. Ctrl-C stops an answer.
 A message that begins with a slash: put a blank before it."""
 
 
-def chat(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What stands before the conversation.")] = None,
-    temperature: sampling.Temperature = 0.7,
-    top_p: sampling.TopP = None,
-    top_k: sampling.TopK = None,
-    min_p: sampling.MinP = None,
-    repetition_penalty: sampling.RepetitionPenalty = None,
-    seed: sampling.Seed = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Stop an answer after so many tokens.")
-    ] = 1024,
-    max_model_len: sampling.MaxModelLen = None,
-    kv_memory: sampling.KvMemory = None,
-    speculate: sampling.Speculate = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many threads compute. Default: one a CPU.")
-    ] = None,
-    attention_mode: Annotated[
-        AttentionMode,
-        typer.Option(help="What a prompt attends over with int8 keys and values; mindie computes each anew."),
-    ] = AttentionMode.cache,
-    dynamic: Annotated[
-        Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
-    ] = Dynamic.asymmetric,
-    chat_template: sampling.ChatTemplate = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ChatCommand:
     """Talk with a model; answers come as they are computed.
 
     Example: eightfold chat Llama-3.2-1B-w8a8 --system "Answer in one sentence."
 
-    /help shows the commands. Ctrl-C stops an answer; at the prompt, twice, it
-    ends the chat, and so does Ctrl-D. The turns before stay in the cache: only
-    what is new is computed. When the conversation outgrows the context, the
-    oldest turns are forgotten, which is said.
+    /help shows the commands. Ctrl-C stops an answer; at the prompt, twice, it ends the chat, and so does Ctrl-D. The
+    turns before stay in the cache: only what is new is computed. When the conversation outgrows the context, the oldest
+    turns are forgotten, and a note says so.
 
     From a pipe each line is a turn, answers go to stdout and all else to stderr.
     """
-    chosen = sampling.given(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+
+    model: Path = argument("DIR", generating.MODEL)
+    system: str | None = setting(None, TEXT, "What stands before the conversation.")
+    max_new_tokens: int = setting(1024, whole(1), "Stop an answer after so many tokens.")
+    chat_template: Path | None = generating.chat_template()
+    sampling: dict[str, Any] = generating.sampling(
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", temperature=0.7
     )
-    if note := sampling.idle_note(chosen):
-        console.note(note)
-    sampling.sampling_params(chosen)  # what makes no sense is said before the model is loaded
-    template = None if chat_template is None else sampling.read_template(chat_template)
-    memory = None if kv_memory is None else parse_size(kv_memory)
-    engine = _load(
-        model,
-        template,
-        max_model_len=max_model_len,
-        kv_memory=memory,
-        speculate=speculate,
-        threads=threads,
-        attention_mode=attention_mode.mode,
-        dynamic=dynamic.mode,
+    engine: dict[str, Any] = generating.engine(
+        "max_model_len", "kv_memory", "speculate", "threads", "attention_mode", "dynamic"
     )
-    _talk(engine, model, system, chosen, max_new_tokens)
 
+    def execute(self) -> None:
+        """Load the model and talk until the user ends it."""
+        if note := generating.idle_note(self.sampling):
+            console.note(note)
+        generating.sampling_params(self.sampling)  # what makes no sense is said before the model is loaded
+        template = generating.read_template(self.chat_template)
+        _talk(self._load(template), self.model, self.system, self.sampling, self.max_new_tokens)
 
-def _load(model: Path, template: str | None, **settings: Any) -> Engine:
-    with console.loading():
-        from eightfold.engine.engine import Engine
-        from eightfold.engine.settings import EngineConfig
-        from eightfold.format.checkpoint import require_directory
-        from eightfold.tokenizer import Tokenizer
+    def _load(self, template: str | None) -> Engine:
+        with console.loading():
+            from eightfold.engine.engine import Engine
+            from eightfold.format.checkpoint import require_directory
+            from eightfold.tokenizer import Tokenizer
 
-        require_directory(model)
-        tokenizer = Tokenizer(model, template)
-        sampling.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
-        engine = Engine.load(model, EngineConfig(max_num_seqs=1, **settings), tokenizer)
-    for note in engine.notes:
-        console.note(note)
-    return engine
+            require_directory(self.model)
+            tokenizer = Tokenizer(self.model, template)
+            generating.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
+            engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.engine), tokenizer)
+        for note in engine.notes:
+            console.note(note)
+        return engine
 
 
 def _talk(engine: Engine, model: Path, system: str | None, chosen: dict[str, Any], max_new_tokens: int) -> None:
@@ -158,7 +130,7 @@ class Talk:
             if text.strip():
                 self._answer(text.removeprefix(" ") if text.startswith(" /") else text)
         except EightfoldError as error:
-            self._screen.note(f"eightfold: {error}")
+            self._screen.note(f"eightfold: {in_flags(error, flags_of(EngineConfig))}")
         return True
 
     def _obey(self, text: str) -> bool:
@@ -209,7 +181,9 @@ class Talk:
             self._screen.note(f"The conversation has outgrown {self._context} tokens: the oldest {turns} forgotten.")
         limit = min(self._max_new_tokens, self._context - len(prompt.token_ids))
         try:
-            self._engine.add_request("chat", prompt.token_ids, sampling.sampling_params(self._chosen, max_tokens=limit))
+            self._engine.add_request(
+                "chat", prompt.token_ids, generating.sampling_params(self._chosen, max_tokens=limit)
+            )
         except EightfoldError:
             self._conversation.take_back()
             raise

@@ -1,42 +1,51 @@
-"""`eightfold inspect` and `eightfold env`: what is there."""
+"""`eightfold inspect`, `check` and `env`: what is in a directory, who would take it, and what this machine is."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
+from eightfold.cli.options import argument, as_json
+from eightfold.values import Kind, choice, setting
 
 if TYPE_CHECKING:
+    from eightfold.check.findings import Report
     from eightfold.report.contents import Contents
     from eightfold.report.native import Native
 
+EXIT_NOT_SERVED = 1
 
-def inspect(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
-) -> None:
+_LOADERS = Kind((tuple,), "loaders", each=choice("mindie", "vllm-ascend", "all"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand:
     """Say what a model directory holds, and how this CPU would compute it. Reads no weights.
 
-    EIGHTFOLD_ISA forces an instruction set, EIGHTFOLD_THREADS a number of threads.
-
     Example: eightfold inspect Llama-3.2-1B-w8a8
-    """
-    from eightfold.format.checkpoint import Checkpoint
-    from eightfold.report.contents import describe
-    from eightfold.report.native import describe_native
 
-    checkpoint = Checkpoint.open(model)
-    contents, native = describe(checkpoint), describe_native(checkpoint)
-    if as_json:
-        console.print_json({**asdict(contents), "native": asdict(native)})
-        return
-    _print_contents(contents)
-    print()
-    _print_native(native)
+    EIGHTFOLD_ISA forces an instruction set, EIGHTFOLD_THREADS a number of threads.
+    """
+
+    model: Path = argument("DIR", "A quantized or float model directory.")
+    as_json: bool = as_json()
+
+    def execute(self) -> None:
+        """Print it."""
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.report.contents import describe
+        from eightfold.report.native import describe_native
+
+        checkpoint = Checkpoint.open(self.model)
+        contents, native = describe(checkpoint), describe_native(checkpoint)
+        if self.as_json:
+            console.print_json({**asdict(contents), "native": asdict(native)})
+            return
+        _print_contents(contents)
+        print()
+        _print_native(native)
 
 
 def _print_contents(contents: Contents) -> None:
@@ -75,20 +84,81 @@ def _print_native(native: Native) -> None:
         print(f"  {line}")
 
 
-def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
-) -> None:
-    """Show versions, processor, instruction sets, threads and memory: what a bug report needs."""
-    from eightfold.report.environment import environment
+@dataclass(frozen=True, kw_only=True)
+class CheckCommand:
+    """Say what MindIE or vllm-ascend would do with a model directory. Reads headers and small tensors only.
 
-    found = environment()
-    if as_json:
-        console.print_json(found)
-        return
-    packages = ", ".join(f"{name} {version or '(not installed)'}" for name, version in found.pop("packages").items())
-    for key in ("memory_bytes", "memory_available_bytes"):
-        found[key.removesuffix("_bytes")] = (
-            "unknown" if (nbytes := found.pop(key)) is None else console.size_text(nbytes)
-        )
-    for key, value in {**found, "packages": packages}.items():
-        print(f"{key + ':':18}{' '.join(value) if isinstance(value, list) else value}")
+    Example: eightfold check Llama-3.2-1B-w8a8 --for mindie
+
+    Exit code 1 if one of them refuses the directory or would compute something wrong.
+    """
+
+    model: Path = argument("DIR", "A model directory, quantized or float.")
+    loaders: tuple[str, ...] = setting(("all",), _LOADERS, "Whose rules to apply. Default: all.", flag="--for")
+    as_json: bool = as_json()
+
+    def execute(self) -> int:
+        """Print each loader's report; return 1 if one would not serve the directory."""
+        reports = self._reports()
+        if self.as_json:
+            console.print_json(_document(reports))
+        else:
+            for report in reports:
+                _print_report(report)
+        return 0 if all(report.verdict.is_harmless for report in reports) else EXIT_NOT_SERVED
+
+    def _reports(self) -> list[Report]:
+        from eightfold.check import mindie, vllm_ascend
+        from eightfold.check.directory import RawDirectory
+
+        directory = RawDirectory.open(self.model)
+        checks = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check}
+        return [check(directory) for name, check in checks.items() if {name, "all"} & {*self.loaders}]
+
+
+def _document(reports: list[Report]) -> dict[str, Any]:
+    """Return a single report as it is; several below the worst verdict of all."""
+    if len(reports) == 1:
+        return reports[0].as_dict()
+    worst = max((report.verdict for report in reports), key=lambda verdict: verdict.severity)
+    return {
+        "directory": reports[0].directory,
+        "verdict": worst.value,
+        "loads": all(report.loads for report in reports),
+        "reports": [report.as_dict() for report in reports],
+    }
+
+
+def _print_report(report: Report) -> None:
+    print(f"{report.loader}: {report.verdict.value} {report.directory}")
+    names = [finding.rule.removeprefix(f"{report.loader}.") for finding in report.findings]
+    width = max(map(len, names), default=0)
+    previous = ""
+    for name, finding in zip(names, report.findings, strict=True):
+        verdict = finding.verdict.value
+        print(f"  {'' if verdict == previous else verdict:10}  {name:{width}}  {finding.message}")
+        print(f"  {'':10}  {'':{width}}  in {finding.place}")
+        previous = verdict
+    print(f"  {'runs':10}  {report.summary.text if report.loads else 'nothing'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvCommand:
+    """Show versions, processor, instruction sets, threads and memory: what a bug report needs."""
+
+    as_json: bool = as_json()
+
+    def execute(self) -> None:
+        """Print them."""
+        from eightfold.report.environment import environment
+
+        found = environment()
+        if self.as_json:
+            console.print_json(found)
+            return
+        packages = [f"{name} {version or '(not installed)'}" for name, version in found.pop("packages").items()]
+        for key in ("memory_bytes", "memory_available_bytes"):
+            nbytes = found.pop(key)
+            found[key.removesuffix("_bytes")] = "unknown" if nbytes is None else console.size_text(nbytes)
+        for key, value in {**found, "packages": ", ".join(packages)}.items():
+            print(f"{key + ':':18}{' '.join(value) if isinstance(value, list) else value}")

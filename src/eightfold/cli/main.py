@@ -13,12 +13,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from eightfold import __version__
-from eightfold.cli.conversion import convert_soon
+from eightfold.cli import options
 from eightfold.errors import ConfigError, EightfoldError, kept_work
 
 PROGRAM = "eightfold"  # in messages, however the program was started
@@ -26,72 +24,50 @@ EXIT_USER = 2
 
 _NOTHING_LEFT = "nothing was left half-written."
 
-# typer's own copy of click or an installed one, by version: the base of all usage errors either way.
-ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+HEADER = "8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU."
+START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello"
 
-# Command -> module of eightfold.cli and function.
+# Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
-    "import-gguf": ("importing", "import_gguf"),
-    "quantize": ("quantizing", "quantize"),
-    "synth": ("synthesizing", "synth"),
-    "check": ("checking", "check"),
-    "inspect": ("inspecting", "inspect"),
-    "run": ("running", "run"),
-    "chat": ("chatting", "chat"),
-    "serve": ("serving", "serve"),
-    "eval": ("evaluate", "evaluate"),
-    "bench": ("benching", "bench"),
-    "env": ("inspecting", "env"),
+    "import-gguf": ("making", "ImportGgufCommand"),
+    "quantize": ("quantizing", "QuantizeCommand"),
+    "synth": ("making", "SynthCommand"),
+    "check": ("inspecting", "CheckCommand"),
+    "inspect": ("inspecting", "InspectCommand"),
+    "run": ("running", "RunCommand"),
+    "chat": ("chatting", "ChatCommand"),
+    "serve": ("serving", "ServeCommand"),
+    "eval": ("measuring", "EvaluateCommand"),
+    "bench": ("measuring", "BenchCommand"),
+    "env": ("inspecting", "EnvCommand"),
 }
 
-HELP = ("-h", "--help")
+# Before the command.
+OWN_OPTIONS = {"--version": "Show the version and exit.", "--debug": "Show a Python traceback with an error."}
 
 # What several processes do together; another command in each of them would only be in the others' way.
 SHARED = frozenset({"quantize", "run", "serve", "bench"})
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"eightfold {__version__}")
-        raise typer.Exit()
+def command_type(name: str) -> Any:
+    """Return the dataclass of a command."""
+    module, kind = COMMANDS[name]
+    return getattr(importlib.import_module(f"eightfold.cli.{module}"), kind)
 
 
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a Python traceback with an error.")] = False,
-) -> None:
-    """Take the options that stand before the command."""
+def program_help() -> str:
+    """Return the help on all commands."""
+    commands = [(name, (command_type(name).__doc__ or "").partition(".")[0] + ".") for name in COMMANDS]
+    own = [*OWN_OPTIONS.items(), (", ".join(options.HELP), "Show this, or behind a command its own help, and exit.")]
+    usage = f"Usage: {PROGRAM} [OPTIONS] COMMAND ..."
+    parts = [usage, HEADER, options.listing("Commands", commands), options.listing("Options", own), START]
+    return "\n\n".join(options.filled(part) if part in (HEADER, START) else part for part in parts)
 
 
-def program(arguments: Sequence[str] = ()) -> typer.Typer:
-    """Return the program: with the command that the arguments name, or else with all."""
-    app = typer.Typer(
-        name=PROGRAM,
-        help="8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU.",
-        epilog="Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": list(HELP)},
-        callback=_options,
-    )
-    command = _command(arguments)
-    for name in [command] if command else COMMANDS:
-        module, function = COMMANDS[name]
-        app.command(name)(getattr(importlib.import_module(f"eightfold.cli.{module}"), function))
-    return app
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """Return the command that is asked for; "" for none, one that is not there, or help on all."""
-    for argument in arguments:
-        if not argument.startswith("-"):
-            return argument if argument in COMMANDS else ""
-        if argument in HELP:
-            break
-    return ""
+def _command(words: Sequence[str]) -> str:
+    """Return the first word that is no option; "" for none, or where help on all is asked for."""
+    before = next((number for number, word in enumerate(words) if not word.startswith("-")), len(words))
+    return "" if before == len(words) or set(words[:before]) & {*options.HELP, "--version"} else words[before]
 
 
 def _require_one_process(command: str) -> None:
@@ -126,21 +102,24 @@ def main() -> int:
 
 
 def _run() -> int:
-    debug = "--debug" in sys.argv
+    debug, flags = "--debug" in sys.argv, dict[str, str]()
     try:
-        _require_one_process(_command(sys.argv[1:]))
-        command = typer.main.get_command(program(sys.argv[1:]))
-        convert_soon(command)
-        code = command(prog_name=PROGRAM, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except typer.Exit as stop:
-        return stop.exit_code
-    except ClickException as error:
-        return _usage_error(error)
+        name = _command(sys.argv[1:])
+        _require_one_process(name)
+        words = _own_options(sys.argv[1:], name)
+        if not name:
+            return _overview(words)
+        kind, program = command_type(name), f"{PROGRAM} {name}"
+        flags = options.flags_of(kind)
+        command = options.parse(kind, words, program)
+        if command is None:
+            print(options.help_text(kind, program))
+            return 0
+        return command.execute() or 0
     except _Stopped as stop:
         return _fail(f"{stop}: {kept_work(stop) or f'{_NOTHING_LEFT} Run the same command to start again.'}", debug)
     except EightfoldError as error:
-        return _fail(f"{error} {kept_work(error) or ''}", debug)
+        return _fail(f"{options.in_flags(error, flags)} {kept_work(error) or ''}", debug)
     except BrokenPipeError:
         sys.stderr.close()  # the reader has left; there is nobody to tell
         return EXIT_USER
@@ -152,6 +131,32 @@ def _run() -> int:
         if "allocate memory" not in str(error):  # torch's way of saying it
             raise
         return _fail(_out_of_memory(error), debug)
+
+
+def _own_options(words: Sequence[str], command: str) -> Sequence[str]:
+    """Check what stands before the command, and the command; return what stands behind it, or else all.
+
+    Raises:
+        ConfigError: the command, or an option before it, is unknown.
+    """
+    before = words.index(command) if command else len(words)
+    known = [*OWN_OPTIONS, *options.HELP]
+    with options.usage_of(PROGRAM):
+        for word in words[:before]:
+            if word in (*options.HELP, "--version"):
+                break  # what stands behind them does not matter
+            if word not in known:
+                raise options.unknown("option before the command", word, known)
+        if command and command not in COMMANDS:
+            raise options.unknown("command", command, COMMANDS)
+    return words[before + 1 :] if command else words
+
+
+def _overview(words: Sequence[str]) -> int:
+    """Do what is asked for without a command."""
+    asked = next((word for word in words if word in (*options.HELP, "--version")), "")
+    print(f"{PROGRAM} {__version__}" if asked == "--version" else program_help())
+    return 0 if asked else EXIT_USER
 
 
 def _out_of_memory(error: BaseException) -> str:
@@ -176,20 +181,6 @@ def _speaks() -> bool:
         return World.of_environment().speaks
     except EightfoldError:
         return True
-
-
-def _usage_error(error: Any) -> int:
-    message = error.format_message()
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else PROGRAM
-    if not message:  # no arguments: the help has been shown
-        error.show()
-        return EXIT_USER
-    if not _speaks():
-        return EXIT_USER
-    text = " ".join(message.split())
-    print(f"eightfold: {text}{'' if text[-1] in '.?!' else '.'} Try: {path} --help", file=sys.stderr)
-    return EXIT_USER
 
 
 def _system_error(error: OSError) -> str:

@@ -3,72 +3,27 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from eightfold.cli import console, sampling
-from eightfold.cli.choices import AttentionMode, Backend, Dynamic
-from eightfold.cli.serving import parse_size
+from eightfold.cli import console, generating
+from eightfold.cli.options import argument, as_json
 from eightfold.cli.single_run import Single
+from eightfold.engine.settings import EngineConfig
 from eightfold.errors import ConfigError, UnsupportedError
+from eightfold.values import PATH, SWITCH, TEXT, setting, whole
 
 if TYPE_CHECKING:
-    from eightfold.cli.batch_run import Batch, Tally
-    from eightfold.engine.settings import EngineConfig
+    from eightfold.cli.batch_run import Tally
 
 EXIT_FAILED = 1
 
+_PROMPTS = "Prompts and answers"
 
-def run(
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized or float model directory.")],
-    prompt: Annotated[str | None, typer.Option(help="What to continue, or with --chat what to say.")] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Prompts to answer, many at a time: a JSON object a line, or .txt."),
-    ] = None,
-    output_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Where their answers go, as JSON.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin the output file anew, and do not go on with it.")
-    ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    chat_template: sampling.ChatTemplate = None,
-    temperature: sampling.Temperature = None,
-    top_p: sampling.TopP = None,
-    top_k: sampling.TopK = None,
-    min_p: sampling.MinP = None,
-    repetition_penalty: sampling.RepetitionPenalty = None,
-    presence_penalty: sampling.PresencePenalty = None,
-    frequency_penalty: sampling.FrequencyPenalty = None,
-    seed: sampling.Seed = None,
-    stop: sampling.Stop = None,
-    ignore_eos: sampling.IgnoreEos = False,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Answers to compute at a time. Default: 64.")
-    ] = None,
-    max_model_len: sampling.MaxModelLen = None,
-    kv_memory: sampling.KvMemory = None,
-    speculate: sampling.Speculate = 0,
-    dynamic: Annotated[
-        Dynamic, typer.Option(help="How w8a8-dynamic quantizes a token; symmetric is what the NPU does.")
-    ] = Dynamic.asymmetric,
-    attention_mode: Annotated[
-        AttentionMode,
-        typer.Option(
-            help="With int8 keys and values: a prompt attends over what the cache holds (cache), or in float, as "
-            "MindIE does (mindie)."
-        ),
-    ] = AttentionMode.cache,
-    backend: Annotated[
-        Backend, typer.Option(help="What computes: native, reference (torch; slow), or the first that is there.")
-    ] = Backend.auto,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many threads compute. Default: one a CPU.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line.")] = False,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class RunCommand:
     """Answer one prompt and show the text as it comes, or all prompts of a file.
 
     Example: eightfold run Llama-3.2-1B-w8a8 --chat --prompt "What's deep learning?"
@@ -79,67 +34,92 @@ def run(
 
     A file: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
 
-    Its lines are objects with prompt, messages or prompt_token_ids, perhaps an
-    id, and perhaps parameters of their own: max_tokens, temperature, top_p,
-    seed, stop, logprobs, n and so on. Each answer is written as soon as it is
-    there, with the index of its prompt and its id, so not in the prompts'
-    order. A run that was stopped goes on when it is started again: what is
-    answered is not done twice, what failed is tried again, and an input that
-    has changed since is refused. Exit code 1: some prompts could not be
-    answered, which their lines tell under error.
+    Its lines are objects with prompt, messages or prompt_token_ids, perhaps an id, and perhaps parameters of their own:
+    max_tokens, temperature, top_p, seed, stop, logprobs, n and so on. Each answer is written as soon as it is there,
+    with the index of its prompt and its id, so not in the prompts' order. A run that was stopped goes on when it is
+    started again: what is answered is not done twice, what failed is tried again, and an input that has changed since
+    is refused. Exit code 1: some prompts could not be answered; their lines have the reason under error.
     """
-    chosen = sampling.given(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=stop,
-        ignore_eos=ignore_eos,
-    )  # fmt: skip
-    limits = sampling.given(
-        max_num_seqs=max_num_seqs, max_model_len=max_model_len, kv_memory=kv_memory, speculate=speculate or None
+
+    model: Path = argument("DIR", generating.MODEL)
+    prompt: str | None = setting(None, TEXT, "What to continue, or with --chat what to say.", group=_PROMPTS)
+    input_file: Path | None = setting(
+        None, PATH, "Prompts to answer, many at a time: a JSON object a line, or .txt.", metavar="FILE", group=_PROMPTS
     )
-    _require_one_source(prompt, input_file, output_file, {**limits, **sampling.given(overwrite=overwrite)})
-    template = None if chat_template is None else sampling.read_template(chat_template)
-    backend = backend.resolve()
-    _leave_to_first(model, backend, threads=threads, dynamic=dynamic.mode, attention=attention_mode.mode)
-    if note := sampling.idle_note(chosen):
-        console.note(note)
-    settings = {"threads": threads, "dynamic": dynamic.mode, "attention_mode": attention_mode.mode, **limits}
-    if prompt is not None:
-        single = Single(model, prompt, chat, template, max_new_tokens, chosen, settings, backend, measures=as_json)
-        _one(single, as_json)
-        return
-    assert input_file is not None
-    assert output_file is not None
-    _require_native(backend)
-    from eightfold.cli.batch_run import Batch
+    output_file: Path | None = setting(None, PATH, "Where their answers go, as JSON.", metavar="FILE", group=_PROMPTS)
+    overwrite: bool = setting(False, SWITCH, "Begin the output file anew, and do not go on with it.", group=_PROMPTS)
+    max_new_tokens: int = setting(64, whole(1), "Stop after so many tokens.", group=_PROMPTS)
+    chat: bool = setting(False, SWITCH, "Put the prompt into the model's chat template.", group=_PROMPTS)
+    chat_template: Path | None = generating.chat_template()
+    as_json: bool = as_json()
+    sampling: dict[str, Any] = generating.sampling(
+        "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+        "stop", "ignore_eos", temperature=None,
+    )  # fmt: skip
+    limits: dict[str, Any] = generating.engine("max_num_seqs", "max_model_len", "kv_memory", "speculate")
+    computing: dict[str, Any] = generating.engine("dynamic", "attention_mode", "threads")
+    backend: str = generating.backend()
 
-    chosen["max_tokens"] = max_new_tokens
-    config = _config(settings)
-    _batch(Batch(model, input_file, output_file, overwrite, chat, template, chosen, config), as_json)
+    def execute(self) -> int:
+        """Answer the prompt or the file; return 1 if some of its prompts could not be answered."""
+        self._require_one_source()
+        template = generating.read_template(self.chat_template)
+        backend = generating.resolve_backend(self.backend)
+        config = self._config()
+        _leave_to_first(self.model, backend, config)
+        if note := generating.idle_note(self.sampling):
+            console.note(note)
+        if self.prompt is not None:
+            length = self.max_new_tokens
+            single = Single(
+                self.model, self.prompt, self.chat, template, length, self.sampling, config, backend, self.as_json
+            )
+            _one(single, self.as_json)
+            return 0
+        _require_native(backend)
+        return self._answer_file(template, config)
+
+    def _require_one_source(self) -> None:
+        """Refuse two kinds of prompts, or none, and options that are only for files beside a prompt."""
+        if (self.prompt is None) == (self.input_file is None):
+            got = "none" if self.prompt is None else "--input-file too"
+            raise ConfigError("--prompt", got=got, expected="it or --input-file")
+        if self.input_file is not None and self.output_file is None:
+            raise ConfigError("--output-file", got="none", expected="where the answers to --input-file go")
+        limits = [name for name, value in self.limits.items() if name != "speculate" or value]
+        of_files = [*(["output_file"] if self.output_file else []), *limits, *(["overwrite"] if self.overwrite else [])]
+        if self.prompt is not None and of_files:
+            raise ConfigError(of_files[0], got="--prompt", expected="--input-file beside it")
+
+    def _config(self) -> EngineConfig:
+        sequences = self.limits.get("max_num_seqs", EngineConfig.max_num_seqs)
+        tokens = max(EngineConfig.max_batched_tokens, 2 * sequences)
+        return EngineConfig(**self.limits, **self.computing, max_batched_tokens=tokens)
+
+    def _answer_file(self, template: str | None, config: EngineConfig) -> int:
+        from eightfold.cli.batch_run import Batch, run_batch
+
+        assert self.input_file is not None
+        assert self.output_file is not None
+        defaults = {**self.sampling, "max_tokens": self.max_new_tokens}
+        batch = Batch(
+            self.model, self.input_file, self.output_file, self.overwrite, self.chat, template, defaults, config
+        )
+        tally = run_batch(batch)
+        _report(tally, self.output_file, self.as_json)
+        return EXIT_FAILED if tally.failed else 0
 
 
-def _require_one_source(
-    prompt: str | None, input_file: Path | None, output_file: Path | None, of_files: dict[str, Any]
-) -> None:
-    if (prompt is None) == (input_file is None):
-        got = "none" if prompt is None else "--input-file too"
-        raise ConfigError("--prompt", got=got, expected="it or --input-file")
-    if input_file is not None and output_file is None:
-        raise ConfigError("--output-file", got="none", expected="where the answers to --input-file go")
-    alone = [*(["output_file"] if output_file is not None else []), *of_files]
-    if prompt is not None and alone:
-        raise ConfigError(f"--{alone[0].replace('_', '-')}", got="--prompt", expected="--input-file beside it")
-
-
-def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
+def _leave_to_first(model: Path, backend: str, config: EngineConfig) -> None:
     """Go on in one process only; the others compute for it. Where nothing is shared, refuse more than one.
 
     Raises:
         UnsupportedError: there are several, and the backend is for one.
     """
-    if backend is not Backend.reference:
+    if backend == "native":
         from eightfold.engine.loading import leave_to_first
 
-        leave_to_first(model, **options)
+        leave_to_first(model, threads=config.threads, dynamic=config.dynamic, attention=config.attention_mode)
         return
     from eightfold.parallel.world import World
 
@@ -147,28 +127,9 @@ def _leave_to_first(model: Path, backend: Backend, **options: Any) -> None:
         raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")
 
 
-def _require_native(backend: Backend) -> None:
-    if backend is Backend.reference:
+def _require_native(backend: str) -> None:
+    if backend != "native":
         raise UnsupportedError("--input-file", got="the reference backend", expected="the native one")
-
-
-def _config(settings: dict[str, Any]) -> EngineConfig:
-    from eightfold.engine.settings import EngineConfig
-
-    if "kv_memory" in settings:
-        settings["kv_memory"] = parse_size(settings["kv_memory"])
-    sequences = settings.get("max_num_seqs", EngineConfig.max_num_seqs)
-    return EngineConfig(**settings, max_batched_tokens=max(EngineConfig.max_batched_tokens, 2 * sequences))
-
-
-def _batch(batch: Batch, as_json: bool) -> None:
-    """Answer a file of prompts."""
-    from eightfold.cli.batch_run import run_batch
-
-    tally = run_batch(batch)
-    _report(tally, batch.output_file, as_json)
-    if tally.failed:
-        raise typer.Exit(EXIT_FAILED)
 
 
 def _report(tally: Tally, output_file: Path, as_json: bool) -> None:

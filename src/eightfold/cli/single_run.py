@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.cli import console
-from eightfold.cli.choices import Backend
-from eightfold.cli.sampling import sampling_params
+from eightfold.cli.generating import sampling_params
 from eightfold.errors import CapacityError, UnsupportedError
 
 if TYPE_CHECKING:
+    from eightfold.engine.settings import EngineConfig
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.model import NativeModel
     from eightfold.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class Single:
         chat_template: a template in place of the model's.
         max_new_tokens: of the answer.
         sampling: parameters; without any the answer is greedy.
-        settings: of EngineConfig: threads, dynamic, attention_mode.
+        config: of the engine, but for what follows from the prompt's length.
         backend: native or reference.
         measures: whether the memory of weights is measured: then they are loaded alone, which takes longer.
     """
@@ -70,8 +70,8 @@ class Single:
     chat_template: str | None
     max_new_tokens: int
     sampling: dict[str, Any]
-    settings: dict[str, Any]
-    backend: Backend
+    config: EngineConfig
+    backend: str
     measures: bool = False
 
     def answer(self, show: Show = None) -> Answer:
@@ -85,13 +85,13 @@ class Single:
         with console.loading():
             checkpoint = Checkpoint.open(self.model)
             read = functools.cache(lambda: self._read(checkpoint))
-            load = self._reference if self.backend is Backend.reference else self._native
+            load = self._reference if self.backend == "reference" else self._native
             generate, model = load(checkpoint, read, show)
         started = time.monotonic()
         text, token_ids, reason = generate()
         seconds = round(time.monotonic() - started, 3)
         world_size, weights = (1, []) if model is None else (model.world_size, model.resident_weights_mib)
-        return Answer(text, token_ids, len(read().ids), reason, seconds, self.backend.value, world_size, weights)
+        return Answer(text, token_ids, len(read().ids), reason, seconds, self.backend, world_size, weights)
 
     def _read(self, checkpoint: Checkpoint) -> _Prompt:
         """Return the prompt as tokens.
@@ -134,23 +134,22 @@ class Single:
         model = load_model(
             checkpoint,
             None if self.measures else prepare,
-            threads=self.settings["threads"],
-            dynamic=self.settings["dynamic"],
-            attention=self.settings["attention_mode"],
+            threads=self.config.threads,
+            dynamic=self.config.dynamic,
+            attention=self.config.attention_mode,
         )
         from eightfold.engine.engine import Engine
-        from eightfold.engine.settings import EngineConfig
         from eightfold.tokenizer import stop_token_ids
 
         tokenizer, prompt_ids = read()
         positions = len(prompt_ids) + self.max_new_tokens
         model.allocate_cache(positions)  # refuses what does not fit, in the words of this command
-        config = EngineConfig(
+        config = replace(
+            self.config,
             max_num_seqs=1,
             max_model_len=positions,
             kv_memory=model.pages * model.page_bytes,
             prefix_caching=False,
-            **self.settings,
         )
         engine = Engine(model, tokenizer, config, stop_ids=stop_token_ids(self.model, checkpoint.config_raw))
         params = sampling_params(self.sampling, max_tokens=self.max_new_tokens)
@@ -177,7 +176,7 @@ class Single:
 
         tokenizer, prompt_ids = read()
         stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
-        decoder = Decoder(checkpoint, self.settings["dynamic"], self.settings["attention_mode"])
+        decoder = Decoder(checkpoint, self.config.dynamic, self.config.attention_mode)
 
         def answer() -> _Generated:
             stream, tell = StreamDecoder(tokenizer), show or (lambda text: None)

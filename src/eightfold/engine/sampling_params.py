@@ -26,9 +26,9 @@ _BIAS = number(-100, 100)
 _LOGPROBS = optional(whole(0, MAX_LOGPROBS))
 
 
-def _row(kind: Kind, help: str) -> dict[str, Any]:
+def _row(kind: Kind, help: str, metavar: str = "") -> dict[str, Any]:
     """Return what is known of a field beside its name and default."""
-    return {"kind": kind, "help": help}
+    return {"kind": kind, "help": help, "metavar": metavar}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class SamplingParams:
     temperature: float = field(
         default=1.0, metadata=_row(number(0), "Divide the logits by this; 0 takes the likeliest token.")
     )
-    top_k: int = field(default=0, metadata=_row(whole(-1), "Keep the K likeliest tokens; 0: all."))
+    top_k: int = field(default=0, metadata=_row(whole(-1), "Keep the K likeliest tokens; 0: all.", "K"))
     top_p: float = field(
         default=1.0,
         metadata=_row(number_above(0, 1), "Keep the likeliest tokens whose probabilities together reach it."),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from eightfold.errors import ConfigError
+from eightfold.values import BYTES, SWITCH, choice, optional, parse_size, setting, shown, whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The limits of an engine.
+    """The limits of an engine, and the table from which options of the command line are made.
 
     Attributes:
         max_num_seqs: sequences that run at a time; others wait.
@@ -25,33 +26,47 @@ class EngineConfig:
         dynamic: how W8A8_DYNAMIC quantizes a token.
 
     Raises:
-        ConfigError: a number is out of range.
+        ConfigError: a value is of the wrong kind or out of its range.
     """
 
-    max_num_seqs: int = 64
-    max_model_len: int | None = None
-    kv_memory: int | None = None
-    max_batched_tokens: int = 512
-    prefix_caching: bool = True
-    speculate: int = 0
-    threads: int | None = None
-    attention_mode: Literal["cache", "mindie"] = "cache"
-    dynamic: Literal["asymmetric", "symmetric"] = "asymmetric"
+    max_num_seqs: int = setting(64, whole(1), "Answers to compute at a time; others wait.")
+    max_model_len: int | None = setting(
+        None, optional(whole(1)), "Tokens of prompt and answer together. Default: the model's context."
+    )
+    kv_memory: int | None = setting(
+        None,
+        optional(BYTES),
+        "Memory for keys and values, such as 2GiB. Default: what is needed and free.",
+        metavar="SIZE",
+        read=parse_size,
+    )
+    max_batched_tokens: int = setting(
+        512, whole(1), "Tokens of a step: with fewer, long prompts disturb running answers less."
+    )
+    prefix_caching: bool = setting(True, SWITCH, "Compute what prompts begin with only once.")
+    speculate: int = setting(0, whole(0, 32), "Guess K tokens from the prompt at a time; 0: do not.", metavar="K")
+    threads: int | None = setting(None, optional(whole(1)), "How many threads compute. Default: one a CPU.")
+    attention_mode: Literal["cache", "mindie"] = setting(
+        "cache",
+        choice("cache", "mindie"),
+        "With int8 keys and values: a prompt attends over what the cache holds (cache), or in float, as MindIE does "
+        "(mindie); prompts are then computed whole.",
+    )
+    dynamic: Literal["asymmetric", "symmetric"] = setting(
+        "asymmetric",
+        choice("asymmetric", "symmetric"),
+        "How w8a8-dynamic quantizes a token; symmetric is what the NPU does.",
+    )
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("--max-num-seqs", self.max_num_seqs),
-            ("--max-model-len", self.max_model_len),
-            ("--kv-memory", self.kv_memory),
-        ):
-            if value is not None and value < 1:
-                raise ConfigError(name, got=value, expected="at least 1")
+        for each in fields(self):
+            misfit = each.metadata["kind"].misfit(getattr(self, each.name))
+            if misfit is not None:
+                raise ConfigError(each.name, got=shown(misfit[0]), expected=misfit[1])
         if self.max_batched_tokens <= self.max_num_seqs:
             raise ConfigError(
-                "--max-batched-tokens",
+                "max_batched_tokens",
                 got=self.max_batched_tokens,
-                expected=f"more than --max-num-seqs, {self.max_num_seqs}",
+                expected=f"more than `max_num_seqs`, {self.max_num_seqs}",
                 action="Every running sequence takes a token of a step, and prompts need some too.",
             )
-        if not 0 <= self.speculate <= 32:
-            raise ConfigError("--speculate", got=self.speculate, expected="0 to 32 tokens")

@@ -4,35 +4,101 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from fnmatch import fnmatchcase
 
 from eightfold.config import ModelConfig
 from eightfold.errors import ConfigError, one_of
 from eightfold.families import ATTENTION, LM_HEAD, all_linears, input_groups, layer_prefix
 from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
-from eightfold.scheme import LINEAR_TENSORS, NEEDS_CALIBRATION, QuantType
+from eightfold.scheme import LINEAR_TENSORS, NEEDS_CALIBRATION, SCHEMES, QuantType
+from eightfold.values import SWITCH, TEXT, TEXTS, choice, setting, whole
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The choices of one quantization: what decides every tensor of the output, apart from the calibration data."""
 
-    scheme: QuantType
-    weight_symmetric: bool = True  # False only for W8A16
+    # What the command line takes for each: names, which recipe_file.make_recipe() looks up.
+    scheme: QuantType = setting(
+        MISSING,
+        choice(*SCHEMES),
+        "w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations, by token. w8a8-mix: a "
+        "prompt's tokens dynamic, generated ones static. w8a16: int8 weights only.",
+        metavar="SCHEME",
+        group="Scheme",
+    )
+    # False only for W8A16
+    weight_symmetric: bool = setting(
+        True, SWITCH, "Weights without offset. --no-weight-symmetric is for w8a16.", group="Scheme"
+    )
     modules: tuple[tuple[str, QuantType], ...] = ()  # pattern on full module names -> type; the last match wins
-    keep_float: tuple[str, ...] = ()  # patterns; of an attention module: only its FAQuant is left out
-    quantize_lm_head: bool = False
-    anti_outlier: AntiOutlier | None = None
-    act_method: ActMethod = ActMethod.MINMAX
-    disable_level: int = 0  # so many further linears stay float
-    exact_levels: bool = False  # cut through groups with a common input, as the reference tool does
-    fa_quant: bool = False
-    fa_amp: int = 0  # so many layers go without it
-    kv_int8: bool = False
-    kv_symmetric: bool = True
-    kv_observe: KVObserve = KVObserve.POST_ROPE
-    save_float32: bool = False  # store every floating tensor as float32
+    # patterns; of an attention module: only its FAQuant is left out
+    keep_float: tuple[str, ...] = setting(
+        (),
+        TEXTS,
+        "Leave linears float: a module name with * and ?. The name of an attention module leaves FAQuant out there.",
+        metavar="PATTERN",
+        group="What stays float",
+    )
+    quantize_lm_head: bool = setting(False, SWITCH, "The output head to int8 too.", group="What stays float")
+    anti_outlier: AntiOutlier | None = setting(
+        None,
+        choice(*(method.value for method in AntiOutlier)),
+        "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
+        "(also o_proj and down_proj: the best for static w8a8), m5 CBQ, m6 searched (slow).",
+        metavar="M",
+        group="Activations and outliers",
+    )
+    act_method: ActMethod = setting(
+        ActMethod.MINMAX,
+        choice(*(method.value for method in ActMethod), "1", "2", "3"),
+        "Range of static inputs: minmax (1), histogram (2), or auto (3) by input. Default: minmax.",
+        metavar="METHOD",
+        group="Activations and outliers",
+    )
+    # so many further linears stay float
+    disable_level: int = setting(
+        0,
+        TEXT,
+        "Leave the n linears with the widest inputs float, and those that share their input.",
+        metavar="Ln",
+        group="What stays float",
+    )
+    # cut through groups with a common input, as the reference tool does
+    exact_levels: bool = setting(
+        False, SWITCH, "Just n linears, even if that cuts q, k and v apart.", group="What stays float"
+    )
+    fa_quant: bool = setting(
+        False, SWITCH, "FAQuant: q, k and v to int8, and an int8 cache.", group="Attention and its cache"
+    )
+    # so many layers go without it
+    fa_amp: int = setting(
+        0, whole(0), "Leave FAQuant out in the N layers it suits least.", group="Attention and its cache"
+    )
+    kv_int8: bool = setting(
+        False, SWITCH, "C8: an int8 key/value cache, scaled by channel.", group="Attention and its cache"
+    )
+    kv_symmetric: bool = setting(
+        True, SWITCH, "The cache without offsets: loaders misread the others.", group="Attention and its cache"
+    )
+    kv_observe: KVObserve = setting(
+        KVObserve.POST_ROPE,
+        choice(*(place.value for place in KVObserve)),
+        "Take the range of keys after RoPE, as they are cached (post-rope, default), or before it, as msModelSlim does "
+        "(pre-rope).",
+        metavar="WHERE",
+        group="Attention and its cache",
+    )
+    # store every floating tensor as float32
+    save_float32: bool = setting(
+        False,
+        choice("model", "float32"),
+        "Store floating tensors as the model does (model, default), or all as float32.",
+        flag="--save-dtype",
+        metavar="TYPE",
+        group="Output",
+    )
 
     def __post_init__(self) -> None:
         if not self.weight_symmetric and self.scheme is not QuantType.W8A16:

@@ -10,7 +10,7 @@ from typing import Any
 
 from eightfold import __version__, machine
 
-_PACKAGES = ("numpy", "tokenizers", "jinja2", "typer", "rich", "torch", "transformers", "gguf")
+_PACKAGES = ("numpy", "tokenizers", "jinja2", "rich", "torch", "transformers", "gguf")
 
 # The instruction sets that matter for int8, as Linux names them.
 _ISA_FLAGS = (

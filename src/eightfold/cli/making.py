@@ -1,0 +1,80 @@
+"""`eightfold import-gguf` and `eightfold synth`: float model directories, from a GGUF file or at random."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from eightfold.cli import console
+from eightfold.cli.options import argument
+from eightfold.config import DType
+from eightfold.synth.shapes import MODELS
+from eightfold.values import SWITCH, choice, setting, whole
+
+_DTYPE = choice("bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportGgufCommand:
+    """Widen a GGUF file into a float model directory that `quantize`, `run` and `eval` take.
+
+    Example: eightfold import-gguf smollm2.gguf smollm2-float
+    """
+
+    source: Path = argument("FILE.gguf", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. Only read.")
+    target: Path = argument("FLOAT_DIR", "The directory to make.")
+    dtype: str = setting("bf16", _DTYPE, "Type of the widened weights.")
+    overwrite: bool = setting(False, SWITCH, "Replace FLOAT_DIR if it is a model directory.")
+
+    def execute(self) -> None:
+        """Import the file."""
+        started = time.monotonic()
+        console.require_torch("import-gguf")
+        from eightfold.importers.gguf import import_gguf
+
+        config = import_gguf(
+            self.source, self.target, _dtype(self.dtype), overwrite=self.overwrite, progress=console.bars
+        )
+        seconds = time.monotonic() - started
+        print(f"{self.target}: {config.architecture}, {config.num_layers} layers, {self.dtype}, {seconds:.1f} s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthCommand:
+    """Make a random float model of a real model's shape, to plan with and to test with.
+
+    Example: eightfold synth --like llama3-70b --layers 2 wide; eightfold quantize wide out --scheme w8a16 --plan
+
+    Weights are random, with a few outlier channels as trained models have them, so that every scheme has something to
+    do; what the model says means nothing. Its tokenizer has one token for each byte.
+    """
+
+    target: Path = argument("DIR", "The directory to make. It appears when it is whole.")
+    like: str = setting(MISSING, choice(*MODELS), "The model whose shape it has.")
+    layers: int | None = setting(None, whole(1), "So many layers at full width. Default: all of them.")
+    seed: int = setting(0, whole(0), "The same seed gives the same bytes.")
+    dtype: str = setting("bf16", _DTYPE, "Type of the weights.")
+    overwrite: bool = setting(False, SWITCH, "Replace DIR if it is a model directory.")
+
+    def execute(self) -> None:
+        """Make the model."""
+        from eightfold.synth.checkpoint import synthesize
+
+        started = time.monotonic()
+        made = synthesize(
+            self.like,
+            self.target,
+            layers=self.layers,
+            seed=self.seed,
+            dtype=_dtype(self.dtype),
+            overwrite=self.overwrite,
+            progress=console.bars,
+        )
+        seconds = time.monotonic() - started
+        size = console.size_text(made.nbytes)
+        print(f"{self.target}: {made.config.num_layers} layers like {self.like}, {self.dtype}, {size}, {seconds:.1f} s")
+
+
+def _dtype(name: str) -> DType:
+    return {"bf16": DType.BF16, "fp16": DType.F16}[name]
