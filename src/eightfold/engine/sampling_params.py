@@ -79,7 +79,7 @@ class SamplingParams:
         InputError: a value has the wrong type or is out of its range.
     """
 
-    n: int = field(default=1, metadata=_row(whole(1, 128), "Give so many answers, each with its own randomness."))
+    n: int = field(default=1, metadata=_row(whole(1, 128), "Answers to give, each with its own randomness."))
     temperature: float = field(
         default=1.0, metadata=_row(number(0), "Divide the logits by this; 0 takes the likeliest token.")
     )
