@@ -26,19 +26,10 @@ _FIELDS = (*PROMPTS, "id", *_PARAMS)
 
 @dataclasses.dataclass(frozen=True)
 class BatchRequest:
-    """One prompt.
+    """One prompt."""
 
-    Attributes:
-        index: of the prompt in the file, from 0; empty lines do not count.
-        line: of the file, from 1.
-        id: the user's name for it.
-        prompt: a text, a chat's messages, or token ids.
-        params: how its answer's tokens are chosen.
-    """
-
-    index: int
-    line: int
-    id: str | int | None
+    index: int  # in the file, from 0; empty lines do not count
+    id: str | int | None  # the user's name for it
     prompt: Prompt
     params: SamplingParams
 
@@ -80,12 +71,12 @@ def read_requests(path: Path, defaults: Mapping[str, Any], *, chat: bool = False
     Raises:
         InputError: the file cannot be read, has no prompts, or a line is not as it must be; the line is named.
     """
-    read = _text_line if path.suffix.lower() == ".txt" else _json_line
+    is_text = path.suffix.lower() == ".txt"
     requests: list[BatchRequest] = []
     for number, line in _lines(path):
         try:
-            fields = read(line)
-            requests.append(_request(fields, len(requests), number, dict(defaults), chat))
+            fields = {"prompt": line} if is_text else _json_line(line)
+            requests.append(_request(fields, len(requests), dict(defaults), chat))
         except _LineError as error:
             raise InputError(f"line {number}", where=path, got=error.got, expected=error.expected) from None
         except EightfoldError as error:
@@ -121,10 +112,6 @@ def _decoded(raw: bytes, number: int, path: Path) -> str:
         raise InputError(f"line {number}", where=path, got=got, expected="UTF-8 text") from None
 
 
-def _text_line(line: str) -> dict[str, Any]:
-    return {"prompt": line}
-
-
 def _json_line(line: str) -> dict[str, Any]:
     expected = 'an object such as {"prompt": "Hello"}'
     try:
@@ -137,7 +124,7 @@ def _json_line(line: str) -> dict[str, Any]:
     return fields
 
 
-def _request(fields: dict[str, Any], index: int, line: int, defaults: dict[str, Any], chat: bool) -> BatchRequest:
+def _request(fields: dict[str, Any], index: int, defaults: dict[str, Any], chat: bool) -> BatchRequest:
     for field in fields:
         if field not in _FIELDS:
             near = difflib.get_close_matches(field, _FIELDS, 1)
@@ -151,7 +138,7 @@ def _request(fields: dict[str, Any], index: int, line: int, defaults: dict[str, 
         raise _LineError(f"id {_json(name)}", "a text or a whole number")
     if "seed" in defaults:
         defaults["seed"] = (defaults["seed"] + index) % 2**64
-    return BatchRequest(index, line, name, prompt, sampling_params(defaults, **_params(fields)))
+    return BatchRequest(index, name, prompt, sampling_params(defaults, **_params(fields)))
 
 
 def _prompt(fields: dict[str, Any]) -> Prompt:

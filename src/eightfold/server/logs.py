@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-LEVELS = ("debug", "info", "warning", "error")
 GONE = 499  # what a request is logged with whose client left before its answer was complete
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
