@@ -247,7 +247,7 @@ def test_the_summary_is_medians_and_their_share_of_the_limits(models, batch):
 def test_limits_and_model_are_measured_in_turn(models, monkeypatch):
     order: list[str] = []
 
-    class Limits:
+    class Ceiling:
         def __init__(self, threads: int) -> None:
             order.append(f"{threads} threads")
 
@@ -259,7 +259,7 @@ def test_limits_and_model_are_measured_in_turn(models, monkeypatch):
             order.append("products")
             return 1.0
 
-    monkeypatch.setattr(measure, "Limits", Limits)
+    monkeypatch.setattr(measure, "Ceiling", Ceiling)
     _, runner = recorded(models["float"], Workload(prompt_len=2, new_tokens=2))
     monkeypatch.setattr(runner, "once", lambda: order.append("model") or Timing(1.0, 1.0))
     steps: list[None] = []
@@ -270,7 +270,7 @@ def test_limits_and_model_are_measured_in_turn(models, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_limits_of_this_machine_are_found(threads):
-    limits = measure.Limits(threads)
+    limits = measure.Ceiling(threads)
     assert 0 < limits.read_gb_s() < 1e5
     assert 0 < limits.int8_tops() < 1e4
 
@@ -348,12 +348,12 @@ def test_a_cache_beyond_the_memory_is_refused(cli, models, monkeypatch):
 def test_a_machine_without_room_for_the_buffer_is_refused(monkeypatch):
     monkeypatch.setattr(measure, "available_bytes", lambda: measure.READ_BYTES - 1)
     with pytest.raises(CapacityError, match="buffer to measure the bandwidth with: got 1 MiB of free memory, expected"):
-        measure.Limits(1)
+        measure.Ceiling(1)
 
 
 def test_a_system_that_does_not_say_what_is_free_is_tried(models, monkeypatch):
     monkeypatch.setattr(measure, "available_bytes", lambda: None)
-    measure.Limits(1)
+    measure.Ceiling(1)
     recorded(models["float"], Workload(prompt_len=2, new_tokens=2))
 
 

@@ -156,7 +156,7 @@ def _packed(prompts: list[list[int]], pages: int, step: int) -> Iterator[list[Ch
         yield chunks
 
 
-class Limits:
+class Ceiling:
     """Measures what this machine can do at most; its buffer is larger than any cache."""
 
     def __init__(self, threads: int) -> None:
@@ -192,35 +192,35 @@ class Measurement:
     rates: list[Rates] = field(default_factory=list)
     read_gb_s: list[float] = field(default_factory=list)
     int8_tops: list[float] = field(default_factory=list)
-    peak_rss_bytes: int | None = None  # before the buffer of the limits was there
+    peak_rss_bytes: int | None = None  # before the buffer of the ceiling was there
 
     def of(self, name: str) -> list[float]:
-        """Return one of the rates, or of the limits, of every repetition."""
+        """Return one of the rates, or of the ceilings, of every repetition."""
         values: list[float] = [getattr(r, name) for r in self.rates] if name in RATES else getattr(self, name)
         return values
 
 
 def measure(runner: Runner, repeat: int, advance: Callable[[], None] = lambda: None) -> Measurement:
-    """Warm up once; then measure limits and model in turn, because the speed of a shared machine drifts.
+    """Warm up once; then measure ceiling and model in turn, because the speed of a shared machine drifts.
 
     Raises:
-        CapacityError: no memory for the buffer of the limits.
+        CapacityError: no memory for the buffer of the ceiling.
     """
     found = Measurement()
     runner.once()
     found.peak_rss_bytes = peak_resident_bytes()
     advance()
-    limits, hosts = Limits(runner.model.threads * runner.model.neighbours), runner.model.hosts
+    ceiling, hosts = Ceiling(runner.model.threads * runner.model.neighbours), runner.model.hosts
     for _ in range(repeat):
-        found.read_gb_s.append(limits.read_gb_s() * hosts)
-        found.int8_tops.append(limits.int8_tops() * hosts)
+        found.read_gb_s.append(ceiling.read_gb_s() * hosts)
+        found.int8_tops.append(ceiling.int8_tops() * hosts)
         found.rates.append(Rates.of(runner.once(), runner.work))
         advance()
     return found
 
 
 def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work: Workload) -> dict[str, Any]:
-    """Return medians, and what they are of the limits: the keys that `eightfold bench --json` prints."""
+    """Return medians, and what share of the ceiling they are: the keys that `eightfold bench --json` prints."""
     prefill, decode, output = (median(found.of(name)) for name in RATES)
     bandwidth, tops = median(found.read_gb_s), median(found.int8_tops)
     mean_context = work.prompt_len + work.new_tokens / 2
