@@ -26,10 +26,10 @@ import numpy as np
 from examples.arguments import exit_code
 from examples.server import benchmark
 from examples.server.arguments import MAX_BLOCK_SIZE, build_parser, refuse
-from examples.server.engine import Engine, leave_to_first, pages_for
-from examples.server.generate import AdmissionError, Limits, Request, Timing, generate_requests
+from examples.server.generate import AdmissionError, Request, Sizes, Timing, leave_to_first, load, pages_for
 from examples.server.prompts import Prompt, encode, read_prompts, text_or_file
 
+from eightfold.errors import CapacityError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import total_bytes
 from eightfold.tokenizer import Tokenizer, stop_token_ids
@@ -93,7 +93,9 @@ class PARunner:
             checkpoint.config = replace(checkpoint.config, max_position_embeddings=max_position_embeddings)
         self.tokenizer = Tokenizer(checkpoint.directory, chat_template) if load_tokenizer else None
         self.stop_ids = stop_token_ids(checkpoint.directory, checkpoint.config_raw)
-        self.engine = Engine(checkpoint, pages_for(self.num_blocks, self.block_size, max_batch_size))
+        self.config = checkpoint.config
+        pages = pages_for(self.num_blocks, self.block_size, max_batch_size)
+        self.generate = load(checkpoint, self.tokenizer, pages, max_batch_size)
         LOG.info("hbm_capacity(GB): %.2f, init_memory(GB): %.2f", (total_bytes() or 0) / GIB, peak_bytes() / GIB)
 
     def __repr__(self) -> str:
@@ -104,9 +106,10 @@ class PARunner:
     def warm_up(self) -> None:
         """Answer prompts of the largest size, one token each, and say what memory that took at its peak."""
         LOG.info("---------------begin warm_up---------------")
-        length = min(self.max_input_length, self.engine.context - 1)
+        context = self.config.max_position_embeddings
+        length = min(self.max_input_length, context - 1)
         if length < self.max_input_length:
-            LOG.info("warm-up prompts have %d tokens, as the context has %d", length, self.engine.context)
+            LOG.info("warm-up prompts have %d tokens, as the context has %d", length, context)
         requests = [Request(i, [WARM_UP_TOKEN] * length) for i in range(self.max_prefill_batch_size)]
         self._generate(requests, 1, frozenset())
         LOG.info("warmup_memory(GB): %.2f", peak_bytes() / GIB)
@@ -121,8 +124,21 @@ class PARunner:
         copies = self.max_batch_size if len(prompts) == 1 else 1
         requests = [Request(i, ids) for i, ids in enumerate([encode(prompt, self.tokenizer) for prompt in prompts])]
         for request in requests:
-            self.engine.require_room(request.input_ids, max_new_tokens, f"input {request.req_id}")
+            self._require_room(request, max_new_tokens)
         return requests if copies == 1 else [Request(i, requests[0].input_ids) for i in range(copies)]
+
+    def _require_room(self, request: Request, max_new_tokens: int) -> None:
+        length, context = len(request.input_ids), self.config.max_position_embeddings
+        if not length:
+            raise CapacityError(f"input {request.req_id}", got="no tokens", expected="at least one")
+        if length + max_new_tokens > context:
+            raise CapacityError(
+                f"input {request.req_id}",
+                got=f"{length} tokens and {max_new_tokens} new ones",
+                expected=f"at most {context} together",
+                action="Shorten it, or lower --max_output_length.",
+            )
+        self.config.require_ids(request.input_ids)
 
     def infer(
         self, prompts: Sequence[Prompt], max_output_length: int | None = None, ignore_eos: bool = False
@@ -162,7 +178,8 @@ class PARunner:
         return answers, _cumulative(requests), seconds
 
     def _generate(self, requests: Sequence[Request], new_tokens: int, stop_ids: frozenset[int]) -> Timing:
-        limits = Limits(
+        LOG.info("------total req num: %d, infer start--------", len(requests))
+        sizes = Sizes(
             max_batch_size=self.max_batch_size,
             max_prefill_batch_size=self.max_prefill_batch_size,
             max_prefill_tokens=self.max_prefill_tokens,
@@ -171,7 +188,7 @@ class PARunner:
             block_size=self.block_size,
             stop_ids=stop_ids,
         )
-        return generate_requests(requests, self.engine.batcher, limits)
+        return self.generate(requests, sizes)
 
     def _decode(self, token_ids: list[int]) -> Any:
         if self.tokenizer is not None:

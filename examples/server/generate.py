@@ -1,7 +1,11 @@
 """Continuous batching in the order of MindIE's run_pa: which requests are admitted, and which steps they share.
 
-A turn admits waiting requests, in order, while the batch has room, and prefills them together; unless one of them is
-finished by that already, every running request then takes one decode step.
+A turn admits waiting requests, in order, while the batch has room, and prefills them together; a turn that admits none
+is one decode step of all running requests. eightfold's engine computes: a request that is running already goes on in
+the steps that prefill others. Without the compiled core the reference backend answers one request after the other.
+
+Numbers are those of MindIE on an NPU: dynamic activations are quantized symmetrically, and the tokens of a prompt
+attend in float.
 """
 
 from __future__ import annotations
@@ -12,9 +16,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any
+
+from eightfold.engine import loading
+from eightfold.engine.engine import Engine
+from eightfold.engine.outputs import RequestOutput
+from eightfold.engine.sampling_params import SamplingParams
+from eightfold.engine.settings import EngineConfig
+from eightfold.errors import UnsupportedError
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.native import core
+from eightfold.model.native.model import PAGE
+from eightfold.parallel.world import World
+from eightfold.tokenizer import Tokenizer
 
 LOG = logging.getLogger("run_pa")
+
+# How the core computes as an NPU does.
+OPTIONS: dict[str, Any] = {"dynamic": "symmetric", "attention": "mindie"}
 
 
 @dataclass
@@ -26,21 +46,8 @@ class Request:
     out_tokens: list[int] = field(default_factory=list)
 
 
-class Batcher(Protocol):
-    """A model that computes several requests in one step, and keeps their keys and values."""
-
-    def prefill(self, requests: Sequence[Request]) -> list[int]:
-        """Return the first token of each request."""
-
-    def decode(self, requests: Sequence[Request]) -> list[int]:
-        """Return the next token of each request that has been prefilled."""
-
-    def release(self, request: Request) -> None:
-        """Forget a request's keys and values."""
-
-
 @dataclass(frozen=True)
-class Limits:
+class Sizes:
     """How much is admitted at a time, and where answers end.
 
     Attributes:
@@ -65,10 +72,6 @@ class Limits:
         """Return the cache blocks of a prompt and its whole answer."""
         return math.ceil((len(request.input_ids) + self.max_new_tokens) / self.block_size)
 
-    def is_finished(self, request: Request) -> bool:
-        """Whether an answer has come to its end."""
-        return len(request.out_tokens) >= self.max_new_tokens or request.out_tokens[-1] in self.stop_ids
-
 
 @dataclass
 class Timing:
@@ -82,69 +85,124 @@ class AdmissionError(ValueError):
     """A request that can never be admitted."""
 
 
-def generate_requests(requests: Sequence[Request], batcher: Batcher, limits: Limits) -> Timing:
-    """Answer all requests; fills their `out_tokens`.
+# Answers all requests, in the order of admission: fills their `out_tokens`. Raises AdmissionError where one needs more
+# cache blocks than are free, or is longer than a prefill may be.
+Generate = Callable[[Sequence[Request], Sizes], Timing]
 
-    Args:
-        requests: in the order of admission.
-        batcher: what computes.
-        limits: of the batch, of the cache and of answers.
+
+def load(checkpoint: Checkpoint, tokenizer: Tokenizer | None, pages: int, max_batch_size: int) -> Generate:
+    """Load a model, with a cache of so many pages for all requests together; return what answers with it.
 
     Raises:
-        AdmissionError: a request needs more cache blocks than are free, or is longer than a prefill may be.
+        CapacityError: the cache does not fit the memory.
     """
-    LOG.info("------total req num: %d, infer start--------", len(requests))
-    waiting, running, timing = deque(requests), list[Request](), Timing()
-    try:
-        while waiting or running:
-            admitted = _admit(waiting, limits, running)
-            running += admitted
-            if admitted:
-                timing.prefill.append(_step(batcher.prefill, admitted))
-                if _retire(running, batcher, limits):
-                    continue
-            timing.decode.append(_step(batcher.decode, running))
-            _retire(running, batcher, limits)
-    finally:
-        for request in running:  # after an error or an interrupt
-            batcher.release(request)
-    return timing
+    if core.is_built():
+        return Batches(checkpoint, tokenizer or NoText(), pages, max_batch_size).generate
+    from eightfold.cli import console
+
+    console.require_torch("run_pa without the compiled extension")
+    from eightfold.model.reference.load import Decoder
+
+    decoder = Decoder(checkpoint, dynamic="symmetric", attention="mindie")
+
+    def generate(requests: Sequence[Request], sizes: Sizes) -> Timing:
+        timing, waiting = Timing(), deque(requests)
+        while waiting:
+            for request in admit(waiting, sizes, []):
+                started = time.perf_counter()
+                for token in decoder.generate(request.input_ids, sizes.max_new_tokens):
+                    seconds = timing.decode if request.out_tokens else timing.prefill
+                    seconds.append(time.perf_counter() - started)
+                    request.out_tokens.append(token)
+                    if token in sizes.stop_ids:
+                        break
+                    started = time.perf_counter()
+        return timing
+
+    return generate
 
 
-def _step(compute: Callable[[Sequence[Request]], list[int]], requests: Sequence[Request]) -> float:
-    """Give each request its next token; return the seconds that took."""
-    started = time.perf_counter()
-    tokens = compute(requests)
-    seconds = time.perf_counter() - started
-    for request, token in zip(requests, tokens, strict=True):
-        request.out_tokens.append(token)
-    return seconds
+class NoText(Tokenizer):
+    """In place of a tokenizer, where prompts and answers are token ids."""
+
+    def __init__(self) -> None:
+        pass
+
+    def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Return nothing."""
+        return ""
 
 
-def _retire(running: list[Request], batcher: Batcher, limits: Limits) -> bool:
-    """Let finished requests leave; return whether there were any."""
-    finished = [request for request in running if limits.is_finished(request)]
-    for request in finished:
-        running.remove(request)
-        batcher.release(request)
-    return bool(finished)
+class Batches:
+    """Requests on eightfold's engine."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, pages: int, max_batch_size: int) -> None:
+        model = loading.load_model(checkpoint, **OPTIONS)
+        # Refused here, where it does not fit, by the names of run_pa's flags.
+        model.allocate_cache(pages * PAGE, "Lower --max_batch_size, --max_input_length or --max_output_length.")
+        config = EngineConfig(
+            max_num_seqs=max_batch_size,
+            max_batched_tokens=max(EngineConfig.max_batched_tokens, 2 * max_batch_size),
+            kv_memory=pages * model.page_bytes,
+            prefix_caching=False,
+        )
+        self.engine = Engine(model, tokenizer, config)
+        self._running: dict[str, Request] = {}
+
+    def generate(self, requests: Sequence[Request], sizes: Sizes) -> Timing:
+        """Answer all requests."""
+        params = SamplingParams(
+            temperature=0.0, max_tokens=sizes.max_new_tokens, stop_token_ids=tuple(sizes.stop_ids), ignore_eos=True
+        )
+        waiting, timing = deque(requests), Timing()
+        try:
+            while waiting or self._running:
+                admitted = admit(waiting, sizes, list(self._running.values()))
+                for request in admitted:
+                    self.engine.add_request(str(request.req_id), request.input_ids, params)
+                    self._running[str(request.req_id)] = request
+                started = time.perf_counter()
+                self._step()
+                while not all(request.out_tokens for request in admitted):  # long prompts take several steps
+                    self._step()
+                (timing.prefill if admitted else timing.decode).append(time.perf_counter() - started)
+        finally:
+            for request_id in self._running:  # after an error or an interrupt
+                self.engine.abort(request_id)
+            self._running.clear()
+        return timing
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            self._take(output)
+
+    def _take(self, output: RequestOutput) -> None:
+        (answer,) = output.outputs
+        ended = [answer.stop_reason] if isinstance(answer.stop_reason, int) else []
+        self._running[output.request_id].out_tokens = answer.token_ids + ended
+        if output.finished:
+            del self._running[output.request_id]
 
 
-def _admit(waiting: deque[Request], limits: Limits, running: Sequence[Request]) -> list[Request]:
-    """Take the next requests that fit from the queue."""
+def admit(waiting: deque[Request], sizes: Sizes, running: Sequence[Request]) -> list[Request]:
+    """Take the next requests that fit from the queue.
+
+    Raises:
+        AdmissionError: one needs more cache blocks than are free, or is longer than a prefill may be.
+    """
     admitted: list[Request] = []
     tokens = 0
-    free_blocks = limits.num_blocks - sum(limits.blocks_for(request) for request in running)
-    room = min(limits.max_prefill_batch_size, limits.max_batch_size - len(running))
+    free_blocks = sizes.num_blocks - sum(sizes.blocks_for(request) for request in running)
+    room = min(sizes.max_prefill_batch_size, sizes.max_batch_size - len(running))
     while waiting and len(admitted) < room:
         length, index = len(waiting[0].input_ids), waiting[0].req_id
-        needed = limits.blocks_for(waiting[0])
-        if length > limits.max_prefill_tokens:
+        needed = sizes.blocks_for(waiting[0])
+        if length > sizes.max_prefill_tokens:
             raise AdmissionError(
                 f"req {index}'s  input length is {length}, "
-                f"which is longer than max_prefill_tokens {limits.max_prefill_tokens}"
+                f"which is longer than max_prefill_tokens {sizes.max_prefill_tokens}"
             )
-        if tokens + length > limits.max_prefill_tokens:
+        if tokens + length > sizes.max_prefill_tokens:
             break
         if needed > free_blocks:
             raise AdmissionError(
@@ -154,3 +212,21 @@ def _admit(waiting: deque[Request], limits: Limits, running: Sequence[Request]) 
         free_blocks -= needed
         admitted.append(waiting.popleft())
     return admitted
+
+
+def pages_for(num_blocks: int, block_size: int, sequences: int) -> int:
+    """Return the core's pages of so many blocks; where a block is no whole number of pages, requests waste some."""
+    whole, rest = divmod(block_size, PAGE)
+    return num_blocks * whole if not rest else -(-num_blocks * block_size // PAGE) + sequences
+
+
+def leave_to_first(model_path: Path) -> None:
+    """Go on in one of several processes; the others compute what it asks for, and end when it ends.
+
+    Raises:
+        UnsupportedError: there are several, and no compiled core.
+    """
+    if core.is_built():
+        loading.leave_to_first(model_path, **OPTIONS)
+    elif (size := World.of_environment().size) > 1:
+        raise UnsupportedError("run_pa without the compiled extension", got=f"{size} processes", expected="one")

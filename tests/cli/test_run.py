@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from eightfold.model.native import load
 from eightfold.tokenizer import Tokenizer
+from tests.conftest import write_model
 from tests.engine.models import EOS
 from tests.refusal import error_line
 
@@ -123,6 +125,19 @@ def test_what_does_not_fit_the_context_is_refused(run, backend):
     assert error_line(run("--prompt", "", *of_backend)) == (
         "prompt: got no tokens, expected at least one. Give some text with --prompt."
     )
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_answer_ends_before_a_stop_token(cli, tmp_path, backend):
+    model = write_model(tmp_path / "model")
+    words = ("run", model, "--backend", backend, "--prompt", "hello", "--max-new-tokens", 12)
+    whole = cli(*words, "--json").json()["token_ids"]
+    assert len(whole) == 12
+    stop = next(token for token in whole[2:] if token not in whole[:2])
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [999, stop]}))
+    found = cli(*words, "--json").json()
+    assert (found["token_ids"], found["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+    assert cli(*words).out == found["text"] + "\n"
 
 
 def test_a_cache_beyond_the_memory_is_refused(run, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import json
+import random
 import re
 import stat
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from examples.server import benchmark
+from examples.server.generate import AdmissionError, Batches, NoText, Request, Sizes, pages_for
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.reference.generate import generate
 from eightfold.model.reference.load import Decoder
 from eightfold.tokenizer import Tokenizer
 from examples import run_pa
 from tests.conftest import CHAT_TEMPLATE, Result, write_model
+from tests.engine.models import make
 
 EXAMPLES = Path(run_pa.__file__).parent
 QUESTION = "What's deep learning?"
@@ -46,7 +48,7 @@ def pa(model, monkeypatch, capsys) -> Callable[..., Result]:
 
 
 def answer_to(model: Path, ids: list[int], count: int = 20) -> list[int]:
-    return generate(Decoder(Checkpoint.open(model)), ids, count).token_ids
+    return list(Decoder(Checkpoint.open(model)).generate(ids, count))
 
 
 def answers(result: Result) -> list[str]:
@@ -265,32 +267,103 @@ def test_the_benchmark_tries_two_tokens_first(model, tmp_path, monkeypatch):
     monkeypatch.setenv("ATB_LLM_BENCHMARK_ENABLE", "1")
     monkeypatch.setenv("ATB_LLM_BENCHMARK_FILEPATH", str(tmp_path / "times.csv"))
     runner = run_pa.PARunner(str(model), max_output_length=5)
-    real, asked = run_pa.generate_requests, []  # type: ignore[attr-defined]
-
-    def watched(requests, batcher, limits):
-        asked.append(limits.max_new_tokens)
-        return real(requests, batcher, limits)
-
-    monkeypatch.setattr(run_pa, "generate_requests", watched)
+    real, asked = runner.generate, []
+    monkeypatch.setattr(
+        runner, "generate", lambda requests, sizes: asked.append(sizes.max_new_tokens) or real(requests, sizes)
+    )
     runner.infer(["hello"])
     assert asked == [2, 5]
 
 
-def test_a_batch_shares_its_steps(model, monkeypatch):
-    runner = run_pa.PARunner(str(model), max_batch_size=3, max_input_length=8, max_output_length=5)
-    batcher, sizes = runner.engine.batcher, []
-    decode = batcher.decode
-    monkeypatch.setattr(batcher, "decode", lambda requests: sizes.append(len(requests)) or decode(requests))
-    runner.infer(["hello"] * 4, ignore_eos=True)
-    assert sizes == [3] * 4 + [1] * 4
+def sizes(**changes: int) -> Sizes:
+    usual = {
+        "max_batch_size": 3, "max_prefill_batch_size": 3, "max_prefill_tokens": 800, "max_new_tokens": 8,
+        "num_blocks": 18, "block_size": 128,
+    }  # fmt: skip
+    return Sizes(**{**usual, **changes})
+
+
+def steps_of(batches: Batches, monkeypatch) -> list[tuple[int, int]]:
+    """Return sequences and tokens of each step, as they come."""
+    model, seen = batches.engine.model, list[tuple[int, int]]()
+    real = model.run
+    monkeypatch.setattr(
+        model, "run", lambda step: seen.append((len(step.starts) - 1, len(step.token_ids))) or real(step)
+    )
+    return seen
+
+
+@pytest.fixture
+def batches(model) -> Batches:
+    return Batches(Checkpoint.open(model), NoText(), pages=18, max_batch_size=3)
+
+
+def requests_of(*lengths: int) -> list[Request]:
+    rng = random.Random(3)
+    return [Request(i, [rng.randrange(256) for _ in range(length)]) for i, length in enumerate(lengths)]
+
+
+def test_a_batch_is_prefilled_together_and_shares_its_steps(batches, monkeypatch):
+    seen = steps_of(batches, monkeypatch)
+    timing = batches.generate(requests_of(5, 5, 5, 5), sizes(max_new_tokens=5))
+    assert seen == [(3, 15), *[(3, 3)] * 4, (1, 5), *[(1, 1)] * 4]
+    assert (len(timing.prefill), len(timing.decode)) == (2, 8)
+
+
+@pytest.mark.parametrize("changes", [{"max_prefill_batch_size": 1}, {"max_prefill_tokens": 5}])
+def test_prefills_are_as_small_as_asked_for(batches, monkeypatch, changes):
+    seen = steps_of(batches, monkeypatch)
+    timing = batches.generate(requests_of(5, 5), sizes(max_new_tokens=3, **changes))
+    # The first request goes on while the second one is prefilled.
+    assert seen == [(1, 5), (2, 6), (2, 2), (1, 1)]
+    assert (len(timing.prefill), len(timing.decode)) == (2, 2)
+
+
+def test_the_next_request_comes_in_when_one_has_left(batches, monkeypatch):
+    requests = requests_of(5, 6, 7)
+    alone = requests_of(5)
+    batches.generate(alone, sizes(max_new_tokens=2))
+    seen = steps_of(batches, monkeypatch)
+    stops = frozenset({alone[0].out_tokens[0]})
+    batches.generate(requests, sizes(max_batch_size=2, max_new_tokens=4, stop_ids=stops))
+    assert requests[0].out_tokens == alone[0].out_tokens[:1]
+    assert seen[:2] == [(2, 11), (2, 8)]
+
+
+def test_answers_do_not_depend_on_company(tmp_path):
+    small = make(tmp_path, "c8")
+    batches = Batches(Checkpoint.open(small.directory), NoText(), pages=18, max_batch_size=3)
+    together, alone = (requests_of(5, 700, 130, 1, 128, 40) for _ in range(2))
+    timing = batches.generate(together, sizes())
+    for request in alone:
+        batches.generate([request], sizes())
+    assert [r.out_tokens for r in together] == [r.out_tokens for r in alone]
+    assert {len(r.out_tokens) for r in together} == {8}
+    assert len(timing.prefill) == 4  # 5; 700 and 130 are too long together
+    batches.engine.check_integrity()
+
+
+def test_a_refusal_while_others_run_gives_their_cache_back(batches):
+    with pytest.raises(AdmissionError, match=r"req: 2 out of memory, need block: 2 is more than free block 1"):
+        batches.generate(requests_of(100, 100, 100), sizes(num_blocks=5, max_new_tokens=28, block_size=64))
+    with pytest.raises(AdmissionError, match=r"req 2's  input length is 101, which is longer than max_prefill_tokens"):
+        batches.generate(requests_of(9, 9, 101), sizes(max_prefill_tokens=100, max_prefill_batch_size=1))
+    assert not batches.engine.has_unfinished
+    assert batches.engine.blocks.available == batches.engine.blocks.total
+
+
+@pytest.mark.parametrize(("block_size", "pages"), [(128, 6), (256, 12), (64, 3 + 2), (100, 5 + 2), (1, 1 + 2)])
+def test_blocks_of_any_size_are_pages(block_size, pages):
+    assert pages_for(6, block_size, sequences=2) == pages
 
 
 def test_as_many_blocks_as_the_original_and_not_one_more(model):
     # ceil((300 + 20) / 128) blocks for each of 2 requests; the core's pages are as large as blocks.
-    runner = run_pa.PARunner(str(model), max_batch_size=2, max_input_length=300)
+    runner = run_pa.PARunner(str(model), max_batch_size=2, max_input_length=300, max_position_embeddings=512)
     assert runner.num_blocks == 6
     runner.warm_up()
-    assert runner.engine.batcher.blocks.total == runner.engine.batcher.blocks.available == 6  # type: ignore[attr-defined]
+    blocks = runner.generate.__self__.engine.blocks
+    assert blocks.total == blocks.available == 6
 
 
 def test_without_torch_answers_are_arrays(pa, monkeypatch):

@@ -25,7 +25,6 @@ from eightfold.model.native import core
 from eightfold.model.native.load import _finish, load_model
 from eightfold.model.native.model import PAGE, Chunk
 from eightfold.model.reference import attention as reference_attention
-from eightfold.model.reference.generate import generate
 from eightfold.model.reference.load import Decoder
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 from tests.native import NAME
@@ -244,7 +243,7 @@ def sure_tokens(decoder: Decoder, prompt: list[int]) -> list[int]:
 
     That is twice what a step of an integer was measured to move logits by; see test_model.py.
     """
-    tokens = generate(decoder, prompt, 12).token_ids
+    tokens = list(decoder.generate(prompt, 12))
     logits = decoder.logits([*prompt, *tokens])[len(prompt) - 1 : -1]
     best = logits.topk(2, dim=1).values
     is_close = (best[:, 0] - best[:, 1]) <= 0.02 * logits.abs().max()

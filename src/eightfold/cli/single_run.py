@@ -170,7 +170,6 @@ class Single:
         if self.sampling:
             raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
         console.require_torch("run --backend reference")
-        from eightfold.model.reference.generate import generate
         from eightfold.model.reference.load import Decoder
         from eightfold.tokenizer import StreamDecoder, stop_token_ids
 
@@ -180,8 +179,14 @@ class Single:
 
         def answer() -> _Generated:
             stream, tell = StreamDecoder(tokenizer), show or (lambda text: None)
-            found = generate(decoder, prompt_ids, self.max_new_tokens, stop_ids, lambda token: tell(stream.push(token)))
+            token_ids, reason = list[int](), "length"
+            for token in decoder.generate(prompt_ids, self.max_new_tokens):
+                if token in stop_ids:
+                    reason = "stop"
+                    break
+                token_ids.append(token)
+                tell(stream.push(token))
             tell(stream.finish())
-            return tokenizer.decode(found.token_ids), found.token_ids, found.finish_reason
+            return tokenizer.decode(token_ids), token_ids, reason
 
         return answer, None

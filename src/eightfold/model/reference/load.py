@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from eightfold.families import EMBEDDING, FINAL_NORM, LinearShape, input_groups,
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import layers
 from eightfold.model.reference.attention import inverse_frequencies
-from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
+from eightfold.model.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
 from eightfold.model.reference.kvcache import (
     Attention,
     AttentionMode,
@@ -21,6 +21,7 @@ from eightfold.model.reference.kvcache import (
     ChannelScale,
     FAQuantAttention,
     FloatAttention,
+    KVCache,
 )
 from eightfold.model.reference.linear import (
     DynamicMode,
@@ -218,6 +219,29 @@ class Decoder:
             self.release_block(layer_idx)
             on_layer()
         return hidden
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Iterator[int]:
+        """Yield the likeliest next token, one after the other; all layers are resident.
+
+        Raises:
+            InputError: an id is outside the vocabulary.
+        """
+        config, head, inv_freq = self.checkpoint.config, self.head(), self.inv_freq
+        blocks = [self.block(layer_idx) for layer_idx in range(config.num_layers)]
+        sizes = (len(prompt_ids) + max_new_tokens, config.num_kv_heads, config.head_dim)
+        caches = [KVCache(*sizes, block.attention.cache_dtype) for block in blocks]
+        step_ids = list(prompt_ids)
+        origin: Origin = "prompt"
+        for _ in range(max_new_tokens):
+            prompt_len = len(step_ids) if origin == "prompt" else 0
+            batch = Batch.of([len(step_ids)], inv_freq, caches[0].context_len, [prompt_len])
+            x_TE = self.embed(step_ids)
+            for block, cache in zip(blocks, caches, strict=True):
+                x_TE = block(x_TE, batch, [cache])
+            step_ids = [int(head(x_TE[-1:], origin).argmax())]
+            origin = "generated"
+            yield step_ids[0]
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
