@@ -146,22 +146,16 @@ def layer_of(tensor: str) -> int | None:
 
 def all_linears(config: ModelConfig) -> dict[str, LinearShape]:
     """Return every linear of the model by full module name, in module order, lm_head last."""
-    linears = {}
-    for layer_idx in range(config.num_layers):
-        for group in input_groups(config):
-            for linear in group.linears:
-                linears[layer_prefix(layer_idx) + linear.name] = linear
+    layer = [linear for group in input_groups(config) for linear in group.linears]
+    linears = {layer_prefix(idx) + linear.name: linear for idx in range(config.num_layers) for linear in layer}
     linears[LM_HEAD] = LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False)
     return linears
 
 
 def all_norms(config: ModelConfig) -> dict[str, int]:
     """Return every norm by full module name -> length of its gain."""
-    norms = {
-        layer_prefix(layer_idx) + name: size
-        for layer_idx in range(config.num_layers)
-        for name, size in layer_norms(config).items()
-    }
+    layer = layer_norms(config)
+    norms = {layer_prefix(idx) + name: size for idx in range(config.num_layers) for name, size in layer.items()}
     norms[FINAL_NORM] = config.hidden_size
     return norms
 

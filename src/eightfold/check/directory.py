@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Packed:
         return self.members[0].rpartition(".")[0]
 
 
+@dataclass
 class RawDirectory:
     """What lies in a directory.
 
@@ -94,22 +95,19 @@ class RawDirectory:
         has_int8: whether any linear of the layers is stored as int8.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: dict[str, Any],
-        model: ModelConfig,
-        descriptions: dict[str, dict[str, Any]],
-        files: dict[str, dict[str, TensorInfo]],
-        damaged: dict[str, str],
-    ) -> None:
-        self.path, self.config, self.model = path, config, model
-        self.descriptions, self.files, self.damaged = descriptions, files, damaged
-        self.tensors = {name: info for header in files.values() for name, info in header.items()}
-        self.linears: dict[str, LinearShape] = all_linears(model)
+    path: Path
+    config: dict[str, Any]
+    model: ModelConfig
+    descriptions: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, TensorInfo]]
+    damaged: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.tensors = {name: info for header in self.files.values() for name, info in header.items()}
+        self.linears: dict[str, LinearShape] = all_linears(self.model)
         self.head = self.linears.pop(LM_HEAD)
-        self.norms = all_norms(model)
-        self.packed = tuple(_packed(model))
+        self.norms = all_norms(self.model)
+        self.packed = tuple(_packed(self.model))
         self.has_int8 = any(self.dtype_of(weight_name(name)) == DType.I8.value for name in self.linears)
         self._maps: dict[Path, MappedFile] = {}
 
@@ -128,23 +126,25 @@ class RawDirectory:
         config = load_json_object(path / CONFIG_NAME)
         model = _sizes(config, path / CONFIG_NAME)
         damaged: dict[str, str] = {}
-        descriptions = {p.name: _json_object(p, damaged) for p in sorted(path.glob(DESCRIPTIONS))}
-        files = {p.name: _header(p, damaged) for p in sorted(path.glob("*.safetensors")) if p.name[0] != "."}
+        descriptions: dict[str, dict[str, Any]] = {}
+        for each in sorted(path.glob(DESCRIPTIONS)):
+            try:
+                descriptions[each.name] = _json_object(each)
+            except CheckpointError as error:
+                damaged[each.name] = str(error)
+        files: dict[str, dict[str, TensorInfo]] = {}
+        for each in sorted(path.glob("[!.]*.safetensors")):
+            try:
+                files[each.name] = read_header(each)
+            except CheckpointError as error:
+                files[each.name], damaged[each.name] = {}, str(error)
         if not files:
             raise CheckpointError("weights", where=path, got="no *.safetensors", expected="safetensors files")
-        readable = {name: content for name, content in descriptions.items() if name not in damaged}
-        return cls(path, config, model, readable, files, damaged)
+        return cls(path, config, model, descriptions, files, damaged)
 
     def only(self, names: Iterable[str]) -> RawDirectory:
         """Return the same directory with these safetensors files and no others."""
-        kept = set(names)
-        files = {name: header for name, header in self.files.items() if name in kept}
-        return RawDirectory(self.path, self.config, self.model, self.descriptions, files, self.damaged)
-
-    @property
-    def architecture(self) -> str:
-        """The first of config.json's architectures."""
-        return self.model.architecture
+        return replace(self, files={name: self.files[name] for name in names})
 
     @property
     def outer_weights(self) -> tuple[str, ...]:
@@ -273,21 +273,11 @@ def _sizes(config: dict[str, Any], where: Path) -> ModelConfig:
         return parse_config({key: config[key] for key in _GEOMETRY if key in config}, where)
 
 
-def _json_object(path: Path, damaged: dict[str, str]) -> dict[str, Any]:
+def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())  # as loaders read it: of a repeated key, the last
     except (OSError, ValueError, RecursionError) as error:
-        damaged[path.name] = f"It is no JSON: {error}. Fetch it again."
-        return {}
+        raise CheckpointError(f"It is no JSON: {error}. Fetch it again.") from None
     if not isinstance(content, dict):
-        damaged[path.name] = f"It holds a {type(content).__name__} and no object. Fetch it again."
-        return {}
+        raise CheckpointError(f"It holds a {type(content).__name__} and no object. Fetch it again.")
     return content
-
-
-def _header(path: Path, damaged: dict[str, str]) -> dict[str, TensorInfo]:
-    try:
-        return read_header(path)
-    except CheckpointError as error:
-        damaged[path.name] = str(error)
-        return {}

@@ -225,7 +225,7 @@ class _Weights:
         read = [*older, *(group.norm for group, kind in self.pack_types.items() if kind in ("ALL_W8A8", "MIX_W8A8"))]
         unread = d.norm_tensors() - {bias_name(norm) for norm in read}
         yield from RULES.found("norm-bias", d.nonzero(sorted(unread), bias_name("")))
-        if d.architecture == LLAMA:
+        if d.model.architecture == LLAMA:
             folded = self.static if m.quantize != "w8a8_pdmix" else {}
             yield from RULES.found("linear-bias", d.nonzero(bias_name(x) for x in d.linears if x not in folded))
 

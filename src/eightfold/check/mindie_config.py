@@ -282,8 +282,8 @@ class MindIE:
                 load_json_object(path)
             except EightfoldError as error:
                 yield from RULES.found("generation-config", [path.name], why=error)
-        if d.architecture != LLAMA:
-            yield from RULES.found("model-class", ["architectures"], got=d.architecture)
+        if d.model.architecture != LLAMA:
+            yield from RULES.found("model-class", ["architectures"], got=d.model.architecture)
             return
         size = d.model.hidden_size // d.model.num_heads
         if d.model.head_dim != size:

@@ -231,7 +231,7 @@ class _VllmAscend:
     def _schemes(self) -> Iterator[Finding]:
         """Each module's weight is looked up: q, k, v, gate, up one by one, embedding and head too."""
         d, labels = self.d, self.labels
-        asked = [*self.modules, EMBEDDING, *([LM_HEAD] if d.architecture in _HEAD_FIRST else [])]
+        asked = [*self.modules, EMBEDDING, *([LM_HEAD] if d.model.architecture in _HEAD_FIRST else [])]
         yield from RULES.found(
             "label-missing", [weight_name(m) for m in asked if self._is_described and m not in labels]
         )
