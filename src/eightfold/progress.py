@@ -1,10 +1,16 @@
-"""How long work reports that it goes on, without knowing who listens."""
+"""How long work reports that it goes on, without knowing who listens; and the bar of those who do on a terminal."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 
 class Task(Protocol):
@@ -35,3 +41,66 @@ Progress = Callable[[str, int, str], AbstractContextManager[Task]]
 def silent(title: str, total: int, unit: str) -> Iterator[Task]:
     """Open a task that nobody watches."""
     yield SilentTask()
+
+
+class _BarTask:
+    def __init__(self, bar: RichProgress, task: TaskID) -> None:
+        self._bar, self._task = bar, task
+
+    def at(self, text: str) -> None:
+        self._bar.update(self._task, now=text)
+
+    def advance(self) -> None:
+        done = self._bar.tasks[self._task]
+        self._bar.advance(self._task)
+        speed = done.speed
+        self._bar.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
+
+
+@contextmanager
+def bars(title: str, total: int, unit: str, after: float = 0.0) -> Iterator[Task]:
+    """Show a bar on stderr with what is being done, speed and time left; nothing where that is no terminal.
+
+    Args:
+        title: the work.
+        total: number of steps.
+        unit: name of a step.
+        after: seconds until the bar appears: work that is done before is not worth one.
+    """
+    if not sys.stderr.isatty():
+        yield SilentTask()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit}s  {{task.fields[rate]}}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}", style="dim"),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = _BarTask(bar, bar.add_task(title, total=total, now="", rate=""))
+    starter = threading.Timer(after, bar.start)
+    if after:
+        starter.start()
+    else:
+        bar.start()
+    try:
+        yield task
+    finally:
+        starter.cancel()
+        if starter.ident is not None:
+            starter.join()
+        bar.stop()

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from eightfold import progress
 from eightfold.errors import DependencyError
-from eightfold.progress import SilentTask, Task
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichProgress
-    from rich.progress import TaskID
+    pass
+
+
+bars = progress.bars
 
 
 def note(text: str) -> None:
@@ -28,50 +30,6 @@ def print_json(content: dict[str, Any]) -> None:
     """Print one JSON document as one line of stdout; what is not a number becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
     print(json.dumps(finite, ensure_ascii=False, allow_nan=False), flush=True)
-
-
-class _BarTask:
-    def __init__(self, bar: RichProgress, task: TaskID) -> None:
-        self._bar, self._task = bar, task
-
-    def at(self, text: str) -> None:
-        self._bar.update(self._task, now=text)
-
-    def advance(self) -> None:
-        done = self._bar.tasks[self._task]
-        self._bar.advance(self._task)
-        speed = done.speed
-        self._bar.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
-
-
-@contextmanager
-def bars(title: str, total: int, unit: str) -> Iterator[Task]:
-    """Show a progress bar on stderr with what is being done, speed and time left; nothing when it is no terminal."""
-    if not sys.stderr.isatty():
-        yield SilentTask()
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit}s  {{task.fields[rate]}}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[now]}", style="dim"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _BarTask(bar, bar.add_task(title, total=total, now="", rate=""))
 
 
 def require_torch(command: str) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from eightfold.engine.outputs import RequestOutput
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import InputError
-from eightfold.progress import Progress, SilentTask, Task
+from eightfold.progress import Progress, bars, silent
 from eightfold.tokenizer import Message
 
 Prompt = str | Sequence[int]
@@ -95,7 +93,8 @@ class LLM:
             self.engine.submit(request)
         found: dict[str, RequestOutput] = {}
         try:
-            with _opened(progress, len(requests)) as task:
+            show = partial(bars, after=QUIET_SECONDS) if progress is True else progress or silent
+            with show("generate", len(requests), "answer") as task:
                 while self.engine.has_unfinished:
                     for output in self.engine.step():
                         found[output.request_id] = output
@@ -118,42 +117,3 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     if len(params) != count:
         raise InputError("params", got=f"{len(params)} of them", expected=f"one, or one for each of {count} prompts")
     return list(params)
-
-
-@contextmanager
-def _opened(progress: Progress | bool, total: int) -> Iterator[Task]:
-    if progress is False or (progress is True and not sys.stderr.isatty()):
-        yield SilentTask()
-        return
-    with _late_bar("generate", total, "answer") if progress is True else progress("generate", total, "answer") as task:
-        yield task
-
-
-@contextmanager
-def _late_bar(title: str, total: int, unit: str) -> Iterator[Task]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn(f"{unit}s"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
-    task_id = bar.add_task(title, total=total)
-
-    class BarTask(SilentTask):
-        """A task of one bar."""
-
-        def advance(self) -> None:
-            """Move the bar."""
-            bar.advance(task_id)
-
-    timer = threading.Timer(QUIET_SECONDS, bar.start)
-    timer.start()
-    try:
-        yield BarTask()
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()
