@@ -335,7 +335,8 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
     out, name = tmp_path / "out", "kv"
     quantize(source, tmp_path / "whole", name)
     begin(source, out, monkeypatch, name=name)
-    pattern = {"states": f"{WORK_NAME}/quantized-*", "survey": f"{WORK_NAME}/survey-00002"}.get(what, "*.safetensors")
+    patterns = {"states": f"{WORK_NAME}/quantized-*", "survey": f"{WORK_NAME}/survey-00002.*"}
+    pattern = patterns.get(what, "*.safetensors")
     grows = partial_path(out)
     path = sorted(grows.glob(pattern))[-1]  # of two generations the later one counts
     if what == "no weights":
