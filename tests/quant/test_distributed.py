@@ -169,10 +169,13 @@ def test_a_dead_rank_0_ends_the_others_and_one_process_goes_on(source, alone, tm
     assert snapshot(tmp_path / "levels") == alone("levels")
 
 
-def test_what_one_process_has_begun_two_ranks_finish(source, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", ["smoothed-*.f32", "*.safetensors"])
+def test_what_one_process_has_begun_and_is_damaged_two_ranks_make_anew(source, alone, tmp_path, monkeypatch, damaged):
     with killed_after(150, monkeypatch):
         quantize(source, tmp_path / "m4 fa", "m4 fa")
     assert 0 < layers_done(read_entries(partial_path(tmp_path / "m4 fa")) or []) < LAYERS
+    for file in partial_path(tmp_path / "m4 fa").rglob(damaged):
+        file.write_bytes(bytes(byte ^ 1 for byte in file.read_bytes()))
     assert run(2, source, tmp_path, ["m4 fa"]) == [ALL_WELL] * 2
     assert snapshot(tmp_path / "m4 fa") == alone("m4 fa")
 
