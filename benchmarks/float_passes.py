@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from eightfold.cli.calibration import Calibration
 from eightfold.families import input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.decoder import Batch, LinearGroup
 from eightfold.model.reference.linear import FloatLinear
 from eightfold.model.reference.load import Decoder
+from eightfold.quant import dataset
 from eightfold.quant.hidden import sample_batches
 from measure import save_results
 from scale import quantize
@@ -69,7 +69,8 @@ def main() -> None:
     words, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     words.work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(words.source)
-    samples = Calibration(None, None, (), words.calib_ids).samples(checkpoint)
+    context = checkpoint.config.max_position_embeddings
+    samples, _ = dataset.truncate(dataset.read_token_ids(words.calib_ids, None, checkpoint.config.vocab_size), context)
     row: dict[str, Any] = {"model": words.source.name, "layers": checkpoint.config.num_layers}
     row |= {"tokens": sum(map(len, samples)), "options": " ".join(options), "float_pass_s": [], "quantize_s": []}
     for _ in range(words.rounds):

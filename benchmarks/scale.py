@@ -24,8 +24,7 @@ from typing import Any
 
 from eightfold.families import layer_of
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.safetensors import drop
-from eightfold.format.shards import WriteBehind
+from eightfold.format.pagecache import WriteBehind, drop
 from measure import eightfold, save_results
 
 _PIECE = 2 << 20

@@ -178,7 +178,7 @@ class Tokenizer:
                 where=self.directory,
                 got="none",
                 expected="chat_template.jinja or tokenizer_config.json's",
-                action="This may be a base model: leave out --chat.",
+                action="This may be a base model: leave out `chat`.",
             )
         return source
 

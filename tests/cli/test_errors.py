@@ -167,8 +167,8 @@ def usage_refused(cli: Any, *args: object, within: Path) -> str:
     [
         ("--calib-limit", 0, "a whole number of at least 1"),
         ("--calib-limit", "x", "a whole number of at least 1"),
-        ("--part-size-gb", 0, "a number above 0"),
-        ("--part-size-gb", "nan", "a number above 0"),
+        ("--part-size-gb", 0, "a finite number above 0"),
+        ("--part-size-gb", "nan", "a finite number above 0"),
         ("--memory", "much", "a size such as 2GiB or 500MB"),
         ("--device", "tpu", "cpu, cuda or npu"),
     ],

@@ -35,7 +35,7 @@ def test_limits_that_make_no_sense(limits, message):
 
 
 def test_a_longer_context_than_the_model_s(small):
-    with pytest.raises(ConfigError, match=r"^--max-model-len: got 1025, expected at most 1024, which is all this "):
+    with pytest.raises(ConfigError, match=r"^max_model_len: got 1025, expected at most 1024, which is all this "):
         small("w8a8").engine(max_model_len=1025)
 
 
@@ -64,7 +64,7 @@ class TestMemory:
         model = small("w8a8")
         expected = (
             r"^key/value cache: got 0\.0 MiB, expected at least 0\.0 MiB, which 128 positions take\. "
-            r"Raise --kv-memory or close other programs\.$"
+            r"Raise `kv_memory` or close other programs\.$"
         )
         with pytest.raises(CapacityError, match=expected):
             model.engine(kv_memory=model.page_bytes - 1)
@@ -77,7 +77,7 @@ class TestMemory:
     def test_more_than_the_machine_has(self, small):
         with (
             mock.patch("eightfold.model.native.model.available_bytes", lambda: 2**20),
-            pytest.raises(CapacityError, match=r"^key/value cache: got 2 MiB for .* Lower --kv-memory\.$"),
+            pytest.raises(CapacityError, match=r"^key/value cache: got 2 MiB for .* Lower `kv_memory`\.$"),
         ):
             small("w8a8").engine(kv_memory=2**21)
 
@@ -94,12 +94,12 @@ REFUSED: dict[str, Any] = {
     "prompt beyond the memory": (
         [1] * (3 * PAGE + 1), {"max_tokens": None}, CapacityError,
         "request: got 385 tokens and 639 new ones, expected at most 385 together, which the key/value cache holds. "
-        "Raise --kv-memory, or ask for fewer tokens.",
+        "Raise `kv_memory`, or ask for fewer tokens.",
     ),
     "answer beyond the memory": (
         [1] * (3 * PAGE), {"max_tokens": 2}, CapacityError,
         "request: got 384 tokens and 2 new ones, expected at most 385 together, which the key/value cache holds. "
-        "Raise --kv-memory, or ask for fewer tokens.",
+        "Raise `kv_memory`, or ask for fewer tokens.",
     ),
     "stop token": ([1], {"stop_token_ids": (320,)}, InputError, "stop_token_ids token id: got 320, expected 0 to 319"),
 }  # fmt: skip
@@ -129,7 +129,7 @@ def test_what_just_fits_the_memory(small):
 
 def test_a_context_that_the_user_has_shortened(small):
     engine = small("w8a8").engine(max_model_len=100)
-    with pytest.raises(CapacityError, match=r"expected at most 99, .* Shorten it or raise --max-model-len\.$"):
+    with pytest.raises(CapacityError, match=r"expected at most 99, .* Shorten it or raise `max_model_len`\.$"):
         engine.add_request("", [1] * 100, greedy(1))
     engine.add_request("", [1] * 99, greedy(1))
 

@@ -167,7 +167,7 @@ def test_models_of_different_vocabularies_are_not_compared(tmp_path):
     other = Decoder(Checkpoint.open(write_model(tmp_path / "b", tiny_config(vocab_size=300), tokenizer=False)))
     with pytest.raises(ConfigError) as failure:
         evaluate(decoder, some_chunks(1), other)
-    assert str(failure.value) == "vocabulary of --against: got 300, expected 320. Give the float original."
+    assert str(failure.value) == "vocabulary of `against`: got 300, expected 320. Give the float original."
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
@@ -206,7 +206,7 @@ def test_chunks_are_the_first_ones_of_the_text_one_after_the_other():
 def test_a_text_shorter_than_a_chunk_is_refused(tokens):
     with pytest.raises(InputError) as failure:
         cut_chunks(range(tokens), 40, 512)
-    assert str(failure.value) == f"text: got {tokens} tokens, expected at least one chunk of 512. Lower --chunk-len."
+    assert str(failure.value) == f"text: got {tokens} tokens, expected at least one chunk of 512. Lower `chunk_len`."
 
 
 @pytest.mark.parametrize(("chunks", "length"), [(1, 1), (1, 0), (0, 2), (-1, 2), (1, -5)])

@@ -31,7 +31,7 @@ def test_unicode_line_separators_do_not_cut_a_row(tmp_path):
 def test_limit_takes_the_first_rows(tmp_path):
     (tmp_path / "c.txt").write_text("a\nb\nc\n")
     assert read_rows(tmp_path / "c.txt", 2) == ["a", "b"]
-    with pytest.raises(ConfigError, match="--calib-limit: got 0, expected at least 1"):
+    with pytest.raises(ConfigError, match="limit: got 0, expected at least 1"):
         read_rows(tmp_path / "c.txt", 0)
 
 

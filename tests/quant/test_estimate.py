@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_said(source, monkeypatch):
     found = plan(source, Recipe(QuantType.W8A16), memory=1)
     assert not found.fits_memory
     assert not found.fits_disk
-    assert found.refusal.startswith("--memory: got 0 MiB, expected at least ")
+    assert found.refusal.startswith("memory budget: got 0 MiB, expected at least ")
     assert "\n".join(found.render()).count("DOES NOT FIT") == 2
 
 

@@ -244,9 +244,9 @@ def test_another_recipe_is_refused_with_what_differs(tmp_path, source, monkeypat
     quantize(source, out) if is_complete else begin(source, out, monkeypatch)
     word = "made" if is_complete else "begun"
     assert refusal(source, out, "mix", part_bytes=9) == (
-        f"output directory {out}: got a model {word} otherwise (--scheme: w8a8 -> w8a8-mix; "
-        "--anti-outlier: m4 -> null; --fa-quant: true -> false; --part-size-gb: null -> 9), "
-        "expected the same recipe and source. Choose another directory, or start over with --overwrite."
+        f"output directory {out}: got a model {word} otherwise (`scheme`: w8a8 -> w8a8-mix; "
+        "`anti_outlier`: m4 -> null; `fa_quant`: true -> false; `part_bytes`: null -> 9), "
+        "expected the same recipe and source. Choose another directory, or start over with `overwrite`."
     )
     with pytest.raises(OutputError, match=r"\(calibration data: 4 samples of \d+ tokens \(.*\) -> 2 samples of"):
         quantize_checkpoint(source, out, RECIPES["m4 fa"], SAMPLES[:2])
@@ -335,8 +335,7 @@ def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatc
     out, name = tmp_path / "out", "kv"
     quantize(source, tmp_path / "whole", name)
     begin(source, out, monkeypatch, name=name)
-    patterns = {"states": f"{WORK_NAME}/quantized-*", "survey": f"{WORK_NAME}/survey-00002.*"}
-    pattern = patterns.get(what, "*.safetensors")
+    pattern = {"states": f"{WORK_NAME}/quantized-*", "survey": f"{WORK_NAME}/survey-00002"}.get(what, "*.safetensors")
     grows = partial_path(out)
     path = sorted(grows.glob(pattern))[-1]  # of two generations the later one counts
     if what == "no weights":
@@ -390,7 +389,7 @@ def test_files_changed_since_completion_are_refused_and_replaced_with_overwrite(
     (out / "quant_model_description.json").unlink()
     assert refusal(source, out) == (
         f"output directory {out}: got files changed since it was made (config.json, quant_model_description.json), "
-        "expected them as they were. Choose another directory, or make it anew with --overwrite."
+        "expected them as they were. Choose another directory, or make it anew with `overwrite`."
     )
     assert not quantize(source, out, overwrite=True).already_complete
     assert files(out) == expected

@@ -40,7 +40,7 @@ def test_without_torch_npu_an_npu_is_the_cpu(monkeypatch):
 def test_a_missing_torch_npu_is_named():
     device, remark = find_device("npu")
     assert device == CPU
-    assert remark.startswith("--device npu: torch_npu is not installed")
+    assert remark.startswith("`device` npu: torch_npu is not installed")
 
 
 def test_torch_npu_without_a_device_is_the_cpu(torch_npu):
@@ -52,7 +52,7 @@ def test_torch_npu_without_a_device_is_the_cpu(torch_npu):
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="--device: got cuda, expected cpu: torch sees no CUDA device"):
+    with pytest.raises(ConfigError, match="device: got cuda, expected cpu: torch sees no CUDA device"):
         find_device("cuda")
 
 

@@ -15,7 +15,7 @@ from eightfold.config import DType, parse_config
 from eightfold.errors import ConfigError, OutputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import JOURNAL_NAME
-from eightfold.format.shards import ShardedWriter
+from eightfold.format.writer import ShardedWriter
 from eightfold.model.reference.decoder import apply_block_
 from eightfold.model.reference.load import Decoder
 from eightfold.synth import checkpoint as synth_checkpoint
@@ -156,13 +156,13 @@ def test_the_tokenizer_takes_every_byte_and_fills_the_vocabulary(tmp_path):
 
 
 def test_too_many_layers_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^--layers: got 7, expected 1 to 6, as llama3.2-1b has$"):
+    with pytest.raises(ConfigError, match=r"^layers: got 7, expected 1 to 6, as llama3.2-1b has$"):
         synthesize("llama3.2-1b", tmp_path / "out", layers=7)
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_models_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^--like: got gpt-2, expected llama3-70b, llama3-8b, llama3.2-1b or qwen"):
+    with pytest.raises(ConfigError, match=r"^like: got gpt-2, expected llama3-70b, llama3-8b, llama3.2-1b or qwen"):
         synthesize("gpt-2", tmp_path / "out")
 
 

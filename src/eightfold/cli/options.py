@@ -125,7 +125,7 @@ class Option:
         read = self.row.get("read") or kind.types[-1]
         try:
             found = read(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             found = None
         misfit = (text, kind.name) if found is None else kind.misfit(found)
         if misfit is not None:
@@ -155,8 +155,12 @@ def _options(command: type) -> Iterator[Option]:
 
 
 def flags_of(command: type) -> dict[str, str]:
-    """Return for each parameter that an option fills the flag that a message may name."""
-    return {option.name: option.title for option in _options(command) if not option.is_argument}
+    """Return the flag of each parameter, by the parameter's `name` in backticks; by the bare one what turns it over."""
+    flags = {}
+    for option in _options(command):
+        if not option.is_argument:
+            flags[f"`{option.name}`"], flags[option.name] = next(iter(option.flags)), option.title
+    return flags
 
 
 def in_flags(message: EightfoldError | str, flags: Mapping[str, str]) -> str:
@@ -164,9 +168,9 @@ def in_flags(message: EightfoldError | str, flags: Mapping[str, str]) -> str:
 
     Args:
         message: names stand in backticks; of a ConfigError the first words may be one without.
-        flags: what each parameter is called on the command line.
+        flags: what each parameter is called on the command line, as flags_of() tells.
     """
-    text = re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[0]), str(message))
+    text = re.sub(r"`\w+`", lambda match: flags.get(match[0], match[0]), str(message))
     what, colon, rest = text.partition(": ")
     return flags[what] + colon + rest if isinstance(message, ConfigError) and what in flags else text
 
@@ -326,7 +330,11 @@ def _left(option: Option) -> str:
 
 
 def _right(option: Option) -> str:
-    facts = [_limits(option.kind), "may be repeated" if option.repeats else "", _default(option)]
+    facts = [
+        "" if option.row.get("read") else _limits(option.kind),
+        "may be repeated" if option.repeats else "",
+        _default(option),
+    ]
     shown = "; ".join(filter(None, facts))
     return f"{option.row['help']} [{shown}]" if shown else str(option.row["help"])
 

@@ -1,19 +1,30 @@
-"""`eightfold quantize`: options to a recipe, and what came of it."""
+"""`eightfold quantize`: options to a recipe, the work in one process or in several, and what came of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eightfold.cli.calibration import Calibration
-from eightfold.cli.options import argument, as_json, settings
-from eightfold.cli.quantize_run import Command, ranks_of_environment
-from eightfold.errors import OutputError
+from eightfold.cli import console
+from eightfold.cli.options import argument, as_json, flags_of, in_flags, settings
+from eightfold.errors import ConfigError, OutputError
+from eightfold.machine import peak_resident_bytes
+from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe
-from eightfold.values import BYTES, PATH, SWITCH, TEXTS, choice, number_above, parse_size, setting, whole
+from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.parallel.ranks import Ranks
+    from eightfold.quant.dataset import Row
+    from eightfold.quant.outcome import Outcome
 
 _CALIBRATION, _OUTPUT, _RUNNING = "Calibration data", "Output", "Running"  # headings in the help
 
@@ -65,12 +76,14 @@ class QuantizeCommand:
         metavar="FILE",
         group=_CALIBRATION,
     )
-    part_size_gb: float | None = setting(
+    part_bytes: int | None = setting(
         None,
-        number_above(0)._replace(least=1e-6),
+        Kind((int,), "a finite number above 0", least=1, outside="a finite number above 0"),
         "Split the weights into files of this size (GiB).",
+        flag="--part-size-gb",
         metavar="GB",
         group=_OUTPUT,
+        read=lambda text: round(float(text) * 2**30),
     )
     legacy_names: bool = setting(
         False,
@@ -112,30 +125,19 @@ class QuantizeCommand:
     def execute(self) -> None:
         """Quantize, or say what it would take."""
         started = time.monotonic()
-        command = Command(
-            source=self.source,
-            target=self.target,
-            recipe=self._recipe(),
-            calibration=Calibration(self.calib, self.calib_limit, self.calib_texts, self.calib_ids),
-            part_bytes=None if self.part_size_gb is None else max(1, round(self.part_size_gb * 2**30)),
-            legacy_names=self.legacy_names,
-            device=self.device,
-            memory=self.memory,
-            overwrite=self.overwrite,
-            as_json=self.as_json,
-            names_act_method="act_method" in self.choices,
-            started=started,
-        )
-        with ranks_of_environment() as ranks:
+        _ = self.recipe  # is refused before anything else happens
+        with _ranks_of_environment() as ranks:
             if self.plan:
-                command.plan(ranks)
+                if ranks.is_first:
+                    self._show_plan()
                 return
-            outcome = command.do(ranks)
+            outcome = self._quantize(ranks)
             if ranks.is_first and self.save_recipe is not None:
-                _save(command.recipe, self.save_recipe)
-            command.tell(outcome, ranks)
+                _save(self.recipe, self.save_recipe)
+            self._tell(outcome, ranks, started)
 
-    def _recipe(self) -> Recipe:
+    @cached_property
+    def recipe(self) -> Recipe:
         """Return the recipe of the file, changed by the options that were given."""
         from eightfold.quant.recipe_file import act_method_name, make_recipe, parse_level, read_recipe
         from eightfold.scheme import SCHEMES
@@ -150,6 +152,136 @@ class QuantizeCommand:
         file = {} if self.recipe_file is None else read_recipe(self.recipe_file)
         return make_recipe({**file, **choices}, str(self.recipe_file or "the command line"))
 
+    def _quantize(self, ranks: Ranks) -> Outcome:
+        """Quantize. The texts are read and tokenized by one process."""
+        # What can be refused is refused before torch is loaded and texts are tokenized.
+        samples = self._samples(self._checked()) if ranks.is_first else None
+        samples = ranks.share(samples)
+        console.require_torch("quantize")
+        from eightfold.progress import silent
+        from eightfold.quant.pipeline import quantize_checkpoint
+
+        return quantize_checkpoint(
+            self.source,
+            self.target,
+            self.recipe,
+            samples,
+            overwrite=self.overwrite,
+            part_bytes=self.part_bytes,
+            legacy_names=self.legacy_names,
+            device=self._torch_device(ranks),
+            memory=self.memory,
+            progress=console.bars if ranks.is_first else silent,
+            ranks=ranks,
+        )
+
+    def _show_plan(self) -> None:
+        from eightfold.quant.estimate import estimate_run
+
+        checkpoint = self._checked()
+        samples = self._samples(checkpoint) or []
+        found = estimate_run(
+            checkpoint, self.recipe, samples, target=self.target, memory=self.memory, progress=console.bars
+        )
+        if self.as_json:
+            console.print_json(found.as_json())
+        else:
+            print("\n".join(found.render()))
+
+    def _checked(self) -> Checkpoint:
+        """Open the float model; refuse a recipe or an output directory that does not go with it."""
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.format.output import QUANTIZE, check_target
+        from eightfold.quant.recipe import assign_types, require_level
+
+        checkpoint = Checkpoint.open(self.source)
+        require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
+        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        return checkpoint
+
+    def _samples(self, checkpoint: Checkpoint) -> list[list[int]] | None:
+        """Return the calibration samples; None when the recipe has no use for any."""
+        recipe, found = self.recipe, None
+        given = {"--calib": self.calib, "--calib-texts": self.calib_texts, "--calib-ids": self.calib_ids}
+        sources = [flag for flag, value in given.items() if value]
+        if len(sources) > 1:
+            raise ConfigError("calibration data", got=" and ".join(sources), expected="one of them")
+        if recipe.needs_samples:
+            found = self._calibration(checkpoint)
+        elif sources or self.calib_limit is not None:
+            console.note(f"nothing here needs calibration data; {[*sources, '--calib-limit'][0]} changes nothing.")
+        if not recipe.has_static_inputs and "act_method" in self.choices:
+            console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
+        return found
+
+    def _calibration(self, checkpoint: Checkpoint) -> list[list[int]]:
+        """Return the calibration samples as token ids, none longer than the model's context."""
+        from eightfold.quant import dataset
+        from eightfold.tokenizer import Tokenizer
+
+        rows: list[Row]
+        if self.calib_ids is not None:
+            samples = dataset.read_token_ids(self.calib_ids, self.calib_limit, checkpoint.config.vocab_size)
+        else:
+            if self.calib is not None:
+                rows = dataset.read_rows(self.calib, self.calib_limit)
+            elif self.calib_texts:
+                rows = [*self.calib_texts[: self.calib_limit]]
+            else:
+                rows = dataset.default_rows()[: self.calib_limit]
+                console.note(
+                    f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own."
+                )
+            samples = dataset.tokenize(rows, Tokenizer(checkpoint.directory))
+        context = checkpoint.config.max_position_embeddings
+        samples, cut = dataset.truncate(samples, context)
+        if cut:
+            console.note(
+                f"{cut} of {len(samples)} calibration samples were cut to the model's context of {context} tokens."
+            )
+        return samples
+
+    def _torch_device(self, ranks: Ranks) -> torch.device:
+        from eightfold.model.reference.device import find_device
+
+        if ranks.size > 1 and self.device != "cpu":
+            raise ConfigError("device", got=self.device, expected=f"cpu, for {ranks.size} processes")
+        found, remark = find_device(self.device)
+        if remark:
+            console.note(in_flags(remark, flags_of(QuantizeCommand)))
+        return found
+
+    def _tell(self, outcome: Outcome, ranks: Ranks, started: float) -> None:
+        """Say what came of it."""
+        seconds = time.monotonic() - started
+        peaks = ranks.gather(peak_resident_bytes())
+        if not ranks.is_first:
+            return
+        if self.as_json:
+            console.print_json(_document(outcome, seconds, peaks))
+        elif outcome.already_complete:
+            print(f"{self.target}: already complete")
+        else:
+            _report(outcome)
+            print(f"{self.target}: {_summary(outcome)}, {seconds:.1f} s")
+
+
+@contextmanager
+def _ranks_of_environment() -> Iterator[Ranks]:
+    """The processes that torchrun has started; an error of one ends all."""
+    from eightfold.parallel.ranks import Ranks
+
+    world = World.of_environment()
+    if world.size > 1:
+        console.require_torch("quantize")
+    ranks = Ranks(world)
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    ranks.end()
+
 
 def _save(recipe: Recipe, path: Path) -> None:
     from eightfold.quant.recipe_file import render_recipe
@@ -158,3 +290,50 @@ def _save(recipe: Recipe, path: Path) -> None:
         path.write_text(render_recipe(recipe), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
+
+
+def _document(outcome: Outcome, seconds: float, peaks: list[int | None]) -> dict[str, Any]:
+    """Return what --json prints; `peaks` are bytes of each process."""
+    resident = [None if peak is None else round(peak / 2**20, 1) for peak in peaks]
+    return {
+        "layers": outcome.layers,
+        "layers_resumed": outcome.layers_resumed,
+        "already_complete": outcome.already_complete,
+        "seconds": round(seconds, 3),
+        "peak_rss_mib": resident[0],
+        "world_size": len(resident),
+        "ranks_peak_rss_mib": resident,
+        "scheme": outcome.recipe.scheme.value,
+        "quantized": outcome.quantized,
+        "nbytes": outcome.nbytes,
+        "restarted": outcome.restarted or None,
+        "notes": outcome.notes,
+    }
+
+
+def _report(outcome: Outcome) -> None:
+    """Tell what was decided on the way."""
+    if outcome.smoothing is not None:
+        proof = outcome.smoothing
+        print(
+            f"outlier suppression {outcome.recipe.anti_outlier.value if outcome.recipe.anti_outlier else ''}: "
+            f"{len(proof.choices)} groups; the float model's logits move by {proof.max_logit_difference:.2g} at most "
+            f"(largest {proof.max_logit:.3g})"
+        )
+    if outcome.rolled_back:
+        rows = [
+            [row.module, f"{row.range_param:.2f}", "shares the input of one above" if row.of_group else "widest inputs"]
+            for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
+        ]
+        print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
+    if outcome.restarted:
+        console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
+    elif outcome.layers_resumed:
+        console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
+    for text in outcome.notes:
+        console.note(text)
+
+
+def _summary(outcome: Outcome) -> str:
+    kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
+    return f"{outcome.quantized} linears as {outcome.recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}"

@@ -26,7 +26,7 @@ def longest_context(model: NativeModel, config: EngineConfig) -> int:
     wanted = config.max_model_len or most
     if wanted > most:
         raise ConfigError(
-            "--max-model-len", got=wanted, expected=f"at most {most}, which is all this model can look back on"
+            "max_model_len", got=wanted, expected=f"at most {most}, which is all this model can look back on"
         )
     return wanted
 
@@ -51,9 +51,9 @@ def room_for_cache(model: NativeModel, config: EngineConfig) -> int:
             "key/value cache",
             got=f"{size / 2**20:.1f} MiB",
             expected=f"at least {model.page_bytes / 2**20:.1f} MiB, which {PAGE} positions take",
-            action="Raise --kv-memory or close other programs.",
+            action="Raise `kv_memory` or close other programs.",
         )
-    model.allocate_cache(pages * PAGE, "Lower --kv-memory.")
+    model.allocate_cache(pages * PAGE, "Lower `kv_memory`.")
     return pages
 
 
@@ -112,7 +112,7 @@ class Admission:
             raise CapacityError("prompt", got="no tokens", expected="at least one")
         if prompt_len >= self.max_model_len:
             can_grow = self.max_model_len < self._model.config.max_position_embeddings
-            way_out = " or raise --max-model-len." if can_grow else ": the model cannot look back on more."
+            way_out = " or raise `max_model_len`." if can_grow else ": the model cannot look back on more."
             raise CapacityError(
                 "prompt",
                 got=f"{prompt_len} tokens",
@@ -128,6 +128,6 @@ class Admission:
                 "request",
                 got=f"{prompt_len} tokens and {longest - prompt_len} new ones",
                 expected=f"at most {self._capacity + 1} together, which the key/value cache holds",
-                action="Raise --kv-memory, or ask for fewer tokens.",
+                action="Raise `kv_memory`, or ask for fewer tokens.",
             )
         return longest

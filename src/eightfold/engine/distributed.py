@@ -93,7 +93,7 @@ class SharedModel(NativeModel):
         known = [room for room in (super().room(), *(facts.room for facts in self._others)) if room is not None]
         return min(known, default=None)
 
-    def allocate_cache(self, positions: int, action: str = "Lower --max-new-tokens or shorten the prompt.") -> None:
+    def allocate_cache(self, positions: int, action: str = "Lower `max_new_tokens` or shorten the prompt.") -> None:
         """Make a cache of so many positions on every rank.
 
         Raises:

@@ -73,7 +73,7 @@ def require_same_vocabulary(configs: Sequence[ModelConfig]) -> None:
     """
     ours, theirs = configs[0].vocab_size, configs[-1].vocab_size
     if ours != theirs:
-        raise ConfigError("vocabulary of --against", got=theirs, expected=ours, action="Give the float original.")
+        raise ConfigError("vocabulary of `against`", got=theirs, expected=ours, action="Give the float original.")
 
 
 def _exp(nll: float) -> float:

@@ -46,6 +46,6 @@ def cut_chunks(token_ids: Sequence[int], chunks: int, chunk_len: int) -> list[li
             "text",
             got=f"{len(token_ids)} tokens",
             expected=f"at least one chunk of {chunk_len}",
-            action="Lower --chunk-len.",
+            action="Lower `chunk_len`.",
         )
     return [list(token_ids[i * chunk_len : (i + 1) * chunk_len]) for i in range(available)]

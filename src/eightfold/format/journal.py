@@ -71,8 +71,7 @@ class Journal(LineFile):
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write a line, and return when it would survive a loss of power."""
-        self.write(render(entry))
-        self.sync()
+        self.write_line(render(entry), sync=True)
         self.entries.append(dict(entry))
 
     def clear(self) -> None:

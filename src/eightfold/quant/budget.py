@@ -75,10 +75,10 @@ class Budget:
             return free is not None and self.needed + self.states > self.base + free // (2 * processes)
         if memory < self.needed:
             raise CapacityError(
-                "--memory",
+                "memory budget",
                 got=f"{memory / _MIB:.0f} MiB",
                 expected=f"at least {-(-self.needed // _MIB)}MiB for one layer of this model",
-                action="Give that, or leave the option out.",
+                action="Give that, or none.",
             )
         return memory < self.needed + self.states
 

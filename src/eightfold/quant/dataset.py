@@ -95,7 +95,7 @@ def _encode_chat(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
 
 def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
     if limit is not None and limit < 1:
-        raise ConfigError("--calib-limit", got=limit, expected="at least 1")
+        raise ConfigError("limit", got=limit, expected="at least 1")
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
     except OSError as error:

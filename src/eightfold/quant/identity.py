@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from eightfold import __version__
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import QUANTIZE
-from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
+from eightfold.format.safetensors import TensorInfo, checksum_of
 from eightfold.format.sidecars import list_sidecars, resolve_auto_map
 from eightfold.quant.outcome import samples_digest
 from eightfold.quant.recipe import Recipe
@@ -29,8 +30,8 @@ WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
 _SAMPLE_BYTES = 4096  # of each of these many places of a tensor
 _PLACES = 4
 
-# Where an option's name does not follow from the recipe's key.
-_OPTIONS = {"save_float32": "--save-dtype", "modules": "modules of the recipe", "part_bytes": "--part-size-gb"}
+# What a message calls what is no parameter.
+_NAMES = {"modules": "modules of the recipe"}
 
 
 def identity(
@@ -84,7 +85,10 @@ def _file_identity(checkpoint: Checkpoint, path: Path) -> list[int]:
         infos = [info for info in checkpoint.tensors.values() if info.file == path]
         if not infos or not _is_large(checkpoint):
             return [size, checksum_of(file, 0, size)]
-        return [size, checksum_of_parts(checksum_of(file, begin, end) for begin, end in _sampled_spans(infos))]
+        checksum = 0
+        for begin, end in _sampled_spans(infos):
+            checksum = zlib.crc32(checksum_of(file, begin, end).to_bytes(4, "little"), checksum)
+        return [size, checksum]
     finally:
         os.close(file)
 
@@ -112,7 +116,7 @@ def differences(old: Entry, new: Entry) -> list[str]:
         return []
     found = [
         f"{name}: {old.get(key)} -> {new.get(key)}"
-        for key, name in (("format", "journal"), ("eightfold", "version of eightfold"), ("device", "--device"))
+        for key, name in (("format", "journal"), ("eightfold", "version of eightfold"), ("device", "`device`"))
         if old.get(key) != new.get(key)
     ]
     for part in ("recipe", "output"):
@@ -133,7 +137,7 @@ def differences(old: Entry, new: Entry) -> list[str]:
 
 
 def _option(key: str) -> str:
-    return _OPTIONS.get(key, "--" + key.replace("_", "-"))
+    return _NAMES.get(key, f"`{key}`")
 
 
 def _shown(value: Any) -> str:

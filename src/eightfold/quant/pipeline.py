@@ -23,9 +23,10 @@ from eightfold.families import LM_HEAD
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.description import render_description
 from eightfold.format.journal import WORK_NAME, Entry, Journal, layers_done
-from eightfold.format.output import REPORT_NAME, Output
-from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
-from eightfold.format.sidecars import copy_sidecars, resolve_auto_map, write_json
+from eightfold.format.output import REPORT_NAME, Output, write_json
+from eightfold.format.safetensors import PlannedTensor
+from eightfold.format.sidecars import copy_sidecars, resolve_auto_map
+from eightfold.format.writer import ShardedWriter, total_bytes
 from eightfold.model.reference.device import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
@@ -322,7 +323,7 @@ class _Job:
                 f"output directory {output.target}",
                 got=f"a model begun otherwise (source: {shortlist(changed, 3)} changed since)",
                 expected="the same recipe and source",
-                action="Choose another directory, or start over with --overwrite.",
+                action="Choose another directory, or start over with `overwrite`.",
             )
         if changed:
             output.restart()

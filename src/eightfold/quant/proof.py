@@ -62,7 +62,7 @@ def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor) -> t
             where=checkpoint.directory,
             got=f"{difference:g} (the largest logit is {largest:g})",
             expected=f"at most {MAX_RELATIVE_DIFFERENCE * largest:g}",
-            action="Use another --anti-outlier method, or --save-dtype float32.",
+            action="Use another `anti_outlier` method, or store float32 (`save_float32`).",
         )
     return difference, largest
 

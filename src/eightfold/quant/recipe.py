@@ -103,7 +103,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.weight_symmetric and self.scheme is not QuantType.W8A16:
             raise ConfigError(
-                "--no-weight-symmetric",
+                "weight_symmetric",
                 got=f"scheme {self.scheme.value}",
                 expected="W8A16",
                 action="Schemes with int8 activations need symmetric weights.",
@@ -111,19 +111,19 @@ class Recipe:
         if self.fa_quant and self.kv_int8:
             raise ConfigError(
                 "attention",
-                got="--fa-quant and --kv-int8",
+                got="`fa_quant` and `kv_int8`",
                 expected="one of them",
                 action="FAQuant already keeps the cache in int8.",
             )
         if self.fa_amp and not self.fa_quant:
-            raise ConfigError("--fa-amp", got=self.fa_amp, expected="it together with --fa-quant")
+            raise ConfigError("fa_amp", got=self.fa_amp, expected="it together with `fa_quant`")
         if not self.kv_int8 and (not self.kv_symmetric or self.kv_observe is not KVObserve.POST_ROPE):
-            option = "--kv-observe" if self.kv_symmetric else "--no-kv-symmetric"
-            raise ConfigError(option, got="no --kv-int8", expected="them together")
+            option = "kv_observe" if self.kv_symmetric else "kv_symmetric"
+            raise ConfigError(option, got="no `kv_int8`", expected="them together")
         self._check_counts()
 
     def _check_counts(self) -> None:
-        for option, value in (("--disable-level", self.disable_level), ("--fa-amp", self.fa_amp)):
+        for option, value in (("disable_level", self.disable_level), ("fa_amp", self.fa_amp)):
             if value < 0:
                 raise ConfigError(option, got=value, expected="0 or more")
         unknown = [kind.value for _, kind in self.modules if kind not in LINEAR_TENSORS]
@@ -168,7 +168,7 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
         types.update(dict.fromkeys(_matches(pattern, linears, "modules", config), kind))
     attentions = attention_modules(config) if recipe.fa_quant else {}
     for pattern in recipe.keep_float:
-        matches = _matches(pattern, [*linears, *attentions], "--keep-float", config)
+        matches = _matches(pattern, [*linears, *attentions], "keep_float", config)
         types.update(dict.fromkeys(matches & linears.keys(), QuantType.FLOAT))
     if not recipe.quantize_lm_head:
         types[LM_HEAD] = QuantType.FLOAT
@@ -184,7 +184,7 @@ def require_level(recipe: Recipe, types: Mapping[str, QuantType]) -> None:
     candidates = sum(kind is not QuantType.FLOAT for kind in types.values())
     if recipe.disable_level > candidates:
         raise ConfigError(
-            "--disable-level",
+            "disable_level",
             got=f"L{recipe.disable_level}",
             expected=f"at most L{candidates}, as many as there are linears to quantize",
         )

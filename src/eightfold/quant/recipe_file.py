@@ -50,7 +50,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         import yaml
     except ImportError:
         raise DependencyError(
-            "--recipe needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
+            "a recipe file needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
         ) from None
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +72,9 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
         ConfigError: no scheme, a value of the wrong kind, or choices that exclude each other.
     """
     if "scheme" not in choices:
-        raise ConfigError("--scheme", got="none", expected=one_of(SCHEMES), action="Give it, or a --recipe that does.")
+        raise ConfigError(
+            "scheme", got="none", expected=one_of(SCHEMES), action="Give it, or a `recipe_file` that does."
+        )
     return Recipe(**{key: _method(key, value, where) for key, value in choices.items()})
 
 
@@ -174,7 +176,7 @@ def parse_level(text: str) -> int:
     """
     digits = text[1:] if text[:1] in ("L", "l") else ""
     if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
-        raise ConfigError("--disable-level", got=repr(text), expected="L0, L1, L2, ...: so many linears stay float")
+        raise ConfigError("disable_level", got=repr(text), expected="L0, L1, L2, ...: so many linears stay float")
     return int(digits)
 
 

@@ -34,7 +34,7 @@ from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress
 from eightfold.quant.fallback import attention_back, roll_back
 from eightfold.quant.head import QuantizedHead
-from eightfold.quant.hidden import BackgroundSync, HiddenStates
+from eightfold.quant.hidden import BackgroundSync, HiddenStates, file_checksum
 from eightfold.quant.layer import QuantizedLayer, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputTensor
@@ -42,7 +42,7 @@ from eightfold.quant.proof import UnchangedProof, compare_logits
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.statistics import unshared
 from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
-from eightfold.quant.surveyed import load_survey, save_survey, survey_checksum, survey_facts
+from eightfold.quant.surveyed import load_survey, save_survey, survey_facts
 from eightfold.quant.tensor_writer import TensorWriter
 from eightfold.scheme import QuantType, weight_name
 
@@ -116,7 +116,7 @@ class Run:
         return all(stream.resume(*found[stream.name]) for stream in self._streams if stream.name in found)
 
     def _is_intact(self, entry: Entry) -> bool:
-        return not self._ranks.is_first or survey_checksum(self._survey_path(entry["layer"])) == entry["file"]
+        return not self._ranks.is_first or file_checksum(self._survey_path(entry["layer"])) == entry["file"]
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
         """Write a step into the journal, when all that it made is safely on disk, whoever made it."""
@@ -168,7 +168,7 @@ class Run:
                 task.advance()
 
     def _survey_path(self, layer_idx: int) -> Path:
-        return self._work / f"survey-{layer_idx:05d}.safetensors"
+        return self._work / f"survey-{layer_idx:05d}"
 
     def _kept_survey(self, layer_idx: int) -> LayerSurvey:
         facts = self._journal.steps[f"survey {layer_idx}"]["survey"]

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError
-from eightfold.format.safetensors import MappedFile, checksum_of_file, read_header
-from eightfold.format.shards import PlannedTensor, ShardedWriter
+from eightfold.format.safetensors import FileWriter, MappedFile, PlannedTensor, read_header
 from eightfold.model.reference.tensors import to_array
 from eightfold.quant.attention import KVParams
+from eightfold.quant.hidden import file_checksum
 from eightfold.quant.smooth import SmoothScale
 from eightfold.quant.survey import LayerSurvey
 
@@ -33,14 +32,13 @@ def survey_facts(survey: LayerSurvey) -> dict[str, Any]:
     }
 
 
-def save_survey(path: Path, survey: LayerSurvey) -> int:
-    """Write the tensors of a survey; return the checksum of the file, which is then safely on disk."""
+def save_survey(path: Path, survey: LayerSurvey) -> int | None:
+    """Write the tensors of a survey; return the CRC-32 of the file, which is then safely on disk."""
     tensors = {_SCALE + title: scale.scale for title, scale in survey.scales.items()}
     if survey.kv is not None:
         tensors.update({name: getattr(survey.kv, name) for name in _CACHE})
     path.unlink(missing_ok=True)  # what a killed run has left
-    plan = [PlannedTensor(name, DType.F32, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    writer = ShardedWriter(path.parent, path.stem, plan)
+    writer = FileWriter(path, [PlannedTensor(name, DType.F32, tuple(t.shape)) for name, t in tensors.items()])
     try:
         for name, tensor in tensors.items():
             writer.write(name, to_array(tensor, DType.F32))
@@ -48,15 +46,7 @@ def save_survey(path: Path, survey: LayerSurvey) -> int:
         writer.close()
     finally:
         writer.abandon()
-    return writer.file_checksums()[path.name]
-
-
-def survey_checksum(path: Path) -> int | None:
-    """Return the checksum of a saved survey; None when it is not there or damaged."""
-    try:
-        return checksum_of_file(path)
-    except (OSError, CheckpointError):
-        return None
+    return file_checksum(path)
 
 
 def load_survey(path: Path, facts: Mapping[str, Any]) -> LayerSurvey:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.shards import ShardedWriter
+from eightfold.format.writer import ShardedWriter
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
 from eightfold.quant.plan import OutputTensor
 
@@ -34,9 +34,9 @@ class TensorWriter:
         """Write a tensor that was made, in the dtype of the plan."""
         dtype = self._plan[name].planned.dtype
         if tensor.is_floating_point() and tensor.dtype != TORCH_DTYPES[dtype]:
-            require_range(tensor, dtype, name, self._checkpoint.directory, "Use --save-dtype float32.")
+            require_range(tensor, dtype, name, self._checkpoint.directory, "Store float32 (`save_float32`).")
         self._writer.write(name, to_array(tensor, dtype))
-        self.checksums[name] = self._writer.checksums[name]
+        self.checksums[name] = self._writer.checksum(name)
 
     def copy(self, name: str, source: str | None = None) -> None:
         """Write a float tensor as it is, or widened, piece by piece."""
@@ -51,13 +51,13 @@ class TensorWriter:
             if not torch.isfinite(piece.sum(dtype=torch.float32)):
                 require_finite(whole, source, self._checkpoint)
             if piece.dtype != TORCH_DTYPES[dtype]:
-                require_range(piece, dtype, name, self._checkpoint.directory, "Use --save-dtype float32.")
+                require_range(piece, dtype, name, self._checkpoint.directory, "Store float32 (`save_float32`).")
             self._writer.append(name, to_array(piece, dtype))
             read = (at + len(piece)) * row_bytes
             if read - released >= _RELEASE_BYTES or at + len(piece) == len(rows):
                 self._checkpoint.release_part(source, released, read)
                 released = read
-        self.checksums[name] = self._writer.checksums[name]
+        self.checksums[name] = self._writer.checksum(name)
 
     def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
         """Write every planned tensor of a layer: as made, or as in the source."""

@@ -54,16 +54,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _not_ours(host: str, error: OSError) -> ConfigError:
-    return ConfigError("--host", got=host, expected="an address of this machine", action=f"{error.strerror}.")
+    return ConfigError("host", got=host, expected="an address of this machine", action=f"{error.strerror}.")
 
 
 def _address_error(host: str, port: int, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
         action = "Another program uses this one: choose another."
-        return ConfigError("--port", got=port, expected="a free one", action=action)
+        return ConfigError("port", got=port, expected="a free one", action=action)
     if error.errno == errno.EACCES:
         action = "Lower ones need rights that you do not have."
-        return ConfigError("--port", got=port, expected="1024 or more", action=action)
+        return ConfigError("port", got=port, expected="1024 or more", action=action)
     return _not_ours(host, error)
 
 

@@ -100,11 +100,11 @@ def model_config(name: str, layers: int | None, dtype: DType) -> dict[str, Any]:
         ConfigError: a name or a number of layers that there is not.
     """
     if name not in MODELS:
-        raise ConfigError("--like", got=name, expected=one_of(MODELS))
+        raise ConfigError("like", got=name, expected=one_of(MODELS))
     config = dict(MODELS[name])
     if layers is not None:
         if not 0 < layers <= config["num_hidden_layers"]:
-            raise ConfigError("--layers", got=layers, expected=f"1 to {config['num_hidden_layers']}, as {name} has")
+            raise ConfigError("layers", got=layers, expected=f"1 to {config['num_hidden_layers']}, as {name} has")
         config["num_hidden_layers"] = layers
     config["torch_dtype"] = next(known for known, kind in CONFIG_DTYPES.items() if kind is dtype)
     return config

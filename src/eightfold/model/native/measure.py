@@ -63,7 +63,7 @@ class Workload:
                 "context",
                 got=f"{self.prompt_len} tokens in and {self.new_tokens} out",
                 expected=f"at most {config.max_position_embeddings} together, which is all this model can look back on",
-                action="Lower --prompt-len or --new-tokens.",
+                action="Lower `prompt_len` or `new_tokens`.",
             )
 
 
@@ -104,7 +104,7 @@ class Runner:
         """
         work.require_context(model.config)
         self.model, self.work, self._random = model, work, np.random.default_rng(seed)
-        model.allocate_cache(work.batch * work.pages * PAGE, "Lower --batch, --prompt-len or --new-tokens.")
+        model.allocate_cache(work.batch * work.pages * PAGE, "Lower `batch`, `prompt_len` or `new_tokens`.")
 
     def once(self) -> Timing:
         """Run one repetition on fresh random tokens."""

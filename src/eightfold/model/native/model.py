@@ -135,7 +135,7 @@ class NativeModel:
         """Let this share of a model meet the others through a function that fills in all ranks' parts (ranks, n)."""
         self._model.share_by_call(rank, meet)
 
-    def allocate_cache(self, positions: int, action: str = "Lower --max-new-tokens or shorten the prompt.") -> None:
+    def allocate_cache(self, positions: int, action: str = "Lower `max_new_tokens` or shorten the prompt.") -> None:
         """Make a cache for so many positions; what the old one held is lost.
 
         Args:

@@ -32,10 +32,10 @@ def find_device(name: str) -> tuple[torch.device, str]:
     if name == "npu":
         problem = _npu_problem()
         if problem:
-            return CPU, f"--device npu: {problem}, so this runs on the CPU; the output serves an NPU all the same."
+            return CPU, f"`device` npu: {problem}, so this runs on the CPU; the output serves an NPU all the same."
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "--device",
+            "device",
             got="cuda",
             expected="cpu: torch sees no CUDA device",
             action="Leave the option out, or install a torch built for CUDA.",
