@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eightfold.evaluate import perplexity
+from eightfold.evaluate.perplexity import evaluate_reference
+from eightfold.evaluate.text import cut_chunks
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import tame_malloc
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, W8A8DynamicLinear, token_params
@@ -108,7 +109,7 @@ def float32_products() -> Iterator[None]:
 def chunks_of(directory: Path, text: Path) -> list[list[int]]:
     """Return the chunks that `eightfold eval` measures on."""
     token_ids = Tokenizer(directory).encode(text.read_bytes().decode(), special_tokens=False)
-    return perplexity.cut_chunks(token_ids, CHUNKS, CHUNK_LEN)
+    return cut_chunks(token_ids, CHUNKS, CHUNK_LEN)
 
 
 def jittered(directory: Path, chunks: list[list[int]], runs: int, mode: str) -> list[float]:
@@ -124,7 +125,7 @@ def jittered(directory: Path, chunks: list[list[int]], runs: int, mode: str) -> 
     try:
         for seed in range(runs):
             generator.manual_seed(seed)
-            found.append(perplexity.evaluate(Decoder(Checkpoint.open(directory), mode), chunks).ppl)  # type: ignore[arg-type]
+            found.append(evaluate_reference(Decoder(Checkpoint.open(directory), mode), chunks).ppl)  # type: ignore[arg-type]
     finally:
         Decoder.embed = plain  # type: ignore[method-assign]
     return found
@@ -136,7 +137,7 @@ def check_dynamic(table: Table, directory: Path, text: Path, jitter_runs: int) -
     for mode, want in (("asymmetric", 25.88), ("symmetric", 26.29)):
         table.near(f"W8A8_DYNAMIC {mode}, perplexity", ppl(directory, text, "--dynamic", mode), want, 0.02)
         with float32_products():
-            got = perplexity.evaluate(Decoder(Checkpoint.open(directory), mode), chunks).ppl  # type: ignore[arg-type]
+            got = evaluate_reference(Decoder(Checkpoint.open(directory), mode), chunks).ppl  # type: ignore[arg-type]
         table.near("    the same by float32 products", got, want, 0.02)
         if jitter_runs > 1:
             found = torch.tensor(jittered(directory, chunks, jitter_runs, mode))

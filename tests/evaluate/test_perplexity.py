@@ -11,8 +11,7 @@ import torch
 
 from eightfold.errors import ConfigError, InputError
 from eightfold.evaluate import perplexity
-from eightfold.evaluate.evaluation import Evaluation, Tally
-from eightfold.evaluate.perplexity import evaluate
+from eightfold.evaluate.perplexity import evaluate_reference as evaluate
 from eightfold.evaluate.text import cut_chunks, default_text, read_text
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
@@ -130,8 +129,8 @@ def test_the_divergence_is_that_of_the_judged_model_from_the_float_one_and_not_t
 def test_the_99th_percentile_is_the_nearest_rank(positions):
     kl = np.linspace(0.1, 3, positions)
     nothing = np.zeros(positions)
-    tally = Tally([nothing], [nothing], [np.random.default_rng(0).permutation(kl)], [nothing == 0])
-    assert Evaluation.of(1, tally).kl_p99 == kl[-(-99 * positions // 100) - 1]
+    found = perplexity._Positions([nothing], [nothing], [np.random.default_rng(0).permutation(kl)], [nothing == 0])
+    assert found.average(1).kl_p99 == kl[-(-99 * positions // 100) - 1]
 
 
 @pytest.mark.parametrize("head_tokens", [1, 2, 5, 18, 19, 20, 1000])
@@ -140,7 +139,7 @@ def test_how_many_logits_are_held_at_a_time_changes_nothing(tmp_path, monkeypatc
     judged = quantized(tmp_path / "float", tmp_path / "out")
     chunks = some_chunks()
     whole = evaluate(judged, chunks, against)
-    monkeypatch.setattr(perplexity, "_HEAD_TOKENS", head_tokens)
+    monkeypatch.setattr(perplexity, "_STEP_TOKENS", head_tokens)
     cut = evaluate(judged, chunks, against)
     # The head's products of other sizes may be summed in another order.
     assert cut.nll == pytest.approx(whole.nll, abs=NATS)

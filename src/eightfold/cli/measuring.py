@@ -14,7 +14,7 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.values import PATH, choice, setting, whole
 
 if TYPE_CHECKING:
-    from eightfold.evaluate.evaluation import Evaluation
+    from eightfold.evaluate.perplexity import Evaluation
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.measure import Measurement
     from eightfold.model.native.model import NativeModel
@@ -86,7 +86,7 @@ class EvaluateCommand:
 
     def _by_native(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
         """Measure, and return the perplexity of mode `mindie` beside where both modes are measured."""
-        from eightfold.evaluate.native import evaluate
+        from eightfold.evaluate.perplexity import evaluate_native
         from eightfold.model.native.load import load_model
 
         def load(checkpoint: Checkpoint, mode: str) -> NativeModel:
@@ -96,28 +96,30 @@ class EvaluateCommand:
         generated, both = self.tokens_as == "generated", self._both_modes(checkpoints[0])
         with console.bars("evaluate", len(pieces) * (1 + both), "chunk") as task:
             mode = self.computing.get("attention_mode", "cache")
-            models = [load(checkpoint, mode) for checkpoint in checkpoints]
-            found = evaluate(models[0], pieces, models[1] if models[1:] else None, task.advance, generated=generated)
+            model, *others = [load(checkpoint, mode) for checkpoint in checkpoints]
+            against = others[0] if others else None
+            found = evaluate_native(model, pieces, against, task.advance, generated=generated)
             if not both:
                 return found, None
             mindie = load(checkpoints[0], "mindie")
-            return found, evaluate(mindie, pieces, None, task.advance).ppl
+            return found, evaluate_native(mindie, pieces, None, task.advance).ppl
 
     def _by_reference(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
         """As _by_native, in torch."""
         console.require_torch("eval --backend reference")
-        from eightfold.evaluate.perplexity import evaluate
+        from eightfold.evaluate.perplexity import evaluate_reference
         from eightfold.model.reference.load import Decoder
 
         both, config = self._both_modes(checkpoints[0]), EngineConfig(**self.computing)
         total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
         with console.bars("evaluate", total + len(pieces) * (1 + both), "step") as task:
-            models = [Decoder(checkpoint, config.dynamic, config.attention_mode) for checkpoint in checkpoints]
-            found = evaluate(models[0], pieces, models[1] if models[1:] else None, task.advance, self.tokens_as)
+            model, *others = [Decoder(each, config.dynamic, config.attention_mode) for each in checkpoints]
+            against = others[0] if others else None
+            found = evaluate_reference(model, pieces, against, task.advance, self.tokens_as)
             if not both:
                 return found, None
             mindie = Decoder(checkpoints[0], config.dynamic, "mindie")
-            return found, evaluate(mindie, pieces, None, task.advance).ppl
+            return found, evaluate_reference(mindie, pieces, None, task.advance).ppl
 
     def _both_modes(self, checkpoint: Checkpoint) -> bool:
         """Return whether mode `mindie` is measured beside mode `cache`."""

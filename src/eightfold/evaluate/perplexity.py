@@ -1,36 +1,90 @@
-"""Perplexity of a model, and its distance from another one, on the same text.
+"""Perplexity of a model, and its distance from another one, on the same text, with either backend.
 
     nll = - mean_t log p(x_t | x_<t)      ppl = exp(nll)
     KL  = mean_t sum_v p(v) (log p(v) - log q(v))        p: the float model, q: the one being judged; nats
 
 The text is tokenized once, without special tokens, and cut into chunks of equal length; each chunk stands alone, so
 a chunk of C tokens gives C - 1 predictions.
+
+Letters: R positions whose logits are held at a time, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from eightfold.evaluate.evaluation import Evaluation, Tally, require_same_vocabulary
-from eightfold.model.reference.decoder import Origin
-from eightfold.model.reference.load import Decoder, Head
+from eightfold.config import ModelConfig
+from eightfold.errors import CheckpointError, ConfigError
+from eightfold.model.native.model import PAGE, Chunk, NativeModel
 
-# Tokens whose logits are held at a time: 128 x 128,256 float32 are 66 MB.
-_HEAD_TOKENS = 128
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from eightfold.model.reference.load import Decoder
+
+# R, unless prompts have to run whole: 128 x 128,256 float32 are 66 MB.
+_STEP_TOKENS = 128
+
+# A text in chunks of token ids.
+Chunks = Sequence[Sequence[int]]
 
 
-@torch.inference_mode()
-def evaluate(
+@dataclass(frozen=True)
+class Evaluation:
+    """Averages over positions. The second half is None without a model to compare with."""
+
+    nll: float
+    ppl: float
+    tokens: int  # predictions
+    chunks: int
+    ppl_against: float | None = None
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None  # share of positions with the same most likely token
+
+
+def evaluate_native(
+    model: NativeModel,
+    chunks: Chunks,
+    against: NativeModel | None = None,
+    on_chunk: Callable[[], None] = lambda: None,
+    *,
+    generated: bool = False,
+) -> Evaluation:
+    """Measure a model on chunks, and its distance from `against`.
+
+    Args:
+        model: loaded; its cache is replaced, as that of `against`.
+        chunks: token ids, each chunk at least two.
+        against: usually the float model; the same vocabulary.
+        on_chunk: called after each.
+        generated: compute the tokens as if they had been generated.
+
+    Raises:
+        CapacityError: no memory for the cache.
+        CheckpointError: the model says NaN.
+        ConfigError: the two have different vocabularies.
+    """
+    models = [model] if against is None else [model, against]
+    _require_same_vocabulary([each.config for each in models])
+    whole = any(each.float_prompts for each in models) and not generated
+    step = max(map(len, chunks)) if whole else _STEP_TOKENS
+    return _evaluate([_native_log_probs(each, chunks, step, generated) for each in models], chunks, step, on_chunk)
+
+
+def evaluate_reference(
     decoder: Decoder,
-    chunks: Sequence[Sequence[int]],
+    chunks: Chunks,
     against: Decoder | None = None,
     on_step: Callable[[], None] = lambda: None,
-    origin: Origin = "prompt",
+    origin: Literal["prompt", "generated"] = "prompt",
 ) -> Evaluation:
-    """Measure a model on chunks of equal length, and its distance from `against`.
+    """Measure a model on chunks, and its distance from `against`, in torch.
 
     Args:
         decoder: the model to judge.
@@ -38,35 +92,115 @@ def evaluate(
         against: usually the float model; the same vocabulary.
         on_step: called after each layer of each model, and after each chunk's logits.
         origin: whether the chunks are computed as prompts, or as if they had been generated.
+
+    Raises:
+        CheckpointError: the model says NaN.
+        ConfigError: the two have different vocabularies.
     """
-    models = [decoder]
-    if against is not None:
-        require_same_vocabulary([decoder.checkpoint.config, against.checkpoint.config])
-        models.append(against)
-    hidden_TE = [model.hidden_states(chunks, on_step, origin) for model in models]
-    heads = [model.head() for model in models]
-    tally = Tally()
-    chunk_len = len(chunks[0])
-    for i, chunk in enumerate(chunks):
-        targets = torch.tensor(chunk[1:], dtype=torch.int64)
-        for at in range(0, chunk_len - 1, _HEAD_TOKENS):
-            end = min(at + _HEAD_TOKENS, chunk_len - 1)
-            rows = slice(i * chunk_len + at, i * chunk_len + end)
-            log_probs = [_log_probs(head, x[rows], origin) for head, x in zip(heads, hidden_TE, strict=True)]
-            _add(tally, log_probs, targets[at:end])
-        on_step()
-    return Evaluation.of(len(chunks), tally)
+    models = [decoder] if against is None else [decoder, against]
+    _require_same_vocabulary([each.checkpoint.config for each in models])
+    streams = [_reference_log_probs(each, chunks, on_step, origin) for each in models]
+    return _evaluate(streams, chunks, _STEP_TOKENS, on_step)
 
 
-def _log_probs(head: Head, hidden_TE: Tensor, origin: Origin) -> Tensor:
-    return torch.log_softmax(head(hidden_TE, origin), dim=-1)
+def _native_log_probs(model: NativeModel, chunks: Chunks, step: int, generated: bool) -> Iterator[NDArray[Any]]:
+    """Yield log p after all tokens of a chunk but the last, (R, V) float32."""
+    model.allocate_cache(max(map(len, chunks)))
+    for chunk in chunks:
+        for at in range(0, len(chunk) - 1, step):
+            tokens = chunk[at:-1][:step]
+            pages = range(-(-(at + len(tokens)) // PAGE))
+            logits, _ = model.forward([Chunk(tokens, at, pages, 0 if generated else len(chunk), wants_all=True)])
+            yield log_softmax(logits)
 
 
-def _add(tally: Tally, log_probs: list[Tensor], targets_T: Tensor) -> None:
-    picked = [logp.gather(1, targets_T[:, None])[:, 0].double() for logp in log_probs]
-    for kept, of_model in zip((tally.nll, tally.nll_against), picked, strict=False):
-        kept.append(-of_model.numpy())
-    if len(log_probs) > 1:
-        judged, float_model = log_probs
-        tally.kl.append((float_model.exp() * (float_model - judged)).sum(-1).double().numpy())
-        tally.same_top.append((judged.argmax(-1) == float_model.argmax(-1)).numpy())
+def _reference_log_probs(
+    decoder: Decoder, chunks: Chunks, on_layer: Callable[[], None], origin: Literal["prompt", "generated"]
+) -> Iterator[NDArray[Any]]:
+    """Yield the same, all chunks having gone through one layer after the other before."""
+    from torch import log_softmax
+
+    hidden_TE, head, begin = decoder.hidden_states(chunks, on_layer, origin), decoder.head(), 0
+    for chunk in chunks:
+        for at in range(0, len(chunk) - 1, _STEP_TOKENS):
+            rows = slice(begin + at, begin + min(at + _STEP_TOKENS, len(chunk) - 1))
+            yield log_softmax(head(hidden_TE[rows], origin), -1).numpy()
+        begin += len(chunk)
+
+
+@dataclass
+class _Positions:
+    """What is kept of each position, in pieces; the last three stay empty without a model to compare with."""
+
+    nll: list[NDArray[Any]] = field(default_factory=list)  # float64
+    nll_against: list[NDArray[Any]] = field(default_factory=list)
+    kl: list[NDArray[Any]] = field(default_factory=list)
+    same_top: list[NDArray[Any]] = field(default_factory=list)  # bool
+
+    def add(self, log_probs: Sequence[NDArray[Any]], following: Sequence[int]) -> None:
+        """Add positions: log p of one or two models, (R, V), and the tokens that follow."""
+        rows = np.arange(len(following))
+        for kept, of_model in zip((self.nll, self.nll_against), log_probs, strict=False):
+            kept.append(-of_model[rows, following].astype(np.float64))
+        if len(log_probs) > 1:
+            judged, float_model = log_probs
+            self.kl.append((np.exp(float_model) * (float_model - judged)).sum(1, dtype=np.float64))
+            self.same_top.append(judged.argmax(1) == float_model.argmax(1))
+
+    def average(self, chunks: int) -> Evaluation:
+        """Return what was measured.
+
+        Raises:
+            CheckpointError: a likelihood is NaN.
+        """
+        nll_T = np.concatenate(self.nll)
+        nll = float(nll_T.mean())
+        if math.isnan(nll):
+            raise CheckpointError("log-likelihood", got="NaN", expected="a number", action="The weights are damaged.")
+        if not self.kl:
+            return Evaluation(nll, _exp(nll), len(nll_T), chunks)
+        kl_T = np.concatenate(self.kl)
+        return Evaluation(
+            nll,
+            _exp(nll),
+            len(nll_T),
+            chunks,
+            ppl_against=_exp(float(np.concatenate(self.nll_against).mean())),
+            kl_mean=float(kl_T.mean()),
+            kl_p99=float(np.sort(kl_T)[math.ceil(0.99 * len(kl_T)) - 1]),
+            top1_agreement=float(np.concatenate(self.same_top).mean()),
+        )
+
+
+def _evaluate(
+    streams: Sequence[Iterator[NDArray[Any]]], chunks: Chunks, step: int, on_chunk: Callable[[], None]
+) -> Evaluation:
+    """Average over all positions of the chunks, of which each model's log p come in steps of so many."""
+    found = _Positions()
+    for chunk in chunks:
+        for at in range(0, len(chunk) - 1, step):
+            found.add([next(stream) for stream in streams], chunk[at + 1 : at + 1 + step])
+        on_chunk()
+    return found.average(len(chunks))
+
+
+def log_softmax(logits_RV: NDArray[Any]) -> NDArray[Any]:
+    """Return log p, (R, V) float32; sums are float64."""
+    shifted: NDArray[Any] = logits_RV - logits_RV.max(1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(1, dtype=np.float64, keepdims=True)).astype(np.float32)
+    return shifted
+
+
+def _require_same_vocabulary(configs: Sequence[ModelConfig]) -> None:
+    """Refuse to compare models of different vocabularies: the first is the one that is judged."""
+    ours, theirs = configs[0].vocab_size, configs[-1].vocab_size
+    if ours != theirs:
+        raise ConfigError("vocabulary of `against`", got=theirs, expected=ours, action="Give the float original.")
+
+
+def _exp(nll: float) -> float:
+    """Return e**nll, infinity past what a float holds."""
+    try:
+        return math.exp(nll)
+    except OverflowError:  # past 709 nats a token: the weights are damaged, and the number should say so
+        return math.inf
