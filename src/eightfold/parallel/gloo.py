@@ -1,4 +1,4 @@
-"""torch.distributed with gloo: between hosts, and for quantizing in several processes. torch is loaded here only."""
+"""torch.distributed with gloo: for models on several hosts, and for quantizing in several processes (ranks.py)."""
 
 from __future__ import annotations
 
