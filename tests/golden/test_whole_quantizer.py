@@ -18,9 +18,8 @@ from safetensors.numpy import load_file
 
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant.dataset import read_rows, tokenize
-from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.scheme import QuantType
 from eightfold.tokenizer import Tokenizer
 

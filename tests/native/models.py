@@ -20,9 +20,8 @@ from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.model.reference import kvcache
 from eightfold.model.reference.attention import attend
 from eightfold.model.reference.kvcache import FloatAttention
-from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 

@@ -20,9 +20,8 @@ from eightfold.errors import EightfoldError, InputError
 from eightfold.parallel.ranks import Ranks
 from eightfold.parallel.world import World
 from eightfold.quant import hidden, identity
-from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.quant.run import Run
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples

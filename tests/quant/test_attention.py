@@ -11,7 +11,6 @@ from eightfold.model.reference.attention import apply_rope, rope_tables
 from eightfold.quant.attention import (
     HEADROOM,
     FAQuantObserver,
-    HeadRange,
     KVObserver,
     StretchObserver,
     TurnedRange,
@@ -19,7 +18,7 @@ from eightfold.quant.attention import (
     stretch_score,
     turned_extremes,
 )
-from eightfold.quant.methods import KVObserve
+from eightfold.quant.recipe import KVObserve
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -66,13 +65,13 @@ def test_recall_window_drops_one_of_ten_thousand():
     assert [x.item() for x in recall_window(values, 0.9999)] == [-1, 1]
 
 
-def test_head_range_is_the_largest_over_samples():
-    observer = HeadRange(1.0)
+def test_a_head_s_range_is_the_largest_over_samples():
+    observer = FAQuantObserver()
     a, b = normal(7, 3, 4, seed=1), normal(5, 3, 4, seed=2)
-    observer.update(a)
-    observer.update(b)
+    observer(a, a, a)
+    observer(b, b, b)
     want = torch.cat((a, b)).abs().amax((0, 2)) / 127
-    assert torch.equal(observer.scale(), want[:, None])
+    assert torch.equal(observer.scales()[2], want[:, None])
 
 
 def test_faquant_cuts_queries_and_keys_but_not_values():
@@ -80,8 +79,9 @@ def test_faquant_cuts_queries_and_keys_but_not_values():
     x = normal(2000, 1, 8).clamp(-2, 2)
     x[3, 0, 5] = 50
     observer(x, x, x)
-    assert observer.value.scale().item() == torch.tensor(50.0).div(127).item()
-    assert observer.query.scale().item() == observer.key.scale().item() <= 2 / 127 + 1e-8
+    query, key, value = (scale.item() for scale in observer.scales())
+    assert value == torch.tensor(50.0).div(127).item()
+    assert query == key <= 2 / 127 + 1e-8
 
 
 def kv_observer(observe):

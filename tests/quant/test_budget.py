@@ -8,8 +8,7 @@ from eightfold.errors import CapacityError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant import budget as module
 from eightfold.quant.budget import Budget, budget_for
-from eightfold.quant.methods import ActMethod, AntiOutlier
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe
 from eightfold.scheme import QuantType
 
 GIB = 1 << 30

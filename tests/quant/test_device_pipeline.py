@@ -14,9 +14,8 @@ from eightfold.model.reference.decoder import apply_block_
 from eightfold.model.reference.device import use
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
-from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from eightfold.quant.arithmetic import float_facts
 
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.journal import layers_done, partial_path, read_entries
 from eightfold.parallel.ranks import ADVICE, Ranks
 from eightfold.parallel.world import require_alike
 from eightfold.quant import hidden
-from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.hidden import sample_batches
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.quant.killing import killed_after

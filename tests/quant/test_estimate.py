@@ -12,9 +12,8 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant import estimate
 from eightfold.quant.budget import budget_for
 from eightfold.quant.estimate import estimate_run
-from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.quant import flex_smooth
-from eightfold.quant.flex_smooth import GRID, SCALE_MIN, balance, search_exponents, weight_absmax
+from eightfold.quant import smooth
+from eightfold.quant.smooth import GRID, SCALE_MIN, balance, search_exponents, weight_absmax
 from eightfold.quant.statistics import InputWatcher
 
 T, K = 30, 16
@@ -61,7 +61,7 @@ def search_table(monkeypatch, table, *, drops):
             asked.append((alpha, beta))
             return math.inf if drops and table[alpha, beta] > limit else float(table[alpha, beta])
 
-    monkeypatch.setattr(flex_smooth, "_Error", Table)
+    monkeypatch.setattr(smooth, "_Error", Table)
     return search_exponents(*group(0, 2)), asked
 
 
@@ -111,7 +111,7 @@ def relative_error(stats, weights, alpha, beta):
 def ours(stats, weights, alpha, beta, limit=math.inf):
     """Return the same from the sum of squares that the search compares."""
     exact = stats.tokens.double() @ torch.cat(weights).double().T
-    return math.sqrt(flex_smooth._Error(stats, weights)(alpha, beta, limit) / float(exact.square().sum()))
+    return math.sqrt(smooth._Error(stats, weights)(alpha, beta, limit) / float(exact.square().sum()))
 
 
 @pytest.mark.parametrize("outputs", [(7,), (6, 4), (6, 4, 4)])
@@ -154,10 +154,10 @@ def test_inputs_of_one_sign_keep_zero_in_range():
 @pytest.mark.parametrize("elements", [1, 4 * T, 1 << 19])
 def test_cutting_the_weights_into_pieces_changes_nothing(monkeypatch, elements):
     stats, weights = group(6, 9, 5)
-    whole = flex_smooth._Error(stats, weights)(13, 4, math.inf)
+    whole = smooth._Error(stats, weights)(13, 4, math.inf)
     result = search_exponents(stats, weights)
-    monkeypatch.setattr(flex_smooth, "_PIECE_ELEMENTS", elements)
-    error = flex_smooth._Error(stats, weights)
+    monkeypatch.setattr(smooth, "_PIECE_ELEMENTS", elements)
+    error = smooth._Error(stats, weights)
     assert len(error._pieces) == {1: 14, 4 * T: 3 + 2, 1 << 19: 2}[elements]
     # One sum of 14 * T float32 squares against the sum of several: a few roundings.
     assert error(13, 4, math.inf) == pytest.approx(whole, rel=1e-6)
@@ -166,7 +166,7 @@ def test_cutting_the_weights_into_pieces_changes_nothing(monkeypatch, elements):
 
 def test_a_candidate_is_dropped_above_the_limit_and_only_there():
     stats, weights = group(7, 9, 5)
-    error = flex_smooth._Error(stats, weights)
+    error = smooth._Error(stats, weights)
     value = error(13, 4, math.inf)
     assert error(13, 4, value) == value  # as good as the limit is good enough
     assert error(13, 4, value * (1 - 1e-9)) == math.inf

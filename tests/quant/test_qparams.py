@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from eightfold.model.reference.linear import asymmetric, symmetric
 from eightfold.quant import qparams
-from eightfold.quant.methods import AntiOutlier
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_weight, static_params
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import token_samples
 

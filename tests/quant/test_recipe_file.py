@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from eightfold.errors import ConfigError, InputError
-from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.quant.recipe_file import make_recipe, parse_level, read_recipe, render_recipe
 from eightfold.scheme import QuantType
 from tests.refusal import error_line

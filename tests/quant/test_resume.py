@@ -18,9 +18,8 @@ from eightfold.format.output import REPORT_NAME, Output
 from eightfold.quant import hidden
 from eightfold.quant.budget import Budget
 from eightfold.quant.hidden import GENERATIONS
-from eightfold.quant.methods import AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe
 from eightfold.quant.run import Run
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
@@ -330,12 +329,14 @@ def test_another_version_is_refused(tmp_path, source, monkeypatch):
     assert "version of eightfold: " in refusal(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("what", ["weights", "states", "survey", "no weights", "no work"])
+@pytest.mark.parametrize("what", ["weights", "states", "statistics", "no weights", "no work"])
 def test_finished_work_that_is_damaged_is_made_anew(tmp_path, source, monkeypatch, what):
     out, name = tmp_path / "out", "kv"
     quantize(source, tmp_path / "whole", name)
     begin(source, out, monkeypatch, name=name)
-    pattern = {"states": f"{WORK_NAME}/quantized-*", "survey": f"{WORK_NAME}/survey-00002"}.get(what, "*.safetensors")
+    pattern = {"states": f"{WORK_NAME}/quantized-*", "statistics": f"{WORK_NAME}/statistics-00002"}.get(
+        what, "*.safetensors"
+    )
     grows = partial_path(out)
     path = sorted(grows.glob(pattern))[-1]  # of two generations the later one counts
     if what == "no weights":

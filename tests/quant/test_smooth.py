@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.quant.flex_smooth import search_exponents
-from eightfold.quant.methods import AntiOutlier
-from eightfold.quant.smooth import HeadSharing, smooth_scale, source_scale
+from eightfold.quant.recipe import AntiOutlier
+from eightfold.quant.smooth import HeadSharing, search_exponents, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
 
 K = 12

@@ -12,9 +12,8 @@ from eightfold.families import all_norms
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
-from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 

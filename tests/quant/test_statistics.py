@@ -100,19 +100,19 @@ def range_param(samples, scale):
 def test_range_param_is_that_of_the_first_five_samples(samples, loudest):
     samples[loudest] *= 100
     expected = range_param(samples, torch.ones(K, dtype=torch.float64))
-    assert watch(samples).features.range_param() == pytest.approx(expected, rel=EXACT)
+    assert watch(samples).range_param() == pytest.approx(expected, rel=EXACT)
 
 
 def test_range_param_of_the_input_divided_by_a_scale(samples):
     scale = torch.tensor([1.0, 0.3, 2.0, 0.5, 9.0, 1.5])
-    features = watch(samples).features
-    assert features.range_param(scale) == pytest.approx(range_param(samples, scale.double()), rel=EXACT)
-    assert features.range_param(torch.full((K,), 4.0)) == pytest.approx(features.range_param(), rel=EXACT)
-    assert features.range_param(scale) != pytest.approx(features.range_param(), rel=0.01)
+    stats = watch(samples)
+    assert stats.range_param(scale) == pytest.approx(range_param(samples, scale.double()), rel=EXACT)
+    assert stats.range_param(torch.full((K,), 4.0)) == pytest.approx(stats.range_param(), rel=EXACT)
+    assert stats.range_param(scale) != pytest.approx(stats.range_param(), rel=0.01)
 
 
 def test_range_param_of_zeros_is_zero():
-    assert watch([torch.zeros(3, K)], ((0, 1),)).features.range_param() == 0.0
+    assert watch([torch.zeros(3, K)], ((0, 1),)).range_param() == 0.0
 
 
 def test_cutting_the_samples_into_calls_changes_nothing(samples):
@@ -120,7 +120,7 @@ def test_cutting_the_samples_into_calls_changes_nothing(samples):
     for name in ("absmax", "lo", "hi", "first", "tokens", "reach"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
     assert whole.spread == parts.spread
-    assert whole.features.range_param() == parts.features.range_param()
+    assert whole.range_param() == parts.range_param()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from eightfold.model.reference.kvcache import Attention, KVCache
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
-from eightfold.quant.methods import KVObserve
+from eightfold.quant.recipe import KVObserve
 
 # The share of a sample's values that the range of queries and keys has to hold; of values all.
 QK_SHARE, VALUE_SHARE = 0.9999, 1.0
@@ -72,74 +72,50 @@ def recall_window(values_HN: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return lows.gather(1, best)[:, 0], highs.gather(1, best)[:, 0]
 
 
-class HeadRange:
-    """Running range of each head."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._absmax: Tensor | None = None
-
-    def update(self, x_SHD: Tensor) -> None:
-        """Take in one sample."""
-        lo, hi = recall_window(x_SHD.transpose(0, 1).flatten(1), self._share)
-        absmax = torch.maximum(lo.abs(), hi.abs())
-        self.take(absmax)
-
-    def take(self, absmax: Tensor | None) -> None:
-        """Take in what another one has seen."""
-        if absmax is not None:
-            self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
-
-    @property
-    def absmax(self) -> Tensor | None:
-        """What has been seen, (heads,)."""
-        return self._absmax
-
-    def scale(self) -> Tensor:
-        """Return the symmetric scale of each head, (heads, 1) float32."""
-        assert self._absmax is not None
-        return symmetric(self._absmax)[:, None]
-
-
 class FAQuantObserver:
-    """The three head ranges of one attention."""
+    """The ranges of the heads of one attention's q, k and v."""
 
     def __init__(self) -> None:
-        self.query, self.key, self.value = HeadRange(QK_SHARE), HeadRange(QK_SHARE), HeadRange(VALUE_SHARE)
+        self._absmax = [torch.zeros(())] * 3  # of q, k and v, (heads,) each once something has been seen
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
         """Take in one sample."""
-        self.query.update(q_SHD)
-        self.key.update(k_SGD)
-        self.value.update(v_SGD)
+        shares = ((q_SHD, QK_SHARE), (k_SGD, QK_SHARE), (v_SGD, VALUE_SHARE))
+        self._take([_head_absmax(x_SHD, share) for x_SHD, share in shares])
 
     def merge(self, other: FAQuantObserver) -> None:
         """Take in what one of other samples has seen."""
-        self.query.take(other.query.absmax)
-        self.key.take(other.key.absmax)
-        self.value.take(other.value.absmax)
+        self._take(other._absmax)
+
+    def _take(self, absmax: list[Tensor]) -> None:
+        self._absmax = [torch.maximum(*pair) for pair in zip(self._absmax, absmax, strict=True)]
+
+    def scales(self) -> list[Tensor]:
+        """Return the symmetric scales of q, k and v, (heads, 1) float32 each."""
+        return [symmetric(absmax)[:, None] for absmax in self._absmax]
+
+
+def _head_absmax(x_SHD: Tensor, share: float) -> Tensor:
+    lo, hi = recall_window(x_SHD.transpose(0, 1).flatten(1), share)
+    return torch.maximum(lo.abs(), hi.abs())
 
 
 class ChannelRange:
-    """Running extremes of each channel, over all tokens."""
+    """Running extremes of each channel, over all tokens: `lo` and `hi`, (C,) once something has been seen."""
 
     def __init__(self) -> None:
-        self.lo: Tensor | None = None
-        self.hi: Tensor | None = None
+        self.lo, self.hi = torch.tensor(math.inf), torch.tensor(-math.inf)
 
     def update(self, x_TC: Tensor) -> None:
         """Take in more tokens."""
         self.take(*torch.aminmax(x_TC, dim=0))
 
-    def take(self, lo: Tensor | None, hi: Tensor | None) -> None:
+    def take(self, lo: Tensor, hi: Tensor) -> None:
         """Take in what another one has seen."""
-        if lo is not None and hi is not None:
-            self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
-            self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+        self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
 
     def params(self, is_symmetric: bool, divisor_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return scale and offset, (C,) float32 each, of the channels after division by `divisor_C`."""
-        assert self.lo is not None and self.hi is not None
         lo, hi = (self.lo, self.hi) if divisor_C is None else (self.lo / divisor_C, self.hi / divisor_C)
         if not is_symmetric:
             return asymmetric(lo, hi)

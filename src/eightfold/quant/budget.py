@@ -21,9 +21,7 @@ from eightfold.families import LM_HEAD, all_linears, input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
-from eightfold.quant.methods import AntiOutlier, KVObserve
-from eightfold.quant.recipe import Recipe
-from eightfold.quant.survey import needs_survey, surveyed_samples
+from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe
 from eightfold.scheme import QuantType
 
 _MIB = 1 << 20
@@ -87,9 +85,9 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequenc
     """Return what a recipe takes on a model with these samples."""
     lengths = [len(sample) for sample in samples]
     width = checkpoint.config.hidden_size
-    surveyed = sum(map(len, surveyed_samples(recipe, samples))) if needs_survey(recipe) else 0
+    passed = sum(map(len, recipe.float_samples(samples)))
     proved = lengths[0] if recipe.anti_outlier is not None else 0
-    streams = surveyed + (sum(lengths) if recipe.calibrates else 0)
+    streams = passed + (sum(lengths) if recipe.calibrates else 0)
     base = resident_bytes() or _BASE_BYTES
     step = max(_layer_bytes(checkpoint, recipe, lengths), _head_bytes(checkpoint, recipe))
     return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams, 4 * width * proved)
@@ -102,10 +100,10 @@ def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int])
     total, largest = sum(map(sum, groups)), max(map(max, groups))
     stored = total * checkpoint.dtype.itemsize
     passing = _sample_bytes(checkpoint, recipe, lengths) if lengths else 0
-    survey = 4 * largest + max(passing, _scale_bytes(recipe, max(map(sum, groups))))
+    float_pass = 4 * largest + max(passing, _scale_bytes(recipe, max(map(sum, groups))))
     # Smoothed linears that stay float are held in float32 while samples pass.
     kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
-    return stored + max(survey, total + kept + 4 * largest + passing)
+    return stored + max(float_pass, total + kept + 4 * largest + passing)
 
 
 def _scale_bytes(recipe: Recipe, group: int) -> int:

@@ -65,16 +65,6 @@ class HistogramObserver:
 
         How the grid widens follows from the extremes of the samples alone. So those are put in order first, samples
         are counted on the grids that they will meet, and then the counts are put in order.
-
-        Args:
-            x_TK: (T, K) float32, the input of the linear for all tokens of these samples.
-            spans: (begin, end) of each sample's tokens.
-
-        Returns:
-            scale and offset, each (T, 1) float32: for a sample's tokens those that hold once it has been seen.
-
-        Raises:
-            InputError: a sample's activations are not finite.
         """
         samples = [x_TK[begin:end] for begin, end in spans]
         extremes = [torch.stack(torch.aminmax(x_SK)) for x_SK in samples]

@@ -5,6 +5,13 @@
 A weight file counts by its size and the CRC-32 of its bytes: of all in a small model, of the header and samples of
 every tensor in a large one. Times do not count, so that a copy of the source is the same source. What enters the
 output of an unfinished run must be one source to the last byte, so there a large one's times count too.
+
+Ranks that share one model also have to agree on the bits of float32 results. Which instructions torch and its libraries
+use depends on the CPU and on variables such as ATEN_CPU_CAPABILITY or MKL_CBWR; so besides the name of the instruction
+set, results themselves are compared. Threads are not: they change nothing at the shapes here, see
+docs/distributed_quantize.md.
+
+Letters: T rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -15,6 +22,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from eightfold import __version__
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
@@ -29,6 +39,9 @@ from eightfold.quant.recipe_file import recipe_content
 WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
 _SAMPLE_BYTES = 4096  # of each of these many places of a tensor
 _PLACES = 4
+
+# (T, K, N): one row, as many as divide evenly and as do not, and sums long enough to be cut into blocks.
+_SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 14336, 32))
 
 # What a message calls what is no parameter.
 _NAMES = {"modules": "modules of the recipe"}
@@ -155,3 +168,36 @@ def _change(before: Any, after: Any) -> str:
     if before is None or after is None:
         return "is new" if before is None else "is gone"
     return "has changed"
+
+
+def float_facts() -> dict[str, str]:
+    """Return what decides the bits of float32 results here, by names that a user is told."""
+    return {
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "float32 arithmetic": f"{_checksum(_results()):08x}",
+    }
+
+
+def _results() -> list[Tensor]:
+    """Return products, and what else a decoder computes."""
+    x_TK, heads = _spread(64, 1024), _spread(1, 4, 64, 64)
+    return [
+        *(torch.nn.functional.linear(_spread(T, K), _spread(N, K)) for T, K, N in _SHAPES),
+        torch.softmax(x_TK, -1),
+        torch.nn.functional.silu(x_TK),
+        (x_TK * x_TK).mean(-1).rsqrt(),
+        torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True),
+    ]
+
+
+def _spread(*shape: int) -> Tensor:
+    """Return numbers between -1 and 1, by integer arithmetic, so that they are the same anywhere."""
+    numbers = torch.arange(torch.Size(shape).numel(), device="cpu") * 2654435761 % 2**32
+    return (numbers.to(torch.float64) / 2**31 - 1).to(torch.float32).reshape(shape)
+
+
+def _checksum(results: list[Tensor]) -> int:
+    checksum = 0
+    for result in results:
+        checksum = zlib.crc32(result.contiguous().numpy().tobytes(), checksum)
+    return checksum

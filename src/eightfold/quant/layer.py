@@ -20,6 +20,7 @@ from torch import Tensor
 from eightfold.families import (
     ATTENTION,
     KEY,
+    LM_HEAD,
     SMOOTH_PAIRS,
     VALUE,
     InputGroup,
@@ -30,19 +31,20 @@ from eightfold.families import (
     layer_prefix,
     sliding_window,
 )
-from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm
+from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, spans_of
 from eightfold.model.reference.kvcache import FloatAttention
 from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
 from eightfold.quant.calibrate import ObservedGroup, Observer, observer_for, static_member
+from eightfold.quant.float_pass import LayerStatistics, head_sharing
+from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.plan import tensor_name
-from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, static_params
+from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
 from eightfold.quant.statistics import InOrder
-from eightfold.quant.survey import LayerSurvey, head_sharing
 from eightfold.scheme import (
     DEQ_SCALE,
     FA_TENSORS,
@@ -59,7 +61,6 @@ from eightfold.scheme import (
     QuantType,
     bias_name,
     legacy_norm,
-    linear_tensors,
     weight_name,
 )
 
@@ -95,11 +96,6 @@ class SmoothedLayer:
             if group.title == pair.group:
                 self._columns.update({linear.name: scale_K for linear in group.linears})
 
-    @property
-    def is_smoothed(self) -> bool:
-        """Whether anything differs from the source."""
-        return bool(self._columns)
-
     def changes(self, linear: LinearShape) -> bool:
         """Whether a linear's tensors differ from the source's."""
         return linear.name in self._columns or linear.name in self._rows
@@ -133,22 +129,13 @@ class SmoothedLayer:
     def block(self) -> Block:
         """Return the whole float layer; its weights are made one at a time, when they are called."""
         groups: list[GroupCall] = [
-            LinearGroup(tuple(_MadeWhenCalled(self, linear) for linear in group.linears))
+            LinearGroup(tuple(self._made_when_called(linear) for linear in group.linears))
             for group in input_groups(self._config)
         ]
         return self._decoder.block(self._idx, groups, norms=self.norms)
 
-
-@dataclass(frozen=True)
-class _MadeWhenCalled:
-    """A smoothed linear that is in memory only while it is used."""
-
-    layer: SmoothedLayer
-    shape: LinearShape
-
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return y."""
-        return self.layer.linear(self.shape)(x_TK)
+    def _made_when_called(self, linear: LinearShape) -> Linear:
+        return lambda x_TK: self.linear(linear)(x_TK)
 
 
 def divide_gain(gain_E: Tensor, scale_E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -176,7 +163,7 @@ class QuantizedLayer:
     recipe: Recipe
     types: Mapping[str, QuantType]
     has_fa: bool
-    survey: LayerSurvey
+    statistics: LayerStatistics
     stored_dtype: Callable[[str], torch.dtype]
     in_order: InOrder
     chosen: slice
@@ -186,8 +173,8 @@ class QuantizedLayer:
     def __post_init__(self) -> None:
         self._config = self.decoder.checkpoint.config
         self._prefix = layer_prefix(self.layer_idx)
-        release_widened()  # the survey is over
-        self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.survey.scales, self.stored_dtype)
+        release_widened()  # the float pass is over
+        self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.statistics.scales, self.stored_dtype)
         self.attention = FAQuantObserver() if self.has_fa else None
         linears = [linear for group in input_groups(self._config) for linear in group.linears]
         for linear in [linear for linear in linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
@@ -216,7 +203,7 @@ class QuantizedLayer:
         static = [linear for linear in group.linears if self._type(linear) in NEEDS_CALIBRATION]
         if not static:
             return LinearGroup(members)
-        range_param = self.survey.range_params.get(group.title)
+        range_param = self.statistics.range_params.get(group.title)
         observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param, self.in_order)
         self._observers.update({linear.name: observer for linear in static})
         return ObservedGroup(observer, members)
@@ -240,75 +227,86 @@ class QuantizedLayer:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the layer that is not the source's own, by full name."""
         found: dict[str, Tensor] = {}
-        for group in input_groups(self._config):
-            for linear in group.linears:
-                module = self._prefix + linear.name
-                stored = {**self._float_tensors(linear), **self._int8_tensors(linear)}
-                found.update({f"{module}.{suffix}": tensor for suffix, tensor in stored.items()})
-        found.update(self._norm_tensors())
-        found.update(self._fa_tensors())
-        if self.survey.kv is not None:
-            found.update(_kv_tensors(self._prefix, self.survey.kv))
-        return found
-
-    def _float_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
-        """Return what smoothing has changed of a linear's float tensors, by suffix."""
-        if not self.smoothed.changes(linear):
-            return {}
-        changed = {WEIGHT: self.smoothed.weight(linear)} if self._type(linear) is QuantType.FLOAT else {}
-        bias = self.smoothed.bias(linear)
-        if bias is not None:
-            changed[linear_tensors(QuantType.FLOAT, has_bias=True)[1].suffix] = bias
-        return changed
-
-    def _int8_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
-        """Return what a quantized linear stores beside its float bias, by suffix."""
-        weight = self.weights.get(linear.name)
-        if weight is None:
-            return {}
-        stored = {WEIGHT: weight.values, WEIGHT_SCALE: weight.scale, WEIGHT_OFFSET: weight.offset}
-        if linear.name in self._observers:
-            params = self._observers[linear.name].params()
-            stored.update(
-                static_tensors(
-                    weight, self.smoothed.bias(linear), params, self._prefix + linear.name, self.stored_dtype
-                )
+        for linear in (linear for group in input_groups(self._config) for linear in group.linears):
+            found.update(self._linear_tensors(linear))
+        if self.recipe.anti_outlier is not None:
+            for name in layer_norms(self._config):
+                found.update(norm_tensors(self._prefix + name, self.smoothed.norms[name].gain))
+        if self.attention is not None:
+            scales = self.attention.scales()
+            values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
+            found.update(
+                {tensor_name(self._prefix + ATTENTION, spec): x for spec, x in zip(FA_TENSORS, values, strict=True)}
             )
-        return stored
-
-    def _norm_tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        method = self.recipe.anti_outlier
-        for name in layer_norms(self._config) if method is not None else ():
-            found.update(norm_tensors(self._prefix + name, self.smoothed.norms[name].gain))
+        if self.statistics.kv is not None:
+            found.update(_kv_tensors(self._prefix, self.statistics.kv))
         return found
 
-    def _fa_tensors(self) -> dict[str, Tensor]:
-        if self.attention is None:
-            return {}
-        heads = (self.attention.query, self.attention.key, self.attention.value)
-        scales = [head.scale() for head in heads]
-        values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
-        module = self._prefix + ATTENTION
-        return {tensor_name(module, spec): value for spec, value in zip(FA_TENSORS, values, strict=True)}
+    def _linear_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
+        """Return what smoothing has changed of a linear's float tensors, and what it stores as int8."""
+        module, found = self._prefix + linear.name, dict[str, Tensor]()
+        bias, weight = self.smoothed.bias(linear), self.weights.get(linear.name)
+        if self.smoothed.changes(linear):
+            if bias is not None:
+                found[bias_name(module)] = bias
+            if weight is None:
+                found[weight_name(module)] = self.smoothed.weight(linear)
+        if weight is not None:
+            observer = self._observers.get(linear.name)
+            params = None if observer is None else observer.params()
+            found.update(_int8_tensors(module, weight, bias, params, self.stored_dtype))
+        return found
 
 
-def static_tensors(
+def head_tensors(
+    decoder: Decoder,
+    recipe: Recipe,
+    kind: QuantType,
+    stored_dtype: Callable[[str], torch.dtype],
+    hidden: HiddenStates | None,
+    range_param: float | None,
+) -> dict[str, Tensor]:
+    """Return the tensors of the output head as int8, by full name.
+
+    Args:
+        decoder: the float model.
+        recipe: how it is quantized.
+        kind: its type.
+        stored_dtype: of a tensor in the output, by name.
+        hidden: the calibration samples after the last layer; only static types look at them.
+        range_param: of the head's input, where the activation method needs it.
+    """
+    checkpoint, params = decoder.checkpoint, None
+    is_symmetric = kind is not QuantType.W8A16 or recipe.weight_symmetric
+    weight = quantize_weight(load_float32(checkpoint, checkpoint.head_weight()), is_symmetric=is_symmetric)
+    if kind in NEEDS_CALIBRATION:
+        assert hidden is not None
+        norm, observer = decoder.final_norm(), observer_for(recipe.act_method, LM_HEAD, range_param)
+        for sizes, states_TE in hidden.pieces():
+            observer.update(norm(states_TE), spans_of(sizes))
+        params = observer.params()
+    return _int8_tensors(LM_HEAD, weight, None, params, stored_dtype)
+
+
+def _int8_tensors(
+    module: str,
     weight: QuantizedWeight,
     bias_N: Tensor | None,
-    params: tuple[Tensor, Tensor],
-    module: str,
+    params: tuple[Tensor, Tensor] | None,
     stored_dtype: Callable[[str], torch.dtype],
 ) -> dict[str, Tensor]:
-    """Return what static W8A8 adds to a quantized weight, by suffix."""
-    scale, offset = params
-    # Deviates: the reference multiplies the float32 scale. A reader quantizes with the scale it finds in the
-    # file, rounded to the model's dtype (up to 0.4 % off in bfloat16), so that one belongs into deq_scale.
-    scale = scale.to(stored_dtype(f"{module}.{INPUT_SCALE}")).to(torch.float32)
-    deq_scale, quant_bias = static_params(weight, bias_N, scale, offset)
-    if stored_dtype(f"{module}.{DEQ_SCALE}") is torch.int64:
-        deq_scale = pack_deq_scale(deq_scale)
-    return {INPUT_SCALE: scale, INPUT_OFFSET: offset, QUANT_BIAS: quant_bias, DEQ_SCALE: deq_scale}
+    """Return what a quantized linear stores beside its float bias; `params` are a static input's scale and offset."""
+    stored = {WEIGHT: weight.values, WEIGHT_SCALE: weight.scale, WEIGHT_OFFSET: weight.offset}
+    if params is not None:
+        scale, offset = params
+        # Deviates: the reference multiplies the float32 scale. A reader quantizes with the scale it finds in the
+        # file, rounded to the model's dtype (up to 0.4 % off in bfloat16), so that one belongs into deq_scale.
+        scale = scale.to(stored_dtype(f"{module}.{INPUT_SCALE}")).to(torch.float32)
+        deq_scale, quant_bias = static_params(weight, bias_N, scale, offset)
+        if stored_dtype(f"{module}.{DEQ_SCALE}") is torch.int64:
+            deq_scale = pack_deq_scale(deq_scale)
+        stored.update({INPUT_SCALE: scale, INPUT_OFFSET: offset, QUANT_BIAS: quant_bias, DEQ_SCALE: deq_scale})
+    return {f"{module}.{suffix}": tensor for suffix, tensor in stored.items()}
 
 
 def norm_tensors(module: str, gain: Tensor) -> dict[str, Tensor]:

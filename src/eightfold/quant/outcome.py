@@ -10,10 +10,9 @@ from typing import Any
 
 from eightfold import __version__
 from eightfold.config import ModelConfig
-from eightfold.families import LM_HEAD
+from eightfold.families import LM_HEAD, input_groups, layer_prefix
 from eightfold.format.output import REPORT_NAME as REPORT_NAME
-from eightfold.quant.fallback import RolledBack
-from eightfold.quant.recipe import Recipe, split_groups
+from eightfold.quant.recipe import Recipe, RolledBack
 from eightfold.quant.recipe_file import recipe_content
 from eightfold.scheme import QuantType
 
@@ -123,7 +122,7 @@ class Outcome:
 def notes_for(config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType]) -> list[str]:
     """Return what a user should know about a recipe on a model, one line each."""
     notes = []
-    if split := split_groups(config, types):
+    if split := _split_groups(config, types):
         notes.append(
             f"{len(split)} groups of linears that share an input are stored in two ways (such as {split[0]}): "
             "vllm-ascend refuses that, MindIE takes it only with W8A8. Keep whole groups float."
@@ -148,3 +147,13 @@ def notes_for(config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType
                 'the model is tied; OUT is not (config.json: "tie_word_embeddings": false), for its int8 head.'
             )
     return notes
+
+
+def _split_groups(config: ModelConfig, types: Mapping[str, QuantType]) -> list[str]:
+    """Return the groups of linears with a common input whose members are stored differently, as `layer: names`."""
+    return [
+        f"layer {layer_idx}: {', '.join(linear.name for linear in group.linears)}"
+        for layer_idx in range(config.num_layers)
+        for group in input_groups(config)
+        if len({types[layer_prefix(layer_idx) + linear.name] for linear in group.linears}) > 1
+    ]

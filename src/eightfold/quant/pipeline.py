@@ -1,7 +1,8 @@
 """quantize_checkpoint(): a float directory in, an int8 directory out, one layer in memory at a time.
 
-For each layer: survey the float model -> smooth and quantize weights -> calibrate -> write -> journal -> forget.
-Only automatic roll-back has to compare all layers first; then the surveys of all layers come before the first write.
+For each layer: float pass -> smooth and quantize weights -> calibrate -> write -> journal -> forget.
+Only automatic roll-back has to compare all layers first; then the float pass through all of them comes before the first
+write.
 
 A run that is killed has lost the layer it was in: started again, it goes on with the next (run.py, format/output.py).
 """
@@ -30,10 +31,9 @@ from eightfold.format.writer import ShardedWriter, total_bytes
 from eightfold.model.reference.device import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
-from eightfold.quant.arithmetic import float_facts
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
-from eightfold.quant.identity import differences, file_times, identity
+from eightfold.quant.identity import differences, file_times, float_facts, identity
 from eightfold.quant.outcome import Outcome, notes_for
 from eightfold.quant.plan import OutputTensor, Plan
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import ConfigError, DependencyError, InputError, one_of
-from eightfold.quant.methods import ActMethod, AntiOutlier, KVObserve
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.scheme import SCHEMES, QuantType
 from eightfold.values import SWITCH, TEXT, WHOLE, Kind
 

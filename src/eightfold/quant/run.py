@@ -1,13 +1,13 @@
 """The steps of one quantization, each of which is finished and journalled before the next begins.
 
-    survey 0 .. survey L-1      only where all layers are compared before the first is written
+    float pass 0 .. L-1         only where all layers are compared before the first is written
     embedding                   and a head that stays as it is
-    layer 0 .. layer L-1        the state entering layer i -> survey -> smooth, quantize -> calibrate -> write -> i + 1
+    layer 0 .. layer L-1        what enters layer i -> float pass -> smooth, quantize -> calibrate -> write -> i + 1
     head
 
 The state that enters a layer is up to three streams of hidden states (hidden.py), and nothing else:
 
-    float       all samples through the float model, for surveys
+    float       all samples through the float model, for its statistics
     quantized   all samples through the layers as they are going to be computed, for calibration
     smoothed    the first sample through the smoothed float model, for the proof that smoothing changes nothing
 
@@ -32,17 +32,14 @@ from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress
-from eightfold.quant.fallback import attention_back, roll_back
-from eightfold.quant.head import QuantizedHead
+from eightfold.quant.float_pass import FloatPass, LayerStatistics
 from eightfold.quant.hidden import BackgroundSync, HiddenStates, file_checksum
-from eightfold.quant.layer import QuantizedLayer, norm_tensors
+from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputTensor
 from eightfold.quant.proof import UnchangedProof, compare_logits
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import Recipe, attention_back, roll_back
 from eightfold.quant.statistics import unshared
-from eightfold.quant.survey import FloatPass, LayerSurvey, needs_survey, surveyed_samples
-from eightfold.quant.surveyed import load_survey, save_survey, survey_facts
 from eightfold.quant.tensor_writer import TensorWriter
 from eightfold.scheme import QuantType, weight_name
 
@@ -92,9 +89,9 @@ class Run:
 
         self.float_pass: FloatPass | None = None
         self.proof: UnchangedProof | None = None
-        if needs_survey(recipe):
-            chosen = surveyed_samples(recipe, samples)
-            self.float_pass = FloatPass(self.decoder, recipe, stream("float", chosen), ranks)
+        if recipe.needs_float_pass:
+            float_stream = stream("float", recipe.float_samples(samples))
+            self.float_pass = FloatPass(self.decoder, recipe, float_stream, ranks)
         if recipe.anti_outlier is not None:
             self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1]))
         self.calibrated = stream("quantized", samples) if recipe.calibrates else None
@@ -111,12 +108,12 @@ class Run:
         found: dict[str, tuple[int, int]] = {}
         for entry in self._journal.steps.values():
             found.update({name: (layer_idx, checksum) for name, (layer_idx, checksum) in entry["states"].items()})
-            if "survey" in entry and not self._is_intact(entry):
+            if "file" in entry and self._ranks.is_first and self._lost_statistics(entry):
                 return False
         return all(stream.resume(*found[stream.name]) for stream in self._streams if stream.name in found)
 
-    def _is_intact(self, entry: Entry) -> bool:
-        return not self._ranks.is_first or file_checksum(self._survey_path(entry["layer"])) == entry["file"]
+    def _lost_statistics(self, entry: Entry) -> bool:
+        return bool(file_checksum(self._statistics_path(entry["layer"])) != entry["file"])
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
         """Write a step into the journal, when all that it made is safely on disk, whoever made it."""
@@ -133,54 +130,44 @@ class Run:
 
     @torch.inference_mode()
     def compare_layers(self) -> None:
-        """Survey all layers and decide what is rolled back."""
-        self._survey_layers()
+        """Pass through all layers of the float model, and decide what is rolled back."""
+        self._pass_all_layers()
         config, recipe = self.checkpoint.config, self.recipe
-        surveys = [self._kept_survey(layer_idx) for layer_idx in range(config.num_layers)]
+        found = [self._kept_statistics(layer_idx) for layer_idx in range(config.num_layers)]
         if recipe.disable_level:
-            self.outcome.rolled_back = roll_back(
-                config, self.outcome.types, self._range_params(surveys), recipe.disable_level, recipe.exact_levels
-            )
+            self.outcome.rolled_back = roll_back(config, recipe, self.outcome.types, self._range_params(found))
             float_linears = {row.module: QuantType.FLOAT for row in self.outcome.rolled_back}
             self.outcome.types = {**self.outcome.types, **float_linears}
             self.outcome.notes = notes_for(config, recipe, self.outcome.types)
         if recipe.fa_amp:
-            self._take_attention_back(surveys)
+            self._take_attention_back(found)
 
-    def _survey_layers(self) -> None:
+    def _pass_all_layers(self) -> None:
         assert self.float_pass is not None
         count = self.checkpoint.config.num_layers
-        with self.progress("survey", count, "layer") as task:
+        with self.progress("float pass", count, "layer") as task:
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
-                if not self._is_finished(f"survey {layer_idx}"):
-                    survey = self.float_pass.survey(layer_idx)
-                    is_first = self._ranks.is_first
-                    checksum = save_survey(self._survey_path(layer_idx), survey) if is_first else None
-                    self._finish(
-                        f"survey {layer_idx}",
-                        [self.float_pass.hidden],
-                        layer=layer_idx,
-                        survey=survey_facts(survey),
-                        file=checksum,
-                    )
+                step = f"float pass {layer_idx}"
+                if not self._is_finished(step):
+                    found = self.float_pass.layer(layer_idx)
+                    checksum = found.save(self._statistics_path(layer_idx)) if self._ranks.is_first else None
+                    self._finish(step, [self.float_pass.hidden], layer=layer_idx, file=checksum)
                     self.decoder.release_block(layer_idx)
                 task.advance()
 
-    def _survey_path(self, layer_idx: int) -> Path:
-        return self._work / f"survey-{layer_idx:05d}"
+    def _statistics_path(self, layer_idx: int) -> Path:
+        return self._work / f"statistics-{layer_idx:05d}"
 
-    def _kept_survey(self, layer_idx: int) -> LayerSurvey:
-        facts = self._journal.steps[f"survey {layer_idx}"]["survey"]
-        path = self._survey_path(layer_idx)
-        return self._ranks.share(load_survey(path, facts) if self._ranks.is_first else LayerSurvey())
+    def _kept_statistics(self, layer_idx: int) -> LayerStatistics:
+        path = self._statistics_path(layer_idx)
+        return self._ranks.share(LayerStatistics.load(path) if self._ranks.is_first else LayerStatistics())
 
-    def _range_params(self, surveys: Sequence[LayerSurvey]) -> dict[str, float]:
-        config = self.checkpoint.config
+    def _range_params(self, layers: Sequence[LayerStatistics]) -> dict[str, float]:
         found = {
-            layer_prefix(layer_idx) + linear.name: survey.range_params[group.title]
-            for layer_idx, survey in enumerate(surveys)
-            for group in input_groups(config)
+            layer_prefix(layer_idx) + linear.name: statistics.range_params[group.title]
+            for layer_idx, statistics in enumerate(layers)
+            for group in input_groups(self.checkpoint.config)
             for linear in group.linears
         }
         if self.recipe.quantize_lm_head:
@@ -191,8 +178,8 @@ class Run:
         assert self.float_pass is not None
         return self._ranks.share(self.float_pass.head_range_param() if self._ranks.is_first else 0.0)
 
-    def _take_attention_back(self, surveys: Sequence[LayerSurvey]) -> None:
-        scores = {i: s.stretch for i, s in enumerate(surveys) if i in self.fa_layers and s.stretch is not None}
+    def _take_attention_back(self, layers: Sequence[LayerStatistics]) -> None:
+        scores = {i: s.stretch for i, s in enumerate(layers) if i in self.fa_layers and s.stretch is not None}
         self.outcome.stretch_scores = scores
         self.outcome.attention_float = attention_back(scores, self.recipe.fa_amp)
         self.fa_layers -= frozenset(self.outcome.attention_float)
@@ -243,8 +230,8 @@ class Run:
 
     def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
-        survey, moved = self._survey(layer_idx)
-        layer = self._quantized(layer_idx, survey)
+        statistics, moved = self._statistics(layer_idx)
+        layer = self._quantized(layer_idx, statistics)
         if self.calibrated is not None:
             self.calibrated.advance(layer.observed_block(), layer.observers)
             moved.append(self.calibrated)
@@ -259,12 +246,17 @@ class Run:
             writer.write_below(layer_prefix(layer_idx), layer.tensors())
             tensors = writer.finished()
         self.decoder.release_block(layer_idx)
-        facts = survey_facts(survey)
+        kv = statistics.kv
         self._finish(
-            f"layer {layer_idx}", moved, layer=layer_idx, tensors=tensors, notes=facts["notes"], keys=facts["keys"]
+            f"layer {layer_idx}",
+            moved,
+            layer=layer_idx,
+            tensors=tensors,
+            notes={title: scale.note for title, scale in statistics.scales.items()},
+            keys=None if kv is None else [kv.clipped_keys, kv.keys],
         )
 
-    def _quantized(self, layer_idx: int, survey: LayerSurvey) -> QuantizedLayer:
+    def _quantized(self, layer_idx: int, statistics: LayerStatistics) -> QuantizedLayer:
         """Quantize the linears: all of them where samples are going to pass, else this rank's, for rank 0."""
         ranks, passes = self._ranks, self.calibrated
         layer = QuantizedLayer(
@@ -273,7 +265,7 @@ class Run:
             self.recipe,
             self.outcome.types,
             layer_idx in self.fa_layers,
-            survey,
+            statistics,
             self._stored_dtype,
             in_order=unshared if passes is None else passes.in_order,
             chosen=slice(ranks.rank, None, ranks.size) if passes is None else slice(None),
@@ -286,13 +278,13 @@ class Run:
     def _stored_dtype(self, name: str) -> torch.dtype:
         return TORCH_DTYPES[self._plan[name].planned.dtype]
 
-    def _survey(self, layer_idx: int) -> tuple[LayerSurvey, list[HiddenStates]]:
+    def _statistics(self, layer_idx: int) -> tuple[LayerStatistics, list[HiddenStates]]:
         """Return what is known of a layer, and the streams that had to move for it."""
         if self.recipe.decides_by_comparison:
-            return self._kept_survey(layer_idx), []
+            return self._kept_statistics(layer_idx), []
         if self.float_pass is not None:
-            return self.float_pass.survey(layer_idx), [self.float_pass.hidden]
-        return LayerSurvey(), []
+            return self.float_pass.layer(layer_idx), [self.float_pass.hidden]
+        return LayerStatistics(), []
 
     def _record(self, entry: dict[str, Any]) -> None:
         """Take into the outcome what was decided about a layer."""
@@ -319,8 +311,7 @@ class Run:
         if not self._copies_head:
             kind = self.outcome.types[LM_HEAD]
             range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
-            head = QuantizedHead(self.decoder, self.recipe, kind, range_param, self._stored_dtype)
-            made.update(head.tensors(self.calibrated))
+            made.update(head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, self.calibrated, range_param))
         writer.write_below(FINAL_NORM + ".", made)
         if not self._copies_head:
             writer.write_below(LM_HEAD + ".", made)

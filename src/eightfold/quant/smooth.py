@@ -8,15 +8,25 @@
     m3   s = v / sqrt(max v * min v),  v = max(mean|x|**r, 1e-4);     r in 0, 0.05 .. 0.95 of least mse of all linears
     m4   s = a**0.9 / w**0.1
     m5   s = (h / largest h of the ordinary channels)**0.7 for outliers, 1 for the others;     h: max x, and max -x
-    m6   s = a**alpha / w**beta,  alpha and beta searched (flex_smooth.py)
+    m6   s = a**alpha / w**beta,  alpha and beta of least err, searched for each group:
+             err = rms(Qa(X / s) Qw(W s)^T - X W^T) / rms(X W^T)
+             first    alpha in 0, 1/20 .. 1 with beta = 1 - alpha
+             then     beta  in 0, 1/20 .. 1 with that alpha
 
 m1, m2, m4 and m6 keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized weights;
 both look at the first sample only. Of equal errors they take the first.
 
+m6: X are the kept tokens, W all linears of the group, one below the other. Qa: asymmetric, one scale for the whole
+input, whose range is that of all tokens, kept or not. Qw: symmetric, one scale for each row. Of equal errors the last
+wins. A sum of squares only grows, so a candidate is dropped as soon as it is worse than the best one; that, and
+beginning with likely candidates, changes nothing in the result. The wheel multiplies dequantized float32 values, here
+the integers are multiplied.
+
 Where query heads share a value head, o_proj's channels share v_proj's rows: m4 averages s over those heads, m6 takes
 the largest a and the largest w.
 
-Letters: T tokens, K inputs, N outputs, G key/value heads, Q query heads sharing one, D head_dim.
+Letters: T tokens, K inputs, N outputs, n of one piece of the weights; G key/value heads, Q query heads sharing one,
+D head_dim.
 
 Sources: SmoothQuant, Xiao et al. 2023, arXiv:2211.10438 (m1); Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145
 (m2); AWQ, Lin et al. 2023, arXiv:2306.00978 (m3); CBQ, Ding et al. 2023, arXiv:2312.07950 (m5); all as the published
@@ -26,20 +36,27 @@ msModelSlim wheel does them, its operations traced.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eightfold.model.reference.linear import asymmetric, float_linear, to_int8_
-from eightfold.quant.flex_smooth import balance, search_exponents, weight_absmax
-from eightfold.quant.methods import AntiOutlier
+from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, symmetric, to_int8_
 from eightfold.quant.qparams import quantize_weight
+from eightfold.quant.recipe import AntiOutlier
 from eightfold.quant.statistics import InputStats
 
 _THRESHOLDS = 100  # m2
 _RATIOS = 20  # m3
+SCALE_MIN = 1e-5
+GRID = 20  # m6
+
+# Where a search begins: alpha near 0.85 and beta near 0.1, as most results, so that other candidates are soon dropped.
+_LIKELY_ALPHA, _LIKELY_BETA = 17, 2
+
+# Outputs computed at once: a few MiB, so that the passes over them stay in the cache.
+_PIECE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,23 @@ def _balance_shared(
         return balance(absmax, weight_max, alpha, beta)
     shared = balance(sharing.split(absmax).amax(1), sharing.split(weight_max).amax(1), alpha, beta)
     return sharing.expand(shared)
+
+
+def balance(absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float) -> Tensor:
+    """Return max(a**alpha / w**beta, SCALE_MIN) for tensors of one shape, float32.
+
+    A product, as in the wheel's search: another last bit of s tips a few integers, and with them a near tie. On the
+    first layer of SmolLM2 two pairs are within 3e-5; there a quotient decides otherwise, and so does the wheel itself
+    when its inputs change by 1e-7.
+    """
+    return (absmax**alpha * weight_absmax**-beta).clamp(min=SCALE_MIN)
+
+
+def weight_absmax(weights: Sequence[Tensor]) -> Tensor:
+    """Return each channel's largest |W| over linears (N, K) that share an input, (K,) float32, at least SCALE_MIN."""
+    # Two passes, and no copy of |W|.
+    ends = [torch.maximum(weight_NK.amax(0), -weight_NK.amin(0)) for weight_NK in weights]
+    return torch.stack(ends).amax(0).clamp(min=SCALE_MIN)
 
 
 def _above_threshold(stats: InputStats, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> SmoothScale:
@@ -223,3 +257,74 @@ def _widest_gap(ascending: Tensor) -> Tensor:
     variance = (below.square().cumsum(0) - below.cumsum(0).square() / count) / (count - 1).clamp(min=1)
     metric = ascending[1:].double() - below - variance.clamp(min=0)
     return ascending[int(metric.argmax())]
+
+
+def search_exponents(stats: InputStats, weights: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the alpha and beta of least error.
+
+    Args:
+        stats: of the group's input, with tokens.
+        weights: (N, K) float32 of the linears that read it.
+    """
+    error = _Error(stats, weights)
+    alpha, best = _least(lambda i, limit: error(i, GRID - i, limit), _LIKELY_ALPHA)
+    # The best pair of the first step is among these candidates again.
+    beta, _ = _least(lambda i, limit: error(alpha, i, limit), _LIKELY_BETA, (GRID - alpha, best))
+    return alpha / GRID, beta / GRID
+
+
+def _least(
+    error: Callable[[int, float], float], likely: int, known: tuple[int, float] = (-1, math.inf)
+) -> tuple[int, float]:
+    """Return the grid point of least error, and that error.
+
+    Args:
+        error: of a grid point; may return infinity instead of anything above the limit.
+        likely: where to begin.
+        known: a grid point and its error.
+    """
+    found, best = known
+    for i in sorted(set(range(GRID + 1)) - {found}, key=lambda i: abs(i - likely)):
+        value = error(i, best)
+        if value < best or (value == best and i > found):
+            found, best = i, value
+    return found, best
+
+
+class _Error:
+    """Squared error of one group's products, for exponents in steps of 1 / GRID.
+
+    That is err**2 times what is the same for all exponents.
+    """
+
+    def __init__(self, stats: InputStats, weights: Sequence[Tensor]) -> None:
+        self._stats = stats
+        self._weight_absmax = weight_absmax(weights)
+        rows = max(1, _PIECE_ELEMENTS // max(1, len(stats.tokens)))
+        pieces = [piece_nK for weight_NK in weights for piece_nK in torch.split(weight_NK, rows)]
+        self._pieces = [(piece_nK, float_linear(stats.tokens, piece_nK, None)) for piece_nK in pieces]
+
+    def __call__(self, alpha: int, beta: int, limit: float) -> float:
+        """Return the sum of squared differences; infinity once it passes the limit."""
+        scale_K = balance(self._stats.absmax, self._weight_absmax, alpha / GRID, beta / GRID)
+        lo, hi = (self._stats.lo / scale_K).amin(), (self._stats.hi / scale_K).amax()
+        x_scale, x_offset = asymmetric(lo[None], hi[None])
+        xq_TK = to_int8_((self._stats.tokens / scale_K).div_(x_scale), x_offset)
+        total = 0.0
+        for weight_nK, exact_Tn in self._pieces:
+            wq_nK, weight_scale_n = _quantize_rows(weight_nK * scale_K)
+            scale_n = x_scale * weight_scale_n
+            # (xq - offset) wq^T = xq wq^T - offset * sum_k wq, whose sums stay below 2**24: float32 holds them.
+            constant_n = scale_n * x_offset * wq_nK.to(torch.float32).sum(1)
+            products = int_matmul(xq_TK, wq_nK).to(torch.float32)
+            torch.addcmul(exact_Tn, products, scale_n, value=-1, out=products).add_(constant_n)
+            total += float(torch.linalg.vector_norm(products)) ** 2
+            if total > limit:
+                return math.inf
+        return total
+
+
+def _quantize_rows(weight_nK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return symmetric int8 values (n, K) and their scales (n,). Modifies the weight."""
+    scale_n = symmetric(weight_nK.abs().amax(1))
+    return to_int8_(weight_nK.div_(scale_n[:, None]), torch.zeros(())), scale_n

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import InputError
-
-FEATURE_SAMPLES = 5  # how many samples range_param is measured on
+from eightfold.quant.recipe import RANGE_SAMPLES
 
 _TINY = 1e-300
 
@@ -38,49 +37,35 @@ def unshared(part: Tensor) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """Sums over one sample, enough for the deviation of (x - centre) / scale."""
+class SampleStats:
+    """Extremes of one sample (T_b, K) and, where that is asked for, sums that give the deviation of (x - c) / scale."""
 
-    sums: Tensor  # (K,) float64
-    squares: Tensor  # (K,) float64, sums of squares
-    tokens: int
+    lo: Tensor  # (K,) float32
+    hi: Tensor
+    num_tokens: int
+    sums: Tensor | None  # (K,) float64
+    squares: Tensor | None  # (K,) float64, sums of squares
 
     @classmethod
-    def of(cls, x_TK: Tensor) -> _Moments:
+    def of(cls, x_TK: Tensor, *, with_sums: bool) -> SampleStats:
+        """Take them from a sample's input."""
+        # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
+        lo, hi = x_TK.amin(0), x_TK.amax(0)
+        if not with_sums:
+            return cls(lo, hi, len(x_TK), None, None)
         wide = x_TK.double()
-        return cls(wide.sum(0), wide.square_().sum(0), len(x_TK))
+        return cls(lo, hi, len(x_TK), wide.sum(0), wide.square_().sum(0))
 
     def deviation(self, centre: Tensor, inverse: Tensor | None = None) -> float:
         """Return the unbiased standard deviation of all elements of (x - centre) * inverse; (K,) float64 both."""
-        sums = self.sums - self.tokens * centre
-        squares = self.squares - 2 * centre * self.sums + self.tokens * centre.square()
+        assert self.sums is not None and self.squares is not None
+        sums = self.sums - self.num_tokens * centre
+        squares = self.squares - 2 * centre * self.sums + self.num_tokens * centre.square()
         if inverse is not None:
             sums, squares = sums * inverse, squares * inverse.square()
-        count = self.tokens * len(sums)
+        count = self.num_tokens * len(sums)
         variance = (squares.sum() - sums.sum().square() / count) / max(count - 1, 1)
         return math.sqrt(max(float(variance), 0.0))
-
-
-@dataclass(frozen=True)
-class Features:
-    """Moments and extremes of the first samples, enough for range_param of the input divided by any scale."""
-
-    moments: tuple[_Moments, ...]  # of min(FEATURE_SAMPLES, samples) samples
-    lo_BK: Tensor  # (B, K) float32, extremes of each
-    hi_BK: Tensor
-
-    def range_param(self, scale: Tensor | None = None) -> float:
-        """Return the largest magnitude of x / scale in deviations: how much of the range is there for outliers.
-
-        Args:
-            scale: (K,) float32, positive; None means 1.
-        """
-        lo_BK, hi_BK = self.lo_BK.double(), self.hi_BK.double()
-        inverse = torch.ones_like(lo_BK[0]) if scale is None else scale.double().reciprocal()
-        centres_BK = lo_BK + hi_BK
-        std = max(moments.deviation(centre, inverse) for moments, centre in zip(self.moments, centres_BK, strict=True))
-        extreme = float((torch.maximum(-lo_BK, hi_BK) * inverse).amax())
-        return extreme / max(std, _TINY)  # an input of zeros gives 0
 
 
 @dataclass(frozen=True)
@@ -92,18 +77,27 @@ class InputStats:
     hi: Tensor  # (K,)
     first: Tensor  # (T0, K) the first sample's input; (0, K) when it was not kept
     tokens: Tensor  # (Ts, K) evenly spaced tokens of all samples, all of them when they are few; or (0, K)
-    features: Features  # of the first samples
     reach: Tensor  # (K,) how far above its moving centre a channel went
     spread: float  # largest deviation around the moving centres
+    samples: Sequence[SampleStats]  # the first RANGE_SAMPLES, where they were kept
+
+    def range_param(self, scale: Tensor | None = None) -> float:
+        """Return the largest magnitude of x / scale in deviations: how much of the range is there for outliers.
+
+        Args:
+            scale: (K,) float32, positive; None means 1.
+        """
+        inverse = (torch.ones_like(self.lo) if scale is None else scale).double().reciprocal()
+        std = max(sample.deviation(sample.lo.double() + sample.hi.double(), inverse) for sample in self.samples)
+        extreme = max(float((torch.maximum(-each.lo, each.hi) * inverse).amax()) for each in self.samples)
+        return extreme / max(std, _TINY)  # an input of zeros gives 0
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What is kept of a few samples, B of them."""
+    """What is kept of a few samples."""
 
-    moments: tuple[_Moments | None, ...]  # of each, if they are of use
-    lo_BK: Tensor  # extremes
-    hi_BK: Tensor
+    samples: Sequence[SampleStats]
     first: Tensor | None  # (T0, K) all of the first sample of all
     tokens: Tensor | None  # evenly spaced ones
 
@@ -134,24 +128,22 @@ class InputWatcher:
             max_tokens: how many of them to keep, at most.
             keep_first: keep the first sample's input.
             keep_tokens: keep evenly spaced tokens.
-            keep_features: look at the deviation of the first samples.
+            keep_features: keep what range_param needs of the first samples.
             keep_spread: look at the deviation of all samples; otherwise `spread` is 0.
             place: of a watcher of some samples only, which sample and which token the next ones begin with.
         """
-        self._place = place
         self.kept: list[Seen] = []
-        self._title = title
+        self._title, self._place = title, place
         self._stride = max(1, math.ceil(total_tokens / max_tokens))
         self._keep_first, self._keep_tokens = keep_first, keep_tokens
         self._keep_features, self._keep_spread = keep_features, keep_spread
-        self._samples = self._tokens_seen = 0
+        self._num_samples = self._num_tokens = 0
         # Tensors of one element widen to (K,) with the first sample.
-        self._lo, self._hi = torch.tensor(math.inf), torch.tensor(-math.inf)
-        self._reach = torch.tensor(-math.inf)
+        self._lo, self._hi, self._reach = (torch.tensor(end) for end in (math.inf, -math.inf, -math.inf))
         self._spread = 0.0
         self._first: Tensor | None = None
         self._tokens: list[Tensor] = []
-        self._features: list[tuple[_Moments, Tensor, Tensor]] = []  # of the first samples
+        self._samples: list[SampleStats] = []  # the first ones
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> None:
         """Take in more samples, in order.
@@ -163,60 +155,55 @@ class InputWatcher:
         Raises:
             InputError: a sample's activations are not finite.
         """
-        # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
-        lo_BK = torch.stack([x_TK[begin:end].amin(0) for begin, end in spans])
-        hi_BK = torch.stack([x_TK[begin:end].amax(0) for begin, end in spans])
-        sample, token = (self._samples, self._tokens_seen) if self._place is None else self._place()
-        require_finite_samples(self._title, sample, lo_BK.amin(1), hi_BK.amax(1))
+        number, token = (self._num_samples, self._num_tokens) if self._place is None else self._place()
+        samples = [
+            SampleStats.of(x_TK[begin:end], with_sums=self._keep_spread or self._is_feature(at))
+            for at, (begin, end) in enumerate(spans, number)
+        ]
+        lo_B, hi_B = (torch.stack(ends) for ends in zip(*((s.lo.amin(), s.hi.amax()) for s in samples), strict=True))
+        require_finite_samples(self._title, number, lo_B, hi_B)
         seen = Seen(
-            tuple(self._moments(x_TK[begin:end], sample + at) for at, (begin, end) in enumerate(spans)),
-            lo_BK,
-            hi_BK,
-            x_TK[slice(*spans[0])].clone() if self._keep_first and sample == 0 else None,
+            samples,
+            x_TK[slice(*spans[0])].clone() if self._keep_first and number == 0 else None,
             x_TK[-token % self._stride :: self._stride].clone() if self._keep_tokens else None,
         )
-        self._tokens_seen += len(x_TK)
+        self._num_tokens += len(x_TK)
         if self._place is None:
             self.take(seen)
         else:
             self.kept.append(seen)
 
-    def _moments(self, x_TK: Tensor, sample: int) -> _Moments | None:
-        is_feature = self._keep_features and sample < FEATURE_SAMPLES
-        return _Moments.of(x_TK) if is_feature or self._keep_spread else None
+    def _is_feature(self, number: int) -> bool:
+        return self._keep_features and number < RANGE_SAMPLES
 
     def take(self, seen: Seen) -> None:
         """Take in what was seen of the next samples."""
-        for sample in zip(seen.moments, seen.lo_BK, seen.hi_BK, strict=True):
-            self._take(*sample)
+        for sample in seen.samples:
+            self._lo, self._hi = torch.minimum(self._lo, sample.lo), torch.maximum(self._hi, sample.hi)
+            centre = (self._lo + self._hi) / 2
+            self._reach = torch.maximum(self._reach, sample.hi - centre)
+            if self._keep_spread:
+                self._spread = max(self._spread, sample.deviation(centre.double()))
+            if self._is_feature(self._num_samples):
+                self._samples.append(sample)
+            self._num_samples += 1
         if seen.first is not None:
             self._first = seen.first
         if seen.tokens is not None:
             self._tokens.append(seen.tokens)
 
-    def _take(self, moments: _Moments | None, lo: Tensor, hi: Tensor) -> None:
-        self._lo, self._hi = torch.minimum(self._lo, lo), torch.maximum(self._hi, hi)
-        centre = (self._lo + self._hi) / 2
-        self._reach = torch.maximum(self._reach, hi - centre)
-        if moments is not None and self._keep_spread:
-            self._spread = max(self._spread, moments.deviation(centre.double()))
-        if moments is not None and self._keep_features and self._samples < FEATURE_SAMPLES:
-            self._features.append((moments, lo, hi))
-        self._samples += 1
-
     def stats(self) -> InputStats:
         """Return what has been seen; at least one sample must have been."""
         nothing = torch.zeros(0, len(self._lo))
-        moments, lo, hi = zip(*self._features, strict=True) if self._features else ((), (), ())
         return InputStats(
             absmax=torch.maximum(-self._lo, self._hi),
             lo=self._lo,
             hi=self._hi,
             first=nothing if self._first is None else self._first,
             tokens=torch.cat(self._tokens) if self._tokens else nothing,
-            features=Features(moments, stacked(lo, len(self._lo)), stacked(hi, len(self._lo))),
             reach=self._reach,
             spread=self._spread,
+            samples=self._samples,
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from eightfold.config import parse_config
 from eightfold.families import LM_HEAD, all_linears
-from eightfold.quant.fallback import attention_back, input_group_of, roll_back
+from eightfold.quant.recipe import Recipe, attention_back, roll_back
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config
 
@@ -19,16 +19,9 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 def chosen(params, level, exact=False, floats=()):
     types = {name: QuantType.FLOAT if name in floats else QuantType.W8A8 for name in NAMES}
-    rows = roll_back(CONFIG, types, {**dict.fromkeys(NAMES, 1.0), **params}, level, exact)
+    recipe = Recipe(QuantType.W8A8, disable_level=level, exact_levels=exact)
+    rows = roll_back(CONFIG, recipe, types, {**dict.fromkeys(NAMES, 1.0), **params})
     return {row.module: row.of_group for row in rows}
-
-
-def test_groups_are_whole():
-    groups = input_group_of(CONFIG)
-    assert groups.keys() == set(NAMES)
-    assert groups[QKV[1]] == tuple(QKV)
-    assert groups[DOWN] == (DOWN,)
-    assert groups[LM_HEAD] == (LM_HEAD,)
 
 
 def test_the_widest_go_with_their_group():
@@ -60,7 +53,7 @@ def test_level_zero_and_every_level():
 def test_rows_say_how_wide():
     types = dict.fromkeys(NAMES, QuantType.W8A8)
     params = {name: float(i) for i, name in enumerate(NAMES)}
-    (row,) = roll_back(CONFIG, types, params, 1, exact=True)
+    (row,) = roll_back(CONFIG, Recipe(QuantType.W8A8, disable_level=1, exact_levels=True), types, params)
     assert (row.module, row.range_param, row.of_group) == (LM_HEAD, len(NAMES) - 1.0, False)
 
 

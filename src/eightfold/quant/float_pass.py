@@ -1,0 +1,223 @@
+"""The float pass: what has to be known of a layer before it is quantized.
+
+All calibration samples run through the float model, one layer at a time. Smoothing does not change what a layer
+computes, so the inputs of the smoothed model are these inputs divided by the scales found here.
+
+Letters: T tokens of all samples, E hidden size, K inputs, C = G * D key/value channels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eightfold.config import ModelConfig
+from eightfold.families import SMOOTH_PAIRS, InputGroup, LinearShape, input_groups, layer_prefix, sliding_window
+from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
+from eightfold.model.reference.kvcache import FloatAttention
+from eightfold.model.reference.linear import FloatLinear, Linear
+from eightfold.model.reference.load import Decoder
+from eightfold.model.reference.tensors import load_float32
+from eightfold.parallel.ranks import Ranks, in_turn
+from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
+from eightfold.quant.hidden import HiddenStates
+from eightfold.quant.recipe import AntiOutlier, Recipe
+from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
+from eightfold.quant.statistics import InputWatcher
+from eightfold.scheme import QuantType, bias_name, weight_name
+
+# So much of a layer may be in float32 while samples pass: little, beside all else.
+_WIDENED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What the float pass has found about one layer."""
+
+    scales: Mapping[str, SmoothScale] = field(default_factory=dict)  # by title of the group that reads the input
+    range_params: Mapping[str, float] = field(default_factory=dict)  # of the smoothed input, by title
+    kv: KVParams | None = None
+    stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
+
+    def save(self, path: Path) -> int:
+        """Write a file, which is then safely on disk; return its CRC-32."""
+        content, kv = io.BytesIO(), None if self.kv is None else vars(self.kv)
+        scales = {title: (scale.scale, scale.note) for title, scale in self.scales.items()}
+        torch.save((scales, dict(self.range_params), kv, self.stretch), content)
+        with path.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        return zlib.crc32(content.getbuffer())
+
+    @classmethod
+    def load(cls, path: Path) -> LayerStatistics:
+        """Return what was saved."""
+        found = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
+        scales, range_params, kv, stretch = found
+        scales = {title: SmoothScale(*scale) for title, scale in scales.items()}
+        return cls(scales, range_params, None if kv is None else KVParams(**kv), stretch)
+
+
+@dataclass(frozen=True)
+class WatchedGroup:
+    """Linears whose input, and perhaps outputs, are shown to somebody."""
+
+    inner: LinearGroup
+    watcher: InputWatcher | None
+    outputs: Callable[[Tensor, Tensor], None] | None = None  # sees k and v, each (T, C)
+
+    def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Return every linear's output."""
+        if self.watcher is not None:
+            self.watcher.update(x_TK, batch.spans)
+        outputs = self.inner(x_TK, batch)
+        if self.outputs is not None:
+            self.outputs(*outputs[1:])
+        return outputs
+
+
+def head_sharing(config: ModelConfig, group: str) -> HeadSharing | None:
+    """Return how o_proj's inputs share v_proj's outputs; None for other groups."""
+    if group != "o":
+        return None
+    return HeadSharing(config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+
+
+def smoothed_groups(method: AntiOutlier | None) -> set[str]:
+    """Return the titles of the groups whose input a method smooths."""
+    if method is None:
+        return set()
+    return {pair.group for pair in SMOOTH_PAIRS if pair.source_is_norm or method.smooths_linear_pairs}
+
+
+class FloatPass:
+    """The samples on their way through the float model."""
+
+    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates, ranks: Ranks | None = None) -> None:
+        """Start where the samples are.
+
+        Args:
+            decoder: the float model.
+            recipe: what is going to be done.
+            hidden: the samples of recipe.float_samples().
+            ranks: the processes among which they are shared; None for this one alone.
+        """
+        self._ranks = ranks or Ranks()
+        self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
+        self._config = decoder.checkpoint.config
+        self._groups = input_groups(self._config)
+        self._smoothed = smoothed_groups(recipe.anti_outlier)
+
+    @torch.inference_mode()
+    def layer(self, layer_idx: int) -> LayerStatistics:
+        """Move all samples through one layer and return what was seen, the same in all ranks."""
+        assert self.hidden.layer_idx == layer_idx
+        recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.max_position_embeddings
+        kv = KVObserver(recipe.kv_observe, self._decoder.inv_freq, context_len) if recipe.kv_int8 else None
+        stretch = StretchObserver() if recipe.fa_amp else None
+        is_all_watched = recipe.needs_range_params
+        watched = [group.title for group in self._groups if is_all_watched or group.title in self._smoothed]
+        watchers = {title: self._watcher(prefix, title) for title in watched}
+        calls: list[GroupCall] = [
+            WatchedGroup(
+                LinearGroup(tuple(self._linear(prefix, linear) for linear in group.linears)),
+                watchers.get(group.title),
+                kv.projections if kv is not None and group.title == "qkv" else None,
+            )
+            for group in self._groups
+        ]
+        seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
+        attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
+        self.hidden.advance(self._decoder.block(layer_idx, calls, attention))
+        self._merge(watchers, kv)
+        if not self._ranks.is_first:
+            return self._ranks.share(LayerStatistics())
+        return self._ranks.share(self._statistics(prefix, watchers, kv, stretch))
+
+    def _watcher(self, prefix: str, title: str) -> InputWatcher:
+        method = self._recipe.anti_outlier if title in self._smoothed else None
+        return InputWatcher(
+            prefix + title,
+            sum(self.hidden.lengths),
+            keep_first=method in (AntiOutlier.M2, AntiOutlier.M3),
+            keep_tokens=method is AntiOutlier.M6,
+            keep_features=self._recipe.needs_range_params,
+            keep_spread=method is AntiOutlier.M2,
+            place=self.hidden.place if self._ranks.size > 1 else None,
+        )
+
+    def _linear(self, prefix: str, shape: LinearShape) -> Linear:
+        """Return a float linear, widened once for all batches where a layer is small."""
+        linear = self._decoder.linear(prefix, shape)
+        elements = sum(each.n * each.k for group in self._groups for each in group.linears)
+        if isinstance(linear, FloatLinear) and 4 * elements <= _WIDENED_BYTES:
+            return FloatLinear(linear.weight.to(torch.float32), linear.bias)
+        return linear
+
+    def _merge(self, watchers: Mapping[str, InputWatcher], kv: KVObserver | None) -> None:
+        """Let rank 0 take in what the other ranks have seen; its own sample is the one that `stretch` looks at."""
+        if self._ranks.size == 1:
+            return
+        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv))
+        for title, watcher in watchers.items() if self._ranks.is_first else ():
+            for seen in in_turn([kept[title] for kept, _ in parts]):
+                watcher.take(seen)
+        for _, other in parts[1:]:
+            if kv is not None and other is not None:
+                kv.merge(other)
+
+    def _statistics(
+        self,
+        prefix: str,
+        watchers: Mapping[str, InputWatcher],
+        kv: KVObserver | None,
+        stretch: StretchObserver | None,
+    ) -> LayerStatistics:
+        scales = {
+            group.title: self._scale(prefix, group, watchers[group.title])
+            for group in self._groups
+            if group.title in self._smoothed
+        }
+        range_params: dict[str, float] = {}
+        for title, watcher in watchers.items() if self._recipe.needs_range_params else ():
+            range_params[title] = watcher.stats().range_param(scales[title].scale if title in scales else None)
+        return LayerStatistics(scales, range_params, self._kv(kv, scales), None if stretch is None else stretch.score)
+
+    def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher) -> SmoothScale:
+        assert self._recipe.anti_outlier is not None
+        checkpoint, linears = self._decoder.checkpoint, group.linears
+        biases = [
+            load_float32(checkpoint, bias_name(prefix + each.name)) if each.has_bias else None for each in linears
+        ]
+        return smooth_scale(
+            self._recipe.anti_outlier,
+            watcher.stats(),
+            [load_float32(checkpoint, weight_name(prefix + linear.name)) for linear in linears],
+            head_sharing(self._config, group.title),
+            biases=biases,
+            weight_symmetric=self._recipe.weight_symmetric or self._recipe.scheme is not QuantType.W8A16,
+        )
+
+    def _kv(self, observer: KVObserver | None, scales: Mapping[str, SmoothScale]) -> KVParams | None:
+        if observer is None:
+            return None
+        sharing = head_sharing(self._config, "o")
+        divisor = source_scale(scales["o"].scale, sharing) if "o" in scales and sharing is not None else None
+        return observer.params(self._recipe.kv_symmetric, divisor)
+
+    def head_range_param(self) -> float:
+        """Return the range parameter of the output head's input, after the last layer."""
+        tokens = sum(self.hidden.lengths)
+        watcher = InputWatcher("the output head", tokens, keep_first=False, keep_tokens=False, keep_spread=False)
+        norm = self._decoder.final_norm()
+        for sizes, states_TE in self.hidden.pieces():
+            watcher.update(norm(states_TE), spans_of(sizes))
+        return watcher.stats().range_param()
