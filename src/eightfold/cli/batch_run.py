@@ -34,7 +34,7 @@ _SHOW_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchJob:
     """What is to be done.
 
     Attributes:
@@ -59,7 +59,7 @@ class Batch:
 
 
 @dataclass
-class Tally:
+class BatchResult:
     """What was done: prompts that were answered now, before, and not; tokens, and seconds without loading.
 
     Weights: by how much loading has made each process larger; nothing where none was loaded.
@@ -80,7 +80,7 @@ class Tally:
         return self.generated_tokens / self.seconds if self.seconds else 0.0
 
 
-def run_batch(batch: Batch) -> Tally:
+def run_batch(batch: BatchJob) -> BatchResult:
     """Answer what has no answer yet.
 
     Raises:
@@ -99,15 +99,15 @@ def run_batch(batch: Batch) -> Tally:
         if done:
             console.note(f"{len(done)} of {len(requests)} prompts are answered in {batch.output_file} already.")
         todo = [request for request in requests if request.index not in done]
-        tally = Tally(answered_before=len(done))
+        result = BatchResult(answered_before=len(done))
         if todo:
             engine = _load(batch)
-            tally.world_size, tally.resident_weights_mib = engine.model.world_size, engine.model.resident_weights_mib
-            _Run(engine, answers, setup, tally).answer(todo)
-    return tally
+            result.world_size, result.resident_weights_mib = engine.model.world_size, engine.model.resident_weights_mib
+            _Run(engine, answers, setup, result).answer(todo)
+    return result
 
 
-def _setup(batch: Batch, requests: Sequence[BatchRequest]) -> str:
+def _setup(batch: BatchJob, requests: Sequence[BatchRequest]) -> str:
     """Return 16 hexadecimal digits that differ where the same request may have another answer.
 
     Raises:
@@ -130,7 +130,7 @@ def _setup(batch: Batch, requests: Sequence[BatchRequest]) -> str:
     return digest.hexdigest()
 
 
-def _load(batch: Batch) -> Engine:
+def _load(batch: BatchJob) -> Engine:
     engine = Engine.load(batch.model, batch.config, Tokenizer(batch.model, batch.chat_template))
     for note in engine.notes:
         console.note(note)
@@ -144,7 +144,7 @@ class _Run:
     engine: Engine
     answers: AnswerFile
     setup: str
-    tally: Tally
+    result: BatchResult
     running: dict[str, BatchRequest] = field(default_factory=dict)
 
     def answer(self, todo: Sequence[BatchRequest]) -> None:
@@ -154,11 +154,11 @@ class _Run:
             with console.bars("run", len(todo), "answer") as task:
                 self._answer(iter(todo), task, started)
         except BaseException:  # Ctrl-C too
-            finished = self.tally.answered + self.tally.answered_before
+            finished = self.result.answered + self.result.answered_before
             console.note(f"{finished} prompts are answered; the same command goes on with the others.")
             raise
         finally:
-            self.tally.seconds = time.monotonic() - started
+            self.result.seconds = time.monotonic() - started
 
     def _answer(self, waiting: Iterator[BatchRequest], task: Task, started: float) -> None:
         shown = started
@@ -186,7 +186,7 @@ class _Run:
                 prompt_ids = request.encode(self.engine.tokenizer)
                 self.engine.add_request(name, prompt_ids, request.params, streams=False)
             except EightfoldError as error:
-                self.tally.failed += 1
+                self.result.failed += 1
                 self.answers.append({**self._head(request), "error": in_flags(error, flags_of(EngineConfig))})
                 task.advance()
             else:
@@ -201,9 +201,9 @@ class _Run:
         if output.prompt_logprobs is not None:
             line["prompt_logprobs"] = [None if each is None else _logprob(each) for each in output.prompt_logprobs]
         self.answers.append(line)
-        self.tally.answered += 1
-        self.tally.prompt_tokens += len(output.prompt_ids)
-        self.tally.generated_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+        self.result.answered += 1
+        self.result.prompt_tokens += len(output.prompt_ids)
+        self.result.generated_tokens += sum(len(answer.token_ids) for answer in output.outputs)
 
 
 def _completion(answer: CompletionOutput) -> dict[str, Any]:
