@@ -29,14 +29,17 @@ TORCH_DTYPES = {
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:
     """Return an array as a tensor on the device in use, on the CPU without a copy; uint16 are the bits of BF16."""
+    return _viewed(array).to(torch.get_default_device())
+
+
+def _viewed(array: NDArray[Any]) -> torch.Tensor:
     tensor = torch.from_numpy(array)
-    return (tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor).to(torch.get_default_device())
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
 def mapped_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """Return a stored tensor in its own dtype and shape, as a view of the mapped file. Not to be modified."""
-    tensor = torch.from_numpy(checkpoint.array(name))
-    return tensor.view(torch.bfloat16) if checkpoint.tensors[name].dtype == DType.BF16.value else tensor
+    return _viewed(checkpoint.array(name))
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
@@ -44,7 +47,7 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
     On the CPU it is a view of the mapped file.
     """
-    return mapped_tensor(checkpoint, name).to(torch.get_default_device())
+    return as_tensor(checkpoint.array(name))
 
 
 def load_float32(checkpoint: Checkpoint, name: str) -> torch.Tensor:
