@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
@@ -479,9 +480,11 @@ def test_a_run_that_is_ended_goes_on_and_comes_to_the_same_answers(batch, tmp_pa
     before = batch.output.read_bytes()
     assert 5 <= before.count(b"\n") < len(MANY)
     if number == signal.SIGINT:
-        count = before.count(b"\n")
+        count = before.count(b"\n")  # the last may have been written, and not yet be counted
         assert process.returncode == 2
-        assert said.startswith(f"note: {count} prompts are answered; the same command goes on with the others.\n")
+        assert re.match(
+            rf"note: ({count}|{count - 1}) prompts are answered; the same command goes on with the others.\n", said
+        )
     result = batch(*MANY, words=["--json"])
     assert result.json()["answered_before"] == before.count(b"\n")
     assert read(batch.output) == whole

@@ -1,17 +1,15 @@
 """The answers of `run --input-file`: lines of JSON that are there as soon as they are known, and survive a crash.
 
-One process at a time writes the file, which it locks. A line is one write; what a power failure or a full disk leaves
-of the last one is cut off when the next run begins, and so are errors, which are then tried again. A line carries a
-fingerprint of what it answers, `SETUP.REQUEST`: of the model and how it computes, and of the prompt and its parameters.
+One process at a time writes the file, which it locks. What a power failure or a full disk leaves of the last line is
+cut off when the next run begins, and so are errors, which are then tried again. A line carries a fingerprint of what
+it answers, `SETUP.REQUEST`: of the model and how it computes, and of the prompt and its parameters.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import stat
-import tempfile
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from eightfold.errors import OutputError
+from eightfold.format.lines import LineFile
 
 # How often the disk is waited for.
 FSYNC_SECONDS = 5.0
@@ -42,25 +41,37 @@ class AnswerFile:
 
     def __enter__(self) -> AnswerFile:
         self._is_new = not os.path.lexists(self.path)
-        self._fd = _open_locked(self.path)
-        self._size = os.fstat(self._fd).st_size
+        self._lines = self._opened(Path(os.path.realpath(self.path)))
         return self
+
+    def _opened(self, path: Path) -> LineFile:
+        if path.exists() and not path.is_file():
+            raise OutputError("--output-file", got=self.path, expected="a file that can be read again")
+        try:
+            return LineFile(path, _MODE)
+        except BlockingIOError:
+            raise OutputError(
+                "--output-file",
+                where=self.path,
+                got="a file that another run is writing",
+                expected="one that is not in use",
+                action="Wait for its end, or choose another.",
+            ) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._is_new and not self._size:
+            if self._is_new and not self._lines.size:
                 self.path.unlink()
             else:
-                os.fsync(self._fd)
+                self._lines.sync()
         finally:
-            os.close(self._fd)
+            self._lines.close()
 
     def clear(self) -> None:
         """Forget all that the file holds."""
-        self._size = 0
-        os.ftruncate(self._fd, 0)
+        self._lines.truncate(0)
 
     def resume(self, fingerprints: Sequence[str]) -> set[int]:
         """Repair the file and return which prompts it answers; errors are taken out.
@@ -72,8 +83,7 @@ class AnswerFile:
             OutputError: a line is not this command's, or answers something else. The file is as it was.
         """
         answered, kept, end = set[int](), list[list[int]](), 0
-        with os.fdopen(os.dup(self._fd), "rb") as file:
-            file.seek(0)
+        with self._lines.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 begin, end = end, end + len(raw)
                 if not raw.endswith(b"\n") and _may_be_torn(raw):
@@ -98,16 +108,9 @@ class AnswerFile:
         """
         # Half a surrogate pair, which JSON can hold and UTF-8 cannot, stays the escape it was.
         line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
-        try:
-            written = 0
-            while written < len(line):
-                written += os.pwrite(self._fd, line[written:], self._size + written)
-        except OSError as error:
-            os.ftruncate(self._fd, self._size)
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self._size += len(line)
+        self._lines.write(line)
         if time.monotonic() - self._synced > FSYNC_SECONDS:
-            os.fsync(self._fd)
+            self._lines.sync()
             self._synced = time.monotonic()
 
     def _parse(self, raw: bytes, number: int) -> dict[str, Any]:
@@ -143,58 +146,27 @@ class AnswerFile:
         size = sum(end - begin for begin, end in kept)
         if kept and kept[-1][1] != size:
             self._rewrite(kept)
-        elif size != self._size:
-            os.ftruncate(self._fd, size)
-        self._size = size
+        elif size != self._lines.size:
+            self._lines.truncate(size)
 
     def _rewrite(self, kept: list[list[int]]) -> None:
         """Put another file in the place of this one, at once, and locked before anybody can see it."""
-        place = Path(os.path.realpath(self.path))
-        descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
+        old = self._lines
+        new = LineFile(old.path.with_name(f".{old.path.name}.partial"))
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(descriptor, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            new.truncate(0)
+            shutil.copymode(old.path, new.path)
             for begin, end in kept:
-                _copy(self._fd, descriptor, begin, end)
-            os.fsync(descriptor)
-            Path(name).replace(place)
+                for at in range(begin, end, _PIECE):
+                    new.write(os.pread(old.file, min(end - at, _PIECE), at))
+            new.sync()
+            new.rename(old.path)
         except BaseException:
-            os.close(descriptor)
-            Path(name).unlink(missing_ok=True)
+            new.path.unlink()
+            new.close()
             raise
-        os.close(self._fd)
-        self._fd = descriptor
-
-
-def _copy(source: int, target: int, begin: int, end: int) -> None:
-    while begin < end:
-        piece = os.pread(source, min(end - begin, _PIECE), begin)
-        begin += os.write(target, piece)
-
-
-def _open_locked(path: Path) -> int:
-    """Open a file for this process alone; make it if it is not there."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OutputError("--output-file", got=path, expected="a file that can be read again")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputError(
-                "--output-file",
-                where=path,
-                got="a file that another run is writing",
-                expected="one that is not in use",
-                action="Wait for its end, or choose another.",
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # replaced or removed by the run that had it until just now
+        old.close()
+        self._lines = new
 
 
 def _may_be_torn(raw: bytes) -> bool:

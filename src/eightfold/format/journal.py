@@ -71,7 +71,8 @@ class Journal(LineFile):
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write a line, and return when it would survive a loss of power."""
-        self.write_line(render(entry), sync=True)
+        self.write(render(entry))
+        self.sync()
         self.entries.append(dict(entry))
 
     def clear(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 from pathlib import Path
 
 
@@ -21,7 +20,7 @@ class LineFile:
 
         Raises:
             BlockingIOError: another process has it locked.
-            OSError: it cannot be opened, or is a link or no regular file.
+            OSError: it cannot be opened, or is a symbolic link.
         """
         self.path = path
         while (file := _open_locked(path, mode)) is None:
@@ -29,29 +28,35 @@ class LineFile:
         self.file = file
         self.size = os.fstat(file).st_size
 
-    def write_line(self, line: bytes, *, sync: bool) -> None:
-        """Write a line; with `sync` return when it would survive a loss of power.
+    def write(self, line: bytes) -> None:
+        """Append a line.
 
         Raises:
-            OSError: the disk is full; the file is then as it was.
+            OSError: the disk is full; the line is then not there.
         """
         os.ftruncate(self.file, self.size)
-        written = 0
         try:
+            written = 0
             while written < len(line):
                 written += os.pwrite(self.file, line[written:], self.size + written)
         except OSError as error:
             os.ftruncate(self.file, self.size)
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-        if sync:
-            os.fsync(self.file)
         self.size += len(line)
+
+    def sync(self) -> None:
+        """Return when all lines would survive a loss of power."""
+        os.fsync(self.file)
 
     def truncate(self, size: int) -> None:
         """Forget what lies behind so many bytes."""
         os.ftruncate(self.file, size)
         os.fsync(self.file)
         self.size = size
+
+    def rename(self, path: Path) -> None:
+        """Give the file another name; what has that name is replaced."""
+        self.path = self.path.replace(path)
 
     @property
     def is_in_place(self) -> bool:
@@ -76,8 +81,6 @@ def _open_locked(path: Path, mode: int) -> int | None:
     """Open and lock the file of this name; None when that is no longer what has been locked."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode)
     try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise OSError(f"{path} is no regular file")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(file, path):
             return file
