@@ -24,7 +24,8 @@ from typing import Any
 
 from eightfold.families import layer_of
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.pagecache import WriteBehind, drop
+from eightfold.format.safetensors import drop
+from eightfold.format.shards import WriteBehind
 from measure import eightfold, save_results
 
 _PIECE = 2 << 20

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
+from eightfold.format.shards import ShardedWriter
 
 HEAD = {"format": FORMAT, "command": "synth"}
 
@@ -18,7 +19,7 @@ def output(target: Path, source: Path | None = None, *, overwrite: bool = False)
 def make(target: Path, marker: str = "new", *, overwrite: bool = False) -> None:
     """Make a directory that counts as a model and says who wrote it."""
     with output(target, overwrite=overwrite) as made:
-        (made.path / "model.safetensors").write_text("")
+        ShardedWriter(made.path, "model", []).close()
         (made.path / "config.json").write_text(marker)
         made.finish({})
 

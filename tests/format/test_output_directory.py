@@ -42,7 +42,7 @@ def test_nothing_is_open_to_others_and_weights_are_read_only(tmp_path):
         for name in ("w.safetensors", "config.json", "merges.txt", "additional_chat_templates/tools.jinja"):
             (made.path / name).touch()
             (made.path / name).chmod(0o666)
-        made.finish({})
+        made.finish({"w.safetensors": 0})
     out = tmp_path / "out"
     assert {str(path.relative_to(tmp_path)): mode(path) for path in [out, *out.rglob("*")]} == {
         "out": 0o750,

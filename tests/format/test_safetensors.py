@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError, OutputError
-from eightfold.format.safetensors import (
-    FileWriter,
-    MappedFile,
-    PlannedTensor,
-    joined_checksum,
-    numpy_dtype,
-    read_header,
-)
+from eightfold.errors import CheckpointError
+from eightfold.format.safetensors import MappedFile, numpy_dtype, read_header
+from eightfold.format.shards import PlannedTensor, ShardedWriter
 
 TORCH = {
     DType.F32: torch.float32,
@@ -59,7 +51,7 @@ def random_array(dtype: DType, shape: tuple[int, ...], seed: int = 0) -> np.ndar
 
 def write(path: Path, arrays: dict[str, tuple[DType, np.ndarray]], order: list[str] | None = None) -> None:
     plan = [PlannedTensor(name, dtype, array.shape) for name, (dtype, array) in arrays.items()]
-    writer = FileWriter(path, plan)
+    writer = ShardedWriter(path.parent, path.stem, plan)
     for name in order or list(arrays):
         writer.write(name, arrays[name][1])
     writer.close()
@@ -154,7 +146,7 @@ def test_the_header_has_no_metadata_unless_given(tmp_path):
 
 
 def test_metadata_reaches_the_library_and_is_no_tensor_to_the_reader(tmp_path):
-    FileWriter(tmp_path / "f.safetensors", [], {"format": "pt"}).close()
+    ShardedWriter(tmp_path, "f", [], metadata={"format": "pt"}).close()
     with safe_open(str(tmp_path / "f.safetensors"), "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert read_header(tmp_path / "f.safetensors") == {}
@@ -228,40 +220,10 @@ def test_release_lets_go_of_the_tensor_and_of_no_byte_of_its_neighbours(tmp_path
     assert (file.array(infos["b"]) != 7).sum() > mmap.PAGESIZE // 2
 
 
-def test_a_write_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):
-    whole = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:7], at))
-    array = random_array(DType.F32, (5, 5))
-    write(tmp_path / "f.safetensors", {"w": (DType.F32, array)})
-    assert read(tmp_path / "f.safetensors") == {"w": ("F32", (5, 5), array.tobytes())}
-
-
 def test_a_transposed_array_is_written_in_its_own_order(tmp_path):
     array = random_array(DType.I32, (3, 4)).T
     write(tmp_path / "f.safetensors", {"w": (DType.I32, array)})
     assert load_file(str(tmp_path / "f.safetensors"))["w"].tolist() == array.tolist()
-
-
-def test_an_existing_file_is_never_written_over(tmp_path):
-    (tmp_path / "f.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError):
-        FileWriter(tmp_path / "f.safetensors", [])
-    assert (tmp_path / "f.safetensors").read_text() == "mine"
-
-
-def test_a_planned_tensor_that_was_never_written_is_caught_at_the_end(tmp_path):
-    writer = FileWriter(tmp_path / "f.safetensors", [PlannedTensor("w", DType.I8, (2,))])
-    with pytest.raises(AssertionError, match=r"never written: \['w'\]"):
-        writer.close()
-    writer.abandon()
-
-
-@pytest.mark.parametrize("array", [np.zeros(3, np.int8), np.zeros(2, np.int32)])
-def test_an_array_that_is_not_as_planned_is_caught(tmp_path, array):
-    writer = FileWriter(tmp_path / "f.safetensors", [PlannedTensor("w", DType.I8, (2,))])
-    with pytest.raises(AssertionError, match="w"):
-        writer.write("w", array)
-    writer.abandon()
 
 
 def test_tensors_come_in_the_order_of_the_header(tmp_path):
@@ -271,60 +233,3 @@ def test_tensors_come_in_the_order_of_the_header(tmp_path):
     infos = read_header(tmp_path / "f.safetensors")
     assert list(infos) == ["z", "a"]
     assert [info.begin - 8 - len(blob) for info in infos.values()] == [1, 0]
-
-
-# --- going on with a file
-
-
-PLAN = [PlannedTensor("w", DType.I8, (64,)), PlannedTensor("b", DType.F32, (3,)), PlannedTensor("e", DType.I8, (0,))]
-ARRAYS: dict[str, np.ndarray] = {
-    "w": np.arange(64, dtype=np.int8),
-    "b": np.array([1, 2, 3], np.float32),
-    "e": np.zeros(0, np.int8),
-}
-
-
-def test_a_file_goes_on_where_another_writer_stopped(tmp_path):
-    path, whole = tmp_path / "f.safetensors", tmp_path / "whole.safetensors"
-    one = FileWriter(whole, PLAN)
-    for name, array in ARRAYS.items():
-        one.write(name, array)
-    one.close()
-    first = FileWriter(path, PLAN)
-    first.write("w", ARRAYS["w"])
-    first.sync()
-    first.abandon()
-    second = FileWriter(path, PLAN, resume=True)
-    assert second.take_over("w") == first.checksums["w"] == zlib.crc32(ARRAYS["w"])  # type: ignore[arg-type]
-    second.write("b", ARRAYS["b"])
-    second.write("e", ARRAYS["e"])
-    second.close()
-    assert path.read_bytes() == whole.read_bytes()
-    assert one.checksum() == second.checksum() == zlib.crc32(whole.read_bytes())
-
-
-def test_pieces_of_a_tensor_have_the_checksum_of_the_whole(tmp_path):
-    writer = FileWriter(tmp_path / "f.safetensors", PLAN)
-    for at in range(0, 64, 7):
-        writer.append("w", ARRAYS["w"][at : at + 7])
-    assert writer.checksums["w"] == zlib.crc32(ARRAYS["w"])  # type: ignore[arg-type]
-    writer.abandon()
-
-
-@pytest.mark.parametrize(
-    ("left", "got"), [(None, "no such file"), (b"", "another header"), (b"x" * 999, "another header")]
-)
-def test_a_file_of_another_plan_is_not_gone_on_with(tmp_path, left, got):
-    path = tmp_path / "f.safetensors"
-    if left is not None:
-        path.write_bytes(left)
-    with pytest.raises(OutputError) as error:
-        FileWriter(path, PLAN, resume=True)
-    assert str(error.value) == (f"weights to go on with in {path}: got {got}, expected what an earlier run has begun")
-
-
-@pytest.mark.parametrize("sizes", [(0, 0), (1, 0), (0, 1), (5, 3), (1000, 123_457)])
-def test_checksums_of_two_runs_of_bytes_join(sizes):
-    first, second = (bytes(range(256)) * (size // 256 + 1) for size in sizes)
-    first, second = first[: sizes[0]], second[: sizes[1]]
-    assert joined_checksum(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map
+from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map, write_json
 from tests.conftest import HEAD_DIM_NOTE, tiny_config, write_model
 
 CARRIED = (
@@ -206,3 +206,17 @@ def test_reports_of_equal_models_in_different_places_are_equal(cli, tmp_path):
         reports.append((tmp_path / place / "out" / "eightfold_report.json").read_bytes())
     assert reports[0] == reports[1]
     assert b"gone.py" in reports[0]
+
+
+# --- JSON
+
+
+def test_json_is_indented_unescaped_and_ends_with_a_newline(tmp_path):
+    write_json(tmp_path / "f.json", {"a": ["é"]})
+    assert (tmp_path / "f.json").read_text(encoding="utf-8") == '{\n    "a": [\n        "é"\n    ]\n}\n'
+
+
+def test_half_a_surrogate_pair_survives_as_an_escape(tmp_path):
+    write_json(tmp_path / "f.json", {"a": "\ud800"})
+    assert (tmp_path / "f.json").read_bytes() == b'{\n    "a": "\\ud800"\n}\n'
+    assert json.loads((tmp_path / "f.json").read_bytes()) == {"a": "\ud800"}

@@ -15,7 +15,7 @@ from eightfold.config import DType, parse_config
 from eightfold.errors import ConfigError, OutputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import JOURNAL_NAME
-from eightfold.format.writer import ShardedWriter
+from eightfold.format.shards import ShardedWriter
 from eightfold.model.reference.decoder import apply_block_
 from eightfold.model.reference.load import Decoder
 from eightfold.synth import checkpoint as synth_checkpoint

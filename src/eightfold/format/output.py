@@ -12,7 +12,6 @@ that finds itself between the two undoes the first.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,9 +19,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from eightfold.errors import CapacityError, EightfoldError, OutputError, PeerError, remember_kept, shortlist
+from eightfold.errors import (
+    CapacityError,
+    CheckpointError,
+    EightfoldError,
+    OutputError,
+    PeerError,
+    remember_kept,
+    shortlist,
+)
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import (
     JOURNAL_NAME,
@@ -34,7 +40,7 @@ from eightfold.format.journal import (
     progress_text,
     read_entries,
 )
-from eightfold.format.safetensors import checksum_of
+from eightfold.format.safetensors import checksum_of_file
 from eightfold.format.sidecars import carried_over
 from eightfold.progress import Progress, silent
 
@@ -269,7 +275,7 @@ class Output:
         """Close the journal and make the directory the target.
 
         Args:
-            checksums: CRC-32 of files, by name, for which it is known; of the others it is computed.
+            checksums: checksum_of_file() of files, by name, for which it is known; of the others it is computed.
 
         Raises:
             OutputError: the target holds files of somebody else, or cannot be renamed; nothing was replaced.
@@ -464,22 +470,20 @@ def _seal(directory: Path, checksums: Mapping[str, int]) -> dict[str, list[int]]
     for name in sorted(_files_in(directory) - {JOURNAL_NAME}):
         path = directory / name
         path.chmod(WEIGHTS_MODE if path.suffix == ".safetensors" else JSON_MODE)
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            os.fsync(file)
-            size = os.fstat(file).st_size
-            checksum = checksums[name] if name in checksums else checksum_of(file, 0, size)
-        finally:
-            os.close(file)
-        sealed[name] = [size, checksum]
+        _sync(path)
+        sealed[name] = [path.stat().st_size, checksums[name] if name in checksums else checksum_of_file(path)]
     for folder in {directory, *((directory / name).parent for name in sealed)}:
         folder.chmod(DIRECTORY_MODE)
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        _sync(folder)
     return sealed
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _changed_files(directory: Path, sealed: Entry, progress: Progress) -> list[str]:
@@ -496,17 +500,6 @@ def _changed_files(directory: Path, sealed: Entry, progress: Progress) -> list[s
 
 def _is_as_sealed(path: Path, size: int, checksum: int) -> bool:
     try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError:
+        return path.stat().st_size == size and checksum_of_file(path) == checksum
+    except (OSError, CheckpointError):
         return False
-    try:
-        return os.fstat(file).st_size == size and checksum_of(file, 0, size) == checksum
-    finally:
-        os.close(file)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented as the reference tool does."""
-    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, stays the escape it was.
-    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")

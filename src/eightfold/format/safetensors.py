@@ -1,11 +1,11 @@
-"""The safetensors container: a validated header, memory-mapped reading, and writing at known offsets.
+"""The safetensors container: a validated header, memory-mapped reading, and checksums.
 
     u64 little-endian header length | JSON header, padded with spaces | tensor bytes without holes
 
 A file is not trusted: every name, dtype, shape and offset is checked against the file's size before a byte of
 tensor data is touched. BF16 has no numpy type; such arrays are uint16 holding the bit patterns.
 
-Not here: which file holds which tensor (checkpoint.py), and what a tensor means (scheme.py).
+Not here: writing (shards.py), which file holds which tensor (checkpoint.py), and what a tensor means (scheme.py).
 
 Source: the format's own README (github.com/huggingface/safetensors).
 """
@@ -19,14 +19,13 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError, OutputError
-from eightfold.format.pagecache import WriteBehind, drop, whole_pages
+from eightfold.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,153 +225,7 @@ def _stored_dtype(name: str) -> np.dtype[Any]:
     return numpy_dtype(DType(name))
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor that is going to be written."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-# Bytes of a cache line, and of the widest vector.
-ALIGNMENT = 64
-
 _CHUNK_BYTES = 4 << 20  # what is read at a time where only a checksum is wanted
-
-
-class FileWriter:
-    """Writes one safetensors file whose tensors are known beforehand, in any order, each once.
-
-    Attributes:
-        path: the file.
-        checksums: CRC-32 of the bytes of every tensor that is written.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        plan: list[PlannedTensor],
-        metadata: Mapping[str, str] | None = None,
-        *,
-        resume: bool = False,
-    ) -> None:
-        """Make the file, or with `resume` go on with one that an earlier writer of the same plan has left.
-
-        Raises:
-            OutputError: the file to go on with is not there, or of another plan.
-            OSError: it cannot be written.
-        """
-        self.path = path
-        self.checksums: dict[str, int] = {}
-        self._pending: dict[str, tuple[PlannedTensor, int]] = {}
-        self._begun: dict[str, tuple[int, int]] = {}  # of a tensor that comes in pieces: bytes written, their CRC-32
-        self._is_dirty = True
-        header = self._lay_out(plan, metadata)
-        self._data_start, self._header_checksum = len(header), zlib.crc32(header)
-        self._sizes = {tensor.name: tensor.nbytes for tensor, _ in self._pending.values()}  # in the order of the file
-        flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        try:
-            self._file = os.open(path, flags, 0o600)
-        except FileNotFoundError:
-            raise self._not_the_one("no such file") from None
-        self._behind = WriteBehind(self._file)
-        try:
-            if resume and os.pread(self._file, len(header), 0) != header:
-                raise self._not_the_one("another header")
-            if not resume:
-                self._write_at(header, 0)
-        except BaseException:
-            self.abandon()
-            raise
-
-    def _lay_out(self, plan: list[PlannedTensor], metadata: Mapping[str, str] | None) -> bytes:
-        """Give every tensor its place; return the header."""
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        at = 0
-        # Whole cache lines first, then wide elements: weights start at a multiple of ALIGNMENT, which makes reading
-        # them from the mapped file faster, and all tensors at one of their element size.
-        for tensor in sorted(plan, key=lambda tensor: (tensor.nbytes % ALIGNMENT != 0, -tensor.dtype.itemsize)):
-            header[tensor.name] = {
-                "dtype": tensor.dtype.value,
-                "shape": list(tensor.shape),
-                "data_offsets": [at, at + tensor.nbytes],
-            }
-            self._pending[tensor.name] = (tensor, at)
-            at += tensor.nbytes
-        blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        blob += b" " * (-(8 + len(blob)) % ALIGNMENT)
-        return len(blob).to_bytes(8, "little") + blob
-
-    def _not_the_one(self, got: str) -> OutputError:
-        return OutputError("weights to go on with", where=self.path, got=got, expected="what an earlier run has begun")
-
-    def write(self, name: str, array: NDArray[Any]) -> None:
-        """Write one tensor; its dtype and shape must be the planned ones."""
-        tensor, _ = self._pending[name]
-        assert array.shape == tensor.shape, (name, array.shape, tensor.shape)
-        self.append(name, array)
-
-    def append(self, name: str, array: NDArray[Any]) -> None:
-        """Write the next elements of a tensor that comes in pieces, from its first element to its last."""
-        tensor, at = self._pending[name]
-        assert array.dtype == numpy_dtype(tensor.dtype), (name, array.dtype, tensor.dtype)
-        begun, checksum = self._begun.get(name, (0, 0))
-        assert begun + array.nbytes <= tensor.nbytes, (name, begun, array.nbytes, tensor.nbytes)
-        if array.nbytes:
-            import numpy as np
-
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            checksum = zlib.crc32(data, checksum)
-            self._write_at(data, self._data_start + at + begun)
-        self._begun[name] = begun + array.nbytes, checksum
-        if begun + array.nbytes == tensor.nbytes:
-            self.checksums[name] = checksum
-            del self._pending[name], self._begun[name]
-
-    def take_over(self, name: str) -> int:
-        """Leave a tensor as an earlier writer wrote it; return the CRC-32 of its bytes as they are in the file."""
-        tensor, at = self._pending.pop(name)
-        begin = self._data_start + at
-        self.checksums[name] = checksum_of(self._file, begin, begin + tensor.nbytes)
-        return self.checksums[name]
-
-    def checksum(self) -> int:
-        """Return the CRC-32 of the whole file, from those of its tensors, which must all be written."""
-        checksum = self._header_checksum
-        for name, nbytes in self._sizes.items():
-            checksum = joined_checksum(checksum, self.checksums[name], nbytes)
-        return checksum
-
-    def _write_at(self, data: bytes | memoryview, at: int) -> None:
-        self._is_dirty = True
-        begin = at
-        while data:
-            written = os.pwrite(self._file, data, at)
-            data, at = data[written:], at + written
-        self._behind.wrote(begin, at)
-
-    def sync(self) -> None:
-        """Return when what was written would survive a loss of power."""
-        if self._is_dirty:
-            os.fdatasync(self._file)
-            self._is_dirty = False
-
-    def close(self) -> None:
-        """Finish the file. Every planned tensor must have been written."""
-        assert not self._pending, f"never written: {list(self._pending)}"
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Close the file as it is; twice is allowed."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
 
 def checksum_of(file: int, begin: int, end: int) -> int:
@@ -387,28 +240,42 @@ def checksum_of(file: int, begin: int, end: int) -> int:
     return checksum
 
 
-def joined_checksum(first: int, second: int, second_nbytes: int) -> int:
-    """Return the CRC-32 of two runs of bytes, one after the other, from those of each.
+def checksum_of_parts(checksums: Iterable[int]) -> int:
+    """Return the CRC-32 of the CRC-32s of parts: parts that are known one by one need not be read again."""
+    return zlib.crc32(b"".join(checksum.to_bytes(4, "little") for checksum in checksums))
 
-    A CRC is a remainder of polynomials over two elements: what follows multiplies the first by x**8 for each byte.
+
+def checksum_of_file(path: Path) -> int:
+    """Return the CRC-32 of a file; of a safetensors file, that of the CRC-32s of its header and its tensors.
+
+    Raises:
+        CheckpointError: the header of a safetensors file lies.
+        OSError: it cannot be read.
     """
-    power, factor = _X8, _ONE
-    while second_nbytes:
-        if second_nbytes & 1:
-            factor = _times(power, factor)
-        power, second_nbytes = _times(power, power), second_nbytes >> 1
-    return _times(factor, first) ^ second
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size
+        if path.suffix != ".safetensors":
+            return checksum_of(file, 0, size)
+        infos = sorted(read_header(path).values(), key=lambda info: (info.begin, info.end))
+        header = checksum_of(file, 0, infos[0].begin if infos else size)
+        return checksum_of_parts([header, *(checksum_of(file, info.begin, info.end) for info in infos)])
+    finally:
+        os.close(file)
 
 
-# CRC-32 writes polynomials with the lowest power in the highest bit.
-_CRC_POLYNOMIAL, _ONE, _X8 = 0xEDB88320, 1 << 31, 1 << 23
+def whole_pages(begin: int, end: int) -> tuple[int, int]:
+    """Return the begin and the length of the pages that lie wholly between two offsets."""
+    first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
+    return first * mmap.PAGESIZE, max(0, last - first) * mmap.PAGESIZE
 
 
-def _times(a: int, b: int) -> int:
-    """Return the product of two polynomials, modulo CRC-32's."""
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = b >> 1 ^ (_CRC_POLYNOMIAL if b & 1 else 0)
-    return product
+def drop(file: int, begin: int, end: int) -> None:
+    """Let the kernel forget what it holds of an open file, in whole pages; what is not on disk yet stays.
+
+    For files larger than memory that is of no use to anyone, and finding new pages was measured to take longer than the
+    disk does (docs/scale.md).
+    """
+    at, length = whole_pages(begin, end)
+    if length and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, at, length, os.POSIX_FADV_DONTNEED)

@@ -6,6 +6,7 @@ tokenizer's and those that config.json's `auto_map` names.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,3 +78,10 @@ def _module_files(target: Any) -> list[str]:
     # For tokenizers: the slow and the fast one, of which one may be null.
     names = [name for name in target if name is not None] if isinstance(target, list) else [target]
     return [f"{str(name).split('--')[-1].rpartition('.')[0]}.py" for name in names]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented as the reference tool does."""
+    # Half a surrogate pair, which JSON can hold and UTF-8 cannot, stays the escape it was.
+    text = json.dumps(content, indent=4, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -31,9 +31,9 @@ from eightfold.errors import CheckpointError, DependencyError, UnsupportedError,
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, family_of, layer_prefix
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
-from eightfold.format.output import Output, write_json
-from eightfold.format.safetensors import PlannedTensor
-from eightfold.format.writer import ShardedWriter, total_bytes
+from eightfold.format.output import Output
+from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.sidecars import write_json
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent

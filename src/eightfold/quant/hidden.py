@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eightfold.format.safetensors import checksum_of, joined_checksum
+from eightfold.format.safetensors import checksum_of, checksum_of_parts
 from eightfold.model.reference.decoder import Batch, Block, token_batches
 from eightfold.model.reference.load import Decoder
 from eightfold.parallel.ranks import Ranks, in_turn
@@ -128,7 +128,18 @@ class HiddenStates:
     def resume(self, layer_idx: int, checksum: int) -> bool:
         """Go on with what an earlier run has left; return whether rank 0 finds it intact."""
         self.layer_idx, self.checksum, self._held = layer_idx, checksum, {}
-        return not self._ranks.is_first or file_checksum(self._path(layer_idx)) == checksum
+        if not self._ranks.is_first:
+            return True
+        try:
+            file = os.open(self._path(layer_idx), os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            if os.fstat(file).st_size != self.nbytes:
+                return False
+            return checksum_of_parts(checksum_of(file, *self._span(batch)) for batch in self._batches) == checksum
+        finally:
+            os.close(file)
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +154,10 @@ class HiddenStates:
     def _path(self, layer_idx: int) -> Path:
         return self._folder / f"{self.name}-{layer_idx % GENERATIONS}.f32"
 
+    def _span(self, indices: Sequence[int]) -> tuple[int, int]:
+        """Return where in a file the bytes of consecutive samples begin and end."""
+        return 4 * self._width * self._begins[indices[0]], 4 * self._width * self._begins[indices[-1] + 1]
+
     def _sizes(self, batch: int) -> list[int]:
         return [self.lengths[index] for index in self._batches[batch]]
 
@@ -154,7 +169,7 @@ class HiddenStates:
         if self.layer_idx == 0:
             return self._decoder.embed([token for index in indices for token in self._samples[index]])
         path, count = self._path(self.layer_idx), self._width * sum(self._sizes(batch))
-        states = np.fromfile(path, np.float32, count, offset=4 * self._width * self._begins[indices[0]])
+        states = np.fromfile(path, np.float32, count, offset=self._span(indices)[0])
         return torch.from_numpy(states).reshape(-1, self._width).to(torch.get_default_device())
 
     def pieces(self) -> Iterator[tuple[list[int], Tensor]]:
@@ -197,7 +212,7 @@ class HiddenStates:
         states = block(self._states(batch), Batch.of(self._sizes(batch), self._decoder.inv_freq))
         if not self._spills:
             self._held[batch] = states
-        at = 4 * self._width * self._begins[self._batches[batch][0]]
+        at, _ = self._span(self._batches[batch])
         self._checksums.append(_write(file, states, at))
 
     def place(self) -> tuple[int, int]:
@@ -224,9 +239,7 @@ class HiddenStates:
         """Tell rank 0 what this rank has written of a generation, which is on the disk."""
         checksums = in_turn(self._ranks.gather(self._checksums))
         if self._ranks.is_first:
-            self.checksum = 0
-            for batch, checksum in enumerate(checksums):
-                self.checksum = joined_checksum(self.checksum, checksum, 4 * self._width * sum(self._sizes(batch)))
+            self.checksum = checksum_of_parts(checksums)
 
 
 def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
@@ -244,18 +257,6 @@ def sample_batches(lengths: Sequence[int]) -> list[list[int]]:
         for batch in batches.values()
         for part in token_batches([lengths[index] for index in batch], BATCH_TOKENS)
     ]
-
-
-def file_checksum(path: Path) -> int | None:
-    """Return the CRC-32 of a file; None when it is not there."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        return checksum_of(file, 0, os.fstat(file).st_size)
-    finally:
-        os.close(file)
 
 
 def _allocated(path: Path) -> int:

@@ -30,7 +30,7 @@ from eightfold import __version__
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import QUANTIZE
-from eightfold.format.safetensors import TensorInfo, checksum_of
+from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
 from eightfold.format.sidecars import list_sidecars, resolve_auto_map
 from eightfold.quant.outcome import samples_digest
 from eightfold.quant.recipe import Recipe
@@ -98,10 +98,7 @@ def _file_identity(checkpoint: Checkpoint, path: Path) -> list[int]:
         infos = [info for info in checkpoint.tensors.values() if info.file == path]
         if not infos or not _is_large(checkpoint):
             return [size, checksum_of(file, 0, size)]
-        checksum = 0
-        for begin, end in _sampled_spans(infos):
-            checksum = zlib.crc32(checksum_of(file, begin, end).to_bytes(4, "little"), checksum)
-        return [size, checksum]
+        return [size, checksum_of_parts(checksum_of(file, begin, end) for begin, end in _sampled_spans(infos))]
     finally:
         os.close(file)
 

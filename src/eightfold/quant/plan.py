@@ -20,7 +20,7 @@ from eightfold.families import (
     layer_prefix,
 )
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.safetensors import PlannedTensor
+from eightfold.format.shards import PlannedTensor
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import (
     FA_TENSORS,

@@ -28,12 +28,13 @@ from eightfold.errors import CheckpointError
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import Entry, Journal
+from eightfold.format.safetensors import checksum_of_file
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress
 from eightfold.quant.float_pass import FloatPass, LayerStatistics
-from eightfold.quant.hidden import BackgroundSync, HiddenStates, file_checksum
+from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputTensor
@@ -113,7 +114,10 @@ class Run:
         return all(stream.resume(*found[stream.name]) for stream in self._streams if stream.name in found)
 
     def _lost_statistics(self, entry: Entry) -> bool:
-        return bool(file_checksum(self._statistics_path(entry["layer"])) != entry["file"])
+        try:
+            return bool(checksum_of_file(self._statistics_path(entry["layer"])) != entry["file"])
+        except OSError:
+            return True
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
         """Write a step into the journal, when all that it made is safely on disk, whoever made it."""

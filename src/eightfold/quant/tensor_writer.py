@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.writer import ShardedWriter
+from eightfold.format.shards import ShardedWriter
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
 from eightfold.quant.plan import OutputTensor
 
@@ -36,7 +36,7 @@ class TensorWriter:
         if tensor.is_floating_point() and tensor.dtype != TORCH_DTYPES[dtype]:
             require_range(tensor, dtype, name, self._checkpoint.directory, "Store float32 (`save_float32`).")
         self._writer.write(name, to_array(tensor, dtype))
-        self.checksums[name] = self._writer.checksum(name)
+        self.checksums[name] = self._writer.checksums[name]
 
     def copy(self, name: str, source: str | None = None) -> None:
         """Write a float tensor as it is, or widened, piece by piece."""
@@ -57,7 +57,7 @@ class TensorWriter:
             if read - released >= _RELEASE_BYTES or at + len(piece) == len(rows):
                 self._checkpoint.release_part(source, released, read)
                 released = read
-        self.checksums[name] = self._writer.checksum(name)
+        self.checksums[name] = self._writer.checksums[name]
 
     def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
         """Write every planned tensor of a layer: as made, or as in the source."""

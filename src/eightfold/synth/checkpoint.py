@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
-from eightfold.format.output import Output, write_json
-from eightfold.format.safetensors import PlannedTensor
-from eightfold.format.writer import ShardedWriter, total_bytes
+from eightfold.format.output import Output
+from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.sidecars import write_json
 from eightfold.progress import Progress, silent
 from eightfold.synth.shapes import model_config
 from eightfold.synth.tensors import RandomModel, RandomTensor
