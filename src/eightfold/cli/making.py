@@ -25,7 +25,7 @@ class ImportGgufCommand:
     source: Path = argument("FILE.gguf", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. Only read.")
     target: Path = argument("FLOAT_DIR", "The directory to make.")
     dtype: str = setting("bf16", _DTYPE, "Type of the widened weights.")
-    overwrite: bool = setting(False, SWITCH, "Replace FLOAT_DIR if it is a model directory.")
+    overwrite: bool = setting(False, SWITCH, "Replace what import-gguf has written to FLOAT_DIR.")
 
     def execute(self) -> None:
         """Import the file."""
@@ -55,7 +55,7 @@ class SynthCommand:
     layers: int | None = setting(None, whole(1), "So many layers at full width. Default: all of them.")
     seed: int = setting(0, whole(0), "The same seed gives the same bytes.")
     dtype: str = setting("bf16", _DTYPE, "Type of the weights.")
-    overwrite: bool = setting(False, SWITCH, "Replace DIR if it is a model directory.")
+    overwrite: bool = setting(False, SWITCH, "Replace what synth has written to DIR.")
 
     def execute(self) -> None:
         """Make the model."""

@@ -1,9 +1,9 @@
-"""The way in which a directory is made: it grows in a hidden sibling, and is renamed once, when it is whole.
+"""Every directory is made in one way: it grows in a hidden sibling and is renamed once, when it is whole.
 
-    DIR/OUT             absent, empty, or an earlier output that --overwrite replaces; as it was until the end
-    DIR/.OUT.partial    grows; its journal (journal.py) is locked by the process that writes it
-        eightfold_journal.jsonl     what is being made, what is finished, and at last every file with its checksum
-        .eightfold-work/            what only a run at work needs
+    DIR/OUT             absent, empty, or an earlier output that --overwrite replaces; untouched until the end
+    DIR/.OUT.partial    grows
+        eightfold_journal.jsonl     what is made, what is finished, at last every file with its checksum; it is locked
+        .eightfold-work/            what only a running command needs
 
 A killed run leaves the sibling, and the same command goes on in it. Replacing takes two renames: OUT goes into the
 work folder of its successor, as `old`, and the successor becomes OUT; then `old` is removed with the work folder. A run
@@ -146,13 +146,15 @@ class Output:
         sealed = closing_line(entries)
         if sealed is None:
             return False
-        if self._explain is None and not self.overwrite:
+        if self._explain is None:
+            if self.overwrite:
+                return False
             raise _not_empty(self.target)
         if differences := self._differences(entries[0]):
             if self.overwrite:
                 return False
             raise self._other_command(differences, "a model made")
-        changed = _changed_files(self.target, sealed, self._progress) if self._explain else ["all"]
+        changed = _changed_files(self.target, sealed, self._progress)
         if changed and not self.overwrite:
             raise OutputError(
                 f"output directory {self.target}",
@@ -160,9 +162,9 @@ class Output:
                 expected="them as they were",
                 action="Choose another directory, or make it anew with `overwrite`.",
             )
-        if not changed:
-            shutil.rmtree(self.target / WORK_NAME, ignore_errors=True)  # a run was killed when all was in its place
         self.is_complete = not changed
+        if self.is_complete:
+            shutil.rmtree(self.target / WORK_NAME, ignore_errors=True)  # a run was killed when all was in its place
         return self.is_complete
 
     def _differences(self, old: Entry) -> list[str]:
@@ -207,7 +209,7 @@ class Output:
         old = self._old
         if not old.exists():
             return False
-        if any_content(self.target):
+        if has_content(self.target):
             raise OutputError(
                 f"output directory {self.target}",
                 got=f"a directory, and the one that was there before in {old}",
@@ -289,7 +291,7 @@ class Output:
         self._require_replaceable()
         self._empty_work()
         try:
-            if any_content(self.target):
+            if has_content(self.target):
                 self.work.mkdir(mode=0o700, exist_ok=True)
                 self.target.rename(self._old)
             else:
@@ -311,7 +313,7 @@ class Output:
 
     def _require_replaceable(self) -> None:
         """Look at the target once more: time has passed."""
-        if any_content(self.target) and not self.overwrite:
+        if has_content(self.target) and not self.overwrite:
             raise OutputError(
                 f"output directory {self.target}",
                 got="files that another process put there meanwhile",
@@ -377,7 +379,7 @@ def check_target(target: Path, command: str, *, source: Path | None, overwrite: 
             expected="a directory",
             action=f"Choose a directory inside it, such as {target / 'model'}.",
         )
-    if not any_content(target) or (not overwrite and closing_line(read_entries(target) or []) is not None):
+    if not has_content(target) or (not overwrite and closing_line(read_entries(target) or []) is not None):
         return target
     if not overwrite:
         raise _not_empty(target)
@@ -414,7 +416,7 @@ def _not_empty(target: Path) -> OutputError:
     )
 
 
-def any_content(directory: Path) -> bool:
+def has_content(directory: Path) -> bool:
     """Whether there is a directory that is not empty."""
     return directory.is_dir() and any(directory.iterdir())
 
@@ -428,16 +430,15 @@ def _is_mount_point(path: Path) -> bool:
     try:
         return _mount_of(path) != _mount_of(path.parent)
     except OSError:
-        return False  # no such list on this system
+        return False  # a system that does not tell
 
 
-def _mount_of(path: Path) -> str:
+def _mount_of(path: Path) -> list[str]:
     file = os.open(path, os.O_RDONLY)
     try:
-        found = re.search(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{file}").read_text())
+        return re.findall(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{file}").read_text())
     finally:
         os.close(file)
-    return found[1] if found else ""
 
 
 def _files_in(directory: Path) -> set[str]:
@@ -490,16 +491,14 @@ def _changed_files(directory: Path, sealed: Entry, progress: Progress) -> list[s
     """Return the files of a complete directory that are not what its closing line says. Other files are ignored."""
     changed = []
     with progress("verify", len(sealed), "file") as task:
-        for name, (size, checksum) in sealed.items():
+        for name, expected in sealed.items():
             task.at(name)
-            if not _is_as_sealed(directory / name, size, checksum):
+            path = directory / name
+            try:
+                found = [path.stat().st_size, checksum_of_file(path)]
+            except (OSError, CheckpointError):
+                found = []
+            if found != expected:
                 changed.append(name)
             task.advance()
     return changed
-
-
-def _is_as_sealed(path: Path, size: int, checksum: int) -> bool:
-    try:
-        return path.stat().st_size == size and checksum_of_file(path) == checksum
-    except (OSError, CheckpointError):
-        return False

@@ -115,7 +115,7 @@ def import_gguf(
         source: the file. Only read.
         target: the directory to make; it appears when everything is written.
         dtype: BF16 or F16; values are widened to float32 first and rounded once.
-        overwrite: replace an existing model directory.
+        overwrite: replace what import-gguf has written at `target` before.
         progress: who is told.
 
     Returns:

@@ -63,7 +63,7 @@ def synthesize(
         seed: not negative. The same seed gives the same bytes, whatever the number of threads.
         dtype: BF16 or F16.
         threads: how many compute values.
-        overwrite: replace an existing model directory at `target`.
+        overwrite: replace what synth has written at `target` before.
         progress: who is told.
 
     Raises:
