@@ -157,15 +157,12 @@ def test_draws_with_exact_sums_of_any_row(values, top_k, top_p, min_p, u, seed):
 @each("size", [50, 3000])
 def test_draws_with_rounded_sums(cuts, temperature, size):
     oracle = Oracle(temperature=temperature, **{**cuts, "top_k": min(cuts.get("top_k", 0), size)})
-    exactly = 0
-    for seed in range(3):
-        logits, uniforms = normal(size, seed), uniforms_of(seed, 30)
-        found = choose_rows([chooser(oracle, size)] * 30, logits[None], uniforms, rows=[0] * 30)
-        for u, token in zip(uniforms, found, strict=True):
-            assert oracle.may_choose(logits, u, token)
-            exactly += token == oracle.choose(logits, u)
+    logits, uniforms = normal(size, size), uniforms_of(size, 30)
+    found = choose_rows([chooser(oracle, size)] * 30, logits[None], uniforms, rows=[0] * 30)
+    assert all(oracle.may_choose(logits, u, token) for u, token in zip(uniforms, found, strict=True))
+    exactly = sum(token == oracle.choose(logits, u) for u, token in zip(uniforms, found, strict=True))
     # A number within SLACK of an edge between tokens may go either way, and two of the 30 are at the ends of [0, 1).
-    assert exactly >= 3 * (30 - 3)
+    assert exactly >= 30 - 3
 
 
 @each("size", [40, 1500])
