@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,8 +276,8 @@ def test_the_benchmark_tries_two_tokens_first(model, tmp_path, monkeypatch):
     assert asked == [2, 5]
 
 
-def sizes(**changes: int) -> Sizes:
-    usual = {
+def sizes(**changes: Any) -> Sizes:
+    usual: dict[str, Any] = {
         "max_batch_size": 3, "max_prefill_batch_size": 3, "max_prefill_tokens": 800, "max_new_tokens": 8,
         "num_blocks": 18, "block_size": 128,
     }  # fmt: skip
@@ -362,7 +363,7 @@ def test_as_many_blocks_as_the_original_and_not_one_more(model):
     runner = run_pa.PARunner(str(model), max_batch_size=2, max_input_length=300, max_position_embeddings=512)
     assert runner.num_blocks == 6
     runner.warm_up()
-    blocks = runner.generate.__self__.engine.blocks
+    blocks = runner.generate.__self__.engine.blocks  # type: ignore[attr-defined]
     assert blocks.total == blocks.available == 6
 
 
