@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from eightfold.quant.arithmetic import float_facts
 
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.journal import layers_done, partial_path, read_entries
@@ -24,6 +23,7 @@ from eightfold.parallel.ranks import ADVICE, Ranks
 from eightfold.parallel.world import require_alike
 from eightfold.quant import hidden
 from eightfold.quant.hidden import sample_batches
+from eightfold.quant.identity import float_facts
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.quant.killing import killed_after
 from tests.quant.ranks import RECIPES, quantize
@@ -225,7 +225,7 @@ def test_arithmetic_is_compared():
     """The instruction set by its name, and what libraries make of it by results."""
     before = float_facts()
     assert float_facts() == before
-    script = "from eightfold.quant.arithmetic import float_facts; print(float_facts()['instruction set'])"
+    script = "from eightfold.quant.identity import float_facts; print(float_facts()['instruction set'])"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() not in ("", before["instruction set"]), done.stderr
