@@ -135,7 +135,11 @@ def test_a_part_size_without_end_is_refused(cli, float_model, size):
 
 
 PLAN = [PlannedTensor("w", DType.I8, (64,)), PlannedTensor("b", DType.F32, (3,)), PlannedTensor("e", DType.I8, (0,))]
-ARRAYS = {"w": np.arange(64, dtype=np.int8), "b": np.array([1, 2, 3], np.float32), "e": np.zeros(0, np.int8)}
+ARRAYS: dict[str, np.ndarray] = {
+    "w": np.arange(64, dtype=np.int8),
+    "b": np.array([1, 2, 3], np.float32),
+    "e": np.zeros(0, np.int8),
+}
 
 
 @pytest.mark.parametrize("part_bytes", [None, 20])
@@ -156,7 +160,7 @@ def test_files_go_on_where_another_writer_stopped(tmp_path, monkeypatch, part_by
         first.append("w", ARRAYS["w"][at : at + 10])
     first.sync()
     first.abandon()
-    assert first.checksums == {"w": zlib.crc32(ARRAYS["w"])}
+    assert first.checksums == {"w": zlib.crc32(ARRAYS["w"])}  # type: ignore[arg-type]
     second = ShardedWriter(tmp_path / "out", "f", PLAN, part_bytes=part_bytes, resume=True)
     assert second.take_over("w") == first.checksums["w"]
     second.write("b", ARRAYS["b"])
