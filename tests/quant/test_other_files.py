@@ -13,7 +13,8 @@ import pytest
 from eightfold.errors import OutputError
 from eightfold.format.journal import JOURNAL_NAME, Journal
 from eightfold.format.output import Output
-from eightfold.quant.pipeline import _Job, quantize_checkpoint
+from eightfold.quant import pipeline
+from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from eightfold.synth.checkpoint import synthesize
@@ -165,14 +166,14 @@ def test_overwrite_refuses_to_remove_what_it_has_not_written(tmp_path, source, m
 
 
 def test_a_file_that_comes_while_the_successor_is_made_is_not_lost(tmp_path, source, made, monkeypatch):
-    old, write = snapshot(made), _Job._write_companions
+    old, write = snapshot(made), pipeline._write_companions
 
     def meanwhile(*args):
         put(made, "README.md")
         write(*args)
 
     with monkeypatch.context() as patched, pytest.raises(OutputError) as error:
-        patched.setattr(_Job, "_write_companions", meanwhile)
+        patched.setattr(pipeline, "_write_companions", meanwhile)
         quantize(source, made, QuantType.W8A8_DYNAMIC, overwrite=True)
     assert "did not write (README.md)" in str(error.value)
     assert snapshot(made) == {

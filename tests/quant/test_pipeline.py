@@ -14,7 +14,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.plan import Plan
+from eightfold.quant.plan import OutputPlan
 from eightfold.quant.recipe import Recipe, assign_types
 from eightfold.scheme import SCHEMES, QuantType
 from tests.conftest import tiny_config, token_samples, write_model
@@ -250,7 +250,7 @@ def test_norm_kept_in_float32_stays_float32(tmp_path):
 def test_plan_is_in_module_order(float_model):
     checkpoint = Checkpoint.open(float_model)
     recipe = Recipe(QuantType.W8A8)
-    names = list(Plan(checkpoint, recipe, assign_types(checkpoint.config, recipe), ()).tensors)
+    names = list(OutputPlan(checkpoint, recipe, assign_types(checkpoint.config, recipe), ()).tensors)
     assert names[0] == "model.embed_tokens.weight"
     assert names[1:8] == [
         f"model.layers.0.self_attn.q_proj.{suffix}"

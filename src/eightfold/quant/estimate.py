@@ -29,7 +29,7 @@ from eightfold.progress import Progress, SilentTask, Task, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.plan import Plan
+from eightfold.quant.plan import OutputPlan
 from eightfold.quant.recipe import Recipe, assign_types, attention_modules, fa_layers
 from eightfold.scheme import weight_name
 
@@ -305,7 +305,7 @@ def _phases(
     """Return the phases but for the start, and the bytes of the output's tensors."""
     config, tokens, times = checkpoint.config, sum(map(len, samples)), trials.more
     layers = config.num_layers
-    planned = Plan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
+    planned = OutputPlan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
     sizes = {tensor.planned.name: tensor.planned.nbytes for tensor in planned}
     read = sum(checkpoint.tensors[name].nbytes for name in checkpoint.layer_tensors(layer_prefix(0)))
     embedding = weight_name(EMBEDDING)

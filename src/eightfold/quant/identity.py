@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from eightfold import __version__
+from eightfold.errors import OutputError, shortlist
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
 from eightfold.format.journal import FORMAT, Entry
-from eightfold.format.output import QUANTIZE
+from eightfold.format.output import QUANTIZE, Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
-from eightfold.format.sidecars import list_sidecars, resolve_auto_map
+from eightfold.format.sidecars import list_sidecars, resolve_auto_map, write_json
 from eightfold.quant.outcome import samples_digest
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.recipe_file import recipe_content
@@ -39,6 +40,8 @@ from eightfold.quant.recipe_file import recipe_content
 WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
 _SAMPLE_BYTES = 4096  # of each of these many places of a tensor
 _PLACES = 4
+
+_TIMES_NAME = "times.json"
 
 # (T, K, N): one row, as many as divide evenly and as do not, and sums long enough to be cut into blocks.
 _SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 14336, 32))
@@ -117,6 +120,33 @@ def file_times(checkpoint: Checkpoint) -> dict[str, int]:
         return {}
     files = {info.file for info in checkpoint.tensors.values()}
     return {_name_of(checkpoint, path): path.stat().st_mtime_ns for path in files}
+
+
+def keep_times(checkpoint: Checkpoint, output: Output) -> None:
+    """Note for a new start of this run when the weight files were last changed."""
+    write_json(output.work / _TIMES_NAME, file_times(checkpoint))
+
+
+def require_same_times(checkpoint: Checkpoint, output: Output) -> None:
+    """Refuse a large weight file that has changed since the run began, or begin anew where that is wished.
+
+    Raises:
+        OutputError: one has changed.
+    """
+    try:
+        before = json.loads((output.work / _TIMES_NAME).read_text())
+    except (OSError, ValueError):
+        return  # removed at the end: nothing more is read of the source's weights
+    changed = [name for name, time in file_times(checkpoint).items() if before.get(name) != time]
+    if changed and not output.overwrite:
+        raise OutputError(
+            f"output directory {output.target}",
+            got=f"a model begun otherwise (source: {shortlist(changed, 3)} changed since)",
+            expected="the same recipe and source",
+            action="Choose another directory, or start over with `overwrite`.",
+        )
+    if changed:
+        output.restart()
 
 
 def differences(old: Entry, new: Entry) -> list[str]:

@@ -9,7 +9,6 @@ A run that is killed has lost the layer it was in: started again, it goes on wit
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,15 +31,13 @@ from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
-from eightfold.quant.identity import differences, file_times, float_facts, identity
+from eightfold.quant.identity import differences, float_facts, identity, keep_times, require_same_times
 from eightfold.quant.outcome import Outcome, notes_for
-from eightfold.quant.plan import OutputTensor, Plan
+from eightfold.quant.plan import OutputPlan
 from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level
 from eightfold.quant.run import Notes, Run
 from eightfold.quant.tensor_writer import TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
-
-_TIMES_NAME = "times.json"
 
 
 def quantize_checkpoint(
@@ -155,7 +152,7 @@ class _Job:
         if output.is_complete:
             return self._leave_complete()
         if output.journal.steps:
-            self._require_same_times(output)
+            require_same_times(self.checkpoint, output)
         try:
             outcome = self._begin(output)
         except _Damaged as damage:
@@ -173,7 +170,7 @@ class _Job:
 
     def _begin(self, output: Output) -> Outcome:
         if not output.journal.steps:
-            write_json(output.work / _TIMES_NAME, file_times(self.checkpoint))
+            keep_times(self.checkpoint, output)
         if self.ranks.size > 1:
             token = f"token-{secrets.token_hex(8)}"  # in the work folder, so it goes with it
             (output.work / token).touch()
@@ -183,7 +180,7 @@ class _Job:
         with BackgroundSync() as sync:
             run = self._run(outcome, output.work, output.journal, sync)
             plan, checksums = self._take_steps(run, output)
-        self._write_companions(output, plan, outcome)
+        _write_companions(self.checkpoint, plan, outcome, output.path)
         output.finish(checksums)
         return outcome
 
@@ -244,10 +241,10 @@ class _Job:
             ranks=self.ranks,
         )
 
-    def _plan(self, run: Run) -> dict[str, OutputTensor]:
-        return Plan(self.checkpoint, self.recipe, run.outcome.types, run.fa_layers, self.legacy_names).tensors
+    def _plan(self, run: Run) -> OutputPlan:
+        return OutputPlan(self.checkpoint, self.recipe, run.outcome.types, run.fa_layers, self.legacy_names)
 
-    def _take_steps(self, run: Run, output: Output) -> tuple[dict[str, OutputTensor], dict[str, int]]:
+    def _take_steps(self, run: Run, output: Output) -> tuple[OutputPlan, dict[str, int]]:
         """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
         if not run.resume():
             raise _Damaged("hidden states")
@@ -256,11 +253,11 @@ class _Job:
             output.require_space(run.spilled_bytes)
             run.compare_layers()
         plan = self._plan(run)
-        planned = [tensor.planned for tensor in plan.values()]
+        planned = [tensor.planned for tensor in plan.tensors.values()]
         run.outcome.tensors, run.outcome.nbytes = len(planned), total_bytes(planned)
         files = self._writer(output, planned)
         try:
-            writer = TensorWriter(self.checkpoint, plan, files)
+            writer = TensorWriter(self.checkpoint, plan.tensors, files)
             written = self._take_over(output.journal.entries, writer)
             self.ranks.share("")
             output.require_space(total_bytes(t for t in planned if t.name not in written) + run.spilled_bytes)
@@ -305,44 +302,23 @@ class _Job:
                 task.advance()
         return {name for entry in steps for name in entry["tensors"]}
 
-    def _require_same_times(self, output: Output) -> None:
-        """Refuse a large weight file that has changed since the run began.
 
-        Raises:
-            OutputError: one has.
-        """
-        try:
-            before = json.loads((output.work / _TIMES_NAME).read_text())
-        except (OSError, ValueError):
-            return  # removed at the end: nothing more is read of the source's weights
-        now = file_times(self.checkpoint)
-        changed = [name for name, time in now.items() if before.get(name) != time]
-        if changed and not output.overwrite:
-            raise OutputError(
-                f"output directory {output.target}",
-                got=f"a model begun otherwise (source: {shortlist(changed, 3)} changed since)",
-                expected="the same recipe and source",
-                action="Choose another directory, or start over with `overwrite`.",
-            )
-        if changed:
-            output.restart()
-
-    def _write_companions(self, output: Output, plan: dict[str, OutputTensor], outcome: Outcome) -> None:
-        """Write the files that are carried over, the description, the report, and last config.json."""
-        checkpoint, recipe, directory = self.checkpoint, self.recipe, output.path
-        raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
-        if note:
-            outcome.notes.append(note)
-        copy_sidecars(checkpoint.directory, directory)
-        for module in modules:
-            (directory / module.name).write_bytes(module.read_bytes())
-        config: dict[str, Any] = both_dialects(raw, checkpoint.config, checkpoint.dtype)
-        if self.legacy_names:
-            config["quantize"] = recipe.scheme.value.lower()
-        if outcome.types[LM_HEAD] is not QuantType.FLOAT:
-            config["tie_word_embeddings"] = False
-        text = render_description(recipe.scheme, {name: tensor.tag for name, tensor in plan.items()})
-        for name in description_names(recipe.scheme, self.legacy_names):
-            (directory / name).write_text(text, encoding="utf-8")
-        write_json(directory / REPORT_NAME, outcome.report())
-        write_json(directory / CONFIG_NAME, config)
+def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome, directory: Path) -> None:
+    """Write the files that are carried over, the description, the report, and last config.json."""
+    scheme = plan.recipe.scheme
+    raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
+    if note:
+        outcome.notes.append(note)
+    copy_sidecars(checkpoint.directory, directory)
+    for module in modules:
+        (directory / module.name).write_bytes(module.read_bytes())
+    config: dict[str, Any] = both_dialects(raw, checkpoint.config, checkpoint.dtype)
+    if plan.legacy_names:
+        config["quantize"] = scheme.value.lower()
+    if outcome.types[LM_HEAD] is not QuantType.FLOAT:
+        config["tie_word_embeddings"] = False
+    text = render_description(scheme, {name: tensor.tag for name, tensor in plan.tensors.items()})
+    for name in description_names(scheme, plan.legacy_names):
+        (directory / name).write_text(text, encoding="utf-8")
+    write_json(directory / REPORT_NAME, outcome.report())
+    write_json(directory / CONFIG_NAME, config)

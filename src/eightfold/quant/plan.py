@@ -45,7 +45,7 @@ class OutputTensor:
 
 
 @dataclass
-class Plan:
+class OutputPlan:
     """All tensors of the output in the order of the file, which is the reference tool's."""
 
     checkpoint: Checkpoint

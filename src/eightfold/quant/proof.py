@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import UnsupportedError
-from eightfold.model.reference.decoder import Block
-from eightfold.model.reference.linear import float_linear, release_widened
+from eightfold.model.reference.linear import float_linear
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
-from eightfold.quant.hidden import HiddenStates
 
 # Moving a scale from one factor to another changes float32 results in their last bits: measured, 2e-6 of the largest
 # logit. What is wrong by a factor somewhere shows at 1e-2 and above.
@@ -20,19 +18,6 @@ MAX_RELATIVE_DIFFERENCE = 1e-3
 
 # Logits of so many positions and words are held at a time, and so many rows of the head.
 _TOKENS, _ROWS = 512, 4096
-
-
-class UnchangedProof:
-    """A sample on its way through the smoothed float model."""
-
-    def __init__(self, decoder: Decoder, hidden: HiddenStates) -> None:
-        """Start where the sample is, the only one of `hidden`."""
-        self._decoder, self.hidden = decoder, hidden
-
-    def advance(self, block: Block) -> None:
-        """Move the sample through the next layer."""
-        release_widened()  # smoothed weights are float32 and have memory of their own
-        self.hidden.advance(block)
 
 
 def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor) -> tuple[float, float]:

@@ -17,18 +17,18 @@ the journal when all have their hidden states safely on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eightfold.errors import CheckpointError
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import Entry, Journal
 from eightfold.format.safetensors import checksum_of_file
+from eightfold.model.reference.linear import release_widened
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite
 from eightfold.parallel.ranks import Ranks
@@ -37,8 +37,8 @@ from eightfold.quant.float_pass import FloatPass, LayerStatistics
 from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
-from eightfold.quant.plan import OutputTensor
-from eightfold.quant.proof import UnchangedProof, compare_logits
+from eightfold.quant.plan import OutputPlan
+from eightfold.quant.proof import compare_logits
 from eightfold.quant.recipe import Recipe, attention_back, roll_back
 from eightfold.quant.statistics import unshared
 from eightfold.quant.tensor_writer import TensorWriter
@@ -80,7 +80,7 @@ class Run:
         self._work, self._journal = work, journal
         self._ranks = ranks = ranks or Ranks()
         self._sync = sync
-        self._plan: Mapping[str, OutputTensor] = {}
+        self._plan: OutputPlan | None = None
         self._streams: list[HiddenStates] = []
 
         def stream(name: str, chosen: Sequence[Sequence[int]]) -> HiddenStates:
@@ -89,12 +89,10 @@ class Run:
             return found
 
         self.float_pass: FloatPass | None = None
-        self.proof: UnchangedProof | None = None
         if recipe.needs_float_pass:
             float_stream = stream("float", recipe.float_samples(samples))
             self.float_pass = FloatPass(self.decoder, recipe, float_stream, ranks)
-        if recipe.anti_outlier is not None:
-            self.proof = UnchangedProof(self.decoder, stream("smoothed", samples[:1]))
+        self.smoothed = stream("smoothed", samples[:1]) if recipe.anti_outlier is not None else None
         self.calibrated = stream("quantized", samples) if recipe.calibrates else None
 
     @property
@@ -198,7 +196,7 @@ class Run:
     # --- one layer after the other
 
     @torch.inference_mode()
-    def write_all(self, plan: Mapping[str, OutputTensor], writer: TensorWriter | None) -> None:
+    def write_all(self, plan: OutputPlan, writer: TensorWriter | None) -> None:
         """Write every tensor that is not written yet; without a writer, compute this rank's part of it."""
         self._plan = plan
         count = self.checkpoint.config.num_layers
@@ -222,15 +220,8 @@ class Run:
         """Copy the embedding, and a head that stays as it is."""
         self._require_tied_head()
         writer.copy(weight_name(EMBEDDING))
-        if self._copies_head:
-            self._copy_head(writer)
-
-    @property
-    def _copies_head(self) -> bool:
-        return self.outcome.types[LM_HEAD] is QuantType.FLOAT
-
-    def _copy_head(self, writer: TensorWriter) -> None:
-        writer.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
+        if self.outcome.types[LM_HEAD] is QuantType.FLOAT:
+            writer.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
 
     def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
@@ -242,9 +233,10 @@ class Run:
         if layer.attention is not None:
             for other in self._ranks.gather(layer.attention)[1:]:
                 layer.attention.merge(other)
-        if self.proof is not None:
-            self.proof.advance(layer.smoothed.block())
-            moved.append(self.proof.hidden)
+        if self.smoothed is not None:
+            release_widened()  # smoothed weights are float32 and have memory of their own
+            self.smoothed.advance(layer.smoothed.block())
+            moved.append(self.smoothed)
         tensors = None
         if writer is not None:
             writer.write_below(layer_prefix(layer_idx), layer.tensors())
@@ -280,7 +272,8 @@ class Run:
         return layer
 
     def _stored_dtype(self, name: str) -> torch.dtype:
-        return TORCH_DTYPES[self._plan[name].planned.dtype]
+        assert self._plan is not None
+        return TORCH_DTYPES[self._plan.tensors[name].planned.dtype]
 
     def _statistics(self, layer_idx: int) -> tuple[LayerStatistics, list[HiddenStates]]:
         """Return what is known of a layer, and the streams that had to move for it."""
@@ -303,27 +296,24 @@ class Run:
     def _finish_head(self, writer: TensorWriter) -> None:
         if not self._is_finished("head"):
             self._write_head(writer)
-            self._finish("head", tensors=writer.finished(), proof=self._finish_proof())
+            self._finish("head", tensors=writer.finished(), proof=self._prove())
         if self.outcome.smoothing is not None:
             proof = self._journal.steps["head"]["proof"]
             self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
 
     def _write_head(self, writer: TensorWriter) -> None:
-        made: dict[str, Tensor] = {}
-        if self.recipe.anti_outlier is not None:
-            made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain)
-        if not self._copies_head:
-            kind = self.outcome.types[LM_HEAD]
-            range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
-            made.update(head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, self.calibrated, range_param))
+        has_bias, kind = self.recipe.anti_outlier is not None, self.outcome.types[LM_HEAD]
+        made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain) if has_bias else {}
         writer.write_below(FINAL_NORM + ".", made)
-        if not self._copies_head:
+        if kind is not QuantType.FLOAT:
+            range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
+            made = head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, self.calibrated, range_param)
             writer.write_below(LM_HEAD + ".", made)
 
-    def _finish_proof(self) -> tuple[float, float] | None:
-        if self.proof is None or self.float_pass is None:
+    def _prove(self) -> tuple[float, float] | None:
+        if self.smoothed is None or self.float_pass is None:
             return None
-        return compare_logits(self.decoder, self.float_pass.hidden.first_sample(), self.proof.hidden.first_sample())
+        return compare_logits(self.decoder, self.float_pass.hidden.first_sample(), self.smoothed.first_sample())
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
