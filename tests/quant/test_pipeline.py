@@ -19,13 +19,15 @@ from eightfold.quant.recipe import Recipe, assign_types
 from eightfold.scheme import SCHEMES, QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYER = "model.layers.1"
 SAMPLES = token_samples()
 
 
 def quantized(tmp_path, config=None, scheme=QuantType.W8A8, name="out", **recipe):
     source = tmp_path / f"{name}-float"
-    write_model(source, config or tiny_config())
+    write_model(source, config or tiny_config(), tokenizer=False)
     options = {key: recipe.pop(key) for key in ("part_bytes", "legacy_names", "overwrite") if key in recipe}
     outcome = quantize_checkpoint(source, tmp_path / name, Recipe(scheme, **recipe), SAMPLES, **options)
     return Checkpoint.open(tmp_path / name), outcome
