@@ -225,7 +225,7 @@ def test_a_template_that_is_given_wins_over_the_models(directory):
 def test_a_model_without_a_template_is_a_base_model(directory, template):
     tokenizer = with_template(directory, template)
     assert not tokenizer.has_chat_template
-    with pytest.raises(CheckpointError, match=r"chat template in .*got none.*leave out --chat"):
+    with pytest.raises(CheckpointError, match=r"chat template in .*got none.*leave out `chat`"):
         render(tokenizer)
 
 
