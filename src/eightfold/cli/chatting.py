@@ -37,20 +37,20 @@ A message that begins with a slash: put a blank before it."""
 
 @dataclass(frozen=True, kw_only=True)
 class ChatCommand:
-    """Talk with a model; answers come as they are computed.
+    """Talk with a model; answers are shown as they are generated.
 
     Example: eightfold chat Llama-3.2-1B-w8a8 --system "Answer in one sentence."
 
-    /help shows the commands. Ctrl-C stops an answer; at the prompt, twice, it ends the chat, and so does Ctrl-D. The
-    turns before stay in the cache: only what is new is computed. When the conversation outgrows the context, the oldest
+    /help shows the commands. Ctrl-C stops an answer; Ctrl-C twice at the prompt, or Ctrl-D, ends the chat. Earlier
+    turns stay in the cache, so only new tokens are computed. When the conversation outgrows the context, the oldest
     turns are forgotten, and a note says so.
 
-    From a pipe each line is a turn, answers go to stdout and all else to stderr.
+    If the input is a pipe, each line is a turn; answers go to stdout and everything else to stderr.
     """
 
     model: Path = argument("DIR", generating.MODEL)
-    system: str | None = setting(None, TEXT, "What stands before the conversation.")
-    max_new_tokens: int = setting(1024, whole(1), "Stop an answer after so many tokens.")
+    system: str | None = setting(None, TEXT, "System prompt, before the conversation.")
+    max_new_tokens: int = setting(1024, whole(1), "Stop an answer after N tokens.")
     chat_template: Path | None = generating.chat_template()
     sampling: dict[str, Any] = generating.sampling(
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", temperature=0.7

@@ -40,7 +40,7 @@ def chat_template() -> Any:
 def backend() -> Any:
     """Return the field for what computes."""
     known = choice("auto", "native", "reference")
-    help = "What computes: native, reference (torch; slow), or the first that is there."
+    help = "Backend that computes: native, reference (torch, slow), or auto, which prefers native."
     return setting("auto", known, help, group=ENGINE)
 
 

@@ -22,11 +22,11 @@ _LOADERS = Kind((tuple,), "loaders", each=choice("mindie", "vllm-ascend", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand:
-    """Say what a model directory holds, and how this CPU would compute it. Reads no weights.
+    """Show what a model directory holds, and how this CPU would compute it. Reads no weights.
 
     Example: eightfold inspect Llama-3.2-1B-w8a8
 
-    EIGHTFOLD_ISA forces an instruction set, EIGHTFOLD_THREADS a number of threads.
+    EIGHTFOLD_ISA sets the instruction set, EIGHTFOLD_THREADS the number of threads.
     """
 
     model: Path = argument("DIR", "A quantized or float model directory.")
@@ -86,15 +86,15 @@ def _print_native(native: Native) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCommand:
-    """Say what MindIE or vllm-ascend would do with a model directory. Reads headers and small tensors only.
+    """Report what MindIE or vllm-ascend would do with a model directory. Reads headers and small tensors only.
 
     Example: eightfold check Llama-3.2-1B-w8a8 --for mindie
 
-    Exit code 1 if one of them refuses the directory or would compute something wrong.
+    The exit code is 1 if one of them refuses the directory or would compute something wrong.
     """
 
     model: Path = argument("DIR", "A model directory, quantized or float.")
-    loaders: tuple[str, ...] = setting(("all",), _LOADERS, "Whose rules to apply. Default: all.", flag="--for")
+    loaders: tuple[str, ...] = setting(("all",), _LOADERS, "Loader whose rules to apply. Default: all.", flag="--for")
     as_json: bool = as_json()
 
     def execute(self) -> int:
@@ -144,7 +144,7 @@ def _print_report(report: Report) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvCommand:
-    """Show versions, processor, instruction sets, threads and memory: what a bug report needs."""
+    """Show versions, processor, instruction sets, threads and memory, for a bug report."""
 
     as_json: bool = as_json()
 

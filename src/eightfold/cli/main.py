@@ -24,7 +24,7 @@ EXIT_USER = 2
 
 _NOTHING_LEFT = "nothing was left half-written."
 
-HEADER = "8-bit LLM checkpoints in the Ascend / MindIE format: make them, look into them, run them on a CPU."
+HEADER = "8-bit LLM checkpoints in the Ascend / MindIE format: make them, inspect them, run them on a CPU."
 START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello"
 
 # Command -> module of eightfold.cli and dataclass.
@@ -58,7 +58,10 @@ def command_type(name: str) -> Any:
 def program_help() -> str:
     """Return the help on all commands."""
     commands = [(name, (command_type(name).__doc__ or "").partition(".")[0] + ".") for name in COMMANDS]
-    own = [*OWN_OPTIONS.items(), (", ".join(options.HELP), "Show this, or behind a command its own help, and exit.")]
+    own = [
+        *OWN_OPTIONS.items(),
+        (", ".join(options.HELP), "Show this help, or after a command that command's help, and exit."),
+    ]
     usage = f"Usage: {PROGRAM} [OPTIONS] COMMAND ..."
     parts = [usage, HEADER, options.listing("Commands", commands), options.listing("Options", own), START]
     return "\n\n".join(options.filled(part) if part in (HEADER, START) else part for part in parts)

@@ -17,13 +17,13 @@ _DTYPE = choice("bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True)
 class ImportGgufCommand:
-    """Widen a GGUF file into a float model directory that `quantize`, `run` and `eval` take.
+    """Convert a GGUF file into a float model directory for `quantize`, `run` and `eval`.
 
     Example: eightfold import-gguf smollm2.gguf smollm2-float
     """
 
-    source: Path = argument("FILE.gguf", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. Only read.")
-    target: Path = argument("FLOAT_DIR", "The directory to make.")
+    source: Path = argument("FILE.gguf", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. It is only read.")
+    target: Path = argument("FLOAT_DIR", "The directory to make. It appears when it is complete.")
     dtype: str = setting("bf16", _DTYPE, "Type of the widened weights.")
     overwrite: bool = setting(False, SWITCH, "Replace what import-gguf has written to FLOAT_DIR.")
 
@@ -42,18 +42,18 @@ class ImportGgufCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthCommand:
-    """Make a random float model of a real model's shape, to plan with and to test with.
+    """Make a random float model of a real model's shape, for plans and tests.
 
     Example: eightfold synth --like llama3-70b --layers 2 wide; eightfold quantize wide out --scheme w8a16 --plan
 
-    Weights are random, with a few outlier channels as trained models have them, so that every scheme has something to
-    do; what the model says means nothing. Its tokenizer has one token for each byte.
+    The weights are random, with a few outlier channels as in trained models, so that every scheme has something to do;
+    the model's answers mean nothing. Its tokenizer has one token for each byte.
     """
 
-    target: Path = argument("DIR", "The directory to make. It appears when it is whole.")
-    like: str = setting(MISSING, choice(*MODELS), "The model whose shape it has.")
-    layers: int | None = setting(None, whole(1), "So many layers at full width. Default: all of them.")
-    seed: int = setting(0, whole(0), "The same seed gives the same bytes.")
+    target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
+    like: str = setting(MISSING, choice(*MODELS), "Model whose shape to use.")
+    layers: int | None = setting(None, whole(1), "Number of layers, at full width. Default: all of them.")
+    seed: int = setting(0, whole(0), "Seed of the weights; the same seed gives the same bytes.")
     dtype: str = setting("bf16", _DTYPE, "Type of the weights.")
     overwrite: bool = setting(False, SWITCH, "Replace what synth has written to DIR.")
 

@@ -33,15 +33,15 @@ class EvaluateCommand:
     text: Path | None = setting(
         None, PATH, "UTF-8 text to measure on. Default: essays that come with eightfold.", metavar="FILE"
     )
-    chunks: int = setting(40, whole(1), "How many chunks of the text, from its start.")
+    chunks: int = setting(40, whole(1), "Number of chunks of the text, from its start.")
     chunk_len: int = setting(512, whole(2), "Tokens in a chunk; each chunk stands alone.")
     against: Path | None = setting(
-        None, PATH, "Also measure this model, and how far DIR is from it.", metavar="FLOAT_DIR"
+        None, PATH, "Measure this model too, and the divergence of DIR from it.", metavar="FLOAT_DIR"
     )
     tokens_as: Literal["prompt", "generated"] = setting(
         "prompt",
         choice("prompt", "generated"),
-        "Compute the text as a prompt, or as if it had been generated: w8a8-mix and mode mindie differ there.",
+        "Compute the text as a prompt, or as if it had been generated; this matters to w8a8-mix and to mode mindie.",
     )
     as_json: bool = as_json()
     computing: dict[str, Any] = generating.engine("dynamic", "attention_mode")
@@ -129,56 +129,57 @@ class EvaluateCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchCommand:
-    """Measure how fast a model runs here, beside what this machine could do at most.
+    """Measure how fast a model runs here, and the limits of this machine.
 
     Example: eightfold bench Llama-3.2-1B-w8a8 --batch 8
 
-    Fresh random prompts each time; nothing is reused, no stop token ends it. Shown are medians.
+    Prompts are random and new in each repetition; nothing is reused, and no stop token ends an answer. The figures
+    shown are medians.
 
-    prefill_tok_s: prompt tokens / time until every sequence has its first.
+    prefill_tok_s: prompt tokens / time until every sequence has its first new token.
 
-    decode_tok_s: tokens after the first ones / time from first to last.
+    decode_tok_s: new tokens after the first ones / time from the first to the last.
 
     output_tok_s: all new tokens / all time, prompts included.
 
-    bytes_per_token: what one decode step reads, whatever its batch: every
-    weight byte of the linears and the head once (the embedding's row is not
-    counted; of a float head its int8 copy, and not the few rows that settle
-    which token is the likeliest), and every sequence's keys and values at
-    its mean context, which is prompt + new / 2.
+    bytes_per_token: bytes that one decode step reads, whatever its batch: every
+    weight byte of the linears and the head once, and every sequence's keys
+    and values at its mean context, which is prompt + new / 2. The embedding's
+    row is not counted. A float head counts by its int8 copy, without the few
+    rows that decide which token is the likeliest.
 
     read_gb_s: bytes_per_token x decode steps a second.
 
-    measured_bandwidth_gb_s: all threads read 1 GiB, the best of 3 passes;
-    measured in turn with the repetitions.
+    measured_bandwidth_gb_s: bandwidth when all threads read 1 GiB, the best of
+    3 passes, measured in turn with the repetitions.
 
     bandwidth_fraction: read_gb_s / measured_bandwidth_gb_s.
 
-    measured_int8_tops: all threads multiply and add bytes in registers with
-    the widest dot product of this CPU, two operations for each product; the
-    best of 3 passes, in turn with the repetitions.
+    measured_int8_tops: rate when all threads multiply and add bytes in registers
+    with the widest dot product of this CPU, two operations for each product;
+    the best of 3 passes, measured in turn with the repetitions.
 
-    int8_fraction: 2 x int8 weights in the layers x prefill_tok_s, of
-    measured_int8_tops. W8A16 takes two passes, so 0.5 is its most. Float
-    layers and attention count for nothing, though they take time.
+    int8_fraction: 2 x int8 weights in the layers x prefill_tok_s /
+    measured_int8_tops. W8A16 takes two passes, so it reaches at most 0.5. Float
+    layers and attention are not counted, though they take time.
 
-    load_s: from opening the directory to a model that can run.
+    load_s: time from opening the directory until the model can run.
 
     peak_rss_mib: largest resident size of the process after one repetition,
     mapped weights included.
 
-    Of several processes (torchrun --nproc_per_node N -m eightfold bench ...)
-    bytes and rates are those of all together, threads and peak_rss_mib those
-    of the first; resident_weights_mib is by how much loading has made each
-    larger. The limits are measured by the first with the threads of all on
-    its host, times the number of hosts.
+    With several processes (torchrun --nproc_per_node N -m eightfold bench ...),
+    bytes and rates are those of all together, and threads and peak_rss_mib are
+    those of the first; resident_weights_mib tells by how much loading has made
+    each larger. The first process measures the limits, with the threads of all
+    processes of its host, and multiplies them by the number of hosts.
     """
 
     model: Path = argument("DIR", generating.MODEL)
-    prompt_len: int = setting(512, whole(1), "Random tokens in a prompt.")
-    new_tokens: int = setting(128, whole(2), "Tokens to answer with, whatever they are.")
-    batch: int = setting(1, whole(1), "Sequences at a time.")
-    repeat: int = setting(5, whole(1), "Repetitions after one to warm up; medians count.")
+    prompt_len: int = setting(512, whole(1), "Number of random tokens in a prompt.")
+    new_tokens: int = setting(128, whole(2), "Number of new tokens; nothing ends an answer earlier.")
+    batch: int = setting(1, whole(1), "Number of sequences at a time.")
+    repeat: int = setting(5, whole(1), "Number of repetitions after one to warm up.")
     as_json: bool = as_json()
     computing: dict[str, Any] = generating.engine("threads", "dynamic", "attention_mode")
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from eightfold.errors import ConfigError, EightfoldError
@@ -43,7 +44,7 @@ def argument(metavar: str, help: str) -> Any:
 
 def as_json(group: str = "") -> Any:
     """Return the field of a command that can print for programs."""
-    return setting(False, SWITCH, "Print one JSON document as the last line.", flag="--json", group=group)
+    return setting(False, SWITCH, "Print a JSON document as the last line.", flag="--json", group=group)
 
 
 def settings(source: type, *names: str, group: str = "", **defaults: Any) -> Any:
@@ -291,7 +292,7 @@ def help_text(command: type, program: str) -> str:
     for option in options:
         heading = "Arguments" if option.is_argument else option.group or "Options"
         groups.setdefault(heading, []).append((_left(option), _right(option)))
-    groups["Options"] = [*groups.pop("Options", []), (", ".join(HELP), "Show this and exit.")]
+    groups["Options"] = [*groups.pop("Options", []), (", ".join(HELP), "Show this help and exit.")]
     lists = [listing(heading, rows) for heading, rows in groups.items()]
     return "\n\n".join([usage, *map(filled, paragraphs[:intro]), *lists, *map(filled, paragraphs[intro:])])
 
@@ -356,6 +357,7 @@ def _default(option: Option) -> str:
         return "" if option.is_argument else "required"
     if option.default is True:
         return "default: on"
-    if option.default is False or option.repeats or not option.kind.fits(option.default):
+    default = option.default.value if isinstance(option.default, Enum) else option.default
+    if default is None or default is False or option.repeats or not option.kind.fits(default):
         return ""
-    return f"default: {option.default:g}" if isinstance(option.default, float) else f"default: {option.default}"
+    return f"default: {default:g}" if isinstance(default, float) else f"default: {default}"

@@ -35,15 +35,15 @@ class QuantizeCommand:
 
     Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
 
-    One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C
-    the same command goes on where it stopped. OUT is laid out for MindIE and vllm-ascend; `eightfold run` and `eval`
-    take it when it is complete, and `eightfold check` tells what those loaders would do with it.
+    One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C,
+    the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
+    and `eval` load it too, and `eightfold check` reports what those loaders would do with it.
 
     Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
     """
 
-    source: Path = argument("FLOAT_DIR", "A float model: config.json and safetensors files. Only read.")
-    target: Path = argument("OUT", "The directory to make. It is a model when everything is written.")
+    source: Path = argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
+    target: Path = argument("OUT", "The directory to make. It appears when it is complete.")
     choices: dict[str, Any] = settings(
         Recipe, "scheme", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
         "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "save_float32",
@@ -51,28 +51,28 @@ class QuantizeCommand:
     recipe_file: Path | None = setting(
         None,
         PATH,
-        "Choices from a YAML file; options on the command line go before them.",
+        "Read settings from a YAML file; options on the command line override them.",
         flag="--recipe",
         metavar="FILE",
         group="Scheme",
     )
     save_recipe: Path | None = setting(
-        None, PATH, "Also write the choices of this command line as such a file.", metavar="FILE", group="Scheme"
+        None, PATH, "Write the settings of this run to such a file.", metavar="FILE", group="Scheme"
     )
     calib: Path | None = setting(
         None,
         PATH,
-        "Calibration texts, one a line: JSON with text, prompt, inputs_pretokenized or messages, or plain. Default: a "
-        "mixed set of 64.",
+        "Calibration texts, one on each line: JSON with text, prompt, inputs_pretokenized or messages, or plain text. "
+        "Default: a mixed set of 64.",
         metavar="FILE",
         group=_CALIBRATION,
     )
-    calib_limit: int | None = setting(None, whole(1), "Use the first N calibration rows.", group=_CALIBRATION)
+    calib_limit: int | None = setting(None, whole(1), "Use only the first N calibration rows.", group=_CALIBRATION)
     calib_texts: tuple[str, ...] = setting((), TEXTS, "A calibration text.", group=_CALIBRATION)
     calib_ids: Path | None = setting(
         None,
         PATH,
-        "Calibration samples as token ids, one JSON list a line; no tokenizer is needed.",
+        "Calibration samples as token ids, one JSON list on each line; no tokenizer is needed.",
         metavar="FILE",
         group=_CALIBRATION,
     )
@@ -88,8 +88,8 @@ class QuantizeCommand:
     legacy_names: bool = setting(
         False,
         SWITCH,
-        "The layout of older MindIE: the description also under its suffixed name, `quantize` in config.json, smoothed "
-        "norms as .module.weight and .module.bias.",
+        "Use the layout of older MindIE releases: the description also under its suffixed name, `quantize` in "
+        "config.json, and smoothed norms as .module.weight and .module.bias.",
         group=_OUTPUT,
     )
     overwrite: bool = setting(
@@ -101,15 +101,15 @@ class QuantizeCommand:
     device: str = setting(
         "cpu",
         choice("cpu", "cuda", "npu"),
-        "cpu, cuda, or npu: the last needs torch_npu, and is the CPU without it.",
+        "Compute on cpu, cuda or npu; npu needs torch_npu, and without it the CPU is used.",
         metavar="DEVICE",
         group=_RUNNING,
     )
     memory: int | None = setting(
         None,
         BYTES,
-        "How much memory to use at most, such as 8GiB. What does not fit lives in files below OUT; the result is the "
-        "same. Default: half of what is free.",
+        "Use at most this much memory, such as 8GiB. What does not fit is kept in files beside OUT; the result is the "
+        "same. Default: half of the free memory.",
         metavar="SIZE",
         group=_RUNNING,
         read=parse_size,
@@ -117,7 +117,8 @@ class QuantizeCommand:
     plan: bool = setting(
         False,
         SWITCH,
-        "Only say what it would take: memory, disk, bytes to read and write, time. Writes nothing.",
+        "Only report what the run would take: memory, disk, bytes to read and write, time. Quantizes three layers for "
+        "a trial, and leaves nothing behind.",
         group=_RUNNING,
     )
     as_json: bool = as_json(_RUNNING)

@@ -29,7 +29,7 @@ _PROMPTS = "Prompts and answers"
 
 @dataclass(frozen=True, kw_only=True)
 class RunCommand:
-    """Answer one prompt and show the text as it comes, or all prompts of a file.
+    """Answer one prompt and show the text as it is generated, or answer all prompts of a file.
 
     Example: eightfold run Llama-3.2-1B-w8a8 --chat --prompt "What's deep learning?"
 
@@ -37,23 +37,30 @@ class RunCommand:
 
     In several processes: torchrun --nproc_per_node 2 -m eightfold run DIR ...
 
-    A file: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
+    A file of prompts: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
 
-    Its lines are objects with prompt, messages or prompt_token_ids, perhaps an id, and perhaps parameters of their own:
-    max_tokens, temperature, top_p, seed, stop, logprobs, n and so on. Each answer is written as soon as it is there,
-    with the index of its prompt and its id, so not in the prompts' order. A run that was stopped goes on when it is
-    started again: what is answered is not done twice, what failed is tried again, and an input that has changed since
-    is refused. Exit code 1: some prompts could not be answered; their lines have the reason under error.
+    Each line of the input is an object with prompt, messages or prompt_token_ids, optionally an id, and optionally
+    parameters of its own: max_tokens, temperature, top_p, seed, stop, logprobs, n and so on. Answers are written as
+    they are completed, not in the order of the prompts; each has the index and the id of its prompt. A run that was
+    stopped resumes when it is started again: it keeps the answers, retries prompts that failed, and refuses an input
+    that has changed. Exit code 1 means that some prompts could not be answered; their lines have the reason under
+    error.
     """
 
     model: Path = argument("DIR", generating.MODEL)
-    prompt: str | None = setting(None, TEXT, "What to continue, or with --chat what to say.", group=_PROMPTS)
+    prompt: str | None = setting(None, TEXT, "Text to continue, or with --chat the user's message.", group=_PROMPTS)
     input_file: Path | None = setting(
-        None, PATH, "Prompts to answer, many at a time: a JSON object a line, or .txt.", metavar="FILE", group=_PROMPTS
+        None,
+        PATH,
+        "Prompts to answer, many at a time: a JSON object a line, or a text a line (.txt).",
+        metavar="FILE",
+        group=_PROMPTS,
     )
-    output_file: Path | None = setting(None, PATH, "Where their answers go, as JSON.", metavar="FILE", group=_PROMPTS)
-    overwrite: bool = setting(False, SWITCH, "Begin the output file anew, and do not go on with it.", group=_PROMPTS)
-    max_new_tokens: int = setting(64, whole(1), "Stop after so many tokens.", group=_PROMPTS)
+    output_file: Path | None = setting(
+        None, PATH, "File for their answers, a JSON object a line.", metavar="FILE", group=_PROMPTS
+    )
+    overwrite: bool = setting(False, SWITCH, "Start the output file over instead of resuming it.", group=_PROMPTS)
+    max_new_tokens: int = setting(64, whole(1), "Stop an answer after N tokens.", group=_PROMPTS)
     chat: bool = setting(False, SWITCH, "Put the prompt into the model's chat template.", group=_PROMPTS)
     chat_template: Path | None = generating.chat_template()
     as_json: bool = as_json()

@@ -36,26 +36,25 @@ class ServeCommand:
     In several processes: torchrun --nproc_per_node 2 -m eightfold serve DIR ...
 
     Clients of OpenAI's need base_url http://localhost:8000/v1 and any api_key. The log on stderr has one line of JSON
-    for each request, and never a prompt. The first Ctrl-C or SIGTERM lets running answers finish, the second does not.
+    for each request, and never a prompt. The first Ctrl-C or SIGTERM lets running answers finish; a second one does
+    not.
     """
 
     model: Path = argument("DIR", generating.MODEL)
-    host: str = setting("127.0.0.1", TEXT, "Address to listen at; 0.0.0.0 for all of this machine's.", group=_SERVER)
-    port: int = setting(8000, whole(0, 65535), "Port to listen at; 0 for any free one.", group=_SERVER)
+    host: str = setting("127.0.0.1", TEXT, "Address to listen on; 0.0.0.0 for all addresses.", group=_SERVER)
+    port: int = setting(8000, whole(0, 65535), "Port to listen on; 0 for any free one.", group=_SERVER)
     api_key: str | None = setting(
         None,
         TEXT,
-        f"What clients have to send as their key. Better as {KEY_VARIABLE}: others see this one.",
+        f"Key that clients have to send. Prefer {KEY_VARIABLE}: other users can see a command line.",
         group=_SERVER,
     )
     served_model_name: tuple[str, ...] = setting(
-        (), TEXTS, "What clients call the model. Default: DIR's name.", metavar="NAME", group=_SERVER
+        (), TEXTS, "Name of the model for clients. Default: DIR's name.", metavar="NAME", group=_SERVER
     )
-    max_waiting: int = setting(
-        256, whole(0), "Answers that may wait beyond --max-num-seqs; others get 429.", group=_SERVER
-    )
+    max_waiting: int = setting(256, whole(0), "Let at most N further answers wait; others get 429.", group=_SERVER)
     drain_timeout: float = setting(
-        30.0, number(0), "How long running answers may go on after SIGTERM.", metavar="SECONDS", group=_SERVER
+        30.0, number(0), "Time that running answers have to finish after SIGTERM.", metavar="SECONDS", group=_SERVER
     )
     cors_origin: tuple[str, ...] = setting(
         (), TEXTS, "A web origin whose pages may call the API; * for all.", metavar="ORIGIN", group=_SERVER
@@ -63,7 +62,7 @@ class ServeCommand:
     log_level: str = setting(
         "info",
         choice("debug", "info", "warning", "error"),
-        "debug, info, warning or error.",
+        "Least severe messages to log: debug, info, warning or error.",
         metavar="LEVEL",
         group=_SERVER,
         read=str.lower,

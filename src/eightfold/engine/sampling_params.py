@@ -83,38 +83,40 @@ class SamplingParams:
     temperature: float = field(
         default=1.0, metadata=_row(number(0), "Divide the logits by this; 0 takes the likeliest token.")
     )
-    top_k: int = field(default=0, metadata=_row(whole(-1), "Keep the K likeliest tokens; 0: all.", "K"))
+    top_k: int = field(default=0, metadata=_row(whole(-1), "Keep the K likeliest tokens; 0 keeps all.", "K"))
     top_p: float = field(
         default=1.0,
-        metadata=_row(number_above(0, 1), "Keep the likeliest tokens whose probabilities together reach it."),
+        metadata=_row(number_above(0, 1), "Keep the likeliest tokens whose probabilities together reach X."),
     )
     min_p: float = field(
-        default=0.0, metadata=_row(number(0, 1), "Keep tokens with this share of the likeliest one's probability.")
+        default=0.0,
+        metadata=_row(number(0, 1), "Keep tokens with at least this share of the likeliest one's probability."),
     )
     repetition_penalty: float = field(
         default=1.0,
-        metadata=_row(number_above(0), "Divide the logits of tokens that prompt or answer has; 1: do nothing."),
+        metadata=_row(number_above(0), "Penalize tokens of the prompt and the answer by this factor; 1 turns it off."),
     )
     presence_penalty: float = field(
-        default=0.0, metadata=_row(_PENALTY, "Subtract this from the logits of tokens that the answer has.")
+        default=0.0, metadata=_row(_PENALTY, "Subtract this from the logits of tokens that are in the answer.")
     )
     frequency_penalty: float = field(
-        default=0.0, metadata=_row(_PENALTY, "Subtract this once for each time that the answer has a token.")
+        default=0.0, metadata=_row(_PENALTY, "Subtract this from a token's logit for each time it is in the answer.")
     )
     seed: int | None = field(
         default=None,
         metadata=_row(
-            optional(whole(-(2**63), 2**64 - 1)), "Give the same answers again; without it, randomness is fresh."
+            optional(whole(-(2**63), 2**64 - 1)),
+            "Seed of the random numbers; equal seeds give equal answers. Default: a fresh one.",
         ),
     )
     stop: tuple[str, ...] | str = field(
-        default=(), metadata=_row(_TEXTS, "End an answer as soon as it holds this text.")
+        default=(), metadata=_row(_TEXTS, "End an answer when this text appears in it.")
     )
     stop_token_ids: tuple[int, ...] = field(
         default=(),
         metadata=_row(
             Kind((tuple, list), "a list of token ids", each=_TOKEN),
-            "End an answer at these tokens, and the model's own.",
+            "End an answer at these tokens, besides the model's own.",
         ),
     )
     include_stop_str_in_output: bool = field(
@@ -122,7 +124,7 @@ class SamplingParams:
     )
     logprobs: int | None = field(
         default=None,
-        metadata=_row(_LOGPROBS, "Report each token's log-probability, and those of so many of the likeliest."),
+        metadata=_row(_LOGPROBS, "Report each token's log-probability, and those of the N likeliest tokens."),
     )
     prompt_logprobs: int | None = field(
         default=None, metadata=_row(_LOGPROBS, "Report log-probabilities of the prompt's tokens too.")
@@ -134,13 +136,13 @@ class SamplingParams:
             Kind((Mapping,), "token ids and what is added to their logits"), "Add to the logits of single tokens."
         ),
     )
-    ignore_eos: bool = field(default=False, metadata=_row(SWITCH, "Go on after the model's stop tokens."))
+    ignore_eos: bool = field(default=False, metadata=_row(SWITCH, "Continue after the model's stop tokens."))
     min_tokens: int = field(
-        default=0, metadata=_row(_TOKEN, "Do not end an answer, by token or by text, before it has so many tokens.")
+        default=0, metadata=_row(_TOKEN, "Do not end an answer, by token or by text, before it has N tokens.")
     )
     max_tokens: int | None = field(
         default=16,
-        metadata=_row(optional(whole(1)), "End an answer after so many tokens; without it, where the context ends."),
+        metadata=_row(optional(whole(1)), "End an answer after N tokens; without it, where the context ends."),
     )
     skip_special_tokens: bool = field(default=True, metadata=_row(SWITCH, "Leave special tokens out of the text."))
     structured: StructuredOutput | None = field(

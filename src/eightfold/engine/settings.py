@@ -29,33 +29,33 @@ class EngineConfig:
         ConfigError: a value is of the wrong kind or out of its range.
     """
 
-    max_num_seqs: int = setting(64, whole(1), "Answers to compute at a time; others wait.")
+    max_num_seqs: int = setting(64, whole(1), "Compute at most N answers at a time; others wait.")
     max_model_len: int | None = setting(
-        None, optional(whole(1)), "Tokens of prompt and answer together. Default: the model's context."
+        None, optional(whole(1)), "Most tokens of prompt and answer together. Default: the model's context."
     )
     kv_memory: int | None = setting(
         None,
         optional(BYTES),
-        "Memory for keys and values, such as 2GiB. Default: what is needed and free.",
+        "Memory for keys and values, such as 2GiB. Default: as much as is needed, and at most half of the free memory.",
         metavar="SIZE",
         read=parse_size,
     )
     max_batched_tokens: int = setting(
-        512, whole(1), "Tokens of a step: with fewer, long prompts disturb running answers less."
+        512, whole(1), "Most tokens of a step; with fewer, long prompts disturb running answers less."
     )
-    prefix_caching: bool = setting(True, SWITCH, "Compute what prompts begin with only once.")
-    speculate: int = setting(0, whole(0, 32), "Guess K tokens from the prompt at a time; 0: do not.", metavar="K")
-    threads: int | None = setting(None, optional(whole(1)), "How many threads compute. Default: one a CPU.")
+    prefix_caching: bool = setting(True, SWITCH, "Compute the common beginning of prompts only once.")
+    speculate: int = setting(0, whole(0, 32), "Guess K tokens at a time from the prompt; 0 for none.", metavar="K")
+    threads: int | None = setting(None, optional(whole(1)), "Number of computing threads. Default: one for each CPU.")
     attention_mode: Literal["cache", "mindie"] = setting(
         "cache",
         choice("cache", "mindie"),
-        "With int8 keys and values: a prompt attends over what the cache holds (cache), or in float, as MindIE does "
-        "(mindie); prompts are then computed whole.",
+        "How a prompt attends if keys and values are int8: over the cache (cache), or in float as MindIE does "
+        "(mindie), which computes prompts whole.",
     )
     dynamic: Literal["asymmetric", "symmetric"] = setting(
         "asymmetric",
         choice("asymmetric", "symmetric"),
-        "How w8a8-dynamic quantizes a token; symmetric is what the NPU does.",
+        "How w8a8-dynamic quantizes a token; the NPU does it symmetrically.",
     )
 
     def __post_init__(self) -> None:

@@ -71,25 +71,26 @@ class Recipe:
     scheme: QuantType = setting(
         MISSING,
         choice(*SCHEMES),
-        "w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations, by token. w8a8-mix: a "
-        "prompt's tokens dynamic, generated ones static. w8a16: int8 weights only.",
+        "How linears are quantized. w8a8: static int8 activations, needs calibration. w8a8-dynamic: int8 activations "
+        "with a scale for each token. w8a8-mix: w8a8-dynamic for a prompt's tokens, w8a8 for generated ones. w8a16: "
+        "int8 weights only.",
         metavar="SCHEME",
         group="Scheme",
     )
     # False only for W8A16
     weight_symmetric: bool = setting(
-        True, SWITCH, "Weights without offset. --no-weight-symmetric is for w8a16.", group="Scheme"
+        True, SWITCH, "Quantize weights without offsets. --no-weight-symmetric is for w8a16.", group="Scheme"
     )
     modules: tuple[tuple[str, QuantType], ...] = ()  # pattern on full module names -> type; the last match wins
     # patterns; of an attention module: only its FAQuant is left out
     keep_float: tuple[str, ...] = setting(
         (),
         TEXTS,
-        "Leave linears float: a module name with * and ?. The name of an attention module leaves FAQuant out there.",
+        "Keep linears float: a module name with * and ?. The name of an attention module turns FAQuant off there.",
         metavar="PATTERN",
         group="What stays float",
     )
-    quantize_lm_head: bool = setting(False, SWITCH, "The output head to int8 too.", group="What stays float")
+    quantize_lm_head: bool = setting(False, SWITCH, "Quantize the output head to int8 too.", group="What stays float")
     anti_outlier: AntiOutlier | None = setting(
         None,
         choice(*(method.value for method in AntiOutlier)),
@@ -101,7 +102,7 @@ class Recipe:
     act_method: ActMethod = setting(
         ActMethod.MINMAX,
         choice(*(method.value for method in ActMethod), "1", "2", "3"),
-        "Range of static inputs: minmax (1), histogram (2), or auto (3) by input. Default: minmax.",
+        "Method for the range of a static input: minmax (1), histogram (2), or auto (3), which chooses by input.",
         metavar="METHOD",
         group="Activations and outliers",
     )
@@ -109,31 +110,37 @@ class Recipe:
     disable_level: int = setting(
         0,
         TEXT,
-        "Leave the n linears with the widest inputs float, and those that share their input.",
+        "Keep the n linears with the widest inputs float, and those that share their input.",
         metavar="Ln",
         group="What stays float",
     )
     # cut through groups with a common input, as the reference tool does
     exact_levels: bool = setting(
-        False, SWITCH, "Just n linears, even if that cuts q, k and v apart.", group="What stays float"
+        False, SWITCH, "Keep exactly n linears float, even if that separates q, k and v.", group="What stays float"
     )
     fa_quant: bool = setting(
-        False, SWITCH, "FAQuant: q, k and v to int8, and an int8 cache.", group="Attention and its cache"
+        False,
+        SWITCH,
+        "Quantize attention (FAQuant): int8 q, k, v and cache.",
+        group="Attention and its cache",
     )
     # so many layers go without it
     fa_amp: int = setting(
-        0, whole(0), "Leave FAQuant out in the N layers it suits least.", group="Attention and its cache"
+        0, whole(0), "Turn FAQuant off in the N layers that it suits least.", group="Attention and its cache"
     )
     kv_int8: bool = setting(
-        False, SWITCH, "C8: an int8 key/value cache, scaled by channel.", group="Attention and its cache"
+        False,
+        SWITCH,
+        "Use an int8 key/value cache (C8), scaled by channel.",
+        group="Attention and its cache",
     )
     kv_symmetric: bool = setting(
-        True, SWITCH, "The cache without offsets: loaders misread the others.", group="Attention and its cache"
+        True, SWITCH, "Quantize the cache without offsets; loaders misread offsets.", group="Attention and its cache"
     )
     kv_observe: KVObserve = setting(
         KVObserve.POST_ROPE,
         choice(*(place.value for place in KVObserve)),
-        "Take the range of keys after RoPE, as they are cached (post-rope, default), or before it, as msModelSlim does "
+        "Observe the range of keys after RoPE, as they are cached (post-rope), or before it, as msModelSlim does "
         "(pre-rope).",
         metavar="WHERE",
         group="Attention and its cache",
@@ -142,7 +149,7 @@ class Recipe:
     save_float32: bool = setting(
         False,
         choice("model", "float32"),
-        "Store floating tensors as the model does (model, default), or all as float32.",
+        "Store floating tensors in the model's dtype (model, the default), or all of them in float32.",
         flag="--save-dtype",
         metavar="TYPE",
         group="Output",
