@@ -40,7 +40,6 @@ from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttentio
 from eightfold.quant.calibrate import ObservedGroup, Observer, observer_for, static_member
 from eightfold.quant.float_pass import LayerStatistics, head_sharing
 from eightfold.quant.hidden import HiddenStates
-from eightfold.quant.plan import tensor_name
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
 from eightfold.quant.recipe import Recipe
 from eightfold.quant.smooth import SmoothScale, source_scale
@@ -176,8 +175,8 @@ class QuantizedLayer:
         release_widened()  # the float pass is over
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.statistics.scales, self.stored_dtype)
         self.attention = FAQuantObserver() if self.has_fa else None
-        linears = [linear for group in input_groups(self._config) for linear in group.linears]
-        for linear in [linear for linear in linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
+        self._linears = [linear for group in input_groups(self._config) for linear in group.linears]
+        for linear in [linear for linear in self._linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
             self.weights[linear.name] = self._quantize(linear)
 
     def _quantize(self, linear: LinearShape) -> QuantizedWeight:
@@ -227,7 +226,7 @@ class QuantizedLayer:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the layer that is not the source's own, by full name."""
         found: dict[str, Tensor] = {}
-        for linear in (linear for group in input_groups(self._config) for linear in group.linears):
+        for linear in self._linears:
             found.update(self._linear_tensors(linear))
         if self.recipe.anti_outlier is not None:
             for name in layer_norms(self._config):
@@ -235,9 +234,8 @@ class QuantizedLayer:
         if self.attention is not None:
             scales = self.attention.scales()
             values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
-            found.update(
-                {tensor_name(self._prefix + ATTENTION, spec): x for spec, x in zip(FA_TENSORS, values, strict=True)}
-            )
+            names = [f"{self._prefix}{ATTENTION}.{spec.suffix}" for spec in FA_TENSORS]
+            found.update(zip(names, values, strict=True))
         if self.statistics.kv is not None:
             found.update(_kv_tensors(self._prefix, self.statistics.kv))
         return found

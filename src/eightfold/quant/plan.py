@@ -107,8 +107,3 @@ class OutputPlan:
             self.checkpoint.head_weight() if source == weight_name(LM_HEAD) else source
         )
         return rule.resolve(self.checkpoint.dtype, DType(stored.dtype) if stored else None, self.recipe.save_float32)
-
-
-def tensor_name(module: str, spec: TensorSpec) -> str:
-    """Return the full name of one of a module's tensors."""
-    return f"{module}.{spec.suffix}"

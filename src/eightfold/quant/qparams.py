@@ -23,9 +23,6 @@ from torch import Tensor
 
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, row_pieces, symmetric
 
-# Symmetric weights stay off -128, so that -w and w are stored alike.
-Q_MIN_SYMMETRIC = -127
-
 # Float32 elements of a weight at a time: they stay in the caches, which was measured to be five times as fast.
 _PIECE_ELEMENTS = 1 << 19
 
@@ -90,7 +87,7 @@ def quantize_rows(
         lo, hi = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         if is_symmetric:
             scale[piece] = symmetric(torch.maximum(-lo, hi))
-            # No quotient passes 127 by as much as rounding takes away again.
+            # No quotient passes 127 by as much as rounding takes away again: -w and w are stored alike, off -128.
             values[piece] = x.div_(scale[piece]).round_()
         else:
             scale[piece], offset[piece] = asymmetric(lo, hi)
