@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
 
 HELP = """\
-/reset              forget what was said
-/system TEXT        put TEXT before the conversation, - for nothing; without TEXT show what is there
-/save FILE          write the conversation as JSON, a line that `run --input-file` reads
+/reset              forget the conversation
+/system TEXT        set the system prompt; - for none; without TEXT, show it
+/save FILE          save the conversation as JSON, a line that `run --input-file` reads
 /save --overwrite FILE
+                    save it to a file that exists
 /help               show this
-/exit               end, as Ctrl-D does
-A line that ends in a backslash goes on in the next one. Ctrl-C stops an answer.
-A message that begins with a slash: put a blank before it."""
+/exit               end the chat, as Ctrl-D does
+A line that ends in a backslash continues on the next line. Ctrl-C stops an answer.
+To send a message that begins with a slash, put a blank before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
