@@ -212,11 +212,12 @@ def test_inspect_works_where_torch_transformers_and_gguf_are_not_installed(float
     done = python(code, "inspect", float_model)
     assert (done.returncode, done.stderr) == (0, "")
     assert "LlamaForCausalLM, 2 layers" in done.stdout
-    refused = python(code, "quantize", float_model, float_model.parent / "out", "--scheme", "w8a16")
-    assert (refused.returncode, refused.stdout, refused.stderr) == (
-        2,
-        "",
-        "eightfold: eightfold quantize needs torch: got none installed. "
-        "Install it: pip install 'eightfold[quantize]'\n",
-    )
+    for plan in ([], ["--plan"]):
+        refused = python(code, "quantize", float_model, float_model.parent / "out", "--scheme", "w8a16", *plan)
+        assert (refused.returncode, refused.stdout, refused.stderr) == (
+            2,
+            "",
+            f"eightfold: eightfold {' '.join(['quantize', *plan])} needs torch: got none installed. "
+            "Install it: pip install 'eightfold[quantize]'\n",
+        )
     assert not (float_model.parent / "out").exists()

@@ -125,7 +125,7 @@ TEXTS = Kind((list, tuple), "a list of strings", each=TEXT)
 
 # In the words of the command line.
 PATH = Kind((Path,), "a path")
-BYTES = Kind((int,), "a size such as 2GiB or 500MB", least=1, outside="at least 1")
+BYTES = Kind((int,), "a whole number of bytes", least=1, outside="at least 1")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

@@ -56,7 +56,7 @@ def test_a_budget_that_cannot_work_is_refused_with_the_one_that_would(cli, tmp_p
     message = quantize_refused(cli, float_model, "--memory", "1MiB")
     needed = re.fullmatch(
         r"memory budget: got 1 MiB, expected at least (\d+)MiB for one layer of this model. "
-        r"Give that, or none.",
+        r"Give that as --memory, or none.",
         message,
     )
     assert needed

@@ -21,6 +21,7 @@ from tests.engine.models import CONTEXT, assert_idle, greedy, run
         ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected a whole number of at least 1"),
         ({"max_model_len": -1}, "max_model_len: got -1, expected a whole number of at least 1"),
         ({"kv_memory": 0}, "kv_memory: got 0, expected at least 1"),
+        ({"kv_memory": "2GiB"}, "kv_memory: got '2GiB', expected a whole number of bytes"),
         ({"speculate": 33}, "speculate: got 33, expected a whole number from 0 to 32"),
         (
             {"max_batched_tokens": 64},

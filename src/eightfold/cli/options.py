@@ -16,11 +16,12 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from eightfold.errors import ConfigError, EightfoldError
-from eightfold.values import BYTES, PATH, SWITCH, TEXT, Kind, setting, shorten
+from eightfold.values import BYTES, PATH, SWITCH, TEXT, Kind, parse_size, setting, shorten
 
 HELP = ("-h", "--help")
 
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH"}
+_SIZE = "a size such as 2GiB or 500MB"
 _LEFT = 28  # columns for the flags in the help
 _HUGE = 2**62  # limits beyond are those of the machine, which nobody has to be told
 
@@ -128,7 +129,10 @@ class Option:
             found = read(text)
         except (ValueError, OverflowError):
             found = None
-        misfit = (text, kind.name) if found is None else kind.misfit(found)
+        if found is None:
+            misfit: tuple[Any, str] | None = text, _SIZE if read is parse_size else kind.name
+        else:
+            misfit = kind.misfit(found)
         if misfit is not None:
             got = shorten(text) if text.strip() else repr(text)
             raise ConfigError(self.title, got=got, expected=misfit[1])

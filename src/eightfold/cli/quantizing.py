@@ -177,10 +177,11 @@ class QuantizeCommand:
         )
 
     def _show_plan(self) -> None:
-        from eightfold.quant.estimate import estimate_run
-
         checkpoint = self._checked()
         samples = self._samples(checkpoint) or []
+        console.require_torch("quantize --plan")
+        from eightfold.quant.estimate import estimate_run
+
         found = estimate_run(
             checkpoint, self.recipe, samples, target=self.target, memory=self.memory, progress=console.bars
         )

@@ -76,7 +76,7 @@ class Budget:
                 "memory budget",
                 got=f"{memory / _MIB:.0f} MiB",
                 expected=f"at least {-(-self.needed // _MIB)}MiB for one layer of this model",
-                action="Give that, or none.",
+                action="Give that as `memory`, or none.",
             )
         return memory < self.needed + self.states
 
