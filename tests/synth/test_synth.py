@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -23,6 +24,7 @@ from eightfold.synth import shapes, tensors
 from eightfold.synth.checkpoint import synthesize
 from eightfold.synth.tensors import RandomModel, RandomTensor
 from eightfold.tokenizer import Tokenizer
+from tests.refusal import error_line, quantize_refused
 
 SMALL = {
     **shapes.MODELS["llama3.2-1b"],
@@ -171,6 +173,28 @@ def test_a_short_disk_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     with pytest.raises(OutputError, match=r"^disk space for .*: got 0.00 GB free, expected 0.07 GB"):
         synthesize("llama3.2-1b", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_quantize_into_a_synthetic_model_does_not_advise_what_it_would_refuse(cli, tmp_path):
+    target = tmp_path / "out"
+    synthesize("llama3.2-1b", tmp_path / "source")
+    synthesize("llama3.2-1b", target)
+    assert quantize_refused(cli, tmp_path / "source") == (
+        f"output directory {target}: got a model made otherwise (command: synth -> quantize), "
+        "expected the same recipe and source. Choose another directory."
+    )
+    assert quantize_refused(cli, tmp_path / "source", "--overwrite").endswith("or choose another directory.")
+
+
+def test_a_file_that_is_too_large_for_the_limit_is_said_in_one_line(cli, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # the tokenizer alone is larger
+    try:
+        result = cli("synth", "--like", "llama3.2-1b", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error_line(result).startswith("File too large")
     assert not list(tmp_path.iterdir())
 
 

@@ -153,7 +153,8 @@ class Output:
         if differences := self._differences(entries[0]):
             if self.overwrite:
                 return False
-            raise self._other_command(differences, "a model made")
+            is_ours = entries[0].get("command", QUANTIZE) == self._head["command"]  # what `overwrite` replaces
+            raise self._other_command(differences, "a model made", may_replace=is_ours)
         changed = _changed_files(self.target, sealed, self._progress)
         if changed and not self.overwrite:
             raise OutputError(
@@ -173,12 +174,12 @@ class Output:
             return [f"command: {before} -> {now}"]
         return self._explain(old, self._head) if self._explain else []
 
-    def _other_command(self, differences: list[str], what: str) -> OutputError:
+    def _other_command(self, differences: list[str], what: str, *, may_replace: bool = True) -> OutputError:
         return OutputError(
             f"output directory {self.target}",
             got=f"{what} otherwise ({'; '.join(differences)})",
             expected="the same recipe and source",
-            action="Choose another directory, or start over with `overwrite`.",
+            action="Choose another directory" + (", or start over with `overwrite`." if may_replace else "."),
         )
 
     def _locked(self) -> Journal:

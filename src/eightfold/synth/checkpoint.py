@@ -126,7 +126,8 @@ def write_tokenizer(directory: Path, config: ModelConfig, raw: dict[str, Any]) -
     bos, eos = raw["bos_token_id"], raw["eos_token_id"]
     special = {bos: "<|begin_of_text|>", eos: "<|end_of_text|>"}
     special.update({max(bos, eos) + 1 + i: role for i, role in enumerate(_ROLES)})
-    _tokenizer(config.vocab_size, special, bos).save(str(directory / "tokenizer.json"))
+    text = _tokenizer(config.vocab_size, special, bos).to_str(pretty=True)
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")  # its own save() hides a full disk's errno
     settings = {
         "bos_token": special[bos],
         "eos_token": special[eos],
