@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from eightfold.errors import OutputError
+from eightfold.errors import OutputError, kept_work, remember_kept
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant import estimate
 from eightfold.quant.budget import budget_for
@@ -43,6 +43,19 @@ def source(tmp_path_factory):
 def plan(source, recipe, samples=(), **words):
     words = {"target": source.parent / "out", "memory": None, **words}
     return estimate_run(Checkpoint.open(source), recipe, samples, **words)
+
+
+def test_an_interrupted_plan_does_not_promise_to_go_on(source, monkeypatch):
+    def interrupted(*args, **words):
+        error = KeyboardInterrupt()
+        remember_kept(error, "2 of 3 layers are finished.")
+        raise error
+
+    monkeypatch.setattr(estimate, "quantize_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        plan(source, Recipe(QuantType.W8A16))
+    assert not kept_work(stop.value)
+    assert not list(source.parent.glob(".eightfold-plan-*"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

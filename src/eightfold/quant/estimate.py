@@ -21,7 +21,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any
 
-from eightfold.errors import CapacityError, OutputError
+from eightfold.errors import CapacityError, OutputError, remember_kept
 from eightfold.families import EMBEDDING, all_linears, input_groups, layer_of, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes
@@ -273,6 +273,9 @@ def _trial(model: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], 
         raise OutputError(
             f"cannot write to {folder}: {error.strerror or error}", action="Choose a directory you may write to."
         ) from None
+    except BaseException as error:  # Ctrl-C too
+        remember_kept(error, "")  # what the trial had finished is gone with its folder
+        raise
     return times
 
 
