@@ -22,7 +22,7 @@ demo: env
 	$(BIN)/python examples/demo.py --work build/demo
 
 test: env
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 # The native code under gcc's address, undefined-behaviour and thread sanitizers.
 sanitize: env

@@ -83,7 +83,7 @@ def _require_one_process(command: str) -> None:
 
 
 class _Stopped(BaseException):
-    """A signal to end, so that what is half-written goes away; of KeyboardInterrupt typer would say nothing."""
+    """A signal to end: it unwinds the command, so that half-written files are removed, and is told in one line."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
