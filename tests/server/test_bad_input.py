@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from eightfold.server.body import MAX_BODY_BYTES, MAX_JSON_DEPTH
+from eightfold.server.fields import MAX_BODY_BYTES, MAX_JSON_DEPTH
 from tests.server.running import Running, eventually
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}

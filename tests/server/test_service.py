@@ -168,7 +168,7 @@ def test_who_leaves_before_the_body_is_there_is_nobody(serve, caplog):
 
 
 def test_a_body_that_does_not_come_is_a_408(serve, monkeypatch):
-    monkeypatch.setattr("eightfold.server.body.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("eightfold.server.fields.BODY_SECONDS", 0.05)
     running = serve()
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

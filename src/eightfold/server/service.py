@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from starlette.requests import Request
 
 from eightfold.server.answers import TokenTexts
-from eightfold.server.body import LARGE_BODY_BYTES, read_json
-from eightfold.server.fields import STRING, ApiError, Fields, bad_request, draining, shown
+from eightfold.server.fields import LARGE_BODY_BYTES, STRING, ApiError, Fields, bad_request, draining, read_json, shown
 from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
