@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from eightfold.config import (
-    DType,
-    ModelConfig,
-    RopeParameters,
-    both_dialects,
-    load_json_object,
-    parse_config,
-)
+from eightfold.config import DType, ModelConfig, RopeParameters, both_dialects, parse_config
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
+from eightfold.files import read_json
 from tests.conftest import FAMILIES, tiny_config
 
 WHERE = Path("m/config.json")
@@ -418,12 +412,12 @@ def test_transformers_reads_the_same_model_out_of_it(tmp_path, architecture):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_json_is_read_in_any_unicode_encoding(tmp_path, encoding):
     (tmp_path / "f.json").write_bytes('{"é": 1}'.encode(encoding))
-    assert load_json_object(tmp_path / "f.json") == {"é": 1}
+    assert read_json(tmp_path / "f.json") == {"é": 1}
 
 
 def json_refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as error:
-        load_json_object(path)
+        read_json(path)
     return str(error.value)
 
 

@@ -24,6 +24,7 @@ RANKS = {
     "progress": 0,
     "values": 1,
     "config": 2,
+    "files": 1,
     "families": 3,
     "scheme": 3,
     "tokenizer": 3,

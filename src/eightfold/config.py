@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from eightfold.errors import CheckpointError, ConfigError, InputError, UnsupportedError, one_of
+from eightfold.errors import ConfigError, InputError, UnsupportedError, one_of
 from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, require
 
 
@@ -303,34 +303,3 @@ def _scaling_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     old_name = fields.pop("type", None)
     fields.setdefault("rope_type", old_name or "default")
     return fields
-
-
-def load_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold one object, without duplicate keys.
-
-    Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
-    """
-    import json
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(
-                f'key "{repeated}"', where=path, got="two values", expected="one", action="Remove one."
-            )
-        return seen
-
-    try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise CheckpointError(path.name, where=path.parent, got="no such file", expected="a JSON file") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            "JSON", where=path, got=error, expected="a JSON object", action="Fetch the file again."
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError("JSON", where=path, got=f"a {type(value).__name__}", expected="an object")
-    return value

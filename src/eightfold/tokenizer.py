@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import load_json_object
 from eightfold.errors import CheckpointError, InputError
+from eightfold.files import read_json
 from eightfold.values import WHOLE
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -205,7 +205,7 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             path = self.directory / name
             if path.is_file():
-                settings.update(load_json_object(path))
+                settings.update(read_json(path))
         return settings
 
     @cached_property
@@ -255,7 +255,7 @@ def _sandbox() -> Any:
 def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int]:
     """Return the ids that end a generation: generation_config.json's, else config.json's."""
     path = directory / "generation_config.json"
-    settings = load_json_object(path) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     value = settings.get("eos_token_id")
     if value is None:
         value = config_raw.get("eos_token_id")

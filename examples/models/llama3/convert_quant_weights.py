@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from examples.convert.model_slim import quantifier
 
 from eightfold.cli import console
-from eightfold.config import DType, ModelConfig, load_json_object, parse_config
+from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.families import LM_HEAD, input_groups, layer_prefix
+from eightfold.files import read_json
 
 # Llama 3 70B: its width, the context by which 3.1 is told from 3, and the layers that stay float.
 WIDE = 8192
@@ -58,7 +59,7 @@ def default_names(args: argparse.Namespace) -> Sequence[str]:
     path = Path(args.model_path) / "config.json"
     if not path.is_file():
         return ()  # eightfold says what is wrong with the directory
-    names = built_in_names(parse_config(load_json_object(path), path), args.a_bit)
+    names = built_in_names(parse_config(read_json(path), path), args.a_bit)
     if names:
         console.note(
             f"without --disable_names, {len(names)} linears stay float, as with the original script; "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eightfold.config import DType, ModelConfig, load_json_object, parse_config
+from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.errors import CheckpointError, EightfoldError
 from eightfold.families import (
     ATTENTION,
@@ -32,6 +32,7 @@ from eightfold.families import (
     input_groups,
     layer_prefix,
 )
+from eightfold.files import read_json
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
@@ -123,7 +124,7 @@ class RawDirectory:
         require_finished(path)
         if not path.is_dir():
             raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
-        config = load_json_object(path / CONFIG_NAME)
+        config = read_json(path / CONFIG_NAME)
         model = _sizes(config, path / CONFIG_NAME)
         damaged: dict[str, str] = {}
         descriptions: dict[str, dict[str, Any]] = {}

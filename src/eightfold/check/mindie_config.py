@@ -14,10 +14,10 @@ from typing import Any
 
 from eightfold.check.directory import INTEGERS, RawDirectory
 from eightfold.check.findings import Finding, Rules, Verdict
-from eightfold.config import CONFIG_DTYPES, DType, load_json_object
+from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
-from eightfold.format.checkpoint import CONFIG_NAME
-from eightfold.format.description import SHORT_NAME
+from eightfold.files import read_json
+from eightfold.format.checkpoint import CONFIG_NAME, SHORT_NAME
 from eightfold.scheme import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, WEIGHT_OFFSET, WEIGHT_SCALE, weight_name
 
 LLAMA = "LlamaForCausalLM"
@@ -279,7 +279,7 @@ class MindIE:
         path = d.path / "generation_config.json"
         if path.exists():
             try:
-                load_json_object(path)
+                read_json(path)
             except EightfoldError as error:
                 yield from RULES.found("generation-config", [path.name], why=error)
         if d.model.architecture != LLAMA:

@@ -19,10 +19,11 @@ import numpy as np
 
 from eightfold.check.directory import INTEGERS, SHARED_INPUTS, RawDirectory, cast
 from eightfold.check.findings import Finding, Report, Rules, Summary, Verdict
-from eightfold.config import CONFIG_DTYPES, DType, load_json_object
+from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.families import EMBEDDING, KEY, LM_HEAD, layer_of
-from eightfold.format.description import SHORT_NAME
+from eightfold.files import read_json
+from eightfold.format.checkpoint import SHORT_NAME
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -148,7 +149,7 @@ def check(d: RawDirectory) -> Report:
 def _opened_files(d: RawDirectory) -> list[str]:
     """Return the files that vLLM (by its code) opens: all, or those that model.safetensors.index.json names."""
     try:
-        named = set(load_json_object(d.path / _INDEX)["weight_map"].values())
+        named = set(read_json(d.path / _INDEX)["weight_map"].values())
     except (EightfoldError, KeyError, AttributeError, TypeError):
         return list(d.files)
     return [name for name in d.files if name in named]

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from eightfold.errors import OutputError
-from eightfold.format.lines import LineFile
+from eightfold.format.journal import LineFile
 
 # How often the disk is waited for.
 FSYNC_SECONDS = 5.0

@@ -71,7 +71,7 @@ class ChatCommand:
     def _load(self, template: str | None) -> Engine:
         with console.loading():
             from eightfold.engine.engine import Engine
-            from eightfold.format.checkpoint import require_directory
+            from eightfold.format.directory import require_directory
             from eightfold.tokenizer import Tokenizer
 
             require_directory(self.model)

@@ -81,7 +81,7 @@ class ServeCommand:
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
         from eightfold.engine.loading import leave_to_first
-        from eightfold.format.checkpoint import require_directory
+        from eightfold.format.directory import require_directory
         from eightfold.server import logs
         from eightfold.server.serve import bind, serve
         from eightfold.server.service import ServerSettings

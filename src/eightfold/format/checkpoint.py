@@ -2,18 +2,22 @@
 
 Opening reads config.json, the shard headers and the description, and checks them against each other and against
 the table in scheme.py: afterwards every tensor the model needs is known to be there with the right dtype and shape.
+
+quant_model_description.json is a flat object of a few global keys and one entry for each tensor:
+
+    {"version": "1.0.0", "model_quant_type": "W8A8", "model.layers.0.self_attn.q_proj.weight": "W8A8", ...}
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold.config import DType, ModelConfig, load_json_object, parse_config
+from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
     ATTENTION,
@@ -27,12 +31,15 @@ from eightfold.families import (
     layer_of,
     layer_prefix,
 )
-from eightfold.format.description import Description, check_entries, find_description, read_description
+from eightfold.files import read_json
+from eightfold.format.directory import read_tensors, require_directory
 from eightfold.format.journal import require_finished
-from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
+from eightfold.format.safetensors import MappedFile, TensorInfo
 from eightfold.scheme import (
+    DESCRIPTION_VERSION,
     FA_TENSORS,
     KV_TENSORS,
+    LINEAR_TENSORS,
     NORM_BIAS,
     NORM_WEIGHT,
     DTypeRule,
@@ -42,16 +49,15 @@ from eightfold.scheme import (
     linear_tensors,
     weight_name,
 )
-from eightfold.values import shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIG_NAME = "config.json"
+SHORT_NAME = "quant_model_description.json"
+_PREFIX = "quant_model_description"
 
 _FLOATS = tuple(kind for kind in DType if kind.is_float)
-
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
 class Checkpoint:
@@ -91,10 +97,10 @@ class Checkpoint:
         """
         require_finished(directory)
         require_directory(directory)
-        config_raw = load_json_object(directory / CONFIG_NAME)
+        config_raw = read_json(directory / CONFIG_NAME)
         path = find_description(directory)
         description = read_description(path) if path else None
-        checkpoint = cls(directory, config_raw, _read_tensors(directory), description)
+        checkpoint = cls(directory, config_raw, read_tensors(directory), description)
         checkpoint._check()
         return checkpoint
 
@@ -342,114 +348,104 @@ def _kv_tensors(prefix: str) -> dict[str, TensorSpec]:
     return {f"{prefix}{linear}.{spec.suffix}": spec for linear in (KEY, VALUE) for spec in KV_TENSORS}
 
 
-def require_directory(directory: Path) -> None:
-    """Refuse what is no directory, and say what it may have been meant to be.
+@dataclass(frozen=True)
+class Description:
+    """What the description file says."""
+
+    path: Path
+    model_quant_type: str
+    tags: Mapping[str, str]  # tensor name -> type, as written
+
+    def quant_type(self, linear: str) -> QuantType:
+        """Return how a linear is stored, by the tag of its weight.
+
+        Raises:
+            CheckpointError: the weight has no entry.
+            UnsupportedError: the tag is a type this program does not know.
+        """
+        name = weight_name(linear)
+        tag = self.tags.get(name)
+        if tag is None:
+            raise CheckpointError(name, where=self.path, got="no entry", expected="one for each tensor")
+        try:
+            kind = QuantType(tag)
+        except ValueError:
+            kind = None
+        if kind not in LINEAR_TENSORS:
+            raise UnsupportedError(
+                f"type of {name}", where=self.path, got=tag, expected=one_of(kind.value for kind in LINEAR_TENSORS)
+            )
+        return kind
+
+
+def find_description(directory: Path) -> Path | None:
+    """Return the directory's description file: the short name, else the only suffixed one, else None."""
+    short = directory / SHORT_NAME
+    if short.is_file():
+        return short
+    suffixed = sorted(directory.glob(f"{_PREFIX}_*.json"))
+    if len(suffixed) > 1:
+        raise CheckpointError(
+            "description",
+            where=directory,
+            got=shortlist(path.name for path in suffixed),
+            expected=f"one, or {SHORT_NAME}",
+        )
+    return suffixed[0] if suffixed else None
+
+
+def read_description(path: Path) -> Description:
+    """Read a description file.
 
     Raises:
-        CheckpointError: it is a file, it looks like a name on a hub, or it is not there.
+        CheckpointError: not a JSON object, or no model_quant_type.
     """
-    if directory.is_dir():
-        return
-    if directory.exists():
+    raw = read_json(path)
+    model_type = raw.get("model_quant_type")
+    if not isinstance(model_type, str):
         raise CheckpointError(
-            "model",
-            where=directory,
-            got="a file",
-            expected="a directory with config.json and safetensors files",
-            action="For a .gguf file run: eightfold import-gguf FILE DIR" if directory.suffix == ".gguf" else "",
+            '"model_quant_type"',
+            where=path,
+            got=repr(model_type) if model_type is not None else "nothing",
+            expected=f"a type such as {one_of(kind.value for kind in LINEAR_TENSORS)}",
         )
-    if _HUB_ID.match(str(directory)) and not directory.parent.exists():
+    tags = {key: value for key, value in raw.items() if isinstance(value, str) and "." in key}
+    return Description(path, model_type, tags)
+
+
+def render_description(model_quant_type: QuantType, tags: Mapping[str, QuantType]) -> str:
+    """Render the file's text: the global keys, then one entry for each tensor, in the given order."""
+    content = {"version": DESCRIPTION_VERSION, "model_quant_type": model_quant_type.value}
+    if QuantType.C8 in tags.values():
+        # One reader knows only the first, another only the second.
+        content.update({"kv_cache_type": QuantType.C8.value, "kv_quant_type": QuantType.C8.value})
+    if QuantType.FAQUANT in tags.values():
+        content["fa_quant_type"] = QuantType.FAQUANT.value
+    content.update({name: tag.value for name, tag in tags.items()})
+    return json.dumps(content, indent=4) + "\n"
+
+
+def check_entries(description: Description, stored: Iterable[str]) -> None:
+    """Check that stored tensors and description entries are the same set.
+
+    Raises:
+        CheckpointError: names all tensors on one side only.
+    """
+    names = set(stored)
+    without_entry = sorted(names - set(description.tags))
+    without_tensor = sorted(set(description.tags) - names)
+    if without_tensor:
         raise CheckpointError(
-            f"no directory {directory}",
-            got="what looks like a hub id",
-            expected="a directory on this machine",
-            action=f"Download it first: hf download {directory} --local-dir {directory.name}",
-        )
-    raise CheckpointError(f"no directory {directory}", expected="a model directory", action="Check the path.")
-
-
-def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
-    indexes = [path for path in sorted(directory.glob("*.safetensors.index.json")) if not path.name.startswith(".")]
-    if len(indexes) > 1:
-        raise CheckpointError(
-            "shard indexes",
-            where=directory,
-            got=shortlist(path.name for path in indexes),
-            expected="at most one",
-            action="Remove the one that does not belong to this model.",
-        )
-    if indexes:
-        return _read_indexed(indexes[0])
-    files = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(".")]
-    # Some publishers put a second copy in their own naming beside the usual file.
-    if directory / "model.safetensors" in files:
-        files = [directory / "model.safetensors"]
-    if not files:
-        raise _no_weights(directory)
-    tensors: dict[str, TensorInfo] = {}
-    for path in files:
-        for name, info in read_header(path).items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"tensor {name}",
-                    where=directory,
-                    got=f"it in {tensors[name].file.name} and in {path.name}",
-                    expected="it in one file",
-                    action="Remove the file that does not belong to this model.",
-                )
-            tensors[name] = info
-    return tensors
-
-
-def _no_weights(directory: Path) -> CheckpointError:
-    pickles = [path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
-    return CheckpointError(
-        "weights",
-        where=directory,
-        got=f"only {shortlist(pickles, 3)}" if pickles else "no *.safetensors",
-        expected="safetensors files",
-        action="Pickles can run code and are not read; save the model as safetensors first." if pickles else "",
-    )
-
-
-def _read_indexed(index: Path) -> dict[str, TensorInfo]:
-    weight_map = load_json_object(index).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(
-            '"weight_map"', where=index, got=shorten(json.dumps(weight_map)), expected="tensor name -> file name"
-        )
-    shards = sorted(set(weight_map.values()))
-    outside = [name for name in shards if Path(name).name != name]
-    if outside:
-        raise CheckpointError("shard name", where=index, got=outside[0], expected="a file in the same directory")
-    absent = [name for name in shards if not (index.parent / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{plural(len(absent), 'shard')} missing of {len(shards)}",
-            where=index.parent,
-            got=f"no {shortlist(absent)}",
-            expected="every file that the index names",
-            action="Fetch the missing files.",
-        )
-    headers = {name: read_header(index.parent / name) for name in shards}
-    tensors: dict[str, TensorInfo] = {}
-    for shard, header in headers.items():
-        for name, info in header.items():
-            if name in tensors:
-                raise CheckpointError(
-                    f"tensor {name}",
-                    where=index.parent,
-                    got=f"it in {tensors[name].file.name} and in {shard}",
-                    expected="it in one file",
-                )
-            tensors[name] = info
-    misplaced = [name for name, shard in weight_map.items() if name not in headers[shard]]
-    if misplaced:
-        raise CheckpointError(
-            f"{len(misplaced)} tensors are not in the shard that the index names",
-            where=index,
-            got=shortlist(misplaced),
-            expected="an index that fits its files",
+            "tensors that the description names",
+            where=description.path.parent,
+            got=f"{len(without_tensor)} missing ({shortlist(without_tensor)})",
+            expected="every one in a safetensors file",
             action="Fetch the directory again.",
         )
-    return tensors
+    if without_entry:
+        raise CheckpointError(
+            "entries",
+            where=description.path,
+            got=f"none for {shortlist(without_entry)}",
+            expected="one for each tensor",
+        )

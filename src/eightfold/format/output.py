@@ -30,6 +30,7 @@ from eightfold.errors import (
     shortlist,
 )
 from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.directory import carried_over
 from eightfold.format.journal import (
     JOURNAL_NAME,
     WORK_NAME,
@@ -41,7 +42,6 @@ from eightfold.format.journal import (
     read_entries,
 )
 from eightfold.format.safetensors import checksum_of_file
-from eightfold.format.sidecars import carried_over
 from eightfold.progress import Progress, silent
 
 QUANTIZE = "quantize"

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType
 from eightfold.errors import OutputError
+from eightfold.files import write_json
 from eightfold.format.safetensors import checksum_of, checksum_of_parts, drop, numpy_dtype
-from eightfold.format.sidecars import write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

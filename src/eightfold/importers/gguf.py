@@ -18,22 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eightfold.config import (
-    CONFIG_DTYPES,
-    DType,
-    ModelConfig,
-    RopeParameters,
-    both_dialects,
-    load_json_object,
-    parse_config,
-)
+from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, RopeParameters, both_dialects, parse_config
 from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, family_of, layer_prefix
+from eightfold.files import read_json, write_json
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
-from eightfold.format.sidecars import write_json
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
@@ -339,7 +331,7 @@ def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None
         ) from None
     tokenizer.save_pretrained(str(directory))
     settings = directory / "tokenizer_config.json"
-    content = load_json_object(settings)
+    content = read_json(settings)
     # The name that transformers 4 and 5 both know; 5 alone writes the other one.
     if content.get("tokenizer_class") == "TokenizersBackend":
         content["tokenizer_class"] = "PreTrainedTokenizerFast"

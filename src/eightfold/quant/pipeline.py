@@ -20,12 +20,12 @@ import torch
 from eightfold.config import both_dialects
 from eightfold.errors import CheckpointError, ConfigError, OutputError, shortlist
 from eightfold.families import LM_HEAD
-from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
-from eightfold.format.description import render_description
+from eightfold.files import write_json
+from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint, render_description
+from eightfold.format.directory import copy_sidecars, resolve_auto_map
 from eightfold.format.journal import WORK_NAME, Entry, Journal, layers_done
 from eightfold.format.output import REPORT_NAME, Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
-from eightfold.format.sidecars import copy_sidecars, resolve_auto_map, write_json
 from eightfold.model.reference.device import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent

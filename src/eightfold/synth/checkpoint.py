@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, parse_config
+from eightfold.files import write_json
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
-from eightfold.format.sidecars import write_json
 from eightfold.progress import Progress, silent
 from eightfold.synth.shapes import model_config
 from eightfold.synth.tensors import RandomModel, RandomTensor

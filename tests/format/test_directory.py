@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eightfold.format.sidecars import copy_sidecars, list_sidecars, resolve_auto_map, write_json
+from eightfold.files import write_json
+from eightfold.format.directory import copy_sidecars, list_sidecars, resolve_auto_map
 from tests.conftest import HEAD_DIM_NOTE, tiny_config, write_model
 
 CARRIED = (
