@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from eightfold.model.native.core import choose_threads
+from eightfold.model.native import choose_threads
 from measure import eightfold, run, save_results
 from random_model import write_float_model, write_q8_0
 

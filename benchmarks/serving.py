@@ -49,7 +49,7 @@ import numpy as np
 
 from eightfold.evaluate.text import default_text
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native.core import choose_threads
+from eightfold.model.native import choose_threads
 from eightfold.model.native.load import load_model
 from eightfold.model.native.measure import Runner, Workload
 from eightfold.model.native.model import NativeModel

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from eightfold.model.native.core import choose_threads
+from eightfold.model.native import choose_threads
 from measure import save_results
 
 PROMPT = "The capital of France is"

@@ -26,7 +26,7 @@ from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.model import PAGE
 from eightfold.parallel.world import World
 from eightfold.tokenizer import Tokenizer

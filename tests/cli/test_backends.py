@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eightfold.model.native import core
+from eightfold.model import native as core
 from tests.conftest import tiny_config, write_model
 
 

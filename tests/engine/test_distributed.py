@@ -30,7 +30,7 @@ from eightfold.engine.loading import Options
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.model import Step
 from eightfold.parallel.world import World, require_alike
 from eightfold.tokenizer import Tokenizer

@@ -376,7 +376,7 @@ def test_without_torch_answers_are_arrays(pa, monkeypatch):
 @pytest.mark.parametrize("words", [[], ["--load_tokenizer", "False", "--input_ids", "1,2,3", "7"]])
 def test_without_the_extension_the_reference_answers(pa, monkeypatch, words):
     native = answers(pa(*words, "--ignore_eos"))
-    monkeypatch.setattr("eightfold.model.native.core.is_built", lambda: False)
+    monkeypatch.setattr("eightfold.model.native.is_built", lambda: False)
     assert answers(pa(*words, "--ignore_eos")) == native
 
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.load import load_model
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
-from eightfold.model.reference import kvcache
-from eightfold.model.reference.attention import attend
-from eightfold.model.reference.kvcache import FloatAttention
+from eightfold.model.reference import attention
+from eightfold.model.reference.attention import FloatAttention, attend
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.scheme import QuantType
@@ -176,5 +175,5 @@ def fresh_ones_in_bfloat16() -> Iterator[None]:
     def rounding_attend(q, k, v, window):
         return attend(q, _in_bfloat16(k), _in_bfloat16(v), window)
 
-    with mock.patch.object(kvcache, "attend", rounding_attend):
+    with mock.patch.object(attention, "attend", rounding_attend):
         yield

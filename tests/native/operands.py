@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eightfold.model.native import core
+from eightfold.model import native as core
 
 ISA = pytest.mark.parametrize("isa", core.extension.available_isas())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from eightfold.model.native import core
+from eightfold.model import native as core
 from tests.native import KERNELS
 from tests.native.operands import each
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.model import Chunk, NativeModel
 from tests.conftest import tiny_config, token_samples, write_model
 from tests.native.models import ISAS, VARIANTS, native

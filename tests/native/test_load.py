@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from eightfold.config import RopeParameters
 from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model import native as core
 from eightfold.model.layers import inverse_frequencies
-from eightfold.model.native import core
 from eightfold.model.native.load import _finish, load_model
 from eightfold.model.native.model import PAGE, Chunk
 from eightfold.model.reference import attention as reference_attention

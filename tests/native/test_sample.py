@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eightfold.model.native import core
+from eightfold.model import native as core
 from tests.native.operands import each
 from tests.native.sample_oracle import LOG2_E, Oracle, largest, log_probs, packed
 

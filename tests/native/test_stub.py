@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from nanobind.stubgen import StubGen  # type: ignore[import-untyped]
 
-from eightfold.model.native import core
+from eightfold.model import native as core
 
 STUB = Path(core.__file__).with_name("_core.pyi")
 

@@ -11,9 +11,8 @@ import torch
 
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.decoder import apply_block_
-from eightfold.model.reference.device import use
 from eightfold.model.reference.load import Decoder
-from eightfold.model.reference.tensors import load_tensor
+from eightfold.model.reference.tensors import load_tensor, use
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.scheme import QuantType

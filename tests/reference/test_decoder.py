@@ -11,9 +11,8 @@ import torch
 from eightfold.config import RopeParameters
 from eightfold.errors import CheckpointError, InputError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.reference.attention import attend, inverse_frequencies, visible
+from eightfold.model.reference.attention import KVCache, attend, inverse_frequencies, visible
 from eightfold.model.reference.decoder import Batch, apply_block_, rms_norm, token_batches
-from eightfold.model.reference.kvcache import KVCache
 from eightfold.model.reference.load import Decoder
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe

@@ -10,8 +10,7 @@ import torch
 
 from eightfold.errors import ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.reference.device import CPU, find_device, use
-from eightfold.model.reference.tensors import load_tensor
+from eightfold.model.reference.tensors import CPU, find_device, load_tensor, use
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.model.reference.attention import attend
-from eightfold.model.reference.kvcache import (
+from eightfold.model.reference.attention import (
     BLOCK,
     C8Attention,
     ChannelScale,
     FAQuantAttention,
     FloatAttention,
     KVCache,
+    attend,
     attend_int8,
 )
 from eightfold.model.reference.linear import W8A8DynamicLinear, W8A8Linear, W8A8MixLinear

@@ -8,7 +8,7 @@ import pytest
 
 from eightfold.errors import ConfigError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.report.native import describe_native

@@ -50,7 +50,7 @@ def resolve_backend(name: str) -> str:
     Raises:
         UnsupportedError: native was asked for and was not built.
     """
-    from eightfold.model.native import core
+    from eightfold.model import native as core
 
     if name == "native":
         core.require()

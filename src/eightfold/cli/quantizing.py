@@ -244,7 +244,7 @@ class QuantizeCommand:
         return samples
 
     def _torch_device(self, ranks: Ranks) -> torch.device:
-        from eightfold.model.reference.device import find_device
+        from eightfold.model.reference.tensors import find_device
 
         if ranks.size > 1 and self.device != "cpu":
             raise ConfigError("device", got=self.device, expected=f"cpu, for {ranks.size} processes")

@@ -3,7 +3,7 @@
 Every process that torchrun starts has a share of the model (parallel/share.py). Rank 0 has the engine: it schedules,
 sends every step to the others in one small message, and takes part in it. The others do nothing but steps. What the
 shares make of a step is put together in the core: through memory that the processes of one host share, or over gloo
-between hosts (parallel/exchange.py).
+between hosts (parallel/link.py).
 
 A message of rank 0 is int32 numbers: what to do, and for a step its arrays one after the other, which is about 50 bytes
 for each sequence of a decode step.
@@ -28,13 +28,11 @@ import numpy as np
 from eightfold import __version__
 from eightfold.errors import CapacityError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native import load as native
 from eightfold.model.native.model import NativeModel, Step
 from eightfold.parallel import gloo, link
-from eightfold.parallel.exchange import meets_in_memory, shared_files
-from eightfold.parallel.link import Peer
-from eightfold.parallel.liveness import EXIT_LOST, Liveness, ended_by_liveness
+from eightfold.parallel.link import EXIT_LOST, Liveness, Peer, ended_by_liveness, meets_in_memory, shared_files
 from eightfold.parallel.share import Share
 from eightfold.parallel.world import World, require_alike
 

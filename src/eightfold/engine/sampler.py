@@ -24,7 +24,7 @@ import numpy as np
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.structured import Grammar, fill_masks, mask_words
 from eightfold.errors import InputError
-from eightfold.model.native import core
+from eightfold.model import native as core
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

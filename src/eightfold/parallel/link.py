@@ -1,26 +1,48 @@
-"""How the processes that share a model talk: rank 0 has two connections to each of the others.
+"""How the processes that share a model talk, meet in a step, and end together.
+
+Rank 0 has two connections to each of the others:
 
     orders    messages, one after the other
-    watch     silent while both live: whoever ends closes it (liveness.py)
+    watch     silent while both live: whoever ends closes it
 
 On one host they are local sockets with names of their own, which only processes of the same user may talk over; files
-of shared memory travel over them too. Between hosts they are TCP, with a secret that torchrun's store hands out.
+of shared memory, in which the shares meet, travel over them too. Between hosts they are TCP, with a secret that
+torchrun's store hands out, and the shares meet over gloo. EIGHTFOLD_EXCHANGE=gloo takes gloo on one host, too.
+
+A process that ends by itself says why over `watch`; of one that dies, the system closes the connection. Either ends the
+others within moments, whatever they are doing: the main thread may be inside a step then, waiting for what will never
+come.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
+import select
 import socket
 import struct
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eightfold.errors import ConfigError
+from eightfold.errors import ConfigError, UnsupportedError
 from eightfold.parallel.world import World
+
+EXCHANGE_VARIABLE = "EIGHTFOLD_EXCHANGE"
+
+EXIT_LOST = 2
+
+# From the end of one process to that of another, at most.
+_END_SECONDS = 8.0
+
+_OVER, _TOLD = "over", "told"  # last words of rank 0: all is done; the user knows what has happened
+_MAX_WORDS = 1 << 16
 
 # Rank 0 may read a long file of prompts before it listens.
 JOIN_SECONDS = 600.0
@@ -220,3 +242,105 @@ def _prepare(sock: socket.socket) -> None:
     for option, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 6000)):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+# --- meeting in a step
+
+
+def meets_in_memory(world: World) -> bool:
+    """Return whether shares meet in shared memory, and not over gloo.
+
+    Raises:
+        ConfigError: the environment asks for something unknown.
+        UnsupportedError: it asks for shared memory, and there are several hosts.
+    """
+    wanted = os.environ.get(EXCHANGE_VARIABLE, "")
+    if wanted not in ("", "memory", "gloo"):
+        raise ConfigError(EXCHANGE_VARIABLE, got=wanted, expected="memory or gloo")
+    if wanted == "memory" and not world.is_one_host:
+        raise UnsupportedError(EXCHANGE_VARIABLE, got="memory", expected="gloo, as there are several hosts")
+    return world.is_one_host and wanted != "gloo"
+
+
+def shared_files(world: World, peers: Sequence[Peer]) -> list[int]:
+    """Return open files in memory that are the same in all processes: counters, then two places for each rank.
+
+    Rank 0 makes them and sends them to its peers; the others have rank 0 as their only peer.
+    """
+    count = 1 + 2 * world.size
+    if not world.is_first:
+        return list(socket.recv_fds(peers[0].sock, 1, count)[1])
+    files = [os.memfd_create("eightfold", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING) for _ in range(count)]
+    for file in files:
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # they grow with the cache, and never shrink
+    for peer in peers:
+        socket.send_fds(peer.sock, [b"0"], files)
+    return files
+
+
+# --- ending together
+
+
+class Liveness:
+    """A thread that ends this process when another one has ended."""
+
+    def __init__(self, world: World, peers: Sequence[Peer]) -> None:
+        """Begin to watch `peers`: rank 0, or in rank 0 all others."""
+        self._world, self._peers = world, peers
+        self._ends = False
+        threading.Thread(target=self._run, name="eightfold-liveness", daemon=True).start()
+
+    def end(self) -> None:
+        """Let the others end too: all is done."""
+        self._end(_OVER)
+
+    def fail(self, reason: str) -> None:
+        """Let the others end too. Rank 0 has told the user, or is about to; of another rank it tells the reason."""
+        self._end(_TOLD if self._world.is_first else reason)
+
+    def _end(self, words: str) -> None:
+        if self._ends:
+            return
+        self._ends = True
+        for peer in self._peers:
+            with contextlib.suppress(OSError):  # it has ended already
+                peer.watch.sendall(words.encode())
+                peer.watch.shutdown(socket.SHUT_WR)
+
+    def _run(self) -> None:
+        watched = {peer.watch: peer for peer in self._peers}
+        ready, _, _ = select.select(watched, [], [])
+        peer = watched[ready[0]]
+        words = _last_words(peer.watch)
+        if self._ends:
+            return
+        if self._world.is_first or (self._world.rank == 1 and words not in (_OVER, _TOLD)):
+            reason = words or "it has died or cannot be reached, so all others end"
+            with contextlib.suppress(OSError):
+                print(f"eightfold: {peer}: {reason}. Start the command again.", file=sys.stderr, flush=True)
+            self.fail(words)
+        sys.stdout.flush()
+        os._exit(0 if words == _OVER else EXIT_LOST)
+
+
+@contextlib.contextmanager
+def ended_by_liveness(*more: type[Exception]) -> Iterator[None]:
+    """When another process is not there to talk to, wait to be ended by the liveness thread, which knows why.
+
+    Args:
+        more: what says so, besides the errors of connections.
+    """
+    gone: tuple[type[Exception], ...] = (EOFError, ConnectionError, *more)
+    try:
+        yield
+    except gone:
+        time.sleep(_END_SECONDS)
+        os._exit(EXIT_LOST)
+
+
+def _last_words(sock: socket.socket) -> str:
+    data = b""
+    with contextlib.suppress(OSError):
+        while len(data) < _MAX_WORDS and (more := sock.recv(4096)):
+            data += more
+    return " ".join(data.decode(errors="replace").split()).rstrip(".")

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from eightfold import errors
 from eightfold.errors import ConfigError, EightfoldError, PeerError, one_of
 from eightfold.parallel.gloo import start_gloo
-from eightfold.parallel.link import process_name
-from eightfold.parallel.liveness import EXIT_LOST
+from eightfold.parallel.link import EXIT_LOST, process_name
 from eightfold.parallel.world import World, require_alike
 
 if TYPE_CHECKING:

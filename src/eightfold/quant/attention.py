@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.model.reference.kvcache import Attention, KVCache
+from eightfold.model.reference.attention import Attention, KVCache
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 from eightfold.quant.recipe import KVObserve
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from eightfold.config import ModelConfig
 from eightfold.families import SMOOTH_PAIRS, InputGroup, LinearShape, input_groups, layer_prefix, sliding_window
+from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
-from eightfold.model.reference.kvcache import FloatAttention
 from eightfold.model.reference.linear import FloatLinear, Linear
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32

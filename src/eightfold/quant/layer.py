@@ -31,8 +31,8 @@ from eightfold.families import (
     layer_prefix,
     sliding_window,
 )
+from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, spans_of
-from eightfold.model.reference.kvcache import FloatAttention
 from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32

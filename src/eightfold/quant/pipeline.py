@@ -26,7 +26,7 @@ from eightfold.format.directory import copy_sidecars, resolve_auto_map
 from eightfold.format.journal import WORK_NAME, Entry, Journal, layers_done
 from eightfold.format.output import REPORT_NAME, Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
-from eightfold.model.reference.device import CPU, use
+from eightfold.model.reference.tensors import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from eightfold.errors import UnsupportedError
 from eightfold.families import LM_HEAD, all_linears
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.model import PAGE
 from eightfold.scheme import QuantType, weight_name
 

@@ -18,7 +18,7 @@ from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, inpu
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import resident_bytes
 from eightfold.model import layers
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.model import NativeModel
 from eightfold.parallel.share import WHOLE, Share, cuts
 from eightfold.scheme import QuantType, weight_name

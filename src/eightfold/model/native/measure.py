@@ -21,7 +21,7 @@ from eightfold.errors import CapacityError
 from eightfold.families import LM_HEAD, all_linears, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, peak_resident_bytes
-from eightfold.model.native import core
+from eightfold.model import native as core
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.scheme import QuantType
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.model.reference.attention import apply_rope, rope_tables
-from eightfold.model.reference.kvcache import Attention, KVCache
+from eightfold.model.reference.attention import Attention, KVCache, apply_rope, rope_tables
 from eightfold.model.reference.linear import Linear, W8A8MixLinear
 
 # Where tokens come from; what reads a prompt and what generates may compute differently.

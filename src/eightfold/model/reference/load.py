@@ -12,9 +12,7 @@ from torch import Tensor
 from eightfold.families import EMBEDDING, FINAL_NORM, LinearShape, input_groups, layer_prefix, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import layers
-from eightfold.model.reference.attention import inverse_frequencies
-from eightfold.model.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
-from eightfold.model.reference.kvcache import (
+from eightfold.model.reference.attention import (
     Attention,
     AttentionMode,
     C8Attention,
@@ -22,7 +20,9 @@ from eightfold.model.reference.kvcache import (
     FAQuantAttention,
     FloatAttention,
     KVCache,
+    inverse_frequencies,
 )
+from eightfold.model.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
 from eightfold.model.reference.linear import (
     DynamicMode,
     FloatLinear,
@@ -90,7 +90,7 @@ class Decoder:
     Attributes:
         checkpoint: where the tensors come from.
         dynamic: how W8A8_DYNAMIC quantizes a token.
-        attention: what a prompt's tokens attend over when keys and values are quantized; see kvcache.py.
+        attention: what a prompt's tokens attend over when keys and values are quantized; see attention.py.
     """
 
     checkpoint: Checkpoint
