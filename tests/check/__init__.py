@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eightfold.check.findings import Report
+from eightfold.check import Report
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES

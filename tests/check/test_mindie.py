@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eightfold.check import mindie, mindie_config, vllm_ascend
+from eightfold.check import Report, mindie, mindie_config, vllm_ascend
 from eightfold.check.directory import RawDirectory, cast, differ
-from eightfold.check.findings import Report
 from eightfold.config import DType
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe

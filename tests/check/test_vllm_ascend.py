@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eightfold.check import vllm_ascend
+from eightfold.check import Report, vllm_ascend
 from eightfold.check.directory import RawDirectory
-from eightfold.check.findings import Report
 from tests.check import (
     DOWN,
     GATE,

@@ -9,10 +9,11 @@ Letters: N output features, K input features of a linear; H query heads, G key/v
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,9 @@ _GEOMETRY = (
 )
 
 
+_Content = TypeVar("_Content")
+
+
 @dataclass(frozen=True)
 class Packed:
     """The linears of one layer that loaders join into one, and the norm before them."""
@@ -74,7 +78,6 @@ class Packed:
 
     @property
     def module(self) -> str:
-        """The module they are in: attention or MLP."""
         return self.members[0].rpartition(".")[0]
 
 
@@ -126,22 +129,12 @@ class RawDirectory:
             raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
         config = read_json(path / CONFIG_NAME)
         model = _sizes(config, path / CONFIG_NAME)
-        damaged: dict[str, str] = {}
-        descriptions: dict[str, dict[str, Any]] = {}
-        for each in sorted(path.glob(DESCRIPTIONS)):
-            try:
-                descriptions[each.name] = _json_object(each)
-            except CheckpointError as error:
-                damaged[each.name] = str(error)
-        files: dict[str, dict[str, TensorInfo]] = {}
-        for each in sorted(path.glob("[!.]*.safetensors")):
-            try:
-                files[each.name] = read_header(each)
-            except CheckpointError as error:
-                files[each.name], damaged[each.name] = {}, str(error)
+        descriptions, damaged = _gather(path.glob(DESCRIPTIONS), _json_object)
+        headers, damaged_files = _gather(path.glob("[!.]*.safetensors"), read_header)
+        files = {**headers, **{name: {} for name in damaged_files}}
         if not files:
             raise CheckpointError("weights", where=path, got="no *.safetensors", expected="safetensors files")
-        return cls(path, config, model, descriptions, files, damaged)
+        return cls(path, config, model, descriptions, files, {**damaged, **damaged_files})
 
     def only(self, names: Iterable[str]) -> RawDirectory:
         """Return the same directory with these safetensors files and no others."""
@@ -174,7 +167,6 @@ class RawDirectory:
         return array.astype(np.float64 if DType(info.dtype).is_float else np.int64)
 
     def absent(self, names: Iterable[str]) -> list[str]:
-        """Return those tensors that are not stored."""
         return [name for name in names if name not in self.tensors]
 
     def misshapen(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -183,17 +175,14 @@ class RawDirectory:
 
     def nonzero(self, names: Iterable[str], suffix: str = "") -> list[str]:
         """Return the tensors with this end of their name that are stored and hold anything but zeros."""
-        values = {name: self.values(name) for name in names if name.endswith(suffix)}
-        return [name for name, found in values.items() if found is not None and np.any(found != 0)]
+        return self._holding((name for name in names if name.endswith(suffix)), np.any)
 
     def beyond_int8(self, names: Iterable[str]) -> list[str]:
         """Return the tensors that are stored and hold anything but integers from -128 to 127."""
-        values = {name: self.values(name) for name in names}
-        return [
-            name
-            for name, found in values.items()
-            if found is not None and not np.all((found == np.rint(found)) & (found >= -128) & (found <= 127))
-        ]
+        return self._holding(names, lambda x: not np.all((x == np.rint(x)) & (x >= -128) & (x <= 127)))
+
+    def _holding(self, names: Iterable[str], what: Callable[[NDArray[Any]], Any]) -> list[str]:
+        return [name for name in names if (found := self.values(name)) is not None and what(found)]
 
     def unequal_inputs(self, groups: Iterable[Packed], dtype: DType) -> Iterator[tuple[str, list[str]]]:
         """Yield, for each of SHARED_INPUTS, the modules whose joined linears do not agree when cast to a dtype."""
@@ -206,13 +195,11 @@ class RawDirectory:
                     modules.append(group.module)
             yield rule, modules
 
-    def duplicates(self) -> dict[str, list[str]]:
-        """Return the tensors that lie in more than one file -> those files."""
-        homes: dict[str, list[str]] = {}
-        for file, header in self.files.items():
-            for name in header:
-                homes.setdefault(name, []).append(file)
-        return {name: files for name, files in homes.items() if len(files) > 1}
+    def duplicates(self) -> tuple[list[str], set[str]]:
+        """Return the tensors that lie in more than one file, and the files of these."""
+        counts = Counter(name for header in self.files.values() for name in header)
+        twice = [name for name, count in counts.items() if count > 1]
+        return twice, {file for file, header in self.files.items() if not header.keys().isdisjoint(twice)}
 
     def unmatched(self, description: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         """Return a description's entries that have no tensor, and the tensors that have no entry if there are any."""
@@ -241,6 +228,14 @@ class RawDirectory:
         return {name(module) for module in modules for name in (weight_name, bias_name)}
 
 
+def packs(kinds: Mapping[Packed, str]) -> dict[str, dict[str, int]]:
+    """Count how the layers' groups are joined: group -> how -> layers."""
+    counts = {group.title: Counter[str]() for group in kinds}
+    for group, kind in kinds.items():
+        counts[group.title][kind] += 1
+    return {title: dict(count) for title, count in counts.items()}
+
+
 def differ(members: list[NDArray[Any]]) -> bool:
     """Whether values that must be one are not, by the tolerance of torch.allclose: |a - b| <= 1e-8 + 1e-5 |b|."""
     flat = np.concatenate([np.empty(0), *(member.reshape(-1) for member in members)])
@@ -265,6 +260,18 @@ def _packed(model: ModelConfig) -> Iterator[Packed]:
             if group.title in norms:
                 members = tuple(prefix + linear.name for linear in group.linears)
                 yield Packed(group.title, members, prefix + norms[group.title])
+
+
+def _gather(paths: Iterable[Path], read: Callable[[Path], _Content]) -> tuple[dict[str, _Content], dict[str, str]]:
+    """Return what can be read by file name, and of the other files why not."""
+    found: dict[str, _Content] = {}
+    damaged: dict[str, str] = {}
+    for path in sorted(paths):
+        try:
+            found[path.name] = read(path)
+        except CheckpointError as error:
+            damaged[path.name] = str(error)
+    return found, damaged
 
 
 def _sizes(config: dict[str, Any], where: Path) -> ModelConfig:

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from eightfold.check.directory import INTEGERS, SHARED_INPUTS, Packed, RawDirectory
-from eightfold.check.findings import Finding, Report, Rules, Summary, Verdict
+from eightfold.check import Finding, Report, Rules, Summary, Verdict
+from eightfold.check.directory import INTEGERS, SHARED_INPUTS, Packed, RawDirectory, packs
 from eightfold.check.mindie_config import FA, KV, LLAMA, REDUCE, MindIE
 from eightfold.config import DType
 from eightfold.families import EMBEDDING, LM_HEAD
@@ -141,7 +141,6 @@ class _Weights:
         return f"{'ALL' if all(hits) else 'MIX'}_{self._scheme.pack}{anti}"
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what the rules find, in the order in which the loader gets there."""
         yield from self._labels()
         yield from self._schemes()
         yield from self._inputs()
@@ -150,23 +149,23 @@ class _Weights:
         yield from self._cache_and_attention()
         yield from self._left_over()
 
-    def _said(self, linears: list[str]) -> str:
-        return ", ".join(sorted({str(self.loader.label(name)) for name in linears}))
+    def _said(self, linears: list[str]) -> set[str]:
+        return {str(self.loader.label(name)) for name in linears}
 
     def _labels(self) -> Iterator[Finding]:
         """The labels of q, k, v, gate and up are looked up one by one, and say how these are joined."""
         d, m = self.d, self.loader
-        twice = d.duplicates()
-        files = sorted({file for homes in twice.values() for file in homes})
-        yield from RULES.found("duplicate-tensor", twice, got=", ".join(files))
+        twice, files = d.duplicates()
+        yield from RULES.found("duplicate-tensor", twice, got=files)
         names = [weight_name(member) for group in d.packed for member in group.members]
         yield from RULES.found("label-missing", [name for name in names if m.labels and name not in m.labels])
         yield from RULES.found("label", self._uncounted, kind=m.quantize, got=self._said(self._uncounted))
         labels = {name: label for name in d.linears if (label := m.label(name)) is not None}
         stored = {name: kind for name in labels if (kind := d.dtype_of(weight_name(name))) is not None}
         wrong = [name for name, kind in stored.items() if (labels[name] == _FLOAT) is (kind == DType.I8.value)]
-        got = ", ".join(sorted({f"{labels[name]} stored as {stored[name]}" for name in wrong}))
-        yield from RULES.found("label-and-weight", wrong, got=got)
+        yield from RULES.found(
+            "label-and-weight", wrong, got={f"{labels[name]} stored as {stored[name]}" for name in wrong}
+        )
 
     def _schemes(self) -> Iterator[Finding]:
         """Of another scheme than `quantize` names, an int8 linear lacks tensors or runs as one of this."""
@@ -181,12 +180,12 @@ class _Weights:
             yield from RULES.found(f"mixed-scheme/{rule}", where, got=self._said(where), kind=m.quantize)
         mixed = {group.module: kind for group, kind in self.pack_types.items() if kind.startswith("MIX_")}
         rule = "unpacked-group" if scheme.pack == "W8A8" else "mixed-group"
-        yield from RULES.found(rule, mixed, got=", ".join(sorted(set(mixed.values()))))
+        yield from RULES.found(rule, mixed, got=set(mixed.values()))
         required = [name for name in self._required() if name.rpartition(".")[0] not in lacking]
         yield from RULES.found("missing-tensor", self.d.absent(required), got=m.quantize)
 
     def _required(self) -> Iterator[str]:
-        """Yield the tensors that every layer asks for, those of cache and attention not counted."""
+        """Yield the tensors that every layer asks for, besides those of cache and attention."""
         yield from self.d.outer_weights
         yield from (weight_name(norm) for norm in self.d.norms)
         for linear in self.d.linears:
@@ -216,9 +215,8 @@ class _Weights:
         if m.dtype is not None:
             rule, wanted = ("float16", "I64") if m.dtype is DType.F16 else ("bfloat16", "F32")
             kinds = {name: d.dtype_of(name) for name in (f"{linear}.{DEQ_SCALE}" for linear in self.static)}
-            wrong = {name: kind for name, kind in kinds.items() if kind not in (None, wanted)}
-            got = ", ".join(sorted(map(str, set(wrong.values()))))
-            yield from RULES.found(f"deq-scale/{rule}", wrong, got=got)
+            wrong = {name: kind for name, kind in kinds.items() if kind is not None and kind != wanted}
+            yield from RULES.found(f"deq-scale/{rule}", wrong, got=set(wrong.values()))
         if self._scheme.pack.startswith("W8A8"):
             yield from RULES.found("weight-offset", d.nonzero(f"{name}.{WEIGHT_OFFSET}" for name in self.int8))
         older = [legacy_norm(group.norm) for group, kind in self.pack_types.items() if kind.endswith("_ANTI")]
@@ -269,17 +267,13 @@ class _Weights:
         yield from RULES.found("tensor-without-entry", bare, got=self.loader.description_file)
 
     def summary(self) -> Summary:
-        """Return what the loader makes of the directory, if nothing stops it."""
         d, m, attention = self.d, self.loader, self.loader.setting(FA)
-        packs: dict[str, Counter[str]] = {group.title: Counter() for group in d.packed}
-        for group, kind in self.pack_types.items():
-            packs[group.title][kind] += 1
         integer = (m.quantize or _FLOAT).upper()
         cache = {"FAQuant": "int8", "FAKQuant": "int8 key, float value"}.get(str(attention), "float")
         return Summary(
             dtype=str(d.config.get("torch_dtype") or "unknown").removeprefix("torch."),
             linears=dict(Counter(integer if name in self.int8 else _FLOAT for name in d.linears)),
-            packs={title: dict(counts) for title, counts in packs.items()},
+            packs=packs(self.pack_types),
             kv_cache="int8" if m.setting(KV) else cache,
             attention=str(attention or "float"),
             attention_layers=d.model.num_layers if attention else 0,

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from eightfold.check import Finding, Rules, Verdict
 from eightfold.check.directory import INTEGERS, RawDirectory
-from eightfold.check.findings import Finding, Rules, Verdict
 from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.files import read_json
@@ -170,7 +170,6 @@ class MindIE:
         return self.described.get(key, self._settings.get(key, _SETTINGS[key][0]))
 
     def label(self, module: str) -> str | None:
-        """Return the label of a module's weight; None without an entry."""
         value = self.labels.get(weight_name(module))
         return None if value is None else str(value)
 
@@ -183,7 +182,6 @@ class MindIE:
         return self.d.dtype_of(weight_name(linear)) in INTEGERS
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what the rules of this stage find, in the order in which the loader gets there."""
         yield from self._files()
         yield from self._description()
         yield from self._enabled()

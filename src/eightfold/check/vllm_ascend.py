@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eightfold.check.directory import INTEGERS, SHARED_INPUTS, RawDirectory, cast
-from eightfold.check.findings import Finding, Report, Rules, Summary, Verdict
+from eightfold.check import Finding, Report, Rules, Summary, Verdict
+from eightfold.check.directory import INTEGERS, SHARED_INPUTS, RawDirectory, cast, packs
 from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.families import EMBEDDING, KEY, LM_HEAD, layer_of
@@ -203,7 +203,6 @@ class _VllmAscend:
         self._fa_layers = fa_keys if self._attention is not None else []
 
     def findings(self) -> Iterator[Finding]:
-        """Yield what the rules find, in the order in which the loader gets there."""
         yield from self._files()
         yield from self._schemes()
         yield from self._tensors()
@@ -238,12 +237,12 @@ class _VllmAscend:
         )
         kinds = {group.module: {labels[m] for m in group.members if m in labels} for group in d.packed}
         mixed = {module: " and ".join(sorted(found)) for module, found in kinds.items() if len(found) > 1}
-        yield from RULES.found("mixed-group", mixed, got="; ".join(sorted(set(mixed.values()))))
+        yield from RULES.found("mixed-group", mixed, got=set(mixed.values()))
         others = {m: labels[m] for m in self.modules if m in labels and labels[m] not in _CHECKED}
         taken = [m for m, kind in others.items() if kind in _REGISTERED or kind.startswith(_REGISTERED_PREFIXES)]
         refused = [m for m in others if m not in taken]
         for rule, where in (("scheme", refused), ("unchecked-scheme", taken)):
-            yield from RULES.found(rule, where, got=", ".join(sorted({others[m] for m in where})))
+            yield from RULES.found(rule, where, got={others[m] for m in where})
         if self.dtype is None:
             yield from RULES.found("torch-dtype", ["torch_dtype"], got=self._dtype_name or "none")
 
@@ -254,9 +253,8 @@ class _VllmAscend:
         stays what the memory held.
         """
         d, parameters = self.d, self._parameters
-        twice = d.duplicates()
-        files = sorted({file for homes in twice.values() for file in homes})
-        yield from RULES.found("duplicate-tensor", twice, got=", ".join(files))
+        twice, files = d.duplicates()
+        yield from RULES.found("duplicate-tensor", twice, got=files)
         wanted = [*d.outer_weights, *(weight_name(norm) for norm in d.norms)]
         wanted += [p.name for p in parameters if p.suffix not in _MAY_BE_ABSENT]
         yield from RULES.found("missing-tensor", d.absent(wanted))
@@ -277,16 +275,13 @@ class _VllmAscend:
         stored = {name: kind for name in kinds if (kind := d.dtype_of(name)) is not None}
         integers = (*INTEGERS, "U8")
         wrong = [name for name, kind in stored.items() if (kinds[name] is QuantType.FLOAT) is (kind in integers)]
-        got = ", ".join(sorted({f"{kinds[name].value} stored as {stored[name]}" for name in wrong}))
+        got = {f"{kinds[name].value} stored as {stored[name]}" for name in wrong}
         yield from RULES.found("label-and-weight", wrong, got=got)
         # An int64 parameter for float16 and a float32 one for bfloat16.
         wanted = {DType.F16: ("I64",), DType.BF16: ("F32", "F16", "BF16")}.get(self.dtype or DType.I8, ())
         kept = {name: d.dtype_of(name) for name in (f"{module}.{DEQ_SCALE}" for module in self._static)}
-        cut = {name: kind for name, kind in kept.items() if wanted and kind not in (None, *wanted)}
-        if cut:
-            yield from RULES.found(
-                "deq-scale", cut, got=one_of(sorted(map(str, set(cut.values())))), expected=wanted[0]
-            )
+        cut = {name: kind for name, kind in kept.items() if wanted and kind is not None and kind not in wanted}
+        yield from RULES.found("deq-scale", cut, got=set(cut.values()), expected="".join(wanted[:1]))
 
     def _inputs(self) -> Iterator[Finding]:
         """A joined module has one input_scale and one input_offset: that of the last linear copied (vLLM, by its code).
@@ -358,15 +353,12 @@ class _VllmAscend:
         yield from RULES.found("tensor-without-entry", bare)
 
     def summary(self) -> Summary:
-        """Return what the loader makes of the directory, if nothing stops it."""
-        packs: dict[str, Counter[str]] = {group.title: Counter() for group in self.d.packed}
-        for group in self.d.packed:
-            labels = {self.labels.get(member) or "unlabelled" for member in group.members}
-            packs[group.title][labels.pop() if len(labels) == 1 else "mixed"] += 1
+        said = {name: self.labels.get(name) or "unlabelled" for name in self.d.linears}
+        kinds = {group: {said[member] for member in group.members} for group in self.d.packed}
         return Summary(
             dtype=str(self._dtype_name or "unknown").removeprefix("torch."),
-            linears=dict(Counter(self.labels.get(name) or "unlabelled" for name in self.d.linears)),
-            packs={title: dict(counts) for title, counts in packs.items()},
+            linears=dict(Counter(said.values())),
+            packs=packs({group: kind.pop() if len(kind) == 1 else "mixed" for group, kind in kinds.items()}),
             kv_cache="int8" if self._has_kv_cache else "float",
             attention=str(self._attention) if self._fa_layers else "float",
             attention_layers=len(self._fa_layers),

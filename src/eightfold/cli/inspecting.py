@@ -11,7 +11,7 @@ from eightfold.cli.options import argument, as_json
 from eightfold.values import Kind, choice, setting
 
 if TYPE_CHECKING:
-    from eightfold.check.findings import Report
+    from eightfold.check import Report
     from eightfold.report.contents import Contents
     from eightfold.report.native import Native
 
