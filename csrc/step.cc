@@ -83,10 +83,12 @@ bool Step::layer_phases(Pool::Walk& walk, const Slot& slot, int i, const Group& 
     const Layer& layer = weights_.layers[i];
     Attention& attention = parts_.attention;
     const auto ask_for_keys = [&] { attention.prefetch(slot.attention, i, walk.thread()); };
-    const Output qkv{attention.qkv(), static_cast<size_t>(layer.qkv.outputs()), false};
+    const Output qkv{.y = attention.qkv(), .ld = static_cast<size_t>(layer.qkv.outputs()), .adds = false};
     const bool hands_heads = attention.hands_heads(layer.o, tokens), hands = hands_gated(layer, tokens);
-    const Term o{{layer.o, attention.heads(), tokens, nullptr, hands_heads}, head_cuts_, layer.gate_up};
-    const Term down{{layer.down, gated_.data(), tokens, nullptr, hands}, config_.intermediate_cuts, after};
+    const Term o{
+        {.group = layer.o, .x = attention.heads(), .tokens = tokens, .handed = hands_heads}, head_cuts_, layer.gate_up};
+    const Term down{
+        {.group = layer.down, .x = gated_.data(), .tokens = tokens, .handed = hands}, config_.intermediate_cuts, after};
     return parts_.products.multiply(walk, run, {layer.qkv, x_.data(), tokens}, qkv, ask_for_keys) &&
            attention.attend_all(walk, run.batch, slot.attention, i, layer.o) && add(walk, run, o) &&
            gate(walk, run, layer) && add(walk, run, down);
@@ -114,17 +116,20 @@ bool Step::add(Pool::Walk& walk, const Run& run, const Term& term) {
     Share& share = parts_.share;
     const auto ask_for_weights = [&] { term.next.prefetch(input.tokens, walk.thread()); };
     if (!config_.is_shared()) {
-        return products.multiply(walk, run, input, {x_.data(), static_cast<size_t>(linear.outputs), true},
+        return products.multiply(walk, run, input,
+                                 {.y = x_.data(), .ld = static_cast<size_t>(linear.outputs), .adds = true},
                                  ask_for_weights);
     }
     if (group.has_floating()) {
         return share.gather_inputs(walk, run, input.x, term.cuts) &&
                products.multiply(walk, run, {group, share.inputs(), input.tokens},
-                                 {share.part(), static_cast<size_t>(linear.outputs), false}, ask_for_weights) &&
+                                 {.y = share.part(), .ld = static_cast<size_t>(linear.outputs), .adds = false},
+                                 ask_for_weights) &&
                share.add_outputs(walk, run, x_.data());
     }
     if (share.needs_ranges(group) && !share.meet_ranges(walk, run, group, input.x)) return false;
-    return products.multiply(walk, run, input, {share.part(), share.part_width(linear), false}, ask_for_weights) &&
+    return products.multiply(walk, run, input, {.y = share.part(), .ld = share.part_width(linear), .adds = false},
+                             ask_for_weights) &&
            share.add_sums(walk, run, group, products.prepared()[0], x_.data());
 }
 
@@ -162,7 +167,7 @@ void Step::gate_piece(const Source& from, const Layer& layer, const Piece& piece
     float* out = gated_.data() + piece.t0 * ld + piece.begin;
     if (from.layout == Layout::packed && group.gates(hands ? &layer.down : nullptr)) {
         if (hands) group.gate(kernels_, piece, from.prepared, layer.down, products.handed());
-        else group.gate(kernels_, piece, from.prepared, {out, ld, false});
+        else group.gate(kernels_, piece, from.prepared, {.y = out, .ld = ld, .adds = false});
         return;
     }
     Scratch& scratch = products.scratch(thread);
@@ -170,7 +175,7 @@ void Step::gate_piece(const Source& from, const Layer& layer, const Piece& piece
     const size_t width = count;
     Piece half = piece;
     for (half.linear = 0; half.linear < 2; half.linear++) {
-        group.multiply(kernels_, half, from, {half.linear == 0 ? gate : up, width, false}, scratch);
+        group.multiply(kernels_, half, from, {.y = half.linear == 0 ? gate : up, .ld = width, .adds = false}, scratch);
     }
     for (int t = 0; t < piece.t1 - piece.t0; t++) {
         float* to = hands ? gate + t * count : out + t * ld;

@@ -17,7 +17,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native import measure
 from eightfold.model.native import model as native_model
 from eightfold.model.native.load import load_model
-from eightfold.model.native.measure import Measurement, Rates, Runner, Timing, Workload, cache_bytes, int8_elements
+from eightfold.model.native.measure import Measurement, Rates, Runner, Workload, cache_bytes, int8_elements
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
@@ -163,7 +163,7 @@ def test_sequences_share_no_page(models):
 
 
 def test_rates_are_tokens_over_seconds():
-    rates = Rates.of(Timing(prefill_s=0.5, decode_s=2.0), Workload(prompt_len=100, new_tokens=9, batch=4))
+    rates = Workload(prompt_len=100, new_tokens=9, batch=4).rates(prefill_s=0.5, decode_s=2.0)
     assert rates == Rates(prefill_tok_s=800.0, decode_tok_s=16.0, output_tok_s=14.4)
 
 
@@ -260,7 +260,7 @@ def test_limits_and_model_are_measured_in_turn(models, monkeypatch):
 
     monkeypatch.setattr(measure, "Ceiling", Ceiling)
     _, runner = recorded(models["float"], Workload(prompt_len=2, new_tokens=2))
-    monkeypatch.setattr(runner, "once", lambda: order.append("model") or Timing(1.0, 1.0))
+    monkeypatch.setattr(runner, "once", lambda: order.append("model") or Rates(1.0, 1.0, 1.0))
     steps: list[None] = []
     found = measure.measure(runner, 2, lambda: steps.append(None))
     assert order == ["model", "2 threads", *["read", "products", "model"] * 2]

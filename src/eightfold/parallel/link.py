@@ -69,7 +69,6 @@ class Peer:
         return f"rank {self.rank} ({self.name})" if self.name else f"rank {self.rank}"
 
     def send(self, data: bytes) -> None:
-        """Send a message."""
         _send(self.sock, data)
 
     def receive(self) -> bytearray:
@@ -81,7 +80,6 @@ class Peer:
         return _receive(self.sock)
 
     def tell(self, **facts: Any) -> None:
-        """Send a JSON object."""
         self.send(json.dumps(facts).encode())
 
     def hear(self) -> dict[str, Any]:
@@ -285,7 +283,6 @@ class Liveness:
     """A thread that ends this process when another one has ended."""
 
     def __init__(self, world: World, peers: Sequence[Peer]) -> None:
-        """Begin to watch `peers`: rank 0, or in rank 0 all others."""
         self._world, self._peers = world, peers
         self._ends = False
         threading.Thread(target=self._run, name="eightfold-liveness", daemon=True).start()

@@ -84,7 +84,6 @@ class Ranks:
             signal.signal(signal.SIGTERM, terminated)
 
     def require_alike(self, facts: Mapping[str, Any]) -> None:
-        """Compare what has to be the same in all processes; see world.require_alike."""
         expected = json.loads(json.dumps(facts))
         names, found = zip(*self.gather((process_name(), expected)), strict=True)
         if self.is_first and self.size > 1:

@@ -66,7 +66,6 @@ class Share:
         )
 
     def heads(self, config: ModelConfig) -> slice:
-        """Return the rank's query heads."""
         each = config.num_heads // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 

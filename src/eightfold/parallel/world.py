@@ -59,12 +59,10 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that talks to the user."""
         return self.rank == 0
 
     @property
     def is_one_host(self) -> bool:
-        """Whether all are on one host."""
         return self.local_size == self.size
 
     @property

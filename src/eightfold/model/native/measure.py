@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,13 @@ PASSES = 3  # over it; the best counts
 # Tokens of a prompt that run at once, as in the engine: enough for the matrix products, little enough for memory.
 PREFILL_TOKENS = 512
 
-RATES = ("prefill_tok_s", "decode_tok_s", "output_tok_s")
+
+class Rates(NamedTuple):
+    """Tokens a second, all sequences together."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    output_tok_s: float
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,19 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Positions that a sequence takes."""
         return self.prompt_len + self.new_tokens
 
     @property
     def pages(self) -> int:
-        """Pages of the cache that a sequence takes."""
         return -(-self.context // PAGE)
+
+    def rates(self, prefill_s: float, decode_s: float) -> Rates:
+        """Divide a repetition's tokens by its seconds: to each sequence's first token, and from there to the last."""
+        return Rates(
+            prefill_tok_s=self.batch * self.prompt_len / prefill_s,
+            decode_tok_s=self.batch * (self.new_tokens - 1) / decode_s,
+            output_tok_s=self.batch * self.new_tokens / (prefill_s + decode_s),
+        )
 
     def require_context(self, config: ModelConfig) -> None:
         """Compare with the model's context.
@@ -67,47 +79,15 @@ class Workload:
             )
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One repetition's seconds: to the first token of every sequence, and from there to the last."""
-
-    prefill_s: float
-    decode_s: float
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Tokens a second, all sequences together."""
-
-    prefill_tok_s: float
-    decode_tok_s: float
-    output_tok_s: float
-
-    @classmethod
-    def of(cls, timing: Timing, work: Workload) -> Rates:
-        """Divide a repetition's tokens by its seconds."""
-        return cls(
-            prefill_tok_s=work.batch * work.prompt_len / timing.prefill_s,
-            decode_tok_s=work.batch * (work.new_tokens - 1) / timing.decode_s,
-            output_tok_s=work.batch * work.new_tokens / (timing.prefill_s + timing.decode_s),
-        )
-
-
 class Runner:
     """Repeats a workload on a model, in one cache that is allocated in advance and overwritten each time."""
 
     def __init__(self, model: NativeModel, work: Workload, seed: int = 0) -> None:
-        """Allocate the cache.
-
-        Raises:
-            CapacityError: the model's context or the memory is too small.
-        """
         work.require_context(model.config)
         self.model, self.work, self._random = model, work, np.random.default_rng(seed)
         model.allocate_cache(work.batch * work.pages * PAGE, "Lower `batch`, `prompt_len` or `new_tokens`.")
 
-    def once(self) -> Timing:
-        """Run one repetition on fresh random tokens."""
+    def once(self) -> Rates:
         shape = (self.work.batch, self.work.prompt_len)
         prompts = self._random.integers(0, self.model.config.vocab_size, shape).tolist()
         started = time.perf_counter()
@@ -115,7 +95,7 @@ class Runner:
         first = time.perf_counter()
         for step in range(1, self.work.new_tokens):
             tokens = self._decode(tokens, self.work.prompt_len + step - 1)
-        return Timing(first - started, time.perf_counter() - first)
+        return self.work.rates(first - started, time.perf_counter() - first)
 
     def _prefill(self, prompts: list[list[int]]) -> list[int]:
         best: list[int] = []
@@ -195,8 +175,7 @@ class Measurement:
     peak_rss_bytes: int | None = None  # before the buffer of the ceiling was there
 
     def of(self, name: str) -> list[float]:
-        """Return one of the rates, or of the ceilings, of every repetition."""
-        values: list[float] = [getattr(r, name) for r in self.rates] if name in RATES else getattr(self, name)
+        values: list[float] = [getattr(r, name) for r in self.rates] if name in Rates._fields else getattr(self, name)
         return values
 
 
@@ -210,18 +189,19 @@ def measure(runner: Runner, repeat: int, advance: Callable[[], None] = lambda: N
     runner.once()
     found.peak_rss_bytes = peak_resident_bytes()
     advance()
-    ceiling, hosts = Ceiling(runner.model.threads * runner.model.neighbours), runner.model.hosts
+    model = runner.model
+    ceiling, hosts = Ceiling(model.threads * model.neighbours), -(-model.world_size // model.neighbours)
     for _ in range(repeat):
         found.read_gb_s.append(ceiling.read_gb_s() * hosts)
         found.int8_tops.append(ceiling.int8_tops() * hosts)
-        found.rates.append(Rates.of(runner.once(), runner.work))
+        found.rates.append(runner.once())
         advance()
     return found
 
 
 def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work: Workload) -> dict[str, Any]:
     """Return medians, and what share of the ceiling they are: the keys that `eightfold bench --json` prints."""
-    prefill, decode, output = (median(found.of(name)) for name in RATES)
+    prefill, decode, output = (median(found.of(name)) for name in Rates._fields)
     bandwidth, tops = median(found.read_gb_s), median(found.int8_tops)
     mean_context = work.prompt_len + work.new_tokens / 2
     page_bytes = model.page_bytes * model.world_size

@@ -94,7 +94,6 @@ class NativeModel:
 
     @property
     def threads(self) -> int:
-        """How many threads compute."""
         return self._model.threads
 
     @property
@@ -109,13 +108,7 @@ class NativeModel:
 
     @property
     def all_weight_bytes(self) -> int:
-        """The same of all processes together."""
         return self.weight_bytes
-
-    @property
-    def hosts(self) -> int:
-        """How many there are, all like this one."""
-        return -(-self.world_size // self.neighbours)
 
     @property
     def resident_weights_mib(self) -> list[float]:

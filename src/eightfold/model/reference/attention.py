@@ -141,7 +141,6 @@ class FloatAttention:
     cache_dtype = torch.float32
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor, cache: KVCache | None, prompt_len: int) -> Tensor:
-        """See Attention."""
         k, v = (k_SGD, v_SGD) if cache is None else cache.append(k_SGD, v_SGD)
         return attend(q_SHD, k, v, self.window)
 
@@ -154,11 +153,9 @@ class ChannelScale:
     offset: Tensor
 
     def quantize(self, x_SGD: Tensor) -> Tensor:
-        """Return int8."""
         return to_int8_(x_SGD * self.scale.reciprocal(), self.offset)
 
     def real(self, q_SGD: Tensor) -> Tensor:
-        """Return float32."""
         return (q_SGD.to(torch.float32) - self.offset) * self.scale
 
 
@@ -173,7 +170,6 @@ class QuantizedAttention:
     cache_dtype = torch.int8
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor, cache: KVCache | None, prompt_len: int) -> Tensor:
-        """See Attention."""
         new = len(q_SHD)
         k8, v8 = self.key.quantize(k_SGD), self.value.quantize(v_SGD)
         if cache is not None:
@@ -197,7 +193,6 @@ class C8Attention(QuantizedAttention):
     """Keys and values are read back to float; queries and probabilities stay float."""
 
     def over_cache(self, q_SHD: Tensor, k8_CGD: Tensor, v8_CGD: Tensor) -> Tensor:
-        """Return attention of the last S tokens over int8 keys and values."""
         return attend(q_SHD, self.key.real(k8_CGD), self.value.real(v8_CGD), self.window)
 
 
@@ -208,7 +203,6 @@ class FAQuantAttention(QuantizedAttention):
     query_scale_H: Tensor  # (H,) float32
 
     def over_cache(self, q_SHD: Tensor, k8_CGD: Tensor, v8_CGD: Tensor) -> Tensor:
-        """Return attention of the last S tokens over int8 keys and values."""
         _, heads, dim = q_SHD.shape
         q8_SHD = to_int8_(q_SHD * self.query_scale_H.reciprocal()[:, None], torch.zeros(()))
         sharing = heads // k8_CGD.shape[1]

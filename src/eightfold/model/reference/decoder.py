@@ -60,7 +60,6 @@ class Batch:
         return cls(spans, lengths if prompt_lens is None else prompt_lens, *rope_tables(positions, inv_freq))
 
     def generated_T(self) -> Tensor:
-        """Return which tokens were generated, (T,) bool."""
         generated = torch.zeros(self.spans[-1][1] if self.spans else 0, dtype=torch.bool)
         for (begin, end), prompt_len in zip(self.spans, self.prompt_lens, strict=True):
             generated[begin + prompt_len : end] = True
@@ -78,7 +77,6 @@ class LinearGroup:
     linears: tuple[Linear, ...]
 
     def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Return every linear's output."""
         return tuple(
             linear.by_origin(x_TK, batch.generated_T()) if isinstance(linear, W8A8MixLinear) else linear(x_TK)
             for linear in self.linears
@@ -94,7 +92,6 @@ class Norm:
     bias: Tensor | None = None  # what shifting outliers leaves behind
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalize over the last dimension."""
         y = rms_norm(x, self.gain, self.eps)
         return y if self.bias is None else y + self.bias
 

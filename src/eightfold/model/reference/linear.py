@@ -43,9 +43,7 @@ DynamicMode = Literal["asymmetric", "symmetric"]
 class Linear(Protocol):
     """Maps (T, K) float32 to (T, N) float32."""
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return y."""
-        ...
+    def __call__(self, x_TK: Tensor) -> Tensor: ...
 
 
 @functools.cache
@@ -144,7 +142,6 @@ class FloatLinear:
     bias: Tensor | None  # (N,) float32
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return y; the weight is widened to float32 for the product."""
         weight = self.weight
         if weight.dtype != torch.float32:
             weight = _widened.like(weight).copy_(weight)
@@ -161,7 +158,6 @@ class W8A16Linear:
     bias: Tensor | None  # (N,) float32
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return y."""
         real = _widened.like(self.weight)
         for rows in row_pieces(real):
             real[rows].copy_(self.weight[rows]).sub_(self.weight_offset[rows]).mul_(self.weight_scale[rows])
@@ -179,7 +175,6 @@ class W8A8Linear:
     input_offset: Tensor  # (1,) float32
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return y."""
         xq = to_int8_(x_TK * self.inv_input_scale, self.input_offset)
         return int_matmul(xq, self.weight).add_(self.quant_bias).to(torch.float32).mul_(self.deq_scale)
 
@@ -195,7 +190,6 @@ class W8A8DynamicLinear:
     mode: DynamicMode = "asymmetric"
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        """Return y."""
         scale_T1, offset_T1 = token_params(x_TK, self.mode)
         return self.multiply(to_int8_(x_TK * scale_T1.reciprocal(), offset_T1), scale_T1, offset_T1)
 

@@ -49,38 +49,9 @@ def _needed(values: NDArray[Any] | None) -> Tensor:
     return as_tensor(values)
 
 
-def _float_linear(_: DynamicMode, read: layers.Linear) -> Linear:
-    return FloatLinear(as_tensor(read.weight), _optional(read.bias))
-
-
-def _w8a16_linear(_: DynamicMode, read: layers.Linear) -> Linear:
-    scale, offset = _needed(read.weight_scale), _needed(read.weight_offset)
-    return W8A16Linear(as_tensor(read.weight), scale[:, None], offset[:, None], _optional(read.bias))
-
-
-def _w8a8_linear(_: DynamicMode, read: layers.Linear) -> W8A8Linear:
-    quant_bias, deq_scale = _needed(read.quant_bias), _needed(read.deq_scale)
-    inv_scale = 1.0 / _needed(read.input_scale)
-    return W8A8Linear(as_tensor(read.weight), quant_bias, deq_scale, inv_scale, _needed(read.input_offset))
-
-
-def _dynamic_linear(mode: DynamicMode, read: layers.Linear) -> W8A8DynamicLinear:
-    weight = as_tensor(read.weight)
-    weight_sum = weight.sum(1, dtype=torch.int32)
-    return W8A8DynamicLinear(weight, _needed(read.weight_scale), weight_sum, _optional(read.bias), mode)
-
-
-def _mix_linear(mode: DynamicMode, read: layers.Linear) -> Linear:
-    return W8A8MixLinear(_dynamic_linear(mode, read), _w8a8_linear(mode, read))
-
-
-LINEAR_FOR: dict[QuantType, Callable[[DynamicMode, layers.Linear], Linear]] = {
-    QuantType.FLOAT: _float_linear,
-    QuantType.W8A8: _w8a8_linear,
-    QuantType.W8A8_DYNAMIC: _dynamic_linear,
-    QuantType.W8A8_MIX: _mix_linear,
-    QuantType.W8A16: _w8a16_linear,
-}
+def _static_linear(weight: Tensor, read: layers.Linear) -> W8A8Linear:
+    inv_scale, offset = 1.0 / _needed(read.input_scale), _needed(read.input_offset)
+    return W8A8Linear(weight, _needed(read.quant_bias), _needed(read.deq_scale), inv_scale, offset)
 
 
 @dataclass(frozen=True)
@@ -99,7 +70,6 @@ class Decoder:
 
     @property
     def inv_freq(self) -> Tensor:
-        """Rotary frequencies, (D/2,) float32."""
         return inverse_frequencies(self.checkpoint.config.rope, self.checkpoint.config.head_dim)
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
@@ -143,7 +113,6 @@ class Decoder:
         )
 
     def norms(self, layer_idx: int) -> dict[str, Norm]:
-        """Return one layer's norms by their name inside the layer."""
         return {name: self._norm(read) for name, read in layers.read_norms(self.checkpoint, layer_idx).items()}
 
     def _norm(self, read: layers.Norm) -> Norm:
@@ -169,16 +138,24 @@ class Decoder:
         return FAQuantAttention(key=key, value=value, mode=self.attention, window=window, query_scale_H=query_scale_H)
 
     def linear(self, prefix: str, linear: LinearShape) -> Linear:
-        """Build one linear as the checkpoint stores it."""
         return self._linear(layers.read_linear(self.checkpoint, prefix + linear.name, linear))
 
     def _linear(self, read: layers.Linear) -> Linear:
+        weight, bias = as_tensor(read.weight), _optional(read.bias)
         if read.kind is QuantType.FLOAT:
-            require_finite(as_tensor(read.weight), read.name, self.checkpoint)
-        return LINEAR_FOR[read.kind](self.dynamic, read)
+            require_finite(weight, read.name, self.checkpoint)
+            return FloatLinear(weight, bias)
+        if read.kind is QuantType.W8A16:
+            return W8A16Linear(weight, _needed(read.weight_scale)[:, None], _needed(read.weight_offset)[:, None], bias)
+        if read.kind is QuantType.W8A8:
+            return _static_linear(weight, read)
+        weight_sum = weight.sum(1, dtype=torch.int32)
+        by_token = W8A8DynamicLinear(weight, _needed(read.weight_scale), weight_sum, bias, self.dynamic)
+        return (
+            by_token if read.kind is QuantType.W8A8_DYNAMIC else W8A8MixLinear(by_token, _static_linear(weight, read))
+        )
 
     def head(self) -> Head:
-        """Build the final norm and the output head."""
         read = layers.read_head(self.checkpoint)
         if read.kind is not QuantType.FLOAT:
             return Head(self.final_norm(), self._linear(read))
@@ -186,7 +163,6 @@ class Decoder:
         return Head(self.final_norm(), FloatLinear(load_float32(self.checkpoint, read.name), None))
 
     def final_norm(self) -> Norm:
-        """Build the norm before the output head."""
         return self._norm(layers.read_norm(self.checkpoint, FINAL_NORM))
 
     def release_block(self, layer_idx: int) -> None:
