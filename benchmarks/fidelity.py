@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eightfold.evaluate.perplexity import evaluate_reference
-from eightfold.evaluate.text import cut_chunks
+from eightfold.evaluate import cut_chunks, evaluate_reference
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import tame_malloc
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, W8A8DynamicLinear, token_params

@@ -47,7 +47,7 @@ from typing import Any
 
 import numpy as np
 
-from eightfold.evaluate.text import default_text
+from eightfold.evaluate import default_text
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native import choose_threads
 from eightfold.model.native.load import load_model

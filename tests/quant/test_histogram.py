@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from eightfold.errors import InputError
 from eightfold.model.reference.linear import EPS, asymmetric
-from eightfold.quant import histogram
-from eightfold.quant.histogram import (
+from eightfold.quant import calibrate
+from eightfold.quant.calibrate import (
     BINS,
     LEVELS,
     UPSAMPLE,
@@ -218,7 +218,7 @@ def test_walk_knows_counts_slightly_below_nothing():
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_how_many_errors_are_computed_at_once_changes_nothing(chunk, monkeypatch):
-    monkeypatch.setattr(histogram, "_CHUNK", chunk)
+    monkeypatch.setattr(calibrate, "_CHUNK", chunk)
     for seed in range(5):
         counts, ends = random_counts(seed, 0.2), scalars(-7.0, 30.0)
         assert search_range(counts, *ends) == slow_search(counts, *ends)

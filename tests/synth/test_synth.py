@@ -20,9 +20,8 @@ from eightfold.format.shards import ShardedWriter
 from eightfold.model.reference.decoder import apply_block_
 from eightfold.model.reference.load import Decoder
 from eightfold.synth import checkpoint as synth_checkpoint
-from eightfold.synth import shapes, tensors
-from eightfold.synth.checkpoint import synthesize
-from eightfold.synth.tensors import RandomModel, RandomTensor
+from eightfold.synth import shapes
+from eightfold.synth.checkpoint import RandomModel, RandomTensor, synthesize
 from eightfold.tokenizer import Tokenizer
 from tests.refusal import error_line, quantize_refused
 
@@ -46,7 +45,7 @@ def small(monkeypatch):
     monkeypatch.setitem(shapes.MODELS, "llama3.2-1b", SMALL)
     untied = {**shapes.MODELS["qwen2-7b"], **{key: SMALL[key] for key in SMALL if key.endswith(("size", "heads"))}}
     monkeypatch.setitem(shapes.MODELS, "qwen2-7b", {**untied, "bos_token_id": 300, "eos_token_id": 300})
-    monkeypatch.setattr(tensors, "PIECE", 1 << 12)
+    monkeypatch.setattr(synth_checkpoint, "PIECE", 1 << 12)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -117,7 +116,7 @@ def test_hidden_states_stay_sane_and_outliers_stand_out(tmp_path, dtype):
 
 
 def test_ordinary_values_are_normal():
-    table = tensors._quantiles()
+    table = synth_checkpoint._quantiles()
     assert np.array_equal(np.sort(table), -np.sort(table)[::-1])
     # 65,536 midpoints miss the tails beyond 4.3 deviations: 1e-4 of the variance at most.
     assert abs(float(table.std(dtype=np.float64)) - 1) < 1e-4
@@ -139,7 +138,7 @@ def test_rounding_is_that_of_torch():
     tie = np.array([1 + 2**-8, 1 + 3 * 2**-8], np.float32)  # halfway between bfloat16 numbers
     values = np.concatenate([values, tie])
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
-    assert np.array_equal(tensors.stored(values, DType.BF16), expected)
+    assert np.array_equal(synth_checkpoint.stored(values, DType.BF16), expected)
 
 
 def test_the_tokenizer_takes_every_byte_and_fills_the_vocabulary(tmp_path):

@@ -14,7 +14,7 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.values import PATH, choice, setting, whole
 
 if TYPE_CHECKING:
-    from eightfold.evaluate.perplexity import Evaluation
+    from eightfold.evaluate import Evaluation
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.measure import Measurement
     from eightfold.model.native.model import NativeModel
@@ -49,7 +49,7 @@ class EvaluateCommand:
 
     def execute(self) -> None:
         """Measure, and print what was found."""
-        from eightfold.evaluate.text import cut_chunks, default_text, read_text
+        from eightfold.evaluate import cut_chunks, default_text, read_text
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ class EvaluateCommand:
 
     def _by_native(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
         """Measure, and return the perplexity of mode `mindie` beside where both modes are measured."""
-        from eightfold.evaluate.perplexity import evaluate_native
+        from eightfold.evaluate import evaluate_native
         from eightfold.model.native.load import load_model
 
         def load(checkpoint: Checkpoint, mode: str) -> NativeModel:
@@ -107,7 +107,7 @@ class EvaluateCommand:
     def _by_reference(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
         """As _by_native, in torch."""
         console.require_torch("eval --backend reference")
-        from eightfold.evaluate.perplexity import evaluate_reference
+        from eightfold.evaluate import evaluate_reference
         from eightfold.model.reference.load import Decoder
 
         both, config = self._both_modes(checkpoints[0]), EngineConfig(**self.computing)

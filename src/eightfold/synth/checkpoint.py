@@ -1,24 +1,55 @@
-"""synthesize(): a random float model directory, a few pieces of a tensor in memory at a time."""
+"""synthesize(): a random float model that behaves like one: hidden states stay finite, a few channels stand out.
+
+    x   hidden states: deviation 0.02 after the embedding, about 1 after all layers, LOUD times that in some channels
+    n = x / rms(x) * g      g = 1 +- 0.1; in those channels o / LOUD, so that n is there o times what it is elsewhere,
+                            o between 20 and 100: what int8 activations suffer from
+    q, k, v, gate, up       deviation K**-0.5, and o**-0.5 times that in the columns that read such a channel
+    o, down                 deviation (2 L K)**-0.5, LOUD times that in the rows that write one
+    up                      a few rows SPIKE times as large: the outlier channels of down's input
+
+A branch so adds a variance of about 1 / (2 L), and the stream grows over the layers as a trained model's does.
+
+A value is one of 65,536 quantiles of a normal distribution, picked by 16 random bits: a look-up, and no arithmetic.
+Each piece of rows has its own generator, so that values do not depend on who computes which piece.
+
+Letters: E hidden size, K inputs, L layers, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from eightfold.config import DType, ModelConfig, parse_config
+from eightfold.families import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    SMOOTH_PAIRS,
+    InputGroup,
+    LinearShape,
+    input_groups,
+    layer_norms,
+    layer_prefix,
+)
 from eightfold.files import write_json
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
 from eightfold.progress import Progress, silent
+from eightfold.scheme import bias_name, weight_name
 from eightfold.synth.shapes import model_config
-from eightfold.synth.tensors import RandomModel, RandomTensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +63,150 @@ CHAT_TEMPLATE = (
 )
 
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+EMBEDDING_STD, BIAS_STD, GAIN_STD = 0.02, 0.5, 0.1
+LOUD, SPIKE = 6.0, 10.0
+OUTLIERS = (20.0, 100.0)
+
+# Elements of a piece, and how many are looked up at a time: their indices then stay in the first caches.
+PIECE, _RUN = 1 << 22, 1 << 15
+
+# The norm that a group of linears reads.
+_NORM_OF = {pair.group: pair.source for pair in SMOOTH_PAIRS if pair.source_is_norm}
+
+
+@dataclass(frozen=True)
+class RandomTensor:
+    """One tensor to be made.
+
+    Attributes:
+        name: its name in the file.
+        shape: a matrix's, or a vector's.
+        std: deviation of an ordinary element.
+        mean: mean of a vector's elements.
+        rows: rows of a matrix that are larger, and by what factor.
+        columns: its columns that are larger or smaller; of a vector, the elements that are set, and to what.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    mean: float = 0.0
+    rows: Mapping[int, float] = field(default_factory=dict)
+    columns: Mapping[int, float] = field(default_factory=dict)
+
+
+class RandomModel:
+    """All tensors of a model; what they hold is decided by its configuration and a seed alone."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._loud = self._channels(config.hidden_size, "hidden states")
+
+    def _generator(self, what: str, piece: int = 0) -> np.random.Generator:
+        return np.random.Generator(np.random.SFC64([self._seed, zlib.crc32(what.encode()), piece]))
+
+    def _channels(self, size: int, what: str) -> list[int]:
+        """Return the channels of `size` that stand out: one in 512, at least two."""
+        return sorted(self._generator(what).choice(size, max(2, size // 512), replace=False).tolist())
+
+    def tensors(self) -> Iterator[RandomTensor]:
+        """Yield every tensor, in the order of the file."""
+        config = self._config
+        shape = (config.vocab_size, config.hidden_size)
+        yield RandomTensor(weight_name(EMBEDDING), shape, EMBEDDING_STD, columns=dict.fromkeys(self._loud, LOUD))
+        for layer_idx in range(config.num_layers):
+            yield from self._layer(layer_prefix(layer_idx))
+        yield RandomTensor(weight_name(FINAL_NORM), (config.hidden_size,), GAIN_STD, mean=1.0)
+        if not config.tie_word_embeddings:
+            yield RandomTensor(weight_name(LM_HEAD), shape, config.hidden_size**-0.5)
+
+    def _layer(self, prefix: str) -> Iterator[RandomTensor]:
+        outliers = {name: self._outliers(prefix + name) for name in _NORM_OF.values()}
+        for name, size in layer_norms(self._config).items():
+            gains = {channel: outlier / LOUD for channel, outlier in outliers.get(name, {}).items()}
+            yield RandomTensor(weight_name(prefix + name), (size,), GAIN_STD, mean=1.0, columns=gains)
+        for group in input_groups(self._config):
+            read = outliers.get(_NORM_OF.get(group.title, ""), {})
+            for linear in group.linears:
+                yield self._weight(prefix, group, linear, read)
+                if linear.has_bias:
+                    yield RandomTensor(bias_name(prefix + linear.name), (linear.n,), BIAS_STD)
+
+    def _outliers(self, norm: str) -> dict[int, float]:
+        """Return how far each outlier channel behind a norm stands out; evenly spread on a logarithmic scale."""
+        lo, hi = np.log(OUTLIERS)
+        found = np.exp(self._generator(norm).uniform(lo, hi, len(self._loud)))
+        return dict(zip(self._loud, found.tolist(), strict=True))
+
+    def _weight(self, prefix: str, group: InputGroup, linear: LinearShape, read: Mapping[int, float]) -> RandomTensor:
+        name, std = weight_name(prefix + linear.name), float(linear.k**-0.5)
+        if group.title not in _NORM_OF:  # it writes hidden states
+            std *= (2 * self._config.num_layers) ** -0.5
+            return RandomTensor(name, (linear.n, linear.k), std, rows=dict.fromkeys(self._loud, LOUD))
+        spikes = self._channels(linear.n, name) if any(p.source == linear.name for p in SMOOTH_PAIRS[3:]) else []
+        columns = {channel: outlier**-0.5 for channel, outlier in read.items()}
+        return RandomTensor(name, (linear.n, linear.k), std, rows=dict.fromkeys(spikes, SPIKE), columns=columns)
+
+    def pieces(self, tensor: RandomTensor) -> list[range]:
+        """Return the rows of a tensor's pieces, in order; a vector is one piece."""
+        rows = tensor.shape[0]
+        step = max(1, PIECE // tensor.shape[1]) if len(tensor.shape) > 1 else rows
+        return [range(at, min(rows, at + step)) for at in range(0, rows, step)]
+
+    def values(self, tensor: RandomTensor, rows: range, dtype: DType) -> NDArray[Any]:
+        """Return a piece, (rows, K) or a whole vector, in a dtype on disk; BF16 as uint16 bit patterns."""
+        generator = self._generator(tensor.name, rows.start)
+        if len(tensor.shape) == 1:
+            vector = tensor.mean + tensor.std * generator.standard_normal(tensor.shape[0])
+            vector[list(tensor.columns)] = list(tensor.columns.values())
+            return stored(vector.astype(np.float32), dtype)
+        shape = (len(rows), tensor.shape[1])
+        bits = generator.integers(0, 1 << 64, -(-shape[0] * shape[1] // 4), np.uint64).view(np.uint16)
+        bits = bits[: shape[0] * shape[1]]
+        values = _look_up(_table(tensor.std, dtype), bits).reshape(shape)
+        _plant(values, bits.reshape(shape), tensor, rows, dtype)
+        return values
+
+
+def _plant(values: NDArray[Any], bits: NDArray[np.uint16], tensor: RandomTensor, rows: range, dtype: DType) -> None:
+    """Scale what stands out. Where a row and a column meet, the row decides."""
+    for column, factor in tensor.columns.items():
+        values[:, column] = _table(tensor.std * factor, dtype)[bits[:, column]]
+    for row, factor in tensor.rows.items():
+        if row in rows:
+            values[row - rows.start] = _table(tensor.std * factor, dtype)[bits[row - rows.start]]
+
+
+def _look_up(table: NDArray[Any], bits: NDArray[np.uint16]) -> NDArray[Any]:
+    out = np.empty(len(bits), table.dtype)
+    for at in range(0, len(bits), _RUN):
+        # No index can be out of range; mode "wrap" spares the check.
+        np.take(table, bits[at : at + _RUN], out=out[at : at + _RUN], mode="wrap")
+    return out
+
+
+@functools.cache
+def _quantiles() -> NDArray[np.float32]:
+    """Return 65,536 quantiles of a normal distribution, each as likely as the others."""
+    normal = NormalDist()
+    half = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(32768)], np.float32)
+    return np.concatenate([half, -half])
+
+
+@functools.lru_cache(maxsize=64)
+def _table(std: float, dtype: DType) -> NDArray[Any]:
+    return stored(_quantiles() * np.float32(std), dtype)
+
+
+def stored(values: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
+    """Return finite float32 values in a dtype on disk, rounded to nearest even; BF16 as uint16 bit patterns."""
+    if dtype is DType.F16:
+        return values.astype(np.float16)
+    if dtype is DType.F32:
+        return values
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from eightfold import evaluate as measuring
 from eightfold.errors import ConfigError, InputError
-from eightfold.evaluate import perplexity
-from eightfold.evaluate.perplexity import evaluate_reference as evaluate
-from eightfold.evaluate.text import cut_chunks, default_text, read_text
+from eightfold.evaluate import cut_chunks, default_text, read_text
+from eightfold.evaluate import evaluate_reference as evaluate
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -129,7 +129,7 @@ def test_the_divergence_is_that_of_the_judged_model_from_the_float_one_and_not_t
 def test_the_99th_percentile_is_the_nearest_rank(positions):
     kl = np.linspace(0.1, 3, positions)
     nothing = np.zeros(positions)
-    found = perplexity._Positions([nothing], [nothing], [np.random.default_rng(0).permutation(kl)], [nothing == 0])
+    found = measuring._Positions([nothing], [nothing], [np.random.default_rng(0).permutation(kl)], [nothing == 0])
     assert found.average(1).kl_p99 == kl[-(-99 * positions // 100) - 1]
 
 
@@ -139,7 +139,7 @@ def test_how_many_logits_are_held_at_a_time_changes_nothing(tmp_path, monkeypatc
     judged = quantized(tmp_path / "float", tmp_path / "out")
     chunks = some_chunks()
     whole = evaluate(judged, chunks, against)
-    monkeypatch.setattr(perplexity, "_STEP_TOKENS", head_tokens)
+    monkeypatch.setattr(measuring, "_STEP_TOKENS", head_tokens)
     cut = evaluate(judged, chunks, against)
     # The head's products of other sizes may be summed in another order.
     assert cut.nll == pytest.approx(whole.nll, abs=NATS)
