@@ -1,4 +1,4 @@
-"""How long work reports that it goes on, without knowing who listens; and the bar of those who do on a terminal."""
+"""How long work reports its steps without knowing who listens, and the bar that a terminal shows of them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 
-class Task(Protocol):
-    """A piece of work with a known number of steps."""
+class Task:
+    """A piece of work with a known number of steps; this one is shown to nobody."""
 
     def at(self, text: str) -> None:
         """Say what is being done now."""
@@ -23,27 +23,17 @@ class Task(Protocol):
         """Say that one step is done."""
 
 
-class SilentTask:
-    """A task that nobody watches."""
-
-    def at(self, text: str) -> None:
-        """Say nothing."""
-
-    def advance(self) -> None:
-        """Say nothing."""
-
-
 # Opens a task: (title, number of steps, name of a step).
 Progress = Callable[[str, int, str], AbstractContextManager[Task]]
 
 
 @contextmanager
 def silent(title: str, total: int, unit: str) -> Iterator[Task]:
-    """Open a task that nobody watches."""
-    yield SilentTask()
+    """Open a task that is shown to nobody."""
+    yield Task()
 
 
-class _BarTask:
+class _BarTask(Task):
     def __init__(self, bar: RichProgress, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
@@ -68,39 +58,28 @@ def bars(title: str, total: int, unit: str, after: float = 0.0) -> Iterator[Task
         after: seconds until the bar appears: work that is done before is not worth one.
     """
     if not sys.stderr.isatty():
-        yield SilentTask()
+        yield Task()
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(f"{unit}s  {{task.fields[rate]}}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[now]}", style="dim"),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn(f"{unit}s  {{task.fields[rate]}}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[now]}", style="dim"),
     )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
     task = _BarTask(bar, bar.add_task(title, total=total, now="", rate=""))
     starter = threading.Timer(after, bar.start)
-    if after:
-        starter.start()
-    else:
-        bar.start()
+    starter.start()
     try:
         yield task
     finally:
         starter.cancel()
-        if starter.ident is not None:
-            starter.join()
+        starter.join()
         bar.stop()

@@ -201,12 +201,8 @@ class Tokenizer:
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            path = self.directory / name
-            if path.is_file():
-                settings.update(read_json(path))
-        return settings
+        paths = [self.directory / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
+        return {key: value for path in paths if path.is_file() for key, value in read_json(path).items()}
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:

@@ -54,15 +54,16 @@ class Kind(NamedTuple):
         return None if expected is None else (value, expected)
 
     def fits(self, value: Any) -> bool:
-        """Return whether a value is of this kind."""
         return self.misfit(value) is None
 
     def _missed(self, value: Any) -> str | None:
-        """Return what a value of the right type misses."""
         if self.choices:
             return None if value in self.choices else self.name
         if isinstance(value, str):
-            return self.name if len(value) < (self.least or 0) else _unsendable(value)
+            if len(value) < (self.least or 0):
+                return self.name
+            is_half = re.search("[\ud800-\udfff]", value)  # of a surrogate pair, which JSON can hold
+            return "text that UTF-8 can hold" if is_half else None
         if float in self.types and not abs(value) <= sys.float_info.max:
             return self.outside or "a finite number"
         if self.above is not None and value <= self.above:
@@ -72,14 +73,6 @@ class Kind(NamedTuple):
         if self.most is not None and value > self.most:
             return self.outside or f"less than or equal to {self.most:g}"
         return None
-
-
-def _unsendable(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return "text that UTF-8 can hold"
-    return None
 
 
 def whole(least: int, most: int = MAX_INT) -> Kind:

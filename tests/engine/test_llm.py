@@ -11,7 +11,7 @@ import pytest
 from eightfold import LLM, SamplingParams
 from eightfold.engine import llm as module
 from eightfold.errors import CapacityError, InputError
-from eightfold.progress import SilentTask
+from eightfold.progress import Task
 from tests.engine.models import assert_idle, greedy, tokens
 
 
@@ -99,7 +99,7 @@ def test_progress_hears_of_every_answer(llm):
     @contextmanager
     def progress(title, total, unit):
         heard.append((title, total, unit))
-        task = SilentTask()
+        task = Task()
         task.advance = lambda: heard.append("one")  # type: ignore[arg-type]
         yield task
 

@@ -25,7 +25,7 @@ from eightfold.errors import CapacityError, OutputError, remember_kept
 from eightfold.families import EMBEDDING, all_linears, input_groups, layer_of, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes
-from eightfold.progress import Progress, SilentTask, Task, silent
+from eightfold.progress import Progress, Task, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -206,7 +206,7 @@ class _Times:
     def __call__(self, title: str, total: int, unit: str) -> Iterator[Task]:
         times, kind = self, "float pass" if "quantize" not in title else "layer"
 
-        class Marks(SilentTask):
+        class Marks(Task):
             def at(self, text: str) -> None:
                 times.mark(text.replace("layer", kind))
 
