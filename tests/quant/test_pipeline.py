@@ -14,8 +14,8 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.plan import OutputPlan
-from eightfold.quant.recipe import Recipe, assign_types
+from eightfold.quant.plan import OutputPlan, assign_types
+from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES, QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 

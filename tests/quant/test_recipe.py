@@ -1,65 +1,216 @@
-"""Which linears and attentions stay float."""
+"""Recipes as files."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
-from eightfold.config import parse_config
-from eightfold.families import LM_HEAD, all_linears
-from eightfold.quant.recipe import Recipe, attention_back, roll_back
+import pytest
+import yaml
+
+from eightfold.errors import ConfigError, InputError
+from eightfold.quant.recipe import (
+    ActMethod,
+    AntiOutlier,
+    KVObserve,
+    Recipe,
+    make_recipe,
+    parse_level,
+    read_recipe,
+    render_recipe,
+)
 from eightfold.scheme import QuantType
-from tests.conftest import tiny_config
+from tests.refusal import error_line
 
-CONFIG = parse_config(tiny_config(), Path("config.json"))
-NAMES = list(all_linears(CONFIG))
-QKV = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
-GATE, UP = (f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up"))
-DOWN = "model.layers.0.mlp.down_proj"
-
-
-def chosen(params, level, exact=False, floats=()):
-    types = {name: QuantType.FLOAT if name in floats else QuantType.W8A8 for name in NAMES}
-    recipe = Recipe(QuantType.W8A8, disable_level=level, exact_levels=exact)
-    rows = roll_back(CONFIG, recipe, types, {**dict.fromkeys(NAMES, 1.0), **params})
-    return {row.module: row.of_group for row in rows}
-
-
-def test_the_widest_go_with_their_group():
-    params = {**dict.fromkeys(QKV, 9.0), DOWN: 20.0}
-    assert chosen(params, 2) == {DOWN: False, QKV[0]: False, QKV[1]: True, QKV[2]: True}
-
-
-def test_exact_cuts_through_a_group():
-    params = {**dict.fromkeys(QKV, 9.0), DOWN: 20.0}
-    assert chosen(params, 2, exact=True) == {DOWN: False, QKV[0]: False}
-    assert chosen(params, 3, exact=True) == {DOWN: False, QKV[0]: False, QKV[1]: False}
+RECIPES = [
+    *(Recipe(kind) for kind in (QuantType.W8A8, QuantType.W8A8_DYNAMIC, QuantType.W8A8_MIX)),
+    Recipe(QuantType.W8A16, weight_symmetric=False),
+    Recipe(
+        QuantType.W8A8,
+        modules=(("*.down_proj", QuantType.W8A8_DYNAMIC), ("model.layers.0.*", QuantType.FLOAT)),
+        keep_float=("*.o_proj", "*é?"),
+        quantize_lm_head=True,
+        anti_outlier=AntiOutlier.M4,
+        act_method=ActMethod.HISTOGRAM,
+        disable_level=3,
+        exact_levels=True,
+        fa_quant=True,
+        fa_amp=2,
+        save_float32=True,
+    ),
+    Recipe(QuantType.W8A8_DYNAMIC, kv_int8=True, kv_symmetric=False, kv_observe=KVObserve.PRE_ROPE),
+    Recipe(QuantType.W8A8, act_method=ActMethod.AUTO, anti_outlier=AntiOutlier.M6),
+]
 
 
-def test_ties_keep_the_order_of_the_model():
-    assert list(chosen({}, 4, exact=True)) == NAMES[:4]
-    assert list(chosen({LM_HEAD: 5.0}, 3, exact=True)) == [LM_HEAD, *NAMES[:2]]
+def made(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return make_recipe(read_recipe(path), str(path))
 
 
-def test_float_linears_are_no_candidates_and_not_named():
-    found = chosen({GATE: 9.0, UP: 9.0, DOWN: 8.0}, 1, floats=(GATE,))
-    assert found == {UP: False}
+def refusal(tmp_path, text, kind=ConfigError):
+    with pytest.raises(kind) as caught:
+        made(tmp_path, text)
+    return str(caught.value)
 
 
-def test_level_zero_and_every_level():
-    assert chosen({}, 0) == {}
-    assert list(chosen({}, len(NAMES))) == NAMES
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_round_trip(tmp_path, recipe):
+    assert made(tmp_path, render_recipe(recipe)) == recipe
 
 
-def test_rows_say_how_wide():
-    types = dict.fromkeys(NAMES, QuantType.W8A8)
-    params = {name: float(i) for i, name in enumerate(NAMES)}
-    (row,) = roll_back(CONFIG, Recipe(QuantType.W8A8, disable_level=1, exact_levels=True), types, params)
-    assert (row.module, row.range_param, row.of_group) == (LM_HEAD, len(NAMES) - 1.0, False)
+def test_the_last_pattern_stays_last(tmp_path):
+    recipe = made(tmp_path, 'scheme: w8a8\nmodules:\n  "*.z": w8a16\n  "*.a": float\n')
+    assert recipe.modules == (("*.z", QuantType.W8A16), ("*.a", QuantType.FLOAT))
 
 
-def test_attention_back_takes_the_smallest_scores():
-    scores = {0: 0.5, 1: 0.2, 3: 0.2, 4: 0.1, 7: 0.2}
-    assert attention_back(scores, 0) == []
-    assert attention_back(scores, 1) == [4]
-    assert attention_back(scores, 3) == [1, 3, 4]
-    assert attention_back(scores, 9) == [0, 1, 3, 4, 7]
+@pytest.mark.parametrize(("value", "method"), [(1, "minmax"), (2, "histogram"), (3, "auto"), ('"2"', "histogram")])
+def test_act_method_by_number(tmp_path, value, method):
+    assert made(tmp_path, f"scheme: w8a8\nact_method: {value}\n").act_method.value == method
+
+
+@pytest.mark.parametrize("level", ["L4", "l4", "4"])
+def test_level_as_text_or_number(tmp_path, level):
+    assert made(tmp_path, f"scheme: w8a8\ndisable_level: {level}\n").disable_level == 4
+
+
+@pytest.mark.parametrize("text", ["", "4", "L", "L-1", "Lx", "L1.5", "L²"])
+def test_level_is_ln(text):
+    with pytest.raises(ConfigError, match="L0, L1, L2"):
+        parse_level(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "scheme: w8a8\nanti_outlir: m4\n",
+            "key 'anti_outlir' in {path}: got a key that recipes do not have, expected 'anti_outlier'",
+        ),
+        ("scheme: w4a4\n", "scheme in {path}: got 'w4a4', expected w8a8, w8a8-dynamic, w8a8-mix or w8a16"),
+        ("scheme: float\n", "scheme in {path}: got 'float'"),
+        ('scheme: w8a8\nmodules: {"*.o_proj": int4}\n', "modules in {path}: got 'int4'"),
+        ("scheme: w8a8\nmodules: ['*.o_proj']\n", "modules in {path}: got ['*.o_proj'], expected pattern: type"),
+        ("scheme: w8a8\ndisable_level: five\n", "disable_level: got 'five'"),
+        ("scheme: w8a8\ndisable_level: -1\n", "disable_level: got -1, expected 0 or more"),
+        ("scheme: w8a8\nfa_quant: true\nkv_int8: true\n", "got `fa_quant` and `kv_int8`, expected one of them"),
+        ("scheme: w8a8\nfa_amp: 1\n", "fa_amp: got 1"),
+        ("scheme: w8a8\nkv_symmetric: false\n", "kv_symmetric: got no `kv_int8`"),
+        ("scheme: w8a8\nweight_symmetric: false\n", "weight_symmetric: got scheme W8A8, expected W8A16"),
+        ("scheme: w8a8\nanti_outlier: m9\n", "anti_outlier in {path}: got 'm9'"),
+        ("scheme: w8a8\nact_method: 4\n", "act_method in {path}: got 4"),
+        ("scheme: w8a8\nkeep_float: '*.o_proj'\n", "keep_float in {path}: got '*.o_proj'"),
+        ("anti_outlier: m4\n", "scheme: got none"),
+    ],
+)
+def test_refused_choices(tmp_path, text, found):
+    message = refusal(tmp_path, text)
+    assert found.format(path=tmp_path / "recipe.yaml") in message
+    assert "\n" not in message
+
+
+FLAGS = "true or false"
+COUNT = "a whole number"
+PATTERNS = """a list of patterns, such as ['*.down_proj']"""
+MODULES = "pattern: type"
+METHODS = "'m1', 'm2', 'm3', 'm4', 'm5' or 'm6'"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "got", "expected"),
+    [
+        ("fa_quant", "'yes'", "'yes'", FLAGS),
+        ("fa_quant", "1", "1", FLAGS),
+        ("kv_int8", "null", "null", FLAGS),
+        ("exact_levels", "[true]", "[True]", FLAGS),
+        ("weight_symmetric", "'false'", "'false'", FLAGS),
+        ("save_float32", "0.0", "0.0", FLAGS),
+        ("disable_level", "true", "true", f"{COUNT} or Ln"),
+        ("disable_level", "2.0", "2.0", f"{COUNT} or Ln"),
+        ("disable_level", "null", "null", f"{COUNT} or Ln"),
+        ("fa_amp", "true", "true", COUNT),
+        ("fa_amp", "'2'", "'2'", COUNT),
+        ("keep_float", "null", "null", PATTERNS),
+        ("keep_float", "", "null", PATTERNS),
+        ("keep_float", "'*.o_proj'", "'*.o_proj'", PATTERNS),
+        ("keep_float", "[1]", "[1]", PATTERNS),
+        ("keep_float", "{'*': float}", "{'*': 'float'}", PATTERNS),
+        ("modules", "null", "null", MODULES),
+        ("modules", "{0: w8a16}", "{0: 'w8a16'}", MODULES),
+        ("modules", "{'*': null}", "null", "w8a8, w8a8-dynamic, w8a8-mix, w8a16 or float"),
+        ("anti_outlier", "4", "4", METHODS),
+        ("anti_outlier", "false", "false", METHODS),
+        ("act_method", "null", "null", "'minmax', 'histogram' or 'auto'"),
+        ("act_method", "true", "true", "'minmax', 'histogram' or 'auto'"),
+        ("kv_observe", "null", "null", "'post-rope' or 'pre-rope'"),
+    ],
+)
+def test_values_are_read_strictly_and_asked_for_in_words_of_the_file(tmp_path, key, value, got, expected):
+    assert refusal(tmp_path, f"scheme: w8a8\n{key}: {value}\n") == (
+        f"{key} in {tmp_path / 'recipe.yaml'}: got {got}, expected {expected}"
+    )
+
+
+def test_a_missing_scheme_is_asked_for_in_words_of_the_file(tmp_path):
+    assert refusal(tmp_path, "scheme: null\n") == (
+        f"scheme in {tmp_path / 'recipe.yaml'}: got null, expected w8a8, w8a8-dynamic, w8a8-mix or w8a16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "first", "second"),
+    [
+        ("scheme: w8a8\nfa_quant: true\n\nfa_quant: false\n", "fa_quant", 2, 4),
+        ("scheme: w8a8\nscheme: w8a8\n", "scheme", 1, 2),
+        ("'scheme': w8a8\nkv_int8: true\nscheme: w8a16\n", "scheme", 1, 3),
+        ('scheme: w8a8\nmodules:\n  "*.o_proj": w8a16\n  "*": float\n  "*.o_proj": float\n', "*.o_proj", 3, 5),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_lines(tmp_path, text, key, first, second):
+    assert refusal(tmp_path, text) == (
+        f"key {key!r} in {tmp_path / 'recipe.yaml'}: got it in line {first} and in line {second}, expected it once. "
+        "Remove one."
+    )
+
+
+def test_no_anti_outlier_may_be_said(tmp_path):
+    assert made(tmp_path, "scheme: w8a8\nanti_outlier: null\n").anti_outlier is None
+
+
+@pytest.mark.parametrize("text", ["a: [", "- scheme\n", "w8a8", "", "\x01"])
+def test_not_a_mapping(tmp_path, text):
+    assert refusal(tmp_path, text, InputError).startswith(f"recipe in {tmp_path / 'recipe.yaml'}: got ")
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        read_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary").write_bytes(b"scheme: \xff\xfe\n")
+    with pytest.raises(InputError, match="no YAML"):
+        read_recipe(tmp_path / "binary")
+
+
+def test_command_line_goes_before_the_file(cli, tmp_path, float_model):
+    file, saved = tmp_path / "recipe.yaml", tmp_path / "saved.yaml"
+    file.write_text("scheme: w8a8\nact_method: 2\nkeep_float: ['*.down_proj']\nsave_float32: true\n")
+    options = ("--scheme", "w8a8-dynamic", "--keep-float", "*.o_proj", "--save-recipe", saved)
+    ran = cli("quantize", float_model, tmp_path / "out", "--recipe", file, *options)
+    assert ran.code == 0, ran.err
+    content = yaml.safe_load(saved.read_text())
+    found = [content[key] for key in ("scheme", "act_method", "keep_float", "save_float32")]
+    assert found == ["w8a8-dynamic", "histogram", ["*.o_proj"], True]
+    description = json.loads((tmp_path / "out" / "quant_model_description.json").read_text())
+    assert description["model.layers.0.self_attn.o_proj.weight"] == "FLOAT"
+    assert description["model.layers.0.mlp.down_proj.weight"] == "W8A8_DYNAMIC"
+    again = cli("quantize", float_model, tmp_path / "again", "--recipe", saved)
+    assert again.code == 0, again.err
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_command_line_can_contradict_a_file(cli, tmp_path, float_model):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("scheme: w8a8\nkv_int8: true\n")
+    message = error_line(cli("quantize", float_model, tmp_path / "out", "--recipe", file, "--fa-quant"))
+    assert message.startswith("attention: got --fa-quant and --kv-int8")
+    assert not (tmp_path / "out").exists()

@@ -404,7 +404,7 @@ def test_notes_of_the_user_in_a_complete_directory_do_not_matter(tmp_path, sourc
 
 def test_bad_input_leaves_nothing_of_what_was_begun(tmp_path, source, monkeypatch):
     begin(source, tmp_path / "out", monkeypatch)
-    monkeypatch.setattr("eightfold.quant.proof.MAX_RELATIVE_DIFFERENCE", -1)
+    monkeypatch.setattr("eightfold.quant.run.MAX_RELATIVE_DIFFERENCE", -1)
     with pytest.raises(Exception, match="largest change of a logit"):
         quantize(source, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]

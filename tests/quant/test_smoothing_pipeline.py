@@ -13,8 +13,8 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.proof import compare_logits
 from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
+from eightfold.quant.run import compare_logits
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 

@@ -140,7 +140,7 @@ class QuantizeCommand:
     @cached_property
     def recipe(self) -> Recipe:
         """Return the recipe of the file, changed by the options that were given."""
-        from eightfold.quant.recipe_file import act_method_name, make_recipe, parse_level, read_recipe
+        from eightfold.quant.recipe import act_method_name, make_recipe, parse_level, read_recipe
         from eightfold.scheme import SCHEMES
 
         meanings: dict[str, Callable[[Any], Any]] = {
@@ -194,7 +194,7 @@ class QuantizeCommand:
         """Open the float model; refuse a recipe or an output directory that does not go with it."""
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.format.output import QUANTIZE, check_target
-        from eightfold.quant.recipe import assign_types, require_level
+        from eightfold.quant.plan import assign_types, require_level
 
         checkpoint = Checkpoint.open(self.source)
         require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
@@ -286,7 +286,7 @@ def _ranks_of_environment() -> Iterator[Ranks]:
 
 
 def _save(recipe: Recipe, path: Path) -> None:
-    from eightfold.quant.recipe_file import render_recipe
+    from eightfold.quant.recipe import render_recipe
 
     try:
         path.write_text(render_recipe(recipe), encoding="utf-8")

@@ -29,8 +29,8 @@ from eightfold.progress import Progress, Task, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.plan import OutputPlan
-from eightfold.quant.recipe import Recipe, assign_types, attention_modules, fa_layers
+from eightfold.quant.plan import OutputPlan, assign_types, attention_modules, fa_layers
+from eightfold.quant.recipe import Recipe
 from eightfold.scheme import weight_name
 
 _MIB = 1 << 20

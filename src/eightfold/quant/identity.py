@@ -35,8 +35,7 @@ from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import QUANTIZE, Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
 from eightfold.quant.outcome import samples_digest
-from eightfold.quant.recipe import Recipe
-from eightfold.quant.recipe_file import recipe_content
+from eightfold.quant.recipe import Recipe, recipe_content
 
 WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
 _SAMPLE_BYTES = 4096  # of each of these many places of a tensor

@@ -12,8 +12,8 @@ from eightfold import __version__
 from eightfold.config import ModelConfig
 from eightfold.families import LM_HEAD, input_groups, layer_prefix
 from eightfold.format.output import REPORT_NAME as REPORT_NAME
-from eightfold.quant.recipe import Recipe, RolledBack
-from eightfold.quant.recipe_file import recipe_content
+from eightfold.quant.plan import RolledBack
+from eightfold.quant.recipe import Recipe, recipe_content
 from eightfold.scheme import QuantType
 
 # Above this share of keys outside the cache's range the user is warned.

@@ -33,10 +33,9 @@ from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import differences, float_facts, identity, keep_times, require_same_times
 from eightfold.quant.outcome import Outcome, notes_for
-from eightfold.quant.plan import OutputPlan
-from eightfold.quant.recipe import Recipe, assign_types, fa_layers, require_level
-from eightfold.quant.run import Notes, Run
-from eightfold.quant.tensor_writer import TensorWriter
+from eightfold.quant.plan import OutputPlan, assign_types, fa_layers, require_level
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.run import Notes, Run, TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
 

@@ -1,11 +1,21 @@
-"""Every tensor of the output, before a weight is read: name, dtype, shape, entry in the description."""
+"""What a recipe means for a model: the type of every linear, and every tensor of the output before a weight is read.
+
+Automatic roll-back keeps the linears with the widest inputs float, and the attention of the layers with the lowest
+stretch scores:
+
+    range_param = max(|x|) / std      of a linear's input: the larger, the more of an int8 range a few values take
+
+Source: msModelSlim's `disable_level` and `fa_amp`. No torch: a command line is checked before that is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import difflib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
-from eightfold.config import DType
+from eightfold.config import DType, ModelConfig
 from eightfold.families import (
     ATTENTION,
     EMBEDDING,
@@ -21,7 +31,7 @@ from eightfold.families import (
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.shards import PlannedTensor
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import Recipe, require
 from eightfold.scheme import (
     FA_TENSORS,
     KV_TENSORS,
@@ -34,6 +44,111 @@ from eightfold.scheme import (
     linear_tensors,
     weight_name,
 )
+
+
+def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
+    """Return how each linear is going to be stored, by full module name; automatic roll-back not included.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
+    linears = all_linears(config)
+    types = dict.fromkeys(linears, recipe.scheme)
+    for pattern, kind in recipe.modules:
+        types.update(dict.fromkeys(_matches(pattern, linears, "modules", config), kind))
+    attentions = attention_modules(config) if recipe.fa_quant else {}
+    for pattern in recipe.keep_float:
+        matches = _matches(pattern, [*linears, *attentions], "keep_float", config)
+        types.update(dict.fromkeys(matches & linears.keys(), QuantType.FLOAT))
+    if not recipe.quantize_lm_head:
+        types[LM_HEAD] = QuantType.FLOAT
+    return types
+
+
+def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfig) -> set[str]:
+    names = list(names)
+    found = {name for name in names if fnmatchcase(name, pattern)}
+    near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5) if not found else []
+    example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
+    got = f"{pattern!r}, which matches no linear"
+    require(bool(found), option, got, f"a name or pattern such as {example!r}")
+    return found
+
+
+def require_level(recipe: Recipe, types: Mapping[str, QuantType]) -> None:
+    """Refuse to roll back more linears than would be quantized.
+
+    Raises:
+        ConfigError: the level is larger.
+    """
+    candidates = sum(kind is not QuantType.FLOAT for kind in types.values())
+    expected = f"at most L{candidates}, as many as there are linears to quantize"
+    require(recipe.disable_level <= candidates, "disable_level", f"L{recipe.disable_level}", expected)
+
+
+def fa_layers(config: ModelConfig, recipe: Recipe) -> frozenset[int]:
+    """Return the layers whose attention is quantized by FAQuant; automatic roll-back not included."""
+    modules = attention_modules(config) if recipe.fa_quant else {}
+    return frozenset(
+        layer_idx
+        for module, layer_idx in modules.items()
+        if not any(fnmatchcase(module, pattern) for pattern in recipe.keep_float)
+    )
+
+
+def attention_modules(config: ModelConfig) -> dict[str, int]:
+    """Return every attention module's full name -> its layer."""
+    return {f"{layer_prefix(layer_idx)}{ATTENTION}": layer_idx for layer_idx in range(config.num_layers)}
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """One linear that stays float, and why."""
+
+    module: str
+    range_param: float
+    of_group: bool  # only because a linear with the same input does
+
+
+def roll_back(
+    config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType], range_params: Mapping[str, float]
+) -> list[RolledBack]:
+    """Choose `recipe.disable_level` linears with the widest inputs; whole groups, unless recipe.exact_levels.
+
+    A group has a common input: every loader takes the result when its linears are stored alike.
+
+    Args:
+        config: of the model.
+        recipe: how many, and whether the groups of these are kept float with them.
+        types: of every linear; those that are FLOAT already are no candidates.
+        range_params: by linear.
+    """
+    candidates = [name for name, kind in types.items() if kind is not QuantType.FLOAT]
+    # Stable: linears with a common input have equal values and keep the order of the model.
+    chosen = sorted(candidates, key=lambda name: -range_params[name])[: recipe.disable_level]
+    found = {name: RolledBack(name, range_params[name], of_group=False) for name in chosen}
+    if not recipe.exact_levels:
+        groups = _input_group_of(config)
+        members = [member for name in chosen for member in groups.get(name, ())]
+        for name in members:
+            if types[name] is not QuantType.FLOAT and name not in found:
+                found[name] = RolledBack(name, range_params[name], of_group=True)
+    return list(found.values())
+
+
+def _input_group_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Return for every linear of the layers the linears that read the same input, itself included."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for layer_idx in range(config.num_layers):
+        for group in input_groups(config):
+            members = tuple(layer_prefix(layer_idx) + linear.name for linear in group.linears)
+            groups.update(dict.fromkeys(members, members))
+    return groups
+
+
+def attention_back(scores: Mapping[int, float], count: int) -> list[int]:
+    """Return the layers, at most `count`, whose attention has the smallest stretch scores."""
+    return sorted(sorted(scores, key=lambda layer_idx: scores[layer_idx])[:count])
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,33 @@
-"""What a user asks for, and what it means for each linear of a model.
+"""What a user asks for, on the command line or in a file.
 
-Automatic roll-back keeps the linears with the widest inputs float, and the attention of the layers with the lowest
-stretch scores:
+A recipe is also a YAML file: the options of a command line, and a type for each pattern of module names.
 
-    range_param = max(|x|) / std      of a linear's input: the larger, the more of an int8 range a few values take
+    scheme: w8a8
+    anti_outlier: m4
+    modules:
+      "*.down_proj": w8a8-dynamic        # the last pattern that matches wins
+      "model.layers.0.*": float
 
-Source: msModelSlim's `disable_level` and `fa_amp`. No torch: a command line is checked before that is loaded.
+It is read strictly: no key stands twice, and no value is taken for one of another kind. No torch: a command line is
+checked before that is loaded.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
-from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from eightfold.config import ModelConfig
-from eightfold.errors import ConfigError, one_of
-from eightfold.families import ATTENTION, LM_HEAD, all_linears, input_groups, layer_prefix
+from eightfold.errors import ConfigError, DependencyError, InputError, one_of
 from eightfold.scheme import LINEAR_TENSORS, NEEDS_CALIBRATION, SCHEMES, QuantType
-from eightfold.values import SWITCH, TEXT, TEXTS, choice, setting, whole
+from eightfold.values import SWITCH, TEXT, TEXTS, WHOLE, Kind, choice, setting, whole
+
+if TYPE_CHECKING:
+    import yaml
 
 # So many samples decide what is rolled back and which activation method an input gets.
 RANGE_SAMPLES = 5
@@ -159,18 +165,18 @@ class Recipe:
         scheme, kinds = self.scheme, [kind.value for kind in LINEAR_TENSORS]
         action = "Schemes with int8 activations need symmetric weights."
         is_allowed = self.weight_symmetric or scheme is QuantType.W8A16
-        _require(is_allowed, "weight_symmetric", f"scheme {scheme.value}", "W8A16", action)
+        require(is_allowed, "weight_symmetric", f"scheme {scheme.value}", "W8A16", action)
         action = "FAQuant already keeps the cache in int8."
         is_allowed = not (self.fa_quant and self.kv_int8)
-        _require(is_allowed, "attention", "`fa_quant` and `kv_int8`", "one of them", action)
-        _require(self.fa_quant or not self.fa_amp, "fa_amp", self.fa_amp, "it together with `fa_quant`")
+        require(is_allowed, "attention", "`fa_quant` and `kv_int8`", "one of them", action)
+        require(self.fa_quant or not self.fa_amp, "fa_amp", self.fa_amp, "it together with `fa_quant`")
         option = "kv_observe" if self.kv_symmetric else "kv_symmetric"
         is_default = self.kv_symmetric and self.kv_observe is KVObserve.POST_ROPE
-        _require(self.kv_int8 or is_default, option, "no `kv_int8`", "them together")
+        require(self.kv_int8 or is_default, option, "no `kv_int8`", "them together")
         for option, value in (("disable_level", self.disable_level), ("fa_amp", self.fa_amp)):
-            _require(value >= 0, option, value, "0 or more")
+            require(value >= 0, option, value, "0 or more")
         for _, kind in self.modules:
-            _require(kind.value in kinds, "modules", kind.value, one_of(kinds))
+            require(kind.value in kinds, "modules", kind.value, one_of(kinds))
 
     @property
     def schemes(self) -> frozenset[QuantType]:
@@ -214,111 +220,166 @@ class Recipe:
         return self.calibrates or self.needs_float_pass
 
 
-def _require(holds: bool, option: str, got: Any, expected: str, action: str = "") -> None:
+def require(holds: bool, option: str, got: Any, expected: str, action: str = "") -> None:
+    """Raise a ConfigError about an option unless something holds."""
     if not holds:
         raise ConfigError(option, got=got, expected=expected, action=action)
 
 
-def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
-    """Return how each linear is going to be stored, by full module name; automatic roll-back not included.
+_KEYS = tuple(field.name for field in fields(Recipe))
+_PLAIN = {"bool": SWITCH, "int": WHOLE}
+_KINDS = {
+    **{field.name: _PLAIN[str(field.type)] for field in fields(Recipe) if field.type in _PLAIN},
+    "disable_level": WHOLE._replace(name="a whole number or Ln"),
+    "keep_float": Kind((list,), "a list of patterns, such as ['*.down_proj']", each=TEXT),
+}
+_METHODS: dict[str, type[Enum]] = {"anti_outlier": AntiOutlier, "act_method": ActMethod, "kv_observe": KVObserve}
+_TYPE_NAMES = {**SCHEMES, "float": QuantType.FLOAT}
+_NAMES = {kind: name for name, kind in _TYPE_NAMES.items()}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file; return its choices as Recipe's arguments, so that a command line can change some.
 
     Raises:
-        ConfigError: a pattern matches nothing.
+        InputError: unreadable, no YAML, or no mapping.
+        ConfigError: an unknown key, one that stands twice, or a value of the wrong kind.
     """
-    linears = all_linears(config)
-    types = dict.fromkeys(linears, recipe.scheme)
-    for pattern, kind in recipe.modules:
-        types.update(dict.fromkeys(_matches(pattern, linears, "modules", config), kind))
-    attentions = attention_modules(config) if recipe.fa_quant else {}
-    for pattern in recipe.keep_float:
-        matches = _matches(pattern, [*linears, *attentions], "keep_float", config)
-        types.update(dict.fromkeys(matches & linears.keys(), QuantType.FLOAT))
-    if not recipe.quantize_lm_head:
-        types[LM_HEAD] = QuantType.FLOAT
-    return types
+    try:
+        import yaml
+    except ImportError:
+        raise DependencyError(
+            "a recipe file needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
+        ) from None
+    try:
+        text = path.read_text(encoding="utf-8")
+        _require_once(yaml.compose(text, yaml.SafeLoader), path)
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
+    except (ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError, and dates that do not exist
+        raise InputError("recipe", where=path, got=f"no YAML ({error})", expected="keys and values") from None
+    if not isinstance(content, dict):
+        raise InputError("recipe", where=path, got=type(content).__name__, expected="keys and values")
+    return {key: _value(str(key), value, path) for key, value in content.items()}
 
 
-def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfig) -> set[str]:
-    names = list(names)
-    found = {name for name in names if fnmatchcase(name, pattern)}
-    near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5) if not found else []
-    example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
-    got = f"{pattern!r}, which matches no linear"
-    _require(bool(found), option, got, f"a name or pattern such as {example!r}")
-    return found
-
-
-def require_level(recipe: Recipe, types: Mapping[str, QuantType]) -> None:
-    """Refuse to roll back more linears than would be quantized.
+def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Return the recipe of checked choices.
 
     Raises:
-        ConfigError: the level is larger.
+        ConfigError: no scheme, a value of the wrong kind, or choices that exclude each other.
     """
-    candidates = sum(kind is not QuantType.FLOAT for kind in types.values())
-    expected = f"at most L{candidates}, as many as there are linears to quantize"
-    _require(recipe.disable_level <= candidates, "disable_level", f"L{recipe.disable_level}", expected)
+    if "scheme" not in choices:
+        raise ConfigError(
+            "scheme", got="none", expected=one_of(SCHEMES), action="Give it, or a `recipe_file` that does."
+        )
+    return Recipe(**{key: _method(key, value, where) for key, value in choices.items()})
 
 
-def fa_layers(config: ModelConfig, recipe: Recipe) -> frozenset[int]:
-    """Return the layers whose attention is quantized by FAQuant; automatic roll-back not included."""
-    modules = attention_modules(config) if recipe.fa_quant else {}
-    return frozenset(
-        layer_idx
-        for module, layer_idx in modules.items()
-        if not any(fnmatchcase(module, pattern) for pattern in recipe.keep_float)
-    )
+def _method(key: str, value: Any, where: str) -> Any:
+    """Return the method that a name means; lists of patterns as tuples, and other values as they are."""
+    if key not in _METHODS or (key == "anti_outlier" and value is None):
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        return _METHODS[key](value)
+    except ValueError:
+        known = one_of(repr(method.value) for method in _METHODS[key])
+        raise ConfigError(key, where=where, got=_shown(value), expected=known) from None
 
 
-def attention_modules(config: ModelConfig) -> dict[str, int]:
-    """Return every attention module's full name -> its layer."""
-    return {f"{layer_prefix(layer_idx)}{ATTENTION}": layer_idx for layer_idx in range(config.num_layers)}
+def recipe_content(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values, by the names of the file."""
+    content: dict[str, Any] = {}
+    for name in _KEYS:
+        value = getattr(recipe, name)
+        if name == "modules":
+            value = {pattern: _NAMES[kind] for pattern, kind in value}
+        elif isinstance(value, QuantType):
+            value = _NAMES[value]
+        elif isinstance(value, Enum):
+            value = value.value
+        content[name] = list(value) if isinstance(value, tuple) else value
+    return content
 
 
-@dataclass(frozen=True)
-class RolledBack:
-    """One linear that stays float, and why."""
+def render_recipe(recipe: Recipe) -> str:
+    """Return the text of a recipe file that says what a recipe says."""
+    import yaml
 
-    module: str
-    range_param: float
-    of_group: bool  # only because a linear with the same input does
+    text: str = yaml.safe_dump(recipe_content(recipe), sort_keys=False, allow_unicode=True)
+    return text
 
 
-def roll_back(
-    config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType], range_params: Mapping[str, float]
-) -> list[RolledBack]:
-    """Choose `recipe.disable_level` linears with the widest inputs; whole groups, unless recipe.exact_levels.
+def _require_once(node: yaml.Node | None, where: Path) -> None:
+    """Refuse keys that stand twice, in the file or in a value: YAML itself lets the last one win."""
+    whole = _entries(node)
+    for entries in (whole, *(_entries(value) for _, value in whole)):
+        lines: dict[str, int] = {}
+        for key, _ in entries:
+            line = key.start_mark.line + 1
+            name = str(key.value)
+            if name in lines:
+                got = f"it in line {lines[name]} and in line {line}"
+                raise ConfigError(f"key {name!r}", where=where, got=got, expected="it once", action="Remove one.")
+            lines[name] = line
 
-    A group has a common input: every loader takes the result when its linears are stored alike.
 
-    Args:
-        config: of the model.
-        recipe: how many, and whether the groups of these are kept float with them.
-        types: of every linear; those that are FLOAT already are no candidates.
-        range_params: by linear.
+def _entries(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return the keys and values of a mapping; nothing of other nodes."""
+    import yaml
+
+    return list(node.value) if isinstance(node, yaml.MappingNode) else []
+
+
+def _value(key: str, value: Any, where: Path) -> Any:
+    if key not in _KEYS:
+        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"key {key!r}",
+            where=where,
+            got="a key that recipes do not have",
+            expected=f"{near[0]!r}" if near else one_of(_KEYS),
+        )
+    if key == "scheme":
+        return _type(value, "scheme", where, SCHEMES)
+    if key == "modules":
+        if not (isinstance(value, dict) and all(isinstance(pattern, str) for pattern in value)):
+            raise ConfigError("modules", where=where, got=_shown(value), expected="pattern: type")
+        return tuple((pattern, _type(name, "modules", where, _TYPE_NAMES)) for pattern, name in value.items())
+    if key == "disable_level" and isinstance(value, str):
+        return parse_level(value)
+    if key == "act_method":
+        return act_method_name(value)
+    if key in _KINDS and not _KINDS[key].fits(value):
+        raise ConfigError(key, where=where, got=_shown(value), expected=_KINDS[key].name)
+    return value  # names of methods are looked up by make_recipe
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a recipe spells it, as far as Python spells it otherwise."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _type(name: Any, key: str, where: Path, known: dict[str, QuantType]) -> QuantType:
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(key, where=where, got=_shown(name), expected=one_of(known))
+    return known[name]
+
+
+def parse_level(text: str) -> int:
+    """Return the n of `Ln`.
+
+    Raises:
+        ConfigError: anything else.
     """
-    candidates = [name for name, kind in types.items() if kind is not QuantType.FLOAT]
-    # Stable: linears with a common input have equal values and keep the order of the model.
-    chosen = sorted(candidates, key=lambda name: -range_params[name])[: recipe.disable_level]
-    found = {name: RolledBack(name, range_params[name], of_group=False) for name in chosen}
-    if not recipe.exact_levels:
-        groups = _input_group_of(config)
-        members = [member for name in chosen for member in groups.get(name, ())]
-        for name in members:
-            if types[name] is not QuantType.FLOAT and name not in found:
-                found[name] = RolledBack(name, range_params[name], of_group=True)
-    return list(found.values())
+    digits = text[1:] if text[:1] in ("L", "l") else ""
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
+        raise ConfigError("disable_level", got=repr(text), expected="L0, L1, L2, ...: so many linears stay float")
+    return int(digits)
 
 
-def _input_group_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Return for every linear of the layers the linears that read the same input, itself included."""
-    groups: dict[str, tuple[str, ...]] = {}
-    for layer_idx in range(config.num_layers):
-        for group in input_groups(config):
-            members = tuple(layer_prefix(layer_idx) + linear.name for linear in group.linears)
-            groups.update(dict.fromkeys(members, members))
-    return groups
-
-
-def attention_back(scores: Mapping[int, float], count: int) -> list[int]:
-    """Return the layers, at most `count`, whose attention has the smallest stretch scores."""
-    return sorted(sorted(scores, key=lambda layer_idx: scores[layer_idx])[:count])
+def act_method_name(value: Any) -> Any:
+    """Return an activation method's name; msModelSlim's numbers are understood."""
+    is_number = WHOLE.fits(value) or isinstance(value, str)
+    return {"1": "minmax", "2": "histogram", "3": "auto"}.get(str(value), value) if is_number else value
