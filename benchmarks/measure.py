@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.report.environment import environment
+from eightfold.machine import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from eightfold.cli import batch_output, batch_run
+from eightfold.cli import batch_run
 from eightfold.cli.batch_input import read_requests
-from eightfold.cli.batch_output import AnswerFile
+from eightfold.cli.batch_run import AnswerFile
 from eightfold.engine.sampler import Sampled
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import OutputError
@@ -447,7 +447,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 def test_the_disk_is_waited_for_now_and_then(tmp_path, monkeypatch):
     waits, now = [], [0.0]
     monkeypatch.setattr(os, "fsync", lambda descriptor: waits.append(now[0]))
-    monkeypatch.setattr(batch_output.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
+    monkeypatch.setattr(batch_run.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
     with AnswerFile(tmp_path / "a") as answers:
         for now[0] in (1.0, 4.0, 6.0, 7.0, 10.0, 12.0):
             answers.append({"index": 0})

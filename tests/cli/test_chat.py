@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from eightfold.cli import terminal
+from eightfold.cli import console
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import Result
 from tests.engine.models import EOS
@@ -402,16 +402,16 @@ def test_answers_can_go_into_a_file_while_a_person_types(typist, tmp_path):
     person.type("\x04")
     person.until("<end>")
     assert (tmp_path / "out").read_text().count("\n") >= 1
-    assert not (tmp_path / "out").read_text().startswith(terminal.PROMPT)
+    assert not (tmp_path / "out").read_text().startswith(console.PROMPT)
 
 
 def test_a_terminal_does_not_obey_a_model(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    screen = terminal.Terminal()
+    screen = console.Terminal()
     screen.write("\x1b]0;title\x07\x9b2Jtext\ttab\nline\r")
     assert capsys.readouterr().out == "]0;title2Jtext\ttab\nline"
 
 
 def test_without_readline_lines_are_read_all_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "readline", None)
-    assert terminal._load_readline() is False
+    assert console._load_readline() is False

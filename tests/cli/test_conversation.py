@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eightfold.cli.conversation import Conversation
+from eightfold.cli.chatting import Conversation
 from eightfold.errors import CapacityError, InputError
 from eightfold.tokenizer import Tokenizer
 

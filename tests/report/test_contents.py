@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from eightfold import __version__
+from eightfold import __version__, machine
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.report import environment as environment_module
-from eightfold.report.contents import Contents, Part, describe, ranges
-from eightfold.report.environment import environment
-from eightfold.report.native import describe_native
+from eightfold.report.contents import Contents, Part, describe, describe_native, ranges
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, random_tensors, tiny_config, token_samples, write_model
 
@@ -257,7 +255,7 @@ def test_inspect_of_no_model_is_one_line(cli, tmp_path):
 def test_environment_names_versions_and_machine():
     import numpy
 
-    found = environment()
+    found = machine.environment()
     assert found["eightfold"] == __version__
     assert found["packages"]["numpy"] == numpy.__version__
     assert set(found["packages"]) >= {"numpy", "tokenizers", "jinja2", "torch", "transformers", "gguf"}
@@ -268,8 +266,8 @@ def test_environment_names_versions_and_machine():
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
-    monkeypatch.setattr(environment_module, "_PACKAGES", ("numpy", "no-such-package-anywhere"))
-    assert environment()["packages"]["no-such-package-anywhere"] is None
+    monkeypatch.setattr(machine, "_PACKAGES", ("numpy", "no-such-package-anywhere"))
+    assert machine.environment()["packages"]["no-such-package-anywhere"] is None
 
 
 def replace_proc(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
@@ -300,15 +298,15 @@ CPUINFO = {
 @pytest.mark.parametrize(("text", "model", "isa"), CPUINFO.values(), ids=CPUINFO)
 def test_the_processor_is_read_as_linux_describes_it(monkeypatch, text, model, isa):
     replace_proc(monkeypatch, text)
-    monkeypatch.setattr(environment_module.platform, "processor", lambda: "fallback")  # type: ignore[attr-defined]
-    found = environment()
+    monkeypatch.setattr(platform, "processor", lambda: "fallback")  # type: ignore[attr-defined]
+    found = machine.environment()
     assert (found["cpu"], found["isa"]) == (model or "fallback", isa)
 
 
 def test_a_system_that_says_nothing_is_no_failure(monkeypatch):
     replace_proc(monkeypatch, None)
-    monkeypatch.setattr(environment_module.machine, "total_bytes", lambda: None)  # type: ignore[attr-defined]
-    found = environment()
+    monkeypatch.setattr(machine, "total_bytes", lambda: None)  # type: ignore[attr-defined]
+    found = machine.environment()
     assert found["isa"] == []
     assert found["cpu"]
     assert found["memory_bytes"] is found["memory_available_bytes"] is None
@@ -321,5 +319,5 @@ def test_env_prints_and_gives_json(cli):
     assert lines["eightfold"].strip() == __version__
     assert "numpy" in lines["packages"]
     document = cli("env", "--json").json()
-    assert document.keys() == environment().keys()
+    assert document.keys() == machine.environment().keys()
     assert document["eightfold"] == __version__

@@ -11,7 +11,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
-from eightfold.report.native import describe_native
+from eightfold.report.contents import describe_native
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 

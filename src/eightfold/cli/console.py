@@ -1,22 +1,21 @@
-"""What a person sees: progress bars, notes, errors in one line, JSON for programs."""
+"""What a person sees and types: notes, JSON for programs, tables, and the lines of a chat."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import FrameType, TracebackType
+from typing import Any
 
 from eightfold import progress
-from eightfold.errors import DependencyError
-
-if TYPE_CHECKING:
-    pass
-
+from eightfold.errors import DependencyError, InputError
 
 bars = progress.bars
 
@@ -100,3 +99,165 @@ def size_text(nbytes: int) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
     return f"{nbytes} B"
+
+
+PROMPT, MORE = "> ", ". "
+
+# A terminal that knows it wraps pasted text into marks, by which readline keeps it together.
+_PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+# Control characters but tab and newline: a model may say them, and a terminal obeys them.
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+class Terminal:
+    """Context manager: a person types, and Ctrl-C means something.
+
+    While a line is asked for, Ctrl-C ends that line, and the second one in a row the conversation. At other times it
+    only sets `interrupted`.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._asks = self._warned = False
+        self._is_capable = os.environ.get("TERM", "dumb") != "dumb"
+        self._dims = self._is_capable and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        self._writes = sys.stdout.isatty()
+        self._keeps_pastes = _load_readline() and self._is_capable and self._writes
+
+    def __enter__(self) -> Terminal:
+        self._previous = signal.getsignal(signal.SIGINT)
+        if self._previous is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._asks:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def read(self) -> str | None:
+        """Return what the person says next: a line, a paste, or lines that end in a backslash; None at the end."""
+        while True:
+            try:
+                text = self._ask()
+            except KeyboardInterrupt:
+                if self._warned:
+                    self.note("")
+                    return None
+                self._warned = True
+                self.note("\n(Ctrl-C again ends the chat, and so do Ctrl-D and /exit)")
+            else:
+                self._warned = self.interrupted = False
+                if text is None:
+                    self.note("")
+                return text
+
+    def _ask(self) -> str | None:
+        self._asks = True
+        try:
+            return _continued(self._line)
+        finally:
+            self._asks = False
+
+    def _line(self, is_first: bool) -> str | None:
+        prompt = PROMPT if is_first else MORE
+        with self._pasting():
+            try:
+                if self._writes:
+                    return input(prompt)
+                sys.stderr.write(prompt)  # stdout is a file, which only gets answers
+                sys.stderr.flush()
+                return input()
+            except EOFError:
+                return None
+
+    @contextlib.contextmanager
+    def _pasting(self) -> Iterator[None]:
+        if not self._keeps_pastes:
+            yield
+            return
+        sys.stdout.write(_PASTE_ON)
+        try:
+            yield
+        finally:
+            sys.stdout.write(_PASTE_OFF)
+            sys.stdout.flush()
+
+    def write(self, text: str) -> None:
+        """Show a piece of an answer."""
+        sys.stdout.write(text.translate(_CONTROLS) if self._writes else text)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer."""
+        print(f"{_DIM}{text}{_PLAIN}" if self._dims and text else text, file=sys.stderr, flush=True)
+
+
+class Pipe:
+    """Each line of stdin is a turn. Ctrl-C ends the program, as it does with any other."""
+
+    interrupted = False
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def read(self) -> str | None:
+        """Return the next line, with those behind it if it ends in a backslash; None at the end.
+
+        Raises:
+            InputError: it is not UTF-8.
+        """
+        return _continued(self._line)
+
+    def _line(self, is_first: bool) -> str | None:
+        raw = sys.stdin.buffer.readline()
+        self._number += 1
+        try:
+            return raw.decode().rstrip("\r\n") if raw else None
+        except UnicodeDecodeError as error:
+            got = f"byte {error.start} that is not UTF-8"
+            raise InputError(f"line {self._number} of stdin", got=got, expected="UTF-8 text") from None
+
+    def write(self, text: str) -> None:
+        """Write a piece of an answer."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer."""
+        print(text, file=sys.stderr, flush=True)
+
+
+def _continued(read: Callable[[bool], str | None]) -> str | None:
+    """Return a line, and with it those behind it as long as there is a backslash at its end."""
+    text = read(True)
+    while text is not None and text.endswith("\\"):
+        more = read(False)
+        if more is None:
+            return text[:-1]
+        text = f"{text[:-1]}\n{more}"
+    return text
+
+
+def _load_readline() -> bool:
+    """Load line editing and history if Python has them; return whether pasted text stays together."""
+    try:
+        import readline
+    except ImportError:
+        return False
+    return "libedit" not in (readline.__doc__ or "")

@@ -1,19 +1,25 @@
-"""`eightfold inspect`, `check` and `env`: what is in a directory, who would take it, and what this machine is."""
+"""`eightfold inspect`, `check`, `env`, `eval` and `bench`: what a model and a machine are worth."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
 
-from eightfold.cli import console
+from eightfold.cli import console, generating
 from eightfold.cli.options import argument, as_json
-from eightfold.values import Kind, choice, setting
+from eightfold.engine.settings import EngineConfig
+from eightfold.values import PATH, Kind, choice, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.check import Report
-    from eightfold.report.contents import Contents
-    from eightfold.report.native import Native
+    from eightfold.evaluate import Evaluation
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.model.native.measure import Measurement
+    from eightfold.model.native.model import NativeModel
+    from eightfold.report.contents import Contents, Native
 
 EXIT_NOT_SERVED = 1
 
@@ -35,8 +41,7 @@ class InspectCommand:
     def execute(self) -> None:
         """Print it."""
         from eightfold.format.checkpoint import Checkpoint
-        from eightfold.report.contents import describe
-        from eightfold.report.native import describe_native
+        from eightfold.report.contents import describe, describe_native
 
         checkpoint = Checkpoint.open(self.model)
         contents, native = describe(checkpoint), describe_native(checkpoint)
@@ -150,7 +155,7 @@ class EnvCommand:
 
     def execute(self) -> None:
         """Print them."""
-        from eightfold.report.environment import environment
+        from eightfold.machine import environment
 
         found = environment()
         if self.as_json:
@@ -162,3 +167,223 @@ class EnvCommand:
             found[key.removesuffix("_bytes")] = "unknown" if nbytes is None else console.size_text(nbytes)
         for key, value in {**found, "packages": ", ".join(packages)}.items():
             print(f"{key + ':':18}{' '.join(value) if isinstance(value, list) else value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """Measure perplexity, and with --against the KL divergence from another model.
+
+    Example: eightfold eval Llama-3.2-1B-w8a8 --text wiki.test.txt --against Llama-3.2-1B
+
+    Without --attention-mode a model with int8 keys and values is measured in both modes.
+    """
+
+    model: Path = argument("DIR", generating.MODEL)
+    text: Path | None = setting(
+        None, PATH, "UTF-8 text to measure on. Default: essays that come with eightfold.", metavar="FILE"
+    )
+    chunks: int = setting(40, whole(1), "Number of chunks of the text, from its start.")
+    chunk_len: int = setting(512, whole(2), "Tokens in a chunk; each chunk stands alone.")
+    against: Path | None = setting(
+        None, PATH, "Measure this model too, and the divergence of DIR from it.", metavar="FLOAT_DIR"
+    )
+    tokens_as: Literal["prompt", "generated"] = setting(
+        "prompt",
+        choice("prompt", "generated"),
+        "Compute the text as a prompt, or as if it had been generated; this matters to w8a8-mix and to mode mindie.",
+    )
+    as_json: bool = as_json()
+    computing: dict[str, Any] = generating.engine("dynamic", "attention_mode")
+    backend: str = generating.backend()
+
+    def execute(self) -> None:
+        """Measure, and print what was found."""
+        from eightfold.evaluate import cut_chunks, default_text, read_text
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.tokenizer import Tokenizer
+
+        started = time.monotonic()
+        checkpoints = [Checkpoint.open(path) for path in (self.model, self.against) if path is not None]
+        content = default_text() if self.text is None else read_text(self.text)
+        token_ids = Tokenizer(self.model).encode(content, special_tokens=False)
+        pieces = cut_chunks(token_ids, self.chunks, self.chunk_len)
+        if len(pieces) < self.chunks and self.text is not None:
+            found = f"{len(pieces)} chunks of {self.chunk_len}, not {self.chunks}"
+            console.note(f"the text has {len(token_ids)} tokens: {found}.")
+        if self.chunk_len > (context := checkpoints[0].config.max_position_embeddings):
+            console.note(f"chunks are longer than the model's context of {context} tokens.")
+        backend = generating.resolve_backend(self.backend)
+        measure = self._by_native if backend == "native" else self._by_reference
+        result, ppl_mindie = measure(checkpoints, pieces)
+        self._report(result, ppl_mindie, time.monotonic() - started, backend)
+
+    def _report(self, result: Evaluation, ppl_mindie: float | None, seconds: float, backend: str) -> None:
+        if self.as_json:
+            measured = {key: value for key, value in asdict(result).items() if value is not None}
+            if ppl_mindie is not None:
+                measured["ppl_mindie"] = ppl_mindie
+            console.print_json({**measured, "seconds": round(seconds, 3), "backend": backend})
+            return
+        basis = f"{result.tokens} predictions, {result.chunks} chunks of {self.chunk_len}, {seconds:.1f} s"
+        print(f"perplexity     {result.ppl:.4f}   ({basis})")
+        if ppl_mindie is not None:
+            print(f"mode mindie    {ppl_mindie:.4f}   (attention of a prompt in float; above: mode cache)")
+        if result.ppl_against is not None and result.kl_mean is not None and result.top1_agreement is not None:
+            print(f"against        {result.ppl_against:.4f}   ({self.against})")
+            print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")
+            print(f"same top token {result.top1_agreement:.2%}")
+
+    def _by_native(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
+        """Measure, and return the perplexity of mode `mindie` beside where both modes are measured."""
+        from eightfold.evaluate import evaluate_native
+        from eightfold.model.native.load import load_model
+
+        def load(checkpoint: Checkpoint, mode: str) -> NativeModel:
+            config = EngineConfig(**{**self.computing, "attention_mode": mode})
+            return load_model(checkpoint, dynamic=config.dynamic, attention=config.attention_mode)
+
+        generated, both = self.tokens_as == "generated", self._both_modes(checkpoints[0])
+        with console.bars("evaluate", len(pieces) * (1 + both), "chunk") as task:
+            mode = self.computing.get("attention_mode", "cache")
+            model, *others = [load(checkpoint, mode) for checkpoint in checkpoints]
+            against = others[0] if others else None
+            found = evaluate_native(model, pieces, against, task.advance, generated=generated)
+            if not both:
+                return found, None
+            mindie = load(checkpoints[0], "mindie")
+            return found, evaluate_native(mindie, pieces, None, task.advance).ppl
+
+    def _by_reference(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
+        """As _by_native, in torch."""
+        console.require_torch("eval --backend reference")
+        from eightfold.evaluate import evaluate_reference
+        from eightfold.model.reference.load import Decoder
+
+        both, config = self._both_modes(checkpoints[0]), EngineConfig(**self.computing)
+        total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
+        with console.bars("evaluate", total + len(pieces) * (1 + both), "step") as task:
+            model, *others = [Decoder(each, config.dynamic, config.attention_mode) for each in checkpoints]
+            against = others[0] if others else None
+            found = evaluate_reference(model, pieces, against, task.advance, self.tokens_as)
+            if not both:
+                return found, None
+            mindie = Decoder(checkpoints[0], config.dynamic, "mindie")
+            return found, evaluate_reference(mindie, pieces, None, task.advance).ppl
+
+    def _both_modes(self, checkpoint: Checkpoint) -> bool:
+        """Return whether mode `mindie` is measured beside mode `cache`."""
+        is_open = "attention_mode" not in self.computing and self.tokens_as == "prompt"
+        return is_open and checkpoint.has_int8_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
+    """Measure how fast a model runs here, and the limits of this machine.
+
+    Example: eightfold bench Llama-3.2-1B-w8a8 --batch 8
+
+    Prompts are random and new in each repetition; nothing is reused, and no stop token ends an answer. The figures
+    shown are medians.
+
+    prefill_tok_s: prompt tokens / time until every sequence has its first new token.
+
+    decode_tok_s: new tokens after the first ones / time from the first to the last.
+
+    output_tok_s: all new tokens / all time, prompts included.
+
+    bytes_per_token: bytes that one decode step reads, whatever its batch: every
+    weight byte of the linears and the head once, and every sequence's keys
+    and values at its mean context, which is prompt + new / 2. The embedding's
+    row is not counted. A float head counts by its int8 copy, without the few
+    rows that decide which token is the likeliest.
+
+    read_gb_s: bytes_per_token x decode steps a second.
+
+    measured_bandwidth_gb_s: bandwidth when all threads read 1 GiB, the best of
+    3 passes, measured in turn with the repetitions.
+
+    bandwidth_fraction: read_gb_s / measured_bandwidth_gb_s.
+
+    measured_int8_tops: rate when all threads multiply and add bytes in registers
+    with the widest dot product of this CPU, two operations for each product;
+    the best of 3 passes, measured in turn with the repetitions.
+
+    int8_fraction: 2 x int8 weights in the layers x prefill_tok_s /
+    measured_int8_tops. W8A16 takes two passes, so it reaches at most 0.5. Float
+    layers and attention are not counted, though they take time.
+
+    load_s: time from opening the directory until the model can run.
+
+    peak_rss_mib: largest resident size of the process after one repetition,
+    mapped weights included.
+
+    With several processes (torchrun --nproc_per_node N -m eightfold bench ...),
+    bytes and rates are those of all together, and threads and peak_rss_mib are
+    those of the first; resident_weights_mib tells by how much loading has made
+    each larger. The first process measures the limits, with the threads of all
+    processes of its host, and multiplies them by the number of hosts.
+    """
+
+    model: Path = argument("DIR", generating.MODEL)
+    prompt_len: int = setting(512, whole(1), "Number of random tokens in a prompt.")
+    new_tokens: int = setting(128, whole(2), "Number of new tokens; nothing ends an answer earlier.")
+    batch: int = setting(1, whole(1), "Number of sequences at a time.")
+    repeat: int = setting(5, whole(1), "Number of repetitions after one to warm up.")
+    as_json: bool = as_json()
+    computing: dict[str, Any] = generating.engine("threads", "dynamic", "attention_mode")
+
+    def execute(self) -> None:
+        """Measure, and print what was found."""
+        from eightfold.engine.loading import leave_to_first, load_model
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.model.native import measure
+
+        config = EngineConfig(**self.computing)
+        options: dict[str, Any] = {
+            "threads": config.threads, "dynamic": config.dynamic, "attention": config.attention_mode
+        }  # fmt: skip
+        leave_to_first(self.model, **options)
+        started = time.perf_counter()
+        checkpoint = Checkpoint.open(self.model)
+        work = measure.Workload(self.prompt_len, self.new_tokens, self.batch)
+        work.require_context(checkpoint.config)
+        native = load_model(checkpoint, **options)
+        load_s = time.perf_counter() - started
+        runner = measure.Runner(native, work)
+        with console.bars("bench", 1 + self.repeat, "run") as task:
+            found = measure.measure(runner, self.repeat, task.advance)
+        result = {**measure.summary(found, checkpoint, native, work), "load_s": load_s}
+        if self.as_json:
+            console.print_json({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()})
+            return
+        scheme = checkpoint.description.model_quant_type if checkpoint.description else "FLOAT"
+        print("\n".join(_lines(f"{self.model}: {scheme}", result, found)))
+
+
+def _lines(title: str, result: dict[str, Any], found: Measurement) -> list[str]:
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    if result["world_size"] > 1:
+        threads = f"{result['world_size']} processes of {threads}"
+    memory = "" if result["peak_rss_mib"] is None else f", peak memory {result['peak_rss_mib']:.0f} MiB"
+    sequences = "1 sequence" if result["batch"] == 1 else f"{result['batch']} sequences"
+    load = f"loaded in {result['load_s']:.2f} s{memory}"
+    step = f"{console.size_text(result['bytes_per_token'])} a step, {result['read_gb_s']:.1f} GB/s"
+    decode = f"{result['bandwidth_fraction']:.0%} of the reading limit ({step})"
+    return [
+        f"{title}, {result['isa']}, {threads}; {load}",
+        f"{sequences}, {result['prompt_len']} tokens in, {result['new_tokens']} out; "
+        f"median of {result['repeat']} (least to most)",
+        "",
+        _row("limits   reading", found.of("read_gb_s"), "GB/s", 1),
+        _row("         int8 products", found.of("int8_tops"), "TOPS", 2),
+        _row(
+            "reached  prefill", found.of("prefill_tok_s"), "tok/s", 1, f"{result['int8_fraction']:.0%} of int8 products"
+        ),
+        _row("         decode", found.of("decode_tok_s"), "tok/s", 1, decode),
+        _row("         output", found.of("output_tok_s"), "tok/s", 1, "prompts included"),
+    ]
+
+
+def _row(title: str, values: list[float], unit: str, digits: int, note: str = "") -> str:
+    spread = f"({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return f"{title:24}{median(values):10.{digits}f} {unit:6} {spread:22} {note}".rstrip()

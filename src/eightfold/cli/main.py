@@ -30,15 +30,15 @@ START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfol
 # Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
     "import-gguf": ("making", "ImportGgufCommand"),
-    "quantize": ("quantizing", "QuantizeCommand"),
+    "quantize": ("making", "QuantizeCommand"),
     "synth": ("making", "SynthCommand"),
     "check": ("inspecting", "CheckCommand"),
     "inspect": ("inspecting", "InspectCommand"),
     "run": ("running", "RunCommand"),
     "chat": ("chatting", "ChatCommand"),
     "serve": ("serving", "ServeCommand"),
-    "eval": ("measuring", "EvaluateCommand"),
-    "bench": ("measuring", "BenchCommand"),
+    "eval": ("inspecting", "EvaluateCommand"),
+    "bench": ("inspecting", "BenchCommand"),
     "env": ("inspecting", "EnvCommand"),
 }
 

@@ -1,16 +1,347 @@
-"""`eightfold import-gguf` and `eightfold synth`: float model directories, from a GGUF file or at random."""
+"""`eightfold quantize`, `import-gguf` and `synth`: the commands that make model directories."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
-from eightfold.cli.options import argument
+from eightfold.cli.options import argument, as_json, flags_of, in_flags, settings
 from eightfold.config import DType
+from eightfold.errors import ConfigError, OutputError
+from eightfold.machine import peak_resident_bytes
+from eightfold.parallel.world import World
+from eightfold.quant.recipe import Recipe
 from eightfold.synth.shapes import MODELS
-from eightfold.values import SWITCH, choice, setting, whole
+from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.parallel.ranks import Ranks
+    from eightfold.quant.dataset import Row
+    from eightfold.quant.outcome import Outcome
+
+_CALIBRATION, _OUTPUT, _RUNNING = "Calibration data", "Output", "Running"  # headings in the help
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeCommand:
+    """Turn a float Llama-family model into an 8-bit one.
+
+    Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
+
+    One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C,
+    the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
+    and `eval` load it too, and `eightfold check` reports what those loaders would do with it.
+
+    Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
+    """
+
+    source: Path = argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
+    target: Path = argument("OUT", "The directory to make. It appears when it is complete.")
+    choices: dict[str, Any] = settings(
+        Recipe, "scheme", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
+        "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "save_float32",
+    )  # fmt: skip
+    recipe_file: Path | None = setting(
+        None,
+        PATH,
+        "Read settings from a YAML file; options on the command line override them.",
+        flag="--recipe",
+        metavar="FILE",
+        group="Scheme",
+    )
+    save_recipe: Path | None = setting(
+        None, PATH, "Write the settings of this run to such a file.", metavar="FILE", group="Scheme"
+    )
+    calib: Path | None = setting(
+        None,
+        PATH,
+        "Calibration texts, one on each line: JSON with text, prompt, inputs_pretokenized or messages, or plain text. "
+        "Default: a mixed set of 64.",
+        metavar="FILE",
+        group=_CALIBRATION,
+    )
+    calib_limit: int | None = setting(None, whole(1), "Use only the first N calibration rows.", group=_CALIBRATION)
+    calib_texts: tuple[str, ...] = setting((), TEXTS, "A calibration text.", group=_CALIBRATION)
+    calib_ids: Path | None = setting(
+        None,
+        PATH,
+        "Calibration samples as token ids, one JSON list on each line; no tokenizer is needed.",
+        metavar="FILE",
+        group=_CALIBRATION,
+    )
+    part_bytes: int | None = setting(
+        None,
+        Kind((int,), "a finite number above 0", least=1, outside="a finite number above 0"),
+        "Split the weights into files of this size (GiB).",
+        flag="--part-size-gb",
+        metavar="GB",
+        group=_OUTPUT,
+        read=lambda text: round(float(text) * 2**30),
+    )
+    legacy_names: bool = setting(
+        False,
+        SWITCH,
+        "Use the layout of older MindIE releases: the description also under its suffixed name, `quantize` in "
+        "config.json, and smoothed norms as .module.weight and .module.bias.",
+        group=_OUTPUT,
+    )
+    overwrite: bool = setting(
+        False,
+        SWITCH,
+        "Replace OUT if quantize has written it. The old model stays until the new one is complete.",
+        group=_OUTPUT,
+    )
+    device: str = setting(
+        "cpu",
+        choice("cpu", "cuda", "npu"),
+        "Compute on cpu, cuda or npu; npu needs torch_npu, and without it the CPU is used.",
+        metavar="DEVICE",
+        group=_RUNNING,
+    )
+    memory: int | None = setting(
+        None,
+        BYTES,
+        "Use at most this much memory, such as 8GiB. What does not fit is kept in files beside OUT; the result is the "
+        "same. Default: half of the free memory.",
+        metavar="SIZE",
+        group=_RUNNING,
+        read=parse_size,
+    )
+    plan: bool = setting(
+        False,
+        SWITCH,
+        "Only report what the run would take: memory, disk, bytes to read and write, time. Quantizes three layers for "
+        "a trial, and leaves nothing behind.",
+        group=_RUNNING,
+    )
+    as_json: bool = as_json(_RUNNING)
+
+    def execute(self) -> None:
+        """Quantize, or say what it would take."""
+        started = time.monotonic()
+        _ = self.recipe  # is refused before anything else happens
+        with _ranks_of_environment() as ranks:
+            if self.plan:
+                if ranks.is_first:
+                    self._show_plan()
+                return
+            outcome = self._quantize(ranks)
+            if ranks.is_first and self.save_recipe is not None:
+                _save(self.recipe, self.save_recipe)
+            self._tell(outcome, ranks, started)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """Return the recipe of the file, changed by the options that were given."""
+        from eightfold.quant.recipe import act_method_name, make_recipe, parse_level, read_recipe
+        from eightfold.scheme import SCHEMES
+
+        meanings: dict[str, Callable[[Any], Any]] = {
+            "scheme": SCHEMES.__getitem__,
+            "act_method": act_method_name,
+            "disable_level": parse_level,
+            "save_float32": lambda name: name == "float32",
+        }
+        choices = {name: meanings.get(name, lambda value: value)(value) for name, value in self.choices.items()}
+        file = {} if self.recipe_file is None else read_recipe(self.recipe_file)
+        return make_recipe({**file, **choices}, str(self.recipe_file or "the command line"))
+
+    def _quantize(self, ranks: Ranks) -> Outcome:
+        """Quantize. The texts are read and tokenized by one process."""
+        # What can be refused is refused before torch is loaded and texts are tokenized.
+        samples = self._samples(self._checked()) if ranks.is_first else None
+        samples = ranks.share(samples)
+        console.require_torch("quantize")
+        from eightfold.progress import silent
+        from eightfold.quant.pipeline import quantize_checkpoint
+
+        return quantize_checkpoint(
+            self.source,
+            self.target,
+            self.recipe,
+            samples,
+            overwrite=self.overwrite,
+            part_bytes=self.part_bytes,
+            legacy_names=self.legacy_names,
+            device=self._torch_device(ranks),
+            memory=self.memory,
+            progress=console.bars if ranks.is_first else silent,
+            ranks=ranks,
+        )
+
+    def _show_plan(self) -> None:
+        checkpoint = self._checked()
+        samples = self._samples(checkpoint) or []
+        console.require_torch("quantize --plan")
+        from eightfold.quant.estimate import estimate_run
+
+        found = estimate_run(
+            checkpoint, self.recipe, samples, target=self.target, memory=self.memory, progress=console.bars
+        )
+        if self.as_json:
+            console.print_json(found.as_json())
+        else:
+            print("\n".join(found.render()))
+
+    def _checked(self) -> Checkpoint:
+        """Open the float model; refuse a recipe or an output directory that does not go with it."""
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.format.output import QUANTIZE, check_target
+        from eightfold.quant.plan import assign_types, require_level
+
+        checkpoint = Checkpoint.open(self.source)
+        require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
+        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        return checkpoint
+
+    def _samples(self, checkpoint: Checkpoint) -> list[list[int]] | None:
+        """Return the calibration samples; None when the recipe has no use for any."""
+        recipe, found = self.recipe, None
+        given = {"--calib": self.calib, "--calib-texts": self.calib_texts, "--calib-ids": self.calib_ids}
+        sources = [flag for flag, value in given.items() if value]
+        if len(sources) > 1:
+            raise ConfigError("calibration data", got=" and ".join(sources), expected="one of them")
+        if recipe.needs_samples:
+            found = self._calibration(checkpoint)
+        elif sources or self.calib_limit is not None:
+            console.note(f"nothing here needs calibration data; {[*sources, '--calib-limit'][0]} changes nothing.")
+        if not recipe.has_static_inputs and "act_method" in self.choices:
+            console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
+        return found
+
+    def _calibration(self, checkpoint: Checkpoint) -> list[list[int]]:
+        """Return the calibration samples as token ids, none longer than the model's context."""
+        from eightfold.quant import dataset
+        from eightfold.tokenizer import Tokenizer
+
+        rows: list[Row]
+        if self.calib_ids is not None:
+            samples = dataset.read_token_ids(self.calib_ids, self.calib_limit, checkpoint.config.vocab_size)
+        else:
+            if self.calib is not None:
+                rows = dataset.read_rows(self.calib, self.calib_limit)
+            elif self.calib_texts:
+                rows = [*self.calib_texts[: self.calib_limit]]
+            else:
+                rows = dataset.default_rows()[: self.calib_limit]
+                console.note(
+                    f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own."
+                )
+            samples = dataset.tokenize(rows, Tokenizer(checkpoint.directory))
+        context = checkpoint.config.max_position_embeddings
+        samples, cut = dataset.truncate(samples, context)
+        if cut:
+            console.note(
+                f"{cut} of {len(samples)} calibration samples were cut to the model's context of {context} tokens."
+            )
+        return samples
+
+    def _torch_device(self, ranks: Ranks) -> torch.device:
+        from eightfold.model.reference.tensors import find_device
+
+        if ranks.size > 1 and self.device != "cpu":
+            raise ConfigError("device", got=self.device, expected=f"cpu, for {ranks.size} processes")
+        found, remark = find_device(self.device)
+        if remark:
+            console.note(in_flags(remark, flags_of(QuantizeCommand)))
+        return found
+
+    def _tell(self, outcome: Outcome, ranks: Ranks, started: float) -> None:
+        """Say what came of it."""
+        seconds = time.monotonic() - started
+        peaks = ranks.gather(peak_resident_bytes())
+        if not ranks.is_first:
+            return
+        if self.as_json:
+            console.print_json(_document(outcome, seconds, peaks))
+        elif outcome.already_complete:
+            print(f"{self.target}: already complete")
+        else:
+            _report(outcome)
+            print(f"{self.target}: {_summary(outcome)}, {seconds:.1f} s")
+
+
+@contextmanager
+def _ranks_of_environment() -> Iterator[Ranks]:
+    """The processes that torchrun has started; an error of one ends all."""
+    from eightfold.parallel.ranks import Ranks
+
+    world = World.of_environment()
+    if world.size > 1:
+        console.require_torch("quantize")
+    ranks = Ranks(world)
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    ranks.end()
+
+
+def _save(recipe: Recipe, path: Path) -> None:
+    from eightfold.quant.recipe import render_recipe
+
+    try:
+        path.write_text(render_recipe(recipe), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
+
+
+def _document(outcome: Outcome, seconds: float, peaks: list[int | None]) -> dict[str, Any]:
+    """Return what --json prints; `peaks` are bytes of each process."""
+    resident = [None if peak is None else round(peak / 2**20, 1) for peak in peaks]
+    return {
+        "layers": outcome.layers,
+        "layers_resumed": outcome.layers_resumed,
+        "already_complete": outcome.already_complete,
+        "seconds": round(seconds, 3),
+        "peak_rss_mib": resident[0],
+        "world_size": len(resident),
+        "ranks_peak_rss_mib": resident,
+        "scheme": outcome.recipe.scheme.value,
+        "quantized": outcome.quantized,
+        "nbytes": outcome.nbytes,
+        "restarted": outcome.restarted or None,
+        "notes": outcome.notes,
+    }
+
+
+def _report(outcome: Outcome) -> None:
+    """Tell what was decided on the way."""
+    if outcome.smoothing is not None:
+        proof = outcome.smoothing
+        print(
+            f"outlier suppression {outcome.recipe.anti_outlier.value if outcome.recipe.anti_outlier else ''}: "
+            f"{len(proof.choices)} groups; the float model's logits move by {proof.max_logit_difference:.2g} at most "
+            f"(largest {proof.max_logit:.3g})"
+        )
+    if outcome.rolled_back:
+        rows = [
+            [row.module, f"{row.range_param:.2f}", "shares the input of one above" if row.of_group else "widest inputs"]
+            for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
+        ]
+        print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
+    if outcome.restarted:
+        console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
+    elif outcome.layers_resumed:
+        console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
+    for text in outcome.notes:
+        console.note(text)
+
+
+def _summary(outcome: Outcome) -> str:
+    kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
+    return f"{outcome.quantized} linears as {outcome.recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}"
+
 
 _DTYPE = choice("bf16", "fp16")
 
