@@ -17,9 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from eightfold.engine import loading
+from eightfold.engine import settings
 from eightfold.engine.engine import Engine
 from eightfold.engine.outputs import RequestOutput
 from eightfold.engine.sampling_params import SamplingParams
@@ -34,7 +33,7 @@ from eightfold.tokenizer import Tokenizer
 LOG = logging.getLogger("run_pa")
 
 # How the core computes as an NPU does.
-OPTIONS: dict[str, Any] = {"dynamic": "symmetric", "attention": "mindie"}
+AS_NPU = EngineConfig(dynamic="symmetric", attention_mode="mindie")
 
 
 @dataclass
@@ -137,7 +136,7 @@ class Batches:
     """Requests on eightfold's engine."""
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Tokenizer, pages: int, max_batch_size: int) -> None:
-        model = loading.load_model(checkpoint, **OPTIONS)
+        model = settings.load_model(checkpoint, AS_NPU)
         # Refused here, where it does not fit, by the names of run_pa's flags.
         model.allocate_cache(pages * PAGE, "Lower --max_batch_size, --max_input_length or --max_output_length.")
         config = EngineConfig(
@@ -227,6 +226,6 @@ def leave_to_first(model_path: Path) -> None:
         UnsupportedError: there are several, and no compiled core.
     """
     if core.is_built():
-        loading.leave_to_first(model_path, **OPTIONS)
+        settings.leave_to_first(model_path, AS_NPU)
     elif (size := World.of_environment().size) > 1:
         raise UnsupportedError("run_pa without the compiled extension", got=f"{size} processes", expected="one")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from eightfold.engine.detokenizer import Detokenizer
+from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.tokenizer import MAX_WAITING, Tokenizer
 from tests.conftest import write_tokenizer

@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ import eightfold
 from eightfold.engine import distributed
 from eightfold.engine.distributed import pack, unpack
 from eightfold.engine.llm import LLM
-from eightfold.engine.loading import Options
 from eightfold.engine.sampling_params import SamplingParams
+from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CheckpointError, ConfigError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
@@ -235,7 +235,7 @@ def test_what_rank_1_lacks_is_told_by_rank_0(start, small, tmp_path):
 
 def test_what_differs_is_named(small):
     checkpoint = Checkpoint.open(small("w8a8").directory)
-    own = distributed._setup(World(size=2), checkpoint, asdict(Options()))
+    own = distributed._setup(World(size=2), checkpoint, EngineConfig().computing)
     assert set(own) == set(distributed._ADVICE)
     require_alike(own, [("rank 1", own), ("rank 2", own)], distributed._ADVICE)
     for name, action in distributed._ADVICE.items():

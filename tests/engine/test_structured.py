@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eightfold.engine.detokenizer import Detokenizer
+from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampler import Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.structured import KEPT, MAX_REASON, Grammar, GrammarCompiler, fill_masks, mask_words

@@ -334,20 +334,17 @@ class BenchCommand:
 
     def execute(self) -> None:
         """Measure, and print what was found."""
-        from eightfold.engine.loading import leave_to_first, load_model
+        from eightfold.engine.settings import leave_to_first, load_model
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.model.native import measure
 
         config = EngineConfig(**self.computing)
-        options: dict[str, Any] = {
-            "threads": config.threads, "dynamic": config.dynamic, "attention": config.attention_mode
-        }  # fmt: skip
-        leave_to_first(self.model, **options)
+        leave_to_first(self.model, config)
         started = time.perf_counter()
         checkpoint = Checkpoint.open(self.model)
         work = measure.Workload(self.prompt_len, self.new_tokens, self.batch)
         work.require_context(checkpoint.config)
-        native = load_model(checkpoint, **options)
+        native = load_model(checkpoint, config)
         load_s = time.perf_counter() - started
         runner = measure.Runner(native, work)
         with console.bars("bench", 1 + self.repeat, "run") as task:

@@ -129,9 +129,9 @@ def _leave_to_first(model: Path, backend: str, config: EngineConfig) -> None:
         UnsupportedError: there are several, and the backend is for one.
     """
     if backend == "native":
-        from eightfold.engine.loading import leave_to_first
+        from eightfold.engine.settings import leave_to_first
 
-        leave_to_first(model, threads=config.threads, dynamic=config.dynamic, attention=config.attention_mode)
+        leave_to_first(model, config)
         return
     from eightfold.parallel.world import World
 
@@ -285,7 +285,7 @@ class Single:
 
     def _native(self, checkpoint: Checkpoint, read: Callable[[], _Prompt], show: Show) -> _Loaded:
         """Load an engine for this one request, and the prompt while its weights are made ready."""
-        from eightfold.engine.loading import load_model
+        from eightfold.engine.settings import load_model
 
         def prepare() -> None:
             import eightfold.engine.engine  # noqa: F401
@@ -295,13 +295,7 @@ class Single:
 
         if self.measures:
             prepare()
-        model = load_model(
-            checkpoint,
-            None if self.measures else prepare,
-            threads=self.config.threads,
-            dynamic=self.config.dynamic,
-            attention=self.config.attention_mode,
-        )
+        model = load_model(checkpoint, self.config, None if self.measures else prepare)
         from eightfold.engine.engine import Engine
         from eightfold.tokenizer import stop_token_ids
 

@@ -80,14 +80,14 @@ class ServeCommand:
         name, *others = self.served_model_name or (self.model.resolve().name,)
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
-        from eightfold.engine.loading import leave_to_first
+        from eightfold.engine.settings import leave_to_first
         from eightfold.format.directory import require_directory
         from eightfold.server import logs
         from eightfold.server.serve import bind, serve
         from eightfold.server.service import ServerSettings
 
         require_directory(self.model)
-        leave_to_first(self.model, threads=config.threads, attention=config.attention_mode)
+        leave_to_first(self.model, config)
         _warn_of_strangers(self.host, key)
         sock = bind(self.host, self.port)
         try:

@@ -12,20 +12,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold.engine.admission import Admission, room_for_cache
 from eightfold.engine.block_manager import BlockManager
-from eightfold.engine.layout import Layout
-from eightfold.engine.loading import load_model
-from eightfold.engine.outputs import EngineStats, RequestOutput
-from eightfold.engine.sampler import Sampled, choose_all, prompt_logprobs
+from eightfold.engine.outputs import Detokenizer, EngineStats, RequestOutput
+from eightfold.engine.sampler import Sampled, Sampler, choose_all, prompt_logprobs
 from eightfold.engine.scheduler import Scheduler
-from eightfold.engine.sequence import Request, TokenSequence
-from eightfold.engine.settings import EngineConfig
+from eightfold.engine.sequence import Layout, Request, TokenSequence
+from eightfold.engine.settings import EngineConfig, load_model
 from eightfold.engine.speculate import Lookup, measure_row_cost
-from eightfold.errors import InputError
+from eightfold.engine.structured import GrammarCompiler
+from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.scheme import QuantType
@@ -75,9 +74,9 @@ class Engine:
             ConfigError: a limit does not suit the model.
         """
         self.config, self.model, self.tokenizer, self.model_config = config, model, tokenizer, model.config
-        pages = room_for_cache(model, config)
-        self._admission = Admission(model, tokenizer, config, pages, stop_ids)
-        self.max_model_len = self._admission.max_model_len
+        self._stop_ids = stop_ids
+        self.max_model_len = _longest_context(model, config)
+        pages = _room_for_cache(model, config)
         self.blocks = BlockManager(pages)
         self._caches_prefixes = config.prefix_caching and not model.float_prompts
         self.scheduler = Scheduler(
@@ -108,7 +107,7 @@ class Engine:
         checkpoint = Checkpoint.open(directory)
         if tokenizer is None:
             tokenizer = Tokenizer(directory)
-        model = load_model(checkpoint, threads=config.threads, dynamic=config.dynamic, attention=config.attention_mode)
+        model = load_model(checkpoint, config)
         kinds = checkpoint.description.tags.values() if checkpoint.description else ()
         return cls(
             model,
@@ -134,15 +133,62 @@ class Engine:
             InputError: a token is outside the vocabulary, or the structured output asked for makes no sense.
             UnsupportedError: the engine cannot do this in its mode.
         """
-        request = self._admission.request(request_id, prompt_ids, params, streams)
+        prompt, vocab = tuple(prompt_ids), self.model_config.vocab_size
+        self.model_config.require_ids(prompt)
+        if params.prompt_logprobs is not None and self.model.float_prompts:
+            raise UnsupportedError(
+                "prompt_logprobs",
+                got="attention mode mindie",
+                expected="cache",
+                action="Prompts run whole in that mode, and the logits of all their tokens would not fit the memory.",
+            )
+        max_len = self._max_len(len(prompt), params.max_tokens)
+        eos_ids = frozenset[int]() if params.ignore_eos else self._stop_ids
+        request = Request(request_id, prompt, params, eos_ids, streams, self.tokenizer)
+        for index in range(params.n):
+            grammar = None if params.structured is None else self._grammars.compile(params.structured)
+            sampler = Sampler(params, prompt, vocab, eos_ids, index, grammar)
+            detokenizer = Detokenizer(self.tokenizer, params)
+            request.sequences.append(TokenSequence(request, index, max_len, sampler, detokenizer))
         first = request.sequences[0]
         if self._caches_prefixes:
             first.hash_blocks(first.prompt_len, self._tells_prompts)
-        lookup = Lookup(request.prompt_ids) if self.config.speculate else None
+        lookup = Lookup(prompt) if self.config.speculate else None
         for sequence in request.sequences:
             sequence.hashes = list(first.hashes)
             sequence.lookup = lookup and lookup.copy_for(sequence.token_ids)
         return request
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self._stop_ids)
+
+    def _max_len(self, prompt_len: int, max_tokens: int | None) -> int:
+        """Return at how many tokens a sequence ends."""
+        capacity = self.blocks.total * PAGE
+        if not prompt_len:
+            raise CapacityError("prompt", got="no tokens", expected="at least one")
+        if prompt_len >= self.max_model_len:
+            can_grow = self.max_model_len < self.model_config.max_position_embeddings
+            way_out = " or raise `max_model_len`." if can_grow else ": the model cannot look back on more."
+            raise CapacityError(
+                "prompt",
+                got=f"{prompt_len} tokens",
+                expected=f"at most {self.max_model_len - 1}, and room for an answer",
+                action=f"Shorten it{way_out}",
+            )
+        longest = self.max_model_len if max_tokens is None else min(self.max_model_len, prompt_len + max_tokens)
+        # The last token's own key and value are never needed.
+        if max_tokens is None and prompt_len <= capacity:
+            longest = min(longest, capacity + 1)
+        if longest - 1 > capacity:
+            raise CapacityError(
+                "request",
+                got=f"{prompt_len} tokens and {longest - prompt_len} new ones",
+                expected=f"at most {capacity + 1} together, which the key/value cache holds",
+                action="Raise `kv_memory`, or ask for fewer tokens.",
+            )
+        return longest
 
     def submit(self, request: Request) -> None:
         """Put a prepared request in line.
@@ -316,3 +362,44 @@ class Engine:
             request.times.finished = time.monotonic()
             del self._requests[request.request_id]
         return output
+
+
+def _longest_context(model: NativeModel, config: EngineConfig) -> int:
+    """Return how many positions a sequence may have.
+
+    Raises:
+        ConfigError: more are asked for than the model knows.
+    """
+    most = model.config.max_position_embeddings
+    wanted = config.max_model_len or most
+    if wanted > most:
+        raise ConfigError(
+            "max_model_len", got=wanted, expected=f"at most {most}, which is all this model can look back on"
+        )
+    return wanted
+
+
+def _room_for_cache(model: NativeModel, config: EngineConfig) -> int:
+    """Allocate the cache and return its pages: as configured, else half of what is free beside the weights.
+
+    More than the longest sequences need in full number is never taken. Pages that are never written take no memory.
+
+    Raises:
+        CapacityError: not one page fits, or the configured size does not fit the memory.
+        ConfigError: more positions are asked for than the model knows.
+    """
+    most = config.max_num_seqs * -(-_longest_context(model, config) // PAGE)
+    size = config.kv_memory
+    if size is None:
+        free = model.room()
+        size = most * model.page_bytes if free is None else free // 2
+    pages = min(size // model.page_bytes, most)
+    if not pages:
+        raise CapacityError(
+            "key/value cache",
+            got=f"{size / 2**20:.1f} MiB",
+            expected=f"at least {model.page_bytes / 2**20:.1f} MiB, which {PAGE} positions take",
+            action="Raise `kv_memory` or close other programs.",
+        )
+    model.allocate_cache(pages * PAGE, "Lower `kv_memory`.")
+    return pages

@@ -1,12 +1,22 @@
-"""What an engine is given to work with."""
+"""What an engine is given to work with: its limits and its model.
+
+Nothing is imported before it is needed, so that a single process starts soon.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from eightfold.errors import ConfigError
+from eightfold.parallel.world import World
 from eightfold.values import BYTES, SWITCH, choice, optional, parse_size, setting, shown, whole
+
+if TYPE_CHECKING:
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.model.native.model import NativeModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,3 +80,56 @@ class EngineConfig:
                 expected=f"more than `max_num_seqs`, {self.max_num_seqs}",
                 action="Every running sequence takes a token of a step, and prompts need some too.",
             )
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """The options of native.load.load_model."""
+        return {"threads": self.threads, "dynamic": self.dynamic, "attention": self.attention_mode}
+
+
+def load_model(checkpoint: Checkpoint, config: EngineConfig, beside: Callable[[], object] | None = None) -> NativeModel:
+    """Load a model. Of the processes that torchrun has started, only rank 0 returns; see engine/distributed.py.
+
+    The others compute what rank 0 asks for until it ends, and then end too. It can be done once in a process.
+
+    Args:
+        checkpoint: any scheme.
+        config: says how to compute.
+        beside: is called while the weights are made ready, if there is one process; else before.
+
+    Raises:
+        EightfoldError: as native.load.load_model; or the processes do not fit together.
+    """
+    world = World.of_environment()
+    if world.size == 1:
+        from eightfold.model.native import load as native
+
+        return native.load_model(checkpoint, **config.computing, beside=beside)
+    from eightfold.engine import distributed
+
+    if not world.is_first:
+        distributed.follow(world, lambda: checkpoint, config.computing)
+    if beside is not None:
+        beside()
+    return distributed.lead(world, checkpoint, config.computing)
+
+
+def leave_to_first(directory: Path, config: EngineConfig) -> None:
+    """Return in rank 0 only, once it has met the others: they compute what it asks for until it ends.
+
+    To be called before anything that only one process may do.
+
+    Args:
+        directory: of the model that rank 0 is going to load.
+        config: says how to compute.
+    """
+    world = World.of_environment()
+    if world.size == 1:
+        return
+    from eightfold.engine import distributed
+    from eightfold.format.checkpoint import Checkpoint
+
+    if world.is_first:
+        distributed.meet(world)
+    else:
+        distributed.follow(world, lambda: Checkpoint.open(directory), config.computing)
