@@ -148,7 +148,6 @@ class AnswerWriter:
         self._begin = b"data: " + _encode(self._common)[:-1].encode() + b',"choices":['
 
     def pieces(self, at: int, output: RequestOutput) -> bytes:
-        """Return what a step of a prompt adds to a stream."""
         choices = [(at * self._n + answer.index, answer) for answer in output.outputs]
         return b"".join([self._piece(index, answer, output) for index, answer in choices if index not in self._ended])
 
@@ -162,7 +161,6 @@ class AnswerWriter:
         return self._content(choices, record)
 
     def usage(self, record: Record) -> bytes:
-        """Return the piece that says how many tokens there were."""
         return event(self._content([], record))
 
     def _content(self, choices: list[Any], record: Record) -> dict[str, Any]:
@@ -175,7 +173,6 @@ class AnswerWriter:
         return {**self._common, "choices": choices, "usage": usage}
 
     def _told(self, generated: int) -> int:
-        """Return how many generated tokens are told of."""
         return generated
 
     def _choice(self, choice: str) -> bytes:

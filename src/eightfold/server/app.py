@@ -28,6 +28,9 @@ from eightfold.server.service import Service
 from eightfold.server.tools import read_tools
 from eightfold.values import SWITCH, Kind
 
+log = logging.getLogger("eightfold.server")
+
+_OPEN = frozenset({"/", "/health"})  # what needs no key: the page asks for it
 _TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id")
 
 
@@ -38,7 +41,6 @@ class Generating:
         self._service, self._read = service, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
         request, service = Request(scope, receive), self._service
         record: Record = request.state.record
         fields = await service.read(request)
@@ -59,12 +61,10 @@ class Endpoints:
         self._service = service
 
     async def models(self, request: Request) -> Response:
-        """Return what is served, under all its names."""
         names = self._service.settings.model_names
         return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
-        """Return one of them."""
         name = request.path_params["name"]
         if name not in self._service.settings.model_names:
             raise self._service.unknown_model(name)
@@ -83,7 +83,6 @@ class Endpoints:
         }
 
     async def tokenize(self, request: Request) -> Response:
-        """Return the token ids of a text or of a chat."""
         service, record = self._service, request.state.record
         fields = await service.read(request)
         text, with_texts = fields.read("prompt", STRING), fields.read("return_token_strs", SWITCH, False)
@@ -103,7 +102,6 @@ class Endpoints:
         return JSONResponse(content)
 
     async def detokenize(self, request: Request) -> Response:
-        """Return the text of token ids."""
         service = self._service
         fields = await service.read(request)
         if fields.any("tokens") is None:
@@ -116,7 +114,6 @@ class Endpoints:
         return JSONResponse({"prompt": text})
 
     async def health(self, request: Request) -> Response:
-        """Say whether requests are answered."""
         if self._service.limiter.is_draining:
             return JSONResponse({"status": "stopping"}, 503)
         if not self._service.engine.is_healthy:
@@ -124,17 +121,10 @@ class Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        """Return counts and times for Prometheus."""
         return Response(self._service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     async def version(self, request: Request) -> Response:
-        """Return this program's version."""
         return JSONResponse({"version": __version__})
-
-
-log = logging.getLogger("eightfold.server")
-
-_OPEN = frozenset({"/", "/health"})  # what needs no key: the page asks for it
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -209,7 +199,6 @@ class Gateway:
         self._app, self._service, self._paths = app, service, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let one request through."""
         if scope["type"] != "http":
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}

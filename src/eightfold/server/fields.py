@@ -82,7 +82,6 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """Return what is sent as JSON."""
         kind = _ERROR_TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -134,7 +133,6 @@ class Fields:
         return sorted(self._values.keys() - self._read)
 
     def any(self, name: str) -> Any:
-        """Return a field of any type, or None."""
         self._read.add(name)
         return self._values.get(name)
 

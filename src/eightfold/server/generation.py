@@ -71,7 +71,6 @@ class InFlight:
         self._is_aborted = False
 
     def abort(self) -> None:
-        """End it where it stands."""
         if not self._is_aborted:
             self._is_aborted = True
             self._metrics.aborted(len(self._unfinished) * self.asked.params.n)

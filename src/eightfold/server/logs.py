@@ -41,7 +41,6 @@ class Record:
     error: str | None = None  # one word of what went wrong
 
     def as_json(self) -> dict[str, Any]:
-        """Return what the log shows."""
         line: dict[str, Any] = {"id": self.id, "method": self.method, "path": self.path[:200], "status": self.status}
         if self.prompt_tokens:
             line["prompt_tokens"] = self.prompt_tokens

@@ -60,7 +60,6 @@ class Metrics:
         self._model = model
 
     def finished(self, output: RequestOutput) -> None:
-        """Take note of a request that the engine has finished."""
         times = output.times
         self._prompt_tokens.inc(len(output.prompt_ids))
         for answer in output.outputs:
@@ -75,7 +74,6 @@ class Metrics:
             self._whole.observe(times.finished - times.arrival)
 
     def aborted(self, answers: int) -> None:
-        """Take note of answers that nobody waits for any more."""
         self._finished.labels(self._model, "abort").inc(answers)
 
     def answered(self, path: str, status: int) -> None:
@@ -83,7 +81,6 @@ class Metrics:
         self._http.labels(path, str(status)).inc()
 
     def text(self) -> bytes:
-        """Return all of it as Prometheus reads it."""
         return generate_latest(self._registry)
 
 

@@ -109,7 +109,6 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
         await super().startup(sockets)
         if threading.current_thread() is threading.main_thread():
             loop = asyncio.get_running_loop()
@@ -139,7 +138,6 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close everything."""
         await super().shutdown(sockets)
         self.service.close()
         await self.service.engine.shutdown()

@@ -104,12 +104,10 @@ class Limiter:
         record.held_bytes += size
 
     def let_go(self, record: Record) -> None:
-        """Count a request's body no longer."""
         self.held_bytes -= record.held_bytes
         record.held_bytes = 0
 
     async def wait_until_empty(self) -> None:
-        """Return when nothing is inside."""
         await self._emptied.wait()
 
     def _busy(self, what: str) -> ApiError:
@@ -155,7 +153,6 @@ class Service:
         return fields
 
     def unknown_model(self, name: str) -> ApiError:
-        """Return the 404 for another model's name."""
         message = f"model: got {shown(name)}, expected {shown(self.settings.model_names[0])}"
         return ApiError(404, message, param="model", code="model_not_found")
 
@@ -190,11 +187,9 @@ class Service:
             self._in_flight.discard(made)
 
     def abort_all(self) -> None:
-        """End everything that runs."""
         for each in tuple(self._in_flight):
             each.abort()
 
     def close(self) -> None:
-        """Let the threads end."""
         for pool in (self._small_texts, self._large_texts):
             pool.shutdown(wait=False, cancel_futures=True)

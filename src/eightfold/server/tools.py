@@ -108,7 +108,6 @@ class ToolCall:
     arguments: str
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as OpenAI writes it."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
@@ -133,7 +132,6 @@ class ToolParser:
         return text, calls
 
     def _rest(self) -> tuple[str, list[ToolCall]]:
-        """Return what was held back."""
         held, self._held = self._held, ""
         if self._form == "tagged" and _BEGIN in held:
             before, _, inner = held.partition(_BEGIN)
