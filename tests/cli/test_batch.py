@@ -22,6 +22,7 @@ import pytest
 from eightfold.cli import batch_run
 from eightfold.cli.batch_input import read_requests
 from eightfold.cli.batch_run import AnswerFile
+from eightfold.engine.engine import Engine
 from eightfold.engine.sampler import Sampled
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import OutputError
@@ -312,7 +313,7 @@ def test_what_is_answered_is_not_done_twice(batch, monkeypatch):
     result = batch(*lines)
     assert result.err.startswith(f"note: 2 of 3 prompts are answered in {batch.output} already.\n[1 answers")
     assert batch.output.read_bytes().startswith(before)
-    monkeypatch.setattr(batch_run, "_load", lambda batch: pytest.fail("the model is loaded for nothing"))
+    monkeypatch.setattr(Engine, "load", lambda *args: pytest.fail("the model is loaded for nothing"))
     found = batch(*lines, words=["--json"]).json()
     assert (found["answered"], found["answered_before"]) == (0, 3)
 

@@ -20,11 +20,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
-from eightfold.cli.batch_input import BatchRequest, read_requests
+from eightfold.cli.batch_input import BatchRequest
 from eightfold.cli.options import flags_of, in_flags
 from eightfold.engine.engine import Engine
 from eightfold.engine.settings import EngineConfig
-from eightfold.errors import EightfoldError, InputError, OutputError
+from eightfold.errors import EightfoldError, OutputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import LineFile
 from eightfold.tokenizer import Tokenizer, stop_token_ids
@@ -40,7 +40,12 @@ FSYNC_SECONDS = 5.0
 _BEGIN = b'{"index": '
 _ELSEWHERE = "Choose another --output-file, or begin anew with --overwrite."
 _MODE = 0o644
-_PIECE = 1 << 20  # bytes that are copied at a time
+
+# Of each tensor so much tells one model from another: all of the scales, the beginning of the weights.
+_STAMP_BYTES = 1 << 16
+
+# Between two looks at the speed.
+_SHOW_SECONDS = 0.5
 
 
 class AnswerFile:
@@ -97,22 +102,22 @@ class AnswerFile:
         Raises:
             OutputError: a line is not this command's, or answers something else. The file is as it was.
         """
-        answered, kept, end = set[int](), list[list[int]](), 0
+        answered, failed, end = set[int](), set[int](), 0
         with self._lines.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                begin, end = end, end + len(raw)
                 if not raw.endswith(b"\n") and _may_be_torn(raw):
                     break
                 line = self._parse(raw, number)
                 if "error" in line:
-                    continue
-                self._check(line, number, fingerprints)
-                answered.add(line["index"])
-                if kept and kept[-1][1] == begin:
-                    kept[-1][1] = end
+                    failed.add(number)
                 else:
-                    kept.append([begin, end])
-        self._keep(kept)
+                    self._check(line, number, fingerprints)
+                    answered.add(line["index"])
+                end += len(raw)
+        if failed:
+            self._rewrite(failed, end)
+        elif end != self._lines.size:
+            self._lines.truncate(end)
         return answered
 
     def append(self, content: Mapping[str, Any]) -> None:
@@ -156,24 +161,17 @@ class AnswerFile:
             got = "an answer of another model, chat template, --dynamic or --attention-mode"
         raise OutputError(f"line {number}", where=self.path, got=got, expected="one of this run", action=_ELSEWHERE)
 
-    def _keep(self, kept: list[list[int]]) -> None:
-        """Leave nothing in the file but these stretches of it."""
-        size = sum(end - begin for begin, end in kept)
-        if kept and kept[-1][1] != size:
-            self._rewrite(kept)
-        elif size != self._lines.size:
-            self._lines.truncate(size)
-
-    def _rewrite(self, kept: list[list[int]]) -> None:
-        """Put another file in the place of this one, at once, and locked before anybody can see it."""
+    def _rewrite(self, without: set[int], end: int) -> None:
+        """Put a file without these lines in the place of this one, at once, and locked before anybody can see it."""
         old = self._lines
         new = LineFile(old.path.with_name(f".{old.path.name}.partial"))
         try:
             new.truncate(0)
             shutil.copymode(old.path, new.path)
-            for begin, end in kept:
-                for at in range(begin, end, _PIECE):
-                    new.write(os.pread(old.file, min(end - at, _PIECE), at))
+            with old.path.open("rb") as file:
+                for number, raw in enumerate(file, 1):
+                    if number not in without and file.tell() <= end:
+                        new.write(raw)
             new.sync()
             new.rename(old.path)
         except BaseException:
@@ -190,44 +188,9 @@ def _may_be_torn(raw: bytes) -> bool:
     return _BEGIN.startswith(begin)
 
 
-# Of each tensor so much tells one model from another: all of the scales, the beginning of the weights.
-_STAMP_BYTES = 1 << 16
-
-# Between two looks at the speed.
-_SHOW_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class BatchJob:
-    """What is to be done.
-
-    Attributes:
-        model: directory.
-        input_file: of the prompts.
-        output_file: of the answers.
-        overwrite: forget what the output file holds.
-        chat: texts are what a user says.
-        chat_template: a template in place of the model's.
-        sampling: parameters where a line says nothing.
-        config: of the engine.
-    """
-
-    model: Path
-    input_file: Path
-    output_file: Path
-    overwrite: bool
-    chat: bool
-    chat_template: str | None
-    sampling: dict[str, Any]
-    config: EngineConfig
-
-
 @dataclass
 class BatchResult:
-    """What was done: prompts that were answered now, before, and not; tokens, and seconds without loading.
-
-    Weights: by how much loading has made each process larger; nothing where none was loaded.
-    """
+    """What was done: prompts that were answered now, before, and not; tokens, and seconds without loading."""
 
     answered: int = 0
     answered_before: int = 0
@@ -236,69 +199,70 @@ class BatchResult:
     generated_tokens: int = 0
     seconds: float = 0.0
     world_size: int = 1
-    resident_weights_mib: list[float] = field(default_factory=list)
-
-    @property
-    def speed(self) -> float:
-        """New tokens a second."""
-        return self.generated_tokens / self.seconds if self.seconds else 0.0
+    resident_weights_mib: list[float] = field(default_factory=list)  # by which loading has made each process larger
 
 
-def run_batch(batch: BatchJob) -> BatchResult:
+def run_batch(
+    model: Path,
+    requests: Sequence[BatchRequest],
+    output_file: Path,
+    chat_template: str | None,
+    config: EngineConfig,
+    *,
+    overwrite: bool,
+) -> BatchResult:
     """Answer what has no answer yet.
 
+    Args:
+        model: directory.
+        requests: all prompts.
+        output_file: of the answers.
+        chat_template: a template in place of the model's.
+        config: of the engine.
+        overwrite: forget what the output file holds.
+
     Raises:
-        InputError: a line of the input; nothing has been computed.
         OutputError: the output file holds something else, or another run writes it.
         EightfoldError: the model or the machine are not as they must be.
     """
-    requests = read_requests(batch.input_file, batch.sampling, chat=batch.chat)
-    if batch.output_file.exists() and batch.output_file.samefile(batch.input_file):
-        raise InputError("--output-file", got="the input file", expected="another")
-    setup = _setup(batch, requests)
-    with AnswerFile(batch.output_file) as answers:
-        if batch.overwrite:
+    setup = _setup(model, requests, chat_template, config)
+    with AnswerFile(output_file) as answers:
+        if overwrite:
             answers.clear()
         done = answers.resume([f"{setup}.{request.fingerprint}" for request in requests])
         if done:
-            console.note(f"{len(done)} of {len(requests)} prompts are answered in {batch.output_file} already.")
+            console.note(f"{len(done)} of {len(requests)} prompts are answered in {output_file} already.")
         todo = [request for request in requests if request.index not in done]
         result = BatchResult(answered_before=len(done))
         if todo:
-            engine = _load(batch)
+            engine = Engine.load(model, config, Tokenizer(model, chat_template))
+            for note in engine.notes:
+                console.note(note)
             result.world_size, result.resident_weights_mib = engine.model.world_size, engine.model.resident_weights_mib
             _Run(engine, answers, setup, result).answer(todo)
     return result
 
 
-def _setup(batch: BatchJob, requests: Sequence[BatchRequest]) -> str:
+def _setup(model: Path, requests: Sequence[BatchRequest], chat_template: str | None, config: EngineConfig) -> str:
     """Return 16 hexadecimal digits that differ where the same request may have another answer.
 
     Raises:
         CheckpointError: there are chats, and no template for them.
     """
-    checkpoint = Checkpoint.open(batch.model)
-    tokenizer = Tokenizer(batch.model, batch.chat_template)
-    config = batch.config
+    checkpoint = Checkpoint.open(model)
+    tokenizer = Tokenizer(model, chat_template)
     facts: list[Any] = [checkpoint.config_raw, config.dynamic, config.attention_mode]
-    facts.append(sorted(stop_token_ids(batch.model, checkpoint.config_raw)))
+    facts.append(sorted(stop_token_ids(model, checkpoint.config_raw)))
     if any(request.needs_template for request in requests):
         generating.require_template(tokenizer, "prompts as texts without --chat")
         facts.append(tokenizer.template_source())
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
-    digest.update((batch.model / "tokenizer.json").read_bytes())
+    digest.update((model / "tokenizer.json").read_bytes())
     for name in sorted(checkpoint.tensors):
         array = checkpoint.array(name).reshape(-1)
         digest.update(f"{name} {array.dtype} {array.size}".encode())
         digest.update(array[: _STAMP_BYTES // array.itemsize].tobytes())
     return digest.hexdigest()
-
-
-def _load(batch: BatchJob) -> Engine:
-    engine = Engine.load(batch.model, batch.config, Tokenizer(batch.model, batch.chat_template))
-    for note in engine.notes:
-        console.note(note)
-    return engine
 
 
 @dataclass

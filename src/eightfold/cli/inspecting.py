@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eightfold.cli import console, generating
 from eightfold.cli.options import argument, as_json
-from eightfold.engine.settings import EngineConfig
+from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
 from eightfold.values import PATH, Kind, choice, setting, whole
 
 if TYPE_CHECKING:
@@ -334,7 +334,6 @@ class BenchCommand:
 
     def execute(self) -> None:
         """Measure, and print what was found."""
-        from eightfold.engine.settings import leave_to_first, load_model
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.model.native import measure
 

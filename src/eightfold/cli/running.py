@@ -6,14 +6,14 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
 from eightfold.cli.options import argument, as_json
-from eightfold.engine.settings import EngineConfig
-from eightfold.errors import CapacityError, ConfigError, UnsupportedError
+from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
+from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.values import PATH, SWITCH, TEXT, setting, whole
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 
 _PROMPTS = "Prompts and answers"
+
+# A tokenizer, and the prompt's tokens; text, tokens and the reason of an answer's end; what generates and shows it.
+_Read = tuple["Tokenizer", list[int]]
+_Generated = tuple[str, list[int], str | None]
+_Generate = Callable[[Callable[[str], None]], _Generated]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,6 @@ class RunCommand:
     backend: str = generating.backend()
 
     def execute(self) -> int:
-        """Answer the prompt or the file; return 1 if some of its prompts could not be answered."""
         self._require_one_source()
         template = generating.read_template(self.chat_template)
         backend = generating.resolve_backend(self.backend)
@@ -82,13 +86,10 @@ class RunCommand:
         if note := generating.idle_note(self.sampling):
             console.note(note)
         if self.prompt is not None:
-            length = self.max_new_tokens
-            single = Single(
-                self.model, self.prompt, self.chat, template, length, self.sampling, config, backend, self.as_json
-            )
-            _one(single, self.as_json)
+            self._answer_prompt(template, config, backend)
             return 0
-        _require_native(backend)
+        if backend != "native":
+            raise UnsupportedError("--input-file", got="the reference backend", expected="the native one")
         return self._answer_file(template, config)
 
     def _require_one_source(self) -> None:
@@ -109,163 +110,61 @@ class RunCommand:
         return EngineConfig(**self.limits, **self.computing, max_batched_tokens=tokens)
 
     def _answer_file(self, template: str | None, config: EngineConfig) -> int:
-        from eightfold.cli.batch_run import BatchJob, run_batch
+        from eightfold.cli.batch_input import read_requests
+        from eightfold.cli.batch_run import run_batch
 
         assert self.input_file is not None
         assert self.output_file is not None
         defaults = {**self.sampling, "max_tokens": self.max_new_tokens}
-        batch = BatchJob(
-            self.model, self.input_file, self.output_file, self.overwrite, self.chat, template, defaults, config
-        )
-        result = run_batch(batch)
+        requests = read_requests(self.input_file, defaults, chat=self.chat)
+        if self.output_file.exists() and self.output_file.samefile(self.input_file):
+            raise InputError("--output-file", got="the input file", expected="another")
+        result = run_batch(self.model, requests, self.output_file, template, config, overwrite=self.overwrite)
         _report(result, self.output_file, self.as_json)
         return EXIT_FAILED if result.failed else 0
 
-
-def _leave_to_first(model: Path, backend: str, config: EngineConfig) -> None:
-    """Go on in one process only; the others compute for it. Where nothing is shared, refuse more than one.
-
-    Raises:
-        UnsupportedError: there are several, and the backend is for one.
-    """
-    if backend == "native":
-        from eightfold.engine.settings import leave_to_first
-
-        leave_to_first(model, config)
-        return
-    from eightfold.parallel.world import World
-
-    if (size := World.of_environment().size) > 1:
-        raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")
-
-
-def _require_native(backend: str) -> None:
-    if backend != "native":
-        raise UnsupportedError("--input-file", got="the reference backend", expected="the native one")
-
-
-def _report(result: BatchResult, output_file: Path, as_json: bool) -> None:
-    if as_json:
-        console.print_json(
-            {
-                "answered": result.answered,
-                "answered_before": result.answered_before,
-                "failed": result.failed,
-                "prompt_tokens": result.prompt_tokens,
-                "generated_tokens": result.generated_tokens,
-                "seconds": round(result.seconds, 3),
-                "world_size": result.world_size,
-                "resident_weights_mib": result.resident_weights_mib,
-            }
-        )
-    else:
-        tokens = f"{result.prompt_tokens} + {result.generated_tokens} tokens"
-        speed = f"{result.seconds:.1f} s, {result.speed:.1f} tok/s"
-        print(f"[{result.answered} answers, {tokens}, {speed}]", file=sys.stderr)
-    if result.failed:
-        total = result.answered + result.answered_before + result.failed
-        print(f"eightfold: {result.failed} of {total} prompts have an error in {output_file}.", file=sys.stderr)
-
-
-def _one(single: Single, as_json: bool) -> None:
-    """Answer one prompt."""
-    found = single.answer(None if as_json else _show)
-    if as_json:
-        console.print_json(found._asdict())
-        return
-    print()
-    counts = f"{found.prompt_tokens} + {len(found.token_ids)} tokens"
-    print(f"[{counts}, {found.seconds:.1f} s, {found.finish_reason}]", file=sys.stderr)
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-# Is told of each piece of text; None where nobody reads along.
-Show = Callable[[str], None] | None
-
-
-class Answer(NamedTuple):
-    """An answer; `seconds` without loading. Weights: by how much loading has made each process larger, if measured."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str | None
-    seconds: float
-    backend: str
-    world_size: int
-    resident_weights_mib: list[float]  # of each process
-
-
-class _Prompt(NamedTuple):
-    tokenizer: Tokenizer
-    ids: list[int]
-
-
-# Text, tokens and the reason of an answer's end.
-_Generated = tuple[str, list[int], str | None]
-
-# What answers, and with which model; None: not with one of the native core.
-_Loaded = tuple[Callable[[], _Generated], "NativeModel | None"]
-
-
-@dataclass(frozen=True)
-class Single:
-    """What is asked.
-
-    Attributes:
-        model: directory.
-        prompt: a text to continue, or with `chat` what a user says.
-        chat: whether it goes into the chat template.
-        chat_template: a template in place of the model's.
-        max_new_tokens: of the answer.
-        sampling: parameters; without any the answer is greedy.
-        config: of the engine, but for what follows from the prompt's length.
-        backend: native or reference.
-        measures: whether the memory of weights is measured: then they are loaded alone, which takes longer.
-    """
-
-    model: Path
-    prompt: str
-    chat: bool
-    chat_template: str | None
-    max_new_tokens: int
-    sampling: dict[str, Any]
-    config: EngineConfig
-    backend: str
-    measures: bool = False
-
-    def answer(self, show: Show = None) -> Answer:
-        """Answer the prompt.
-
-        Raises:
-            EightfoldError: the model, the prompt or the options are not as they must be.
-        """
+    def _answer_prompt(self, template: str | None, config: EngineConfig, backend: str) -> None:
+        """Answer the prompt, and show the text as it is generated or everything as JSON."""
         from eightfold.format.checkpoint import Checkpoint
 
         with console.loading():
             checkpoint = Checkpoint.open(self.model)
-            read = functools.cache(lambda: self._read(checkpoint))
-            load = self._reference if self.backend == "reference" else self._native
-            generate, model = load(checkpoint, read, show)
+            read = functools.cache(lambda: self._read(checkpoint, template))
+            if backend == "native":
+                generate, model = self._native(checkpoint, read, config)
+            else:
+                generate, model = self._reference(checkpoint, read, config), None
         started = time.monotonic()
-        text, token_ids, reason = generate()
-        seconds = round(time.monotonic() - started, 3)
-        world_size, weights = (1, []) if model is None else (model.world_size, model.resident_weights_mib)
-        return Answer(text, token_ids, len(read().ids), reason, seconds, self.backend, world_size, weights)
+        text, token_ids, reason = generate(_ignore if self.as_json else _show)
+        seconds = time.monotonic() - started
+        if not self.as_json:
+            print()
+            print(f"[{len(read()[1])} + {len(token_ids)} tokens, {seconds:.1f} s, {reason}]", file=sys.stderr)
+            return
+        console.print_json(
+            {
+                "text": text,
+                "token_ids": token_ids,
+                "prompt_tokens": len(read()[1]),
+                "finish_reason": reason,
+                "seconds": round(seconds, 3),
+                "backend": backend,
+                "world_size": 1 if model is None else model.world_size,
+                # By how much loading has made each process larger, where that was measured.
+                "resident_weights_mib": [] if model is None else model.resident_weights_mib,
+            }
+        )
 
-    def _read(self, checkpoint: Checkpoint) -> _Prompt:
-        """Return the prompt as tokens.
+    def _read(self, checkpoint: Checkpoint, template: str | None) -> _Read:
+        """Return the tokenizer, and the prompt as tokens.
 
         Raises:
             CapacityError: the prompt is empty, or it and its answer do not fit the model's context.
         """
         from eightfold.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer(self.model, self.chat_template)
+        assert self.prompt is not None
+        tokenizer = Tokenizer(self.model, template)
         if self.chat:
             messages = [{"role": "user", "content": self.prompt}]
             ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
@@ -281,11 +180,15 @@ class Single:
                 expected=f"1 to {context} together",
                 action="Shorten the prompt or lower --max-new-tokens.",
             )
-        return _Prompt(tokenizer, ids)
+        return tokenizer, ids
 
-    def _native(self, checkpoint: Checkpoint, read: Callable[[], _Prompt], show: Show) -> _Loaded:
-        """Load an engine for this one request, and the prompt while its weights are made ready."""
-        from eightfold.engine.settings import load_model
+    def _native(
+        self, checkpoint: Checkpoint, read: Callable[[], _Read], config: EngineConfig
+    ) -> tuple[_Generate, NativeModel]:
+        """Load an engine for this one request, and the prompt while its weights are made ready.
+
+        The memory of weights is measured for JSON: then they are loaded alone, which takes longer.
+        """
 
         def prepare() -> None:
             import eightfold.engine.engine  # noqa: F401
@@ -293,9 +196,9 @@ class Single:
             generating.sampling_params(self.sampling)
             read()
 
-        if self.measures:
+        if self.as_json:
             prepare()
-        model = load_model(checkpoint, self.config, None if self.measures else prepare)
+        model = load_model(checkpoint, config, None if self.as_json else prepare)
         from eightfold.engine.engine import Engine
         from eightfold.tokenizer import stop_token_ids
 
@@ -303,7 +206,7 @@ class Single:
         positions = len(prompt_ids) + self.max_new_tokens
         model.allocate_cache(positions)  # refuses what does not fit, in the words of this command
         config = replace(
-            self.config,
+            config,
             max_num_seqs=1,
             max_model_len=positions,
             kv_memory=model.pages * model.page_bytes,
@@ -311,19 +214,18 @@ class Single:
         )
         engine = Engine(model, tokenizer, config, stop_ids=stop_token_ids(self.model, checkpoint.config_raw))
         params = generating.sampling_params(self.sampling, max_tokens=self.max_new_tokens)
-        engine.add_request("run", prompt_ids, params, streams=show is not None)
+        engine.add_request("run", prompt_ids, params, streams=not self.as_json)
 
-        def generate() -> _Generated:
+        def generate(show: Callable[[str], None]) -> _Generated:
             while engine.has_unfinished:
                 for output in engine.step():
                     (answer,) = output.outputs
-                    if show is not None:
-                        show(answer.delta_text)
+                    show(answer.delta_text)
             return answer.text, answer.token_ids, answer.finish_reason
 
         return generate, model
 
-    def _reference(self, checkpoint: Checkpoint, read: Callable[[], _Prompt], show: Show) -> _Loaded:
+    def _reference(self, checkpoint: Checkpoint, read: Callable[[], _Read], config: EngineConfig) -> _Generate:
         """Load the oracle, which is greedy."""
         if self.sampling:
             raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
@@ -333,18 +235,53 @@ class Single:
 
         tokenizer, prompt_ids = read()
         stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
-        decoder = Decoder(checkpoint, self.config.dynamic, self.config.attention_mode)
+        decoder = Decoder(checkpoint, config.dynamic, config.attention_mode)
 
-        def answer() -> _Generated:
-            stream, tell = StreamDecoder(tokenizer), show or (lambda text: None)
-            token_ids, reason = list[int](), "length"
+        def generate(show: Callable[[str], None]) -> _Generated:
+            stream, token_ids, reason = StreamDecoder(tokenizer), list[int](), "length"
             for token in decoder.generate(prompt_ids, self.max_new_tokens):
                 if token in stop_ids:
                     reason = "stop"
                     break
                 token_ids.append(token)
-                tell(stream.push(token))
-            tell(stream.finish())
+                show(stream.push(token))
+            show(stream.finish())
             return tokenizer.decode(token_ids), token_ids, reason
 
-        return answer, None
+        return generate
+
+
+def _leave_to_first(model: Path, backend: str, config: EngineConfig) -> None:
+    """Go on in one process only; the others compute for it. Where nothing is shared, refuse more than one.
+
+    Raises:
+        UnsupportedError: there are several, and the backend is for one.
+    """
+    if backend == "native":
+        leave_to_first(model, config)
+        return
+    from eightfold.parallel.world import World
+
+    if (size := World.of_environment().size) > 1:
+        raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")
+
+
+def _report(result: BatchResult, output_file: Path, as_json: bool) -> None:
+    if as_json:
+        console.print_json({**asdict(result), "seconds": round(result.seconds, 3)})
+    else:
+        tokens = f"{result.prompt_tokens} + {result.generated_tokens} tokens"
+        speed = result.generated_tokens / result.seconds if result.seconds else 0.0
+        print(f"[{result.answered} answers, {tokens}, {result.seconds:.1f} s, {speed:.1f} tok/s]", file=sys.stderr)
+    if result.failed:
+        total = result.answered + result.answered_before + result.failed
+        print(f"eightfold: {result.failed} of {total} prompts have an error in {output_file}.", file=sys.stderr)
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _ignore(text: str) -> None:
+    pass

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
 from eightfold.cli.options import argument
-from eightfold.engine.settings import EngineConfig
+from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
 from eightfold.values import TEXT, TEXTS, choice, number, setting, whole
 
@@ -80,7 +80,6 @@ class ServeCommand:
         name, *others = self.served_model_name or (self.model.resolve().name,)
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
-        from eightfold.engine.settings import leave_to_first
         from eightfold.format.directory import require_directory
         from eightfold.server import logs
         from eightfold.server.serve import bind, serve
