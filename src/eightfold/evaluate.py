@@ -140,7 +140,6 @@ class _Positions:
     same_top: list[NDArray[Any]] = field(default_factory=list)  # bool
 
     def add(self, log_probs: Sequence[NDArray[Any]], following: Sequence[int]) -> None:
-        """Add positions: log p of one or two models, (R, V), and the tokens that follow."""
         rows = np.arange(len(following))
         for kept, of_model in zip((self.nll, self.nll_against), log_probs, strict=False):
             kept.append(-of_model[rows, following].astype(np.float64))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eightfold.model.reference import linear
 from eightfold.model.reference.linear import asymmetric, symmetric
 from eightfold.quant import qparams
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -133,7 +134,7 @@ def test_pieces_of_rows_give_what_the_whole_weight_gives(monkeypatch, is_symmetr
     weight = torch.randn(13, 7, generator=generator) * torch.logspace(-6, 3, 13)[:, None]
     weight[4] = 0
     whole = quantize_weight(weight, is_symmetric=is_symmetric)
-    monkeypatch.setattr(qparams, "_PIECE_ELEMENTS", 21)
+    monkeypatch.setattr(linear, "_PIECE_ELEMENTS", 21)
     asked = []
 
     def rows(begin: int, end: int) -> torch.Tensor:
@@ -157,7 +158,7 @@ def test_a_quantization_in_small_pieces_writes_the_same_bytes(float_model, monke
     recipe = Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M4)
     out = [float_model.parent / name for name in ("whole", "pieces")]
     for directory, elements in zip(out, (1 << 19, 100), strict=True):
-        monkeypatch.setattr(qparams, "_PIECE_ELEMENTS", elements)
+        monkeypatch.setattr(linear, "_PIECE_ELEMENTS", elements)
         quantize_checkpoint(float_model, directory, recipe, token_samples())
     name = "quant_model_weight_w8a8.safetensors"
     assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()

@@ -52,7 +52,6 @@ class WatchedAttention:
     cache_dtype = torch.float32
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor, cache: KVCache | None, prompt_len: int) -> Tensor:
-        """Return the inner attention's result."""
         for watch in self.watchers:
             watch(q_SHD, k_SGD, v_SGD)
         return self.inner(q_SHD, k_SGD, v_SGD, cache, prompt_len)
@@ -79,12 +78,10 @@ class FAQuantObserver:
         self._absmax = [torch.zeros(())] * 3  # of q, k and v, (heads,) each once something has been seen
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
-        """Take in one sample."""
         shares = ((q_SHD, QK_SHARE), (k_SGD, QK_SHARE), (v_SGD, VALUE_SHARE))
         self._take([_head_absmax(x_SHD, share) for x_SHD, share in shares])
 
     def merge(self, other: FAQuantObserver) -> None:
-        """Take in what one of other samples has seen."""
         self._take(other._absmax)
 
     def _take(self, absmax: list[Tensor]) -> None:
@@ -107,11 +104,9 @@ class ChannelRange:
         self.lo, self.hi = torch.tensor(math.inf), torch.tensor(-math.inf)
 
     def update(self, x_TC: Tensor) -> None:
-        """Take in more tokens."""
         self.take(*torch.aminmax(x_TC, dim=0))
 
     def take(self, lo: Tensor, hi: Tensor) -> None:
-        """Take in what another one has seen."""
         self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
 
     def params(self, is_symmetric: bool, divisor_C: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -200,20 +195,17 @@ class KVObserver:
         self._rotated: list[Tensor] = []  # kept only where the range was not taken from them
 
     def projections(self, k_TC: Tensor, v_TC: Tensor) -> None:
-        """Take in the outputs of k_proj and v_proj."""
         self._value.update(v_TC)
         if self._before:
             self._key.update(k_TC)
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
-        """Take in one sample's rotated keys."""
         if self._before:
             self._rotated.append(k_SGD.flatten(1).clone())
         else:
             self._key.see(k_SGD)
 
     def merge(self, other: KVObserver) -> None:
-        """Take in what one of other samples has seen."""
         self._key.take(other._key.lo, other._key.hi)
         self._value.take(other._value.lo, other._value.hi)
         self._rotated += other._rotated
@@ -253,6 +245,5 @@ class StretchObserver:
         self.score: float | None = None
 
     def __call__(self, q_SHD: Tensor, k_SGD: Tensor, v_SGD: Tensor) -> None:
-        """Take in a sample; only the first counts."""
         if self.score is None:
             self.score = min(stretch_score(x) for x in (q_SHD, k_SGD, v_SGD))

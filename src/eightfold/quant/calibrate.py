@@ -52,7 +52,6 @@ from torch import Tensor
 
 from eightfold.model.reference.decoder import Batch
 from eightfold.model.reference.linear import Linear, W8A8DynamicLinear, asymmetric, divided_to_int8
-from eightfold.quant.qparams import QuantizedWeight
 from eightfold.quant.recipe import ActMethod
 from eightfold.quant.statistics import InOrder, require_finite_samples, stacked, unshared
 
@@ -96,18 +95,17 @@ class Observer(Protocol):
 
 
 def observer_for(method: ActMethod, title: str, range_param: float | None, in_order: InOrder = unshared) -> Observer:
-    """Return the observer of an input.
-
-    Args:
-        method: what the user chose.
-        title: names the input in errors.
-        range_param: largest value over standard deviation; only AUTO looks at it.
-        in_order: see statistics.InOrder.
-    """
+    """Return the observer of an input; AUTO looks at `range_param`, its largest value over its deviation."""
     if method is ActMethod.AUTO:
         assert range_param is not None
         method = ActMethod.HISTOGRAM if range_param <= AUTO_LIMIT else ActMethod.MINMAX
     return HistogramObserver(title, in_order) if method is ActMethod.HISTOGRAM else MeanMinMax(title, in_order)
+
+
+def _for_tokens(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Return one value for each sample, (samples,), as one for each of its tokens, (T, 1)."""
+    lengths = torch.tensor([end - begin for begin, end in spans], dtype=torch.int64)
+    return values.repeat_interleave(lengths)[:, None]
 
 
 class MeanMinMax:
@@ -118,7 +116,6 @@ class MeanMinMax:
         self._lo_B, self._hi_B = torch.zeros(0), torch.zeros(0)  # of each sample
 
     def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Take in more samples; see Observer."""
         row_lo, row_hi = x_TK.amin(1), x_TK.amax(1)
         own_lo = stacked([row_lo[begin:end].min() for begin, end in spans])
         own_hi = stacked([row_hi[begin:end].max() for begin, end in spans])
@@ -130,11 +127,9 @@ class MeanMinMax:
         self._lo_B, self._hi_B = torch.cat([self._lo_B, lo]), torch.cat([self._hi_B, hi])
         running_lo, running_hi = (stacked([x[:n].mean() for n in counts]) for x in (self._lo_B, self._hi_B))
         scale, offset = asymmetric(running_lo, running_hi)
-        lengths = torch.tensor([end - begin for begin, end in spans], dtype=torch.int64)
-        return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
+        return _for_tokens(scale, spans), _for_tokens(offset, spans)
 
     def params(self) -> tuple[Tensor, Tensor]:
-        """Return the final scale and offset; see Observer."""
         return asymmetric(self._lo_B.mean()[None], self._hi_B.mean()[None])
 
 
@@ -150,7 +145,6 @@ class ObservedGroup:
     members: tuple[Linear, ...]
 
     def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Return every member's output."""
         scale_T1, offset_T1 = self.observer.update(x_TK, batch.spans)
         # Divided by the scale here; inference multiplies by a reciprocal.
         xq = divided_to_int8(x_TK, scale_T1, offset_T1)
@@ -158,11 +152,6 @@ class ObservedGroup:
             member.multiply(xq, scale_T1, offset_T1) if isinstance(member, StaticMember) else member(x_TK)
             for member in self.members
         )
-
-
-def static_member(weight: QuantizedWeight, bias_N: Tensor | None) -> StaticMember:
-    """Return the linear that multiplies int8 inputs whose scales are given for each token."""
-    return StaticMember(weight.values, weight.scale[:, 0], weight.sum(), bias_N)
 
 
 class HistogramObserver:
@@ -193,27 +182,21 @@ class HistogramObserver:
             self._see(grid, counts_B)
             if own <= index < own + len(spans):
                 found.append(self.params())
-        lengths = torch.tensor([end - begin for begin, end in spans], dtype=torch.int64)
         scale, offset = (torch.cat([torch.zeros(0), *(pair[part] for pair in found)]) for part in (0, 1))
-        return scale.repeat_interleave(lengths)[:, None], offset.repeat_interleave(lengths)[:, None]
+        return _for_tokens(scale, spans), _for_tokens(offset, spans)
 
     def params(self) -> tuple[Tensor, Tensor]:
-        """Return the scale and offset that hold now, each (1,) float32."""
         if self._params is None:
             clip_lo, clip_hi = search_range(self._counts_B, self._lo, self._hi)
             self._params = asymmetric(clip_lo[None], clip_hi[None])
         return self._params
 
     def _grids(self, ends_R2: Tensor) -> list[_Grid]:
-        """Return the grid on which each sample of a round is counted."""
         lo, hi, grids = self._lo, self._hi, []
         for new_lo, new_hi in ends_R2:
-            if is_forgettable(lo, hi, new_lo, new_hi):
-                grid = _Grid(new_lo, new_hi, None)
-            else:
-                grid = _Grid(*widen(lo, hi, new_lo, new_hi))
-            grids.append(grid)
-            lo, hi = grid.lo, grid.hi
+            forgets = is_forgettable(lo, hi, new_lo, new_hi)
+            grids.append(_Grid(new_lo, new_hi, None) if forgets else _Grid(*widen(lo, hi, new_lo, new_hi)))
+            lo, hi = grids[-1][:2]
         return grids
 
     def _see(self, grid: _Grid, counts_B: Tensor) -> None:
@@ -250,12 +233,6 @@ def widen(lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Tensor) -> tuple[Tenso
     """Return the grid over both ranges and how many cells of the old one's dense grid each of its bins holds.
 
     A bin of the new grid is a whole number of cells; what that adds goes to the upper end, so a lower end of 0 stays.
-
-    Args:
-        lo: () float32, lower end of the old grid; `hi` the upper one, above it.
-        hi: see `lo`.
-        new_lo: () float32, the least new value; `new_hi` the greatest.
-        new_hi: see `new_lo`.
     """
     low, high = torch.minimum(new_lo, lo), torch.maximum(new_hi, hi)
     row = BINS * _cell(lo, hi)  # a new bin of so many cells makes the grid so many rows wide
@@ -284,13 +261,7 @@ def spread(counts_B: Tensor, lo: Tensor, hi: Tensor, new_lo: Tensor, new_hi: Ten
 
 
 def search_range(counts_B: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the part of [lo, hi] to which the search clips, as two () float32.
-
-    Args:
-        counts_B: (B,) float32.
-        lo: () float32, lower end of the first bin; `hi` the upper end of the last.
-        hi: see `lo`.
-    """
+    """Return the part of the grid [lo, hi] to which the search clips, as two () float32."""
     if lo == hi:
         return lo, hi
     best, least = (0, BINS - 1), float("inf")

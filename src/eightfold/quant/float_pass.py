@@ -59,7 +59,6 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
-        """Return what was saved."""
         found = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
         scales, range_params, kv, stretch = found
         scales = {title: SmoothScale(*scale) for title, scale in scales.items()}
@@ -75,7 +74,6 @@ class WatchedGroup:
     outputs: Callable[[Tensor, Tensor], None] | None = None  # sees k and v, each (T, C)
 
     def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Return every linear's output."""
         if self.watcher is not None:
             self.watcher.update(x_TK, batch.spans)
         outputs = self.inner(x_TK, batch)
@@ -102,14 +100,7 @@ class FloatPass:
     """The samples on their way through the float model."""
 
     def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates, ranks: Ranks | None = None) -> None:
-        """Start where the samples are.
-
-        Args:
-            decoder: the float model.
-            recipe: what is going to be done.
-            hidden: the samples of recipe.float_samples().
-            ranks: the processes among which they are shared; None for this one alone.
-        """
+        """Start where the samples of recipe.float_samples() are."""
         self._ranks = ranks or Ranks()
         self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
         self._config = decoder.checkpoint.config

@@ -60,7 +60,6 @@ class BackgroundSync:
         self._thread.shutdown()
 
     def sync(self, file: int) -> None:
-        """Begin to bring an open file to the disk, and close it."""
         self._begun.append(self._thread.submit(_sync_and_close, file))
 
     def wait(self) -> None:
@@ -105,7 +104,7 @@ class HiddenStates:
         """Start where the samples are.
 
         Args:
-            name: of the stream.
+            name: of the stream, and of its files.
             decoder: the model.
             samples: token ids of each.
             folder: where files go.
@@ -143,7 +142,6 @@ class HiddenStates:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one generation."""
         return 4 * sum(self.lengths) * self._width
 
     @property
@@ -221,14 +219,7 @@ class HiddenStates:
         return sample, self._begins[sample]
 
     def in_order(self, part: Tensor) -> tuple[Tensor, int]:
-        """Put together what each rank has found of its samples in this round.
-
-        Args:
-            part: (samples of this rank, ...).
-
-        Returns:
-            (samples of the round, ...), and at which of them this rank's begin.
-        """
+        """Put together what each rank has found of its samples in this round; see statistics.InOrder."""
         if self._ranks.size == 1:
             return part, 0
         counts = [len(batch) for batch in self._batches[self._round :][: self._ranks.size]]

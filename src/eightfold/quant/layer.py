@@ -37,7 +37,7 @@ from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLin
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
-from eightfold.quant.calibrate import ObservedGroup, Observer, observer_for, static_member
+from eightfold.quant.calibrate import ObservedGroup, Observer, StaticMember, observer_for
 from eightfold.quant.float_pass import LayerStatistics, head_sharing
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
@@ -96,11 +96,9 @@ class SmoothedLayer:
                 self._columns.update({linear.name: scale_K for linear in group.linears})
 
     def changes(self, linear: LinearShape) -> bool:
-        """Whether a linear's tensors differ from the source's."""
         return linear.name in self._columns or linear.name in self._rows
 
     def weight(self, linear: LinearShape) -> Tensor:
-        """Return (N, K) float32, made anew."""
         return self.rows(linear, 0, linear.n)
 
     def rows(self, linear: LinearShape, begin: int, end: int) -> Tensor:
@@ -120,7 +118,6 @@ class SmoothedLayer:
         return bias.div_(self._rows[linear.name]) if linear.name in self._rows else bias
 
     def linear(self, linear: LinearShape) -> Linear:
-        """Return the float linear."""
         if not self.changes(linear):
             return self._decoder.linear(self._prefix, linear)
         return FloatLinear(self.weight(linear), self.bias(linear))
@@ -214,13 +211,11 @@ class QuantizedLayer:
         weight, bias = self.weights[linear.name], self.smoothed.bias(linear)
         if kind is QuantType.W8A16:
             return W8A16Linear(weight.values, weight.scale, weight.offset, bias)
-        if kind is QuantType.W8A8_DYNAMIC:
-            return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
-        return static_member(weight, bias)
+        member = W8A8DynamicLinear if kind is QuantType.W8A8_DYNAMIC else StaticMember
+        return member(weight.values, weight.scale[:, 0], weight.sum(), bias)
 
     @property
     def observers(self) -> list[Observer]:
-        """What observes the layer's inputs, in order."""
         return list(dict.fromkeys(self._observers.values()))
 
     def tensors(self) -> dict[str, Tensor]:

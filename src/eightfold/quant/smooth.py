@@ -42,7 +42,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, symmetric, to_int8_
+from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, to_int8_
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import AntiOutlier
 from eightfold.quant.statistics import InputStats
@@ -111,8 +111,10 @@ def smooth_scale(
         return _clipped_outliers(stats)
     if method is AntiOutlier.M6:
         alpha, beta = search_exponents(stats, weights)
-        scale = _balance_shared(stats.absmax, weight_absmax(weights), alpha, beta, sharing)
-        return SmoothScale(scale, f"alpha {alpha:.2f}, beta {beta:.2f}")
+        absmax, weight_max = stats.absmax, weight_absmax(weights)
+        if sharing is not None:
+            absmax, weight_max = (sharing.expand(sharing.split(end).amax(1)) for end in (absmax, weight_max))
+        return SmoothScale(balance(absmax, weight_max, alpha, beta), f"alpha {alpha:.2f}, beta {beta:.2f}")
     if method is AntiOutlier.M4:
         scale = balance(stats.absmax, weight_absmax(weights), 0.9, 0.1)
         return SmoothScale(scale if sharing is None else sharing.expand(sharing.split(scale).mean(1)), "alpha 0.9")
@@ -122,15 +124,6 @@ def smooth_scale(
 def source_scale(scale: Tensor, sharing: HeadSharing) -> Tensor:
     """Return what v_proj's rows are divided by, (G * D,), from o_proj's scale, (H * D,)."""
     return sharing.split(scale)[:, 0].reshape(-1)
-
-
-def _balance_shared(
-    absmax: Tensor, weight_max: Tensor, alpha: float, beta: float, sharing: HeadSharing | None
-) -> Tensor:
-    if sharing is None:
-        return balance(absmax, weight_max, alpha, beta)
-    shared = balance(sharing.split(absmax).amax(1), sharing.split(weight_max).amax(1), alpha, beta)
-    return sharing.expand(shared)
 
 
 def balance(absmax: Tensor, weight_absmax: Tensor, alpha: float, beta: float) -> Tensor:
@@ -260,12 +253,7 @@ def _widest_gap(ascending: Tensor) -> Tensor:
 
 
 def search_exponents(stats: InputStats, weights: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the alpha and beta of least error.
-
-    Args:
-        stats: of the group's input, with tokens.
-        weights: (N, K) float32 of the linears that read it.
-    """
+    """Return the alpha and beta of least error, given an input with tokens and the weights (N, K) that read it."""
     error = _Error(stats, weights)
     alpha, best = _least(lambda i, limit: error(i, GRID - i, limit), _LIKELY_ALPHA)
     # The best pair of the first step is among these candidates again.
@@ -276,13 +264,7 @@ def search_exponents(stats: InputStats, weights: Sequence[Tensor]) -> tuple[floa
 def _least(
     error: Callable[[int, float], float], likely: int, known: tuple[int, float] = (-1, math.inf)
 ) -> tuple[int, float]:
-    """Return the grid point of least error, and that error.
-
-    Args:
-        error: of a grid point; may return infinity instead of anything above the limit.
-        likely: where to begin.
-        known: a grid point and its error.
-    """
+    """Return the grid point of least error, and that error; `error` may return infinity above the limit."""
     found, best = known
     for i in sorted(set(range(GRID + 1)) - {found}, key=lambda i: abs(i - likely)):
         value = error(i, best)
@@ -312,19 +294,12 @@ class _Error:
         xq_TK = to_int8_((self._stats.tokens / scale_K).div_(x_scale), x_offset)
         total = 0.0
         for weight_nK, exact_Tn in self._pieces:
-            wq_nK, weight_scale_n = _quantize_rows(weight_nK * scale_K)
-            scale_n = x_scale * weight_scale_n
-            # (xq - offset) wq^T = xq wq^T - offset * sum_k wq, whose sums stay below 2**24: float32 holds them.
-            constant_n = scale_n * x_offset * wq_nK.to(torch.float32).sum(1)
-            products = int_matmul(xq_TK, wq_nK).to(torch.float32)
+            weight = quantize_weight(weight_nK * scale_K, is_symmetric=True)
+            scale_n = x_scale * weight.scale[:, 0]
+            constant_n = scale_n * x_offset * weight.sum()  # (xq - offset) wq^T = xq wq^T - offset * sum_k wq
+            products = int_matmul(xq_TK, weight.values).to(torch.float32)
             torch.addcmul(exact_Tn, products, scale_n, value=-1, out=products).add_(constant_n)
             total += float(torch.linalg.vector_norm(products)) ** 2
             if total > limit:
                 return math.inf
         return total
-
-
-def _quantize_rows(weight_nK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return symmetric int8 values (n, K) and their scales (n,). Modifies the weight."""
-    scale_n = symmetric(weight_nK.abs().amax(1))
-    return to_int8_(weight_nK.div_(scale_n[:, None]), torch.zeros(())), scale_n

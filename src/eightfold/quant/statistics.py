@@ -48,7 +48,6 @@ class SampleStats:
 
     @classmethod
     def of(cls, x_TK: Tensor, *, with_sums: bool) -> SampleStats:
-        """Take them from a sample's input."""
         # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
         lo, hi = x_TK.amin(0), x_TK.amax(0)
         if not with_sums:
@@ -125,10 +124,10 @@ class InputWatcher:
         Args:
             title: of the group, for messages.
             total_tokens: of all samples that will come.
-            max_tokens: how many of them to keep, at most.
+            max_tokens: how many of them to keep, evenly spaced, at most.
             keep_first: keep the first sample's input.
-            keep_tokens: keep evenly spaced tokens.
-            keep_features: keep what range_param needs of the first samples.
+            keep_tokens: keep tokens.
+            keep_features: keep what range_param needs.
             keep_spread: look at the deviation of all samples; otherwise `spread` is 0.
             place: of a watcher of some samples only, which sample and which token the next ones begin with.
         """
@@ -177,7 +176,6 @@ class InputWatcher:
         return self._keep_features and number < RANGE_SAMPLES
 
     def take(self, seen: Seen) -> None:
-        """Take in what was seen of the next samples."""
         for sample in seen.samples:
             self._lo, self._hi = torch.minimum(self._lo, sample.lo), torch.maximum(self._hi, sample.hi)
             centre = (self._lo + self._hi) / 2
@@ -208,16 +206,10 @@ class InputWatcher:
 
 
 def require_finite_samples(title: str, seen: int, lo_B: Tensor, hi_B: Tensor) -> None:
-    """Check the extremes of samples for NaN and infinity.
-
-    Args:
-        title: of the group of linears, for the message.
-        seen: how many samples came before these.
-        lo_B: (B,) smallest value of each sample.
-        hi_B: (B,) largest value.
+    """Check the extremes (B,) of the samples that come after `seen` others for NaN and infinity.
 
     Raises:
-        InputError: names the first sample that is not finite.
+        InputError: names the first sample that is not finite, and the group of linears.
     """
     bad = (~(torch.isfinite(lo_B) & torch.isfinite(hi_B))).nonzero()
     if len(bad):

@@ -111,7 +111,6 @@ class RandomModel:
         return sorted(self._generator(what).choice(size, max(2, size // 512), replace=False).tolist())
 
     def tensors(self) -> Iterator[RandomTensor]:
-        """Yield every tensor, in the order of the file."""
         config = self._config
         shape = (config.vocab_size, config.hidden_size)
         yield RandomTensor(weight_name(EMBEDDING), shape, EMBEDDING_STD, columns=dict.fromkeys(self._loud, LOUD))
