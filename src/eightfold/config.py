@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import ConfigError, InputError, UnsupportedError, one_of
+from eightfold.files import read_json as load_json_object  # noqa: F401  (the name by which programs know it)
 from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, require
 
 

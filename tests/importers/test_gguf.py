@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError
+from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.load import Decoder
@@ -154,7 +154,7 @@ def test_fields_that_a_file_may_leave_out_have_their_defaults(tmp_path):
 def test_a_field_that_must_be_there_is_named(tmp_path, field, key):
     made = Source(float_config())
     made.left_out = {field}
-    with pytest.raises(CheckpointError, match=rf'"{key}" in .*tiny\.gguf: got nothing, expected a value'):
+    with pytest.raises(ConfigError, match=rf'"{key}" in .*tiny\.gguf: got nothing, expected a value'):
         import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", DType.BF16)
 
 

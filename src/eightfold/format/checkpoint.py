@@ -25,7 +25,6 @@ from eightfold.families import (
     KEY,
     LM_HEAD,
     VALUE,
-    LinearShape,
     all_linears,
     all_norms,
     layer_of,
@@ -58,6 +57,15 @@ SHORT_NAME = "quant_model_description.json"
 _PREFIX = "quant_model_description"
 
 _FLOATS = tuple(kind for kind in DType if kind.is_float)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the description file says."""
+
+    path: Path
+    model_quant_type: str
+    tags: Mapping[str, str]  # tensor name -> type, as written
 
 
 class Checkpoint:
@@ -128,8 +136,19 @@ class Checkpoint:
         return self.description is not None
 
     def quant_type(self, linear: str) -> QuantType:
-        """Return how a linear (full module name) is stored."""
-        return QuantType.FLOAT if self.description is None else self.description.quant_type(linear)
+        """Return how a linear (full module name) is stored, by the tag of its weight.
+
+        Raises:
+            UnsupportedError: the tag is a type this program does not know.
+        """
+        name = weight_name(linear)
+        if self.description is None or name not in self.description.tags:
+            return QuantType.FLOAT
+        tag = self.description.tags[name]
+        if tag not in LINEAR_TENSORS:
+            known = one_of(kind.value for kind in LINEAR_TENSORS)
+            raise UnsupportedError(f"type of {name}", where=self.description.path, got=tag, expected=known)
+        return QuantType(tag)
 
     def attention_type(self, layer_idx: int) -> QuantType:
         """Return how a layer's attention is quantized, by the tensors it has: FLOAT, C8 or FAQUANT.
@@ -247,14 +266,13 @@ class Checkpoint:
 
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
-        hidden = LinearShape(EMBEDDING, config.vocab_size, config.hidden_size, False)
-        yield weight_name(EMBEDDING), _Expectation((hidden.n, hidden.k), DTypeRule.SOURCE)
+        yield weight_name(EMBEDDING), _Expectation((config.vocab_size, config.hidden_size), DTypeRule.SOURCE)
         for name, size in all_norms(config).items():
             yield from self._expected_norm(name, size)
         for name, linear in all_linears(config).items():
             if name == LM_HEAD and config.tie_word_embeddings:
                 continue
-            for spec in linear_tensors(self._known_type(name), linear.has_bias):
+            for spec in linear_tensors(self.quant_type(name), linear.has_bias):
                 yield f"{name}.{spec.suffix}", _Expectation.of(spec, N=linear.n, K=linear.k)
         if self.is_quantized:
             for layer_idx in range(config.num_layers):
@@ -271,20 +289,12 @@ class Checkpoint:
         config, prefix, kind = self.config, layer_prefix(layer_idx), self.attention_type(layer_idx)
         if kind is QuantType.FAQUANT:
             for name, spec in _fa_tensors(prefix).items():
-                expectation = _Expectation.of(spec, H=config.num_heads, G=config.num_kv_heads)
+                shape = spec.shape_for(H=config.num_heads, G=config.num_kv_heads)
                 # The published tables give one value for each channel of a head.
-                heads = expectation.shape[0]
-                expectation.also = ((heads, config.head_dim),)
-                yield name, expectation
+                yield name, _Expectation(shape, spec.dtype, spec.optional, also=((shape[0], config.head_dim),))
         if kind is QuantType.C8:
             for name, spec in _kv_tensors(prefix).items():
                 yield name, _Expectation.of(spec, C=config.kv_size)
-
-    def _known_type(self, linear: str) -> QuantType:
-        # A weight without an entry is reported with all other missing things, as FLOAT.
-        if self.description is None or weight_name(linear) not in self.description.tags:
-            return QuantType.FLOAT
-        return self.description.quant_type(linear)
 
     def _check_tensor(self, info: TensorInfo, spec: _Expectation) -> None:
         if not spec.admits(info.dtype, self.dtype):
@@ -311,12 +321,14 @@ class Checkpoint:
         )
 
 
+@dataclass(frozen=True)
 class _Expectation:
     """Shape and dtype that a tensor must have, whoever wrote it."""
 
-    def __init__(self, shape: tuple[int, ...], rule: DTypeRule, optional: bool = False) -> None:
-        self.shape, self.rule, self.optional = shape, rule, optional
-        self.also: tuple[tuple[int, ...], ...] = ()  # other shapes that mean the same
+    shape: tuple[int, ...]
+    rule: DTypeRule
+    optional: bool = False
+    also: tuple[tuple[int, ...], ...] = ()  # other shapes that mean the same
 
     @classmethod
     def of(cls, spec: TensorSpec, **sizes: int) -> _Expectation:
@@ -346,36 +358,6 @@ def _fa_tensors(prefix: str) -> dict[str, TensorSpec]:
 
 def _kv_tensors(prefix: str) -> dict[str, TensorSpec]:
     return {f"{prefix}{linear}.{spec.suffix}": spec for linear in (KEY, VALUE) for spec in KV_TENSORS}
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the description file says."""
-
-    path: Path
-    model_quant_type: str
-    tags: Mapping[str, str]  # tensor name -> type, as written
-
-    def quant_type(self, linear: str) -> QuantType:
-        """Return how a linear is stored, by the tag of its weight.
-
-        Raises:
-            CheckpointError: the weight has no entry.
-            UnsupportedError: the tag is a type this program does not know.
-        """
-        name = weight_name(linear)
-        tag = self.tags.get(name)
-        if tag is None:
-            raise CheckpointError(name, where=self.path, got="no entry", expected="one for each tensor")
-        try:
-            kind = QuantType(tag)
-        except ValueError:
-            kind = None
-        if kind not in LINEAR_TENSORS:
-            raise UnsupportedError(
-                f"type of {name}", where=self.path, got=tag, expected=one_of(kind.value for kind in LINEAR_TENSORS)
-            )
-        return kind
 
 
 def find_description(directory: Path) -> Path | None:

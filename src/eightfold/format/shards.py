@@ -193,7 +193,7 @@ def _lay_out(plan: list[PlannedTensor], metadata: Mapping[str, str] | None) -> t
 
 
 class ShardedWriter:
-    """Writes planned tensors into one file, or into numbered shards with an index, each tensor once.
+    """Context manager: writes planned tensors into one file, or into numbered shards with an index, each tensor once.
 
     Attributes:
         checksums: CRC-32 of the bytes of every tensor that is written.
@@ -232,6 +232,12 @@ class ShardedWriter:
         except BaseException:
             self.abandon()
             raise
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.abandon() if kind else self.close()
 
     def write(self, name: str, array: NDArray[Any]) -> None:
         """Write one tensor; its dtype and shape must be the planned ones; BF16 as uint16 bit patterns."""

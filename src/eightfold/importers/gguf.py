@@ -30,7 +30,7 @@ from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
 from eightfold.scheme import BIAS, WEIGHT, weight_name
-from eightfold.values import COUNT, POSITIVE
+from eightfold.values import COUNT, POSITIVE, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,22 +67,13 @@ class _GgufFile:
     dequantize: Callable[[NDArray[Any], Any], NDArray[np.float32]]
 
     def field(self, key: str, default: Any = None) -> Any:
-        value = self.fields.get(f"{self.fields['general.architecture']}.{key}", default)
-        if value is None:
-            raise CheckpointError(f'"{key}"', where=self.path, got="nothing", expected="a value in the metadata")
-        return value
+        return self.fields.get(f"{self.fields['general.architecture']}.{key}", default)
 
     def count(self, key: str, default: int | None = None) -> int:
-        value = self.field(key, default)
-        if not COUNT.fits(value):
-            raise CheckpointError(f'"{key}"', where=self.path, got=repr(value), expected="a positive integer")
-        return int(value)
+        return int(require(COUNT, self.field(key, default), key, self.path))
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self.field(key, default)
-        if not POSITIVE.fits(value):
-            raise CheckpointError(f'"{key}"', where=self.path, got=repr(value), expected="a positive number")
-        return float(value)
+        return float(require(POSITIVE, self.field(key, default), key, self.path))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, outputs first."""
@@ -123,18 +114,16 @@ def import_gguf(
     with Output(target, head, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan))
         _write_tokenizer(source, output.path, raw)  # first: what can fail in seconds should not after minutes
-        writer = ShardedWriter(output.path, "model", plan, metadata={"format": "pt"})
-        try:
-            with progress("import", len(names), "tensor") as task:
-                for name, gguf_name in names.items():
-                    task.at(name)
-                    tensor = file.tensor(gguf_name)
-                    require_range(tensor, dtype, gguf_name, source, "Import as bf16.")
-                    writer.write(name, to_array(_ordered(file, config, name, tensor), dtype))
-                    task.advance()
-            writer.close()
-        finally:
-            writer.abandon()
+        with (
+            ShardedWriter(output.path, "model", plan, metadata={"format": "pt"}) as writer,
+            progress("import", len(names), "tensor") as task,
+        ):
+            for name, gguf_name in names.items():
+                task.at(name)
+                tensor = file.tensor(gguf_name)
+                require_range(tensor, dtype, gguf_name, source, "Import as bf16.")
+                writer.write(name, to_array(_ordered(file, config, name, tensor), dtype))
+                task.advance()
         write_json(output.path / CONFIG_NAME, both_dialects(raw, config, dtype))
         output.finish(writer.file_checksums())
     return config

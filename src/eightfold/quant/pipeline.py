@@ -254,16 +254,12 @@ class _Job:
         plan = self._plan(run)
         planned = [tensor.planned for tensor in plan.tensors.values()]
         run.outcome.tensors, run.outcome.nbytes = len(planned), total_bytes(planned)
-        files = self._writer(output, planned)
-        try:
+        with self._writer(output, planned) as files:
             writer = TensorWriter(self.checkpoint, plan.tensors, files)
             written = self._take_over(output.journal.entries, writer)
             self.ranks.share("")
             output.require_space(total_bytes(t for t in planned if t.name not in written) + run.spilled_bytes)
             run.write_all(plan, writer)
-            files.close()
-        finally:
-            files.abandon()
         return plan, files.file_checksums()
 
     def _writer(self, output: Output, planned: list[PlannedTensor]) -> ShardedWriter:

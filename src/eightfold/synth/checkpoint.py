@@ -254,17 +254,15 @@ def synthesize(
         output.require_space(nbytes)
         write_tokenizer(output.path, config, raw)
         part_bytes = SHARD_BYTES if nbytes > SHARD_BYTES else None
-        writer = ShardedWriter(output.path, "model", planned, part_bytes=part_bytes, metadata={"format": "pt"})
-        try:
-            with progress("synthesize", len(tensors), "tensor") as task:
-                for tensor, last, values in _values(model, tensors, dtype, threads):
-                    task.at(tensor.name)
-                    writer.append(tensor.name, values)
-                    if last:
-                        task.advance()
-            writer.close()
-        finally:
-            writer.abandon()
+        with (
+            ShardedWriter(output.path, "model", planned, part_bytes=part_bytes, metadata={"format": "pt"}) as writer,
+            progress("synthesize", len(tensors), "tensor") as task,
+        ):
+            for tensor, last, values in _values(model, tensors, dtype, threads):
+                task.at(tensor.name)
+                writer.append(tensor.name, values)
+                if last:
+                    task.advance()
         write_json(output.path / CONFIG_NAME, raw)
         output.finish(writer.file_checksums())
     return Synthesized(config, len(tensors), nbytes)
