@@ -151,6 +151,53 @@ def test_the_ids_that_a_model_puts_around_a_text_come_only_when_asked_for(direct
     assert with_bos.encode_chat([], add_generation_prompt=True) == tokenizer.encode("a")
 
 
+# What transformers 4.43.1 and 4.57.1 encode "a" as, which is 64 here; <s> is 256 and </s> 257.
+@pytest.mark.parametrize(
+    ("settings", "add_bos", "expected"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast"}, None, [256, 64]),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}, None, [256, 64]),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, None, [64]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}, None, [256, 64, 257]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False, "add_eos_token": True}, None, [64, 257]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "bos_token": {"content": "</s>"}}, None, [257, 64]),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": True}, None, [64]),
+        ({"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": True}, None, [64]),
+        ({"tokenizer_class": None}, None, [256, 64]),  # the class of the model in config.json
+        ({"tokenizer_class": "LlamaTokenizer"}, False, [64]),
+        ({"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, False, [64, 257]),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, True, [256, 64]),
+        ({"tokenizer_class": "LlamaTokenizer"}, True, [256, 64]),
+    ],
+)
+def test_bos_and_eos_stand_where_transformers_4_puts_them_or_the_user_wants_them(
+    directory, settings, add_bos, expected
+):
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    set_config(directory, **settings)
+    tokenizer = Tokenizer(directory, add_bos=add_bos)
+    assert tokenizer.encode("a") == expected
+    assert tokenizer.encode("a", special_tokens=False) == [64]
+    assert len(tokenizer.notes) == (add_bos is None and expected != [64])
+    with_bos, without = (with_template(directory, text + "a") for text in ("{{ bos_token }}", ""))
+    for template in (with_bos, without):
+        chats = Tokenizer(directory, template.template_source(), add_bos=add_bos)
+        bos = tokenizer.encode("<s>", special_tokens=False) if "bos_token" not in settings else [257]
+        is_there = template is with_bos or add_bos is True
+        assert chats.encode_chat([], add_generation_prompt=True) == [*(bos if is_there else []), 64]
+
+
+def test_a_bos_that_is_no_token_is_refused_where_it_is_needed(directory):
+    set_config(directory, bos_token="<nope>")
+    assert Tokenizer(directory).encode("a") == [64]
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(directory, add_bos=True)
+    assert str(caught.value) == f"bos_token in {directory}: got '<nope>', expected a token of tokenizer.json"
+    set_config(directory, bos_token=None)
+    with pytest.raises(CheckpointError, match=r"^BOS in .*: got none, expected bos_token in tokenizer_config.json"):
+        Tokenizer(directory, add_bos=True)
+
+
 def test_padding_and_truncation_in_the_file_are_ignored(directory):
     from tokenizers import Tokenizer as FastTokenizer
 

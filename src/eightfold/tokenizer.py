@@ -14,7 +14,7 @@ from typing import Any
 
 from eightfold.errors import CheckpointError, InputError
 from eightfold.files import read_json
-from eightfold.values import WHOLE
+from eightfold.values import WHOLE, shown
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -25,6 +25,12 @@ _MAX_PARTS = 3
 # each end one character and begin the next.
 MAX_WAITING = 64
 
+# Tokenizer classes for which transformers 4, and so the engines of this format, put BOS and EOS around a text by
+# add_bos_token and add_eos_token of tokenizer_config.json, and not by tokenizer.json's post-processor.
+_BY_SETTINGS = ("LlamaTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizerFast", "CodeLlamaTokenizer")
+_MODELS_BY_SETTINGS = ("llama", "mistral")  # model_type of models that get the first where they name no class
+_DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of these classes
+
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 
@@ -34,16 +40,21 @@ class Tokenizer:
     Attributes:
         directory: the folder.
         chat_template: a jinja2 template to use in place of the model's; None for the model's own.
+        add_bos: whether BOS is put before a text; None: as transformers 4 does with this model. A conversation begins
+            as its template says; True puts BOS before it where the template does not.
+        notes: what a person should know about this tokenizer, one line each.
 
     Raises:
-        CheckpointError: tokenizer.json is not there, or damaged.
+        CheckpointError: tokenizer.json is not there, or damaged; BOS or EOS is needed and is no token of it.
     """
 
-    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
+    def __init__(self, directory: Path, chat_template: str | None = None, *, add_bos: bool | None = None) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
         self.directory = directory
         self.chat_template = chat_template
+        self.add_bos = add_bos
+        self.notes = list[str]()
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
@@ -63,6 +74,58 @@ class Tokenizer:
             raise CheckpointError("tokenizer", where=path, got=error, expected="a tokenizers file") from None
         self._fast.no_padding()
         self._fast.no_truncation()
+        self._before, self._after = self._around_a_text()
+
+    def _around_a_text(self) -> tuple[list[int], list[int]]:
+        """Return the ids that stand before and behind every text."""
+        alone, whole = (self._fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+        at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0) if alone else len(whole)
+        own = before, after = whole[:at], whole[at + len(alone) :]
+        name = self._class_by_settings()
+        if name is not None:
+            before = self._named("bos_token") if self._settings.get("add_bos_token", True) else []
+            after = self._named("eos_token") if self._settings.get("add_eos_token", False) else []
+        if self.add_bos is not None:
+            before = self._named("bos_token") if self.add_bos else []
+            if self.add_bos and not before:
+                raise CheckpointError(
+                    "BOS",
+                    where=self.directory,
+                    got="none",
+                    expected="bos_token in tokenizer_config.json",
+                    action="Leave out `add_bos`.",
+                )
+        elif (before, after) != own:
+            here, there = (f"{self._pieces(b)} text {self._pieces(a)}".strip() for b, a in ((before, after), own))
+            self.notes.append(
+                f"a text is encoded as `{here}`, as transformers 4 does for {name}; tokenizer.json alone: `{there}`."
+            )
+        return before, after
+
+    def _class_by_settings(self) -> str | None:
+        """Return the tokenizer's class if transformers 4 puts BOS and EOS by its settings."""
+        name, config = self._settings.get("tokenizer_class"), self.directory / "config.json"
+        if name is None and config.is_file() and read_json(config).get("model_type") in _MODELS_BY_SETTINGS:
+            name = _BY_SETTINGS[0]
+        return name if name in _BY_SETTINGS else None
+
+    def _named(self, name: str) -> list[int]:
+        """Return the id of bos_token or eos_token in a list, which is empty where the model has none."""
+        text = self._special_tokens.get(name)
+        if text is None and name not in self._settings and self._class_by_settings() is not None:
+            text = _DEFAULT_TOKENS[name]
+        found = None if text is None else self._fast.token_to_id(text)
+        if found is None and name in self._special_tokens:
+            raise CheckpointError(name, where=self.directory, got=shown(text), expected="a token of tokenizer.json")
+        return [] if found is None else [found]
+
+    def _pieces(self, ids: list[int]) -> str:
+        return " ".join(self.piece(token) or "" for token in ids)
+
+    @property
+    def bos(self) -> list[int]:
+        """The ids that are put before a text: BOS, or none."""
+        return list(self._before)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return token ids; with `special_tokens` also those that the model puts around a text (such as BOS).
@@ -77,7 +140,8 @@ class Tokenizer:
                 "text", got=f"character {error.start} that is not Unicode", expected="text that UTF-8 can hold"
             ) from None
         # Of the library's calls this one lets other Python threads run meanwhile, and leaves out what is not needed.
-        return list(self._fast.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
+        ids = list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        return [*self._before, *ids, *self._after] if special_tokens else ids
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return text, without special tokens unless they are to be kept."""
@@ -139,7 +203,8 @@ class Tokenizer:
                 got=str(error) or type(error).__name__,
                 expected="roles and contents that the chat template accepts",
             ) from None
-        return str(rendered)
+        bos = self.decode(self._before, keep_special=True) if self.add_bos else ""
+        return str(rendered) if str(rendered).startswith(bos) else f"{bos}{rendered}"
 
     @cached_property
     def _template(self) -> Any:

@@ -207,6 +207,7 @@ def run_batch(
     requests: Sequence[BatchRequest],
     output_file: Path,
     chat_template: str | None,
+    add_bos: bool | None,
     config: EngineConfig,
     *,
     overwrite: bool,
@@ -218,6 +219,7 @@ def run_batch(
         requests: all prompts.
         output_file: of the answers.
         chat_template: a template in place of the model's.
+        add_bos: whether BOS stands before a text; None: as usual with the model.
         config: of the engine.
         overwrite: forget what the output file holds.
 
@@ -225,7 +227,8 @@ def run_batch(
         OutputError: the output file holds something else, or another run writes it.
         EightfoldError: the model or the machine are not as they must be.
     """
-    setup = _setup(model, requests, chat_template, config)
+    checkpoint, tokenizer = Checkpoint.open(model), Tokenizer(model, chat_template, add_bos=add_bos)
+    setup = _setup(checkpoint, requests, tokenizer, config)
     with AnswerFile(output_file) as answers:
         if overwrite:
             answers.clear()
@@ -235,7 +238,7 @@ def run_batch(
         todo = [request for request in requests if request.index not in done]
         result = BatchResult(answered_before=len(done))
         if todo:
-            engine = Engine.load(model, config, Tokenizer(model, chat_template))
+            engine = Engine.load(model, config, tokenizer)
             for note in engine.notes:
                 console.note(note)
             result.world_size, result.resident_weights_mib = engine.model.world_size, engine.model.resident_weights_mib
@@ -243,16 +246,17 @@ def run_batch(
     return result
 
 
-def _setup(model: Path, requests: Sequence[BatchRequest], chat_template: str | None, config: EngineConfig) -> str:
+def _setup(checkpoint: Checkpoint, requests: Sequence[BatchRequest], tokenizer: Tokenizer, config: EngineConfig) -> str:
     """Return 16 hexadecimal digits that differ where the same request may have another answer.
 
     Raises:
         CheckpointError: there are chats, and no template for them.
     """
-    checkpoint = Checkpoint.open(model)
-    tokenizer = Tokenizer(model, chat_template)
+    model = checkpoint.directory
     facts: list[Any] = [checkpoint.config_raw, config.dynamic, config.attention_mode]
     facts.append(sorted(stop_token_ids(model, checkpoint.config_raw)))
+    if tokenizer.add_bos is not None:
+        facts.append(tokenizer.add_bos)
     if any(request.needs_template for request in requests):
         generating.require_template(tokenizer, "prompts as texts without --chat")
         facts.append(tokenizer.template_source())

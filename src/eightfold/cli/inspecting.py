@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from eightfold.cli import console, generating
 from eightfold.cli.options import argument, as_json
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
-from eightfold.values import PATH, Kind, choice, setting, whole
+from eightfold.values import PATH, SWITCH, Kind, choice, optional, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.check import Report
@@ -184,6 +184,7 @@ class EvaluateCommand:
     )
     chunks: int = setting(40, whole(1), "Number of chunks of the text, from its start.")
     chunk_len: int = setting(512, whole(2), "Tokens in a chunk; each chunk stands alone.")
+    add_bos: bool | None = setting(None, optional(SWITCH), "Begin every chunk with BOS, or not. Default: not.")
     against: Path | None = setting(
         None, PATH, "Measure this model too, and the divergence of DIR from it.", metavar="FLOAT_DIR"
     )
@@ -205,8 +206,10 @@ class EvaluateCommand:
         started = time.monotonic()
         checkpoints = [Checkpoint.open(path) for path in (self.model, self.against) if path is not None]
         content = default_text() if self.text is None else read_text(self.text)
-        token_ids = Tokenizer(self.model).encode(content, special_tokens=False)
-        pieces = cut_chunks(token_ids, self.chunks, self.chunk_len)
+        tokenizer = Tokenizer(self.model, add_bos=bool(self.add_bos))
+        token_ids = tokenizer.encode(content, special_tokens=False)
+        length = self.chunk_len - len(tokenizer.bos)
+        pieces = [[*tokenizer.bos, *piece] for piece in cut_chunks(token_ids, self.chunks, length)]
         if len(pieces) < self.chunks and self.text is not None:
             found = f"{len(pieces)} chunks of {self.chunk_len}, not {self.chunks}"
             console.note(f"the text has {len(token_ids)} tokens: {found}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
-from eightfold.cli.options import argument, as_json, flags_of, in_flags, settings
+from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, settings
 from eightfold.config import DType
 from eightfold.errors import ConfigError, OutputError
 from eightfold.machine import peak_resident_bytes
@@ -78,6 +78,7 @@ class QuantizeCommand:
         metavar="FILE",
         group=_CALIBRATION,
     )
+    add_bos: bool | None = add_bos(_CALIBRATION)
     part_bytes: int | None = setting(
         None,
         Kind((int,), "a finite number above 0", least=1, outside="a finite number above 0"),
@@ -236,7 +237,10 @@ class QuantizeCommand:
                 console.note(
                     f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own."
                 )
-            samples = dataset.tokenize(rows, Tokenizer(checkpoint.directory))
+            tokenizer = Tokenizer(checkpoint.directory, add_bos=self.add_bos)
+            for note in tokenizer.notes:
+                console.note(note)
+            samples = dataset.tokenize(rows, tokenizer)
         context = checkpoint.config.max_position_embeddings
         samples, cut = dataset.truncate(samples, context)
         if cut:

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from eightfold.errors import ConfigError, EightfoldError
-from eightfold.values import BYTES, PATH, SWITCH, TEXT, Kind, parse_size, setting, shorten
+from eightfold.values import BYTES, PATH, SWITCH, TEXT, Kind, optional, parse_size, setting, shorten
 
 HELP = ("-h", "--help")
 
@@ -46,6 +46,12 @@ def argument(metavar: str, help: str) -> Any:
 def as_json(group: str = "") -> Any:
     """Return the field of a command that can print for programs."""
     return setting(False, SWITCH, "Print a JSON document as the last line.", flag="--json", group=group)
+
+
+def add_bos(group: str = "") -> Any:
+    """Return the field for whether BOS stands before a text."""
+    help = "Put BOS before a text, or not. Default: as transformers 4 does with this model."
+    return setting(None, optional(SWITCH), help, group=group)
 
 
 def settings(source: type, *names: str, group: str = "", **defaults: Any) -> Any:
@@ -97,11 +103,11 @@ class Option:
 
     @property
     def flags(self) -> dict[str, bool | None]:
-        """Each spelling, and for a switch what it means. A switch that is usually on can be turned off too."""
+        """Each spelling, and for a switch what it means. A switch that is not usually off can be turned off too."""
         flag = self.row.get("flag") or f"--{self.name.replace('_', '-')}"
         if bool not in self.kind.types:
             return {flag: None}
-        return {flag: True, f"--no-{flag[2:]}": False} if self.default is True else {flag: True}
+        return {flag: True} if self.default is False else {flag: True, f"--no-{flag[2:]}": False}
 
     @property
     def title(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
-from eightfold.cli.options import argument, as_json
+from eightfold.cli.options import add_bos, argument, as_json
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
 from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.values import PATH, SWITCH, TEXT, setting, whole
@@ -68,6 +68,7 @@ class RunCommand:
     max_new_tokens: int = setting(64, whole(1), "Stop an answer after N tokens.", group=_PROMPTS)
     chat: bool = setting(False, SWITCH, "Put the prompt into the model's chat template.", group=_PROMPTS)
     chat_template: Path | None = generating.chat_template()
+    add_bos: bool | None = add_bos()
     as_json: bool = as_json()
     sampling: dict[str, Any] = generating.sampling(
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -119,7 +120,9 @@ class RunCommand:
         requests = read_requests(self.input_file, defaults, chat=self.chat)
         if self.output_file.exists() and self.output_file.samefile(self.input_file):
             raise InputError("--output-file", got="the input file", expected="another")
-        result = run_batch(self.model, requests, self.output_file, template, config, overwrite=self.overwrite)
+        result = run_batch(
+            self.model, requests, self.output_file, template, self.add_bos, config, overwrite=self.overwrite
+        )
         _report(result, self.output_file, self.as_json)
         return EXIT_FAILED if result.failed else 0
 
@@ -164,7 +167,9 @@ class RunCommand:
         from eightfold.tokenizer import Tokenizer
 
         assert self.prompt is not None
-        tokenizer = Tokenizer(self.model, template)
+        tokenizer = Tokenizer(self.model, template, add_bos=self.add_bos)
+        for note in tokenizer.notes:
+            console.note(note)
         if self.chat:
             messages = [{"role": "user", "content": self.prompt}]
             ids = tokenizer.encode_chat(messages, add_generation_prompt=True)

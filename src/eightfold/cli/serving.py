@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
-from eightfold.cli.options import argument
+from eightfold.cli.options import add_bos, argument
 from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
 from eightfold.values import TEXT, TEXTS, choice, number, setting, whole
@@ -68,6 +68,7 @@ class ServeCommand:
         read=str.lower,
     )
     chat_template: Path | None = generating.chat_template()
+    add_bos: bool | None = add_bos()
     engine: dict[str, Any] = generating.engine(
         "max_num_seqs", "max_model_len", "kv_memory", "max_batched_tokens", "speculate", "prefix_caching", "threads",
         "attention_mode",
@@ -90,7 +91,7 @@ class ServeCommand:
         _warn_of_strangers(self.host, key)
         sock = bind(self.host, self.port)
         try:
-            engine = _load(self.model, template, config)
+            engine = _load(self.model, template, self.add_bos, config)
             logs.set_up(self.log_level)
             settings = ServerSettings(
                 model_names=(name, *others),
@@ -105,7 +106,7 @@ class ServeCommand:
             sock.close()
 
 
-def _load(model: Path, template: str | None, config: EngineConfig) -> AsyncLLM:
+def _load(model: Path, template: str | None, add_bos: bool | None, config: EngineConfig) -> AsyncLLM:
     """Load the model, see that its chat template can be used, and answer a first time: that is slower than later."""
     with console.loading():
         from eightfold.engine.async_llm import AsyncLLM
@@ -113,7 +114,7 @@ def _load(model: Path, template: str | None, config: EngineConfig) -> AsyncLLM:
         from eightfold.engine.sampling_params import SamplingParams
         from eightfold.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer(model, template)
+        tokenizer = Tokenizer(model, template, add_bos=add_bos)
         engine = Engine.load(model, config, tokenizer)
     if tokenizer.has_chat_template:
         tokenizer.require_template()

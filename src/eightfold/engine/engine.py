@@ -90,7 +90,7 @@ class Engine:
         self._layout = Layout(self.scheduler.tables)
         self._tells_prompts = tells_prompts
         self._requests: dict[str, Request] = {}
-        self.notes = (WHOLE_PROMPTS_NOTE,) if model.float_prompts else ()
+        self.notes = (*tokenizer.notes, *([WHOLE_PROMPTS_NOTE] if model.float_prompts else []))
 
     @classmethod
     def load(cls, directory: Path, config: EngineConfig, tokenizer: Tokenizer | None = None) -> Engine:
