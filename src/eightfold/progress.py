@@ -1,16 +1,71 @@
-"""How long work reports its steps without knowing who listens, and the bar that a terminal shows of them."""
+"""How work reports its steps without knowing who listens; and what a terminal is shown: a bar of them, and safe text.
+
+Names, answers and errors come from models, files and clients, and may hold characters that a terminal obeys. The
+command line therefore prints through Filtered, and nothing else has to think of it.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+
+# What a terminal obeys instead of showing it: control characters but tab and newline (C0, DEL, C1), and those that turn
+# the direction of the text around them.
+_OBEYED = (*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+CONTROLS = dict.fromkeys(set(_OBEYED) - {ord("\t"), ord("\n")})
+
+
+def printable(text: str) -> str:
+    """Return a text without the characters that a terminal obeys."""
+    return text if text.isascii() and text.isprintable() else text.translate(CONTROLS)
+
+
+class Filtered:
+    """A stream to which only printable text is written; in all else it is the stream below."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unfiltered = stream
+
+    def write(self, text: str) -> int:
+        return self.unfiltered.write(printable(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.unfiltered.writelines(map(printable, lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unfiltered, name)
+
+
+def unfiltered(stream: TextIO) -> TextIO:
+    """Return what is below a filter, for escapes of our own."""
+    below: TextIO = getattr(stream, "unfiltered", stream)
+    return below
+
+
+@contextmanager
+def filtered(*, keeps_stdout: bool) -> Iterator[None]:
+    """Print only what a terminal does not obey.
+
+    Args:
+        keeps_stdout: stdout is for programs, which get every byte, unless it is a terminal.
+    """
+    previous = sys.stdout, sys.stderr
+    for name, keeps in (("stdout", keeps_stdout), ("stderr", False)):
+        stream = getattr(sys, name)
+        if stream is not None and not (keeps and not stream.isatty()):  # None: it was closed before we began
+            setattr(sys, name, Filtered(stream))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = previous
 
 
 class Task:
@@ -38,7 +93,7 @@ class _BarTask(Task):
         self._bar, self._task = bar, task
 
     def at(self, text: str) -> None:
-        self._bar.update(self._task, now=text)
+        self._bar.update(self._task, now=printable(text))
 
     def advance(self) -> None:
         done = self._bar.tasks[self._task]
@@ -71,9 +126,11 @@ def bars(title: str, total: int, unit: str, after: float = 0.0) -> Iterator[Task
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[now]}", style="dim"),
+        progress.TextColumn("{task.fields[now]}", style="dim", markup=False),
     )
-    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    # rich's own way of printing above a bar would lead past the filter.
+    terminal = Console(file=unfiltered(sys.stderr))
+    bar = progress.Progress(*columns, console=terminal, transient=True, redirect_stdout=False, redirect_stderr=False)
     task = _BarTask(bar, bar.add_task(title, total=total, now="", rate=""))
     starter = threading.Timer(after, bar.start)
     starter.start()

@@ -405,13 +405,6 @@ def test_answers_can_go_into_a_file_while_a_person_types(typist, tmp_path):
     assert not (tmp_path / "out").read_text().startswith(console.PROMPT)
 
 
-def test_a_terminal_does_not_obey_a_model(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    screen = console.Terminal()
-    screen.write("\x1b]0;title\x07\x9b2Jtext\ttab\nline\r")
-    assert capsys.readouterr().out == "]0;title2Jtext\ttab\nline"
-
-
 def test_without_readline_lines_are_read_all_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "readline", None)
     assert console._load_readline() is False

@@ -30,13 +30,13 @@ def test_a_prompt_is_the_rendered_conversation(tokenizer):
     conversation = Conversation(tokenizer, 1000, "be brief")
     conversation.answer(conversation.ask("hi"), "ho", tokenizer.encode("ho"))
     prompt = conversation.ask("and?")
-    assert conversation.messages == [
+    assert conversation.messages() == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
         {"role": "user", "content": "and?"},
     ]
-    assert prompt.token_ids == tokenizer.encode_chat(conversation.messages, add_generation_prompt=True)
+    assert prompt.token_ids == tokenizer.encode_chat(conversation.messages(), add_generation_prompt=True)
     assert prompt.forgotten == 0
 
 
@@ -65,7 +65,7 @@ def test_a_template_that_changes_or_joins_texts_is_tokenized_anew(small, templat
     conversation = Conversation(tokenizer, 1000)
     conversation.answer(conversation.ask("hi"), " ho", [1, 2, 3])
     prompt = conversation.ask("more")
-    assert prompt.token_ids == tokenizer.encode_chat(conversation.messages, add_generation_prompt=True)
+    assert prompt.token_ids == tokenizer.encode_chat(conversation.messages(), add_generation_prompt=True)
 
 
 def test_the_oldest_turns_are_forgotten_until_half_of_the_room_is_free(tokenizer):
@@ -124,6 +124,6 @@ def test_a_template_that_refuses_leaves_the_conversation_as_it_was(small):
 def test_after_a_reset_only_the_system_prompt_is_left(tokenizer):
     conversation = spoken(tokenizer, 2, room=1000)
     conversation.system = "s"
-    conversation.reset()
-    assert conversation.messages == [{"role": "system", "content": "s"}]
+    conversation.turns.clear()
+    assert conversation.messages() == [{"role": "system", "content": "s"}]
     assert conversation.ask("a").text == "<|system|>s</s><|user|>a</s><|assistant|>"

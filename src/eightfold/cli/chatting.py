@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from eightfold.cli import console, generating
 from eightfold.cli.options import argument, flags_of, in_flags
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, EightfoldError
+from eightfold.progress import unfiltered
 from eightfold.tokenizer import Message, Tokenizer
 from eightfold.values import TEXT, setting, whole
 
@@ -27,17 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given.
-
-    Attributes:
-        text: the conversation as the chat template renders it.
-        token_ids: the same as tokens.
-        forgotten: turns that had to be dropped for it.
-    """
+    """What the model is given: the conversation as the chat template renders it."""
 
     text: str
     token_ids: list[int]
-    forgotten: int = 0
+    forgotten: int = 0  # turns that had to be dropped for it
 
 
 class Conversation:
@@ -54,10 +49,10 @@ class Conversation:
         self.turns: list[Message] = []
         self._known = Prompt("", [])  # the last prompt with its answer
 
-    @property
-    def messages(self) -> list[Message]:
-        """All messages, the system's first."""
-        return self._with_system(self.turns)
+    def messages(self, first: int = 0) -> list[Message]:
+        """Return the system's message and the turns from one on."""
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return system + self.turns[first:]
 
     def ask(self, text: str) -> Prompt:
         """Add what the user says and return the prompt; the oldest turns are dropped if it would be too long.
@@ -70,30 +65,21 @@ class Conversation:
         """
         self.turns.append({"role": "user", "content": text})
         try:
-            prompt = self._prompt(self.turns)
+            prompt = self._prompt()
             return prompt if len(prompt.token_ids) <= self._room else self._forget()
         except BaseException:
             self.take_back()
             raise
 
     def take_back(self) -> None:
-        """Forget the user's last message, which got no answer."""
         self.turns.pop()
 
     def answer(self, prompt: Prompt, text: str, token_ids: Sequence[int]) -> None:
-        """Add what the model said."""
         self.turns.append({"role": "assistant", "content": text})
         self._known = Prompt(prompt.text + text, [*prompt.token_ids, *token_ids])
 
-    def reset(self) -> None:
-        """Forget all turns."""
-        self.turns.clear()
-
-    def _with_system(self, turns: list[Message]) -> list[Message]:
-        return turns if self.system is None else [{"role": "system", "content": self.system}, *turns]
-
-    def _prompt(self, turns: list[Message]) -> Prompt:
-        text = self._tokenizer.render_chat(self._with_system(turns), add_generation_prompt=True)
+    def _prompt(self, first: int = 0) -> Prompt:
+        text = self._tokenizer.render_chat(self.messages(first), add_generation_prompt=True)
         return Prompt(text, self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
@@ -111,11 +97,10 @@ class Conversation:
         """Drop the oldest turns until half of the room is free, or only the last message is left."""
         starts = [at for at, message in enumerate(self.turns) if message["role"] == "user"]
         fits = bisect.bisect_left(
-            range(1, len(starts) - 1), True, key=lambda k: self._length(starts[k]) <= self._room // 2
+            range(1, len(starts) - 1), True, key=lambda k: len(self._prompt(starts[k]).token_ids) <= self._room // 2
         )
         dropped = min(fits + 1, len(starts) - 1)
-        kept = self.turns[starts[dropped] :]
-        prompt = self._prompt(kept)
+        prompt = self._prompt(starts[dropped])
         if len(prompt.token_ids) > self._room:
             raise CapacityError(
                 "message",
@@ -123,11 +108,8 @@ class Conversation:
                 expected=f"at most {self._room}, which leaves room for an answer",
                 action="Shorten it, or raise --max-model-len.",
             )
-        self.turns[:] = kept
-        return Prompt(prompt.text, prompt.token_ids, dropped)
-
-    def _length(self, first: int) -> int:
-        return len(self._prompt(self.turns[first:]).token_ids)
+        del self.turns[: starts[dropped]]
+        return replace(prompt, forgotten=dropped)
 
 
 HELP = """\
@@ -167,12 +149,27 @@ class ChatCommand:
     )
 
     def execute(self) -> None:
-        """Load the model and talk until the user ends it."""
         if note := generating.idle_note(self.sampling):
             console.note(note)
         generating.sampling_params(self.sampling)  # what makes no sense is said before the model is loaded
-        template = generating.read_template(self.chat_template)
-        _talk(self._load(template), self.model, self.system, self.sampling, self.max_new_tokens)
+        engine = self._load(generating.read_template(self.chat_template))
+        from eightfold.model.native.model import PAGE
+
+        stdout = unfiltered(sys.stdout)
+        if isinstance(stdout, io.TextIOWrapper):
+            stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+        context = min(engine.max_model_len, engine.blocks.total * PAGE + 1)
+        # An answer can have a quarter of the context, whatever was said before.
+        room = max(context - min(self.max_new_tokens, context // 4), 1)
+        is_typed = sys.stdin.isatty()
+        kind = console.Terminal if is_typed else console.Pipe
+        with kind() as screen:
+            if is_typed:
+                screen.note(f"{self.model.resolve().name}, {context} tokens of context. /help shows the commands.")
+            conversation = Conversation(engine.tokenizer, room, self.system)
+            talk = Talk(engine, conversation, screen, self.sampling, self.max_new_tokens, context)
+            while (text := screen.read()) is not None and talk.hear(text):
+                pass
 
     def _load(self, template: str | None) -> Engine:
         with console.loading():
@@ -188,43 +185,16 @@ class ChatCommand:
         return engine
 
 
-def _talk(engine: Engine, model: Path, system: str | None, chosen: dict[str, Any], max_new_tokens: int) -> None:
-    from eightfold.model.native.model import PAGE
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
-    context = min(engine.max_model_len, engine.blocks.total * PAGE + 1)
-    # An answer can have a quarter of the context, whatever was said before.
-    room = max(context - min(max_new_tokens, context // 4), 1)
-    is_typed = sys.stdin.isatty()
-    with console.Terminal() if is_typed else console.Pipe() as screen:
-        if is_typed:
-            screen.note(f"{model.resolve().name}, {context} tokens of context. /help shows the commands.")
-        talk = Talk(engine, Conversation(engine.tokenizer, room, system), screen, chosen, max_new_tokens, context)
-        while (text := screen.read()) is not None and talk.hear(text):
-            pass
-
-
+@dataclass(frozen=True)
 class Talk:
     """A conversation with an engine: hears lines, which are messages or commands, and answers on a screen."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        conversation: Conversation,
-        screen: console.Terminal | console.Pipe,
-        chosen: dict[str, Any],
-        max_new_tokens: int,
-        context: int,
-    ) -> None:
-        self._engine, self._conversation, self._screen = engine, conversation, screen
-        self._chosen, self._max_new_tokens, self._context = chosen, max_new_tokens, context
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/reset": self._reset,
-            "/system": self._set_system,
-            "/save": self._save,
-            "/help": lambda rest: screen.note(HELP),
-        }
+    engine: Engine
+    conversation: Conversation
+    screen: console.Pipe
+    sampling: dict[str, Any]
+    max_new_tokens: int
+    context: int
 
     def hear(self, text: str) -> bool:
         """Take a line; return whether there may be another. What cannot be done is said, and the chat goes on."""
@@ -234,80 +204,82 @@ class Talk:
             if text.strip():
                 self._answer(text.removeprefix(" ") if text.startswith(" /") else text)
         except EightfoldError as error:
-            self._screen.note(f"eightfold: {in_flags(error, flags_of(EngineConfig))}")
+            self.screen.note(f"eightfold: {in_flags(error, flags_of(EngineConfig))}")
         return True
 
     def _obey(self, text: str) -> bool:
         name, _, rest = text.strip().partition(" ")
         if name in ("/exit", "/quit"):
             return False
-        command = self._commands.get(name)
-        if command is None:
-            self._screen.note(f"{name} is no command: /help shows them. To say it, put a blank before it.")
+        if name == "/reset":
+            self.conversation.turns.clear()
+            self.screen.note("Forgotten.")
+        elif name == "/system":
+            self._set_system(rest.strip())
+        elif name == "/save":
+            self._save(rest.strip())
+        elif name == "/help":
+            self.screen.note(HELP)
         else:
-            command(rest.strip())
+            self.screen.note(f"{name} is no command: /help shows them. To say it, put a blank before it.")
         return True
 
-    def _reset(self, rest: str) -> None:
-        self._conversation.reset()
-        self._screen.note("Forgotten.")
-
     def _set_system(self, text: str) -> None:
-        conversation = self._conversation
+        conversation = self.conversation
         if text:
             conversation.system = None if text == "-" else text
             turns = "; what was said is kept, /reset forgets it" if conversation.turns else ""
-            self._screen.note(f"Set{turns}.")
+            self.screen.note(f"Set{turns}.")
         else:
-            self._screen.note(conversation.system or "There is none.")
+            self.screen.note(conversation.system or "There is none.")
 
     def _save(self, rest: str) -> None:
         flag, _, name = rest.partition(" ")
         overwrites = flag == "--overwrite"
         path = Path((name if overwrites else rest).strip()).expanduser()
         if path.name == "":
-            self._screen.note("/save FILE")
+            self.screen.note("/save FILE")
             return
-        content = json.dumps({"messages": self._conversation.messages}, ensure_ascii=False) + "\n"
+        content = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
         try:
             _write(path, content.encode("utf-8", "backslashreplace"), overwrites)
         except FileExistsError:
-            self._screen.note(f"{path} is there already: /save --overwrite {path} replaces it.")
+            self.screen.note(f"{path} is there already: /save --overwrite {path} replaces it.")
         except OSError as error:
-            self._screen.note(f"eightfold: {path}: {error.strerror or error}")
+            self.screen.note(f"eightfold: {path}: {error.strerror or error}")
         else:
-            self._screen.note(f"{len(self._conversation.turns)} messages are in {path}.")
+            self.screen.note(f"{len(self.conversation.turns)} messages are in {path}.")
 
     def _answer(self, text: str) -> None:
-        prompt = self._conversation.ask(text)
+        prompt = self.conversation.ask(text)
         if prompt.forgotten:
             turns = "turn is" if prompt.forgotten == 1 else f"{prompt.forgotten} turns are"
-            self._screen.note(f"The conversation has outgrown {self._context} tokens: the oldest {turns} forgotten.")
-        limit = min(self._max_new_tokens, self._context - len(prompt.token_ids))
+            self.screen.note(f"The conversation has outgrown {self.context} tokens: the oldest {turns} forgotten.")
+        limit = min(self.max_new_tokens, self.context - len(prompt.token_ids))
         try:
-            self._engine.add_request(
-                "chat", prompt.token_ids, generating.sampling_params(self._chosen, max_tokens=limit)
+            self.engine.add_request(
+                "chat", prompt.token_ids, generating.sampling_params(self.sampling, max_tokens=limit)
             )
         except EightfoldError:
-            self._conversation.take_back()
+            self.conversation.take_back()
             raise
         self._stream(prompt)
 
     def _stream(self, prompt: Prompt) -> None:
         """Show the answer to a request as it comes, and remember it as far as it came."""
-        engine, times, output = self._engine, [time.monotonic()], None
+        engine, times, output = self.engine, [time.monotonic()], None
         while engine.has_unfinished:
             outputs = engine.step()
-            if self._screen.interrupted and (last := engine.abort("chat")) is not None:
+            if self.screen.interrupted and (last := engine.abort("chat")) is not None:
                 outputs.append(last)
             for output in outputs:
                 times.append(time.monotonic())
-                self._screen.write(output.outputs[0].delta_text)
+                self.screen.write(output.outputs[0].delta_text)
         assert output is not None
         (answer,) = output.outputs
-        self._conversation.answer(prompt, answer.text, answer.token_ids)
-        self._screen.write("\n")
-        self._screen.note(_summary(output, answer, times))
+        self.conversation.answer(prompt, answer.text, answer.token_ids)
+        self.screen.write("\n")
+        self.screen.note(_summary(output, answer, times))
 
 
 def _summary(output: RequestOutput, answer: CompletionOutput, times: list[float]) -> str:

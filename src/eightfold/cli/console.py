@@ -9,15 +9,14 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from eightfold import progress
 from eightfold.errors import DependencyError, InputError
-
-bars = progress.bars
+from eightfold.progress import CONTROLS, printable, unfiltered
+from eightfold.progress import bars as bars
 
 
 def note(text: str) -> None:
@@ -26,9 +25,13 @@ def note(text: str) -> None:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """Print one JSON document as one line of stdout; what is not a number becomes null."""
+    """Print one JSON document as one line of stdout; what is not a number becomes null.
+
+    Control characters are escaped, also those that JSON does not mind: the line may be read in a terminal.
+    """
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-    print(json.dumps(finite, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    print(text.translate({code: f"\\u{code:04x}" for code in CONTROLS}), flush=True)
 
 
 def require_torch(command: str) -> None:
@@ -107,11 +110,55 @@ PROMPT, MORE = "> ", ". "
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 
-# Control characters but tab and newline: a model may say them, and a terminal obeys them.
-_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+class Pipe:
+    """Context manager: each line of stdin is a turn. Ctrl-C ends the program, as it does with any other."""
+
+    interrupted = False
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def read(self) -> str | None:
+        """Return the next line, with those behind it if it ends in a backslash; None at the end.
+
+        Raises:
+            InputError: it is not UTF-8.
+        """
+        text = self._line(PROMPT)
+        while text is not None and text.endswith("\\"):
+            more = self._line(MORE)
+            if more is None:
+                return text[:-1]
+            text = f"{text[:-1]}\n{more}"
+        return text
+
+    def _line(self, prompt: str) -> str | None:
+        raw = sys.stdin.buffer.readline()
+        self._number += 1
+        try:
+            return raw.decode().rstrip("\r\n") if raw else None
+        except UnicodeDecodeError as error:
+            got = f"byte {error.start} that is not UTF-8"
+            raise InputError(f"line {self._number} of stdin", got=got, expected="UTF-8 text") from None
+
+    def write(self, text: str) -> None:
+        """Write a piece of an answer."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Say something that is no answer."""
+        print(text, file=sys.stderr, flush=True)
 
 
-class Terminal:
+class Terminal(Pipe):
     """Context manager: a person types, and Ctrl-C means something.
 
     While a line is asked for, Ctrl-C ends that line, and the second one in a row the conversation. At other times it
@@ -119,22 +166,20 @@ class Terminal:
     """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        super().__init__()
         self._asks = self._warned = False
         self._is_capable = os.environ.get("TERM", "dumb") != "dumb"
         self._dims = self._is_capable and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         self._writes = sys.stdout.isatty()
         self._keeps_pastes = _load_readline() and self._is_capable and self._writes
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Pipe:
         self._previous = signal.getsignal(signal.SIGINT)
         if self._previous is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -162,12 +207,11 @@ class Terminal:
     def _ask(self) -> str | None:
         self._asks = True
         try:
-            return _continued(self._line)
+            return super().read()
         finally:
             self._asks = False
 
-    def _line(self, is_first: bool) -> str | None:
-        prompt = PROMPT if is_first else MORE
+    def _line(self, prompt: str) -> str | None:
         with self._pasting():
             try:
                 if self._writes:
@@ -183,75 +227,19 @@ class Terminal:
         if not self._keeps_pastes:
             yield
             return
-        sys.stdout.write(_PASTE_ON)
+        raw = unfiltered(sys.stdout)
+        raw.write(_PASTE_ON)
         try:
             yield
         finally:
-            sys.stdout.write(_PASTE_OFF)
-            sys.stdout.flush()
-
-    def write(self, text: str) -> None:
-        """Show a piece of an answer."""
-        sys.stdout.write(text.translate(_CONTROLS) if self._writes else text)
-        sys.stdout.flush()
+            raw.write(_PASTE_OFF)
+            raw.flush()
 
     def note(self, text: str) -> None:
-        """Say something that is no answer."""
-        print(f"{_DIM}{text}{_PLAIN}" if self._dims and text else text, file=sys.stderr, flush=True)
-
-
-class Pipe:
-    """Each line of stdin is a turn. Ctrl-C ends the program, as it does with any other."""
-
-    interrupted = False
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def __enter__(self) -> Pipe:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def read(self) -> str | None:
-        """Return the next line, with those behind it if it ends in a backslash; None at the end.
-
-        Raises:
-            InputError: it is not UTF-8.
-        """
-        return _continued(self._line)
-
-    def _line(self, is_first: bool) -> str | None:
-        raw = sys.stdin.buffer.readline()
-        self._number += 1
-        try:
-            return raw.decode().rstrip("\r\n") if raw else None
-        except UnicodeDecodeError as error:
-            got = f"byte {error.start} that is not UTF-8"
-            raise InputError(f"line {self._number} of stdin", got=got, expected="UTF-8 text") from None
-
-    def write(self, text: str) -> None:
-        """Write a piece of an answer."""
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def note(self, text: str) -> None:
-        """Say something that is no answer."""
-        print(text, file=sys.stderr, flush=True)
-
-
-def _continued(read: Callable[[bool], str | None]) -> str | None:
-    """Return a line, and with it those behind it as long as there is a backslash at its end."""
-    text = read(True)
-    while text is not None and text.endswith("\\"):
-        more = read(False)
-        if more is None:
-            return text[:-1]
-        text = f"{text[:-1]}\n{more}"
-    return text
+        if self._dims and text:
+            print(f"{_DIM}{printable(text)}{_PLAIN}", file=unfiltered(sys.stderr), flush=True)
+        else:
+            super().note(text)
 
 
 def _load_readline() -> bool:

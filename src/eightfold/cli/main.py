@@ -18,9 +18,10 @@ from typing import Any
 from eightfold import __version__
 from eightfold.cli import options
 from eightfold.errors import ConfigError, EightfoldError, kept_work
+from eightfold.progress import filtered
 
 PROGRAM = "eightfold"  # in messages, however the program was started
-EXIT_USER = 2
+EXIT_FAULT, EXIT_USER = 1, 2
 
 _NOTHING_LEFT = "nothing was left half-written."
 
@@ -47,6 +48,9 @@ OWN_OPTIONS = {"--version": "Show the version and exit.", "--debug": "Show a Pyt
 
 # What several processes do together; another command in each of them would only be in the others' way.
 SHARED = frozenset({"quantize", "run", "serve", "bench"})
+
+# Their stdout is what a model says.
+ANSWERING = frozenset({"run", "chat"})
 
 
 def command_type(name: str) -> Any:
@@ -98,7 +102,14 @@ def main() -> int:
         if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
-        return _run()
+        with filtered(keeps_stdout=_command(sys.argv[1:]) in ANSWERING):
+            try:
+                return _run()
+            except Exception:  # a fault of ours
+                import traceback
+
+                traceback.print_exc()  # within the filter: it quotes what was read
+                return EXIT_FAULT
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
