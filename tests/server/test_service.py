@@ -7,12 +7,13 @@ import logging
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import openai
 import pytest
 
 from eightfold.errors import CapacityError
+from eightfold.server.fields import ApiError
 from tests.server.running import eventually
 
 
@@ -77,6 +78,200 @@ def test_without_the_option_no_origin_is_allowed(serve):
     assert not [name for name in raw.headers if name.startswith("access-control")]
 
 
+# ---- By which name the server is called.
+
+
+def call(running, *headers, version="1.1", path="/v1/models"):
+    """Send a GET with just these headers; return the status and the error's code."""
+    with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=10) as connection:
+        lines = [f"GET {path} HTTP/{version}", *headers, "Connection: close", "", ""]
+        connection.sendall("\r\n".join(lines).encode("latin-1"))
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body).get("error", {}).get("code")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/", "/health", "/nowhere"])
+def test_a_foreign_name_is_refused_on_every_path(serve, path):
+    assert call(serve(), "Host: evil.example", path=path) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "LOCALHOST:1",
+        "localhost.",
+        "127.0.0.1",
+        "127.0.0.1:8000",
+        "[::1]:80",
+        "ours.example:99",
+        "10.1.2.3",
+    ],
+)
+def test_names_of_the_server_and_those_allowed_are_answered(serve, host):
+    running = serve({"allowed_hosts": ("Ours.example", "10.1.2.3")})
+    assert call(running, f"Host: {host}") == (200, None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([], (400, "invalid_request")),
+        (["Host: localhost", "Host: localhost"], (400, "invalid_request")),
+        (["Host:"], (400, "invalid_host")),
+        (["Host: localhost@evil.example"], (400, "invalid_host")),
+        (["Host: localhost, evil.example"], (400, "invalid_host")),
+        (["Host: localhost:http"], (400, "invalid_host")),
+        (["Host: [::1"], (400, "invalid_host")),
+        (["Host: l\xf6calhost"], (400, "invalid_host")),
+        (["Host: localhost.evil.example"], (403, "host_not_allowed")),
+        (["Host: evil.localhost"], (403, "host_not_allowed")),
+        (["Host: 0.0.0.0"], (403, "host_not_allowed")),
+        (["Host: [::]"], (403, "host_not_allowed")),
+        (["Host: 2130706433"], (403, "host_not_allowed")),
+        (["Host: localhost", "Origin: http://evil.example"], (403, "origin_not_allowed")),
+        (["Host: localhost", "Origin: null"], (403, "origin_not_allowed")),
+        (["Host: localhost", "Origin: http://localhost.evil.example:8000"], (403, "origin_not_allowed")),
+        (["Host: localhost", "Origin: http://localhost:3000"], (200, None)),
+    ],
+)
+def test_missing_doubled_and_strange_names(serve, headers, expected):
+    assert call(serve(), *headers) == expected
+
+
+def test_http_1_0_without_a_name_is_refused_too(serve):
+    assert call(serve(), version="1.0") == (400, "invalid_host")
+
+
+def test_with_a_key_names_are_checked_only_against_a_list(serve):
+    key = "Authorization: Bearer k"
+    assert call(serve({"api_key": "k"}), "Host: any.example", key) == (200, None)
+    listed = serve({"api_key": "k", "allowed_hosts": ("ours.example",)})
+    assert call(listed, "Host: any.example", key) == (403, "host_not_allowed")
+    assert call(listed, "Host: ours.example", key) == (200, None)
+
+
+def test_on_another_address_names_are_checked_only_against_a_list():
+    from eightfold.server.service import Hosts, ServerSettings
+
+    Hosts("0.0.0.0", ServerSettings(model_names=("m",))).require([(b"host", b"any.example")])
+    Hosts("fe80::1%eth0", ServerSettings(model_names=("m",))).require([(b"host", b"any.example")])
+    with pytest.raises(ApiError, match="Host: got"):
+        hosts = Hosts("0.0.0.0", ServerSettings(model_names=("m",), allowed_hosts=("ours.example",)))
+        hosts.require([(b"host", b"any.example")])
+
+
+def test_origins_of_allowed_pages_pass(serve):
+    running = serve({"cors_origins": ("https://ours.example",)})
+    assert call(running, "Host: localhost", "Origin: https://ours.example") == (200, None)
+    assert call(running, "Host: localhost", "Origin: http://ours.example") == (403, "origin_not_allowed")
+
+
+# ---- Connections that are silent, slow or too many.
+
+
+def connect(running):
+    return socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=10)
+
+
+def read_all(connection):
+    answer = b""
+    with suppress(ConnectionError):
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /health HTTP/1.1\r\nHost: local",
+        # A whole request first, and its unread body; then the head of the next.
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET",
+        b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx",
+    ],
+)
+def test_who_does_not_finish_a_head_is_sent_away(serve, monkeypatch, sent):
+    monkeypatch.setattr("eightfold.server.connections.HEAD_SECONDS", 0.2)
+    with connect(serve()) as connection:
+        connection.sendall(sent)
+        if sent.endswith(b"x"):
+            time.sleep(0.2)
+            connection.sendall(b"x")
+        last = read_all(connection).rpartition(b"HTTP/1.1 ")[2]
+    assert last.startswith(b"408 ")
+    assert json.loads(last.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_a_trickle_of_a_head_does_not_begin_its_time_anew(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.connections.HEAD_SECONDS", 0.5)
+    begin = time.monotonic()
+    with connect(serve()) as connection, suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        while time.monotonic() - begin < 10:
+            connection.sendall(b"a: b\r\n")
+            time.sleep(0.05)
+    assert time.monotonic() - begin < 5
+
+
+def test_silent_connections_make_room_for_those_that_ask(serve, caplog):
+    running = serve({})
+    running.server._connections.most = 4
+    silent = [connect(running) for _ in range(20)]
+    assert eventually(lambda: len(running.server.server_state.connections) <= 4)
+    for _ in range(3):
+        with connect(running) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+    for each in silent:
+        each.close()
+    running.server._connections.tell()
+    lines = [record.getMessage() for record in caplog.records if "closed connections" in record.getMessage()]
+    assert len(lines) == 1 and " x too many" in lines[0]
+
+
+def test_answers_that_go_on_are_not_given_up_for_new_connections(serve):
+    running = serve({}, stuck=True)
+    found = in_background(lambda: running.chat())
+    assert eventually(lambda: running.engine.open)
+    running.server._connections.most = 1
+    with connect(running) as connection:
+        assert read_all(connection) == b""
+    running.engine.stuck = False
+    assert found().status_code == 200
+
+
+def test_who_does_not_read_an_answer_ends_it(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.connections.STALL_SECONDS", 0.5)
+    running = serve({}, answer="word " * 10_000, max_model_len=60_000)
+    body = json.dumps({"prompt": "x", "stream": True, "max_tokens": 50_000, "logprobs": 2}).encode()
+    with connect(running) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert eventually(lambda: running.engine.open)
+        assert eventually(lambda: not running.engine.open, 20)
+    assert eventually(lambda: not running.server.service.limiter.inside)
+    assert set(running.engine.ended) <= {"aborted", "closed"}
+
+
+def test_what_is_no_http_gets_an_error_of_the_usual_form(serve):
+    for raw in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 5000):
+        with connect(serve()) as connection:
+            connection.sendall(raw)
+            answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert error_of_bytes(answer)["code"] == "invalid_request"
+
+
+def error_of_bytes(answer):
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
 # ---- Faults of the engine.
 
 
@@ -127,7 +322,7 @@ def half_a_request(running, content, reads=b""):
     """Send a request on a connection of its own, wait for some bytes of the answer, and leave."""
     body = json.dumps(content).encode()
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         received = b""
         while reads not in received:
@@ -159,7 +354,7 @@ def test_who_leaves_before_the_body_is_there_is_nobody(serve, caplog):
     caplog.set_level("INFO", "eightfold.server")
     running = serve()
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert eventually(lambda: running.server.service.limiter.held_bytes == 1)
     assert eventually(lambda: [record.record.status for record in caplog.records] == [499])
@@ -171,7 +366,7 @@ def test_a_body_that_does_not_come_is_a_408(serve, monkeypatch):
     monkeypatch.setattr("eightfold.server.fields.BODY_SECONDS", 0.05)
     running = serve()
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
 
@@ -282,7 +477,7 @@ def logs_set_up():
     """Do what the command does, on the stderr that the test sees."""
     from eightfold.server import logs
 
-    loggers = [logging.getLogger(name) for name in ("eightfold", "uvicorn")]
+    loggers = [logging.getLogger(name) for name in ("eightfold", "uvicorn", "asyncio")]
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
     logs.set_up("info")
     yield
@@ -385,7 +580,6 @@ def test_version(serve):
 
 
 def test_who_was_still_reading_when_the_end_began_is_not_admitted():
-    from eightfold.server.fields import ApiError
     from eightfold.server.service import Limiter, ServerSettings
 
     limiter = Limiter(ServerSettings(model_names=("tiny",)))

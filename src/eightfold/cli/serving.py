@@ -59,6 +59,14 @@ class ServeCommand:
     cors_origin: tuple[str, ...] = setting(
         (), TEXTS, "A web origin whose pages may call the API; * for all.", metavar="ORIGIN", group=_SERVER
     )
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        TEXTS,
+        "A further name by which clients may call the server. Without a key on a loopback address, only localhost and "
+        "that address are answered.",
+        metavar="NAME",
+        group=_SERVER,
+    )
     log_level: str = setting(
         "info",
         choice("debug", "info", "warning", "error"),
@@ -100,6 +108,7 @@ class ServeCommand:
                 max_waiting=self.max_waiting,
                 drain_timeout=self.drain_timeout,
                 cors_origins=self.cors_origin,
+                allowed_hosts=self.allowed_host,
             )
             serve(engine, settings, sock, lambda address: _announce(name, address, engine))
         finally:

@@ -221,6 +221,7 @@ class Gateway:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, authorization: str) -> None:
         record: Record = scope["state"]["record"]
         try:
+            self._service.hosts.require(scope["headers"])
             if scope["path"] not in _OPEN and not self._service.settings.accepts_key(authorization):
                 raise _unauthorized(bool(authorization))
             await self._app(scope, receive, send)

@@ -89,7 +89,8 @@ def set_up(level: str) -> None:
     """Send the server's and uvicorn's messages from a level on to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines())
-    for name, least in (("eightfold", level), ("uvicorn", "warning" if level in ("debug", "info") else level)):
+    others = "warning" if level in ("debug", "info") else level
+    for name, least in (("eightfold", level), ("uvicorn", others), ("asyncio", others)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least.upper())

@@ -14,13 +14,14 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
 from eightfold.errors import ConfigError
 from eightfold.server.app import create_app
-from eightfold.server.service import ServerSettings, Service
+from eightfold.server.connections import Connections
+from eightfold.server.service import Hosts, ServerSettings, Service
 
 if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
@@ -90,9 +91,13 @@ class Server(uvicorn.Server):
     def __init__(self, engine: AsyncLLM, settings: ServerSettings, ready: Callable[[], None]) -> None:
         self.service = Service(engine, settings)
         self._ready = ready
+        self._connections = Connections()
         self._drain: asyncio.Task[None] | None = None
         config = uvicorn.Config(
             create_app(self.service),
+            http=cast(Any, self._connections.protocol),
+            backlog=self._connections.backlog,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             access_log=False,
@@ -109,12 +114,20 @@ class Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for sock in sockets or ():
+            self.service.hosts = Hosts(str(sock.getsockname()[0]), self.service.settings)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._connections.on_fault)
         await super().startup(sockets)
         if threading.current_thread() is threading.main_thread():
-            loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 loop.add_signal_handler(number, self.stop)
         self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # each second
+            self._connections.look()
+        return await super().on_tick(counter)
 
     def stop(self) -> None:
         """Begin to stop; the second time, do not wait for anybody."""
@@ -139,6 +152,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        self._connections.tell()
         self.service.close()
         await self.service.engine.shutdown()
         log.info("stopped")

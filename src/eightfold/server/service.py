@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,8 @@ MAX_HELD_BYTES = 256 * 2**20  # of all bodies that are being read or tokenized
 
 T = TypeVar("T")
 
+_HOST = re.compile(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
@@ -39,6 +43,7 @@ class ServerSettings:
     max_waiting: int = 256  # sequences that may wait beyond those
     drain_timeout: float = 30.0  # seconds that running requests get to finish when the server is told to stop
     cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the API; "*" for any
+    allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface
 
     def accepts_key(self, authorization: str) -> bool:
         """Return whether an Authorization header holds the key, in a time that says nothing about the key."""
@@ -51,6 +56,52 @@ class ServerSettings:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+class Hosts:
+    """By which names requests may call this server.
+
+    The owner of evil.example can make that name point at 127.0.0.1. A page of his is then of the same origin as this
+    server, and only the Host header tells. So names are checked where nothing else keeps strangers out, which is on a
+    loopback address without a key; elsewhere they are checked if there is a list.
+
+    Args:
+        address: on which the server listens.
+        settings: with the names that are allowed beside localhost and the address.
+    """
+
+    def __init__(self, address: str, settings: ServerSettings) -> None:
+        is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        self._are_checked = bool(settings.allowed_hosts) or (is_loopback and settings.api_key is None)
+        given = (name.strip("[]").rstrip(".").lower() for name in settings.allowed_hosts)
+        self._names = frozenset(("localhost", "127.0.0.1", "::1", address, *given))
+        self._origins = frozenset(settings.cors_origins)
+
+    def require(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Check the Host and the Origin of a request.
+
+        Raises:
+            ApiError: 400 where there is no Host, or a strange one; 403 for a name that is not ours.
+        """
+        if not self._are_checked:
+            return
+        hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            got = shown(hosts[0]) if len(hosts) == 1 else f"{len(hosts)} of them"
+            raise ApiError(400, f"Host: got {got}, expected one name with or without a port", code="invalid_host")
+        self._require_ours("Host", match[1])
+        for origin in (value.decode("latin-1") for name, value in headers if name == b"origin"):
+            if not self._origins & {origin, "*"}:
+                match = _HOST.fullmatch(origin.partition("://")[2])
+                self._require_ours("Origin", match[1] if match else origin)
+
+    def _require_ours(self, header: str, name: str) -> None:
+        if name.strip("[]").removesuffix(".").lower() in self._names:
+            return
+        option = "--allowed-host" if header == "Host" else "--cors-origin"
+        message = f"{header}: got {shown(name)}, which this server does not answer to. Start it with {option}."
+        raise ApiError(403, message, code=f"{header.lower()}_not_allowed")
 
 
 class Limiter:
@@ -132,6 +183,7 @@ class Service:
         self.tokenizer = engine.engine.tokenizer
         self.max_model_len = engine.engine.max_model_len
         self.template = self.tokenizer.template_source() if self.tokenizer.has_chat_template else None
+        self.hosts = Hosts("127.0.0.1", settings)  # until it is known where the server listens
         self.limiter = Limiter(settings)
         self.metrics = Metrics(settings.model_names[0], lambda: engine.stats)
         self.texts = TokenTexts(self.tokenizer)
