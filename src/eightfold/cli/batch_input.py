@@ -35,7 +35,6 @@ class BatchRequest:
 
     @property
     def needs_template(self) -> bool:
-        """Whether it is a chat."""
         return isinstance(self.prompt, list) and isinstance(self.prompt[0], dict)
 
     @property

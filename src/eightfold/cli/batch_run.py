@@ -90,7 +90,6 @@ class AnswerFile:
             self._lines.close()
 
     def clear(self) -> None:
-        """Forget all that the file holds."""
         self._lines.truncate(0)
 
     def resume(self, fingerprints: Sequence[str]) -> set[int]:

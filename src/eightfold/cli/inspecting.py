@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from eightfold.evaluate import Evaluation
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.measure import Measurement
-    from eightfold.model.native.model import NativeModel
     from eightfold.report.contents import Contents, Native
 
 EXIT_NOT_SERVED = 1
@@ -39,7 +40,6 @@ class InspectCommand:
     as_json: bool = as_json()
 
     def execute(self) -> None:
-        """Print it."""
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.report.contents import describe, describe_native
 
@@ -103,7 +103,6 @@ class CheckCommand:
     as_json: bool = as_json()
 
     def execute(self) -> int:
-        """Print each loader's report; return 1 if one would not serve the directory."""
         reports = self._reports()
         if self.as_json:
             console.print_json(_document(reports))
@@ -154,7 +153,6 @@ class EnvCommand:
     as_json: bool = as_json()
 
     def execute(self) -> None:
-        """Print them."""
         from eightfold.machine import environment
 
         found = environment()
@@ -198,7 +196,6 @@ class EvaluateCommand:
     backend: str = generating.backend()
 
     def execute(self) -> None:
-        """Measure, and print what was found."""
         from eightfold.evaluate import cut_chunks, default_text, read_text
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.tokenizer import Tokenizer
@@ -216,8 +213,7 @@ class EvaluateCommand:
         if self.chunk_len > (context := checkpoints[0].config.max_position_embeddings):
             console.note(f"chunks are longer than the model's context of {context} tokens.")
         backend = generating.resolve_backend(self.backend)
-        measure = self._by_native if backend == "native" else self._by_reference
-        result, ppl_mindie = measure(checkpoints, pieces)
+        result, ppl_mindie = self._measure(checkpoints, pieces, backend)
         self._report(result, ppl_mindie, time.monotonic() - started, backend)
 
     def _report(self, result: Evaluation, ppl_mindie: float | None, seconds: float, backend: str) -> None:
@@ -236,47 +232,40 @@ class EvaluateCommand:
             print(f"KL divergence  {result.kl_mean:.5f} mean, {result.kl_p99:.4f} at the 99th percentile (nats)")
             print(f"same top token {result.top1_agreement:.2%}")
 
-    def _by_native(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
-        """Measure, and return the perplexity of mode `mindie` beside where both modes are measured."""
+    def _measure(
+        self, checkpoints: list[Checkpoint], pieces: list[list[int]], backend: str
+    ) -> tuple[Evaluation, float | None]:
+        """Return the figures, and the perplexity of mode `mindie` beside where both modes are measured."""
+        is_open = "attention_mode" not in self.computing and self.tokens_as == "prompt"
+        both = is_open and checkpoints[0].has_int8_attention
+        steps, unit = len(pieces) * (1 + both), "chunk"
+        if backend == "reference":
+            console.require_torch("eval --backend reference")
+            steps += sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
+            unit = "step"
+        load, evaluate = self._reference() if backend == "reference" else self._native()
+        with console.bars("evaluate", steps, unit) as task:
+            config = EngineConfig(**self.computing)
+            model, *others = [load(checkpoint, config) for checkpoint in checkpoints]
+            found = evaluate(model, pieces, others[0] if others else None, task.advance)
+            if not both:
+                return found, None
+            mindie = load(checkpoints[0], replace(config, attention_mode="mindie"))
+            return found, evaluate(mindie, pieces, None, task.advance).ppl
+
+    def _native(self) -> tuple[Callable[..., Any], Callable[..., Evaluation]]:
         from eightfold.evaluate import evaluate_native
         from eightfold.model.native.load import load_model
 
-        def load(checkpoint: Checkpoint, mode: str) -> NativeModel:
-            config = EngineConfig(**{**self.computing, "attention_mode": mode})
-            return load_model(checkpoint, dynamic=config.dynamic, attention=config.attention_mode)
+        load = lambda checkpoint, config: load_model(checkpoint, **config.computing)  # noqa: E731
+        return load, partial(evaluate_native, generated=self.tokens_as == "generated")
 
-        generated, both = self.tokens_as == "generated", self._both_modes(checkpoints[0])
-        with console.bars("evaluate", len(pieces) * (1 + both), "chunk") as task:
-            mode = self.computing.get("attention_mode", "cache")
-            model, *others = [load(checkpoint, mode) for checkpoint in checkpoints]
-            against = others[0] if others else None
-            found = evaluate_native(model, pieces, against, task.advance, generated=generated)
-            if not both:
-                return found, None
-            mindie = load(checkpoints[0], "mindie")
-            return found, evaluate_native(mindie, pieces, None, task.advance).ppl
-
-    def _by_reference(self, checkpoints: list[Checkpoint], pieces: list[list[int]]) -> tuple[Evaluation, float | None]:
-        """As _by_native, in torch."""
-        console.require_torch("eval --backend reference")
+    def _reference(self) -> tuple[Callable[..., Any], Callable[..., Evaluation]]:
         from eightfold.evaluate import evaluate_reference
         from eightfold.model.reference.load import Decoder
 
-        both, config = self._both_modes(checkpoints[0]), EngineConfig(**self.computing)
-        total = sum(checkpoint.config.num_layers for checkpoint in [*checkpoints, *checkpoints[:both]])
-        with console.bars("evaluate", total + len(pieces) * (1 + both), "step") as task:
-            model, *others = [Decoder(each, config.dynamic, config.attention_mode) for each in checkpoints]
-            against = others[0] if others else None
-            found = evaluate_reference(model, pieces, against, task.advance, self.tokens_as)
-            if not both:
-                return found, None
-            mindie = Decoder(checkpoints[0], config.dynamic, "mindie")
-            return found, evaluate_reference(mindie, pieces, None, task.advance).ppl
-
-    def _both_modes(self, checkpoint: Checkpoint) -> bool:
-        """Return whether mode `mindie` is measured beside mode `cache`."""
-        is_open = "attention_mode" not in self.computing and self.tokens_as == "prompt"
-        return is_open and checkpoint.has_int8_attention
+        load = lambda checkpoint, config: Decoder(checkpoint, config.dynamic, config.attention_mode)  # noqa: E731
+        return load, partial(evaluate_reference, origin=self.tokens_as)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,7 +325,6 @@ class BenchCommand:
     computing: dict[str, Any] = generating.engine("threads", "dynamic", "attention_mode")
 
     def execute(self) -> None:
-        """Measure, and print what was found."""
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.model.native import measure
 

@@ -127,7 +127,6 @@ class QuantizeCommand:
     as_json: bool = as_json(_RUNNING)
 
     def execute(self) -> None:
-        """Quantize, or say what it would take."""
         started = time.monotonic()
         _ = self.recipe  # is refused before anything else happens
         with _ranks_of_environment() as ranks:
@@ -142,7 +141,6 @@ class QuantizeCommand:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Return the recipe of the file, changed by the options that were given."""
         from eightfold.quant.recipe import act_method_name, make_recipe, parse_level, read_recipe
         from eightfold.scheme import SCHEMES
 
@@ -260,7 +258,6 @@ class QuantizeCommand:
         return found
 
     def _tell(self, outcome: Outcome, ranks: Ranks, started: float) -> None:
-        """Say what came of it."""
         seconds = time.monotonic() - started
         peaks = ranks.gather(peak_resident_bytes())
         if not ranks.is_first:
@@ -363,7 +360,6 @@ class ImportGgufCommand:
     overwrite: bool = setting(False, SWITCH, "Replace what import-gguf has written to FLOAT_DIR.")
 
     def execute(self) -> None:
-        """Import the file."""
         started = time.monotonic()
         console.require_torch("import-gguf")
         from eightfold.importers.gguf import import_gguf
@@ -393,7 +389,6 @@ class SynthCommand:
     overwrite: bool = setting(False, SWITCH, "Replace what synth has written to DIR.")
 
     def execute(self) -> None:
-        """Make the model."""
         from eightfold.synth.checkpoint import synthesize
 
         started = time.monotonic()

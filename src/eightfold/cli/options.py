@@ -87,18 +87,15 @@ class Option:
 
     @property
     def is_argument(self) -> bool:
-        """Whether it stands without a flag."""
         return "is_argument" in self.row
 
     @property
     def kind(self) -> Kind:
-        """What one value has to be."""
         kind: Kind = self.row["kind"]
         return kind.each or kind
 
     @property
     def repeats(self) -> bool:
-        """Whether it may be given several times."""
         return self.row["kind"].each is not None
 
     @property

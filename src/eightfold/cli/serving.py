@@ -83,7 +83,6 @@ class ServeCommand:
     )  # fmt: skip
 
     def execute(self) -> None:
-        """Load the model and serve it until a signal ends that."""
         _require_packages()
         key = _api_key(self.api_key)
         name, *others = self.served_model_name or (self.model.resolve().name,)
