@@ -46,9 +46,6 @@ _TIMES_NAME = "times.json"
 # (T, K, N): one row, as many as divide evenly and as do not, and sums long enough to be cut into blocks.
 _SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 14336, 32))
 
-# What a message calls what is no parameter.
-_NAMES = {"modules": "modules of the recipe"}
-
 
 def identity(
     checkpoint: Checkpoint,
@@ -114,17 +111,15 @@ def _sampled_spans(infos: Sequence[TensorInfo]) -> Iterator[tuple[int, int]]:
             yield begin, min(begin + _SAMPLE_BYTES, info.end)
 
 
-def file_times(checkpoint: Checkpoint) -> dict[str, int]:
+def _file_times(checkpoint: Checkpoint) -> dict[str, int]:
     """Return when the weight files of a large model, of which identity() sees samples, were last changed."""
-    if not _is_large(checkpoint):
-        return {}
-    files = {info.file for info in checkpoint.tensors.values()}
+    files = {info.file for info in checkpoint.tensors.values()} if _is_large(checkpoint) else set()
     return {_name_of(checkpoint, path): path.stat().st_mtime_ns for path in files}
 
 
 def keep_times(checkpoint: Checkpoint, output: Output) -> None:
     """Note for a new start of this run when the weight files were last changed."""
-    write_json(output.work / _TIMES_NAME, file_times(checkpoint))
+    write_json(output.work / _TIMES_NAME, _file_times(checkpoint))
 
 
 def require_same_times(checkpoint: Checkpoint, output: Output) -> None:
@@ -137,7 +132,7 @@ def require_same_times(checkpoint: Checkpoint, output: Output) -> None:
         before = json.loads((output.work / _TIMES_NAME).read_text())
     except (OSError, ValueError):
         return  # removed at the end: nothing more is read of the source's weights
-    changed = [name for name, time in file_times(checkpoint).items() if before.get(name) != time]
+    changed = [name for name, time in _file_times(checkpoint).items() if before.get(name) != time]
     if changed and not output.overwrite:
         raise OutputError(
             f"output directory {output.target}",
@@ -151,80 +146,65 @@ def require_same_times(checkpoint: Checkpoint, output: Output) -> None:
 
 def differences(old: Entry, new: Entry) -> list[str]:
     """Return what differs between two first lines, `option: old -> new` each."""
-    new = json.loads(json.dumps(new))
-    if old == new:
-        return []
+    before, after = _facts(old), _facts(json.loads(json.dumps(new)))
+    names = list({**before, **after})
     found = [
-        f"{name}: {old.get(key)} -> {new.get(key)}"
-        for key, name in (("format", "journal"), ("eightfold", "version of eightfold"), ("device", "`device`"))
-        if old.get(key) != new.get(key)
+        f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)
     ]
-    for part in ("recipe", "output"):
-        before, after = old.get(part, {}), new.get(part, {})
-        found += [
-            f"{_option(key)}: {_shown(before.get(key))} -> {_shown(after.get(key))}"
-            for key in {**before, **after}
-            if before.get(key) != after.get(key)
-        ]
-    if old.get("calibration") != new.get("calibration"):
-        found.append(f"calibration data: {_data(old.get('calibration'))} -> {_data(new.get('calibration'))}")
-    before, after = old.get("source", {}), new.get("source", {})
-    changed = [name for name in sorted({**before, **after}) if before.get(name) != after.get(name)]
-    found += [f"source: {name} {_change(before.get(name), after.get(name))}" for name in changed[:3]]
+    old_files, new_files = old.get("source", {}), new.get("source", {})
+    changed = [name for name in sorted({**old_files, **new_files}) if old_files.get(name) != new_files.get(name)]
+    for name in changed[:3]:
+        change = (
+            "has changed" if name in old_files and name in new_files else "is new" if name in new_files else "is gone"
+        )
+        found.append(f"source: {name} {change}")
     if len(changed) > 3:
         found.append(f"and {len(changed) - 3} more files of the source")
-    return found or ["something"]
+    return found or (["something"] if old != json.loads(json.dumps(new)) else [])
 
 
-def _option(key: str) -> str:
-    return _NAMES.get(key, f"`{key}`")
+def _facts(head: Entry) -> dict[str, str]:
+    """Return what a first line says but for the source, by names that a user knows."""
+    data = head.get("calibration", {})
+    digest = str(data.get("token_ids_sha256"))[:8]
+    options = {**head.get("recipe", {}), **head.get("output", {})}
+    return {
+        "journal": str(head.get("format")),
+        "version of eightfold": str(head.get("eightfold")),
+        "`device`": str(head.get("device")),
+        **{
+            "modules of the recipe" if key == "modules" else f"`{key}`": _shown(value) for key, value in options.items()
+        },
+        "calibration data": f"{data.get('samples')} samples of {data.get('tokens')} tokens ({digest})",
+    }
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _data(calibration: Any) -> str:
-    if not isinstance(calibration, dict):
-        return "none"
-    digest = str(calibration.get("token_ids_sha256"))[:8]
-    return f"{calibration.get('samples')} samples of {calibration.get('tokens')} tokens ({digest})"
-
-
-def _change(before: Any, after: Any) -> str:
-    if before is None or after is None:
-        return "is new" if before is None else "is gone"
-    return "has changed"
-
-
 def float_facts() -> dict[str, str]:
     """Return what decides the bits of float32 results here, by names that a user is told."""
     return {
         "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "float32 arithmetic": f"{_checksum(_results()):08x}",
+        "float32 arithmetic": f"{zlib.crc32(_results().numpy().tobytes()):08x}",
     }
 
 
-def _results() -> list[Tensor]:
-    """Return products, and what else a decoder computes."""
+def _results() -> Tensor:
+    """Return products, and what else a decoder computes, in one vector."""
     x_TK, heads = _spread(64, 1024), _spread(1, 4, 64, 64)
-    return [
+    results = [
         *(torch.nn.functional.linear(_spread(T, K), _spread(N, K)) for T, K, N in _SHAPES),
         torch.softmax(x_TK, -1),
         torch.nn.functional.silu(x_TK),
         (x_TK * x_TK).mean(-1).rsqrt(),
         torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True),
     ]
+    return torch.cat([result.flatten() for result in results])
 
 
 def _spread(*shape: int) -> Tensor:
     """Return numbers between -1 and 1, by integer arithmetic, so that they are the same anywhere."""
     numbers = torch.arange(torch.Size(shape).numel(), device="cpu") * 2654435761 % 2**32
     return (numbers.to(torch.float64) / 2**31 - 1).to(torch.float32).reshape(shape)
-
-
-def _checksum(results: list[Tensor]) -> int:
-    checksum = 0
-    for result in results:
-        checksum = zlib.crc32(result.contiguous().numpy().tobytes(), checksum)
-    return checksum

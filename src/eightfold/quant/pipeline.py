@@ -23,7 +23,7 @@ from eightfold.families import LM_HEAD
 from eightfold.files import write_json
 from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint, render_description
 from eightfold.format.directory import copy_sidecars, resolve_auto_map
-from eightfold.format.journal import WORK_NAME, Entry, Journal, layers_done
+from eightfold.format.journal import WORK_NAME, Entry, layers_done
 from eightfold.format.output import REPORT_NAME, Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
 from eightfold.model.reference.tensors import CPU, use
@@ -33,9 +33,9 @@ from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import differences, float_facts, identity, keep_times, require_same_times
 from eightfold.quant.outcome import Outcome, notes_for
-from eightfold.quant.plan import OutputPlan, assign_types, fa_layers, require_level
+from eightfold.quant.plan import OutputPlan, assign_types, require_level
 from eightfold.quant.recipe import Recipe
-from eightfold.quant.run import Notes, Run, TensorWriter
+from eightfold.quant.run import Job, Notes, Run, TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
 
@@ -125,17 +125,8 @@ class _Damaged(Exception):
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What is to be done, and where."""
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    samples: Sequence[Sequence[int]]
-    part_bytes: int | None
-    legacy_names: bool
-    spills: bool
-    progress: Progress
-    ranks: Ranks
+class _Job(Job):
+    """A job, and how it is done."""
 
     def outcome(self) -> Outcome:
         """Return the outcome before anything is done."""
@@ -177,7 +168,7 @@ class _Job:
         outcome = self.outcome()
         outcome.layers_resumed = layers_done(output.journal.entries)
         with BackgroundSync() as sync:
-            run = self._run(outcome, output.work, output.journal, sync)
+            run = Run(self, outcome, output.work, output.journal, sync)
             plan, checksums = self._take_steps(run, output)
         _write_companions(self.checkpoint, plan, outcome, output.path)
         output.finish(checksums)
@@ -202,7 +193,7 @@ class _Job:
             outcome = self.outcome()
             try:
                 with BackgroundSync() as sync:
-                    self._help(self._run(outcome, path / WORK_NAME, Notes(entries), sync))
+                    self._help(Run(self, outcome, path / WORK_NAME, Notes(entries), sync))
                 break
             except _Damaged:
                 pass
@@ -224,21 +215,6 @@ class _Job:
         """
         if damage := self.ranks.share(""):
             raise _Damaged(damage)
-
-    def _run(self, outcome: Outcome, work: Path, journal: Journal | Notes, sync: BackgroundSync) -> Run:
-        return Run(
-            self.checkpoint,
-            self.recipe,
-            self.samples,
-            outcome,
-            fa_layers(self.checkpoint.config, self.recipe),
-            work,
-            journal,
-            self.progress,
-            sync=sync,
-            spills=self.spills,
-            ranks=self.ranks,
-        )
 
     def _plan(self, run: Run) -> OutputPlan:
         return OutputPlan(self.checkpoint, self.recipe, run.outcome.types, run.fa_layers, self.legacy_names)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ from eightfold.quant.float_pass import FloatPass, LayerStatistics
 from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
-from eightfold.quant.plan import OutputPlan, OutputTensor, attention_back, roll_back
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.plan import OutputPlan, OutputTensor, attention_back, fa_layers, roll_back
+from eightfold.quant.recipe import ActMethod, Recipe
 from eightfold.quant.statistics import unshared
-from eightfold.scheme import QuantType, weight_name
+from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
 
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
 _PIECE_BYTES = 2 << 20
@@ -137,44 +138,43 @@ class Notes:
         self.steps[entry["step"]] = entry
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: see quantize_checkpoint()."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    samples: Sequence[Sequence[int]]
+    part_bytes: int | None
+    legacy_names: bool
+    spills: bool
+    progress: Progress
+    ranks: Ranks
+
+
 class Run:
     """The state that the steps of one quantization share."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        recipe: Recipe,
-        samples: Sequence[Sequence[int]],
-        outcome: Outcome,
-        fa_layers: frozenset[int],
-        work: Path,
-        journal: Journal | Notes,
-        progress: Progress,
-        *,
-        sync: BackgroundSync,
-        spills: bool = False,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.checkpoint, self.recipe, self.outcome = checkpoint, recipe, outcome
-        self.fa_layers, self.progress = fa_layers, progress
-        self.decoder = Decoder(checkpoint)
-        self._work, self._journal = work, journal
-        self._ranks = ranks = ranks or Ranks()
-        self._sync = sync
+    def __init__(self, job: Job, outcome: Outcome, work: Path, journal: Journal | Notes, sync: BackgroundSync) -> None:
+        self._job, self.outcome, self._work, self._journal, self._sync = job, outcome, work, journal, sync
+        self.checkpoint, self.recipe, self._ranks = job.checkpoint, job.recipe, job.ranks
+        self.fa_layers = fa_layers(self.checkpoint.config, self.recipe)
+        self.decoder = Decoder(self.checkpoint)
         self._plan: OutputPlan | None = None
         self._streams: list[HiddenStates] = []
-
-        def stream(name: str, chosen: Sequence[Sequence[int]]) -> HiddenStates:
-            found = HiddenStates(name, self.decoder, chosen, work, sync, spills=spills, ranks=ranks)
-            self._streams.append(found)
-            return found
-
         self.float_pass: FloatPass | None = None
-        if recipe.needs_float_pass:
-            float_stream = stream("float", recipe.float_samples(samples))
-            self.float_pass = FloatPass(self.decoder, recipe, float_stream, ranks)
-        self.smoothed = stream("smoothed", samples[:1]) if recipe.anti_outlier is not None else None
-        self.calibrated = stream("quantized", samples) if recipe.calibrates else None
+        if self.recipe.needs_float_pass:
+            float_stream = self._stream("float", self.recipe.float_samples(job.samples))
+            self.float_pass = FloatPass(self.decoder, self.recipe, float_stream, self._ranks)
+        self.smoothed = self._stream("smoothed", job.samples[:1]) if self.recipe.anti_outlier is not None else None
+        self.calibrated = self._stream("quantized", job.samples) if self.recipe.calibrates else None
+
+    def _stream(self, name: str, samples: Sequence[Sequence[int]]) -> HiddenStates:
+        found = HiddenStates(
+            name, self.decoder, samples, self._work, self._sync, spills=self._job.spills, ranks=self._ranks
+        )
+        self._streams.append(found)
+        return found
 
     @property
     def spilled_bytes(self) -> int:
@@ -206,9 +206,6 @@ class Run:
         states = {stream.name: [stream.layer_idx, stream.checksum] for stream in moved}
         self._journal.append({"step": step, **facts, "states": states})
 
-    def _is_finished(self, step: str) -> bool:
-        return step in self._journal.steps
-
     # --- all layers compared
 
     @torch.inference_mode()
@@ -228,11 +225,11 @@ class Run:
     def _pass_all_layers(self) -> None:
         assert self.float_pass is not None
         count = self.checkpoint.config.num_layers
-        with self.progress("float pass", count, "layer") as task:
+        with self._job.progress("float pass", count, "layer") as task:
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
                 step = f"float pass {layer_idx}"
-                if not self._is_finished(step):
+                if step not in self._journal.steps:
                     found = self.float_pass.layer(layer_idx)
                     checksum = found.save(self._statistics_path(layer_idx)) if self._ranks.is_first else None
                     self._finish(step, [self.float_pass.hidden], layer=layer_idx, file=checksum)
@@ -254,12 +251,9 @@ class Run:
             for linear in group.linears
         }
         if self.recipe.quantize_lm_head:
-            found[LM_HEAD] = self._head_range_param()
+            assert self.float_pass is not None
+            found[LM_HEAD] = self._ranks.share(self.float_pass.head_range_param() if self._ranks.is_first else 0.0)
         return found
-
-    def _head_range_param(self) -> float:
-        assert self.float_pass is not None
-        return self._ranks.share(self.float_pass.head_range_param() if self._ranks.is_first else 0.0)
 
     def _take_attention_back(self, layers: Sequence[LayerStatistics]) -> None:
         scores = {i: s.stretch for i, s in enumerate(layers) if i in self.fa_layers and s.stretch is not None}
@@ -281,14 +275,14 @@ class Run:
         """Write every tensor that is not written yet; without a writer, compute this rank's part of it."""
         self._plan = plan
         count = self.checkpoint.config.num_layers
-        with self.progress(f"quantize to {self.recipe.scheme.value}", count, "layer") as task:
+        with self._job.progress(f"quantize to {self.recipe.scheme.value}", count, "layer") as task:
             task.at("embedding")
-            if writer is not None and not self._is_finished("embedding"):
+            if writer is not None and "embedding" not in self._journal.steps:
                 self._copy_ends(writer)
                 self._finish("embedding", tensors=writer.finished())
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
-                if not self._is_finished(f"layer {layer_idx}"):
+                if f"layer {layer_idx}" not in self._journal.steps:
                     self._quantize_layer(layer_idx, writer)
                 self._record(self._journal.steps[f"layer {layer_idx}"])
                 task.advance()
@@ -375,7 +369,7 @@ class Run:
             self.outcome.keys += entry["keys"][1]
 
     def _finish_head(self, writer: TensorWriter) -> None:
-        if not self._is_finished("head"):
+        if "head" not in self._journal.steps:
             self._write_head(writer)
             self._finish("head", tensors=writer.finished(), proof=self._prove())
         if self.outcome.smoothing is not None:
@@ -387,7 +381,8 @@ class Run:
         made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain) if has_bias else {}
         writer.write_below(FINAL_NORM + ".", made)
         if kind is not QuantType.FLOAT:
-            range_param = self.float_pass.head_range_param() if self.float_pass is not None else None
+            is_auto = kind in NEEDS_CALIBRATION and self.recipe.act_method is ActMethod.AUTO
+            range_param = self.float_pass.head_range_param() if self.float_pass is not None and is_auto else None
             made = head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, self.calibrated, range_param)
             writer.write_below(LM_HEAD + ".", made)
 
