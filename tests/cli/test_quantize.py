@@ -55,7 +55,7 @@ def test_json_says_what_was_done_and_a_complete_directory_is_left_alone(cli, tmp
 def test_a_budget_that_cannot_work_is_refused_with_the_one_that_would(cli, tmp_path, float_model):
     message = quantize_refused(cli, float_model, "--memory", "1MiB")
     needed = re.fullmatch(
-        r"memory budget: got 1 MiB, expected at least (\d+)MiB for one layer of this model. "
+        r"memory budget: got 1 MiB, expected at least (\d+) MiB for one layer of this model. "
         r"Give that as --memory, or none.",
         message,
     )

@@ -24,7 +24,7 @@ def test_less_than_a_layer_is_refused_with_what_would_do():
     with pytest.raises(CapacityError) as error:
         NEEDS.spills(3 * GIB - 1)
     assert str(error.value) == (
-        "memory budget: got 3072 MiB, expected at least 3072MiB for one layer of this model. "
+        "memory budget: got 3071 MiB, expected at least 3072 MiB for one layer of this model. "
         "Give that as `memory`, or none."
     )
 

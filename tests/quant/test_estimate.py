@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 
 import pytest
@@ -16,6 +18,7 @@ from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
+from tests.refusal import error_line
 
 M4_FA = Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M4, fa_quant=True)
 RECIPES = {
@@ -55,7 +58,7 @@ def test_an_interrupted_plan_does_not_promise_to_go_on(source, monkeypatch):
     with pytest.raises(KeyboardInterrupt) as stop:
         plan(source, Recipe(QuantType.W8A16))
     assert not kept_work(stop.value)
-    assert not list(source.parent.glob(".eightfold-plan-*"))
+    assert [path.name for path in source.parent.iterdir()] == ["float"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -65,7 +68,7 @@ def test_its_bytes_are_those_of_the_run_and_it_leaves_nothing(source, tmp_path, 
         outcome = quantize_checkpoint(source, tmp_path / "made", recipe, token_samples())
         assert found.output_bytes == outcome.nbytes
     assert found.total("written_bytes") == found.output_bytes
-    names = [phase.name for phase in found.phases]
+    names = [phase.phase for phase in found.phases]
     compares = ["float pass"] if recipe.decides_by_comparison else []
     assert names == ["start", "open", "embedding", *compares, "layers", "head", "finish"]
     assert all(phase.seconds > 0 for phase in found.phases)
@@ -89,7 +92,7 @@ def test_a_layer_counts_for_all_and_its_tokens_in_proportion(source, monkeypatch
     monkeypatch.setattr(estimate, "_process_seconds", lambda: 7.0)
     monkeypatch.setattr(estimate, "_MOST_TOKENS", 200)
     samples = [[1] * 20] * 50
-    seconds = {phase.name: phase.seconds for phase in plan(source, M4_FA, samples).phases}
+    seconds = {phase.phase: phase.seconds for phase in plan(source, M4_FA, samples).phases}
     layers = pytest.approx(5 * (0.5 + 0.01 * 1000))
     assert seconds == {"start": 7, "open": 2, "embedding": 1, "layers": layers, "head": 4, "finish": 3}
 
@@ -115,10 +118,10 @@ def test_what_does_not_fit_is_said(source, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_is_refused(source, monkeypatch):
-    def fail(**words):
+    def fail(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("eightfold.quant.estimate.tempfile.TemporaryDirectory", fail)
+    monkeypatch.setattr("eightfold.quant.estimate.fcntl.flock", fail)
     with pytest.raises(OutputError, match=r"^cannot write to .*: Permission denied. Choose a directory you may write"):
         plan(source, Recipe(QuantType.W8A16))
 
@@ -132,3 +135,39 @@ def test_the_command_line_shows_it_and_writes_nothing(cli, source, tmp_path):
     document = cli("quantize", source, out, "--scheme", "w8a16", "--plan", "--json").json()
     assert document["fits_disk"] is True
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_plan_has_left_is_removed_by_the_next(source):
+    left = source.parent / ".out.plan" / ".out.partial"
+    left.mkdir(parents=True)
+    (left / "quant_model_weight.safetensors").write_bytes(b"half")
+    plan(source, Recipe(QuantType.W8A16))
+    assert [path.name for path in source.parent.iterdir()] == ["float"]
+
+
+def test_two_plans_of_one_output_do_not_disturb_each_other(source):
+    place = source.parent / ".out.plan"
+    place.mkdir()
+    folder = os.open(place, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(OutputError, match=r"cannot write to .*\.out\.plan: another plan at work"):
+            plan(source, Recipe(QuantType.W8A16))
+        assert place.is_dir()
+    finally:
+        os.close(folder)
+        place.rmdir()
+
+
+@pytest.mark.parametrize("name", ["w8a16 with int8 head", "w8a8 m4 fa"])
+def test_a_plan_and_a_run_name_one_least_memory_and_it_is_enough(cli, source, tmp_path, name):
+    options = {"w8a16 with int8 head": ("--scheme", "w8a16", "--quantize-lm-head"), "w8a8 m4 fa": ("--scheme", "w8a8")}
+    command = ("quantize", source, tmp_path / "out", *options[name])
+    refused = error_line(cli(*command, "--memory", "1MiB"))
+    planned = cli(*command, "--memory", "1MiB", "--plan", "--json").json()
+    assert planned["refusal"] == refused.replace("--memory", "`memory`")
+    least = f"{planned['peak_mib']}MiB"
+    assert f"expected at least {planned['peak_mib']} MiB" in refused
+    again = cli(*command, "--memory", least, "--plan", "--json").json()
+    assert (again["fits_memory"], again["peak_mib"]) == (True, planned["peak_mib"])
+    assert cli(*command, "--memory", least).code == 0

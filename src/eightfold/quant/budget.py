@@ -29,8 +29,8 @@ _MIB = 1 << 20
 # Copies, code paths run for the first time, what the allocator keeps.
 _SLACK_BYTES = 192 * _MIB
 
-# The interpreter with torch, where the system does not say what this process has.
-_BASE_BYTES = 400 * _MIB
+# The interpreter with torch, at least. What this process has is rounded up, so that a plan and the run name one number.
+_BASE_BYTES, _BASE_STEP = 320 * _MIB, 64 * _MIB
 
 _KEPT_TOKENS = 2048  # of the input of every group, for methods that search
 
@@ -74,8 +74,8 @@ class Budget:
         if memory < self.needed:
             raise CapacityError(
                 "memory budget",
-                got=f"{memory / _MIB:.0f} MiB",
-                expected=f"at least {-(-self.needed // _MIB)}MiB for one layer of this model",
+                got=f"{memory // _MIB} MiB",
+                expected=f"at least {-(-self.needed // _MIB)} MiB for one layer of this model",
                 action="Give that as `memory`, or none.",
             )
         return memory < self.needed + self.states
@@ -88,7 +88,7 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequenc
     passed = sum(map(len, recipe.float_samples(samples)))
     proved = lengths[0] if recipe.anti_outlier is not None else 0
     streams = passed + (sum(lengths) if recipe.calibrates else 0)
-    base = resident_bytes() or _BASE_BYTES
+    base = max(_BASE_BYTES, -(-(resident_bytes() or 0) // _BASE_STEP) * _BASE_STEP)
     step = max(_layer_bytes(checkpoint, recipe, lengths), _head_bytes(checkpoint, recipe))
     return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams, 4 * width * proved)
 

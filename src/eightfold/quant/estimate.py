@@ -10,20 +10,22 @@ proportion to their tokens T, as two trials show:
 
 from __future__ import annotations
 
+import fcntl
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from shutil import disk_usage
+from shutil import disk_usage, rmtree
 from typing import Any
 
 from eightfold.errors import CapacityError, OutputError, remember_kept
 from eightfold.families import EMBEDDING, all_linears, input_groups, layer_of, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.journal import partial_path
 from eightfold.machine import available_bytes
 from eightfold.progress import Progress, Task, silent
 from eightfold.quant.budget import budget_for
@@ -48,10 +50,14 @@ _TRIAL_PRODUCTS, _LEAST_TOKENS, _MOST_TOKENS = 4e11, 512, 8192
 class Phase:
     """One kind of work, over all layers: its seconds, and the bytes it reads from the source and writes to OUT."""
 
-    name: str
+    phase: str
     seconds: float
     read_bytes: int = 0
     written_bytes: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it with its seconds rounded."""
+        return asdict(replace(self, seconds=round(self.seconds, 2)))
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Estimate:
 
     Attributes:
         phases: in the order in which the run meets them.
-        peak_bytes: the most that is resident at once.
+        peak_bytes: the most that is resident at once; as `memory`, it is enough.
         output_bytes: tensors of the output.
         disk_bytes: room that the target's disk must have, hidden states included.
         free_bytes: room that it has.
@@ -98,21 +104,10 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Return everything as one JSON object."""
-        rows = [
-            {
-                "phase": p.name,
-                "seconds": round(p.seconds, 2),
-                "read_bytes": p.read_bytes,
-                "written_bytes": p.written_bytes,
-            }
-            for p in self.phases
-        ]
         return {
-            "plan": rows,
-            "seconds": round(self.total("seconds"), 2),
-            "peak_mib": round(self.peak_bytes / _MIB, 1),
-            "read_bytes": self.total("read_bytes"),
-            "written_bytes": self.total("written_bytes"),
+            "plan": [p.as_json() for p in self.phases],
+            **{key: value for key, value in self._all.as_json().items() if key != "phase"},
+            "peak_mib": -(-self.peak_bytes // _MIB),
             "output_bytes": self.output_bytes,
             "disk_bytes": self.disk_bytes,
             "disk_free_bytes": self.free_bytes,
@@ -125,20 +120,24 @@ class Estimate:
             "notes": list(self.notes),
         }
 
+    @property
+    def _all(self) -> Phase:
+        return Phase("all", *(self.total(what) for what in ("seconds", "read_bytes", "written_bytes")))
+
     def render(self) -> list[str]:
         """Return the lines of a table for a person."""
-        total = Phase("all", *(self.total(what) for what in ("seconds", "read_bytes", "written_bytes")))
         rows = [("phase", "time", "read", "write")]
-        rows += [(p.name, _time(p.seconds), _size(p.read_bytes), _size(p.written_bytes)) for p in (*self.phases, total)]
-        lines = [f"{name:<14}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows]
+        rows += [
+            (p.phase, _time(p.seconds), _size(p.read_bytes), _size(p.written_bytes)) for p in (*self.phases, self._all)
+        ]
         states = "in files" if self.spills else "in memory"
-        memory = "unknown" if self.memory_bytes is None else _size(self.memory_bytes)
+        memory = "unknown" if self.memory_bytes is None else f"{self.memory_bytes // _MIB} MiB"
         return [
-            *lines,
+            *(f"{name:<14}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows),
             "",
             f"disk      {_size(self.disk_bytes)} needed ({_size(self.output_bytes)} for the model), "
             f"{_size(self.free_bytes)} free: {'fits' if self.fits_disk else 'DOES NOT FIT'}",
-            f"memory    {_size(self.peak_bytes)} at most, {memory} available: "
+            f"memory    {-(-self.peak_bytes // _MIB)} MiB at most, {memory} available: "
             f"{'fits' if self.fits_memory else 'DOES NOT FIT'}; hidden states {states}",
             f"measured  {_TRIAL_LAYERS} layers of the model, in {self.trial_seconds:.1f} s",
             *([f"refused: {self.refusal}"] if self.refusal else []),
@@ -166,18 +165,18 @@ def estimate_run(
         progress: who is told.
 
     Raises:
-        OutputError: nothing can be written there.
+        OutputError: nothing can be written there, or another process is planning the same output.
     """
     started = _process_seconds()
     samples = samples if recipe.needs_samples else []
-    folder = _existing(target)
+    folder = next(folder for folder in target.absolute().parents if folder.is_dir())
     budget, refusal = budget_for(checkpoint, recipe, samples), ""
     try:
         spills = budget.spills(memory)
     except CapacityError as error:
         spills, refusal = True, str(error)
     spilled = GENERATIONS * (budget.states + budget.proved)
-    times, seconds = _try(checkpoint, recipe, samples, folder, progress)
+    times, seconds = _try(checkpoint, recipe, samples, folder / f".{target.name}.plan", progress)
     phases, output_bytes = _phases(checkpoint, recipe, samples, times)
     return Estimate(
         phases=(Phase("start", started), *phases),
@@ -193,14 +192,17 @@ def estimate_run(
     )
 
 
-@dataclass
 class _Times:
-    """When a run came to each of its steps; a Progress."""
+    """How long a run took for each of its steps, by their names; a Progress."""
 
-    marks: list[tuple[str, float]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._step, self._since = "open", time.perf_counter()
 
     def mark(self, step: str) -> None:
-        self.marks.append((step, time.perf_counter()))
+        now = time.perf_counter()
+        self.seconds[self._step] += now - self._since
+        self._step, self._since = step, now
 
     @contextmanager
     def __call__(self, title: str, total: int, unit: str) -> Iterator[Task]:
@@ -213,70 +215,75 @@ class _Times:
         yield Marks()
         self.mark("end")
 
-    def seconds(self, step: str) -> float:
-        """Return how long a step took; 0 if there was none."""
-        ends = zip(self.marks, self.marks[1:], strict=False)
-        return sum(end - begin for (name, begin), (_, end) in ends if name == step)
 
-    def of_layer(self, kind: str) -> float:
-        """Return the seconds of the quickest layer after the first; of that one, where there is no other."""
-        found = [self.seconds(f"{kind} {layer_idx}") for layer_idx in range(_TRIAL_LAYERS)]
+# So many tokens, and the seconds of each step.
+_Trial = tuple[int, Mapping[str, float]]
+
+
+def _layer_seconds(trials: Sequence[_Trial], kind: str, tokens: int) -> float:
+    """Return the seconds of one layer for so many tokens: on the line through the first and the last trial."""
+
+    def quickest(seconds: Mapping[str, float]) -> float:
+        """After the first layer, unless that is all there is."""
+        found = [seconds.get(f"{kind} {layer_idx}", 0.0) for layer_idx in range(_TRIAL_LAYERS)]
         return min(filter(None, found[1:]), default=found[0])
 
-
-@dataclass(frozen=True)
-class _Trials:
-    """A trial with the most tokens that were tried, and one with fewer; the same where one says all."""
-
-    more: _Times
-    fewer: _Times
-    more_tokens: int
-    fewer_tokens: int
-
-    def of_layer(self, kind: str, tokens: int) -> float:
-        """Return the seconds of one layer for so many tokens."""
-        more, fewer = self.more.of_layer(kind), self.fewer.of_layer(kind)
-        if self.more_tokens == self.fewer_tokens:
-            return more
-        slope = max(0.0, more - fewer) / (self.more_tokens - self.fewer_tokens)
-        return more + slope * (tokens - self.more_tokens)
+    (most, more), (least, fewer) = ((count, quickest(seconds)) for count, seconds in (trials[0], trials[-1]))
+    slope = max(0.0, more - fewer) / (most - least) if most != least else 0.0
+    return more + slope * (tokens - most)
 
 
 def _try(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], folder: Path, progress: Progress
-) -> tuple[_Trials, float]:
-    """Quantize three layers, with as many samples as say enough of all; return when, and how long that took."""
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], place: Path, progress: Progress
+) -> tuple[list[_Trial], float]:
+    """Quantize three layers, with as many samples as say enough of all and with fewer; return how long all took too."""
     began = time.perf_counter()
     model = checkpoint.first_layers(min(_TRIAL_LAYERS, checkpoint.config.num_layers))
     shortened = _for_layers(model, recipe)
     products = sum(linear.n * linear.k for group in input_groups(model.config) for linear in group.linears)
     most = int(min(max(_TRIAL_PRODUCTS / products, _LEAST_TOKENS), _MOST_TOKENS))
     chosen = _spread(samples, most)
-    trials = [chosen] if len(chosen) == len(samples) else [chosen, _spread(samples, most // 2)]
-    found = []
-    with progress("time three layers", len(trials), "trial") as task:
-        for trial in trials:
-            found.append(_trial(model, shortened, trial, folder))
+    rounds = [chosen] if len(chosen) == len(samples) else [chosen, _spread(samples, most // 2)]
+    trials: list[_Trial] = []
+    with progress("time three layers", len(rounds), "trial") as task:
+        for trial in rounds:
+            with _place(place) as out:
+                times = _Times()
+                quantize_checkpoint(model, out, shortened, trial, progress=times)
+                times.mark("done")
+            trials.append((sum(map(len, trial)), times.seconds))
             task.advance()
-    tokens = [sum(map(len, trial)) for trial in trials]
-    return _Trials(found[0], found[-1], tokens[0], tokens[-1]), time.perf_counter() - began
+    return trials, time.perf_counter() - began
 
 
-def _trial(model: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], folder: Path) -> _Times:
-    times = _Times()
+@contextmanager
+def _place(path: Path) -> Iterator[Path]:
+    """Make a folder for a trial's output, which goes away again; what a killed plan has left there is removed.
+
+    Raises:
+        OutputError: it cannot be made, or another process has it.
+    """
+    out = path / "out"
     try:
-        with tempfile.TemporaryDirectory(prefix=".eightfold-plan-", dir=folder) as place:
-            times.mark("open")
-            quantize_checkpoint(model, Path(place) / "out", recipe, samples, progress=times)
-            times.mark("done")
+        path.mkdir(mode=0o700, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                rmtree(partial_path(out), ignore_errors=True)
+                yield out
+            finally:
+                for made in (out, partial_path(out)):
+                    rmtree(made, ignore_errors=True)
+                path.rmdir()
+        finally:
+            os.close(folder)
     except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}", action="Choose a directory you may write to."
-        ) from None
+        got = "another plan at work" if isinstance(error, BlockingIOError) else error.strerror or error
+        raise OutputError(f"cannot write to {path}: {got}", action="Choose a directory you may write to.") from None
     except BaseException as error:  # Ctrl-C too
         remember_kept(error, "")  # what the trial had finished is gone with its folder
         raise
-    return times
 
 
 def _for_layers(model: Checkpoint, recipe: Recipe) -> Recipe:
@@ -303,10 +310,10 @@ def _spread(samples: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]
 
 
 def _phases(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], trials: _Trials
+    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], trials: Sequence[_Trial]
 ) -> tuple[list[Phase], int]:
     """Return the phases but for the start, and the bytes of the output's tensors."""
-    config, tokens, times = checkpoint.config, sum(map(len, samples)), trials.more
+    config, tokens, times = checkpoint.config, sum(map(len, samples)), trials[0][1]
     layers = config.num_layers
     planned = OutputPlan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
     sizes = {tensor.planned.name: tensor.planned.nbytes for tensor in planned}
@@ -314,27 +321,22 @@ def _phases(
     embedding = weight_name(EMBEDDING)
     written = sum(size for name, size in sizes.items() if layer_of(name) is not None)
     found = [
-        Phase("open", times.seconds("open")),
-        Phase("embedding", times.seconds("embedding"), checkpoint.tensors[embedding].nbytes, sizes[embedding]),
+        Phase("open", times["open"]),
+        Phase("embedding", times["embedding"], checkpoint.tensors[embedding].nbytes, sizes[embedding]),
     ]
     if recipe.decides_by_comparison:
-        found.append(Phase("float pass", layers * trials.of_layer("float pass", tokens), layers * read))
+        found.append(Phase("float pass", layers * _layer_seconds(trials, "float pass", tokens), layers * read))
     found += [
-        Phase("layers", layers * trials.of_layer("layer", tokens), layers * read, written),
+        Phase("layers", layers * _layer_seconds(trials, "layer", tokens), layers * read, written),
         Phase(
             "head",
-            times.seconds("head"),
+            times["head"],
             checkpoint.tensors[checkpoint.head_weight()].nbytes,
             sum(sizes.values()) - sizes[embedding] - written,
         ),
-        Phase("finish", times.seconds("end")),
+        Phase("finish", times["end"]),
     ]
     return found, sum(sizes.values())
-
-
-def _existing(target: Path) -> Path:
-    """Return the first directory above the target that exists."""
-    return next(folder for folder in target.absolute().parents if folder.is_dir())
 
 
 def _process_seconds() -> float:
