@@ -15,6 +15,10 @@ from tests.conftest import FAMILIES, tiny_config
 
 WHERE = Path("m/config.json")
 
+PARTIAL = "partial_rotary_factor"
+
+SUPPORTED = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM"
+
 LLAMA3: dict[str, Any] = {
     "factor": 32.0,
     "low_freq_factor": 1.0,
@@ -167,7 +171,7 @@ def test_two_dtypes_are_refused():
 
 def test_two_rope_bases_are_refused():
     assert refusal(with_rope({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}})) == (
-        '"rope_theta" and "rope_parameters" in m/config.json: got 10000 and 500000, expected the same base. '
+        '"rope_theta" and "rope_parameters.rope_theta" in m/config.json: got 10000 and 500000, expected the same base. '
         "Remove the wrong one."
     )
 
@@ -223,7 +227,12 @@ def test_a_missing_size_is_named(key, absent):
         ("tie_word_embeddings", 1, "got 1, expected a valid boolean"),
         ("tie_word_embeddings", "false", "got 'false', expected a valid boolean"),
         ("attention_bias", "no", "got 'no', expected a valid boolean"),
-        ("sliding_window", 0, "got 0, expected greater than 0"),
+        ("sliding_window", -1, "got -1, expected greater than 0"),
+        ("vocab_size", 10**400, f"got 1{'0' * 56}..., expected less than or equal to 1e+09"),
+        ("max_position_embeddings", 2**31, "got 2147483648, expected less than or equal to 1e+09"),
+        ("rms_norm_eps", 2, "got 2, expected less than or equal to 1"),
+        ("rope_theta", 1e300, "got 1e+300, expected less than or equal to 1e+15"),
+        ("layer_types", ["full_attention"], "got 1 of them, expected 2, one for each layer"),
         ("layer_types", "full", "got 'full', expected a list of strings"),
         ("rms_norm_eps", 10**400, f"got 1{'0' * 56}..., expected a finite number"),
         ("rope_theta", 10**400, f"got 1{'0' * 56}..., expected a finite number"),
@@ -233,9 +242,9 @@ def test_a_missing_size_is_named(key, absent):
         ("rope_theta", float("inf"), "got inf, expected a finite number"),
         ("rope_scaling", "linear", "got 'linear', expected an object or null"),
         ("rope_parameters", [1], "got [1], expected an object or null"),
-        ("architectures", ..., 'got nothing, expected a list such as ["LlamaForCausalLM"]'),
-        ("architectures", [], 'got nothing, expected a list such as ["LlamaForCausalLM"]'),
-        ("architectures", "Llama", 'got Llama, expected a list such as ["LlamaForCausalLM"]'),
+        ("architectures", ..., f"got nothing beside model_type llama, expected a list with {SUPPORTED}"),
+        ("architectures", [], f"got nothing beside model_type llama, expected a list with {SUPPORTED}"),
+        ("architectures", "Llama", f"got Llama beside model_type llama, expected a list with {SUPPORTED}"),
         ("architectures", [3], "got 3, expected a valid string"),
     ],
 )
@@ -356,7 +365,7 @@ def test_what_an_older_quantization_said_is_dropped():
 @pytest.mark.parametrize(
     ("rope", "text"),
     [
-        ({"type": "linear", "rope_type": "llama3", "factor": 2.0}, "got linear and llama3, expected one"),
+        ({"type": "linear", "rope_type": "llama3", "factor": 2.0}, "got 'linear' and 'llama3', expected one"),
         ({"rope_type": "linear"}, "rope scaling linear in .*: got no factor, expected a number"),
         ({"rope_type": "llama3", "factor": 8.0}, "got no low_freq_factor, high_freq_factor, original_max_position"),
     ],
@@ -366,9 +375,165 @@ def test_half_said_rope_scaling_is_refused(rope, text):
         parse(config(rope_scaling=rope))
 
 
-def test_partial_rotation_is_refused():
-    with pytest.raises(UnsupportedError, match=r'"partial_rotary_factor" in .*: got 0\.5, expected 1'):
-        parse(config(partial_rotary_factor=0.5))
+@pytest.mark.parametrize("value", [0.5, "1", [1]])
+@pytest.mark.parametrize("key", ["partial_rotary_factor", "rope_scaling", "rope_parameters"])
+def test_partial_rotation_is_refused(key, value):
+    raw = {key: value} if key == "partial_rotary_factor" else {key: {"rope_type": "default", PARTIAL: value}}
+    assert PARTIAL in refusal(config(**raw), UnsupportedError)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("rope", "kind", "message"),
+    [
+        (
+            {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}},
+            UnsupportedError,
+            "got settings for full_attention, sliding_attention, expected the same for all layers",
+        ),
+        (
+            {"rope_theta": 5e5, "full_attention": {"rope_type": "default"}},
+            UnsupportedError,
+            "got settings for full_attention, expected the same for all layers",
+        ),
+        ({"factor": 4}, ConfigError, "got factor without a rope_type, expected one of default, linear or llama3"),
+        (
+            {"rope_type": "default", "factor": 4},
+            UnsupportedError,
+            "got factor, expected rope_type, rope_theta, which are all that default has",
+        ),
+        (
+            {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 64},
+            UnsupportedError,
+            "got original_max_position_embeddings, expected rope_type, rope_theta, factor, "
+            "which are all that linear has",
+        ),
+    ],
+)
+def test_rope_settings_that_would_be_ignored_are_refused(rope, kind, message, key):
+    raw = with_rope({"rope_theta": ..., key: rope})
+    assert refusal({name: value for name, value in raw.items() if value is not ...}, kind) == (
+        f'"{key}" in m/config.json: {message}'
+    )
+
+
+@pytest.mark.parametrize("base", ["rope_theta", "rope_parameters"])
+def test_the_base_inside_rope_scaling_is_compared(base):
+    other = (
+        {"rope_theta": 2.0} if base == "rope_theta" else {base: {"rope_type": "linear", "factor": 2, "rope_theta": 2}}
+    )
+    message = refusal(with_rope({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 7.0}, **other}))
+    assert "expected the same base" in message
+    assert "7" in message
+
+
+def test_an_empty_band_of_llama3_is_refused():
+    message = refusal(with_rope({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}))
+    assert message == '"high_freq_factor" in m/config.json: got 1, expected more than low_freq_factor 1'
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"rope_type": None, "factor": None}])
+def test_rope_settings_that_say_nothing_are_none(nothing):
+    assert parse(config(rope_scaling=nothing, rope_theta=7)).rope == RopeParameters(rope_theta=7.0)
+
+
+# --- families
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "ChatGLMModel": {"model_type": "chatglm", "padded_vocab_size": 65024, "num_layers": 28},
+    "DeepseekV3ForCausalLM": {"model_type": "deepseek_v3", "rope_scaling": {"type": "yarn", "factor": 40}},
+    "Llama4ForConditionalGeneration": {"model_type": "llama4", "text_config": {"hidden_size": 5120}},
+    "Qwen2_5_VLForConditionalGeneration": {"model_type": "qwen2_5_vl", "vision_config": {}},
+    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", "num_experts": 128},
+    "Qwen3NextForCausalLM": {"model_type": "qwen3_next", "layer_types": ["linear_attention"]},
+    "Gemma3ForCausalLM": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"},
+    "Glm4ForCausalLM": {"model_type": "glm4", "partial_rotary_factor": 0.5},
+    "GPT2LMHeadModel": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12},
+    "BloomForCausalLM": {"model_type": "bloom", "n_head": 16},
+    "MambaForCausalLM": {"model_type": "mamba", "state_size": 16},
+    "LlamaForSequenceClassification": {"model_type": "llama", "num_labels": 1},
+    "llamaforcausallm": {"model_type": "llama"},
+    "LlamaForCausalLM and MistralForCausalLM": {"model_type": "llama"},
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_another_family_is_refused_for_what_it_is(architecture):
+    raw = {"architectures": architecture.split(" and "), **OTHERS[architecture], "torch_dtype": "int4"}
+    assert refusal(raw, UnsupportedError) == (
+        f"architecture in m/config.json: got {architecture}, expected {SUPPORTED}"
+    )
+
+
+def test_without_an_architecture_the_model_type_is_named():
+    assert refusal({"model_type": "mamba", "d_model": 768}) == (
+        f'"architectures" in m/config.json: got nothing beside model_type mamba, expected a list with {SUPPORTED}'
+    )
+
+
+def test_a_model_type_of_another_family_is_refused():
+    assert refusal(config(model_type="gemma")) == (
+        '"model_type" in m/config.json: got gemma, expected llama, which is that of LlamaForCausalLM. '
+        "Correct the one that is wrong: loaders choose a model's code by either."
+    )
+    assert parse(config(model_type=...)) == parse(config(model_type=None)) == parse(config())
+
+
+@pytest.mark.parametrize("absent", [..., None])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_absent_fields_have_the_defaults_of_their_class(architecture, absent):
+    """Null counts as absent, but for key/value heads, of which it makes as many as query heads."""
+    import transformers
+
+    theirs = getattr(transformers, f"{architecture.removesuffix('ForCausalLM')}Config")
+    sizes = {"num_attention_heads": 64, "hidden_size": 256}
+    optional = ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "head_dim")
+    names = (*optional, "mlp_bias", "rms_norm_eps", "rope_theta")
+    parsed = parse(config(architecture=architecture, **sizes, **dict.fromkeys(names, absent)))
+    expected = theirs(**sizes)
+    for name in ("max_position_embeddings", "tie_word_embeddings", "rms_norm_eps"):
+        assert getattr(parsed, name) == getattr(expected, name), name
+    assert parsed.num_kv_heads == (expected.num_key_value_heads if absent is ... else 64)
+    assert parsed.head_dim == getattr(expected, "head_dim", 4)
+    assert (parsed.attention_bias, parsed.mlp_bias) == (False, False)
+    assert parsed.rope.rope_theta == expected.rope_parameters["rope_theta"]
+
+
+def test_heads_that_the_file_does_not_name_are_explained():
+    assert refusal(config(architecture="MistralForCausalLM", num_key_value_heads=...)) == (
+        '"num_key_value_heads" in m/config.json: got 8, which MistralForCausalLM has where nothing is said, '
+        "expected a divisor of 4 heads"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("LlamaForCausalLM", {}), ("Qwen2ForCausalLM", {}), ("Qwen3ForCausalLM", {"use_sliding_window": False})],
+)
+@pytest.mark.parametrize("window", [0, None, False])
+def test_no_window_may_be_said_by_0_where_none_is_used(architecture, changes, window):
+    assert parse(config(architecture=architecture, sliding_window=window, **changes)).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"), [("MistralForCausalLM", {}), ("Qwen2ForCausalLM", {"use_sliding_window": True})]
+)
+def test_a_window_of_0_is_refused_where_one_is_used(architecture, changes):
+    message = refusal(config(architecture=architecture, sliding_window=0, **changes))
+    assert message == '"sliding_window" in m/config.json: got 0, expected greater than 0'
+
+
+def test_layer_types_that_cannot_be_obeyed_are_refused():
+    qwen = {"architecture": "Qwen2ForCausalLM", "layer_types": ["full_attention", "sliding_attention"]}
+    assert refusal(config(**qwen)) == (
+        '"layer_types" in m/config.json: got sliding_attention, expected full_attention alone, '
+        "as use_sliding_window is not true"
+    )
+    assert parse(config(**qwen, use_sliding_window=True)).layer_types is not None
+    message = refusal(config(layer_types=["full_attention", "linear_attention"]), UnsupportedError)
+    assert (
+        message == '"layer_types" in m/config.json: got linear_attention, expected full_attention or sliding_attention'
+    )
 
 
 @pytest.mark.parametrize("value", [None, {}, {"quant_method": "gptq"}])

@@ -9,15 +9,16 @@ Letters: H query heads, G key/value heads, D head_dim, E hidden size, F intermed
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eightfold.errors import ConfigError, InputError, UnsupportedError, one_of
 from eightfold.files import read_json as load_json_object  # noqa: F401  (the name by which programs know it)
-from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, require
+from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, optional, require, shorten, shown
 
 
 class DType(str, Enum):
@@ -44,13 +45,53 @@ class DType(str, Enum):
 # The names under which config.json knows the float types.
 CONFIG_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 
-ROPE_TYPES = ("default", "linear", "llama3")
+# What rope types consist of, besides the base.
 _ROPE_NEEDS = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
 MAX_LAYERS = 10_000  # tensor names are listed for each
+MAX_SIZE = 10**9  # of anything that is counted: places in it fit 32 bits
+
+BiasRule = Literal["never", "qkv", "config"]  # config: `attention_bias` puts one on q, k, v and o
+WindowRule = Literal["never", "all", "flagged"]  # flagged: `use_sliding_window`, from `max_window_layers` on
+
+
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes one architecture from the others, and what its class in transformers takes for absent keys."""
+
+    architecture: str
+    model_type: str
+    attention_bias: BiasRule
+    mlp_bias: bool  # whether `mlp_bias` in config.json is meant
+    qk_norm: bool  # RMS norm over each head's q and k, before RoPE
+    window: WindowRule
+    context: int  # max_position_embeddings
+    kv_heads: int | None = None  # None: as many as query heads, which null means in all of them
+    head_dim: int | None = None  # None: hidden size / query heads
+
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family("LlamaForCausalLM", "llama", "config", mlp_bias=True, qk_norm=False, window="never", context=2048),
+        Family(
+            "MistralForCausalLM", "mistral", "never", False, qk_norm=False, window="all", context=131072, kv_heads=8
+        ),
+        Family(
+            "Qwen2ForCausalLM", "qwen2", "qkv", False, qk_norm=False, window="flagged", context=32768, kv_heads=32
+        ),
+        Family(
+            "Qwen3ForCausalLM", "qwen3", "config", False, qk_norm=True, window="flagged", context=32768, kv_heads=32,
+            head_dim=128,
+        ),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,6 +152,38 @@ class ModelConfig:
             raise InputError("token id", got=outside[0], expected=f"0 to {self.vocab_size - 1}")
 
 
+def require_architecture(raw: Mapping[str, Any], where: Path) -> Family:
+    """Return the row of a config.json's architecture: what is looked at before anything else.
+
+    Raises:
+        ConfigError: no architecture is named, or none that goes with the file's `model_type`.
+        UnsupportedError: the architecture is not in the table.
+    """
+    named, model_type = raw.get("architectures"), raw.get("model_type")
+    if not named or not isinstance(named, list):
+        beside = "" if model_type is None else f" beside model_type {shorten(str(model_type))}"
+        raise ConfigError(
+            '"architectures"',
+            where=where,
+            got=f"{shorten(str(named or 'nothing'))}{beside}",
+            expected=f"a list with {one_of(FAMILIES)}",
+        )
+    names = [str(require(TEXT, name, "architectures", where)) for name in named]
+    family = FAMILIES.get(names[0]) if len(names) == 1 else None
+    if family is None:
+        got = shorten(" and ".join(names), 300)
+        raise UnsupportedError("architecture", where=where, got=got, expected=one_of(FAMILIES))
+    if model_type not in (None, family.model_type):
+        raise ConfigError(
+            '"model_type"',
+            where=where,
+            got=shorten(str(model_type)),
+            expected=f"{family.model_type}, which is that of {family.architecture}",
+            action="Correct the one that is wrong: loaders choose a model's code by either.",
+        )
+    return family
+
+
 def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     """Read the fields of a config.json into a ModelConfig.
 
@@ -120,29 +193,22 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
 
     Raises:
         ConfigError: a value is missing, of the wrong type, or the two dialects contradict each other.
-        UnsupportedError: an activation or rope type that is not implemented.
+        UnsupportedError: an architecture, an activation or a rope type that is not implemented.
     """
-    architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list) or not architectures:
-        raise ConfigError(
-            '"architectures"',
-            where=where,
-            got=architectures or "nothing",
-            expected='a list such as ["LlamaForCausalLM"]',
-        )
-    said = _with_defaults(raw, where)
+    family = require_architecture(raw, where)
+    said = _with_defaults(raw, family, where)
+    if _has_no_window(raw, family):
+        said["sliding_window"] = None
     rope, dtype = _rope_parameters(raw, where), _dtype(raw, where)
-    architecture = require(TEXT, architectures[0], "architectures", where)
     sizes = {ours: require(kind, said.get(theirs), theirs, where) for ours, (theirs, kind) in _SIZES.items()}
     options = checked(said, _OPTIONS, where)
-    if "sliding_window" in raw:
-        options.setdefault("sliding_window", None)
-    config = ModelConfig(architecture=architecture, dtype=dtype, rope=rope, **sizes, **options)
+    config = ModelConfig(architecture=family.architecture, dtype=dtype, rope=rope, **sizes, **options)
     if config.num_heads % config.num_kv_heads:
+        absent = "" if "num_key_value_heads" in raw else f", which {family.architecture} has where nothing is said"
         raise ConfigError(
             '"num_key_value_heads"',
             where=where,
-            got=config.num_kv_heads,
+            got=f"{config.num_kv_heads}{absent}",
             expected=f"a divisor of {config.num_heads} heads",
         )
     if config.head_dim % 2:
@@ -150,49 +216,73 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
             '"head_dim"', where=where, got=config.head_dim, expected="an even number, as rotary embedding pairs columns"
         )
     if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedError('"hidden_act"', where=where, got=config.hidden_act, expected="silu")
+        raise UnsupportedError('"hidden_act"', where=where, got=shorten(config.hidden_act), expected="silu")
+    _require_layer_types(config, family, where)
     return config
 
 
+def _require_layer_types(config: ModelConfig, family: Family, where: Path) -> None:
+    types = config.layer_types
+    if types is None:
+        return
+    if len(types) != config.num_layers:
+        got, expected = f"{len(types)} of them", f"{config.num_layers}, one for each layer"
+        raise ConfigError('"layer_types"', where=where, got=got, expected=expected)
+    for name in types:
+        if name not in LAYER_TYPES:
+            raise UnsupportedError('"layer_types"', where=where, got=shorten(name), expected=one_of(LAYER_TYPES))
+    if family.window == "flagged" and not config.use_sliding_window and LAYER_TYPES[1] in types:
+        expected = "full_attention alone, as use_sliding_window is not true"
+        raise ConfigError('"layer_types"', where=where, got=LAYER_TYPES[1], expected=expected)
+
+
+_SIZE = COUNT._replace(most=MAX_SIZE)
+
 # Of ModelConfig: the name in config.json, and what it has to be there.
 _SIZES = {
-    "vocab_size": ("vocab_size", COUNT),
-    "hidden_size": ("hidden_size", COUNT),
-    "intermediate_size": ("intermediate_size", COUNT),
+    "vocab_size": ("vocab_size", _SIZE),
+    "hidden_size": ("hidden_size", _SIZE),
+    "intermediate_size": ("intermediate_size", _SIZE),
     "num_layers": ("num_hidden_layers", COUNT._replace(most=MAX_LAYERS)),
-    "num_heads": ("num_attention_heads", COUNT),
-    "num_kv_heads": ("num_key_value_heads", COUNT),
-    "head_dim": ("head_dim", COUNT),
+    "num_heads": ("num_attention_heads", _SIZE),
+    "num_kv_heads": ("num_key_value_heads", _SIZE),
+    "head_dim": ("head_dim", _SIZE),
 }
 
 # What may be absent, by the same name in both.
 _OPTIONS = {
-    "rms_norm_eps": POSITIVE,
-    "max_position_embeddings": COUNT,
+    "rms_norm_eps": POSITIVE._replace(most=1),
+    "max_position_embeddings": _SIZE,
     "tie_word_embeddings": FLAG,
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
     "hidden_act": TEXT,
-    "sliding_window": COUNT,
+    "sliding_window": optional(_SIZE),
     "use_sliding_window": FLAG,
     "max_window_layers": INTEGER,
     "layer_types": TEXTS,
 }
 
+# What float32 can hold, and its reciprocal and square too.
+_ROPE_NUMBER = POSITIVE._replace(least=1e-15, most=1e15)
+
+_BASE = _ROPE_NUMBER._replace(name="a number")
+
 _ROPE_FIELDS = {
-    "rope_theta": POSITIVE,
     "rope_type": TEXT,
-    "factor": POSITIVE,
-    "low_freq_factor": POSITIVE,
-    "high_freq_factor": POSITIVE,
-    "original_max_position_embeddings": COUNT,
+    "factor": _ROPE_NUMBER,
+    "low_freq_factor": _ROPE_NUMBER,
+    "high_freq_factor": _ROPE_NUMBER,
+    "original_max_position_embeddings": _SIZE,
 }
 
 
-def _with_defaults(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return what a file says that is not null, with the head sizes that follow from others."""
+def _with_defaults(raw: Mapping[str, Any], family: Family, where: Path) -> dict[str, Any]:
+    """Return what a file says that is not null, with what follows from the family where it says nothing."""
     said = {key: value for key, value in raw.items() if value is not None}
     heads, hidden = said.get("num_attention_heads"), said.get("hidden_size")
+    if "head_dim" not in said and family.head_dim is not None:
+        said["head_dim"] = family.head_dim
     if "head_dim" not in said and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
         if hidden % heads:
             raise ConfigError(
@@ -202,8 +292,15 @@ def _with_defaults(raw: Mapping[str, Any], where: Path) -> dict[str, Any]:
                 expected=f"a multiple of num_attention_heads {heads}, or a head_dim",
             )
         said["head_dim"] = hidden // heads
-    said.setdefault("num_key_value_heads", heads)
+    said.setdefault("num_key_value_heads", heads if "num_key_value_heads" in raw else family.kv_heads or heads)
+    said.setdefault("max_position_embeddings", family.context)
     return said
+
+
+def _has_no_window(raw: Mapping[str, Any], family: Family) -> bool:
+    """Return whether `sliding_window` says that there is none: by null, and by 0 where the model would not use one."""
+    slides = family.window == "all" or (family.window == "flagged" and raw.get("use_sliding_window"))
+    return raw.get("sliding_window", ...) in ((None,) if slides else (None, 0))
 
 
 def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
@@ -224,52 +321,84 @@ def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
 
 
 def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
-    old, new = _rope_object(raw, "rope_scaling", where), _rope_object(raw, "rope_parameters", where)
-    old_theta = _theta(raw.get("rope_theta", (old or {}).pop("rope_theta", None)), "rope_theta", where)
-    new_theta = _theta((new or {}).pop("rope_theta", None), "rope_parameters.rope_theta", where)
-    if None not in (old_theta, new_theta) and old_theta != new_theta:
-        raise _contradiction("rope_theta", f"{old_theta:g} and {new_theta:g}", "the same base", where)
-    if None not in (old, new) and old != new:
-        raise _contradiction("rope_scaling", f"{old} and {new}", "the same scaling", where)
-    theta = old_theta if new_theta is None else new_theta
-    fields = {**(new or old or {}), **({} if theta is None else {"rope_theta": theta})}
-    kind = fields.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise UnsupportedError("rope type", where=where, got=kind, expected=one_of(ROPE_TYPES))
-    absent = [name for name in _ROPE_NEEDS.get(kind, ()) if name not in fields]
-    if absent:
-        raise ConfigError(f"rope scaling {kind}", where=where, got=f"no {', '.join(absent)}", expected="a number")
-    if raw.get("partial_rotary_factor", fields.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise UnsupportedError(
-            '"partial_rotary_factor"', where=where, got=raw.get("partial_rotary_factor"), expected="1"
-        )
-    return RopeParameters(**checked(fields, _ROPE_FIELDS, where))
+    """Read the rotary embedding: what a file says of it is obeyed, or refused."""
+    dialects = {key: _rope_object(raw, key, where) for key in ("rope_scaling", "rope_parameters")}
+    said = {key: rope for key, rope in dialects.items() if rope is not None}
+    bases = {"rope_theta": raw.get("rope_theta")}
+    bases.update({f"{key}.rope_theta": rope.pop("rope_theta", None) for key, rope in said.items()})
+    thetas = {name: require(_BASE, value, name, where) for name, value in bases.items() if value is not None}
+    _require_agreement(thetas, "the same base", where)
+    _require_agreement(said, "the same scaling", where)
+    whole = raw.get("partial_rotary_factor")
+    if whole not in (None, 1):
+        raise UnsupportedError('"partial_rotary_factor"', where=where, got=shown(whole), expected="1")
+    rope = RopeParameters(**next(iter(said.values()), {}))
+    return replace(rope, rope_theta=next(iter(thetas.values()), rope.rope_theta))
 
 
-def _contradiction(key: str, got: str, expected: str, where: Path) -> ConfigError:
-    what = f'"{key}" and "rope_parameters"'
-    return ConfigError(what, where=where, got=got, expected=expected, action="Remove the wrong one.")
+def _require_agreement(said: Mapping[str, Any], expected: str, where: Path) -> None:
+    """Compare what several keys of a file say of one thing.
 
-
-def _theta(value: Any, name: str, where: Path) -> float | None:
-    return None if value is None else float(require(POSITIVE._replace(name="a number"), value, name, where))
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    for one, other in itertools.pairwise(said):
+        if said[one] != said[other]:
+            values = [f"{value:g}" if isinstance(value, float) else str(value) for value in (said[one], said[other])]
+            got = " and ".join(shorten(value, 140) for value in values)
+            what = f'"{one}" and "{other}"'
+            raise ConfigError(what, where=where, got=got, expected=expected, action="Remove the wrong one.")
 
 
 def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any] | None:
-    """Return one dialect's rope settings, with a `rope_type`; None where the file does not have them."""
+    """Return one dialect's rope settings, with a `rope_type`; None where the file does not have them.
+
+    Raises:
+        ConfigError: something that the type needs is absent, or the type itself.
+        UnsupportedError: an unknown type, settings by the type of layer, or some that the type does not have.
+    """
     value = raw.get(key)
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ConfigError(f'"{key}"', where=where, got=repr(value), expected="an object or null")
-    scaling = dict(value)
-    old_name, new_name = scaling.pop("type", None), scaling.get("rope_type")
-    if old_name and new_name and old_name != new_name:
-        raise ConfigError(
-            f'"type" and "rope_type" of {key}', where=where, got=f"{old_name} and {new_name}", expected="one"
+        raise ConfigError(f'"{key}"', where=where, got=shown(value), expected="an object or null")
+    rope = {name: setting for name, setting in value.items() if setting is not None}
+    nested = [name for name, setting in rope.items() if isinstance(setting, dict)]
+    if nested:
+        got = f"settings for {shorten(', '.join(nested), 200)}"
+        raise UnsupportedError(f'"{key}"', where=where, got=got, expected="the same for all layers")
+    old_name, new_name = rope.pop("type", None), rope.get("rope_type")
+    if None not in (old_name, new_name) and old_name != new_name:
+        got = f"{shown(old_name)} and {shown(new_name)}"
+        raise ConfigError(f'"type" and "rope_type" of {key}', where=where, got=got, expected="one")
+    kind = old_name if new_name is None else new_name
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    others = [name for name in rope if name not in ("rope_type", "rope_theta")]
+    if kind is None and others:
+        got = f"{shorten(', '.join(others), 200)} without a rope_type"
+        raise ConfigError(f'"{key}"', where=where, got=got, expected=f"one of {one_of(_ROPE_NEEDS)}")
+    kind = "default" if kind is None else kind
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        raise UnsupportedError(
+            "rope type", where=where, got=shorten(str(kind)) or "an empty text", expected=one_of(_ROPE_NEEDS)
         )
-    scaling["rope_type"] = new_name or old_name or "default"
-    return scaling
+    absent = [name for name in _ROPE_NEEDS[kind] if name not in rope]
+    if absent:
+        raise ConfigError(f"rope scaling {kind}", where=where, got=f"no {', '.join(absent)}", expected="a number")
+    unread = [name for name in others if name not in _ROPE_NEEDS[kind]]
+    if unread:
+        raise UnsupportedError(
+            f'"{key}"',
+            where=where,
+            got=shorten(", ".join(unread), 200),
+            expected=f"{', '.join(('rope_type', 'rope_theta', *_ROPE_NEEDS[kind]))}, which are all that {kind} has",
+        )
+    rope.update(checked({**rope, "rope_type": kind}, _ROPE_FIELDS, where))
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        expected = f"more than low_freq_factor {rope['low_freq_factor']:g}"
+        raise ConfigError('"high_freq_factor"', where=where, got=f"{rope['high_freq_factor']:g}", expected=expected)
+    return rope
 
 
 def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
@@ -278,29 +407,20 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
     Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
     description file from the loaders, or contradict it.
     """
-    name = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
-    scaling = {key: value for key, value in _scaling_fields(raw).items() if key != "rope_theta"}
+    rope = {name: getattr(config.rope, name) for name in ("rope_type", *_ROPE_NEEDS[config.rope.rope_type])}
     out = {key: value for key, value in raw.items() if key not in ("quantization_config", "quantize")}
-    out["torch_dtype"] = out["dtype"] = name
+    out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
     out["rope_theta"] = config.rope.rope_theta
-    out["rope_scaling"] = _old_scaling(scaling)
-    out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **scaling}
+    out["rope_scaling"] = _old_scaling(rope)
+    out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **rope}
     return out
 
 
-def _old_scaling(scaling: dict[str, Any]) -> dict[str, Any] | None:
+def _old_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
     """Return `rope_scaling` by the names that all its readers take.
 
     Linear scaling is older than `rope_type`: MindIE refuses it by that name, transformers 4 and vLLM take `type` too.
     """
-    kind, rest = scaling["rope_type"], {key: value for key, value in scaling.items() if key != "rope_type"}
-    if kind == "default":
+    if rope["rope_type"] == "default":
         return None
-    return {"type": kind, **rest} if kind == "linear" else scaling
-
-
-def _scaling_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    fields = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    old_name = fields.pop("type", None)
-    fields.setdefault("rope_type", old_name or "default")
-    return fields
+    return {"type": "linear", "factor": rope["factor"]} if rope["rope_type"] == "linear" else rope

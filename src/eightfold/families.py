@@ -1,4 +1,4 @@
-"""The Llama family: one row of data for each architecture, and the tensors that follow from a config.
+"""The Llama family: the tensors that follow from a config.
 
     layer:  x += o_proj(attention(rope(q_proj(n), k_proj(n)), v_proj(n)))     n = input_layernorm(x)
             x += down_proj(silu(gate_proj(m)) * up_proj(m))                   m = post_attention_layernorm(x)
@@ -10,39 +10,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-from eightfold.config import ModelConfig
-from eightfold.errors import UnsupportedError, one_of
+from eightfold.config import FAMILIES, LAYER_TYPES, ModelConfig
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 LM_HEAD = "lm_head"
-
-BiasRule = Literal["never", "qkv", "config"]  # config: `attention_bias` puts one on q, k, v and o
-WindowRule = Literal["never", "all", "flagged"]  # flagged: `use_sliding_window`, from `max_window_layers` on
-
-
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes one architecture from the others."""
-
-    architecture: str
-    attention_bias: BiasRule
-    mlp_bias: bool  # whether `mlp_bias` in config.json is meant
-    qk_norm: bool  # RMS norm over each head's q and k, before RoPE
-    window: WindowRule
-
-
-FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for family in (
-        Family("LlamaForCausalLM", "config", mlp_bias=True, qk_norm=False, window="never"),
-        Family("MistralForCausalLM", "never", mlp_bias=False, qk_norm=False, window="all"),
-        Family("Qwen2ForCausalLM", "qkv", mlp_bias=False, qk_norm=False, window="flagged"),
-        Family("Qwen3ForCausalLM", "config", mlp_bias=False, qk_norm=True, window="flagged"),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -63,23 +36,9 @@ class InputGroup:
     linears: tuple[LinearShape, ...]
 
 
-def family_of(config: ModelConfig) -> Family:
-    """Return the row of a config's architecture.
-
-    Raises:
-        UnsupportedError: the architecture is not in the table.
-    """
-    try:
-        return FAMILIES[config.architecture]
-    except KeyError:
-        raise UnsupportedError(
-            "architecture", where="config.json", got=config.architecture, expected=one_of(FAMILIES)
-        ) from None
-
-
 def input_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
     """Return the four groups of linears of one layer, in the order in which data flows."""
-    family = family_of(config)
+    family = FAMILIES[config.architecture]
     hidden, wide = config.hidden_size, config.intermediate_size
     from_config = family.attention_bias == "config" and config.attention_bias
     qkv_bias = from_config or family.attention_bias == "qkv"
@@ -128,7 +87,7 @@ KEY, VALUE = "self_attn.k_proj", "self_attn.v_proj"
 def layer_norms(config: ModelConfig) -> dict[str, int]:
     """Return the norms of one layer: name inside the layer -> length of its gain."""
     norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
-    if family_of(config).qk_norm:
+    if FAMILIES[config.architecture].qk_norm:
         norms.update({"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim})
     return norms
 
@@ -162,11 +121,11 @@ def all_norms(config: ModelConfig) -> dict[str, int]:
 
 def sliding_window(config: ModelConfig, layer_idx: int) -> int | None:
     """Return how many positions a query of this layer sees, itself included; None for all of them."""
-    rule = family_of(config).window
+    rule = FAMILIES[config.architecture].window
     if config.sliding_window is None or rule == "never":
         return None
-    if config.layer_types is not None and layer_idx < len(config.layer_types):
-        return config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+    if config.layer_types is not None:
+        return config.sliding_window if config.layer_types[layer_idx] == LAYER_TYPES[1] else None
     if rule == "all":
         return config.sliding_window
     slides = bool(config.use_sliding_window) and layer_idx >= config.max_window_layers

@@ -184,6 +184,8 @@ def require(kind: Kind, value: Any, name: str, where: Path) -> Any:
     Raises:
         ConfigError: it is not of this kind.
     """
+    if value is None and kind.is_optional:
+        return None
     misfit = (None, "a value") if value is None else kind.misfit(value)
     if misfit is not None:
         got, expected = ("nothing", "a value") if misfit[0] is None else (shown(misfit[0]), misfit[1])

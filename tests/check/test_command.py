@@ -127,7 +127,8 @@ def test_a_config_without_sizes(cli, tmp_path):
 
 def test_an_architecture_without_names(cli, tmp_path):
     toy = Toy(tmp_path).configure(architectures=["BertModel"])
-    assert error_line(cli("check", toy.path)).startswith("architecture in config.json: got BertModel, expected Llama")
+    message = error_line(cli("check", toy.path))
+    assert message.startswith(f"architecture in {toy.path / 'config.json'}: got BertModel, expected Llama")
 
 
 def test_an_unknown_loader(cli, tmp_path):

@@ -84,7 +84,7 @@ def test_an_odd_head_dim_is_refused(cli, tmp_path):
 def test_an_unknown_architecture_is_refused_with_the_known_ones(cli, float_model, configure, name):
     configure(architectures=[name])
     assert both_refused(cli, float_model) == (
-        f"architecture in config.json: got {' '.join(name.split())}, "
+        f"architecture in {float_model / 'config.json'}: got {' '.join(name.split())}, "
         "expected LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM"
     )
 

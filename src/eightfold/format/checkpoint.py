@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold.config import DType, ModelConfig, parse_config
+from eightfold.config import DType, ModelConfig, parse_config, require_architecture
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
     ATTENTION,
@@ -106,6 +106,7 @@ class Checkpoint:
         require_finished(directory)
         require_directory(directory)
         config_raw = read_json(directory / CONFIG_NAME)
+        require_architecture(config_raw, directory / CONFIG_NAME)
         path = find_description(directory)
         description = read_description(path) if path else None
         checkpoint = cls(directory, config_raw, read_tensors(directory), description)

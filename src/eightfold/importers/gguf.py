@@ -20,7 +20,7 @@ import torch
 
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, RopeParameters, both_dialects, parse_config
 from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
-from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, family_of, layer_prefix
+from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, layer_prefix
 from eightfold.files import read_json, write_json
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
@@ -107,7 +107,6 @@ def import_gguf(
     file = _open(source)
     raw = _config(file, dtype)
     config = parse_config(raw, source)
-    family_of(config)
     names = _tensor_names(file, config)
     plan = [PlannedTensor(name, dtype, file.shape(gguf_name)) for name, gguf_name in names.items()]
     head = {"format": FORMAT, "command": "import-gguf"}
