@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eightfold.errors import ConfigError
+from eightfold.errors import ConfigError, EightfoldError, shortlist
 from eightfold.values import (
     COUNT,
     FLAG,
@@ -123,3 +123,17 @@ def test_token_ids():
 def test_a_value_of_any_size_is_shown_in_sixty_characters():
     assert (shown("a" * 58), shown("a" * 59)) == (repr("a" * 58), "'" + "a" * 56 + "...")
     assert (shown(10**5000), shorten("abcdef", 5)) == ("a huge int", "ab...")
+
+
+def test_a_message_shows_at_most_300_characters_of_each_value():
+    error = EightfoldError("key " + "k" * 999, where="w" * 999, got=" g" * 99999, expected="e" * 301, action="Do it.")
+    shown = [f"{c * 297}..." for c in "kwe"]
+    assert str(error) == f"key {shown[0]} in {shown[1]}: got {('g ' * 149)[:297]}..., expected {shown[2]}. Do it."
+    assert str(EightfoldError("a", got="g" * 300)) == f"a: got {'g' * 300}"
+    assert len(str(EightfoldError("a " * 99999))) == 1500
+
+
+def test_a_list_of_names_ends_where_a_message_does():
+    assert shortlist(["a"] * 9) == "a, a, a, a, a, a, a, a and 1 more"
+    assert shortlist(["n" * 100] * 9) == f"{'n' * 100}, {'n' * 100} and 7 more"
+    assert len(shortlist(["n" * 9999] * 9)) < 300

@@ -4,12 +4,24 @@ Every message is one line of the form
 
     <what> in <where>: got <x>, expected <y>. <what to do next>
 
-in which only the first part is always there. The command line prints it on stderr and exits with 2.
+in which only the first part is always there. The command line prints it on stderr and exits with 2. Of a value, which
+may be a whole file, it shows at most MOST_OF_A_VALUE characters.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+MOST_OF_A_VALUE = 300
+_MOST_OF_A_MESSAGE = 1500  # which can be the first part of another one
+
+
+def brief(value: Any, most: int = MOST_OF_A_VALUE) -> str:
+    """Render a value on one line, cut where it has more than so many characters."""
+    text = str(value)
+    text = " ".join((text if len(text) <= 16 * most else text[: 16 * most]).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 class EightfoldError(Exception):
@@ -18,13 +30,18 @@ class EightfoldError(Exception):
     def __init__(
         self, what: str, *, where: Any = None, got: Any = None, expected: Any = None, action: str = ""
     ) -> None:
-        text = what if where is None else f"{what} in {where}"
-        facts = [f"{word} {fact}" for word, fact in (("got", got), ("expected", expected)) if fact is not None]
+        text = clipped(what) if where is None else f"{clipped(what)} in {brief(where)}"
+        facts = [f"{word} {brief(fact)}" for word, fact in (("got", got), ("expected", expected)) if fact is not None]
         if facts:
             text += ": " + ", ".join(facts)
         if action:
-            text += f". {action}"
+            text += f". {clipped(action)}"
         super().__init__(" ".join(text.split()))
+
+
+def clipped(text: str) -> str:
+    """Render a text of ours with names in it: the names are cut, the text only where it would flood the terminal."""
+    return brief(re.sub(rf"\S{{{MOST_OF_A_VALUE + 1},}}", lambda name: brief(name[0]), text), _MOST_OF_A_MESSAGE)
 
 
 class CheckpointError(EightfoldError):
@@ -81,7 +98,8 @@ def one_of(names: Any) -> str:
 
 
 def shortlist(names: Any, limit: int = 8) -> str:
-    """Render many names without flooding the terminal: the first few and how many more."""
-    items = [str(name) for name in names]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+    """Render many names without flooding the terminal: the first few, as far as they fit, and how many more."""
+    items = [brief(name, 120) for name in names]
+    shown = next((n for n in range(min(limit, len(items)), 1, -1) if len(", ".join(items[:n])) < 270), 1)
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more

@@ -208,4 +208,21 @@ def test_a_description_beside_float_weights_is_refused(cli, float_model):
     (float_model / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
     message = both_refused(cli, float_model)
     assert message.startswith(f"entries in {float_model}/quant_model_description.json: got none for lm_head.weight, ")
-    assert message.endswith(" and 13 more, expected one for each tensor")
+    assert message.endswith(" and 14 more, expected one for each tensor")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"hidden_size": [9] * 100_000},
+        {"architectures": ["A" * 100_000]},
+        {"x" * 100_000: 1, "architectures": [" B" * 100_000]},
+        {"num_hidden_layers": "7 " * 100_000},
+    ],
+)
+def test_a_message_shows_no_more_than_the_beginning_of_a_value(cli, float_model, content):
+    path = float_model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    message = both_refused(cli, float_model)
+    assert len(message) < 900 + len(str(float_model))
+    assert "..." in message

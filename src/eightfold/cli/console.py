@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from eightfold.errors import DependencyError, InputError
+from eightfold.errors import DependencyError, InputError, clipped
 from eightfold.progress import CONTROLS, printable, unfiltered
 from eightfold.progress import bars as bars
 
 
 def note(text: str) -> None:
     """Tell the user something that is not an error."""
-    print(f"note: {' '.join(text.split())}", file=sys.stderr)
+    print(f"note: {clipped(text)}", file=sys.stderr)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from eightfold import __version__
 from eightfold.cli import options
-from eightfold.errors import ConfigError, EightfoldError, kept_work
+from eightfold.errors import ConfigError, EightfoldError, clipped, kept_work
 from eightfold.progress import filtered
 
 PROGRAM = "eightfold"  # in messages, however the program was started
@@ -183,7 +183,7 @@ def _fail(message: str, debug: bool) -> int:
 
         traceback.print_exc()
     if _speaks():
-        print(f"eightfold: {' '.join(message.split())}", file=sys.stderr)
+        print(f"eightfold: {clipped(message)}", file=sys.stderr)
     return EXIT_USER
 
 
