@@ -57,6 +57,11 @@ def resident_bytes() -> int | None:
     return _proc("self/status", "VmRSS")
 
 
+def anonymous_bytes() -> int | None:
+    """Return the memory this process has resident, files left out; None where nobody counts."""
+    return _proc("self/status", "RssAnon")
+
+
 def _proc(name: str, key: str) -> int | None:
     """Return a size that a file of /proc gives in KiB."""
     try:

@@ -7,17 +7,22 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from eightfold.engine import structured
+from eightfold.engine.forms import MAX_REASON
 from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampler import Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
-from eightfold.engine.structured import KEPT, MAX_REASON, Grammar, GrammarCompiler, fill_masks, mask_words
-from eightfold.errors import DependencyError, InputError
+from eightfold.engine.structured import KEPT, Grammar, GrammarCompiler, fill_masks, mask_words
+from eightfold.errors import DependencyError, InputError, UnsupportedError
+from eightfold.machine import anonymous_bytes
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
 from tests.engine.models import choose
@@ -37,6 +42,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+
+
+@pytest.fixture(scope="module")
+def trying(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
+    """Forms of strangers."""
+    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}), tries=True)
+    yield compiler
+    assert compiler._trial is not None
+    compiler._trial.end()
 
 
 def write(
@@ -162,9 +176,9 @@ def test_byte_fallback_vocabularies(tmp_path):
 def test_random_logits_over_a_real_vocabulary(smol):
     tokenizer = Tokenizer(smol / "smol-bf16")
     compiler = GrammarCompiler(tokenizer, 49152, frozenset({0, 2}))
-    for structured, holds in FORMS.values():
+    for form, holds in FORMS.values():
         for seed in range(3):
-            text, end = write(tokenizer, compiler.compile(structured), 49152, 2, seed, logit_bias={0: -100})
+            text, end = write(tokenizer, compiler.compile(form), 49152, 2, seed, logit_bias={0: -100})
             assert end == "stop"
             assert holds(text), text
 
@@ -331,17 +345,121 @@ def test_bad_forms_are_refused_in_one_line(compiler, form, pattern):
 
 def test_a_form_too_complex_is_refused_or_ends(tokenizer, compiler):
     """Whatever it is, it neither hangs nor kills."""
-    for structured in (
+    for form in (
         StructuredOutput(regex="(a{1,1000}){1,1000}"),
         StructuredOutput(regex="(a|b)*a" + "(a|b)" * 200),
         StructuredOutput(grammar="start: start start | start start start | /a/"),
         StructuredOutput(json_schema=json.dumps({"$ref": "#"})),
     ):
         try:
-            grammar = compiler.compile(structured)
+            grammar = compiler.compile(form)
         except InputError:
             continue
         write(tokenizer, grammar, VOCAB, EOS, 1, most=50)
+
+
+def doubled(count: int, body: str) -> str:
+    """Return a grammar whose start is 2 ** count times `body`."""
+    rules = "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(count))
+    return f"start: A0\n{rules}\nA{count}: {body}"
+
+
+def chain(count: int) -> dict[str, Any]:
+    """Return definitions of which each refers to the next one."""
+    return {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)} | {f"d{count}": {"type": "integer"}}
+
+
+RULES = "\n".join(f"a{i}: a{i + 1}" for i in range(9999))
+PATTERNS = [{"type": "string", "pattern": f"^.*[a-z]{{{i}0}}.*$"} for i in range(1, 30)]
+
+# Compiled in the server these would compute for minutes, or end it: its stack overflows, or there is no more memory.
+EXPLOSIVE: Mapping[str, dict[str, Any]] = {
+    "a long chain of rules": {"grammar": f"start: a0\n{RULES}\na9999: /x/"},
+    "a long chain of references": {"json_schema": json.dumps({"$ref": "#/$defs/d0", "$defs": chain(5000)})},
+    "terminals twice as large each": {"grammar": doubled(22, '"x"')},
+    "an intersection": {"grammar": "start: A\nA: " + " & ".join(f"/.*x.{{{i}}}y.*/" for i in range(2, 40))},
+    "patterns of one text": {"json_schema": json.dumps({"allOf": PATTERNS})},
+}
+
+
+@pytest.mark.parametrize("name", EXPLOSIVE)
+def test_a_form_that_explodes_is_refused_and_nothing_else_happens(trying, name):
+    started = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        trying.compile(StructuredOutput(**EXPLOSIVE[name]))
+    expected = r"structured \w+: got one that takes more than 2 s or 32 MiB to compile, expected a simpler one"
+    assert re.fullmatch(expected, str(caught.value))
+    assert time.monotonic() - started < 20
+    assert trying.compile(StructuredOutput(choices=("a", "b")))
+
+
+def test_nested_repetitions_take_little(trying):
+    before = anonymous_bytes() or 0
+    for letter in "abcdef":
+        trying.compile(StructuredOutput(regex=f"((({letter}{{1000}}){{1000}}){{1000}}){{1000}}"))
+    assert (anonymous_bytes() or 0) - before < 150 * 2**20
+
+
+def test_strangers_forms_are_refused_in_the_same_words(compiler, trying):
+    for form, _ in BAD:
+        said = []
+        for each in (compiler, trying):
+            with pytest.raises(InputError) as caught:
+                each.compile(StructuredOutput(**form))
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+
+
+def test_a_slow_form_delays_no_other(trying):
+    def ask() -> None:
+        with pytest.raises(InputError):
+            trying.compile(StructuredOutput(**EXPLOSIVE["an intersection"]))
+
+    slow = threading.Thread(target=ask)
+    trying.compile(StructuredOutput(choices=("z",)))
+    slow.start()
+    started = time.monotonic()
+    trying.compile(StructuredOutput(choices=("y",)))
+    assert time.monotonic() - started < 1.5
+    assert slow.is_alive()
+    slow.join()
+
+
+def test_the_helper_may_end_at_any_time(trying):
+    trying.compile(StructuredOutput(regex="first"))
+    process = trying._trial._process
+    process.kill()
+    process.wait()
+    trying.compile(StructuredOutput(regex="second"))
+    assert trying._trial._process is not process
+
+
+def test_without_a_helper_there_is_one_line(trying, monkeypatch):
+    trying._trial.end()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(UnsupportedError, match=r"^structured output: got a helper process that ended\. Look at"):
+        trying.compile(StructuredOutput(regex="third"))
+
+
+def test_forms_are_kept_up_to_a_number_of_bytes(tokenizer, monkeypatch):
+    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+    monkeypatch.setattr(structured, "build", lambda *args: (mock.MagicMock(), 30 * 2**20))
+    grammars = [compiler.compile(StructuredOutput(regex=f"x{i}")) for i in range(4)]
+    assert [form.regex for form in compiler._kept] == ["x2", "x3"]
+    grammars[3]._form.mask_seconds = 1.0  # whose masks have made it larger
+    compiler.compile(StructuredOutput(regex="x3"))
+    assert list(compiler._kept) == []
+
+
+def test_idle_forms_go(tokenizer, monkeypatch):
+    monkeypatch.setattr(structured, "IDLE_SECONDS", 0.05)
+    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+    compiler.compile(StructuredOutput(regex="x"))
+    assert len(compiler._kept) == 1
+    ends = time.monotonic() + 5
+    while compiler._kept and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert not compiler._kept
 
 
 def test_a_tokenizer_that_llguidance_cannot_read(tmp_path):

@@ -48,6 +48,7 @@ class Engine:
         tokenizer: the checkpoint's tokenizer.
         max_model_len: positions of a sequence, prompt and answer together.
         notes: what a user should know about how it runs, one sentence each.
+        serves_strangers: whether forms of answers are tried in another process first; to be set before one is compiled.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         """
         self.config, self.model, self.tokenizer, self.model_config = config, model, tokenizer, model.config
         self._stop_ids = stop_ids
+        self.serves_strangers = False
         self.max_model_len = _longest_context(model, config)
         pages = _room_for_cache(model, config)
         self.blocks = BlockManager(pages)
@@ -161,7 +163,8 @@ class Engine:
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self._stop_ids)
+        vocab = self.model_config.vocab_size
+        return GrammarCompiler(self.tokenizer, vocab, self._stop_ids, tries=self.serves_strangers)
 
     def _max_len(self, prompt_len: int, max_tokens: int | None) -> int:
         """Return at how many tokens a sequence ends."""

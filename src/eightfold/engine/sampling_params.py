@@ -67,6 +67,11 @@ class StructuredOutput:
         if self.json_schema is not None:
             _require_schema(self.json_schema)
 
+    @property
+    def given(self) -> tuple[str, Any]:
+        """The field that is given, and its value."""
+        return next((name, value) for name in self.__dataclass_fields__ if (value := getattr(self, name)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:

@@ -5,40 +5,65 @@ A mask has one bit for each token of the vocabulary, lowest bit first, in words 
 
 from __future__ import annotations
 
-import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eightfold.engine.forms import Trial, Vocabulary, build, refusal
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import DependencyError, InputError
 from eightfold.tokenizer import Tokenizer
-from eightfold.values import shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-KEPT = 64  # compiled forms
-MAX_REASON = 300  # characters of llguidance's message
+# Compiled forms are kept up to these numbers, and until nobody has asked for them for a while.
+KEPT, KEPT_BYTES, IDLE_SECONDS = 64, 64 * 2**20, 300.0
 
-# JSON has at most so much space between two symbols, or a small model may go on with spaces for ever.
-JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# Masks make a form larger: by at most so much a second that is spent on them.
+GROWTH = 64 * 2**20
+
+
+@dataclass(slots=True)
+class Form:
+    """A compiled form, shared by the answers that keep to it.
+
+    Attributes:
+        matcher: llguidance's, at the beginning of an answer.
+        compiled_bytes: what it took when it was compiled.
+        mask_seconds: spent on its masks since then.
+        used: time.monotonic when it was last asked for.
+    """
+
+    matcher: Any
+    compiled_bytes: int
+    mask_seconds: float = 0.0
+    used: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes at most."""
+        return self.compiled_bytes + int(self.mask_seconds * GROWTH)
 
 
 class Grammar:
     """How far one answer has come in its form."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, form: Form) -> None:
+        self._form, self._matcher = form, form.matcher.deep_copy()
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Write the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete."""
         from llguidance.numpy import fill_next_token_bitmask
 
+        started = time.perf_counter()
         fill_next_token_bitmask(self._matcher, mask.reshape(1, -1))
+        self._form.mask_seconds += time.perf_counter() - started
 
     def accept(self, token: int) -> bool:
         """Go on by a token. False: the form does not allow it, or became too complex; only stop tokens can follow."""
@@ -57,23 +82,25 @@ class GrammarCompiler:
         tokenizer: the model's.
         vocab_size: of the model; ids without a token are never allowed.
         stop_ids: tokens that end an answer, allowed where the form is complete.
+        tries: whether forms come from strangers, so that each is compiled in another process first; see forms.py.
 
     Raises:
         DependencyError: llguidance is not installed.
         InputError: llguidance cannot use the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int], *, tries: bool = False) -> None:
         self._library = _library()
         path = tokenizer.directory / "tokenizer.json"
         try:
-            self._tokenizer = self._library.LLTokenizer(
-                path.read_text(encoding="utf-8"), n_vocab=vocab_size, eos_token=sorted(stop_ids) or None
-            )
+            vocabulary = Vocabulary(path.read_text(encoding="utf-8"), vocab_size, sorted(stop_ids))
+            self._tokenizer = vocabulary.load(self._library)
         except Exception as error:  # the library raises ValueError, and what Rust panics with
             raise InputError("tokenizer for structured output", where=path, got=error) from None
-        self._kept: OrderedDict[StructuredOutput, Any] = OrderedDict()
+        self._trial = Trial(vocabulary) if tries else None
+        self._kept: OrderedDict[StructuredOutput, Form] = OrderedDict()  # the last used is the last
         self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
 
     def compile(self, structured: StructuredOutput) -> Grammar:
         """Return a grammar at its beginning. One that was asked for lately costs little.
@@ -82,23 +109,40 @@ class GrammarCompiler:
             InputError: the schema, expression or grammar is wrong or too complex; llguidance's words say why.
         """
         with self._lock:
-            matcher = self._kept.get(structured)
-            if matcher is not None:
-                self._kept.move_to_end(structured)
-        if matcher is None:
-            matcher = self._compile(structured)
+            form = self._kept.get(structured)
+        if form is None:
+            form = self._compile(structured)
         with self._lock:
-            self._kept[structured] = matcher
-            while len(self._kept) > KEPT:
+            form.used = time.monotonic()
+            self._kept[structured] = form
+            self._kept.move_to_end(structured)
+            while len(self._kept) > KEPT or sum(each.size for each in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
-        return Grammar(matcher.deep_copy())
+            self._watch()
+        return Grammar(form)
 
-    def _compile(self, structured: StructuredOutput) -> Any:
-        name, text = _source(self._library, structured)
-        matcher = self._library.LLMatcher(self._tokenizer, text, log_level=0)
-        if matcher.is_error():
-            raise InputError(f"structured {name}", got=_reason(matcher), expected="one that llguidance understands")
-        return matcher
+    def _watch(self) -> None:
+        """Let a timer drop what is idle."""
+        if self._timer is None and self._kept:
+            self._timer = threading.Timer(IDLE_SECONDS, self._drop_idle)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            self._timer, long_ago = None, time.monotonic() - IDLE_SECONDS
+            while self._kept and next(iter(self._kept.values())).used <= long_ago:
+                self._kept.popitem(last=False)
+            self._watch()
+
+    def _compile(self, structured: StructuredOutput) -> Form:
+        name, value = structured.given
+        size = None if self._trial is None else self._trial.require(name, value)
+        try:
+            matcher, grown = build(self._library, self._tokenizer, name, value)
+        except Exception as error:
+            raise refusal(name, error) from None
+        return Form(matcher, grown if size is None else size)
 
 
 def fill_masks(grammars: Sequence[Grammar], vocab_size: int) -> NDArray[np.int32]:
@@ -124,21 +168,3 @@ def _library() -> Any:
             action="Install it: pip install 'eightfold[serve]'",
         ) from None
     return llguidance
-
-
-def _reason(matcher: Any) -> str:
-    """Return on one line what is wrong, without the state that llguidance appends."""
-    return shorten(" ".join(matcher.get_error().split("<state>")[0].split()), MAX_REASON)
-
-
-def _source(library: Any, structured: StructuredOutput) -> tuple[str, str]:
-    """Return what was given and llguidance's grammar of it."""
-    make = library.LLMatcher
-    if structured.regex is not None:
-        return "regex", make.grammar_from_regex(structured.regex)
-    if structured.grammar is not None:
-        return "grammar", make.grammar_from_lark(structured.grammar)
-    if structured.choices:
-        return "choices", make.grammar_from_lark("start: " + " | ".join(map(json.dumps, structured.choices)))
-    schema = '{"type": "object"}' if structured.json_schema is None else structured.json_schema
-    return "json_schema", make.grammar_from_json_schema(schema, defaults=JSON_OPTIONS)

@@ -1,0 +1,272 @@
+"""The forms of answers, compiled by llguidance inside limits, and a process that tries those of strangers first.
+
+A text of a hundred bytes can make llguidance compute for minutes, take gigabytes or overflow the stack, which would end
+the server. Limits of the library catch what grows while tokens are chosen, but not all that happens while a form is
+compiled. So a helper process, which has the tokenizer ready, forks for each new form. The child has limits for time,
+memory and stack, and tells what the form took; if it dies, the form is refused, and nobody else has noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eightfold.errors import InputError, UnsupportedError
+from eightfold.machine import anonymous_bytes
+from eightfold.values import shorten
+
+MAX_REASON = 300  # characters of llguidance's message
+
+# What compiling a form and its first mask may take.
+CPU_SECONDS, WALL_SECONDS, FORM_BYTES = 2.0, 20.0, 32 * 2**20
+_SPACE = 128 * 2**20  # of addresses: what is freed again counts too
+_STACK = 3 * 2**19  # less than any thread of the server has
+_NICE = 5  # answers go before forms
+_AT_A_TIME = 3
+_IDLE_SECONDS = 300.0  # then the helper ends
+_START_SECONDS = 60.0
+
+# Units of work in building a lexer, about 20,000 a millisecond and 170 bytes each: few are enough for most forms.
+_FUELS = (30_000, 1_000_000)
+# While tokens are chosen: units of work for one mask, and states of the lexer, about 1 KiB each.
+_STEP_FUEL, _STATES = 100_000, 50_000
+
+# JSON has at most so much space between two symbols, or a small model may go on with spaces for ever.
+_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+
+
+class Built(NamedTuple):
+    """A compiled form.
+
+    Attributes:
+        matcher: llguidance's, at the beginning of an answer.
+        size: bytes by which it has made the process larger.
+    """
+
+    matcher: Any
+    size: int
+
+
+class Vocabulary(NamedTuple):
+    """What llguidance's tokenizer is made from: tokenizer.json, the number of ids, and those that end an answer."""
+
+    text: str
+    size: int
+    stop_ids: list[int]
+
+    def load(self, library: Any) -> Any:
+        """Return llguidance's tokenizer."""
+        return library.LLTokenizer(self.text, n_vocab=self.size, eos_token=self.stop_ids or None)
+
+
+def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
+    """Compile a form and compute its first mask, which is the slow one.
+
+    Args:
+        library: llguidance.
+        tokenizer: llguidance's.
+        name: the field of StructuredOutput that is given.
+        value: its value.
+
+    Raises:
+        ValueError: llguidance does not take it; its words say why.
+    """
+    before = anonymous_bytes() or 0
+    text = _source(library.LLMatcher, name, value)
+    for fuel in _FUELS:
+        limits = library.LLParserLimits(
+            initial_lexer_fuel=fuel, step_lexer_fuel=_STEP_FUEL, max_lexer_states=_STATES, verbose_errors=False
+        )
+        matcher = library.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        if not matcher.is_error():
+            break
+    if matcher.is_error():
+        raise ValueError(_reason(matcher.get_error()))
+    matcher.deep_copy().compute_bitmask()  # copies share what this has found
+    return Built(matcher, max((anonymous_bytes() or 0) - before, len(text)))
+
+
+def _source(make: Any, name: str, value: Any) -> str:
+    """Return llguidance's grammar of a form."""
+    if name == "regex":
+        return str(make.grammar_from_regex(value))
+    if name == "grammar":
+        return str(make.grammar_from_lark(value))
+    if name == "choices":
+        return str(make.grammar_from_lark("start: " + " | ".join(map(json.dumps, value))))
+    schema = value if name == "json_schema" else '{"type": "object"}'
+    return str(make.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS))
+
+
+def _reason(text: str) -> str:
+    """Return on one line what is wrong, without the state that llguidance appends."""
+    return shorten(" ".join(text.split("<state>")[0].split()), MAX_REASON)
+
+
+def refusal(name: str, got: object, expected: str = "one that llguidance understands") -> InputError:
+    """Return the error of a form that cannot be used."""
+    return InputError(f"structured {name}", got=got, expected=expected)
+
+
+class Trial:
+    """The helper process, started when the first form is tried. Threads may share it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._process: subprocess.Popen[bytes] | None = None
+        self._helper: socket.socket | None = None
+        self._lock, self._turns = threading.Lock(), threading.Semaphore(_AT_A_TIME)
+
+    def require(self, name: str, value: Any) -> int:
+        """Compile a form in a process of its own; return the bytes that it takes.
+
+        Raises:
+            InputError: llguidance refuses it, or it takes too much time or memory.
+            UnsupportedError: there is no helper process.
+        """
+        with self._turns:
+            said = self._ask(json.dumps([name, value]).encode())
+        if "refused" in said:
+            raise refusal(name, said["refused"])
+        if said.get("size", FORM_BYTES + 1) > FORM_BYTES:
+            limits = f"{CPU_SECONDS:g} s or {FORM_BYTES >> 20} MiB"
+            raise refusal(name, f"one that takes more than {limits} to compile", "a simpler one")
+        return int(said["size"])
+
+    def _ask(self, order: bytes) -> dict[str, Any]:
+        """Return what the child says; nothing if it died."""
+        for _ in range(2):  # an idle helper may have ended just now
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                try:
+                    with self._lock:
+                        socket.send_fds(self._started(), [b"f"], [theirs.fileno()])
+                    theirs.close()
+                    ours.settimeout(WALL_SECONDS + 5)
+                    ours.sendall(order)
+                    ours.shutdown(socket.SHUT_WR)
+                    answer = _read(ours)
+                except (TimeoutError, ConnectionError):
+                    answer = b""
+            if answer[:1] == b"+":  # a child has taken it
+                return dict(json.loads(answer[1:] or b"{}"))
+            with self._lock:
+                self.end()
+        raise UnsupportedError(
+            "structured output",
+            got="a helper process that ended",
+            action="Look at the limits for processes and memory.",
+        )
+
+    def _started(self) -> socket.socket:
+        """Return the way to the helper, which loads the tokenizer while orders wait."""
+        if self._helper is None:
+            self._helper, theirs = socket.socketpair()
+            with theirs:
+                code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+                )
+            head = json.dumps(self._vocabulary).encode()
+            self._helper.settimeout(_START_SECONDS)
+            self._helper.sendall(len(head).to_bytes(8, "little") + head)
+        return self._helper
+
+    def end(self) -> None:
+        """End the helper, if there is one."""
+        if self._helper is not None and self._process is not None:
+            self._helper.close()
+            self._process.kill()
+            self._process.wait()
+        self._helper = self._process = None
+
+
+def _read(sock: socket.socket) -> bytes:
+    """Read until the other side has no more to say."""
+    pieces = []
+    while piece := sock.recv(65536):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+# --- the helper
+
+
+def serve(number: int) -> None:
+    """Be the helper: fork for every socket that comes in through socket `number`, until nothing comes any more."""
+    import signal
+
+    import llguidance
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to end
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
+    orders = socket.socket(fileno=number)
+    with orders.makefile("rb", buffering=0) as file:
+        length = int.from_bytes(_exactly(file, 8), "little")
+        tokenizer = Vocabulary(*json.loads(_exactly(file, length))).load(llguidance)
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
+    orders.settimeout(_IDLE_SECONDS)
+    while True:
+        try:
+            _, files, _, _ = socket.recv_fds(orders, 1, 1)
+        except TimeoutError:
+            return
+        if not files:
+            return
+        with socket.socket(fileno=files[0]) as ours:
+            if os.fork() == 0:
+                orders.close()
+                try:
+                    _limit_this_process()
+                    threading.stack_size(_STACK)
+                    thread = threading.Thread(target=_try, args=(ours, llguidance, tokenizer))
+                    thread.start()
+                    thread.join()
+                finally:
+                    os._exit(0)
+
+
+def _exactly(file: Any, count: int) -> bytes:
+    found = b""
+    while len(found) < count and (piece := file.read(count - len(found))):
+        found += piece
+    return found
+
+
+def _limit_this_process() -> None:
+    """Let the system end this process when it takes too much."""
+    import resource
+    import signal
+
+    for timer, seconds in ((signal.ITIMER_PROF, CPU_SECONDS), (signal.ITIMER_REAL, WALL_SECONDS)):
+        signal.setitimer(timer, seconds)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError):  # where there is no /proc, memory is not limited
+        pages = int(Path("/proc/self/statm").read_bytes().split()[0])
+        space = pages * resource.getpagesize() + _SPACE
+        resource.setrlimit(resource.RLIMIT_AS, (space, space))
+
+
+def _try(sock: socket.socket, library: Any, tokenizer: Any) -> None:
+    sock.sendall(b"+")
+    name, value = json.loads(_read(sock))
+    try:
+        said: dict[str, Any] = {"size": build(library, tokenizer, name, value).size}
+    except ValueError as error:
+        said = {"refused": str(error)}
+    except BaseException as error:  # what Rust panics with is no Exception
+        said = {"refused": _reason(f"{type(error).__name__}: {error}")}
+    sock.sendall(json.dumps(said).encode())
