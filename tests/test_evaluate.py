@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from eightfold import evaluate as measuring
 from eightfold.errors import ConfigError, InputError
-from eightfold.evaluate import cut_chunks, default_text, read_text
+from eightfold.evaluate import cut_chunks, default_text, read_evaluation_text
 from eightfold.evaluate import evaluate_reference as evaluate
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
@@ -217,7 +218,7 @@ def test_chunks_that_predict_nothing_are_refused(chunks, length):
 def test_a_text_is_read_as_it_stands(tmp_path):
     path = tmp_path / "text"
     path.write_bytes("a\r\nb\n ü".encode())
-    assert read_text(path) == "a\r\nb\n ü"
+    assert read_evaluation_text(path) == "a\r\nb\n ü"
 
 
 @pytest.mark.parametrize(
@@ -228,13 +229,22 @@ def test_a_text_that_cannot_be_used_is_refused(tmp_path, content, message):
     path = tmp_path / "text"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_text(path)
+        read_evaluation_text(path)
 
 
 def test_a_text_that_cannot_be_read_is_refused(tmp_path):
-    for path in (tmp_path / "absent", tmp_path):
-        with pytest.raises(InputError, match=r"^cannot read .*Check the path\.$"):
-            read_text(path)
+    with pytest.raises(InputError, match=r"^cannot read .*Check the path\.$"):
+        read_evaluation_text(tmp_path / "absent")
+    for path, got in ((tmp_path, "a directory"), (Path("/dev/zero"), "a pipe or device")):
+        with pytest.raises(InputError, match=f"^text in .*: got {got}, expected a file with text$"):
+            read_evaluation_text(path)
+
+
+def test_a_byte_order_mark_is_no_text_and_of_a_large_text_the_beginning_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "_TEXT_BYTES", 8)
+    for content in (codecs.BOM_UTF8 + "grüüün".encode(), "grü".encode("utf-16")):
+        (tmp_path / "text").write_bytes(content)
+        assert read_evaluation_text(tmp_path / "text") == "grü"
 
 
 def test_the_default_text_fills_the_chunks_it_promises():

@@ -249,6 +249,27 @@ def test_template_as_a_list_of_named_ones(directory):
     assert render(tokenizer) == "default </s>"
 
 
+def test_template_in_an_object_and_in_files_of_other_names(directory):
+    assert render(with_template(directory, {"tool_use": "tools", "default": "object"})) == "object"
+    only_tools = with_template(directory, {"tool_use": "tools", "rag": "x"})
+    with pytest.raises(CheckpointError, match="got only those named tool_use or rag, expected"):
+        render(only_tools)
+    (directory / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    assert render(with_template(directory, None)) == "of a processor"
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "default.jinja").write_text("additional")
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("other")
+    assert render(with_template(directory, "settings")) == "additional"
+
+
+def test_template_for_tools(directory):
+    tokenizer = with_template(directory, {"tool_use": "tools {{ tools[0] }}", "default": "default"})
+    assert render(tokenizer) == "default"
+    messages = [{"role": "user", "content": "x"}]
+    assert tokenizer.render_chat(messages, add_generation_prompt=False, tools=["f"]) == "tools f"
+    assert render(tokenizer) == "default"
+
+
 def test_template_as_a_file_wins_over_the_settings(directory):
     set_config(directory, chat_template="settings")
     (directory / "chat_template.jinja").write_text("file ü", encoding="utf-8")
@@ -267,7 +288,7 @@ def test_a_template_that_is_given_wins_over_the_models(directory):
 
 
 @pytest.mark.parametrize(
-    "template", [None, [], [{"name": "tool_use", "template": "x"}], 5, ["default"], {"default": "x"}]
+    "template", [None, [], [{"name": "default", "template": 5}], 5, ["default"], {"default": None}]
 )
 def test_a_model_without_a_template_is_a_base_model(directory, template):
     tokenizer = with_template(directory, template)

@@ -22,6 +22,7 @@ import numpy as np
 
 from eightfold.config import ModelConfig
 from eightfold.errors import CheckpointError, ConfigError, InputError
+from eightfold.files import read_text
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 # R, unless prompts have to run whole: 128 x 128,256 float32 are 66 MB.
 _STEP_TOKENS = 128
+
+# How much of a text is read: more than a CPU measures in a day.
+_TEXT_BYTES = 16 << 20
 
 # A text in chunks of token ids.
 Chunks = Sequence[Sequence[int]]
@@ -212,18 +216,13 @@ def default_text() -> str:
     return files("eightfold.data").joinpath("evaluation.txt").read_text(encoding="utf-8")
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file as it stands.
+def read_evaluation_text(path: Path) -> str:
+    """Read a text as it stands; of a large one, the beginning.
 
     Raises:
-        InputError: unreadable, not UTF-8, or empty.
+        InputError: no regular file, unreadable, not text, or empty.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise InputError("text", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8") from None
+    text, _ = read_text(path, "text", _TEXT_BYTES, cuts=True)
     if not text.strip():
         raise InputError("text", where=path, got="nothing", expected="some words")
     return text

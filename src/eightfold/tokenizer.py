@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eightfold.errors import CheckpointError, InputError
+from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import read_json
 from eightfold.values import WHOLE, shown
 
@@ -55,6 +55,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.add_bos = add_bos
         self.notes = list[str]()
+        self._programs = dict[str, Any]()  # templates, compiled
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
@@ -194,7 +195,7 @@ class Tokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = self._template
+        template = self._compiled("tool_use" if tools and "tool_use" in self._templates else "default")
         try:
             rendered = template.render(given)
         except Exception as error:  # the template is a program: a division by zero in it is one too
@@ -206,13 +207,14 @@ class Tokenizer:
         bos = self.decode(self._before, keep_special=True) if self.add_bos else ""
         return str(rendered) if str(rendered).startswith(bos) else f"{bos}{rendered}"
 
-    @cached_property
-    def _template(self) -> Any:
+    def _compiled(self, name: str) -> Any:
         from jinja2.exceptions import TemplateError
 
-        source = self.template_source()
+        if name in self._programs:
+            return self._programs[name]
+        source = self.template_source() if name == "default" else self._templates[name]
         try:
-            return _sandbox().from_string(source)
+            return self._programs.setdefault(name, _sandbox().from_string(source))
         except TemplateError as error:
             where = self.directory if self.chat_template is None else None
             raise CheckpointError("chat template", where=where, got=error, expected="a jinja2 template") from None
@@ -220,7 +222,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether there is a chat template: one that was given, or the model's."""
-        return self._find_template() is not None
+        return "default" in self._templates
 
     def require_template(self) -> None:
         """Check the chat template as far as that goes without messages.
@@ -228,7 +230,7 @@ class Tokenizer:
         Raises:
             CheckpointError: there is none, or it is not a jinja2 template.
         """
-        _ = self._template
+        self._compiled("default")
 
     def template_source(self) -> str:
         """Return the chat template.
@@ -236,33 +238,30 @@ class Tokenizer:
         Raises:
             CheckpointError: there is none.
         """
-        source = self._find_template()
-        if source is None:
+        if "default" not in self._templates:
             raise CheckpointError(
                 "chat template",
                 where=self.directory,
-                got="none",
+                got=f"only those named {one_of(self._templates)}" if self._templates else "none",
                 expected="chat_template.jinja or tokenizer_config.json's",
                 action="This may be a base model: leave out `chat`.",
             )
-        return source
+        return self._templates["default"]
 
-    def _find_template(self) -> str | None:
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        """The chat templates by name: the one that was given, or those in the files that transformers reads."""
         if self.chat_template is not None:
-            return self.chat_template
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise CheckpointError(
-                    "chat template", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
-                ) from None
-        source = self._settings.get("chat_template")
-        if isinstance(source, list):
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
-        return source if isinstance(source, str) else None
+            return {"default": self.chat_template}
+        paths = {path.stem: path for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja"))}
+        if (path := self.directory / "chat_template.jinja").is_file():
+            paths["default"] = path
+        older = self.directory / "chat_template.json"  # of processors
+        return {
+            **_named_templates(read_json(older).get("chat_template") if older.is_file() else None),
+            **_named_templates(self._settings.get("chat_template")),
+            **{name: _read_template(path) for name, path in paths.items()},
+        }
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -278,6 +277,64 @@ class Tokenizer:
             if isinstance(text, str):
                 found[name] = text
         return found
+
+
+def content_text(content: Any) -> str:
+    """Return a message's content as text: None as none, and parts of text one below the other.
+
+    Raises:
+        ContentError: it is neither text nor parts of text.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ContentError("", content, "a text or a list of parts")
+    return "\n".join(_part_text(part, f"[{at}]") for at, part in enumerate(content))
+
+
+def _part_text(part: Any, place: str) -> str:
+    if not isinstance(part, dict):
+        raise ContentError(place, part, "an object")
+    kind = part.get("type")
+    if kind not in ("text", "refusal"):
+        is_media = isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file"))
+        raise ContentError(f"{place}.type", kind, "text", is_media=is_media)
+    text = part.get(kind)
+    if not isinstance(text, str):
+        raise ContentError(f"{place}.{kind}", text, "a text")
+    return text
+
+
+class ContentError(InputError):
+    """A message's content is no text.
+
+    Attributes:
+        place: in the content, such as `[0].type`.
+        value: what stands there.
+        expected: what should.
+        is_media: whether it is an image, a sound, a video or a file.
+    """
+
+    def __init__(self, place: str, value: Any, expected: str, *, is_media: bool = False) -> None:
+        super().__init__(f"content{place}", got=shown(value), expected=expected)
+        self.place, self.value, self.expected, self.is_media = place, value, expected, is_media
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            "chat template", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
+        ) from None
+
+
+def _named_templates(source: Any) -> dict[str, str]:
+    """Return chat templates by name: of a text, an object, or a list of objects with name and template."""
+    if isinstance(source, list):
+        source = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
+    named = source if isinstance(source, dict) else {"default": source}
+    return {name: text for name, text in named.items() if isinstance(text, str)}
 
 
 def _sandbox() -> Any:

@@ -196,13 +196,13 @@ class EvaluateCommand:
     backend: str = generating.backend()
 
     def execute(self) -> None:
-        from eightfold.evaluate import cut_chunks, default_text, read_text
+        from eightfold.evaluate import cut_chunks, default_text, read_evaluation_text
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.tokenizer import Tokenizer
 
         started = time.monotonic()
         checkpoints = [Checkpoint.open(path) for path in (self.model, self.against) if path is not None]
-        content = default_text() if self.text is None else read_text(self.text)
+        content = default_text() if self.text is None else read_evaluation_text(self.text)
         tokenizer = Tokenizer(self.model, add_bos=bool(self.add_bos))
         token_ids = tokenizer.encode(content, special_tokens=False)
         length = self.chunk_len - len(tokenizer.bos)

@@ -64,8 +64,9 @@ class QuantizeCommand:
     calib: Path | None = setting(
         None,
         PATH,
-        "Calibration texts, one on each line: JSON with text, prompt, inputs_pretokenized or messages, or plain text. "
-        "Default: a mixed set of 64.",
+        "Calibration texts: a JSON list, JSON on each line, or plain text on each line. A row of JSON is a text, or an "
+        "object with inputs_pretokenized, text, prompt, messages, conversations or instruction. Default: a mixed set "
+        "of 64.",
         metavar="FILE",
         group=_CALIBRATION,
     )
@@ -74,7 +75,7 @@ class QuantizeCommand:
     calib_ids: Path | None = setting(
         None,
         PATH,
-        "Calibration samples as token ids, one JSON list on each line; no tokenizer is needed.",
+        "Calibration samples as token ids: JSON lists, one on each line or in a list; no tokenizer is needed.",
         metavar="FILE",
         group=_CALIBRATION,
     )
@@ -229,7 +230,7 @@ class QuantizeCommand:
             if self.calib is not None:
                 rows = dataset.read_rows(self.calib, self.calib_limit)
             elif self.calib_texts:
-                rows = [*self.calib_texts[: self.calib_limit]]
+                rows = dataset.require_words(self.calib_texts[: self.calib_limit])
             else:
                 rows = dataset.default_rows()[: self.calib_limit]
                 console.note(
@@ -238,7 +239,9 @@ class QuantizeCommand:
             tokenizer = Tokenizer(checkpoint.directory, add_bos=self.add_bos)
             for note in tokenizer.notes:
                 console.note(note)
-            samples = dataset.tokenize(rows, tokenizer)
+            # That a base model has no template for those of ours that are chats is nothing to note.
+            is_ours = self.calib is None and not tokenizer.has_chat_template
+            samples = dataset.tokenize(rows, tokenizer, dataset.silent if is_ours else console.note)
         context = checkpoint.config.max_position_embeddings
         samples, cut = dataset.truncate(samples, context)
         if cut:

@@ -1,22 +1,48 @@
-"""Calibration data: lines of a file, or the set that ships with the package, to token ids.
+"""Calibration data: the texts of a file, or the set that ships with the package, to token ids.
 
-A line is a JSON object with one of the keys of TEXT_KEYS, an object with `messages` (a chat), a JSON string, or plain
-text. Token ids come as lines that are a JSON list of integers, or an object with `input_ids`.
+A file is JSON as a whole, or JSON on each line; only a file in which no line is JSON is plain text, a row on each line.
+A row of JSON is one of these:
+
+    "text"
+    {"inputs_pretokenized": row}, also `text` or `prompt`     other fields, such as `ans`, are left out
+    {"messages": chat}, also `conversations`                  chat: [{"role": .., "content": ..}, ..],
+    chat                                                      or `from` and `value`
+    {"instruction": .., "input": .., "output": ..}            these texts, one below the other
+    [row, row, ..]                                            several rows
+
+Token ids are lists of integers in the place of rows, or objects with `input_ids`.
+
+Source: the files of msModelSlim and MindIE. Of an object with a text and its answer they read the text alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from eightfold.errors import ConfigError, InputError, one_of
-from eightfold.tokenizer import Message, Tokenizer
+from eightfold.errors import CheckpointError, ConfigError, InputError, one_of, shortlist
+from eightfold.files import read_text
+from eightfold.tokenizer import Message, Tokenizer, content_text
 from eightfold.values import is_token_ids, shorten
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
+CHAT_KEYS = ("messages", "conversations")
+TASK_KEYS = ("instruction", "input", "output")
+
+# How ShareGPT calls those who speak.
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+
+MAX_BYTES = 32 << 20
+_MAX_NESTED = 8  # lists in lists
+
+# How a line begins that is JSON, or was meant to be.
+_LIKE_JSON = re.compile(r"""\s*(\{\s*(["']|$)|\[[\[\s]*(["'{]|$))""")
+
+_EXPECTED = f"a text, or an object with {one_of((*TEXT_KEYS, *CHAT_KEYS, TASK_KEYS[0]))}"
 
 # One row: a text, or a chat.
 Row = str | list[Message]
@@ -25,59 +51,105 @@ Row = str | list[Message]
 def default_rows() -> list[Row]:
     """Return the set that ships with the package: prose, Chinese, code, dialogue."""
     text = files("eightfold.data").joinpath("calibration.jsonl").read_text(encoding="utf-8")
-    return [_row(line, number, "calibration.jsonl") for number, line in enumerate(text.splitlines(), 1)]
+    return [row for line in text.splitlines() for row in _rows(json.loads(line))]
+
+
+def require_words(texts: Sequence[str]) -> list[Row]:
+    """Return texts as rows.
+
+    Raises:
+        InputError: one is empty.
+    """
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise InputError(f"calibration text {number}", got="an empty text", expected="some words")
+    return [*texts]
+
+
+def silent(text: str) -> None:
+    """Take no note."""
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """Read a calibration file, one row a line; blank lines are skipped.
+    """Read a calibration file.
 
     Raises:
-        InputError: unreadable, empty, or a malformed line, which is named by its number.
+        InputError: unreadable, too large, empty, or a malformed row, which is named by its number.
     """
-    rows = [_row(line, number, path) for number, line in _lines(path, limit)]
-    if not rows:
-        raise InputError("calibration file", where=path, got="no rows", expected="one text a line")
-    return rows
+    found: list[Row] = []
+    for place, value in _values(path, limit, "calibration file"):
+        try:
+            found += _rows(value)
+        except _RowError as error:
+            raise InputError(place, where=path, got=error.got, expected=error.expected, action=error.action) from None
+        if limit is not None and len(found) >= limit:
+            return found[:limit]
+    if not found:
+        raise InputError("calibration file", where=path, got="no rows", expected="one text a line, or JSON")
+    return found
 
 
 def read_token_ids(path: Path, limit: int | None = None, vocab_size: int | None = None) -> list[list[int]]:
-    """Read a file of token ids, one sample a line.
+    """Read a file of token ids, one sample a row.
 
     Raises:
-        InputError: unreadable, empty, a line that is not a list of token ids, or an id outside the vocabulary.
+        InputError: unreadable, empty, a row that is not a list of token ids, or an id outside the vocabulary.
     """
     samples = []
-    for number, line in _lines(path, limit):
-        value = _parse(line, number, path)
+    for place, value in _values(path, limit, "token id file")[:limit]:
         ids = value.get("input_ids") if isinstance(value, dict) else value
         if not is_token_ids(ids):
-            raise InputError(
-                f"line {number}", where=path, got=shorten(line), expected="a JSON list of token ids, such as [1, 42]"
-            )
+            got = shorten(value if isinstance(value, str) else json.dumps(value))
+            raise InputError(place, where=path, got=got, expected="a JSON list of token ids, such as [1, 42]")
         if vocab_size is not None and not (min(ids) >= 0 and max(ids) < vocab_size):
-            outside = max(ids) if max(ids) >= vocab_size else min(ids)
-            raise InputError(f"line {number}", where=path, got=f"token id {outside}", expected=f"0 to {vocab_size - 1}")
+            outside = shorten(str(max(ids) if max(ids) >= vocab_size else min(ids)))
+            raise InputError(place, where=path, got=f"token id {outside}", expected=f"0 to {vocab_size - 1}")
         samples.append(ids)
     if not samples:
         raise InputError("token id file", where=path, got="no rows", expected="one JSON list a line")
     return samples
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer) -> list[list[int]]:
+def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, note: Callable[[str], None] = silent) -> list[list[int]]:
     """Return each row's token ids: a text with the special tokens around it, a chat by the model's template.
 
+    Args:
+        rows: texts and chats.
+        tokenizer: the model's.
+        note: is told where chats stand that no template can render; they become lines of `role: content`.
+
     Raises:
-        InputError: a row has no tokens.
+        InputError: a row has no tokens, is not Unicode, or the template refuses it.
     """
+    chats = [number for number, row in enumerate(rows, 1) if not isinstance(row, str)]
+    if problem := _template_problem(tokenizer) if chats else "":
+        more = f" and {len(chats) - 1} more have" if len(chats) > 1 else " has"
+        note(f"calibration row {chats[0]}{more} messages, and {problem}; they become lines such as `user: Hello`.")
     samples = []
-    for index, row in enumerate(rows):
-        ids = tokenizer.encode(row) if isinstance(row, str) else _encode_chat(row, tokenizer)
+    for number, row in enumerate(rows, 1):
+        text = row if isinstance(row, str) else "\n".join(f"{each['role']}: {each['content']}" for each in row)
+        try:
+            if isinstance(row, str) or problem:
+                ids = tokenizer.encode(text)
+            else:
+                ids = tokenizer.encode_chat(row, add_generation_prompt=False)
+        except InputError as error:
+            raise InputError(f"calibration row {number}: {error}") from None
         if not ids:
-            raise InputError(
-                f"calibration row {index} (counted from 0)", got="a text without tokens", expected="some text"
-            )
+            raise InputError(f"calibration row {number}", got="a text without tokens", expected="some text")
         samples.append(ids)
     return samples
+
+
+def _template_problem(tokenizer: Tokenizer) -> str:
+    """Return why there is no chat template that can be read; empty where there is one."""
+    try:
+        if not tokenizer.has_chat_template:
+            return "the model has no chat template"
+        tokenizer.require_template()
+    except CheckpointError as error:
+        return f"its chat template cannot be read ({error})"
+    return ""
 
 
 def truncate(samples: Sequence[list[int]], max_tokens: int) -> tuple[list[list[int]], int]:
@@ -86,60 +158,141 @@ def truncate(samples: Sequence[list[int]], max_tokens: int) -> tuple[list[list[i
     return [sample[:max_tokens] for sample in samples], cut
 
 
-def _encode_chat(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
-    if tokenizer.has_chat_template:
-        return tokenizer.encode_chat(messages, add_generation_prompt=False)
-    # A base model has no template; the words are what matters for activation ranges.
-    return tokenizer.encode("\n".join(f"{message['role']}: {message['content']}" for message in messages))
-
-
-def _lines(path: Path, limit: int | None) -> list[tuple[int, str]]:
+def _values(path: Path, limit: int | None, title: str) -> list[tuple[str, Any]]:
+    """Return what stands in each place of a file: values of JSON, or the lines of a plain text."""
     if limit is not None and limit < 1:
         raise ConfigError("limit", got=limit, expected="at least 1")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        raise InputError(title, where=path, got="a table", expected="JSON, or one text a line", action="Convert it.")
+    text, is_cut = read_text(path, title, MAX_BYTES, cuts=limit is not None)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows put a byte order mark first
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
-    except UnicodeDecodeError as error:
+        whole = _parse(text)
+    except ValueError as error:
+        is_whole = bool(lines) and _LIKE_JSON.match(lines[0][1]) is not None and not _is_json(lines[0][1])
+        if is_cut and (is_whole or len(lines) < 2):
+            got = f"a row or JSON of more than {MAX_BYTES >> 20} MiB"
+            raise InputError(title, where=path, got=got, expected="less, or one row a line") from None
+        if is_whole:
+            raise _not_json(_place(error), path, error) from None
+        return _line_values(lines[:-1] if is_cut else lines, path)
+    is_one = not isinstance(whole, list) or is_token_ids(whole) or _is_chat(whole)
+    return [("row 1", whole)] if is_one else [(f"row {number}", item) for number, item in enumerate(whole, 1)]
+
+
+def _line_values(lines: Sequence[tuple[str, str]], path: Path) -> list[tuple[str, Any]]:
+    """Return the values of lines, all of which are JSON, or none."""
+    found: list[tuple[str, Any]] = []
+    plain: list[tuple[str, Any]] = []
+    for place, line in lines:
+        try:
+            found.append((place, _parse(line)))
+        except ValueError as error:
+            if _LIKE_JSON.match(line):
+                raise _not_json(place, path, error) from None
+            plain.append((place, line.strip()))
+    if found and plain:
         raise InputError(
-            "calibration file", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
-        ) from None
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return numbered[:limit]
+            plain[0][0],
+            where=path,
+            got="plain text",
+            expected=f"JSON, as in {found[0][0]}",
+            action='Write it as JSON too, such as {"text": "..."}.',
+        )
+    return found or plain
 
 
-def _row(line: str, number: int, where: Any) -> Row:
-    if not line.lstrip().startswith(("{", '"')):
-        return line.strip()
-    value = _parse(line, number, where)
-    texts = [value] if isinstance(value, str) else [value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)]
-    if texts:
-        if not texts[0].strip():
-            raise InputError(
-                f"line {number}", where=where, got="an empty text", expected="some words", action="Remove it."
-            )
-        return texts[0]
-    messages = value.get("messages")
-    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-        return messages
-    raise InputError(
-        f"line {number}",
-        where=where,
-        got=f"an object with {one_of(value) if value else 'nothing'}",
-        expected=f"a text under {one_of(TEXT_KEYS)}, or messages with role and content",
-    )
+def _parse(text: str) -> Any:
+    """Parse JSON; whatever is wrong with it is a ValueError."""
 
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no value of JSON")
 
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
-
-
-def _parse(line: str, number: int, where: Any) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"line {number}", where=where, got=f"no JSON ({error})", expected="one JSON value a line"
-        ) from None
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _place(error: ValueError) -> str:
+    return f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "calibration file"
+
+
+def _not_json(place: str, path: Path, error: ValueError) -> InputError:
+    return InputError(place, where=path, got=f"no JSON ({error})", expected="JSON as a whole, or one value a line")
+
+
+class _RowError(Exception):
+    """A row cannot be used."""
+
+    def __init__(self, got: str, expected: str = _EXPECTED, action: str = "") -> None:
+        super().__init__(got)
+        self.got, self.expected, self.action = got, expected, action
+
+
+def _rows(value: Any, depth: int = 0) -> list[Row]:
+    """Return the rows that a value of JSON, or a line of plain text, holds; see the top of this file."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise _RowError("an empty text", "some words", "Remove it.")
+        return [value]
+    if _is_chat(value):
+        return [_chat(value)]
+    if is_token_ids(value):
+        raise _RowError("numbers", _EXPECTED, "Give token ids as `calib_ids`.")
+    if isinstance(value, list) and value:
+        if depth == _MAX_NESTED:
+            raise _RowError(f"lists nested more than {_MAX_NESTED} deep")
+        return [row for item in value for row in _rows(item, depth + 1)]
+    if isinstance(value, dict):
+        return _rows_of_object(value, depth)
+    raise _RowError(shorten(json.dumps(value)))
+
+
+def _rows_of_object(value: dict[str, Any], depth: int) -> list[Row]:
+    key = next((key for key in TEXT_KEYS if isinstance(value.get(key), (str, list))), None)
+    if key is not None:
+        return _rows(value[key], depth)
+    for key in CHAT_KEYS:
+        if _is_chat(value.get(key)):
+            system = value.get("system")
+            opening = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+            return [_chat([*opening, *value[key]])]
+    if isinstance(value.get(TASK_KEYS[0]), str):
+        parts = [value[key] for key in TASK_KEYS if isinstance(value.get(key), str) and value[key].strip()]
+        return _rows("\n".join(parts))
+    action = "Give token ids as `calib_ids`." if "input_ids" in value else ""
+    names = shortlist(map(shorten, value)) if value else "nothing"
+    raise _RowError(f"an object with {names}", _EXPECTED, action)
+
+
+def _is_chat(value: Any) -> bool:
+    """Return whether a value is meant as messages; what is wrong with one, _chat() says."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(each, dict) and ("role" in each or "from" in each) for each in value)
+
+
+def _chat(given: Sequence[dict[str, Any]]) -> list[Message]:
+    messages = []
+    for at, message in enumerate(given):
+        role = message["role"] if "role" in message else _ROLES.get(str(message["from"]), message["from"])
+        content = message.get("content", message.get("value"))
+        lacks = "content" if content is None and role != "assistant" else ""
+        if lacks := lacks if isinstance(role, str) and role else "a role":
+            raise _RowError(f"message {at + 1} without {lacks}", "role and content, or from and value")
+        try:
+            text = content_text(content)
+        except InputError as error:
+            raise _RowError(f"message {at + 1} with {error}", "a text, or parts of text") from None
+        rest = {key: each for key, each in message.items() if key not in ("from", "value")}
+        messages.append({**rest, "role": role, "content": text})
+    return messages

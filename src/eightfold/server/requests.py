@@ -14,7 +14,7 @@ from eightfold.server.generation import Asked
 from eightfold.server.sampling import read_max_tokens, read_stream, sampling_params, structured_output
 from eightfold.server.service import Service
 from eightfold.server.tools import ToolUse, read_tools
-from eightfold.tokenizer import Message, Tokenizer
+from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
 from eightfold.values import SWITCH, is_token_ids
 
 MAX_MESSAGES = 4096
@@ -104,20 +104,14 @@ def _message(where: str, given: Any) -> Message:
 
 
 def _content(where: str, content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    parts = demand(where, content, LIST._replace(name="a text or a list of parts"))
-    return "\n".join(_part(f"{where}[{at}]", part) for at, part in enumerate(parts))
-
-
-def _part(where: str, part: Any) -> str:
-    kind = demand(where, part, OBJECT).get("type")
-    if kind in ("text", "refusal"):
-        return str(demand(f"{where}.{kind}", part.get(kind), STRING))
-    if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
-        message = f"{where}: this model reads text only, not {kind}"
-        raise bad_request(message, param="messages", code="unsupported_content")
-    raise wrong(f"{where}.type", kind, "text")
+    try:
+        return content_text(content)
+    except ContentError as error:
+        place = where + error.place
+        if not error.is_media:
+            raise wrong(place, error.value, error.expected) from None
+        message = f"{place.removesuffix('.type')}: this model reads text only, not {error.value}"
+        raise bad_request(message, param="messages", code="unsupported_content") from None
 
 
 def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
