@@ -6,17 +6,27 @@ BIN     = $(VENV)/bin
 TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test sanitize lint env fidelity readme clean
+.PHONY: demo test sanitize lint env lock fidelity readme clean
 
 env: $(STAMP)
 
 # torch goes first and alone, so that no other package chooses its version. TORCH_FLAGS='--index-url ...' takes another
-# build of it.
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+# build of it. Everything else is what requirements-dev.lock says, checked by its hashes.
+$(STAMP): pyproject.toml constraints.txt requirements-dev.lock CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
 	EIGHTFOLD_TESTS=ON EIGHTFOLD_WERROR=ON $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
+
+# Writes the lock file anew: versions that still fit are kept. torch is left out, as it is built for each machine.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install -q --disable-pip-version-check uv
+	echo "torch ; sys_platform == 'none'" > build/lock/without-torch.txt
+	build/lock/bin/uv pip compile -q --no-config --universal --python-version 3.10 --generate-hashes --all-extras \
+	  --override build/lock/without-torch.txt --no-emit-package torch --custom-compile-command "make lock" $(ARGS) \
+	  pyproject.toml -o requirements-dev.lock
 
 demo: env
 	$(BIN)/python examples/demo.py --work build/demo
