@@ -95,6 +95,15 @@ def write_tokenizer(directory: Path) -> None:
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 257, "bos_token_id": 256}))
 
 
+def remove_template(directory: Path) -> None:
+    """Take the chat template out of a model directory: transformers 5 and 4 look for it in two places."""
+    (directory / "chat_template.jinja").unlink()
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+
+
 def write_model(
     directory: Path, config: dict[str, Any] | None = None, *, seed: int = 0, tokenizer: bool = True
 ) -> Path:

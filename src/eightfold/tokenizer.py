@@ -27,8 +27,8 @@ MAX_WAITING = 64
 
 # Tokenizer classes for which transformers 4, and so the engines of this format, put BOS and EOS around a text by
 # add_bos_token and add_eos_token of tokenizer_config.json, and not by tokenizer.json's post-processor.
-_BY_SETTINGS = ("LlamaTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizerFast", "CodeLlamaTokenizer")
-_MODELS_BY_SETTINGS = ("llama", "mistral")  # model_type of models that get the first where they name no class
+LLAMA_CLASSES = ("LlamaTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizerFast", "CodeLlamaTokenizer")
+_LLAMA_MODELS = ("llama", "mistral")  # model_type of models that get the first where they name no class
 _DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of these classes
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
@@ -106,9 +106,9 @@ class Tokenizer:
     def _class_by_settings(self) -> str | None:
         """Return the tokenizer's class if transformers 4 puts BOS and EOS by its settings."""
         name, config = self._settings.get("tokenizer_class"), self.directory / "config.json"
-        if name is None and config.is_file() and read_json(config).get("model_type") in _MODELS_BY_SETTINGS:
-            name = _BY_SETTINGS[0]
-        return name if name in _BY_SETTINGS else None
+        if name is None and config.is_file() and read_json(config).get("model_type") in _LLAMA_MODELS:
+            name = LLAMA_CLASSES[0]
+        return name if name in LLAMA_CLASSES and not is_of_5(self._settings) else None
 
     def _named(self, name: str) -> list[int]:
         """Return the id of bos_token or eos_token in a list, which is empty where the model has none."""
@@ -379,6 +379,11 @@ def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int
         value = config_raw.get("eos_token_id")
     ids: Iterable[Any] = value if isinstance(value, list) else [value]
     return frozenset(token for token in ids if WHOLE.fits(token))
+
+
+def is_of_5(settings: Mapping[str, Any]) -> bool:
+    """Return whether a tokenizer_config.json is of transformers 5, which goes by tokenizer.json alone."""
+    return "backend" in settings and "add_bos_token" not in settings
 
 
 class StreamDecoder:

@@ -27,7 +27,7 @@ from eightfold.engine.sampler import Sampled
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.errors import OutputError
 from eightfold.tokenizer import Tokenizer
-from tests.conftest import Result
+from tests.conftest import Result, remove_template
 from tests.engine.models import EOS
 from tests.refusal import error_line, refused
 
@@ -292,7 +292,7 @@ def test_options_that_do_not_go_together(cli, small, words, message):
 def test_chats_need_a_template(cli, small, tmp_path):
     model = tmp_path / "base"
     shutil.copytree(small.directory, model)
-    (model / "chat_template.jinja").unlink()
+    remove_template(model)
     path = write(tmp_path / "p", {"prompt": "hi"})
     files = ("--input-file", path, "--output-file", tmp_path / "out")
     found = refused(cli, "run", model, *files, "--chat", within=tmp_path)

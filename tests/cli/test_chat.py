@@ -24,7 +24,7 @@ import pytest
 
 from eightfold.cli import console
 from eightfold.tokenizer import Tokenizer
-from tests.conftest import Result
+from tests.conftest import Result, remove_template
 from tests.engine.models import EOS
 from tests.refusal import error_line
 
@@ -219,7 +219,7 @@ def test_options_that_change_nothing_are_noted(chat):
 def test_a_model_without_a_template_is_refused_with_two_ways_out(chat, small, tmp_path):
     model = tmp_path / "base"
     shutil.copytree(small.directory, model)
-    (model / "chat_template.jinja").unlink()
+    remove_template(model)
     assert error_line(chat("a\n", model=model)) == (
         f"chat template in {model}: got none, expected chat_template.jinja or tokenizer_config.json's. "
         "Give one with --chat-template FILE, or let the model continue a text: eightfold run DIR --prompt."

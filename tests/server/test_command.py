@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from eightfold.values import parse_size
+from tests.conftest import remove_template
 
 
 class Process:
@@ -95,7 +96,7 @@ def test_a_template_of_ones_own_and_limits_until_ctrl_c(start, tmp_path):
 
 def test_a_model_without_a_template_continues_texts_only(model, tmp_path):
     shutil.copytree(model, tmp_path / "base")
-    (tmp_path / "base" / "chat_template.jinja").unlink()
+    remove_template(tmp_path / "base")
     server = Process(tmp_path / "base")
     with httpx.Client(base_url=server.url, timeout=30) as http:
         assert http.get("/v1/models").json()["data"][0]["has_chat_template"] is False

@@ -21,11 +21,12 @@ import torch
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, RopeParameters, both_dialects, parse_config
 from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, layer_prefix
-from eightfold.files import read_json, write_json
+from eightfold.files import write_json
 from eightfold.format.checkpoint import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.tokenizer_files import write_for_both
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
@@ -318,11 +319,6 @@ def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None
             expected="one that transformers can rebuild",
         ) from None
     tokenizer.save_pretrained(str(directory))
-    settings = directory / "tokenizer_config.json"
-    content = read_json(settings)
-    # The name that transformers 4 and 5 both know; 5 alone writes the other one.
-    if content.get("tokenizer_class") == "TokenizersBackend":
-        content["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(settings, content)
+    write_for_both(directory)
     ids: dict[str, Any] = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
     write_json(directory / "generation_config.json", ids)

@@ -26,6 +26,7 @@ from eightfold.format.directory import copy_sidecars, resolve_auto_map
 from eightfold.format.journal import WORK_NAME, Entry, layers_done
 from eightfold.format.output import REPORT_NAME, Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.tokenizer_files import write_for_both
 from eightfold.model.reference.tensors import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
@@ -281,6 +282,8 @@ def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome
     if note:
         outcome.notes.append(note)
     copy_sidecars(checkpoint.directory, directory)
+    if note := write_for_both(directory):
+        outcome.notes.append(note)
     for module in modules:
         (directory / module.name).write_bytes(module.read_bytes())
     config: dict[str, Any] = both_dialects(raw, checkpoint.config, checkpoint.dtype)

@@ -1,0 +1,151 @@
+"""A tokenizer's files in terms that transformers 4 and 5 both read.
+
+MindIE pins transformers 4.43 with tokenizers 0.19; what transformers 5 and newer tokenizers save, these refuse or drop.
+Each difference below was tried with transformers 4.43.1, 4.57.1 and 5.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eightfold.errors import CheckpointError
+from eightfold.files import read_json, write_json
+from eightfold.tokenizer import LLAMA_CLASSES, is_of_5
+from eightfold.values import shown
+
+TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+
+# Any of these makes a tokenizer that transformers loads or converts.
+VOCABULARIES = (TOKENIZER, "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json")
+
+FAST = "PreTrainedTokenizerFast"  # the name that 4 and 5 both have for a tokenizer that is all in tokenizer.json
+NEW_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
+
+# Parts of tokenizer.json that tokenizers 0.19 does not have.
+_NEW_PARTS = {"normalizer": {"ByteLevel"}, "pre_tokenizer": {"FixedLength"}}
+
+
+@dataclass
+class TokenizerFiles:
+    """What a directory says about its tokenizer.
+
+    Attributes:
+        settings: tokenizer_config.json; empty where there is none.
+        fast: tokenizer.json; empty where there is none.
+        template: chat_template.jinja; None where there is none.
+    """
+
+    settings: dict[str, Any]
+    fast: dict[str, Any]
+    template: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> TokenizerFiles:
+        """Read those files that are there.
+
+        Raises:
+            CheckpointError: one of them cannot be read.
+        """
+        settings, fast = (
+            read_json(directory / name) if (directory / name).is_file() else {} for name in (SETTINGS, TOKENIZER)
+        )
+        template = directory / TEMPLATE
+        try:
+            return cls(settings, fast, template.read_text(encoding="utf-8") if template.is_file() else None)
+        except UnicodeDecodeError as error:
+            got = f"byte {error.start} that is not UTF-8"
+            raise CheckpointError("chat template", where=template, got=got, expected="UTF-8 text") from None
+
+    def gaps(self) -> dict[str, str]:
+        """Return what transformers 4.43 or tokenizers 0.19 cannot read: the kind of difference -> what stands there."""
+        found = {}
+        if self.settings.get("tokenizer_class") in NEW_CLASSES:
+            found["class"] = str(self.settings["tokenizer_class"])
+        if isinstance(extra := self.settings.get("extra_special_tokens"), list):
+            found["extra-tokens"] = shown(extra)
+        if any(isinstance(merge, list) for merge in self._merges[:1]):
+            found["merges"] = shown(self._merges[0])
+        if new := [f"{key} {kind}" for key, kinds in _NEW_PARTS.items() for kind in _types(self.fast, key) & kinds]:
+            found["part"] = new[0]
+        if self.template is not None and self.settings.get("chat_template") != self.template:
+            found["template"] = TEMPLATE
+        return found
+
+    def close_gaps(self) -> None:
+        """Say the same in the words of transformers 4, which 5 reads too, as far as 4 has words for it."""
+        settings, gaps = self.settings, self.gaps()
+        if gaps.get("class") == NEW_CLASSES[0]:
+            settings["tokenizer_class"] = FAST
+        if "extra-tokens" in gaps:
+            extra = settings.pop("extra_special_tokens")
+            settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *extra]
+        if "template" in gaps:
+            settings["chat_template"] = self.template
+        if "merges" in gaps and not any(" " in part for merge in self._merges for part in merge):
+            self.fast["model"]["merges"] = [" ".join(merge) for merge in self._merges]
+        # transformers 5 saves the effect of these two switches in tokenizer.json, and not the switches that 4 goes by.
+        if settings.get("tokenizer_class") in LLAMA_CLASSES and self.fast and is_of_5(settings):
+            before, after = _around(self.fast.get("post_processor"))
+            settings["add_bos_token"], settings["add_eos_token"] = before, after
+
+    @property
+    def _merges(self) -> list[Any]:
+        model = self.fast.get("model")
+        merges = model.get("merges") if isinstance(model, dict) else None
+        return merges if isinstance(merges, list) else []
+
+
+def write_for_both(directory: Path) -> str | None:
+    """Rewrite a directory's tokenizer so that transformers 4 and 5 both read it; nothing changes where they do.
+
+    Returns:
+        A note for the user about what transformers 4 does not read, if there is such a thing.
+    """
+    if not has_tokenizer(directory):
+        return "the model has no tokenizer, and so OUT has none: MindIE and vllm-ascend need one."
+    try:
+        files = TokenizerFiles.read(directory)
+    except CheckpointError as error:
+        return f"the tokenizer is copied as it is, and loaders may refuse it: {error}"
+    settings, gaps = dict(files.settings), files.gaps()
+    files.close_gaps()
+    if files.settings != settings:
+        write_json(directory / SETTINGS, files.settings)
+    left = files.gaps()
+    if "merges" in gaps.keys() - left:
+        write_json(directory / TOKENIZER, files.fast)
+    found = ", ".join(left.values())
+    return f"the tokenizer has what MindIE's transformers 4.43 cannot read: {found}." if left else None
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory has a file that transformers makes a tokenizer of."""
+    return any(path for name in VOCABULARIES for path in directory.glob(name))
+
+
+def _types(content: dict[str, Any], key: str) -> set[str]:
+    """Return the types of a normalizer or pre-tokenizer, those in a sequence too."""
+    return {str(part.get("type")) for part in _parts(content.get(key))}
+
+
+def _parts(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        yield part
+        for key in ("normalizers", "pretokenizers", "processors"):
+            inner = part.get(key)
+            for each in inner if isinstance(inner, list) else []:
+                yield from _parts(each)
+
+
+def _around(processor: Any) -> tuple[bool, bool]:
+    """Return whether a post-processor puts anything before a text, and behind it."""
+    for part in _parts(processor):
+        if "cls" in part:
+            return True, True
+        single = part.get("single")
+        if isinstance(single, list) and (kinds := ["Sequence" in each for each in single]) and any(kinds):
+            return not kinds[0], not kinds[-1]
+    return False, False
