@@ -22,6 +22,7 @@ RANKS = {
     "errors": 0,
     "machine": 0,
     "progress": 0,
+    "template": 0,
     "values": 1,
     "config": 2,
     "files": 1,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import eightfold
 from eightfold.errors import CheckpointError, EightfoldError, InputError
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 from tests.conftest import CHAT_TEMPLATE, write_tokenizer
@@ -345,7 +347,6 @@ def test_special_tokens_that_are_no_text_are_left_out(directory):
         ("{{ nothing.content }}", "'nothing' is undefined"),
         ("{{ messages[0].content + 1 }}", 'can only concatenate str (not "int") to str'),
         ("{{ messages[0].content.index('z') }}", "substring not found"),
-        ("{{ 'a' * 10**15 }}", "MemoryError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
         ("{{ range(10**9) | length }}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
         ("{% include '/etc/passwd' %}", "no loader for this environment specified"),
@@ -358,6 +359,91 @@ def test_a_template_that_refuses_or_fails_gives_one_clear_line(directory, templa
     assert str(failure.value).startswith(f"messages: got {message}")
     assert str(failure.value).endswith(", expected roles and contents that the chat template accepts")
     assert "\n" not in str(failure.value)
+
+
+BOMBS = {
+    "loops within loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "the same of one list": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "a power that is computed while compiling": "{{ 10 ** (10 ** 9) }}",
+    "a long text": "{{ 'a' * 10 ** 10 }}",
+    "a long text that is not shown": "{% set a = 'a' * 10 ** 15 %}",
+    "doubling": "{% set n = namespace(a='a') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    "lists of lists": (
+        "{% set n = namespace(a=[]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}"
+    ),
+    "padding": "{{ 'a'.center(10 ** 10) }}",
+    "a format": "{{ '%9999999999d' % 1 }}",
+    "a replacement of nothing": "{{ ('a' * 10 ** 6).replace('', 'b' * 10 ** 6) }}",
+    "a conversation without end": "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}",
+    "white space of JSON": "{{ [1] | tojson(indent=10 ** 10) }}",
+}
+
+
+@pytest.mark.parametrize("template", BOMBS.values(), ids=BOMBS)
+def test_a_template_that_takes_too_much_is_stopped_and_the_next_is_rendered(directory, template, monkeypatch):
+    monkeypatch.setattr("eightfold.template._idle", [])
+    monkeypatch.setattr("eightfold.template.RENDER_SECONDS", 2)
+    tokenizer = with_template(directory, template)
+    with pytest.raises(CheckpointError) as failure:
+        render(tokenizer)
+    message = str(failure.value)
+    assert message.startswith(f"chat template in {directory}: got more than ")
+    assert message.endswith(", expected one that ends within its limits")
+    assert render(Tokenizer(directory, "{{ messages[0].role }}")) == "user"
+
+
+def test_a_message_of_a_template_is_cut(directory):
+    with pytest.raises(InputError) as failure:
+        render(with_template(directory, "{{ raise_exception('long ' * 10000) }}"))
+    assert 300 < len(str(failure.value)) < 400
+
+
+def test_an_interrupted_rendering_does_not_answer_the_next(directory, monkeypatch):
+    tokenizer = with_template(directory, "{{ messages[0].role }}")
+    assert render(tokenizer) == "user"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("eightfold.template.json.loads", lambda line: exec("raise KeyboardInterrupt"))
+        render(tokenizer)
+    assert render(tokenizer) == "user"
+
+
+def test_the_program_that_renders_does_not_look_for_modules_where_it_is_called(directory, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('executed')")
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    monkeypatch.setattr("eightfold.template._idle", [])
+    assert render(with_template(directory, "{{ messages[0].role }}")) == "user"
+
+
+def test_no_module_of_ours_hides_one_of_python():
+    """The program that renders begins with our folder in its path."""
+    names = {path.stem for path in Path(eightfold.__file__).parent.iterdir()}
+    assert names & set(sys.stdlib_module_names) <= {"__main__"}
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it."""
+
+
+class Panicking:
+    def __getattr__(self, name):
+        def panic(*args, **kwargs):
+            raise PanicException("index out of bounds: " + "x" * 1000)
+
+        return panic
+
+
+def test_a_panic_of_the_library_is_one_line(directory, monkeypatch):
+    tokenizer = Tokenizer(directory)
+    monkeypatch.setattr(tokenizer, "_fast", Panicking())
+    for call, expected in (
+        (lambda: tokenizer.encode("a"), "encodes every text"),
+        (lambda: tokenizer.decode([1]), "decodes every token"),
+    ):
+        with pytest.raises(CheckpointError, match=f"expected one that {expected}") as failure:
+            call()
+        assert len(str(failure.value)) < 600
 
 
 ESCAPES = [

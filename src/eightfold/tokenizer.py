@@ -1,20 +1,19 @@
 """Text <-> token ids by the model's own tokenizer.json, and its chat template.
 
-The template is run in jinja2's immutable sandbox: it comes from a stranger's directory.
+The template is a stranger's program: it runs in jinja2's sandbox, in another process (template.py).
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import read_json
-from eightfold.values import WHOLE, shown
+from eightfold.template import MOST_SHOWN, TemplateError, compile_template, render_template
+from eightfold.values import WHOLE, shorten, shown
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -30,6 +29,8 @@ MAX_WAITING = 64
 LLAMA_CLASSES = ("LlamaTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizerFast", "CodeLlamaTokenizer")
 _LLAMA_MODELS = ("llama", "mistral")  # model_type of models that get the first where they name no class
 _DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of these classes
+
+T = TypeVar("T")
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -55,7 +56,6 @@ class Tokenizer:
         self.chat_template = chat_template
         self.add_bos = add_bos
         self.notes = list[str]()
-        self._programs = dict[str, Any]()  # templates, compiled
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(
@@ -71,15 +71,15 @@ class Tokenizer:
             )
         try:
             self._fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError("tokenizer", where=path, got=error, expected="a tokenizers file") from None
+        except BaseException as error:  # the library raises bare Exception
+            raise self._fault(error, "a tokenizers file") from None
         self._fast.no_padding()
         self._fast.no_truncation()
         self._before, self._after = self._around_a_text()
 
     def _around_a_text(self) -> tuple[list[int], list[int]]:
         """Return the ids that stand before and behind every text."""
-        alone, whole = (self._fast.encode("a", add_special_tokens=special).ids for special in (False, True))
+        alone, whole = (self._encode("a", special_tokens=special) for special in (False, True))
         at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0) if alone else len(whole)
         own = before, after = whole[:at], whole[at + len(alone) :]
         name = self._class_by_settings()
@@ -140,13 +140,31 @@ class Tokenizer:
             raise InputError(
                 "text", got=f"character {error.start} that is not Unicode", expected="text that UTF-8 can hold"
             ) from None
-        # Of the library's calls this one lets other Python threads run meanwhile, and leaves out what is not needed.
-        ids = list(self._fast.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        ids = self._encode(text, special_tokens=False)
         return [*self._before, *ids, *self._after] if special_tokens else ids
+
+    def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        try:
+            # Of the library's calls this one lets other threads run meanwhile, and leaves out what is not needed.
+            return list(self._fast.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
+        except BaseException as error:  # a panic of the library is not an Exception
+            raise self._fault(error, "one that encodes every text") from None
+
+    def _fault(self, error: BaseException, expected: str) -> BaseException:
+        """Return what to raise for something that the library has raised."""
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            return error
+        got = shorten(str(error), MOST_SHOWN)
+        return CheckpointError("tokenizer", where=self.directory / "tokenizer.json", got=got, expected=expected)
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return text, without special tokens unless they are to be kept."""
-        return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
+        try:
+            return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
+        except (OverflowError, TypeError):  # ids that are none
+            raise
+        except BaseException as error:
+            raise self._fault(error, "one that decodes every token") from None
 
     def piece(self, token_id: int) -> str | None:
         """Return a token as tokenizer.json spells it, which need not be text; None if there is no such token."""
@@ -184,7 +202,7 @@ class Tokenizer:
             variables: further ones that this template knows, such as enable_thinking; none of the above.
 
         Raises:
-            CheckpointError: the model has no chat template.
+            CheckpointError: the model has no chat template, or one that takes too long or too much memory.
             InputError: the template refuses these messages.
         """
         given = {
@@ -195,29 +213,24 @@ class Tokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = self._compiled("tool_use" if tools and "tool_use" in self._templates else "default")
-        try:
-            rendered = template.render(given)
-        except Exception as error:  # the template is a program: a division by zero in it is one too
-            raise InputError(
-                "messages",
-                got=str(error) or type(error).__name__,
-                expected="roles and contents that the chat template accepts",
-            ) from None
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        rendered = self._with_template(lambda source: render_template(source, given), name)
         bos = self.decode(self._before, keep_special=True) if self.add_bos else ""
-        return str(rendered) if str(rendered).startswith(bos) else f"{bos}{rendered}"
+        return rendered if rendered.startswith(bos) else bos + rendered
 
-    def _compiled(self, name: str) -> Any:
-        from jinja2.exceptions import TemplateError
-
-        if name in self._programs:
-            return self._programs[name]
+    def _with_template(self, work: Callable[[str], T], name: str = "default") -> T:
+        """Return what work on one of the chat templates returns, with errors that say what is wrong with it."""
         source = self.template_source() if name == "default" else self._templates[name]
         try:
-            return self._programs.setdefault(name, _sandbox().from_string(source))
+            return work(source)
         except TemplateError as error:
+            if error.fault == "refusal":
+                raise InputError(
+                    "messages", got=error, expected="roles and contents that the chat template accepts"
+                ) from None
             where = self.directory if self.chat_template is None else None
-            raise CheckpointError("chat template", where=where, got=error, expected="a jinja2 template") from None
+            expected = "a jinja2 template" if error.fault == "syntax" else "one that ends within its limits"
+            raise CheckpointError("chat template", where=where, got=error, expected=expected) from None
 
     @property
     def has_chat_template(self) -> bool:
@@ -230,7 +243,7 @@ class Tokenizer:
         Raises:
             CheckpointError: there is none, or it is not a jinja2 template.
         """
-        self._compiled("default")
+        self._with_template(compile_template)
 
     def template_source(self) -> str:
         """Return the chat template.
@@ -335,39 +348,6 @@ def _named_templates(source: Any) -> dict[str, str]:
         source = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
     named = source if isinstance(source, dict) else {"default": source}
     return {name: text for name, text in named.items() if isinstance(text, str)}
-
-
-def _sandbox() -> Any:
-    """Return the jinja2 environment of chat templates, with the functions that the field's templates call."""
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationTag(Extension):
-        """{% generation %} marks for training what the assistant says; here its body is simply rendered."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
 
 
 def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int]:
