@@ -304,18 +304,20 @@ def _has_no_window(raw: Mapping[str, Any], family: Family) -> bool:
 
 
 def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
+    """Return the dtype that a file names; None where it names none, or leaves it to the weights with `auto`."""
     names = {key: str(raw[key]).removeprefix("torch.") for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
+    names = {key: name for key, name in names.items() if name != "auto"}
     if len(set(names.values())) > 1:
         raise ConfigError(
             '"torch_dtype" and "dtype"',
             where=where,
-            got=" and ".join(names.values()),
+            got=" and ".join(map(shorten, names.values())),
             expected="the same type",
             action="Remove one.",
         )
     for key, name in names.items():
         if name not in CONFIG_DTYPES:
-            raise UnsupportedError(f'"{key}"', where=where, got=name, expected=one_of(CONFIG_DTYPES))
+            raise UnsupportedError(f'"{key}"', where=where, got=shorten(name), expected=one_of(CONFIG_DTYPES))
         return CONFIG_DTYPES[name]
     return None
 
@@ -402,13 +404,14 @@ def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any
 
 
 def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
-    """Return config.json's object with dtype and rope said in both dialects.
+    """Return config.json's object with dtype and rope said in both dialects, and `model_type`, by which loaders go.
 
     Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
     description file from the loaders, or contradict it.
     """
     rope = {name: getattr(config.rope, name) for name in ("rope_type", *_ROPE_NEEDS[config.rope.rope_type])}
     out = {key: value for key, value in raw.items() if key not in ("quantization_config", "quantize")}
+    out["model_type"] = FAMILIES[config.architecture].model_type
     out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
     out["rope_theta"] = config.rope.rope_theta
     out["rope_scaling"] = _old_scaling(rope)

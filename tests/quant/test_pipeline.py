@@ -7,17 +7,19 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eightfold.config import DType
-from eightfold.errors import CheckpointError, ConfigError
+from eightfold.errors import CheckpointError, ConfigError, OutputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
-from eightfold.model.reference.tensors import load_tensor
+from eightfold.model.reference.tensors import load_tensor, mapped_tensor, to_array
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.plan import OutputPlan, assign_types
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES, QuantType
 from tests.conftest import tiny_config, token_samples, write_model
+from tests.refusal import error_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,3 +274,60 @@ def test_plan_is_in_module_order(float_model):
 def test_float32_model_keeps_the_packed_form():
     assert DType.F32.is_float
     assert not DType.I64.is_float
+
+
+@pytest.mark.parametrize("said", ["float32", "auto", "torch.float32", None])
+def test_a_config_that_names_no_16_bit_dtype_leaves_it_to_the_weights(cli, tmp_path, said):
+    source = write_model(tmp_path / "float", tiny_config(torch_dtype="bfloat16"))
+    (source / "config.json").write_text(json.dumps(tiny_config(torch_dtype=said, model_type=None)))
+    made = cli("quantize", source, tmp_path / "out", "--scheme", "w8a8-dynamic")
+    assert made.code == 0
+    assert "MindIE refuses" not in made.err
+    found, config = Checkpoint.open(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], config["dtype"], config["model_type"]) == ("bfloat16", "bfloat16", "llama")
+    assert {info.dtype for info in found.tensors.values()} == {"BF16", "I8", "F32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "packed", "said"),
+    [("bf16", "BF16", "F32", "bfloat16"), ("fp16", "F16", "I64", "float16"), ("fp32", "F32", "I64", "float32")],
+)
+@pytest.mark.parametrize("source_dtype", ["bfloat16", "float32"])
+def test_the_output_has_the_dtype_that_is_asked_for(cli, tmp_path, source_dtype, name, stored, packed, said):
+    source = write_model(tmp_path / "float", tiny_config(torch_dtype=source_dtype))
+    options = ("--scheme", "w8a8", "--anti-outlier", "m4", "--dtype", name, "--calib-limit", "4")
+    made = cli("quantize", source, tmp_path / "out", *options)
+    assert made.code == 0, made.err
+    out, float_model = Checkpoint.open(tmp_path / "out"), Checkpoint.open(source)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["torch_dtype"], config["dtype"]) == (said, said)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    kinds = {name: out.tensors[f"{q_proj}.{name}"].dtype for name in ("weight", "input_scale", "deq_scale")}
+    assert kinds == {"weight": "I8", "input_scale": stored, "deq_scale": packed}
+    embedding = "model.embed_tokens.weight"
+    assert out.tensors[embedding].dtype == stored
+    expected = to_array(mapped_tensor(float_model, embedding), DType(stored))
+    assert out.array(embedding).tobytes() == expected.tobytes()
+    assert made.err.count("MindIE refuses") == (name == "fp32")
+
+
+def test_what_float16_cannot_hold_is_refused_before_anything_is_lost(cli, tmp_path):
+    source = write_model(tmp_path / "float", tiny_config(torch_dtype="bfloat16"))
+    tensors = load_file(str(source / "model.safetensors"))
+    tensors["model.norm.weight"][3] = 1e6
+    save_file(tensors, str(source / "model.safetensors"))
+    message = error_line(cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--dtype", "fp16"))
+    assert message.startswith(f"values of model.norm.weight in {source}: got ")
+    assert message.endswith("Store float32 (--save-dtype), or choose another --dtype.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float"]
+
+
+def test_a_note_that_is_known_before_the_work_is_told_before_it(cli, tmp_path, monkeypatch):
+    source = write_model(tmp_path / "float", tiny_config(torch_dtype="float32"))
+
+    def fail(*args, **options):
+        raise OutputError("enough")
+
+    monkeypatch.setattr("eightfold.quant.pipeline.quantize_checkpoint", fail)
+    refused = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16")
+    assert refused.err.index("OUT is a float32 model, which MindIE refuses: --dtype bf16") < refused.err.index("enough")

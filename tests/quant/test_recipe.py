@@ -212,5 +212,38 @@ def test_command_line_can_contradict_a_file(cli, tmp_path, float_model):
     file = tmp_path / "recipe.yaml"
     file.write_text("scheme: w8a8\nkv_int8: true\n")
     message = error_line(cli("quantize", float_model, tmp_path / "out", "--recipe", file, "--fa-quant"))
-    assert message.startswith("attention: got --fa-quant and --kv-int8")
+    assert message.startswith(f"attention: got --fa-quant and kv_int8 of {file}, expected one of them")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_setting_of_a_file_is_named_with_the_file_and_not_by_an_option(cli, tmp_path, float_model):
+    file = tmp_path / "recipe.yaml"
+
+    def refused(text, *options):
+        file.write_text(text)
+        return error_line(cli("quantize", float_model, tmp_path / "out", "--recipe", file, *options))
+
+    known = "expected a name or pattern such as "
+    for key, value in (("keep_float", "['*.no_proj']"), ("modules", "{'*.no_proj': float}")):
+        message = refused(f"scheme: w8a16\n{key}: {value}\n")
+        assert message.startswith(f"{key} in {file}: got '*.no_proj', which matches no linear, {known}"), message
+    message = refused("scheme: w8a16\nkeep_float: ['*']\n", "--keep-float", "*.no_proj")
+    assert message.startswith("--keep-float: got '*.no_proj', which matches no linear, ")
+    message = refused("scheme: w8a8\nfa_quant: true\n", "--kv-int8")
+    assert message.startswith(f"attention: got fa_quant of {file} and --kv-int8, expected one of them")
+    assert refused("scheme: w8a8\ndisable_level: 99\n").startswith(f"disable_level in {file}: got L99, ")
+    assert refused("scheme: w8a8\nweight_symmetric: false\n").startswith(f"weight_symmetric in {file}: got scheme W8A8")
+    assert refused("scheme: w8a8\nfa_amp: -1\nfa_quant: true\n").startswith(f"fa_amp in {file}: got -1")
+
+
+def test_linears_are_counted_by_what_they_become(cli, tmp_path, float_model):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("scheme: w8a16\nmodules: {'*.mlp.*': w8a8-dynamic, '*.0.mlp.down_proj': float}\n")
+    made = cli("quantize", float_model, tmp_path / "out", "--recipe", file)
+    assert ": 8 linears as W8A16, 5 as W8A8_DYNAMIC, 1 kept float, " in made.out
+    file.write_text("scheme: w8a16\nmodules: {'*': w8a8-dynamic}\n")
+    made = cli("quantize", float_model, tmp_path / "all", "--recipe", file)
+    assert ": 14 linears as W8A8_DYNAMIC, " in made.out
+    made = cli("quantize", float_model, tmp_path / "none", "--scheme", "w8a16", "--keep-float", "*")
+    assert ": 0 linears as W8A16, 14 kept float, " in made.out
+    assert made.err.count("nothing is quantized") == 1

@@ -48,7 +48,8 @@ class QuantizeCommand:
     target: Path = argument("OUT", "The directory to make. It appears when it is complete.")
     choices: dict[str, Any] = settings(
         Recipe, "scheme", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
-        "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "save_float32",
+        "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "dtype",
+        "save_float32",
     )  # fmt: skip
     recipe_file: Path | None = setting(
         None,
@@ -129,8 +130,9 @@ class QuantizeCommand:
 
     def execute(self) -> None:
         started = time.monotonic()
-        _ = self.recipe  # is refused before anything else happens
-        with _ranks_of_environment() as ranks:
+        with self._recipe_named():
+            _ = self.recipe  # is refused before anything else happens
+        with _ranks_of_environment() as ranks, self._recipe_named():
             if self.plan:
                 if ranks.is_first:
                     self._show_plan()
@@ -140,9 +142,27 @@ class QuantizeCommand:
                 _save(self.recipe, self.save_recipe)
             self._tell(outcome, ranks, started)
 
+    @contextmanager
+    def _recipe_named(self) -> Iterator[None]:
+        """Let an error about a setting of the recipe file name the file, and not an option that nobody has given."""
+        try:
+            yield
+        except ConfigError as error:
+            if self.recipe_file is None:
+                raise
+            names = [name for name in self._settings_of_file if name not in self.choices]
+            named = {f"`{name}`": f"{name} of {self.recipe_file}" for name in names}
+            raise ConfigError(in_flags(error, {**named, **{n: f"{n} in {self.recipe_file}" for n in names}})) from None
+
+    @cached_property
+    def _settings_of_file(self) -> dict[str, Any]:
+        from eightfold.quant.recipe import read_recipe
+
+        return {} if self.recipe_file is None else read_recipe(self.recipe_file)
+
     @cached_property
     def recipe(self) -> Recipe:
-        from eightfold.quant.recipe import act_method_name, make_recipe, parse_level, read_recipe
+        from eightfold.quant.recipe import act_method_name, make_recipe, parse_level
         from eightfold.scheme import SCHEMES
 
         meanings: dict[str, Callable[[Any], Any]] = {
@@ -152,15 +172,16 @@ class QuantizeCommand:
             "save_float32": lambda name: name == "float32",
         }
         choices = {name: meanings.get(name, lambda value: value)(value) for name, value in self.choices.items()}
-        file = {} if self.recipe_file is None else read_recipe(self.recipe_file)
-        return make_recipe({**file, **choices}, str(self.recipe_file or "the command line"))
+        return make_recipe({**self._settings_of_file, **choices}, str(self.recipe_file or "the command line"))
 
     def _quantize(self, ranks: Ranks) -> Outcome:
         """Quantize. The texts are read and tokenized by one process."""
         # What can be refused is refused before torch is loaded and texts are tokenized.
-        samples = self._samples(self._checked()) if ranks.is_first else None
+        samples = self._samples(self._checkpoint) if ranks.is_first else None
         samples = ranks.share(samples)
         console.require_torch("quantize")
+        if ranks.is_first:
+            self._tell_what_is_known()
         from eightfold.progress import silent
         from eightfold.quant.pipeline import quantize_checkpoint
 
@@ -179,9 +200,10 @@ class QuantizeCommand:
         )
 
     def _show_plan(self) -> None:
-        checkpoint = self._checked()
+        checkpoint = self._checkpoint
         samples = self._samples(checkpoint) or []
         console.require_torch("quantize --plan")
+        self._tell_what_is_known()
         from eightfold.quant.estimate import estimate_run
 
         found = estimate_run(
@@ -192,8 +214,9 @@ class QuantizeCommand:
         else:
             print("\n".join(found.render()))
 
-    def _checked(self) -> Checkpoint:
-        """Open the float model; refuse a recipe or an output directory that does not go with it."""
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        """The float model. A recipe or an output directory that does not go with it is refused."""
         from eightfold.format.checkpoint import Checkpoint
         from eightfold.format.output import QUANTIZE, check_target
         from eightfold.quant.plan import assign_types, require_level
@@ -202,6 +225,25 @@ class QuantizeCommand:
         require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
         check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
         return checkpoint
+
+    def _tell_what_is_known(self) -> None:
+        """Tell what a recipe on this model leads to, before the work."""
+        from eightfold.quant.outcome import notes_for
+        from eightfold.quant.plan import assign_types
+
+        types = assign_types(self._checkpoint.config, self.recipe)
+        self._tell_notes(notes_for(self._checkpoint, self.recipe, types))
+
+    def _tell_notes(self, notes: list[str]) -> None:
+        """Tell those that were not told yet."""
+        for text in notes:
+            if text not in self._told:
+                console.note(text)
+                self._told.add(text)
+
+    @cached_property
+    def _told(self) -> set[str]:
+        return set()
 
     def _samples(self, checkpoint: Checkpoint) -> list[list[int]] | None:
         """Return the calibration samples; None when the recipe has no use for any."""
@@ -271,6 +313,7 @@ class QuantizeCommand:
             print(f"{self.target}: already complete")
         else:
             _report(outcome)
+            self._tell_notes(outcome.notes)
             print(f"{self.target}: {_summary(outcome)}, {seconds:.1f} s")
 
 
@@ -313,6 +356,7 @@ def _document(outcome: Outcome, seconds: float, peaks: list[int | None]) -> dict
         "ranks_peak_rss_mib": resident,
         "scheme": outcome.recipe.scheme.value,
         "quantized": outcome.quantized,
+        "types": outcome.counts,
         "nbytes": outcome.nbytes,
         "restarted": outcome.restarted or None,
         "notes": outcome.notes,
@@ -338,13 +382,14 @@ def _report(outcome: Outcome) -> None:
         console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
     elif outcome.layers_resumed:
         console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
-    for text in outcome.notes:
-        console.note(text)
 
 
 def _summary(outcome: Outcome) -> str:
-    kept = f", {len(outcome.kept_float)} kept float" if outcome.kept_float else ""
-    return f"{outcome.quantized} linears as {outcome.recipe.scheme.value}{kept}, {console.size_text(outcome.nbytes)}"
+    counts = outcome.counts
+    first, *others = [kind for kind in counts if kind != "FLOAT"] or [outcome.recipe.scheme.value]
+    parts = [f"{counts.get(first, 0)} linears as {first}", *(f"{counts[kind]} as {kind}" for kind in others)]
+    parts += [f"{len(outcome.kept_float)} kept float"] if outcome.kept_float else []
+    return f"{', '.join(parts)}, {console.size_text(outcome.nbytes)}"
 
 
 _DTYPE = choice("bf16", "fp16")

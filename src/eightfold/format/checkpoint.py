@@ -75,7 +75,7 @@ class Checkpoint:
         directory: the folder.
         config_raw: config.json as it stands.
         config: the same, read.
-        dtype: the model's dtype: config.json's, else the embedding's.
+        dtype: the model's dtype: config.json's, else that of the weights.
         tensors: every stored tensor by name.
         description: the description file; None for a float model.
     """
@@ -123,13 +123,20 @@ class Checkpoint:
 
     @property
     def dtype(self) -> DType:
-        """The model's dtype: what config.json says, else what the embedding is stored in."""
-        if self.config.dtype is not None:
-            return self.config.dtype
+        """The model's dtype: what config.json says; where it does not, what the first linear or embedding is stored in.
+
+        The float32 of a float model says nothing: it is what programs write that have loaded 16-bit weights as float32.
+        """
+        said, stored = self.config.dtype, {kind.value: kind for kind in _FLOATS}
+        if said is not None and (self.is_quantized or said is not DType.F32):
+            return said
+        first = self.tensors.get(weight_name(next(iter(all_linears(self.config)))))
+        if first is not None and first.dtype in stored:
+            return stored[first.dtype]
         embedding = self.tensors[weight_name(EMBEDDING)]
-        if embedding.dtype not in [kind.value for kind in _FLOATS]:
-            raise self._wrong_dtype(embedding, one_of(kind.value for kind in _FLOATS))
-        return DType(embedding.dtype)
+        if embedding.dtype not in stored:
+            raise self._wrong_dtype(embedding, one_of(stored))
+        return stored[embedding.dtype]
 
     @property
     def is_quantized(self) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from eightfold import __version__
-from eightfold.config import ModelConfig
+from eightfold.config import DType, ModelConfig
 from eightfold.families import LM_HEAD, input_groups, layer_prefix
+from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.output import REPORT_NAME as REPORT_NAME
 from eightfold.quant.plan import RolledBack
 from eightfold.quant.recipe import Recipe, recipe_content
@@ -61,6 +63,12 @@ class Outcome:
     def quantized(self) -> int:
         """How many linears are int8."""
         return sum(kind is not QuantType.FLOAT for kind in self.types.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many linears have each type, the recipe's scheme first."""
+        kinds = sorted(self.types.values(), key=lambda kind: kind is not self.recipe.scheme)
+        return {kind.value: count for kind, count in Counter(kinds).items()}
 
     @property
     def kept_float(self) -> list[str]:
@@ -119,9 +127,11 @@ class Outcome:
         return content
 
 
-def notes_for(config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType]) -> list[str]:
+def notes_for(checkpoint: Checkpoint, recipe: Recipe, types: Mapping[str, QuantType]) -> list[str]:
     """Return what a user should know about a recipe on a model, one line each."""
-    notes = []
+    config, notes = checkpoint.config, []
+    if recipe.dtype_of(checkpoint.dtype) is DType.F32:
+        notes.append("OUT is a float32 model, which MindIE refuses: --dtype bf16 or fp16 makes one that it takes.")
     if split := _split_groups(config, types):
         notes.append(
             f"{len(split)} groups of linears that share an input are stored in two ways (such as {split[0]}): "

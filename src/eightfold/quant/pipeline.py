@@ -132,7 +132,7 @@ class _Job(Job):
     def outcome(self) -> Outcome:
         """Return the outcome before anything is done."""
         types = assign_types(self.checkpoint.config, self.recipe)
-        notes, layers = notes_for(self.checkpoint.config, self.recipe, types), self.checkpoint.config.num_layers
+        notes, layers = notes_for(self.checkpoint, self.recipe, types), self.checkpoint.config.num_layers
         outcome = Outcome(self.recipe, types, notes=notes, layers=layers)
         if self.samples:
             outcome.took_samples(self.samples)
@@ -286,7 +286,7 @@ def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome
         outcome.notes.append(note)
     for module in modules:
         (directory / module.name).write_bytes(module.read_bytes())
-    config: dict[str, Any] = both_dialects(raw, checkpoint.config, checkpoint.dtype)
+    config: dict[str, Any] = both_dialects(raw, checkpoint.config, plan.recipe.dtype_of(checkpoint.dtype))
     if plan.legacy_names:
         config["quantize"] = scheme.value.lower()
     if outcome.types[LM_HEAD] is not QuantType.FLOAT:

@@ -221,4 +221,5 @@ class OutputPlan:
         stored = self.checkpoint.tensors.get(
             self.checkpoint.head_weight() if source == weight_name(LM_HEAD) else source
         )
-        return rule.resolve(self.checkpoint.dtype, DType(stored.dtype) if stored else None, self.recipe.save_float32)
+        own = DType(stored.dtype) if stored and self.recipe.dtype is None else None
+        return rule.resolve(self.recipe.dtype_of(self.checkpoint.dtype), own, self.recipe.save_float32)

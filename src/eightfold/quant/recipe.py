@@ -22,6 +22,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eightfold.config import DType
 from eightfold.errors import ConfigError, DependencyError, InputError, one_of
 from eightfold.scheme import LINEAR_TENSORS, NEEDS_CALIBRATION, SCHEMES, QuantType
 from eightfold.values import SWITCH, TEXT, TEXTS, WHOLE, Kind, choice, setting, whole
@@ -60,6 +61,19 @@ class ActMethod(str, Enum):
     MINMAX = "minmax"
     HISTOGRAM = "histogram"
     AUTO = "auto"  # histogram, or minmax for inputs with far outliers
+
+
+class ModelDType(str, Enum):
+    """The dtype of a model, by the names that people use."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+    @property
+    def stored(self) -> DType:
+        """The element type in a file."""
+        return {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32}[self.value]
 
 
 class KVObserve(str, Enum):
@@ -151,6 +165,15 @@ class Recipe:
         metavar="WHERE",
         group="Attention and its cache",
     )
+    # None: the source's
+    dtype: ModelDType | None = setting(
+        None,
+        choice(*(dtype.value for dtype in ModelDType)),
+        "Make OUT a bf16, fp16 or fp32 model, in config.json and in its tensors; MindIE refuses fp32. Default: the "
+        "source's dtype, which is that of its weights where config.json says float32, auto or nothing.",
+        metavar="TYPE",
+        group="Output",
+    )
     # store every floating tensor as float32
     save_float32: bool = setting(
         False,
@@ -177,6 +200,10 @@ class Recipe:
             require(value >= 0, option, value, "0 or more")
         for _, kind in self.modules:
             require(kind.value in kinds, "modules", kind.value, one_of(kinds))
+
+    def dtype_of(self, source: DType) -> DType:
+        """Return the dtype of the output of a source of this one."""
+        return source if self.dtype is None else self.dtype.stored
 
     @property
     def schemes(self) -> frozenset[QuantType]:
@@ -233,7 +260,12 @@ _KINDS = {
     "disable_level": WHOLE._replace(name="a whole number or Ln"),
     "keep_float": Kind((list,), "a list of patterns, such as ['*.down_proj']", each=TEXT),
 }
-_METHODS: dict[str, type[Enum]] = {"anti_outlier": AntiOutlier, "act_method": ActMethod, "kv_observe": KVObserve}
+_METHODS: dict[str, type[Enum]] = {
+    "anti_outlier": AntiOutlier,
+    "act_method": ActMethod,
+    "kv_observe": KVObserve,
+    "dtype": ModelDType,
+}
 _TYPE_NAMES = {**SCHEMES, "float": QuantType.FLOAT}
 _NAMES = {kind: name for name, kind in _TYPE_NAMES.items()}
 
@@ -279,7 +311,7 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def _method(key: str, value: Any, where: str) -> Any:
     """Return the method that a name means; lists of patterns as tuples, and other values as they are."""
-    if key not in _METHODS or (key == "anti_outlier" and value is None):
+    if key not in _METHODS or (key in ("anti_outlier", "dtype") and value is None):
         return tuple(value) if isinstance(value, list) else value
     try:
         return _METHODS[key](value)
@@ -289,10 +321,12 @@ def _method(key: str, value: Any, where: str) -> Any:
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain values, by the names of the file."""
+    """Return a recipe as plain values, by the names of the file; a dtype stands there only if it is asked for."""
     content: dict[str, Any] = {}
     for name in _KEYS:
         value = getattr(recipe, name)
+        if name == "dtype" and value is None:
+            continue
         if name == "modules":
             value = {pattern: _NAMES[kind] for pattern, kind in value}
         elif isinstance(value, QuantType):

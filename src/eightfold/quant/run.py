@@ -53,6 +53,8 @@ from eightfold.quant.recipe import ActMethod, Recipe
 from eightfold.quant.statistics import unshared
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
 
+_TOO_NARROW = "Store float32 (`save_float32`), or choose another `dtype`."
+
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
 _PIECE_BYTES = 2 << 20
 
@@ -83,7 +85,7 @@ class TensorWriter:
         """Write a tensor that was made, in the dtype of the plan."""
         dtype = self._plan[name].planned.dtype
         if tensor.is_floating_point() and tensor.dtype != TORCH_DTYPES[dtype]:
-            require_range(tensor, dtype, name, self._checkpoint.directory, "Store float32 (`save_float32`).")
+            require_range(tensor, dtype, name, self._checkpoint.directory, _TOO_NARROW)
         self._writer.write(name, to_array(tensor, dtype))
         self.checksums[name] = self._writer.checksums[name]
 
@@ -100,7 +102,7 @@ class TensorWriter:
             if not torch.isfinite(piece.sum(dtype=torch.float32)):
                 require_finite(whole, source, self._checkpoint)
             if piece.dtype != TORCH_DTYPES[dtype]:
-                require_range(piece, dtype, name, self._checkpoint.directory, "Store float32 (`save_float32`).")
+                require_range(piece, dtype, name, self._checkpoint.directory, _TOO_NARROW)
             self._writer.append(name, to_array(piece, dtype))
             read = (at + len(piece)) * row_bytes
             if read - released >= _RELEASE_BYTES or at + len(piece) == len(rows):
@@ -218,7 +220,7 @@ class Run:
             self.outcome.rolled_back = roll_back(config, recipe, self.outcome.types, self._range_params(found))
             float_linears = {row.module: QuantType.FLOAT for row in self.outcome.rolled_back}
             self.outcome.types = {**self.outcome.types, **float_linears}
-            self.outcome.notes = notes_for(config, recipe, self.outcome.types)
+            self.outcome.notes = notes_for(self.checkpoint, recipe, self.outcome.types)
         if recipe.fa_amp:
             self._take_attention_back(found)
 
