@@ -222,6 +222,18 @@ def test_a_prompt_of_full_blocks_is_found_but_for_its_last_one(small):
     assert engine.stats.prefix_query_tokens == 6 * PAGE
 
 
+def test_only_requests_with_the_same_salt_find_each_other_s_blocks(small):
+    prompt = tokens(random.Random(4), 2 * PAGE + 5)
+    engine = small("w8a8").engine()
+    found = []
+    for salt in ("", "a", "", "a", "b"):
+        engine.submit(engine.prepare("", prompt, greedy(5), cache_salt=salt))
+        hits = engine.stats.prefix_hit_tokens
+        assert run(engine)[""][0].token_ids == small("w8a8").answer(prompt, 5)
+        found.append(engine.stats.prefix_hit_tokens - hits)
+    assert found == [0, 0, 2 * PAGE, 2 * PAGE, 0]
+
+
 def test_prefix_caching_can_be_switched_off(small):
     prompt = tokens(random.Random(2), 300)
     engine = small("w8a8").engine(prefix_caching=False)

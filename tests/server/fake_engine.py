@@ -27,6 +27,7 @@ class FakeEngine:
         fails_after: raises an error of its own behind so many tokens.
         refusal: raises it instead of beginning.
         last: prompt and parameters of the youngest request.
+        salts: of the prefix cache, one for each prompt.
         open: requests that go on.
         ended: how requests ended: "finished", "aborted" (by `abort`) or "closed" (by their reader).
     """
@@ -40,6 +41,7 @@ class FakeEngine:
     refusal: Exception | None = None
     is_healthy: bool = True
     last: tuple[list[int], SamplingParams] | None = None
+    salts: list[str] = field(default_factory=list)
     open: dict[str, asyncio.Event] = field(default_factory=dict)
     ended: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
@@ -55,9 +57,16 @@ class FakeEngine:
         )
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None, *, streams: bool = True
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        streams: bool = True,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         self.last = (list(prompt_ids), params)
+        self.salts.append(cache_salt)
         if self.refusal is not None:
             raise self.refusal
         assert request_id is not None and request_id not in self.open

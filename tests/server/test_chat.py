@@ -67,9 +67,14 @@ def test_without_include_usage_no_chunk_has_it(client):
 
 def test_a_prefix_that_was_there_before_is_counted(client):
     asked = [{"role": "user", "content": "the same beginning " * 10}]
-    first, second = (client.chat.completions.create(model="tiny", messages=asked, max_tokens=1).usage for _ in range(2))
-    assert first.prompt_tokens > 128
-    assert (first.prompt_tokens_details.cached_tokens, second.prompt_tokens_details.cached_tokens) == (0, 128)
+
+    def cached(salt: str) -> int | None:
+        body = {"cache_salt": salt} if salt else {}
+        usage = client.chat.completions.create(model="tiny", messages=asked, max_tokens=1, extra_body=body).usage
+        assert usage.prompt_tokens > 128
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert [cached(salt) for salt in ("a", "a", "b", "b", "", "")] == [0, 128, 0, 128, None, None]
 
 
 def test_n_answers_differ_and_a_seed_repeats_them(client):

@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import openai
 import pytest
 
 from eightfold.errors import CapacityError
 from eightfold.server.fields import ApiError
-from tests.server.running import eventually
+from tests.server.running import Running, eventually
 
 
 def error_of(raw):
@@ -587,3 +588,32 @@ def test_who_was_still_reading_when_the_end_began_is_not_admitted():
     with pytest.raises(ApiError) as caught, limiter.admitted(1):
         pass
     assert (caught.value.status, limiter.inside) == (503, 0)
+
+
+def told(found: Running, key: str, **body: Any) -> int | None:
+    """Return how many cached tokens a client with a key is told of."""
+    asked = {"prompt": [1, 2], "max_tokens": 2, **body}
+    answer = found.http.post("/v1/completions", json=asked, headers={"Authorization": f"Bearer {key}"}).json()
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_each_key_has_its_own_part_of_the_prefix_cache(serve):
+    found = serve({"cache_salt_per_key": True})
+    assert [told(found, key, **body) for key in "ab" for body in ({}, {"cache_salt": "s"}, {})] == [3] * 6
+    salts = found.engine.salts
+    assert (salts[0], salts[3]) == (salts[2], salts[5])
+    assert len({*salts, ""}) == 5
+
+
+def test_without_a_salt_no_client_is_told_what_others_have_asked(serve):
+    found = serve({})
+    assert [told(found, "a"), told(found, "a", cache_salt="s"), told(found, "b")] == [None, 3, None]
+    assert found.engine.salts == ["", "s", ""]
+    assert told(serve({"report_cached_tokens": True}), "a") == 3
+
+
+@pytest.mark.parametrize("salt", ["", 5, ["a"]])
+def test_a_salt_is_a_text(serve, salt):
+    body = json.dumps({"prompt": [1], "cache_salt": salt})
+    answer = serve().http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cache_salt")

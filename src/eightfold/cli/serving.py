@@ -13,7 +13,7 @@ from eightfold.cli import console, generating
 from eightfold.cli.options import add_bos, argument
 from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
-from eightfold.values import TEXT, TEXTS, choice, number, setting, whole
+from eightfold.values import SWITCH, TEXT, TEXTS, choice, number, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
@@ -67,6 +67,19 @@ class ServeCommand:
         metavar="NAME",
         group=_SERVER,
     )
+    cache_salt_per_key: bool = setting(
+        False,
+        SWITCH,
+        "Share computed prompts only among requests with the same Authorization header: how fast an answer begins then "
+        "tells a client nothing about the prompts of others.",
+        group=_SERVER,
+    )
+    report_cached_tokens: bool = setting(
+        False,
+        SWITCH,
+        "Tell clients how many tokens of a prompt were computed before, perhaps for another client.",
+        group=_SERVER,
+    )
     log_level: str = setting(
         "info",
         choice("debug", "info", "warning", "error"),
@@ -108,6 +121,8 @@ class ServeCommand:
                 drain_timeout=self.drain_timeout,
                 cors_origins=self.cors_origin,
                 allowed_hosts=self.allowed_host,
+                cache_salt_per_key=self.cache_salt_per_key,
+                report_cached_tokens=self.report_cached_tokens,
             )
             serve(engine, settings, sock, lambda address: _announce(name, address, engine))
         finally:

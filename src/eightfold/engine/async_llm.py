@@ -107,6 +107,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         streams: bool = True,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a prompt; every item is an output with what is new, the last one is `finished`.
 
@@ -119,6 +120,7 @@ class AsyncLLM:
             request_id: an id that no unfinished request has; None for a fresh one.
             streams: whether there is an item as soon as there is something new, and not only the last; without, an
                 answer costs less.
+            cache_salt: only requests with the same one share keys and values of prompts.
 
         Raises:
             CapacityError, InputError, UnsupportedError: see Engine.prepare; at once, or with the first item where it
@@ -127,7 +129,7 @@ class AsyncLLM:
         """
         self._require_running()
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
-        prepare = partial(self.engine.prepare, request_id, prompt_ids, params, streams=streams)
+        prepare = partial(self.engine.prepare, request_id, prompt_ids, params, streams=streams, cache_salt=cache_salt)
         takes_long = params.structured is not None or len(prompt_ids) * params.n > QUICK_TOKENS
         return self._stream(request_id, prepare if takes_long else None, None if takes_long else prepare())
 

@@ -8,7 +8,8 @@ A block is a page of the native cache, 128 positions of all layers. Every block 
     held       by one or several sequences, which only read it when they are several: only full blocks are shared
 
 A full block's hash covers the tokens of the block, how many of them count as a prompt's where that changes keys and
-values, and the hash of the block before it, so all that its keys and values depend on. It is BLAKE2b with 256 bit: by
+values, and the hash of the block before it, so all that its keys and values depend on. Before the first block stands
+the request's salt: only requests with the same one find each other's blocks. The hash is BLAKE2b with 256 bit: by
 accident two of n blocks agree with a probability below n^2 / 2^257, and on purpose nobody knows how to make them. So
 equal hashes are taken for equal contents without comparing tokens.
 """
@@ -24,11 +25,18 @@ import numpy as np
 NO_PARENT = b""
 
 
+def salted(salt: str) -> bytes:
+    """Return what stands before the first block of requests with a salt."""
+    import hashlib
+
+    return hashlib.blake2b(salt.encode(), digest_size=32, person=b"cache salt").digest() if salt else NO_PARENT
+
+
 def hash_block(parent: bytes, token_ids: Sequence[int], prompt_tokens: int) -> bytes:
     """Return the hash of a full block.
 
     Args:
-        parent: hash of the block before it, or NO_PARENT.
+        parent: hash of the block before it, or what `salted` says.
         token_ids: the block's tokens.
         prompt_tokens: how many of them count as a prompt's; a constant where that changes nothing.
     """

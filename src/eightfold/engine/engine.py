@@ -120,7 +120,13 @@ class Engine:
         )
 
     def prepare(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, streams: bool = True
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        streams: bool = True,
+        cache_salt: str = "",
     ) -> Request:
         """Check a request and make it ready for `submit`. Any thread may call it at any time.
 
@@ -129,6 +135,7 @@ class Engine:
             prompt_ids: at least one token.
             params: what is asked for.
             streams: whether each step gives an output, and not only the last.
+            cache_salt: only requests with the same one share keys and values of prompts.
 
         Raises:
             CapacityError: the prompt is empty or too long for the context or the cache.
@@ -146,7 +153,7 @@ class Engine:
             )
         max_len = self._max_len(len(prompt), params.max_tokens)
         eos_ids = frozenset[int]() if params.ignore_eos else self._stop_ids
-        request = Request(request_id, prompt, params, eos_ids, streams, self.tokenizer)
+        request = Request(request_id, prompt, params, eos_ids, streams, self.tokenizer, cache_salt)
         for index in range(params.n):
             grammar = None if params.structured is None else self._grammars.compile(params.structured)
             sampler = Sampler(params, prompt, vocab, eos_ids, index, grammar)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eightfold.engine.block_manager import NO_PARENT, hash_block
+from eightfold.engine.block_manager import hash_block, salted
 from eightfold.engine.outputs import CompletionOutput, FinishReason, Produced, RequestOutput, Times
 from eightfold.model.native.model import PAGE, Step
 
@@ -93,7 +93,7 @@ class TokenSequence:
             tells_prompt: whether keys and values depend on which tokens are the prompt's.
         """
         for begin in range(len(self.hashes) * PAGE, until - PAGE + 1, PAGE):
-            parent = self.hashes[-1] if self.hashes else NO_PARENT
+            parent = self.hashes[-1] if self.hashes else salted(self.request.cache_salt)
             prompt_tokens = min(max(self.prompt_len - begin, 0), PAGE) if tells_prompt else 0
             self.hashes.append(hash_block(parent, self.token_ids[begin : begin + PAGE], prompt_tokens))
 
@@ -161,6 +161,7 @@ class Request:
         eos_ids: the model's own tokens that end an answer; none if they are to be ignored.
         streams: whether every step gives an output, and not only the last.
         tokenizer: the model's tokenizer.
+        cache_salt: only requests with the same one share keys and values of prompts.
         end_ids: all tokens that end an answer.
         reads_text: whether text is made as tokens come, and not from all of them at the end.
         sequences: the sequences, one for each answer.
@@ -175,6 +176,7 @@ class Request:
     eos_ids: frozenset[int]
     streams: bool
     tokenizer: Tokenizer
+    cache_salt: str = ""
     end_ids: frozenset[int] = field(init=False)
     reads_text: bool = field(init=False)
     sequences: list[TokenSequence] = field(default_factory=list)

@@ -168,7 +168,7 @@ class AnswerWriter:
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": self._told(record.generated_tokens),
             "total_tokens": record.prompt_tokens + self._told(record.generated_tokens),
-            "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": record.cached_tokens if record.tells_cached else None},
         }
         return {**self._common, "choices": choices, "usage": usage}
 

@@ -202,7 +202,14 @@ class Gateway:
         if scope["type"] != "http":
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        record = Record(request_id(headers.get(b"x-request-id")), scope["method"], scope["path"])
+        authorization, settings = headers.get(b"authorization", ""), self._service.settings
+        record = Record(
+            request_id(headers.get(b"x-request-id")),
+            scope["method"],
+            scope["path"],
+            tells_cached=settings.report_cached_tokens or settings.cache_salt_per_key,
+            cache_salt=settings.cache_salt(authorization),
+        )
         scope.setdefault("state", {})["record"] = record
         scope["app"] = self._app  # with it the routes raise what they would else answer in plain text
         id_header = (b"x-request-id", record.id.encode())
@@ -214,7 +221,7 @@ class Gateway:
             await send(message)
 
         try:
-            await self._answer(scope, receive, send_with_id, headers.get(b"authorization", ""))
+            await self._answer(scope, receive, send_with_id, authorization)
         finally:
             self._note(record)
 

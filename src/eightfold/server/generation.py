@@ -44,6 +44,7 @@ class Asked:
     answer: Callable[[list[str] | None], AnswerWriter]  # makes what writes the answers, from the texts that they repeat
     streams: bool
     shows_usage: bool  # at the end of a stream
+    cache_salt: str  # only requests with the same one share keys and values of prompts
 
 
 class Aborted(Exception):
@@ -66,6 +67,8 @@ class InFlight:
     ) -> None:
         self.asked, self.record = asked, record
         self._engine, self._metrics, self._prompts = engine, metrics, prompts
+        self._salt = record.cache_salt + asked.cache_salt
+        record.tells_cached |= bool(asked.cache_salt)
         stem = uuid.uuid4().hex
         self._unfinished = {at: f"{stem}-{at}" for at in range(len(prompts))}
         self._is_aborted = False
@@ -96,7 +99,9 @@ class InFlight:
 
     async def _one(self, at: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         asked, name = self.asked, self._unfinished[at]
-        source = self._engine.generate(self._prompts[at], asked.params, name, streams=asked.streams)
+        source = self._engine.generate(
+            self._prompts[at], asked.params, name, streams=asked.streams, cache_salt=self._salt
+        )
         async with aclosing(source) as outputs:
             async for output in outputs:
                 gave_up = output.finished and any(answer.finish_reason == "abort" for answer in output.outputs)

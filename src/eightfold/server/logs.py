@@ -34,6 +34,8 @@ class Record:
     held_bytes: int = 0  # of its body, in memory
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompts, found in the prefix cache
+    tells_cached: bool = False  # to the client
+    cache_salt: str = ""  # of the client, see ServerSettings
     generated_tokens: int = 0
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)

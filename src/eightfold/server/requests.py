@@ -11,7 +11,7 @@ from eightfold.errors import EightfoldError
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
 from eightfold.server.fields import LIST, OBJECT, STRING, Fields, bad_request, between, demand, refused, shown, wrong
 from eightfold.server.generation import Asked
-from eightfold.server.sampling import read_max_tokens, read_stream, sampling_params, structured_output
+from eightfold.server.sampling import read_cache_salt, read_max_tokens, read_stream, sampling_params, structured_output
 from eightfold.server.service import Service
 from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
@@ -30,6 +30,7 @@ def read_chat(fields: Fields, service: Service) -> Asked:
         encode=lambda tokenizer: ([encode(tokenizer)], None),
         params=params,
         answer=lambda _: ChatAnswer(service.settings.model_names[0], service.texts, tools, **stream),
+        cache_salt=read_cache_salt(fields),
         **stream,
     )
 
@@ -180,7 +181,8 @@ def read_completion(fields: Fields, service: Service) -> Asked:
             shows_usage=stream["shows_usage"],
         )
 
-    return Asked(prompts=len(prompts), encode=encode, params=params, answer=answer, **stream)
+    salt = read_cache_salt(fields)
+    return Asked(prompts=len(prompts), encode=encode, params=params, answer=answer, cache_salt=salt, **stream)
 
 
 def _prompts(fields: Fields) -> list[Prompt]:

@@ -9,7 +9,7 @@ from typing import Any
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.errors import EightfoldError
 from eightfold.server.fields import OBJECT, Fields, bad_request, between, refused, wrong
-from eightfold.values import SWITCH
+from eightfold.values import SWITCH, WORDS
 
 MAX_LOGIT_BIASES = 1024
 MAX_SCHEMA_BYTES = 64 * 2**10  # of a JSON schema, regex or grammar, as text
@@ -57,6 +57,11 @@ def read_stream(fields: Fields) -> dict[str, bool]:
     if not streams:
         raise bad_request("stream_options: only with stream", param="stream_options")
     return {"streams": True, "shows_usage": Fields(options).read("include_usage", SWITCH, False)}
+
+
+def read_cache_salt(fields: Fields) -> str:
+    """Return a request's own salt of the prefix cache, which vLLM has too; empty where there is none."""
+    return str(fields.read("cache_salt", WORDS, ""))
 
 
 def _logit_bias(fields: Fields) -> dict[int, Any] | None:

@@ -43,6 +43,8 @@ class ServerSettings:
     max_waiting: int = 256  # sequences that may wait beyond those
     drain_timeout: float = 30.0  # seconds that running requests get to finish when the server is told to stop
     cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the API; "*" for any
+    cache_salt_per_key: bool = False  # only requests with the same Authorization share the prefix cache
+    report_cached_tokens: bool = False  # also of prompts that another client may have sent before
     allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface
 
     def accepts_key(self, authorization: str) -> bool:
@@ -52,6 +54,10 @@ class ServerSettings:
         scheme, _, given = authorization.partition(" ")
         matches = hmac.compare_digest(_digest(given.strip()), _digest(self.api_key))
         return matches and scheme.lower() == "bearer"
+
+    def cache_salt(self, authorization: str) -> str:
+        """Return what separates the prompts of clients with other keys from those of this one."""
+        return _digest(authorization.strip()).hex() if self.cache_salt_per_key else ""
 
 
 def _digest(text: str) -> bytes:
