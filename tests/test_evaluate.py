@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
+from tests.refusal import error_line
 
 # Logits of the tiny models are below 16 and carry up to 38 roundings of 2**-24 each way (tests/reference has the
 # count); a log-probability is a logit minus a log-sum of them and at most doubles that.
@@ -258,3 +261,20 @@ def test_the_default_text_fills_twelve_chunks_of_a_real_vocabulary(smol):
 
     token_ids = Tokenizer(smol / "smol-bf16").encode(default_text(), special_tokens=False)
     assert len(cut_chunks(token_ids, 12, 512)) == 12
+
+
+def test_a_token_that_a_model_lacks_is_refused(cli, float_model, tmp_path):
+    path = float_model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    more = [
+        {"id": 1000 + i, "content": f"<{i}>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True} for i in range(100)
+    ]  # fmt: skip
+    path.write_text(json.dumps({**tokenizer, "added_tokens": tokenizer["added_tokens"] + more}))
+    (tmp_path / "text").write_text("a<99>")
+    message = error_line(cli("eval", float_model, "--chunk-len", 2, "--text", tmp_path / "text"))
+    assert re.fullmatch(
+        rf"text in {tmp_path}/text: got token id 3\d\d, expected 0 to 319, which {float_model} knows\. "
+        r"The tokenizer of DIR has a token that a model lacks\.",
+        message,
+    )

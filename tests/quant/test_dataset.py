@@ -239,3 +239,11 @@ def test_default_set_is_mixed_and_has_64_rows():
     assert any("def " in row or "#include" in row for row in rows if isinstance(row, str))
     # A prefix, as --calib-limit takes it, is mixed too.
     assert any(not isinstance(row, str) for row in rows[:16])
+
+
+def test_a_token_that_the_model_lacks_is_named_with_its_row_and_file(float_model, tmp_path):
+    tokenizer = Tokenizer(float_model)
+    assert len(tokenize(["a", "bz"], tokenizer, vocab_size=90)) == 2
+    message = "calibration row 2 in f.jsonl: got token id 89, expected 0 to 79. The model's tokenizer has a token that"
+    with pytest.raises(InputError, match=message):
+        tokenize(["a", "bz"], tokenizer, where=Path("f.jsonl"), vocab_size=80)

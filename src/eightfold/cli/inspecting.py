@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from eightfold.cli import console, generating
 from eightfold.cli.options import argument, as_json
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
+from eightfold.errors import InputError
 from eightfold.values import PATH, SWITCH, Kind, choice, optional, setting, whole
 
 if TYPE_CHECKING:
@@ -205,6 +206,15 @@ class EvaluateCommand:
         content = default_text() if self.text is None else read_evaluation_text(self.text)
         tokenizer = Tokenizer(self.model, add_bos=bool(self.add_bos))
         token_ids = tokenizer.encode(content, special_tokens=False)
+        for checkpoint in checkpoints:
+            if (highest := max([*tokenizer.bos, *token_ids], default=0)) >= (size := checkpoint.config.vocab_size):
+                raise InputError(
+                    "text",
+                    where=self.text or "this package",
+                    got=f"token id {highest}",
+                    expected=f"0 to {size - 1}, which {checkpoint.directory} knows",
+                    action="The tokenizer of DIR has a token that a model lacks.",
+                )
         length = self.chunk_len - len(tokenizer.bos)
         pieces = [[*tokenizer.bos, *piece] for piece in cut_chunks(token_ids, self.chunks, length)]
         if len(pieces) < self.chunks and self.text is not None:

@@ -283,7 +283,9 @@ class QuantizeCommand:
                 console.note(note)
             # That a base model has no template for those of ours that are chats is nothing to note.
             is_ours = self.calib is None and not tokenizer.has_chat_template
-            samples = dataset.tokenize(rows, tokenizer, dataset.silent if is_ours else console.note)
+            tell = dataset.silent if is_ours else console.note
+            vocab_size = checkpoint.config.vocab_size
+            samples = dataset.tokenize(rows, tokenizer, tell, where=self.calib, vocab_size=vocab_size)
         context = checkpoint.config.max_position_embeddings
         samples, cut = dataset.truncate(samples, context)
         if cut:

@@ -110,16 +110,26 @@ def read_token_ids(path: Path, limit: int | None = None, vocab_size: int | None 
     return samples
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, note: Callable[[str], None] = silent) -> list[list[int]]:
+def tokenize(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    note: Callable[[str], None] = silent,
+    *,
+    where: Path | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
     """Return each row's token ids: a text with the special tokens around it, a chat by the model's template.
 
     Args:
         rows: texts and chats.
         tokenizer: the model's.
         note: is told where chats stand that no template can render; they become lines of `role: content`.
+        where: the file of the rows, for messages.
+        vocab_size: of the model, where that is to be checked.
 
     Raises:
-        InputError: a row has no tokens, is not Unicode, or the template refuses it.
+        InputError: a row has no tokens, is not Unicode, the template refuses it, or the tokenizer knows a token that
+            the model does not.
     """
     chats = [number for number, row in enumerate(rows, 1) if not isinstance(row, str)]
     if problem := _template_problem(tokenizer) if chats else "":
@@ -134,9 +144,20 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, note: Callable[[str], No
             else:
                 ids = tokenizer.encode_chat(row, add_generation_prompt=False)
         except InputError as error:
-            raise InputError(f"calibration row {number}: {error}") from None
+            place = f"calibration row {number}" if where is None else f"calibration row {number} in {where}"
+            raise InputError(f"{place}: {error}") from None
         if not ids:
-            raise InputError(f"calibration row {number}", got="a text without tokens", expected="some text")
+            raise InputError(
+                f"calibration row {number}", where=where, got="a text without tokens", expected="some text"
+            )
+        if vocab_size is not None and max(ids) >= vocab_size:
+            raise InputError(
+                f"calibration row {number}",
+                where=where,
+                got=f"token id {max(ids)}",
+                expected=f"0 to {vocab_size - 1}",
+                action="The model's tokenizer has a token that the model lacks.",
+            )
         samples.append(ids)
     return samples
 
