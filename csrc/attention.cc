@@ -258,10 +258,13 @@ void Attention::quantize_query(const AttentionParams& params, int head, const fl
     const float* key_scale = params.key_scale.data() + head / shape.queries_per_kv() * dim;
     float largest = 1e-30f;
     for (int d = 0; d < dim; d++) largest = std::max(largest, std::fabs(q[d] * key_scale[d]));
-    const float scale = largest / 32639.0f;  // 127 * 256 + 127
+    constexpr float most = 32639.0f;  // 127 * 256 + 127
+    const float scale = largest / most;
     int32_t high_sum = 0, low_sum = 0;
     for (int d = 0; d < dq; d++) {
-        const int value = d < dim ? static_cast<int>(std::nearbyint(q[d] * key_scale[d] / scale)) : 0;
+        const float real = d < dim ? q[d] * key_scale[d] / scale : 0.0f;
+        // Bounded, for NaN too: no sum of these may leave 32 bits.
+        const int value = static_cast<int>(std::nearbyint(real < most ? (real > -most ? real : -most) : most));
         const int high = (value + 128) >> 8, low = value - high * 256;
         to.q8[d] = static_cast<int8_t>(high);
         to.q8[dq + d] = static_cast<int8_t>(low);

@@ -35,6 +35,8 @@ using Floats = std::vector<float>;
 Floats floats(const Vector<float>& from) { return {from.data(), from.data() + from.size()}; }
 
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxHeads = 65536;      // times head_dim is far below 2**31
+constexpr size_t kMaxRows = 1 << 30;  // of a weight, and its columns
 
 void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
@@ -46,6 +48,10 @@ DType float_type(const Weight& weight) {
     const nb::dlpack::dtype half{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
     require(weight.dtype() == half, "expected float32, float16, or bfloat16 as uint16");
     return DType::f16;
+}
+
+void require_size(const Weight& weight) {
+    require(weight.shape(0) <= kMaxRows && weight.shape(1) <= kMaxRows, "weight: expected up to 2**30 rows, columns");
 }
 
 // Keeps the arrays alive that a model reads.
@@ -81,6 +87,7 @@ void add_linear(Bound& self, int layer, const std::string& group, const std::str
                 const Vector<float>& scale, const Vector<float>& offset, const Vector<float>& bias,
                 const Vector<float>& deq_scale, const Vector<int32_t>& quant_bias, float inv_input_scale,
                 float input_offset) {
+    require_size(weight);
     Linear linear;
     linear.kind = kind_of(kind);
     linear.outputs = static_cast<int>(weight.shape(0));
@@ -242,12 +249,14 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
     require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
     for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
         require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
-                    std::is_sorted(cuts->begin(), cuts->end()),
+                    std::is_sorted(cuts->begin(), cuts->end()) && cuts->back() >= 1,
                 "hidden, intermediate, vocab: expected rising cuts from 0 on");
     }
     require(rank >= 0 && rank + 1 < static_cast<int>(vocab.size()), "rank: outside of the ranks");
-    require(heads % kv_heads == 0, "heads: expected a multiple of kv_heads");
-    require(head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number up to 512");
+    require(num_layers >= 0, "num_layers: expected 0 or more");
+    require(kv_heads >= 1 && heads >= kv_heads && heads <= kMaxHeads && heads % kv_heads == 0,
+            "heads: expected a multiple of kv_heads, up to 65536");
+    require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number from 2 to 512");
     require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
     const auto own = [&](const std::vector<int>& cuts) { return cuts[rank + 1] - cuts[rank]; };
     ModelConfig config;
@@ -267,6 +276,7 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
 }
 
 void set_embedding(Bound& self, Weight weight) {
+    require_size(weight);
     Linear& embedding = self.model.weights.embedding;
     embedding.kind = LinearKind::floating;
     embedding.outputs = static_cast<int>(weight.shape(0));

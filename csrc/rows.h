@@ -121,7 +121,8 @@ inline RowParams quantize_token(const float* x, int n, bool symmetric, uint8_t* 
         offset = std::nearbyint(-range.lo / scale) - 128.0f;
     }
     quantize_static(x, n, 1.0f / scale, offset, out);
-    return {scale, static_cast<int32_t>(offset), 0, 0.0f};
+    // Outside int8, or NaN, where the row is not finite: its products mean nothing then, but sums stay inside 32 bits.
+    return {scale, offset >= -128.0f && offset <= 127.0f ? static_cast<int32_t>(offset) : 0, 0, 0.0f};
 }
 
 inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low) {

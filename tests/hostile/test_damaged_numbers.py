@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eightfold.errors import CheckpointError
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.native.load import load_model
 from eightfold.model.reference import linear
+from eightfold.model.reference.load import Decoder
 from tests.conftest import tiny_config, write_model
 from tests.refusal import error_line, refused
 
@@ -104,6 +111,65 @@ def test_an_offset_of_quantized_attention_is_refused(cli, float_model, tmp_path,
                 "Attention is computed without offsets; quantize it symmetrically."
             )
         edit(out, lambda tensors, name=name: tensors[name].zero_(), weights)
+
+
+# What is damaged in which scheme: the tensor, and what its numbers have to be.
+SCALE, OFFSET = "a number above 0, from 1e-37 to 1e+15", "an int8 number, from -128 to 127"
+PARAMETERS = {
+    "self_attn.q_proj.weight_scale": ("w8a16", SCALE),
+    "mlp.up_proj.weight_offset": ("w8a16", OFFSET),
+    "self_attn.o_proj.input_scale": ("w8a8", SCALE),
+    "self_attn.o_proj.input_offset": ("w8a8", OFFSET),
+    "mlp.down_proj.deq_scale": ("w8a8", SCALE),
+    "mlp.gate_proj.weight_scale": ("w8a8-dynamic", SCALE),
+    "self_attn.k_proj.kv_cache_scale": ("w8a16", SCALE),
+    "self_attn.v_proj.kv_cache_offset": ("w8a16", OFFSET),
+}
+
+
+@pytest.fixture(scope="module")
+def quantized_by(tmp_path_factory):
+    """Return a function that makes a model of a scheme, once; in float16, so that deq_scale is packed."""
+    from eightfold.quant.recipe import Recipe
+    from tests.native.models import DYNAMIC, W8A8, W8A16, Variant, write_variant
+
+    config, kinds = tiny_config(torch_dtype="float16"), {"w8a16": W8A16, "w8a8": W8A8, "w8a8-dynamic": DYNAMIC}
+
+    @functools.cache
+    def make(scheme):
+        recipe = Recipe(kinds[scheme], weight_symmetric=scheme != "w8a16", kv_int8=scheme == "w8a16")
+        return write_variant(tmp_path_factory.mktemp(scheme), Variant(recipe, config)).directory
+
+    return make
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), float("-inf"), 1e-40, 1e30, 127.5, -129.0])
+@pytest.mark.parametrize("place", PARAMETERS)
+def test_scales_and_offsets_that_cannot_be_are_refused_by_name(quantized_by, tmp_path, place, bad):
+    scheme, expected = PARAMETERS[place]
+    shutil.copytree(quantized_by(scheme), tmp_path / "m")
+    (weights,) = (tmp_path / "m").glob("*.safetensors")
+    name = f"model.layers.1.{place}"
+    tensors = load_file(weights)
+    values = tensors[name].float() if tensors[name].dtype != torch.int64 else None
+    if values is not None:
+        values.view(-1)[-1] = bad
+        tensors[name] = values
+    else:
+        tensors[name][-1] = int(np.float32(bad).view(np.int32)) & 0xFFFFFFFF
+    weights.chmod(0o600)
+    save_file(tensors, weights)
+    checkpoint = Checkpoint.open(tmp_path / "m")
+    is_fine = -128 <= bad <= 127 if expected is OFFSET else bad == 127.5
+    for load in (lambda: load_model(checkpoint, threads=1), lambda: Decoder(checkpoint).logits([1, 2])):
+        if is_fine:
+            load()
+            continue
+        with pytest.raises(CheckpointError) as error:
+            load()
+        assert str(error.value).startswith(f"{name}[")
+        assert f" in {weights}: got {np.float32(bad):g}, expected " in str(error.value)
+        assert expected in str(error.value) or "a finite number" in str(error.value)
 
 
 def test_norm_biases_are_added(cli, float_model, tmp_path):

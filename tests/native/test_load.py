@@ -464,3 +464,31 @@ def test_the_scheme_of_a_token_is_the_one_asked_for(tmp_path):
 
 def test_both_sides_of_the_border_mean_the_same_page():
     assert core.extension.PAGE == PAGE
+
+
+BAD_MODELS: dict[str, dict[str, Any]] = {
+    "num_layers: expected": {"num_layers": -1},
+    "heads: expected": {"kv_heads": 0},
+    "heads: expected a multiple": {"heads": 3},
+    "heads: expected a multiple of kv_heads, up to 65536": {"heads": 131072},
+    "head_dim: expected": {"head_dim": 0, "inv_freq": np.zeros(0, np.float32)},
+    "hidden, intermediate, vocab: expected": {"hidden": [0, 0]},
+    "rank: outside": {"rank": 1},
+    "threads: expected": {"threads": 0},
+}
+
+
+@pytest.mark.parametrize("message", BAD_MODELS)
+def test_sizes_are_checked_at_the_border_to_the_core(message):
+    cuts: dict[str, Any] = {"hidden": [0, 8], "intermediate": [0, 8], "vocab": [0, 9], "rank": 0}
+    shape: dict[str, Any] = {
+        "num_layers": 1,
+        "heads": 2,
+        "kv_heads": 2,
+        "head_dim": 4,
+        "inv_freq": np.ones(2, np.float32),
+    }
+    good: dict[str, Any] = {"isa": "scalar", "threads": 1, "eps": 1e-5, "symmetric_tokens": False, **cuts, **shape}
+    core.extension.Model(**good)
+    with pytest.raises(ValueError, match=message):
+        core.extension.Model(**{**good, **BAD_MODELS[message]})

@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 _CHECKED_ELEMENTS = 1 << 22  # of a large tensor at a time
 
+# Beyond these, a reciprocal, or a product of two, is no float32 any more; real ones are far inside.
+_SCALES = 1e-37, 1e15
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -103,7 +106,7 @@ def read_linear(checkpoint: Checkpoint, module: str, shape: LinearShape) -> Line
     """Read a linear.
 
     Raises:
-        CheckpointError: a scale, an offset or a bias is not a finite number.
+        CheckpointError: a bias is not a finite number, a scale not one above 0, or an offset outside int8.
     """
     kind, name = checkpoint.quant_type(module), weight_name(module)
     weight = checkpoint.array(name)
@@ -112,10 +115,10 @@ def read_linear(checkpoint: Checkpoint, module: str, shape: LinearShape) -> Line
     if kind is QuantType.FLOAT:
         return Linear(kind, name, weight, bias)
     scale = f"{module}.{WEIGHT_SCALE}"
-    weight_scale = read_values(checkpoint, scale) if scale in checkpoint.tensors else None
+    weight_scale = _read_scale(checkpoint, scale) if scale in checkpoint.tensors else None
     if kind not in NEEDS_CALIBRATION:
         has_offset = kind is QuantType.W8A16
-        offset = read_values(checkpoint, f"{module}.{WEIGHT_OFFSET}") if has_offset else None
+        offset = _read_offset(checkpoint, f"{module}.{WEIGHT_OFFSET}") if has_offset else None
         return Linear(kind, name, weight, bias, weight_scale, offset)
     return Linear(
         kind,
@@ -123,9 +126,9 @@ def read_linear(checkpoint: Checkpoint, module: str, shape: LinearShape) -> Line
         weight,
         bias,
         weight_scale,
-        input_scale=read_values(checkpoint, f"{module}.{INPUT_SCALE}"),
-        input_offset=read_values(checkpoint, f"{module}.{INPUT_OFFSET}"),
-        deq_scale=_deq_scale(checkpoint, f"{module}.{DEQ_SCALE}"),
+        input_scale=_read_scale(checkpoint, f"{module}.{INPUT_SCALE}"),
+        input_offset=_read_offset(checkpoint, f"{module}.{INPUT_OFFSET}"),
+        deq_scale=_read_scale(checkpoint, f"{module}.{DEQ_SCALE}"),
         quant_bias=np.ascontiguousarray(checkpoint.array(f"{module}.{QUANT_BIAS}").reshape(-1), dtype=np.int32),
     )
 
@@ -162,7 +165,7 @@ def read_attention(checkpoint: Checkpoint, layer_idx: int) -> Attention:
     """Read how a layer's attention is computed.
 
     Raises:
-        CheckpointError: a scale is not a finite number.
+        CheckpointError: a scale is not a finite number above 0, or an offset is outside int8.
         UnsupportedError: FAQuant with an offset that is not zero.
     """
     kind, prefix = checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
@@ -175,7 +178,7 @@ def read_attention(checkpoint: Checkpoint, layer_idx: int) -> Attention:
     for part in (FA_Q, FA_K, FA_V):
         _require_zeros(checkpoint, f"{module}.{part}.{OFFSET}")
     key, value = (_channels(checkpoint, f"{module}.{part}", SCALE) for part in (FA_K, FA_V))
-    query_scale = read_values(checkpoint, f"{module}.{FA_Q}.{SCALE}")
+    query_scale = _read_scale(checkpoint, f"{module}.{FA_Q}.{SCALE}")
     # A file may repeat it for each channel of the head.
     return Attention(kind, key, value, query_scale.reshape(checkpoint.config.num_heads, -1)[:, 0])
 
@@ -242,20 +245,44 @@ def _widened(checkpoint: Checkpoint, name: str, array: NDArray[Any]) -> NDArray[
     return np.array(array, dtype=np.float32)
 
 
-def _deq_scale(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+def _read_scale(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+    """Return what integers are multiplied by, of either form: a deq_scale may be packed into int64."""
     stored = checkpoint.array(name).reshape(-1)
-    if stored.dtype == np.int64:  # float32 bits in the low half
-        return stored.astype(np.int32).view(np.float32)
-    return read_values(checkpoint, name)
+    is_packed = stored.dtype == np.int64  # float32 bits in the low half
+    values = stored.astype(np.int32).view(np.float32) if is_packed else read_values(checkpoint, name)
+    least, most = _SCALES
+    _require_inside(checkpoint, name, values, _SCALES, f"a number above 0, from {least:g} to {most:g}")
+    return values
+
+
+def _read_offset(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+    """Return what stands for zero among int8 numbers."""
+    values = read_values(checkpoint, name)
+    _require_inside(checkpoint, name, values, (-128, 127), "an int8 number, from -128 to 127")
+    return values
+
+
+def _require_inside(
+    checkpoint: Checkpoint, name: str, values: NDArray[Any], limits: tuple[float, float], expected: str
+) -> None:
+    inside = (values >= limits[0]) & (values <= limits[1])  # NaN is not
+    for at in np.flatnonzero(~inside)[:1]:
+        raise CheckpointError(
+            f"{name}[{at}]",
+            where=checkpoint.tensors[name].file,
+            got=f"{values[at]:g}",
+            expected=expected,
+            action="The file is damaged, or was not written for this format; quantize the model again.",
+        )
 
 
 def _channels(checkpoint: Checkpoint, module: str, scale: str, offset: str = "") -> Channels:
     config = checkpoint.config
     shape = (config.num_kv_heads, config.head_dim)
-    stored = read_values(checkpoint, f"{module}.{scale}").reshape(shape[0], -1)
+    stored = _read_scale(checkpoint, f"{module}.{scale}").reshape(shape[0], -1)
     name = f"{module}.{offset}"
     has_offset = bool(offset) and name in checkpoint.tensors
-    offset_GD = read_values(checkpoint, name).reshape(shape) if has_offset else None
+    offset_GD = _read_offset(checkpoint, name).reshape(shape) if has_offset else None
     return Channels(np.broadcast_to(stored, shape).copy(), offset_GD)
 
 

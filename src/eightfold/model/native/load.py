@@ -152,7 +152,8 @@ def _finish(model: Model, beside: Callable[[], object] | None) -> int:
 def _require_shapes(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     widest = max(linear.k for linear in all_linears(config).values())
-    for what, got, most in (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512)):
+    limits = (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512))
+    for what, got, most in (*limits, ("num_attention_heads", config.num_heads, 65536)):
         if got > most:
             raise UnsupportedError(
                 what,
