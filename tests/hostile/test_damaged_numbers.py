@@ -50,7 +50,9 @@ def test_values_beyond_float16_are_refused_when_they_would_be_stored_so(cli, tmp
     edit(source, lambda tensors: tensors.update({name: tensors[name].float() + 1e6}))
     message = refused(cli, "quantize", source, tmp_path / "out", "--scheme", "w8a16", within=tmp_path)
     assert message.startswith(f"values of {name} in {source}: got ")
-    assert message.endswith("expected finite ones, at most 65504 in F16. Store float32 (--save-dtype).")
+    assert message.endswith(
+        "expected finite ones, at most 65504 in F16. Store float32 (--save-dtype), or choose another --dtype."
+    )
     assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--save-dtype", "float32").code == 0
 
 
