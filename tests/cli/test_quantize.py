@@ -67,3 +67,42 @@ def test_a_budget_that_cannot_work_is_refused_with_the_one_that_would(cli, tmp_p
 def test_a_budget_that_is_no_size_is_refused(cli, float_model):
     message = quantize_refused(cli, float_model, "--memory", "much")
     assert message == "--memory: got much, expected a size such as 2GiB or 500MB. Try: eightfold quantize --help"
+
+
+def test_texts_of_their_own_for_outlier_suppression(cli, tmp_path, float_model):
+    (tmp_path / "calib.json").write_text(json.dumps(["alpha beta", "gamma"], indent=1))
+    (tmp_path / "anti.json").write_text(json.dumps([["delta"], ["epsilon", "zeta"]]))
+    data = ("--calib", tmp_path / "calib.json", "--anti-calib", tmp_path / "anti.json")
+    options = ("quantize", float_model, tmp_path / "out", "--anti-outlier", "m4", *data)
+    planned = cli(*options, "--scheme", "w8a8", "--plan", "--json")
+    assert planned.code == 0, planned.err
+    assert cli(*options, "--scheme", "w8a8").code == 0
+    report = json.loads((tmp_path / "out" / "eightfold_report.json").read_text())
+    assert [report[key]["samples"] for key in ("calibration", "anti_calibration")] == [2, 3]
+    (tmp_path / "anti.json").write_text('["other"]')
+    again = cli(*options, "--scheme", "w8a8")
+    assert again.code == 2
+    assert "--anti-calib: 3 samples of " in again.err
+    unused = cli("quantize", float_model, tmp_path / "plain", "--scheme", "w8a8", *data)
+    assert unused.code == 0
+    assert unused.err.startswith("note: there is no --anti-outlier; --anti-calib changes nothing.\n")
+    # Nothing but suppression reads texts here.
+    enough = cli("quantize", float_model, tmp_path / "w8a16", "--scheme", "w8a16", "--anti-outlier", "m3", *data)
+    assert enough.code == 0
+    assert enough.err.startswith("note: nothing here needs calibration data; --calib changes nothing.\n")
+
+
+def test_a_row_that_cannot_be_used_is_named_and_nothing_is_left(cli, tmp_path, float_model):
+    for content, message in (
+        (
+            '["a", {"id": 1, "label": 2}]',
+            "row 2 in {}: got an object with id, label, expected a text, or an object with ",
+        ),
+        ("[[1, 2]]", "row 1 in {}: got numbers"),
+    ):
+        (tmp_path / "calib.json").write_text(content)
+        for flag in ("--calib", "--anti-calib"):
+            words = ("--anti-outlier", "m4", flag, tmp_path / "calib.json")
+            refused = quantize_refused(cli, float_model, *words, scheme="w8a8")
+            assert refused.startswith(message.format(tmp_path / "calib.json"))
+    assert refused.endswith("Give token ids as --calib-ids.")

@@ -50,6 +50,7 @@ RECIPES = {
     ),
     "w8a16": Recipe(QuantType.W8A16, weight_symmetric=False),
     "m3 mix kv": Recipe(QuantType.W8A8_MIX, anti_outlier=AntiOutlier.M3, kv_int8=True),
+    "m2 auto anti": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M2, act_method=ActMethod.AUTO, kv_int8=True),
     "m5 dynamic": Recipe(QuantType.W8A8_DYNAMIC, anti_outlier=AntiOutlier.M5, quantize_lm_head=True),
 }
 
@@ -58,7 +59,8 @@ def quantize(source: Path, target: Path, name: str, **options: Any) -> None:
     """Quantize in batches so small that there are many."""
     hidden.BATCH_TOKENS, hidden._FEW_TOKENS = BATCH_TOKENS, 1
     torch.set_num_threads(1)
-    quantize_checkpoint(source, target, RECIPES[name], SAMPLES, part_bytes=60_000, **options)
+    anti = token_samples(7, seed=8) if name.endswith("anti") else None
+    quantize_checkpoint(source, target, RECIPES[name], SAMPLES, anti, part_bytes=60_000, **options)
 
 
 def die_after(steps: int) -> None:

@@ -77,7 +77,7 @@ def test_its_bytes_are_those_of_the_run_and_it_leaves_nothing(source, tmp_path, 
 
 
 def test_a_layer_counts_for_all_and_its_tokens_in_proportion(source, monkeypatch):
-    def run(model, target, recipe, samples, *, progress):
+    def run(model, target, recipe, samples, anti_samples, *, progress):
         now.append(now[-1] + 2)
         with progress("quantize to W8A8", 3, "layer") as task:
             for step, seconds in (("embedding", 1), ("layer 0", 50), ("layer 1", 30), ("layer 2", None), ("head", 4)):

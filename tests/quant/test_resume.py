@@ -39,6 +39,7 @@ RECIPES = {
     ),
     "kv": Recipe(QuantType.W8A8, kv_int8=True, kv_observe=KVObserve.PRE_ROPE, disable_level=1),
     "mix": Recipe(QuantType.W8A8_MIX),
+    "m4 kv anti": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M4, kv_int8=True),
 }
 
 
@@ -49,7 +50,8 @@ def source(tmp_path):
 
 
 def quantize(source, target, name="m4 fa", **options):
-    return quantize_checkpoint(source, target, RECIPES[name], SAMPLES, **options)
+    anti = token_samples(3, seed=5) if name.endswith("anti") else None
+    return quantize_checkpoint(source, target, RECIPES[name], SAMPLES, anti, **options)
 
 
 def files(path):
@@ -64,7 +66,7 @@ def operations(source, target, monkeypatch, name, **options):
 
 
 # Strides that are prime, so that runs of unlike lengths are cut at unlike points; smaller ones take minutes.
-@pytest.mark.parametrize(("name", "stride"), [("m4 fa", 37), ("level fa-amp", 97), ("w8a16", 43)])
+@pytest.mark.parametrize(("name", "stride"), [("m4 fa", 37), ("level fa-amp", 97), ("w8a16", 43), ("m4 kv anti", 59)])
 def test_a_run_killed_between_any_two_operations_on_files_goes_on(tmp_path, source, monkeypatch, name, stride):
     whole, out = tmp_path / "whole", tmp_path / "out"
     count = operations(source, whole, monkeypatch, name)

@@ -15,7 +15,7 @@ from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.quant.run import compare_logits
-from eightfold.scheme import QuantType
+from eightfold.scheme import KV_SCALE, QuantType
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -256,3 +256,53 @@ def test_a_smoothed_model_that_computes_no_numbers_is_refused(float_model):
     assert compare_logits(decoder, states, states)[0] == 0
     with pytest.raises(UnsupportedError, match="got nan"):
         compare_logits(decoder, states, torch.full_like(states, torch.nan))
+
+
+# With m2 and range parameters, the first sample, the spread and the features count too; without, one stream does all.
+ANTI = [
+    {"anti_outlier": AntiOutlier.M4},
+    {"anti_outlier": AntiOutlier.M2, "act_method": ActMethod.AUTO, "kv_int8": True},
+    {"anti_outlier": AntiOutlier.M6, "fa_quant": True, "fa_amp": 1, "disable_level": 1},
+]
+
+
+@pytest.mark.parametrize("choices", ANTI)
+def test_samples_of_their_own_for_outlier_suppression(models, quantized, tmp_path, choices):
+    def made(name, samples, anti):
+        recipe = Recipe(QuantType.W8A8, **choices)
+        quantize_checkpoint(models["Qwen2ForCausalLM"], tmp_path / name, recipe, samples, anti)
+        return Checkpoint.open(tmp_path / name)
+
+    def differing(a, b):
+        names = a.tensors.keys() & b.tensors.keys()
+        return {name for name in names if not torch.equal(load_tensor(a, name), load_tensor(b, name))}
+
+    others = token_samples(6, seed=4)
+    plain, same = made("plain", SAMPLES, None), made("same", SAMPLES, SAMPLES)
+    assert plain.tensors.keys() == same.tensors.keys()
+    assert not differing(plain, same)
+    assert "anti_calibration" not in report(plain)
+    assert report(same)["anti_calibration"] == report(same)["calibration"] == report(plain)["calibration"]
+    apart = made("apart", SAMPLES, others)
+    assert report(apart)["calibration"] == report(plain)["calibration"]
+    assert report(apart)["anti_calibration"]["samples"] == 6
+    other = made("other", others, None)
+    # Scales are those of the samples for suppression: so are gains. What keys reach is that of the calibration.
+    norms = {f"{norm}.weight" for norm in all_norms(plain.config)}
+    assert not differing(apart, other) & norms
+    assert differing(apart, plain) & norms
+    keys = {name for name in plain.tensors if name.endswith(f"k_proj.{KV_SCALE}")}
+    assert bool(keys) == choices.get("kv_int8", False)
+    assert not differing(apart, plain) & keys
+    assert not keys or differing(apart, other) & keys
+
+
+def test_samples_for_suppression_are_enough_where_nothing_else_is_calibrated(models, tmp_path):
+    source, recipe = models["LlamaForCausalLM"], Recipe(QuantType.W8A16, anti_outlier=AntiOutlier.M3)
+    quantize_checkpoint(source, tmp_path / "a", recipe, None, SAMPLES)
+    quantize_checkpoint(source, tmp_path / "b", recipe, SAMPLES)
+    a, b = (Checkpoint.open(tmp_path / name) for name in "ab")
+    assert all(torch.equal(load_tensor(a, name), load_tensor(b, name)) for name in b.tensors)
+    assert "calibration" not in report(a)
+    with pytest.raises(ConfigError, match="calibration samples for W8A8: got none"):
+        quantize_checkpoint(source, tmp_path / "c", Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M3), None, SAMPLES)

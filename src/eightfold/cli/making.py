@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from eightfold.parallel.ranks import Ranks
     from eightfold.quant.dataset import Row
     from eightfold.quant.outcome import Outcome
+    from eightfold.tokenizer import Tokenizer
 
 _CALIBRATION, _OUTPUT, _RUNNING = "Calibration data", "Output", "Running"  # headings in the help
 
@@ -77,6 +78,13 @@ class QuantizeCommand:
         None,
         PATH,
         "Calibration samples as token ids: JSON lists, one on each line or in a list; no tokenizer is needed.",
+        metavar="FILE",
+        group=_CALIBRATION,
+    )
+    anti_calib: Path | None = setting(
+        None,
+        PATH,
+        "Texts from which --anti-outlier takes its scales, as --calib. Default: the calibration texts.",
         metavar="FILE",
         group=_CALIBRATION,
     )
@@ -177,7 +185,7 @@ class QuantizeCommand:
     def _quantize(self, ranks: Ranks) -> Outcome:
         """Quantize. The texts are read and tokenized by one process."""
         # What can be refused is refused before torch is loaded and texts are tokenized.
-        samples = self._samples(self._checkpoint) if ranks.is_first else None
+        samples = self._samples(self._checkpoint) if ranks.is_first else []
         samples = ranks.share(samples)
         console.require_torch("quantize")
         if ranks.is_first:
@@ -189,7 +197,7 @@ class QuantizeCommand:
             self.source,
             self.target,
             self.recipe,
-            samples,
+            *samples,
             overwrite=self.overwrite,
             part_bytes=self.part_bytes,
             legacy_names=self.legacy_names,
@@ -201,13 +209,13 @@ class QuantizeCommand:
 
     def _show_plan(self) -> None:
         checkpoint = self._checkpoint
-        samples = self._samples(checkpoint) or []
+        samples = self._samples(checkpoint)
         console.require_torch("quantize --plan")
         self._tell_what_is_known()
         from eightfold.quant.estimate import estimate_run
 
         found = estimate_run(
-            checkpoint, self.recipe, samples, target=self.target, memory=self.memory, progress=console.bars
+            checkpoint, self.recipe, *samples, target=self.target, memory=self.memory, progress=console.bars
         )
         if self.as_json:
             console.print_json(found.as_json())
@@ -245,15 +253,23 @@ class QuantizeCommand:
     def _told(self) -> set[str]:
         return set()
 
-    def _samples(self, checkpoint: Checkpoint) -> list[list[int]] | None:
-        """Return the calibration samples; None when the recipe has no use for any."""
-        recipe, found = self.recipe, None
+    def _samples(self, checkpoint: Checkpoint) -> list[list[list[int]]]:
+        """Return the samples for calibration and those for outlier suppression; none where none are used."""
+        from eightfold.quant.dataset import read_rows
+
+        recipe = self.recipe
+        found: list[list[list[int]]] = [[], []]
         given = {"--calib": self.calib, "--calib-texts": self.calib_texts, "--calib-ids": self.calib_ids}
         sources = [flag for flag, value in given.items() if value]
         if len(sources) > 1:
             raise ConfigError("calibration data", got=" and ".join(sources), expected="one of them")
-        if recipe.needs_samples:
-            found = self._calibration(checkpoint)
+        if self.anti_calib is not None:
+            if recipe.anti_outlier is None:
+                console.note("there is no --anti-outlier; --anti-calib changes nothing.")
+            else:
+                found[1] = self._tokenized(read_rows(self.anti_calib), checkpoint, self.anti_calib)
+        if recipe.needs_samples(bool(found[1])):
+            found[0] = self._calibration(checkpoint)
         elif sources or self.calib_limit is not None:
             console.note(f"nothing here needs calibration data; {[*sources, '--calib-limit'][0]} changes nothing.")
         if not recipe.has_static_inputs and "act_method" in self.choices:
@@ -261,31 +277,43 @@ class QuantizeCommand:
         return found
 
     def _calibration(self, checkpoint: Checkpoint) -> list[list[int]]:
-        """Return the calibration samples as token ids, none longer than the model's context."""
         from eightfold.quant import dataset
+
+        if self.calib_ids is not None:
+            ids = dataset.read_token_ids(self.calib_ids, self.calib_limit, checkpoint.config.vocab_size)
+            return self._cut(ids, checkpoint)
+        if self.calib is not None:
+            rows = dataset.read_rows(self.calib, self.calib_limit)
+        elif self.calib_texts:
+            rows = dataset.require_words(self.calib_texts[: self.calib_limit])
+        else:
+            rows = dataset.default_rows()[: self.calib_limit]
+            console.note(f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own.")
+        return self._tokenized(rows, checkpoint, self.calib)
+
+    def _tokenized(self, rows: list[Row], checkpoint: Checkpoint, where: Path | None) -> list[list[int]]:
+        """Return the token ids of rows, none longer than the model's context; `where` is their file."""
+        from eightfold.quant import dataset
+
+        # That a base model has no template for those of ours that are chats is nothing to note.
+        tell = console.note if where is not None or self._tokenizer.has_chat_template else dataset.silent
+        vocab_size = checkpoint.config.vocab_size
+        samples = dataset.tokenize(rows, self._tokenizer, tell, where=where, vocab_size=vocab_size)
+        return self._cut(samples, checkpoint)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         from eightfold.tokenizer import Tokenizer
 
-        rows: list[Row]
-        if self.calib_ids is not None:
-            samples = dataset.read_token_ids(self.calib_ids, self.calib_limit, checkpoint.config.vocab_size)
-        else:
-            if self.calib is not None:
-                rows = dataset.read_rows(self.calib, self.calib_limit)
-            elif self.calib_texts:
-                rows = dataset.require_words(self.calib_texts[: self.calib_limit])
-            else:
-                rows = dataset.default_rows()[: self.calib_limit]
-                console.note(
-                    f"calibrating on the {len(rows)} texts that come with eightfold; --calib FILE takes your own."
-                )
-            tokenizer = Tokenizer(checkpoint.directory, add_bos=self.add_bos)
-            for note in tokenizer.notes:
-                console.note(note)
-            # That a base model has no template for those of ours that are chats is nothing to note.
-            is_ours = self.calib is None and not tokenizer.has_chat_template
-            tell = dataset.silent if is_ours else console.note
-            vocab_size = checkpoint.config.vocab_size
-            samples = dataset.tokenize(rows, tokenizer, tell, where=self.calib, vocab_size=vocab_size)
+        found = Tokenizer(self.source, add_bos=self.add_bos)
+        for note in found.notes:
+            console.note(note)
+        return found
+
+    def _cut(self, samples: list[list[int]], checkpoint: Checkpoint) -> list[list[int]]:
+        """Cut samples to the model's context."""
+        from eightfold.quant import dataset
+
         context = checkpoint.config.max_position_embeddings
         samples, cut = dataset.truncate(samples, context)
         if cut:

@@ -21,7 +21,7 @@ from eightfold.families import LM_HEAD, all_linears, input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
-from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe
+from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe, Samples
 from eightfold.scheme import QuantType
 
 _MIB = 1 << 20
@@ -81,15 +81,18 @@ class Budget:
         return memory < self.needed + self.states
 
 
-def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]]) -> Budget:
+def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, anti_samples: Samples = ()) -> Budget:
     """Return what a recipe takes on a model with these samples."""
     lengths = [len(sample) for sample in samples]
     width = checkpoint.config.hidden_size
-    passed = sum(map(len, recipe.float_samples(samples)))
-    proved = lengths[0] if recipe.anti_outlier is not None else 0
+    anti_lengths = [len(sample) for sample in anti_samples]
+    passed = sum(map(len, recipe.float_samples(samples, anti_samples)))
+    passed += sum(anti_lengths) if recipe.observes_float else 0
+    proved = (anti_lengths or lengths)[0] if recipe.anti_outlier is not None else 0
     streams = passed + (sum(lengths) if recipe.calibrates else 0)
     base = max(_BASE_BYTES, -(-(resident_bytes() or 0) // _BASE_STEP) * _BASE_STEP)
-    step = max(_layer_bytes(checkpoint, recipe, lengths), _head_bytes(checkpoint, recipe))
+    layer = max(_layer_bytes(checkpoint, recipe, each) for each in (lengths, anti_lengths))
+    step = max(layer, _head_bytes(checkpoint, recipe))
     return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams, 4 * width * proved)
 
 

@@ -32,7 +32,7 @@ from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.plan import OutputPlan, assign_types, attention_modules, fa_layers
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import Recipe, Samples
 from eightfold.scheme import weight_name
 
 _MIB = 1 << 20
@@ -148,7 +148,8 @@ class Estimate:
 def estimate_run(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    samples: Sequence[Sequence[int]],
+    samples: Samples,
+    anti_samples: Samples = (),
     *,
     target: Path,
     memory: int | None,
@@ -160,6 +161,7 @@ def estimate_run(
         checkpoint: the float model.
         recipe: what to do.
         samples: token ids of the calibration samples.
+        anti_samples: those for outlier suppression alone.
         target: where the output would go.
         memory: the budget in bytes, or None for what the machine has free.
         progress: who is told.
@@ -168,16 +170,17 @@ def estimate_run(
         OutputError: nothing can be written there, or another process is planning the same output.
     """
     started = _process_seconds()
-    samples = samples if recipe.needs_samples else []
+    anti_samples = anti_samples if recipe.anti_outlier is not None else []
+    samples = samples if recipe.needs_samples(bool(anti_samples)) else []
     folder = next(folder for folder in target.absolute().parents if folder.is_dir())
-    budget, refusal = budget_for(checkpoint, recipe, samples), ""
+    budget, refusal = budget_for(checkpoint, recipe, samples, anti_samples), ""
     try:
         spills = budget.spills(memory)
     except CapacityError as error:
         spills, refusal = True, str(error)
     spilled = GENERATIONS * (budget.states + budget.proved)
-    times, seconds = _try(checkpoint, recipe, samples, folder / f".{target.name}.plan", progress)
-    phases, output_bytes = _phases(checkpoint, recipe, samples, times)
+    times, seconds = _try(checkpoint, recipe, (samples, anti_samples), folder / f".{target.name}.plan", progress)
+    phases, output_bytes = _phases(checkpoint, recipe, sum(map(len, [*samples, *anti_samples])), times)
     return Estimate(
         phases=(Phase("start", started), *phases),
         peak_bytes=budget.needed + (0 if spills else budget.states),
@@ -234,7 +237,7 @@ def _layer_seconds(trials: Sequence[_Trial], kind: str, tokens: int) -> float:
 
 
 def _try(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], place: Path, progress: Progress
+    checkpoint: Checkpoint, recipe: Recipe, samples: tuple[Samples, Samples], place: Path, progress: Progress
 ) -> tuple[list[_Trial], float]:
     """Quantize three layers, with as many samples as say enough of all and with fewer; return how long all took too."""
     began = time.perf_counter()
@@ -242,16 +245,17 @@ def _try(
     shortened = _for_layers(model, recipe)
     products = sum(linear.n * linear.k for group in input_groups(model.config) for linear in group.linears)
     most = int(min(max(_TRIAL_PRODUCTS / products, _LEAST_TOKENS), _MOST_TOKENS))
-    chosen = _spread(samples, most)
-    rounds = [chosen] if len(chosen) == len(samples) else [chosen, _spread(samples, most // 2)]
+    chosen = [_spread(each, most) for each in samples]
+    is_all = list(map(len, chosen)) == list(map(len, samples))
+    rounds = [chosen] if is_all else [chosen, [_spread(each, most // 2) for each in samples]]
     trials: list[_Trial] = []
     with progress("time three layers", len(rounds), "trial") as task:
         for trial in rounds:
             with _place(place) as out:
                 times = _Times()
-                quantize_checkpoint(model, out, shortened, trial, progress=times)
+                quantize_checkpoint(model, out, shortened, *trial, progress=times)
                 times.mark("done")
-            trials.append((sum(map(len, trial)), times.seconds))
+            trials.append((sum(map(len, [*trial[0], *trial[1]])), times.seconds))
             task.advance()
     return trials, time.perf_counter() - began
 
@@ -302,18 +306,16 @@ def _for_layers(model: Checkpoint, recipe: Recipe) -> Recipe:
     )
 
 
-def _spread(samples: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+def _spread(samples: Samples, tokens: int) -> list[Sequence[int]]:
     """Return samples from everywhere that have about so many tokens together; all, if those have no more."""
     total = sum(map(len, samples))
     count = max(1, len(samples) * tokens // total) if total > tokens else len(samples)
     return [samples[i * len(samples) // count] for i in range(count)]
 
 
-def _phases(
-    checkpoint: Checkpoint, recipe: Recipe, samples: Sequence[Sequence[int]], trials: Sequence[_Trial]
-) -> tuple[list[Phase], int]:
+def _phases(checkpoint: Checkpoint, recipe: Recipe, tokens: int, trials: Sequence[_Trial]) -> tuple[list[Phase], int]:
     """Return the phases but for the start, and the bytes of the output's tensors."""
-    config, tokens, times = checkpoint.config, sum(map(len, samples)), trials[0][1]
+    config, times = checkpoint.config, trials[0][1]
     layers = config.num_layers
     planned = OutputPlan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
     sizes = {tensor.planned.name: tensor.planned.nbytes for tensor in planned}

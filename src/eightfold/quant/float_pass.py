@@ -99,10 +99,17 @@ def smoothed_groups(method: AntiOutlier | None) -> set[str]:
 class FloatPass:
     """The samples on their way through the float model."""
 
-    def __init__(self, decoder: Decoder, recipe: Recipe, hidden: HiddenStates, ranks: Ranks | None = None) -> None:
-        """Start where the samples of recipe.float_samples() are."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        recipe: Recipe,
+        hidden: HiddenStates,
+        ranks: Ranks | None = None,
+        anti: HiddenStates | None = None,
+    ) -> None:
+        """Start where the samples of recipe.float_samples() are, and those of `anti`, from which scales are taken."""
         self._ranks = ranks or Ranks()
-        self._decoder, self._recipe, self.hidden = decoder, recipe, hidden
+        self._decoder, self._recipe, self.hidden, self.anti = decoder, recipe, hidden, anti or hidden
         self._config = decoder.checkpoint.config
         self._groups = input_groups(self._config)
         self._smoothed = smoothed_groups(recipe.anti_outlier)
@@ -110,13 +117,36 @@ class FloatPass:
     @torch.inference_mode()
     def layer(self, layer_idx: int) -> LayerStatistics:
         """Move all samples through one layer and return what was seen, the same in all ranks."""
-        assert self.hidden.layer_idx == layer_idx
         recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.max_position_embeddings
         kv = KVObserver(recipe.kv_observe, self._decoder.inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
-        is_all_watched = recipe.needs_range_params
-        watched = [group.title for group in self._groups if is_all_watched or group.title in self._smoothed]
-        watchers = {title: self._watcher(prefix, title) for title in watched}
+        watchers = self._pass(self.hidden, layer_idx, kv, stretch)
+        smoothing = watchers if self.anti is self.hidden else self._pass(self.anti, layer_idx)
+        if not self._ranks.is_first:
+            return self._ranks.share(LayerStatistics())
+        return self._ranks.share(self._statistics(prefix, watchers, smoothing, kv, stretch))
+
+    @property
+    def streams(self) -> list[HiddenStates]:
+        """The samples: one stream or two."""
+        return [self.hidden] if self.anti is self.hidden else [self.hidden, self.anti]
+
+    def _pass(
+        self,
+        stream: HiddenStates,
+        layer_idx: int,
+        kv: KVObserver | None = None,
+        stretch: StretchObserver | None = None,
+    ) -> dict[str, InputWatcher]:
+        """Move the samples of one stream through a layer; return what was seen of inputs, which rank 0 knows."""
+        assert stream.layer_idx == layer_idx
+        prefix = layer_prefix(layer_idx)
+        titles = self._smoothed if stream is self.anti else set()
+        if stream is self.hidden and self._recipe.needs_range_params:
+            titles = {group.title for group in self._groups}
+        watchers = {
+            group.title: self._watcher(stream, prefix, group.title) for group in self._groups if group.title in titles
+        }
         calls: list[GroupCall] = [
             WatchedGroup(
                 LinearGroup(tuple(self._linear(prefix, linear) for linear in group.linears)),
@@ -127,22 +157,20 @@ class FloatPass:
         ]
         seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
         attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
-        self.hidden.advance(self._decoder.block(layer_idx, calls, attention))
+        stream.advance(self._decoder.block(layer_idx, calls, attention))
         self._merge(watchers, kv)
-        if not self._ranks.is_first:
-            return self._ranks.share(LayerStatistics())
-        return self._ranks.share(self._statistics(prefix, watchers, kv, stretch))
+        return watchers
 
-    def _watcher(self, prefix: str, title: str) -> InputWatcher:
-        method = self._recipe.anti_outlier if title in self._smoothed else None
+    def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
+        method = self._recipe.anti_outlier if stream is self.anti and title in self._smoothed else None
         return InputWatcher(
             prefix + title,
-            sum(self.hidden.lengths),
+            sum(stream.lengths),
             keep_first=method in (AntiOutlier.M2, AntiOutlier.M3),
             keep_tokens=method is AntiOutlier.M6,
-            keep_features=self._recipe.needs_range_params,
+            keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
-            place=self.hidden.place if self._ranks.size > 1 else None,
+            place=stream.place if self._ranks.size > 1 else None,
         )
 
     def _linear(self, prefix: str, shape: LinearShape) -> Linear:
@@ -169,11 +197,12 @@ class FloatPass:
         self,
         prefix: str,
         watchers: Mapping[str, InputWatcher],
+        smoothing: Mapping[str, InputWatcher],
         kv: KVObserver | None,
         stretch: StretchObserver | None,
     ) -> LayerStatistics:
         scales = {
-            group.title: self._scale(prefix, group, watchers[group.title])
+            group.title: self._scale(prefix, group, smoothing[group.title])
             for group in self._groups
             if group.title in self._smoothed
         }

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from eightfold.format.directory import list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import QUANTIZE, Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
-from eightfold.quant.outcome import samples_digest
-from eightfold.quant.recipe import Recipe, recipe_content
+from eightfold.quant.outcome import samples_facts
+from eightfold.quant.recipe import Recipe, Samples, recipe_content
 
 WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
 _SAMPLE_BYTES = 4096  # of each of these many places of a tensor
@@ -50,10 +50,10 @@ _SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 
 def identity(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    samples: Sequence[Sequence[int]],
+    samples: Samples,
+    anti_samples: Samples = (),
     *,
-    part_bytes: int | None = None,
-    legacy_names: bool = False,
+    layout: Mapping[str, Any],
     device: str = "cpu",
 ) -> Entry:
     """Return the first line of the journal: all that decides what the output is."""
@@ -63,13 +63,10 @@ def identity(
         "eightfold": __version__,
         "layers": checkpoint.config.num_layers,
         "recipe": recipe_content(recipe),
-        "output": {"part_bytes": part_bytes, "legacy_names": legacy_names},
+        "output": dict(layout),
         "device": device,
-        "calibration": {
-            "samples": len(samples),
-            "tokens": sum(map(len, samples)),
-            "token_ids_sha256": samples_digest(samples),
-        },
+        "calibration": samples_facts(samples),
+        **({"anti_calibration": samples_facts(anti_samples)} if anti_samples else {}),
         "source": {_name_of(checkpoint, path): _file_identity(checkpoint, path) for path in source_files(checkpoint)},
     }
 
@@ -165,8 +162,6 @@ def differences(old: Entry, new: Entry) -> list[str]:
 
 def _facts(head: Entry) -> dict[str, str]:
     """Return what a first line says but for the source, by names that a user knows."""
-    data = head.get("calibration", {})
-    digest = str(data.get("token_ids_sha256"))[:8]
     options = {**head.get("recipe", {}), **head.get("output", {})}
     return {
         "journal": str(head.get("format")),
@@ -175,8 +170,14 @@ def _facts(head: Entry) -> dict[str, str]:
         **{
             "modules of the recipe" if key == "modules" else f"`{key}`": _shown(value) for key, value in options.items()
         },
-        "calibration data": f"{data.get('samples')} samples of {data.get('tokens')} tokens ({digest})",
+        "calibration data": _samples(head.get("calibration", {})),
+        "`anti_calib`": _samples(head["anti_calibration"]) if "anti_calibration" in head else "none",
     }
+
+
+def _samples(facts: dict[str, Any]) -> str:
+    digest = str(facts.get("token_ids_sha256"))[:8]
+    return f"{facts.get('samples')} samples of {facts.get('tokens')} tokens ({digest})"
 
 
 def _shown(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,18 @@ from eightfold.families import LM_HEAD, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.output import REPORT_NAME as REPORT_NAME
 from eightfold.quant.plan import RolledBack
-from eightfold.quant.recipe import Recipe, recipe_content
+from eightfold.quant.recipe import Recipe, Samples, recipe_content
 from eightfold.scheme import QuantType
 
 # Above this share of keys outside the cache's range the user is warned.
 CLIPPED_LIMIT = 0.001
 
 
-def samples_digest(samples: Sequence[Sequence[int]]) -> str:
-    """Return a digest of calibration samples' token ids."""
-    return hashlib.sha256(json.dumps([list(sample) for sample in samples]).encode()).hexdigest()
+def samples_facts(samples: Samples) -> dict[str, Any]:
+    """Return how much calibration data there is, and a digest of its token ids."""
+    text = json.dumps([list(sample) for sample in samples])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"samples": len(samples), "tokens": sum(map(len, samples)), "token_ids_sha256": digest}
 
 
 @dataclass
@@ -42,9 +44,7 @@ class Outcome:
 
     recipe: Recipe
     types: Mapping[str, QuantType]  # of every linear
-    samples: int = 0
-    calibration_tokens: int = 0
-    calibration_sha256: str | None = None
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)  # what was calibrated on, by its name in a report
     tensors: int = 0
     nbytes: int = 0  # of tensor data written
     rolled_back: list[RolledBack] = field(default_factory=list)
@@ -75,11 +75,6 @@ class Outcome:
         """The linears of the layers that are not."""
         return [name for name, kind in self.types.items() if kind is QuantType.FLOAT and name != LM_HEAD]
 
-    def took_samples(self, samples: Sequence[Sequence[int]]) -> None:
-        """Remember which calibration data was used."""
-        self.samples, self.calibration_tokens = len(samples), sum(map(len, samples))
-        self.calibration_sha256 = samples_digest(samples)
-
     def add_clipping_note(self) -> None:
         """Say what share of the keys an int8 cache cuts off whose range was taken before RoPE."""
         if not self.keys:
@@ -99,12 +94,7 @@ class Outcome:
             "recipe": recipe_content(self.recipe),
             "linears": {"quantized": self.quantized, "float": self.kept_float},
         }
-        if self.samples:
-            content["calibration"] = {
-                "samples": self.samples,
-                "tokens": self.calibration_tokens,
-                "token_ids_sha256": self.calibration_sha256,
-            }
+        content.update(self.samples)
         if self.smoothing is not None:
             content["anti_outlier"] = {
                 "max_logit_difference": self.smoothing.max_logit_difference,

@@ -33,9 +33,9 @@ from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import differences, float_facts, identity, keep_times, require_same_times
-from eightfold.quant.outcome import Outcome, notes_for
+from eightfold.quant.outcome import Outcome, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.run import Job, Notes, Run, TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
@@ -44,7 +44,8 @@ def quantize_checkpoint(
     source: Path | Checkpoint,
     target: Path,
     recipe: Recipe,
-    samples: Sequence[Sequence[int]] | None = None,
+    samples: Samples | None = None,
+    anti_samples: Samples | None = None,
     *,
     overwrite: bool = False,
     part_bytes: int | None = None,
@@ -61,6 +62,7 @@ def quantize_checkpoint(
         target: the directory to make; it appears when everything is written, see format/output.py.
         recipe: what to do.
         samples: token ids of the calibration samples, for recipes that need them.
+        anti_samples: those from which outlier suppression takes its scales; none for the same.
         overwrite: replace what quantize has written at `target` before.
         part_bytes: start a new weight file at this size; None writes one file.
         legacy_names: the older MindIE layout: the description also under its suffixed name, `quantize` in config.json,
@@ -79,13 +81,15 @@ def quantize_checkpoint(
     """
     ranks = ranks or Ranks()
     checkpoint = source if isinstance(source, Checkpoint) else open_float(source)
-    samples = _needed_samples(recipe, samples)
+    anti_samples = list(anti_samples or []) if recipe.anti_outlier is not None else []
+    samples = _needed_samples(recipe, samples, bool(anti_samples))
     require_level(recipe, assign_types(checkpoint.config, recipe))
-    head = identity(checkpoint, recipe, samples, part_bytes=part_bytes, legacy_names=legacy_names, device=device.type)
-    spills = budget_for(checkpoint, recipe, samples).spills(memory, ranks.size)
+    layout = {"part_bytes": part_bytes, "legacy_names": legacy_names}
+    head = identity(checkpoint, recipe, samples, anti_samples, layout=layout, device=device.type)
+    spills = budget_for(checkpoint, recipe, samples, anti_samples).spills(memory, ranks.size)
     if ranks.size > 1:
         ranks.require_alike({**head, "torch": torch.__version__, **float_facts()})
-    job = _Job(checkpoint, recipe, samples, part_bytes, legacy_names, spills, progress, ranks)
+    job = _Job(checkpoint, recipe, samples, part_bytes, legacy_names, spills, progress, ranks, anti_samples)
     if not ranks.is_first:
         return job.help()
     directory = checkpoint.directory
@@ -94,9 +98,9 @@ def quantize_checkpoint(
         return job.do(output)
 
 
-def _needed_samples(recipe: Recipe, samples: Sequence[Sequence[int]] | None) -> Sequence[Sequence[int]]:
+def _needed_samples(recipe: Recipe, samples: Samples | None, has_anti_samples: bool) -> Samples:
     """Return the samples that a recipe needs, which may be none."""
-    if not recipe.needs_samples:
+    if not recipe.needs_samples(has_anti_samples):
         return []
     if not samples:
         raise ConfigError(f"calibration samples for {recipe.scheme.value}", got="none", expected="at least one")
@@ -134,8 +138,8 @@ class _Job(Job):
         types = assign_types(self.checkpoint.config, self.recipe)
         notes, layers = notes_for(self.checkpoint, self.recipe, types), self.checkpoint.config.num_layers
         outcome = Outcome(self.recipe, types, notes=notes, layers=layers)
-        if self.samples:
-            outcome.took_samples(self.samples)
+        data = {"calibration": self.samples, "anti_calibration": self.anti_samples}
+        outcome.samples = {name: samples_facts(samples) for name, samples in data.items() if samples}
         return outcome
 
     def do(self, output: Output) -> Outcome:

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 RANGE_SAMPLES = 5
 
 
+# Token ids of each sample.
+Samples = Sequence[Sequence[int]]
+
+
 class AntiOutlier(str, Enum):
     """Outlier suppression, by msModelSlim's names; the formulas are in smooth.py."""
 
@@ -231,20 +235,30 @@ class Recipe:
         return self.disable_level > 0 or (self.has_static_inputs and self.act_method is ActMethod.AUTO)
 
     @property
-    def needs_float_pass(self) -> bool:
-        """Whether anything is taken from the float model."""
-        return self.anti_outlier is not None or self.kv_int8 or self.fa_amp > 0 or self.needs_range_params
-
-    def float_samples(self, samples: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Return the samples that run through the float model, which may be none."""
-        if self.anti_outlier is not None or self.kv_int8:
-            return samples
-        return samples[:RANGE_SAMPLES] if self.needs_float_pass else []
+    def observes_float(self) -> bool:
+        """Whether the float model shows more than what outlier suppression asks for."""
+        return self.kv_int8 or self.fa_amp > 0 or self.needs_range_params
 
     @property
-    def needs_samples(self) -> bool:
-        """Whether there is anything to do with calibration samples."""
-        return self.calibrates or self.needs_float_pass
+    def needs_float_pass(self) -> bool:
+        """Whether anything is taken from the float model."""
+        return self.anti_outlier is not None or self.observes_float
+
+    def float_samples(self, samples: Samples, anti_samples: Samples = ()) -> Samples:
+        """Return the samples that run through the float model, which may be none.
+
+        Args:
+            samples: for calibration.
+            anti_samples: for outlier suppression alone; where more is observed, they run through it too.
+        """
+        if self.kv_int8 or (self.anti_outlier is not None and not anti_samples):
+            return samples
+        return samples[:RANGE_SAMPLES] if self.observes_float else anti_samples
+
+    def needs_samples(self, has_anti_samples: bool = False) -> bool:
+        """Return whether there is anything to do with calibration samples."""
+        smooths = self.anti_outlier is not None and not has_anti_samples
+        return self.calibrates or self.observes_float or smooths
 
 
 def require(holds: bool, option: str, got: Any, expected: str, action: str = "") -> None:

@@ -5,9 +5,10 @@
     layer 0 .. layer L-1        what enters layer i -> float pass -> smooth, quantize -> calibrate -> write -> i + 1
     head
 
-The state that enters a layer is up to three streams of hidden states (hidden.py), and nothing else:
+The state that enters a layer is up to four streams of hidden states (hidden.py), and nothing else:
 
     float       all samples through the float model, for its statistics
+    anti        samples for outlier suppression, where they are others, through the float model
     quantized   all samples through the layers as they are going to be computed, for calibration
     smoothed    the first sample through the smoothed float model, for the proof that smoothing changes nothing
 
@@ -49,7 +50,7 @@ from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputPlan, OutputTensor, attention_back, fa_layers, roll_back
-from eightfold.quant.recipe import ActMethod, Recipe
+from eightfold.quant.recipe import ActMethod, Recipe, Samples
 from eightfold.quant.statistics import unshared
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
 
@@ -146,12 +147,13 @@ class Job:
 
     checkpoint: Checkpoint
     recipe: Recipe
-    samples: Sequence[Sequence[int]]
+    samples: Samples
     part_bytes: int | None
     legacy_names: bool
     spills: bool
     progress: Progress
     ranks: Ranks
+    anti_samples: Samples = ()
 
 
 class Run:
@@ -166,9 +168,12 @@ class Run:
         self._streams: list[HiddenStates] = []
         self.float_pass: FloatPass | None = None
         if self.recipe.needs_float_pass:
-            float_stream = self._stream("float", self.recipe.float_samples(job.samples))
-            self.float_pass = FloatPass(self.decoder, self.recipe, float_stream, self._ranks)
-        self.smoothed = self._stream("smoothed", job.samples[:1]) if self.recipe.anti_outlier is not None else None
+            stream = self._stream("float", self.recipe.float_samples(job.samples, job.anti_samples))
+            has_two = job.anti_samples and self.recipe.observes_float
+            anti = self._stream("anti", job.anti_samples) if has_two else stream
+            self.float_pass = FloatPass(self.decoder, self.recipe, stream, self._ranks, anti)
+        first = (job.anti_samples or job.samples)[:1]
+        self.smoothed = self._stream("smoothed", first) if self.recipe.anti_outlier is not None else None
         self.calibrated = self._stream("quantized", job.samples) if self.recipe.calibrates else None
 
     def _stream(self, name: str, samples: Sequence[Sequence[int]]) -> HiddenStates:
@@ -234,7 +239,7 @@ class Run:
                 if step not in self._journal.steps:
                     found = self.float_pass.layer(layer_idx)
                     checksum = found.save(self._statistics_path(layer_idx)) if self._ranks.is_first else None
-                    self._finish(step, [self.float_pass.hidden], layer=layer_idx, file=checksum)
+                    self._finish(step, self.float_pass.streams, layer=layer_idx, file=checksum)
                     self.decoder.release_block(layer_idx)
                 task.advance()
 
@@ -357,7 +362,7 @@ class Run:
         if self.recipe.decides_by_comparison:
             return self._kept_statistics(layer_idx), []
         if self.float_pass is not None:
-            return self.float_pass.layer(layer_idx), [self.float_pass.hidden]
+            return self.float_pass.layer(layer_idx), self.float_pass.streams
         return LayerStatistics(), []
 
     def _record(self, entry: dict[str, Any]) -> None:
@@ -391,7 +396,7 @@ class Run:
     def _prove(self) -> tuple[float, float] | None:
         if self.smoothed is None or self.float_pass is None:
             return None
-        return compare_logits(self.decoder, self.float_pass.hidden.first_sample(), self.smoothed.first_sample())
+        return compare_logits(self.decoder, self.float_pass.anti.first_sample(), self.smoothed.first_sample())
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
