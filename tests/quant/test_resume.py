@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -471,3 +472,33 @@ def test_a_directory_without_a_journal_loads_as_ever(tmp_path, source):
 def test_the_watch_kills():
     with pytest.raises(Killed):
         raise Killed
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        *itertools.product(("hard link", "link"), (JOURNAL_NAME, "config.json", "weights.safetensors", "states")),
+        ("link", "work"),  # directories have no hard links
+    ],
+)
+def test_what_was_begun_is_not_written_through_a_link_to_a_file_of_the_user(tmp_path, source, monkeypatch, how, name):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    begin(source, out, monkeypatch)
+    work = partial_path(out) / WORK_NAME
+    path = {"states": next(work.glob("quantized-*")), "work": work}.get(name, partial_path(out) / name)
+    if name == "work":
+        mine.mkdir()
+        (mine / "letter.txt").write_text("dear")
+        shutil.rmtree(work)
+    else:
+        mine.write_bytes(path.read_bytes() if path.exists() else b"{}")
+        path.unlink(missing_ok=True)
+    if how == "link":
+        path.symlink_to(mine)
+    else:
+        path.hardlink_to(mine)
+    before = files(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=f"which a run has begun: got a {how}, expected a file that has no other"):
+            quantize(source, out, overwrite=overwrite)
+        assert files(tmp_path) == before

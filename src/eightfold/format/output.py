@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -194,6 +195,7 @@ class Output:
                         expected="nothing there",
                         action="Move them elsewhere and run the same command again.",
                     )
+                _require_unshared(self.path)
                 return Journal(self.path)
             except FileNotFoundError:
                 pass  # renamed or removed by the process that had it until just now
@@ -353,6 +355,28 @@ class Output:
         finally:
             self._journal.close()
             self._journal = None
+
+
+def _require_unshared(directory: Path) -> None:
+    """Refuse to write where files have names elsewhere too: what is written would change them there.
+
+    Raises:
+        OutputError: something in the directory is a link, a file with a second name, or no plain file.
+    """
+    for folder, folders, files in os.walk(directory):
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            info = path.lstat()
+            if not stat.S_ISDIR(info.st_mode) and not (stat.S_ISREG(info.st_mode) and info.st_nlink == 1):
+                is_file = stat.S_ISREG(info.st_mode)
+                raise OutputError(
+                    f"{path}, which a run has begun",
+                    got="a hard link" if is_file else "a link" if path.is_symlink() else "no plain file",
+                    expected="a file that has no other name",
+                    action="Move it elsewhere, or choose another output directory.",
+                )
+        if Path(folder) == directory / WORK_NAME and "old" in folders:
+            folders.remove("old")  # an earlier output, which is only renamed or removed
 
 
 def check_target(target: Path, command: str, *, source: Path | None, overwrite: bool) -> Path:
