@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import pytest
 import yaml
@@ -186,7 +188,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "binary").write_bytes(b"scheme: \xff\xfe\n")
-    with pytest.raises(InputError, match="no YAML"):
+    with pytest.raises(InputError, match="got byte 8 that is not UTF-8"):
         read_recipe(tmp_path / "binary")
 
 
@@ -247,3 +249,54 @@ def test_linears_are_counted_by_what_they_become(cli, tmp_path, float_model):
     made = cli("quantize", float_model, tmp_path / "none", "--scheme", "w8a16", "--keep-float", "*")
     assert ": 0 linears as W8A16, 14 kept float, " in made.out
     assert made.err.count("nothing is quantized") == 1
+
+
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "line 1 of the recipe in {path}: got an anchor or alias (& or *), expected every value in its place"),
+        ("scheme: w8a8\nkeep_float: *x\n", "line 2 of the recipe in {path}: got an anchor or alias (& or *), "),
+        (
+            "keep_float: " + "[" * 50_000,
+            "line 1 of the recipe in {path}: got values in more than 8 others, expected key: value",
+        ),
+        ('{"modules": ' + '{"a": ' * 50_000, "line 1 of the recipe in {path}: got values in more than 8 others, "),
+        (
+            "keep_float:\n" + "- a\n" * 30_000,
+            "line 19999 of the recipe in {path}: got more than 20000 values, expected fewer",
+        ),
+        (
+            "fa_amp: 0x" + "f" * 100_000,
+            "line 1 of the recipe in {path}: got a value of 100002 characters, expected at most 1000",
+        ),
+        ("fa_amp: 1" + ":59" * 100_000, "line 1 of the recipe in {path}: got a value of 300001 characters, "),
+        ("x" * 2_000_000, "recipe in {path}: got more than 1 MiB, expected less. Take a part."),
+        ("scheme: w8a8\nact_method: 0x" + "f" * 990, "act_method in {path}: got "),
+        ("0x" + "f" * 990 + ": 1\n", "key "),
+        ("? [1, 2]\n: 3\n", "recipe in {path}: got no YAML (while constructing a mapping"),
+        ("a" * 900 + ": 1\n", "key "),
+        ("<<: {scheme: w8a8}\n", "key '<<' in {path}: got a merge of mappings, expected keys of a recipe"),
+        ("scheme: !" + "t" * 900 + " w8a8\n", "recipe in {path}: got no YAML ("),
+        ("scheme: !!python/object/apply:os.getcwd []\n", "recipe in {path}: got no YAML ("),
+        ("keep_float: {" + ", ".join(f"k{i}: 1" for i in range(5000)) + "}\n", "keep_float in {path}: got "),
+        ("keep_float: ['" + "x" * 900 + "', 1]\n", "keep_float in {path}: got "),
+        ("disable_level: '" + "9" * 900 + "'\n", "disable_level: got '9999"),
+    ],
+)
+def test_what_takes_more_than_a_recipe_should_is_refused_in_one_short_line(tmp_path, text, said):
+    started = time.process_time()
+    with pytest.raises((ConfigError, InputError)) as caught:
+        made(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(said.format(path=tmp_path / "recipe.yaml"))
+    assert len(message) < 500 + len(str(tmp_path))
+    assert time.process_time() - started < 5
+
+
+def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError, match="got a pipe or device"):
+        read_recipe(tmp_path / "recipe.yaml")

@@ -44,6 +44,7 @@ from eightfold.scheme import (
     linear_tensors,
     weight_name,
 )
+from eightfold.values import shown
 
 
 def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
@@ -70,7 +71,7 @@ def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfi
     found = {name for name in names if fnmatchcase(name, pattern)}
     near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5) if not found else []
     example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
-    got = f"{pattern!r}, which matches no linear"
+    got = f"{shown(pattern)}, which matches no linear"
     require(bool(found), option, got, f"a name or pattern such as {example!r}")
     return found
 

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType
 from eightfold.errors import ConfigError, DependencyError, InputError, one_of
+from eightfold.files import read_text
 from eightfold.scheme import LINEAR_TENSORS, NEEDS_CALIBRATION, SCHEMES, QuantType
-from eightfold.values import SWITCH, TEXT, TEXTS, WHOLE, Kind, choice, setting, whole
+from eightfold.values import SWITCH, TEXT, TEXTS, WHOLE, Kind, choice, setting, shorten, shown, whole
 
 if TYPE_CHECKING:
     import yaml
@@ -267,6 +268,9 @@ def require(holds: bool, option: str, got: Any, expected: str, action: str = "")
         raise ConfigError(option, got=got, expected=expected, action=action)
 
 
+# Of a file, and of what stands in it: beyond what any model needs.
+_MOST_BYTES, _MOST_VALUES, _MOST_CHARACTERS, _MOST_DEPTH = 1 << 20, 20_000, 1000, 8
+
 _KEYS = tuple(field.name for field in fields(Recipe))
 _PLAIN = {"bool": SWITCH, "int": WHOLE}
 _KINDS = {
@@ -297,17 +301,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise DependencyError(
             "a recipe file needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
         ) from None
+    text, _ = read_text(path, "recipe", _MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
+        _require_modest(text, path)
         _require_once(yaml.compose(text, yaml.SafeLoader), path)
         content = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
-    except (ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError, and dates that do not exist
-        raise InputError("recipe", where=path, got=f"no YAML ({error})", expected="keys and values") from None
+    except (ValueError, yaml.YAMLError) as error:  # dates that do not exist
+        got = f"no YAML ({shorten(str(error), 300)})"
+        raise InputError("recipe", where=path, got=got, expected="keys and values") from None
     if not isinstance(content, dict):
         raise InputError("recipe", where=path, got=type(content).__name__, expected="keys and values")
-    return {key: _value(str(key), value, path) for key, value in content.items()}
+    return {key: _value(key, value, path) for key, value in content.items()}
 
 
 def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -359,6 +363,31 @@ def render_recipe(recipe: Recipe) -> str:
     return text
 
 
+def _require_modest(text: str, where: Path) -> None:
+    """Refuse what takes more time and memory than a recipe: a few bytes of YAML can mean gigabytes.
+
+    Raises:
+        InputError: it is beyond the limits.
+    """
+    import yaml
+
+    depth = count = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        count += isinstance(event, yaml.NodeEvent)
+        length = len(event.value) if isinstance(event, yaml.ScalarEvent) else 0
+        limits = (
+            (getattr(event, "anchor", None) is not None, "an anchor or alias (& or *)", "every value in its place"),
+            (depth > _MOST_DEPTH, f"values in more than {_MOST_DEPTH} others", "key: value"),
+            (count > _MOST_VALUES, f"more than {_MOST_VALUES} values", "fewer, with patterns of names"),
+            (length > _MOST_CHARACTERS, f"a value of {length} characters", f"at most {_MOST_CHARACTERS}"),
+        )
+        for is_beyond, got, expected in limits:
+            if is_beyond:
+                line = event.start_mark.line + 1 if event.start_mark else 0
+                raise InputError(f"line {line} of the recipe", where=where, got=got, expected=expected)
+
+
 def _require_once(node: yaml.Node | None, where: Path) -> None:
     """Refuse keys that stand twice, in the file or in a value: YAML itself lets the last one win."""
     whole = _entries(node)
@@ -366,7 +395,9 @@ def _require_once(node: yaml.Node | None, where: Path) -> None:
         lines: dict[str, int] = {}
         for key, _ in entries:
             line = key.start_mark.line + 1
-            name = str(key.value)
+            name = shorten(str(key.value))
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(f"key {name!r}", where=where, got="a merge of mappings", expected="keys of a recipe")
             if name in lines:
                 got = f"it in line {lines[name]} and in line {line}"
                 raise ConfigError(f"key {name!r}", where=where, got=got, expected="it once", action="Remove one.")
@@ -380,11 +411,11 @@ def _entries(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
     return list(node.value) if isinstance(node, yaml.MappingNode) else []
 
 
-def _value(key: str, value: Any, where: Path) -> Any:
+def _value(key: Any, value: Any, where: Path) -> Any:
     if key not in _KEYS:
-        near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(shown(key), _KEYS, n=1, cutoff=0.5)
         raise ConfigError(
-            f"key {key!r}",
+            f"key {shown(key)}",
             where=where,
             got="a key that recipes do not have",
             expected=f"{near[0]!r}" if near else one_of(_KEYS),
@@ -406,7 +437,7 @@ def _value(key: str, value: Any, where: Path) -> Any:
 
 def _shown(value: Any) -> str:
     """Return a value as a recipe spells it, as far as Python spells it otherwise."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def _type(name: Any, key: str, where: Path, known: dict[str, QuantType]) -> QuantType:
@@ -423,11 +454,14 @@ def parse_level(text: str) -> int:
     """
     digits = text[1:] if text[:1] in ("L", "l") else ""
     if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
-        raise ConfigError("disable_level", got=repr(text), expected="L0, L1, L2, ...: so many linears stay float")
+        raise ConfigError("disable_level", got=shown(text), expected="L0, L1, L2, ...: so many linears stay float")
     return int(digits)
 
 
 def act_method_name(value: Any) -> Any:
     """Return an activation method's name; msModelSlim's numbers are understood."""
-    is_number = WHOLE.fits(value) or isinstance(value, str)
-    return {"1": "minmax", "2": "histogram", "3": "auto"}.get(str(value), value) if is_number else value
+    names = {1: "minmax", 2: "histogram", 3: "auto"}
+    names_by_text = {str(number): name for number, name in names.items()}
+    if isinstance(value, str):
+        return names_by_text.get(value, value)
+    return names.get(value, value) if WHOLE.fits(value) else value
