@@ -29,6 +29,7 @@ RANKS = {
     "families": 3,
     "scheme": 3,
     "tokenizer": 3,
+    "vocabulary": 2,
     "format": 4,
     "model": 5,
     "parallel": 4,

@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from eightfold import vocabulary
 from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import read_json
-from eightfold.template import MOST_SHOWN, TemplateError, compile_template, render_template
-from eightfold.values import WHOLE, shorten, shown
+from eightfold.template import TemplateError, compile_template, render_template
+from eightfold.values import WHOLE, shown
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -50,31 +51,11 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path, chat_template: str | None = None, *, add_bos: bool | None = None) -> None:
-        from tokenizers import Tokenizer as FastTokenizer
-
         self.directory = directory
         self.chat_template = chat_template
         self.add_bos = add_bos
         self.notes = list[str]()
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                "tokenizer.json",
-                where=directory,
-                got="no such file",
-                expected="the model's tokenizer",
-                action=(
-                    "Only tokenizer.model is there: load it with transformers' AutoTokenizer and save_pretrained."
-                    if (directory / "tokenizer.model").is_file()
-                    else "Copy it from the float model, or give token ids."
-                ),
-            )
-        try:
-            self._fast = FastTokenizer.from_file(str(path))
-        except BaseException as error:  # the library raises bare Exception
-            raise self._fault(error, "a tokenizers file") from None
-        self._fast.no_padding()
-        self._fast.no_truncation()
+        self._fast = vocabulary.load(directory)
         self._before, self._after = self._around_a_text()
 
     def _around_a_text(self) -> tuple[list[int], list[int]]:
@@ -82,6 +63,9 @@ class Tokenizer:
         alone, whole = (self._encode("a", special_tokens=special) for special in (False, True))
         at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0) if alone else len(whole)
         own = before, after = whole[:at], whole[at + len(alone) :]
+        if strange := [token for token in (*before, *after) if self.piece(token) is None]:
+            where, got = self.directory / vocabulary.TOKENIZER, f"token id {strange[0]}"
+            raise CheckpointError("post-processor", where=where, got=got, expected="a token of the vocabulary")
         name = self._class_by_settings()
         if name is not None:
             before = self._named("bos_token") if self._settings.get("add_bos_token", True) else []
@@ -144,27 +128,23 @@ class Tokenizer:
         return [*self._before, *ids, *self._after] if special_tokens else ids
 
     def _encode(self, text: str, *, special_tokens: bool) -> list[int]:
-        try:
+        path = self.directory / vocabulary.TOKENIZER
+        with vocabulary.blaming(path, "one that encodes every text"):
             # Of the library's calls this one lets other threads run meanwhile, and leaves out what is not needed.
-            return list(self._fast.encode_batch_fast([text], add_special_tokens=special_tokens)[0].ids)
-        except BaseException as error:  # a panic of the library is not an Exception
-            raise self._fault(error, "one that encodes every text") from None
-
-    def _fault(self, error: BaseException, expected: str) -> BaseException:
-        """Return what to raise for something that the library has raised."""
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            return error
-        got = shorten(str(error), MOST_SHOWN)
-        return CheckpointError("tokenizer", where=self.directory / "tokenizer.json", got=got, expected=expected)
+            encode = self._fast.encode_batch_fast
+            work = lambda: list(encode([text], add_special_tokens=special_tokens)[0].ids)  # noqa: E731
+            return vocabulary.within_time(work, len(text), path)
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return text, without special tokens unless they are to be kept."""
-        try:
+        with vocabulary.blaming(self.directory / vocabulary.TOKENIZER, "one that decodes every token"):
             return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
-        except (OverflowError, TypeError):  # ids that are none
-            raise
-        except BaseException as error:
-            raise self._fault(error, "one that decodes every token") from None
+
+    @property
+    def content(self) -> bytes:
+        """What tokenizer.json holds, or would hold had it been saved."""
+        path = self.directory / vocabulary.TOKENIZER
+        return path.read_bytes() if path.is_file() else str(self._fast.to_str()).encode()
 
     def piece(self, token_id: int) -> str | None:
         """Return a token as tokenizer.json spells it, which need not be text; None if there is no such token."""

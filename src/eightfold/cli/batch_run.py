@@ -260,7 +260,7 @@ def _setup(checkpoint: Checkpoint, requests: Sequence[BatchRequest], tokenizer: 
         generating.require_template(tokenizer, "prompts as texts without --chat")
         facts.append(tokenizer.template_source())
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
-    digest.update((model / "tokenizer.json").read_bytes())
+    digest.update(tokenizer.content)
     for name in sorted(checkpoint.tensors):
         array = checkpoint.array(name).reshape(-1)
         digest.update(f"{name} {array.dtype} {array.size}".encode())

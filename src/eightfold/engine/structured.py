@@ -93,7 +93,7 @@ class GrammarCompiler:
         self._library = _library()
         path = tokenizer.directory / "tokenizer.json"
         try:
-            vocabulary = Vocabulary(path.read_text(encoding="utf-8"), vocab_size, sorted(stop_ids))
+            vocabulary = Vocabulary(tokenizer.content.decode(), vocab_size, sorted(stop_ids))
             self._tokenizer = vocabulary.load(self._library)
         except Exception as error:  # the library raises ValueError, and what Rust panics with
             raise InputError("tokenizer for structured output", where=path, got=error) from None

@@ -6,20 +6,19 @@ Each difference below was tried with transformers 4.43.1, 4.57.1 and 5.24.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.errors import CheckpointError
+from eightfold.errors import CheckpointError, EightfoldError
 from eightfold.files import read_json, write_json
 from eightfold.tokenizer import LLAMA_CLASSES, is_of_5
 from eightfold.values import shown
+from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer
 
-TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-
-# Any of these makes a tokenizer that transformers loads or converts.
-VOCABULARIES = (TOKENIZER, "tokenizer.model", "vocab.json", "*.tiktoken", "tekken.json")
+SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
 FAST = "PreTrainedTokenizerFast"  # the name that 4 and 5 both have for a tokenizer that is all in tokenizer.json
 NEW_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
@@ -107,8 +106,9 @@ def write_for_both(directory: Path) -> str | None:
     if not has_tokenizer(directory):
         return "the model has no tokenizer, and so OUT has none: MindIE and vllm-ascend need one."
     try:
+        made = "" if (directory / TOKENIZER).exists() else _convert(directory)
         files = TokenizerFiles.read(directory)
-    except CheckpointError as error:
+    except EightfoldError as error:
         return f"the tokenizer is copied as it is, and loaders may refuse it: {error}"
     settings, gaps = dict(files.settings), files.gaps()
     files.close_gaps()
@@ -118,12 +118,15 @@ def write_for_both(directory: Path) -> str | None:
     if "merges" in gaps.keys() - left:
         write_json(directory / TOKENIZER, files.fast)
     found = ", ".join(left.values())
-    return f"the tokenizer has what MindIE's transformers 4.43 cannot read: {found}." if left else None
+    return f"the tokenizer has what MindIE's transformers 4.43 cannot read: {found}." if left else made or None
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Return whether a directory has a file that transformers makes a tokenizer of."""
-    return any(path for name in VOCABULARIES for path in directory.glob(name))
+def _convert(directory: Path) -> str:
+    """Write tokenizer.json from older files; return a note about it."""
+    fast = convert(directory)
+    write_json(directory / TOKENIZER, json.loads(fast.to_str()))
+    count = fast.get_vocab_size()
+    return f"transformers has made a tokenizer.json of the model's older files, with {count} tokens."
 
 
 def _types(content: dict[str, Any], key: str) -> set[str]:
