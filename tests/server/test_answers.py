@@ -7,7 +7,7 @@ import json
 import pytest
 
 from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
-from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts
+from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts, in_parts, to_json
 from eightfold.server.logs import Record
 from eightfold.server.tools import ToolUse
 from eightfold.tokenizer import Tokenizer
@@ -61,3 +61,18 @@ def test_the_usage_is_an_event_of_its_own(texts):
     assert event["usage"] == {
         "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"a": []},
+        {"a": {"b": [{"c": {"d": [1, {"e": [2, 3]}, "\u00e9\ud800"]}}, None], "f": ""}},
+        [[[[[[[1]]]]]], 2],
+        {"a": list(range(10_000)), "b": ["x"] * 4097, "c": [1] * 4096},
+    ],
+)
+def test_in_parts_json_is_the_same(content):
+    assert b"".join(in_parts(content)) == to_json(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,8 @@ def refused(raw, status=400):
         (b'{"a": 1e999}', "body: got a number too large, expected a finite one"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, f"body: got JSON nested deeper than {MAX_JSON_DEPTH} levels"),
         (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", f"body: got JSON nested deeper than {MAX_JSON_DEPTH} levels"),
-        (b"[" * 1_000_000, f"body: got JSON nested deeper than {MAX_JSON_DEPTH} levels"),
+        (b"[" * 200_000, f"body: got JSON nested deeper than {MAX_JSON_DEPTH} levels"),
+        (b"[" * 1_000_000, "body: got more than 262144 brackets"),
         (b'{"a":' + b"1" * 5000 + b"}", "body is not JSON that can be used: Exceeds the limit (4300 digits)"),
     ],
 )
@@ -224,6 +226,101 @@ def test_a_huge_prompt_is_refused_while_others_are_answered(untouched):
     thread.join()
     assert refused(found[0]).startswith("prompt: got ")
     assert others > 3  # a loop that tokenized would have answered them behind it
+
+
+LONG = "long " * 50_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": LONG},
+        {"messages": [{"role": LONG, "content": 5}]},
+        {"messages": [{"role": "user", "content": [{"type": "image" + LONG}]}]},
+        {"messages": [{"role": "user", "content": [{"type": LONG}]}]},
+        {"response_format": {"type": LONG}},
+        {"tools": [{"type": "function", "function": {"name": LONG}}]},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": {"function": {"name": LONG}}},
+        {"guided_regex": "(" + "a" * 60_000},
+        {"guided_grammar": "x" * 60_000},
+        {"guided_json": {"type": "y" * 60_000}},
+        {"stop": LONG},
+        {"logit_bias": {LONG: 1}},
+        {"seed": LONG},
+        {"temperature": 10**4000},
+        {"n": -(10**4000)},
+    ],
+)
+def test_errors_do_not_repeat_long_values(untouched, fields):
+    raw = untouched.post("/v1/chat/completions", {**ASKED, **fields})
+    assert len(refused(raw, raw.status_code)) <= 500 and raw.status_code in (400, 404)
+
+
+def test_a_template_that_repeats_its_messages_is_cut_short(serve):
+    running = serve(template="{{ raise_exception('no ' + messages[0].content) }}")
+    assert len(refused(running.chat("a" * 100_000))) <= 500
+
+
+def test_more_logprobs_than_a_request_may_have(serve, monkeypatch):
+    running = serve(max_model_len=500)
+    monkeypatch.setattr("eightfold.server.service.MAX_ENTRIES", 5 * 10 * 3)
+    asked = {"prompt": "abc", "max_tokens": 10, "n": 5, "logprobs": 2}
+    assert running.post("/v1/completions", asked).status_code == 200
+    message = (
+        "logprobs: got up to 165 in all answers, expected at most 150. Ask for fewer answers, tokens or alternatives."
+    )
+    assert refused(running.post("/v1/completions", {**asked, "max_tokens": 11})) == message
+    # The prompt's come once, or in front of every answer.
+    count = len(running.post("/tokenize", {"prompt": "abc"}).json()["tokens"])
+    monkeypatch.setattr("eightfold.server.service.MAX_ENTRIES", count * 3)
+    single = {**asked, "n": 1}
+    assert running.post("/v1/completions", {**single, "echo": True}).status_code == 200
+    twice = running.post("/v1/completions", {"prompt": "abc", "n": 2, "logprobs": 2, "echo": True, "max_tokens": 0})
+    assert refused(twice).startswith(f"logprobs: got up to {2 * count * 3 + 2 * 3} in all answers")
+    # What one sequence generates takes its time, and is not limited.
+    assert running.post("/v1/completions", {**single, "max_tokens": 400}).status_code == 200
+
+
+def test_more_logprobs_than_all_requests_may_have_have_to_wait(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.service.MAX_HELD_ENTRIES", 100)
+    running = serve()
+    asked = {"prompt": "abc", "max_tokens": 10, "n": 5, "logprobs": 2}
+    assert refused(running.post("/v1/completions", asked), 429).startswith("too many log-probabilities")
+    assert running.post("/v1/completions", {**asked, "n": 2}).status_code == 200
+    assert eventually(lambda: running.server.service.limiter.held_entries == 0)
+
+
+def test_values_of_a_body_count_as_the_memory_that_they_take(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.service.MAX_HELD_BYTES", 4 * 2**20)
+    running = serve()
+    many = b'{"prompt": "a", "x": [' + b"[]," * 100_000 + b"1]}"
+    assert refused(running.post("/tokenize", many), 429).startswith("too many texts are being read")
+    assert running.post("/tokenize", {"prompt": "a", "x": "a" * len(many)}).status_code == 200
+    assert eventually(lambda: running.server.service.limiter.held_bytes == 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompt": "hello " * (MAX_BODY_BYTES // 16), "return_token_strs": True},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * (MAX_BODY_BYTES // 40)}]},
+        {"prompt": "a", "x": [[]] * 250_000},
+        {"prompt": "a", "x": list(range(500_000))},
+    ],
+)
+def test_long_work_for_one_client_does_not_hold_up_others(untouched, content):
+    import threading
+    import time
+
+    raw, found, slowest = json.dumps(content).encode(), list[Any](), 0.0
+    thread = threading.Thread(target=lambda: found.append(untouched.post("/tokenize", raw)))
+    thread.start()
+    while thread.is_alive():
+        begin = time.monotonic()
+        assert untouched.http.get("/health").status_code == 200
+        slowest = max(slowest, time.monotonic() - begin)
+    assert found[0].status_code in (200, 429)
+    assert slowest < 2  # also while others use these cores
 
 
 def test_a_message_that_the_template_refuses(serve):

@@ -9,7 +9,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -28,12 +28,35 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
 _SINGLE_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies that have no bytes otherwise write one
 
+_FLAT_ITEMS = 4096  # numbers and texts that are encoded together
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 def to_json(content: Any) -> bytes:
     """Return JSON in UTF-8."""
     return _encode(content).encode("utf-8", "replace")
+
+
+def in_parts(content: Any, depth: int = 5) -> Iterator[bytes]:
+    """Yield JSON as `to_json` returns it, each part without those inside: an encoder lets no other thread run."""
+    if depth and isinstance(content, dict):
+        for at, (name, value) in enumerate(content.items()):
+            yield (b"," if at else b"{") + to_json(name) + b":"
+            yield from in_parts(value, depth - 1)
+        yield b"}" if content else b"{}"
+    elif depth and isinstance(content, list):
+        is_flat = not any(isinstance(value, (dict, list)) for value in content)
+        step = _FLAT_ITEMS if is_flat else 1
+        for at in range(0, len(content), step):
+            yield b"," if at else b"["
+            if is_flat:
+                yield to_json(content[at : at + step])[1:-1]
+            else:
+                yield from in_parts(content[at], depth - 1)
+        yield b"]" if content else b"[]"
+    else:
+        yield to_json(content)
 
 
 def event(content: Any) -> bytes:

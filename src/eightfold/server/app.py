@@ -19,6 +19,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eightfold import __version__
+from eightfold.server.answers import in_parts
 from eightfold.server.fields import STRING, ApiError, Fields, bad_request, internal, wrong
 from eightfold.server.generation import Asked, answer_stream, answer_whole, send_json
 from eightfold.server.logs import GONE, Record, request_id
@@ -44,11 +45,13 @@ class Generating:
         request, service = Request(scope, receive), self._service
         record: Record = request.state.record
         fields = await service.read(request)
-        asked = self._read(fields, service)
+        asked = await service.at_once_if_small(record, lambda: self._read(fields, service))
         record.ignored = fields.ignored
         with service.limiter.admitted(asked.params.n * asked.prompts):
             prompts, texts = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
+            service.limiter.let_go(record)
             service.require_fit(prompts)
+            service.limiter.hold_entries(record, asked.entries(prompts, service.max_model_len))
             respond = answer_stream if asked.streams else answer_whole
             with service.in_flight(asked, prompts, record) as running:
                 await respond(running, asked.answer(texts), receive, send)
@@ -83,35 +86,38 @@ class Endpoints:
         }
 
     async def tokenize(self, request: Request) -> Response:
-        service, record = self._service, request.state.record
-        fields = await service.read(request)
+        return await self._in_thread(request, self._tokenized)
+
+    async def detokenize(self, request: Request) -> Response:
+        return await self._in_thread(request, self._detokenized)
+
+    async def _in_thread(self, request: Request, work: Callable[[Fields], dict[str, Any]]) -> Response:
+        """Answer with what work on the fields of a request returns; both may be long."""
+        fields = await self._service.read(request)
+        body = await self._service.in_thread(request.state.record, lambda: b"".join(in_parts(work(fields))))
+        return Response(body, media_type="application/json")
+
+    def _tokenized(self, fields: Fields) -> dict[str, Any]:
+        service, tokenizer = self._service, self._service.tokenizer
         text, with_texts = fields.read("prompt", STRING), fields.read("return_token_strs", SWITCH, False)
-        tokenizer = service.tokenizer
         if text is not None:
-            special = fields.read("add_special_tokens", SWITCH, True)
-            ids = await service.in_thread(record, lambda: tokenizer.encode(text, special_tokens=special))
+            ids = tokenizer.encode(text, special_tokens=fields.read("add_special_tokens", SWITCH, True))
         elif fields.any("messages") is not None:
             tools = read_tools(fields, service.template or "")
-            encode = read_conversation(fields, service.template, tools.shown)
-            ids = await service.in_thread(record, lambda: encode(tokenizer))
+            ids = read_conversation(fields, service.template, tools.shown)(tokenizer)
         else:
             raise bad_request("prompt: expected a text, or messages", param="prompt")
         content = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
-        if with_texts:
-            content["token_strs"] = [service.texts.of(token) for token in ids]
-        return JSONResponse(content)
+        return content | ({"token_strs": [service.texts.of(token) for token in ids]} if with_texts else {})
 
-    async def detokenize(self, request: Request) -> Response:
-        service = self._service
-        fields = await service.read(request)
+    def _detokenized(self, fields: Fields) -> dict[str, Any]:
         if fields.any("tokens") is None:
             raise bad_request("tokens: expected a list of token ids", param="tokens")
         ids, keep = fields.items("tokens", 2**18), not fields.read("skip_special_tokens", SWITCH, False)
         for at, token in enumerate(ids):
             if not _TOKEN.fits(token):
                 raise wrong(f"tokens[{at}]", token, _TOKEN.name)
-        text = await service.in_thread(request.state.record, lambda: service.tokenizer.decode(ids, keep_special=keep))
-        return JSONResponse({"prompt": text})
+        return {"prompt": self._service.tokenizer.decode(ids, keep_special=keep)}
 
     async def health(self, request: Request) -> Response:
         if self._service.limiter.is_draining:
@@ -247,6 +253,7 @@ class Gateway:
 
     def _note(self, record: Record) -> None:
         self._service.limiter.let_go(record)
+        self._service.limiter.let_go_entries(record)
         path = record.path if record.path in self._paths else "other"
         self._service.metrics.answered(path, record.status)
         quiet = path in ("/health", "/metrics") and record.status == 200

@@ -8,6 +8,7 @@ docs/serving.md has the table.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,8 +22,12 @@ from eightfold.values import WHOLE, Kind, shorten
 MAX_BODY_BYTES = 4 * 2**20
 READ_AWAY_BYTES = 16 * MAX_BODY_BYTES  # of a body that is too large
 BODY_SECONDS = 30.0  # a body has to have arrived by then
+MOST_CHARS = 500  # of an error's message: libraries may repeat in theirs what they were given
 MAX_JSON_DEPTH = 64
 MAX_JSON_VALUES = 1_000_000  # more than a body of token ids has
+# In texts too: who sends more asks for more tokens than a model reads. Python's parser lets no other thread run, and is
+# slow where many lists are made.
+MAX_JSON_BRACKETS = 2**18
 LARGE_BODY_BYTES = 32 * 2**10  # larger ones are parsed and tokenized where they hold up nobody else
 
 STRING = Kind((str,), "a text")
@@ -78,7 +83,8 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param = status, " ".join(message.split()), code, param
+        self.status, self.code, self.param = status, code, param
+        self.message = shorten(" ".join(message.split()), MOST_CHARS)
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
@@ -173,15 +179,15 @@ def shown(value: Any) -> str:
     return "a huge number" if isinstance(value, int) and abs(value) >= 10**20 else str(value)
 
 
-async def read_json(request: Request, hold: Callable[[int], None]) -> dict[str, Any]:
-    """Return a body's JSON object.
+async def receive(request: Request, hold: Callable[[int], None]) -> bytes:
+    """Return a body that is said to be JSON.
 
     Args:
         request: the request.
         hold: is told of bytes as they arrive, and may refuse them.
 
     Raises:
-        ApiError: 400, 408, 413 or 415, or what `hold` raises.
+        ApiError: 408, 413 or 415, or what `hold` raises.
         ClientDisconnect: the client left before the body's end.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -189,10 +195,9 @@ async def read_json(request: Request, hold: Callable[[int], None]) -> dict[str, 
         # Also what keeps web pages of other origins from sending requests without asking first.
         raise ApiError(415, f"Content-Type: got {kind[:80] or 'none'}, expected application/json")
     try:
-        raw = await asyncio.wait_for(_collect(request, hold), BODY_SECONDS)
+        return await asyncio.wait_for(_collect(request, hold), BODY_SECONDS)
     except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
         raise ApiError(408, f"body: not there after {BODY_SECONDS:.0f} s", headers={"Connection": "close"}) from None
-    return await asyncio.to_thread(_parse, raw) if len(raw) > LARGE_BODY_BYTES else _parse(raw)
 
 
 async def _collect(request: Request, hold: Callable[[int], None]) -> bytes:
@@ -220,7 +225,12 @@ def _too_large() -> ApiError:
     return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def parse(raw: bytes) -> tuple[dict[str, Any], int]:
+    """Return a body's JSON object, and how many values are in it; ApiError 400 where it is none that can be used."""
+    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_BRACKETS:
+        raise bad_request(f"body: got more than {MAX_JSON_BRACKETS} brackets")
+    collects = gc.isenabled()
+    gc.disable()  # it would look at every list again and again, and JSON has no cycles
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
@@ -231,15 +241,18 @@ def _parse(raw: bytes) -> dict[str, Any]:
         raise _too_deep() from None
     except ValueError as error:  # an integer of thousands of digits
         raise bad_request(f"body is not JSON that can be used: {error}") from None
+    finally:
+        if collects:
+            gc.enable()
     if not isinstance(value, dict):
         raise bad_request("body: expected a JSON object")
-    _require_size(value)
+    count = _require_size(value)
     if b"\\ud" in raw or b"\\uD" in raw:  # only so can half a character come in, which nobody could write again
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise bad_request("body: got half a surrogate pair in a text, expected Unicode") from None
-    return value
+    return value, count
 
 
 def _finite(text: str) -> float:
@@ -257,8 +270,8 @@ def _too_deep() -> ApiError:
     return bad_request(f"body: got JSON nested deeper than {MAX_JSON_DEPTH} levels")
 
 
-def _require_size(value: dict[str, Any]) -> None:
-    """Check the depth and the number of values, a level at a time: recursion would have an end of its own."""
+def _require_size(value: dict[str, Any]) -> int:
+    """Check the depth and return the number of values, a level at a time: recursion would have an end of its own."""
     level: list[Any] = [value]
     seen = 0
     for _ in range(MAX_JSON_DEPTH):
@@ -268,5 +281,5 @@ def _require_size(value: dict[str, Any]) -> None:
         inner = (each.values() if isinstance(each, dict) else each for each in level)
         level = [item for items in inner for item in items if isinstance(item, (dict, list))]
         if not level:
-            return
+            return seen
     raise _too_deep()

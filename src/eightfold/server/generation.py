@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import Receive, Send
@@ -16,7 +17,7 @@ from starlette.types import Receive, Send
 from eightfold.engine.async_llm import EngineStoppedError
 from eightfold.engine.outputs import RequestOutput
 from eightfold.errors import EightfoldError
-from eightfold.server.answers import DONE, AnswerWriter, event, to_json
+from eightfold.server.answers import DONE, AnswerWriter, event, in_parts, to_json
 from eightfold.server.fields import ApiError, draining, internal, refused
 from eightfold.server.logs import GONE, Record
 from eightfold.server.metrics import Metrics
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("eightfold.server")
 
 FIRST_SIGN_SECONDS = 10.0  # a stream that has to wait longer begins with comments, so that nobody gives it up
+
+MANY_ENTRIES = 2_000  # log-probabilities that are written in a thread
 
 _EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 
@@ -45,6 +48,21 @@ class Asked:
     streams: bool
     shows_usage: bool  # at the end of a stream
     cache_salt: str  # only requests with the same one share keys and values of prompts
+    echoes: bool = False  # the prompts, in front of every answer
+
+    def entries(self, prompts: Sequence[Sequence[int]], most: int) -> int:
+        """Return how many log-probabilities the answers to prompts may have, in a context of so many tokens.
+
+        What a single sequence generates does not count: that takes its time.
+        """
+        params, found = self.params, 0
+        if params.logprobs is not None and params.n * len(prompts) > 1:
+            new = (min(params.max_tokens or most, most - len(prompt)) for prompt in prompts)
+            found += params.n * sum(new) * (params.logprobs + 1)
+        if params.prompt_logprobs is not None:
+            times = params.n if self.echoes else 1
+            found += times * sum(map(len, prompts)) * (params.prompt_logprobs + 1)
+        return found
 
 
 class Aborted(Exception):
@@ -149,7 +167,11 @@ class InFlight:
 
 async def send_json(send: Send, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
     """Send JSON."""
-    body = to_json(content)
+    await send_body(send, to_json(content), status, headers)
+
+
+async def send_body(send: Send, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+    """Send what is JSON already."""
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     raw += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": raw})
@@ -185,7 +207,16 @@ async def answer_whole(prompts: InFlight, answer: AnswerWriter, receive: Receive
             if prompts.record.status == GONE:
                 return
             raise _problem(error) from None
-    await send_json(send, answer.whole([finished[at] for at in sorted(finished)], prompts.record))
+    outputs = [finished[at] for at in sorted(finished)]
+    body = await _written(prompts, lambda: b"".join(in_parts(answer.whole(outputs, prompts.record))))
+    await send_body(send, body)
+
+
+async def _written(prompts: InFlight, write: Callable[[], bytes]) -> bytes:
+    """Return what `write` does: in a thread where it may be long."""
+    record, asked = prompts.record, prompts.asked
+    entries = record.held_entries if asked.params.logprobs is None else record.held_entries + record.generated_tokens
+    return await asyncio.to_thread(write) if entries > MANY_ENTRIES else write()
 
 
 async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receive, send: Send) -> None:
@@ -195,7 +226,8 @@ async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receiv
         try:
             at, output = await _first(outputs, record, send)
             await _begin(record, send)
-            await _event(send, answer.pieces(at, output))
+            # With the first piece may come the log-probabilities of a whole prompt.
+            await _event(send, await _written(prompts, partial(answer.pieces, at, output)))
             async for at, output in outputs:
                 piece = answer.pieces(at, output)
                 if piece:

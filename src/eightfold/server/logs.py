@@ -32,6 +32,7 @@ class Record:
     started: float = field(default_factory=time.monotonic)
     status: int = 0  # until the answer begins
     held_bytes: int = 0  # of its body, in memory
+    held_entries: int = 0  # log-probabilities that its answers may have
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompts, found in the prefix cache
     tells_cached: bool = False  # to the client

@@ -182,7 +182,9 @@ def read_completion(fields: Fields, service: Service) -> Asked:
         )
 
     salt = read_cache_salt(fields)
-    return Asked(prompts=len(prompts), encode=encode, params=params, answer=answer, cache_salt=salt, **stream)
+    return Asked(
+        prompts=len(prompts), encode=encode, params=params, answer=answer, echoes=echo, cache_salt=salt, **stream
+    )
 
 
 def _prompts(fields: Fields) -> list[Prompt]:

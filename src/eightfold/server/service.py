@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, TypeVar
 from starlette.requests import Request
 
 from eightfold.server.answers import TokenTexts
-from eightfold.server.fields import LARGE_BODY_BYTES, STRING, ApiError, Fields, bad_request, draining, read_json, shown
+from eightfold.server.fields import (
+    LARGE_BODY_BYTES,
+    STRING,
+    ApiError,
+    Fields,
+    bad_request,
+    draining,
+    parse,
+    receive,
+    shown,
+)
 from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
@@ -27,6 +37,10 @@ if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
 
 MAX_HELD_BYTES = 256 * 2**20  # of all bodies that are being read or tokenized
+BYTES_OF_VALUE = 100  # of memory, for each value of a body that has more than most
+FEW_VALUES = 10_000
+# Log-probabilities of the answers to one request, and to all; those of a single sequence do not count: they take time.
+MAX_ENTRIES, MAX_HELD_ENTRIES = 2**20, 2**22
 
 T = TypeVar("T")
 
@@ -116,6 +130,7 @@ class Limiter:
     Attributes:
         inside: sequences that were admitted and have not ended.
         held_bytes: bytes of bodies.
+        held_entries: log-probabilities that the answers may have.
         is_draining: whether the server is stopping.
     """
 
@@ -123,7 +138,7 @@ class Limiter:
         self._running = settings.max_num_seqs
         self._most = settings.max_num_seqs + settings.max_waiting
         self.inside = 0
-        self.held_bytes = 0
+        self.held_bytes = self.held_entries = 0
         self.is_draining = False
         self._mean_seconds = 1.0  # of the last requests
         self._emptied = asyncio.Event()
@@ -164,6 +179,20 @@ class Limiter:
         self.held_bytes -= record.held_bytes
         record.held_bytes = 0
 
+    def hold_entries(self, record: Record, count: int) -> None:
+        """Count log-probabilities that a request's answers may have; ApiError 400 or 429 where they are too many."""
+        if count > MAX_ENTRIES:
+            expected = f"expected at most {MAX_ENTRIES}. Ask for fewer answers, tokens or alternatives."
+            raise bad_request(f"logprobs: got up to {count} in all answers, {expected}", param="logprobs")
+        if self.held_entries + count > MAX_HELD_ENTRIES:
+            raise self._busy("log-probabilities are being computed")
+        self.held_entries += count
+        record.held_entries += count
+
+    def let_go_entries(self, record: Record) -> None:
+        self.held_entries -= record.held_entries
+        record.held_entries = 0
+
     async def wait_until_empty(self) -> None:
         await self._emptied.wait()
 
@@ -203,7 +232,10 @@ class Service:
         if self.limiter.is_draining:
             raise draining()
         record: Record = request.state.record
-        fields = Fields(await read_json(request, lambda size: self.limiter.hold(record, size)))
+        raw = await receive(request, lambda size: self.limiter.hold(record, size))
+        values, count = await self.at_once_if_small(record, lambda: parse(raw))
+        self.limiter.hold(record, max(count - FEW_VALUES, 0) * BYTES_OF_VALUE)
+        fields = Fields(values)
         name = fields.read("model", STRING)
         if name is not None and name not in self.settings.model_names:
             raise self.unknown_model(name)
@@ -214,13 +246,14 @@ class Service:
         message = f"model: got {shown(name)}, expected {shown(self.settings.model_names[0])}"
         return ApiError(404, message, param="model", code="model_not_found")
 
+    async def at_once_if_small(self, record: Record, work: Callable[[], T]) -> T:
+        """Return what work on a request returns: at once, or in a thread where the body is large."""
+        return await self.in_thread(record, work) if record.held_bytes > LARGE_BODY_BYTES else work()
+
     async def in_thread(self, record: Record, work: Callable[[], T]) -> T:
-        """Return what work on a request's texts returns, in a thread; the request's body is let go afterwards."""
+        """Return what work on a request's texts returns, in a thread."""
         pool = self._large_texts if record.held_bytes > LARGE_BODY_BYTES else self._small_texts
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, work)
-        finally:
-            self.limiter.let_go(record)
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     def require_fit(self, prompts: Sequence[Sequence[int]]) -> None:
         """Refuse prompts that are empty or do not leave room for an answer."""
