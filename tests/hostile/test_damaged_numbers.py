@@ -17,7 +17,7 @@ from eightfold.model.native.load import load_model
 from eightfold.model.reference import linear
 from eightfold.model.reference.load import Decoder
 from tests.conftest import tiny_config, write_model
-from tests.refusal import error_line, refused
+from tests.refusal import error_line, quantize_refused, refused
 
 PLACES = ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"]
 
@@ -217,3 +217,26 @@ def test_lack_of_memory_is_one_line(cli, float_model, monkeypatch):
 def test_keeping_everything_float_is_noted(cli, float_model, tmp_path):
     result = cli("quantize", float_model, tmp_path / "out", "--scheme", "w8a16", "--keep-float", "*")
     assert "note: every linear is kept float: nothing is quantized.\n" in result.err
+
+
+@pytest.mark.parametrize(
+    ("place", "factor", "options", "message"),
+    [
+        ("0.mlp.up_proj", 1e20, (), "model.layers.0.mlp.up_proj.weight_scale[0] in {}: got "),
+        ("0.self_attn.k_proj", 1e20, ("--kv-int8",), "model.layers.0.self_attn.k_proj."),
+        ("1.mlp.down_proj", 1e38, (), "model.layers.1.mlp.down_proj.weight_scale[0] in {}: got inf"),
+        ("0.mlp.down_proj", 1e38, ("--kv-int8",), "input of model.layers.1 in calibration sample 0 (counted from 0): "),
+        ("1.mlp.down_proj", 1e38, ("--kv-int8",), "input of the final norm in calibration sample 0 (counted from 0): "),
+    ],
+)
+def test_weights_far_too_large_never_become_scales(cli, float_model, place, factor, options, message):
+    """The reader would refuse what they lead to, and other loaders would compute with it."""
+
+    def enlarge(tensors):
+        name = f"model.layers.{place}.weight"
+        tensors[name] = tensors[name].sign() * torch.linspace(factor, 3 * factor, tensors[name].shape[-1]).bfloat16()
+
+    edit(float_model, enlarge)
+    found = quantize_refused(cli, float_model, "--no-weight-symmetric", *options)
+    assert found.startswith(message.format(float_model))
+    assert "expected a number above 0, from 1e-37 to 1e+15" in found or "expected finite numbers" in found

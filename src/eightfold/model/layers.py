@@ -44,12 +44,16 @@ from eightfold.scheme import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
 _CHECKED_ELEMENTS = 1 << 22  # of a large tensor at a time
 
 # Beyond these, a reciprocal, or a product of two, is no float32 any more; real ones are far inside.
 _SCALES = 1e-37, 1e15
+_SCALE_NAMES = (WEIGHT_SCALE, INPUT_SCALE, DEQ_SCALE, KV_SCALE, SCALE)
+_OFFSET_NAMES = (WEIGHT_OFFSET, INPUT_OFFSET, KV_OFFSET, OFFSET)
 
 
 @dataclass(frozen=True)
@@ -250,29 +254,39 @@ def _read_scale(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     stored = checkpoint.array(name).reshape(-1)
     is_packed = stored.dtype == np.int64  # float32 bits in the low half
     values = stored.astype(np.int32).view(np.float32) if is_packed else read_values(checkpoint, name)
-    least, most = _SCALES
-    _require_inside(checkpoint, name, values, _SCALES, f"a number above 0, from {least:g} to {most:g}")
+    require_parameters(name, values, checkpoint.tensors[name].file)
     return values
 
 
 def _read_offset(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     """Return what stands for zero among int8 numbers."""
     values = read_values(checkpoint, name)
-    _require_inside(checkpoint, name, values, (-128, 127), "an int8 number, from -128 to 127")
+    require_parameters(name, values, checkpoint.tensors[name].file)
     return values
 
 
-def _require_inside(
-    checkpoint: Checkpoint, name: str, values: NDArray[Any], limits: tuple[float, float], expected: str
-) -> None:
-    inside = (values >= limits[0]) & (values <= limits[1])  # NaN is not
+def is_parameter(name: str) -> bool:
+    """Return whether a tensor holds scales or offsets."""
+    return name.rpartition(".")[2] in (*_SCALE_NAMES, *_OFFSET_NAMES)
+
+
+def require_parameters(name: str, values: NDArray[Any], where: Path, action: str = "") -> None:
+    """Check scales or offsets; which of them, the name tells. Loaders would compute with whatever is there.
+
+    Raises:
+        CheckpointError: a scale that is not a number above 0, or an offset outside int8.
+    """
+    (least, most), expected = _SCALES, f"a number above 0, from {_SCALES[0]:g} to {_SCALES[1]:g}"
+    if name.rpartition(".")[2] in _OFFSET_NAMES:
+        least, most, expected = -128, 127, "an int8 number, from -128 to 127"
+    inside = (values >= least) & (values <= most)  # NaN is not
     for at in np.flatnonzero(~inside)[:1]:
         raise CheckpointError(
             f"{name}[{at}]",
-            where=checkpoint.tensors[name].file,
-            got=f"{values[at]:g}",
+            where=where,
+            got=f"{values.flat[at]:g}",
             expected=expected,
-            action="The file is damaged, or was not written for this format; quantize the model again.",
+            action=action or "The file is damaged, or was not written for this format; quantize the model again.",
         )
 
 

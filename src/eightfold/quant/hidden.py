@@ -30,11 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eightfold.families import layer_prefix
 from eightfold.format.safetensors import checksum_of, checksum_of_parts
 from eightfold.model.reference.decoder import Batch, Block, token_batches
 from eightfold.model.reference.load import Decoder
 from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.calibrate import Observer
+from eightfold.quant.statistics import require_finite_samples
 
 # How many a stream has on disk.
 GENERATIONS = 3
@@ -207,7 +209,13 @@ class HiddenStates:
         self.layer_idx, self.checksum = self.layer_idx + 1, None
 
     def _move(self, batch: int, block: Block, file: int) -> None:
-        states = block(self._states(batch), Batch.of(self._sizes(batch), self._decoder.inv_freq))
+        work = Batch.of(self._sizes(batch), self._decoder.inv_freq)
+        states = block(self._states(batch), work)
+        if not torch.isfinite(states.sum()):  # or it overflows
+            ends = [torch.stack(torch.aminmax(states[begin:end])) for begin, end in work.spans]
+            following, count = self.layer_idx + 1, self._decoder.checkpoint.config.num_layers
+            title = layer_prefix(following).removesuffix(".") if following < count else "the final norm"
+            require_finite_samples(title, self._batches[batch][0], *torch.stack(ends).unbind(1))
         if not self._spills:
             self._held[batch] = states
         at, _ = self._span(self._batches[batch])

@@ -33,6 +33,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import Entry, Journal
 from eightfold.format.safetensors import checksum_of_file
 from eightfold.format.shards import ShardedWriter
+from eightfold.model.layers import is_parameter, require_parameters
 from eightfold.model.reference.linear import float_linear, release_widened
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import (
@@ -54,6 +55,7 @@ from eightfold.quant.recipe import ActMethod, Recipe, Samples
 from eightfold.quant.statistics import unshared
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
 
+_DAMAGED = "Weights or activations are far too large: check the float model and the calibration data."
 _TOO_NARROW = "Store float32 (`save_float32`), or choose another `dtype`."
 
 # How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
@@ -87,6 +89,10 @@ class TensorWriter:
         dtype = self._plan[name].planned.dtype
         if tensor.is_floating_point() and tensor.dtype != TORCH_DTYPES[dtype]:
             require_range(tensor, dtype, name, self._checkpoint.directory, _TOO_NARROW)
+        if is_parameter(name) and tensor.dtype != torch.int8:
+            stored = tensor.to(torch.int32).view(torch.float32) if tensor.dtype == torch.int64 else tensor
+            values = stored.to(TORCH_DTYPES[dtype] if dtype.is_float else stored.dtype).to(torch.float32)
+            require_parameters(name, values.cpu().numpy(), self._checkpoint.directory, _DAMAGED)
         self._writer.write(name, to_array(tensor, dtype))
         self.checksums[name] = self._writer.checksums[name]
 
