@@ -11,8 +11,10 @@ others wait for, and so the others: rank 0 with one line.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -109,8 +111,8 @@ class Ranks:
 
         values: list[Any] | None = [None] * self.size if self.is_first else None
         with self._together():
-            dist.gather_object(value, values)
-        return [value] if values is None else [value, *values[1:]]
+            dist.gather_object(packed(value), values)
+        return [value, *(pickle.loads(found) for found in (values or [])[1:])]
 
     def concatenated(self, part: Tensor, counts: Sequence[int]) -> Tensor:
         """Return the parts of all ranks one after the other; rank r's is (counts[r], ...)."""
@@ -166,6 +168,21 @@ class Ranks:
         is_ours = isinstance(kind, type) and issubclass(kind, EightfoldError)
         error: EightfoldError = (kind if is_ours else PeerError)(words["text"])
         return error
+
+
+def packed(value: Any) -> bytes:
+    """Return a value pickled, its tensors as arrays: torch takes ten times as long for the many small ones."""
+    import torch
+
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, found: Any) -> Any:
+            if type(found) is torch.Tensor and found.device.type == "cpu" and found.dtype != torch.bfloat16:
+                return torch.from_numpy, (found.numpy(),)
+            return NotImplemented
+
+    content = io.BytesIO()
+    Pickler(content, pickle.HIGHEST_PROTOCOL).dump(value)
+    return content.getvalue()
 
 
 def in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
