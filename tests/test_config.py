@@ -587,7 +587,7 @@ def json_refusal(path: Path) -> str:
 
 
 def test_a_missing_json_file_is_named(tmp_path):
-    assert json_refusal(tmp_path / "f.json") == f"f.json in {tmp_path}: got no such file, expected a JSON file"
+    assert json_refusal(tmp_path / "f.json") == f"f.json in {tmp_path}: got no such file, expected a regular file"
 
 
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": {"a": 1, "a": 1}}'])
@@ -601,7 +601,9 @@ def test_a_key_that_stands_twice_is_refused_at_any_depth(tmp_path, text):
 @pytest.mark.parametrize(("content", "kind"), [(b"[]", "list"), (b"null", "NoneType"), (b"7", "int"), (b'"x"', "str")])
 def test_json_that_is_no_object_is_refused(tmp_path, content, kind):
     (tmp_path / "f.json").write_bytes(content)
-    assert json_refusal(tmp_path / "f.json") == f"JSON in {tmp_path}/f.json: got a {kind}, expected an object"
+    assert json_refusal(tmp_path / "f.json") == (
+        f"JSON in {tmp_path}/f.json: got a {kind}, expected a JSON object. Fetch the file again."
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{'a': 1}", b"\xff\xfe\xff", b"[" * 100_000, b"{}{}", b"1" * 5000])

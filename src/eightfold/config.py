@@ -53,6 +53,7 @@ _ROPE_NEEDS = {
 }
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+_LEFT_OUT = ("quantization_config", "quantize", "transformers_weights")
 
 MAX_LAYERS = 10_000  # tensor names are listed for each
 MAX_SIZE = 10**9  # of anything that is counted: places in it fit 32 bits
@@ -407,10 +408,10 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
     """Return config.json's object with dtype and rope said in both dialects, and `model_type`, by which loaders go.
 
     Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
-    description file from the loaders, or contradict it.
+    description file from the loaders, or contradict it. And except `transformers_weights`, a name of the source's file.
     """
     rope = {name: getattr(config.rope, name) for name in ("rope_type", *_ROPE_NEEDS[config.rope.rope_type])}
-    out = {key: value for key, value in raw.items() if key not in ("quantization_config", "quantize")}
+    out = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
     out["model_type"] = FAMILIES[config.architecture].model_type
     out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
     out["rope_theta"] = config.rope.rope_theta

@@ -1,45 +1,181 @@
-"""Files of JSON: read as strictly as anything from outside, and written as the reference tool writes them."""
+"""Files of a model directory, opened and read as what they are: somebody else's.
+
+Only regular files are opened, and never waited for: a FIFO would block, a device may do anything. What is read whole
+has a limit, stated here. JSON is parsed in linear time and bounded memory; keys stand once.
+
+What is read may lie behind a link, wherever that points to, since it is parsed and refused when it is not what it has
+to be. What is copied byte for byte may not (format/directory.py).
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
+import os
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eightfold.errors import CheckpointError, InputError
 
+MAX_JSON_BYTES = 16 << 20  # config.json and other settings
+MAX_LIST_BYTES = 64 << 20  # a description, an index, a journal: a line for each tensor
+MAX_TEXT_BYTES = 128 << 20  # tokenizer.json, and whatever else is read whole
+MAX_DEPTH = 64  # objects and lists inside each other
+MAX_MARKS = 4_000_000  # brackets, colons and commas: each value takes about 100 bytes in memory
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold one object, without duplicate keys.
+_LFS = b"version https://git-lfs"
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """Refuse what is not a regular file, links followed.
 
     Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
+        CheckpointError: not there, a link to what is not there, or a directory, FIFO, socket or device.
     """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        got, action = "no such file", ""
+        if path.is_symlink():
+            got = f"a link to {path.readlink()}, which is not there"
+            action = "Fetch the model again."
+        raise _unfit(path, got, action) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise CheckpointError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise _unfit(path, _KINDS.get(stat.S_IFMT(status.st_mode), "no file"), "")
+    return status
+
+
+def _unfit(path: Path, got: str, action: str) -> CheckpointError:
+    return CheckpointError(path.name, where=path.parent, got=got, expected="a regular file", action=action)
+
+
+def has_file(path: Path) -> bool:
+    """Return whether a file is there.
+
+    Raises:
+        CheckpointError: something of that name is there that is no regular file, or a link to nothing.
+    """
+    if not os.path.lexists(path):
+        return False
+    require_regular(path)
+    return True
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading; return its descriptor.
+
+    Raises:
+        CheckpointError: it is none, or may not be read.
+    """
+    require_regular(path)  # before it is opened, which alone can make a device act
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):  # replaced meanwhile
+        os.close(file)
+        raise _unfit(path, "something else meanwhile", "")
+    return file
+
+
+def read_file(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        CheckpointError: no regular file, unreadable, more than `most` bytes, or a Git LFS pointer.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            blob = file.read(most + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(blob) > most:
+        size = max(path.stat().st_size, len(blob))
+        raise CheckpointError("size", where=path, got=f"{size} bytes", expected=f"at most {most}")
+    refuse_pointer(blob, path)
+    return blob
+
+
+def refuse_pointer(begin: bytes, path: Path) -> None:
+    """Refuse a file whose first bytes are those of a Git LFS pointer.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if begin.startswith(_LFS[: max(8, len(begin))]):
+        raise CheckpointError(
+            path.name,
+            where=path.parent,
+            got="a Git LFS pointer",
+            expected="the file itself",
+            action="Fetch what it points to: git lfs pull.",
+        )
+
+
+def parse_json(blob: bytes, where: Path, what: str = "JSON") -> dict[str, Any]:
+    """Return the object that a JSON text is.
+
+    Args:
+        blob: the text.
+        where: the file, for messages.
+        what: which part of it, for messages.
+
+    Raises:
+        CheckpointError: no JSON, no object, a key twice, or too many values or too deep for a file of settings.
+    """
+
+    def refused(got: Any) -> CheckpointError:
+        return CheckpointError(what, where=where, got=got, expected="a JSON object", action="Fetch the file again.")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) < len(pairs):
-            names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(
-                f'key "{repeated}"', where=path, got="two values", expected="one", action="Remove one."
-            )
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(f'key "{name}"', where=where, got="two values", expected="one", action="Remove one.")
         return seen
 
+    if sum(map(blob.count, (b"{", b"[", b":", b","))) > MAX_MARKS:
+        raise refused(f"one of more than {MAX_MARKS} values")
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except FileNotFoundError:
-        raise CheckpointError(path.name, where=path.parent, got="no such file", expected="a JSON file") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            "JSON", where=path, got=error, expected="a JSON object", action="Fetch the file again."
-        ) from None
+        value = json.loads(blob, object_pairs_hook=unique)
+    except RecursionError:
+        raise refused(f"values more than {MAX_DEPTH} deep") from None
+    except ValueError as error:
+        raise refused(error) from None
     if not isinstance(value, dict):
-        raise CheckpointError("JSON", where=path, got=f"a {type(value).__name__}", expected="an object")
-    return value
+        raise refused(f"a {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return value
+    raise refused(f"values more than {MAX_DEPTH} deep")
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that must hold one object, without duplicate keys.
+
+    Raises:
+        CheckpointError: unreadable, longer than `most` bytes, not JSON, or not an object.
+    """
+    return parse_json(read_file(path, most), path)
 
 
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}

@@ -163,7 +163,7 @@ def shown(value: Any) -> str:
     """Render a value of any size and type for a message."""
     try:
         return shorten(repr(value))
-    except ValueError:  # an int of thousands of digits
+    except (ValueError, RecursionError):  # an int of thousands of digits
         return f"a huge {type(value).__name__}"
 
 

@@ -107,7 +107,9 @@ def test_no_directory(cli, tmp_path):
 
 
 def test_a_directory_without_config(cli, tmp_path):
-    assert error_line(cli("check", tmp_path)) == (f"config.json in {tmp_path}: got no such file, expected a JSON file")
+    assert error_line(cli("check", tmp_path)) == (
+        f"config.json in {tmp_path}: got no such file, expected a regular file"
+    )
 
 
 def test_a_directory_without_weights(cli, tmp_path):
@@ -149,7 +151,7 @@ def test_an_unknown_loader(cli, tmp_path):
         lambda t: t.remove(f"{Q}.weight"),
         lambda t: t.description.write_text('{"model_quant_type": "W8A8", "model_quant_type": "W8A16"}'),
         lambda t: t.description.write_text("not json"),
-        lambda t: (t.path / "other.safetensors").write_bytes(t.weights.read_bytes()),
+        lambda t: (t.path / "quant_model_weight_other.safetensors").write_bytes(t.weights.read_bytes()),
     ],
 )
 def test_it_has_a_verdict_where_inspect_has_an_error(cli, tmp_path, change):

@@ -350,7 +350,9 @@ def test_a_settings_file_that_is_no_object_is_named(cli, float_model):
     (float_model / "tokenizer_config.json").write_text("[]")
     (float_model / "chat_template.jinja").unlink()
     message = chat(cli, float_model)
-    assert message == f"JSON in {float_model}/tokenizer_config.json: got a list, expected an object"
+    assert message == (
+        f"JSON in {float_model}/tokenizer_config.json: got a list, expected a JSON object. Fetch the file again."
+    )
 
 
 # --- run

@@ -146,12 +146,97 @@ def test_a_shard_may_hold_more_than_the_index_says(float_model):
     assert "lm_head.weight" in Checkpoint.open(float_model).tensors
 
 
-def test_two_indexes_are_refused(float_model):
-    shard(float_model)
-    write_index(float_model, {"weight_map": {}}, "consolidated.safetensors.index.json")
+def copy_of(directory: Path, index: str, weight_map: dict[str, str]) -> None:
+    """Put zeros beside a model, in shards with their own index."""
+    tensors = load_file(str(directory / "model.safetensors"))
+    for file in set(weight_map.values()):
+        save_file({n: torch.zeros_like(tensors[n]) for n in weight_map if weight_map[n] == file}, str(directory / file))
+    write_index(directory, {"weight_map": weight_map}, index)
+
+
+def test_the_whole_file_comes_first_then_its_index_then_others_and_a_note_says_so(float_model):
+    """The order of transformers, for each set of weights that is found when the one before it is removed."""
+    expected, names = bits(Checkpoint.open(float_model)), list(Checkpoint.open(float_model).tensors)
+    copy_of(float_model, "model.safetensors.index.json", dict.fromkeys(names, "model-00001-of-00001.safetensors"))
+    copy_of(float_model, "consolidated.safetensors.index.json", dict.fromkeys(names, "consolidated.00.safetensors"))
+    copy_of(float_model, "other.safetensors.index.json", dict.fromkeys(names, "other-1.safetensors"))
+    assert bits(Checkpoint.open(float_model)) == expected
+    for index, shards, left in (
+        (None, "model.safetensors", 6),
+        ("model.safetensors.index.json", "model-00001-of-00001.safetensors", 4),
+        ("other.safetensors.index.json", "other-1.safetensors", 2),
+        ("consolidated.safetensors.index.json", "consolidated.00.safetensors", 0),
+    ):
+        checkpoint = Checkpoint.open(float_model)
+        assert {info.file.name for info in checkpoint.tensors.values()} == {shards}
+        notes = [note.partition(" and ")[0] for note in checkpoint.notes]
+        assert [note.startswith(f"weights are read from {index or shards}; not read: ") for note in notes] == (
+            [True] if left else []
+        )
+        for name in (index, shards):
+            if name:
+                (float_model / name).unlink()
+
+
+@pytest.mark.parametrize("shards", ["model-00001-of-00009.safetensors", "../elsewhere.safetensors"])
+def test_a_stale_index_beside_a_whole_file_is_not_read(float_model, shards):
+    expected = bits(Checkpoint.open(float_model))
+    write_index(float_model, {"weight_map": {"lm_head.weight": shards}})
+    checkpoint = Checkpoint.open(float_model)
+    assert bits(checkpoint) == expected
+    assert checkpoint.notes == [
+        "weights are read from model.safetensors; not read: model.safetensors.index.json",
+    ]
+
+
+def test_shards_without_an_index_are_one_whole_set(float_model):
+    names = list(shard(float_model, 3))
+    (float_model / "model.safetensors.index.json").unlink()
+    for stray in ("consolidated.safetensors", "notes.safetensors"):
+        save_file({"tok_embeddings.weight": torch.zeros(1)}, str(float_model / stray))
+    checkpoint = Checkpoint.open(float_model)
+    assert set(checkpoint.tensors) == set(names)
+    assert checkpoint.notes == [
+        "weights are read from model-00001-of-00003.safetensors, model-00002-of-00003.safetensors and 1 more; "
+        "not read: consolidated.safetensors, notes.safetensors"
+    ]
+    (float_model / "model-00002-of-00003.safetensors").rename(float_model / "model-00001-of-00002.safetensors")
     assert refusal(float_model) == (
-        f"shard indexes in {float_model}: got consolidated.safetensors.index.json, model.safetensors.index.json, "
+        f"weights in {float_model}: got shards of 2 sets (model-00001-of-00002.safetensors, "
+        "model-00001-of-00003.safetensors), expected one set, or an index. "
+        "Remove those that do not belong to this model."
+    )
+    (float_model / "model-00001-of-00002.safetensors").unlink()
+    assert refusal(float_model) == (
+        f"1 shard is missing of 3 in {float_model}: got no model-00002-of-00003.safetensors, "
+        "expected every file of model. Fetch the missing files."
+    )
+
+
+def test_two_other_indexes_are_refused(float_model):
+    names = list(shard(float_model))
+    for stem in ("a", "b"):
+        write_index(float_model, {"weight_map": dict.fromkeys(names, "x")}, f"{stem}.safetensors.index.json")
+    (float_model / "model.safetensors.index.json").unlink()
+    assert refusal(float_model) == (
+        f"shard indexes in {float_model}: got a.safetensors.index.json, b.safetensors.index.json, "
         "expected at most one. Remove the one that does not belong to this model."
+    )
+
+
+def test_config_json_may_name_the_weights(float_model):
+    expected = bits(Checkpoint.open(float_model))
+    (float_model / "model.safetensors").rename(float_model / "own.safetensors")
+    save_file({"a": torch.zeros(1)}, str(float_model / "model.safetensors"))
+    (float_model / "config.json").write_text(json.dumps(tiny_config(transformers_weights="own.safetensors")))
+    assert bits(Checkpoint.open(float_model)) == expected
+
+
+def test_missing_tensors_are_told_together_with_the_choice(float_model):
+    save_file({"model.embed_tokens.weight": torch.zeros(1)}, str(float_model / "model.safetensors"))
+    save_file({"a": torch.zeros(1)}, str(float_model / "old.safetensors"))
+    assert refusal(float_model).endswith(
+        "Fetch or write the directory again. weights are read from model.safetensors; not read: old.safetensors"
     )
 
 
@@ -279,6 +364,15 @@ def test_a_description_makes_a_directory_quantized(quantized):
     assert checkpoint.is_quantized
     assert checkpoint.quant_type(Q_PROJ) is QuantType.W8A16
     assert checkpoint.quant_type("lm_head") is QuantType.FLOAT
+
+
+def test_float_weights_beside_quantized_ones_are_not_read(quantized, float_model):
+    (quantized / "model.safetensors").write_bytes((float_model / "model.safetensors").read_bytes())
+    checkpoint = Checkpoint.open(quantized)
+    assert checkpoint.quant_type(Q_PROJ) is QuantType.W8A16
+    assert checkpoint.notes == [
+        "weights are read from quant_model_weight_w8a16.safetensors; not read: model.safetensors",
+    ]
 
 
 def test_a_suffixed_description_is_found(quantized):

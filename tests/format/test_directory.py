@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
+from eightfold.errors import CheckpointError
 from eightfold.files import write_json
-from eightfold.format.directory import copy_sidecars, list_sidecars, resolve_auto_map
+from eightfold.format.directory import copy_files, list_sidecars, resolve_auto_map
 from tests.conftest import HEAD_DIM_NOTE, tiny_config, write_model
+from tests.refusal import quantize_refused
 
 CARRIED = (
     "LICENSE",
@@ -35,6 +38,9 @@ CARRIED = (
 LEFT = (
     ".gitattributes",
     ".hidden.json",
+    "adapter_config.json",  # OUT would be taken for an adapter
+    "params.json",
+    "quantize_config.json",
     "README.md",
     "additional_chat_templates/notes.txt",
     "config.json",  # written anew
@@ -73,22 +79,74 @@ def test_exactly_the_companions_of_the_weights_are_listed(source):
 
 def test_companions_are_copied_byte_for_byte(source, tmp_path):
     (tmp_path / "out").mkdir()
-    copies = copy_sidecars(source, tmp_path / "out")
+    copy_files(list_sidecars(source), source, tmp_path / "out")
     assert names(tmp_path / "out") == set(CARRIED)
-    assert {path.relative_to(tmp_path / "out") for path in copies} == {Path(name) for name in CARRIED}
     assert [name for name in CARRIED if (tmp_path / "out" / name).read_bytes() != (source / name).read_bytes()] == []
 
 
-def test_a_link_into_a_cache_becomes_a_file(tmp_path):
-    (tmp_path / "blob").write_text("tokens")
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "tokenizer.json").symlink_to("../blob")
-    (tmp_path / "m" / "gone.json").symlink_to("../nowhere")
+def cache(tmp_path: Path) -> Path:
+    """Return a snapshot in a Hugging Face cache."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "models--a--b" / "blobs" / "77").write_text("tokens")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/77")
+    return snapshot
+
+
+def test_a_link_into_the_cache_or_the_directory_becomes_a_file(tmp_path):
+    snapshot = cache(tmp_path)
+    (snapshot / "vocab.json").symlink_to("tokenizer.json")
     (tmp_path / "out").mkdir()
-    copy_sidecars(tmp_path / "m", tmp_path / "out")
-    assert names(tmp_path / "out") == {"tokenizer.json"}
-    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "tokens"
+    copy_files(list_sidecars(snapshot), snapshot, tmp_path / "out")
+    assert names(tmp_path / "out") == {"tokenizer.json", "vocab.json"}
+    for copy in (tmp_path / "out").iterdir():
+        assert (copy.is_symlink(), copy.read_text()) == (False, "tokens")
+    (tmp_path / "latest").symlink_to(snapshot)
+    assert len(list_sidecars(tmp_path / "latest")) == 2
+
+
+@pytest.mark.parametrize("target", ["{tmp}/secret", "../../../secret", "/proc/self/environ", "../secret"])
+def test_a_link_to_anywhere_else_is_refused_by_name(tmp_path, target):
+    snapshot = cache(tmp_path)
+    for place in (tmp_path, snapshot.parent):
+        (place / "secret").write_text("of the user")
+    (snapshot / "LICENSE").symlink_to(target.format(tmp=tmp_path))
+    with pytest.raises(CheckpointError, match=r"^LICENSE in .*: got a link to /.*, expected a file of the model\."):
+        list_sidecars(snapshot)
+
+
+def test_a_folder_of_templates_elsewhere_is_refused(tmp_path):
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "a.jinja").write_text("of the user")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+    with pytest.raises(CheckpointError, match=r"^additional_chat_templates/a\.jinja in .*: got a link to /"):
+        list_sidecars(tmp_path / "m")
+
+
+def test_what_is_no_file_and_what_points_nowhere_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "vocab.json")
+    with pytest.raises(CheckpointError, match=r"^vocab\.json in .*: got a FIFO, expected a regular file$"):
+        list_sidecars(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("../blobs/gone")
+    with pytest.raises(CheckpointError, match=r"^tokenizer\.json in .*: got a link to \.\./blobs/gone, which is not"):
+        list_sidecars(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"^tokenizer\.model in .*: got a Git LFS pointer.* git lfs pull\.$"):
+        list_sidecars(tmp_path)
+
+
+def test_quantize_refuses_linked_companions_and_code_before_it_writes(cli, tmp_path):
+    source = write_model(tmp_path / "m", tiny_config(auto_map={"AutoModel": "own.Own"}))
+    (tmp_path / "secret").write_text("of the user")
+    for name in ("LICENSE", "own.py"):
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(tmp_path / "secret")
+        assert quantize_refused(cli, source).startswith(f"{name} in {source}: got a link to {tmp_path}/secret, ")
+        (source / name).unlink()
 
 
 def test_directories_with_the_name_of_a_companion_are_left(tmp_path):

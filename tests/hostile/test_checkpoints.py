@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import FAMILIES, tiny_config, write_model
 from tests.hostile import EMBEDDING, NORM, Q_PROJ, shard
-from tests.refusal import both_refused, quantize_refused, refused
+from tests.refusal import both_refused, error_line, quantize_refused, refused
 
 # --- tensors against config.json
 
@@ -105,7 +106,8 @@ def test_one_tensor_in_two_shards_is_refused(cli, float_model):
     first, second = shard(float_model)
     save_file({**load_file(str(second)), Q_PROJ: torch.zeros(64, 48)}, str(second))
     assert both_refused(cli, float_model) == (
-        f"tensor {Q_PROJ} in {float_model}: got it in {first.name} and in {second.name}, expected it in one file"
+        f"tensor {Q_PROJ} in {float_model}: got it in {first.name} and in {second.name}, "
+        "expected it in one file. Remove the file that does not belong to this model."
     )
 
 
@@ -180,4 +182,101 @@ def test_a_gguf_file_is_sent_to_its_importer(cli, tmp_path):
     assert both_refused(cli, tmp_path / "m.gguf") == (
         f"model in {tmp_path}/m.gguf: got a file, expected a directory with config.json and safetensors files. "
         "For a .gguf file run: eightfold import-gguf FILE DIR"
+    )
+
+
+# --- what the directory is
+
+
+def rename(weights, new) -> None:
+    save_file({new(name): tensor for name, tensor in load_file(str(weights)).items()}, str(weights))
+
+
+SAVE_AGAIN = "Load it with transformers' AutoModelForCausalLM and write it with save_pretrained."
+MERGE = "Merge the adapter first: load it with peft, call merge_and_unload() and write the result with save_pretrained."
+
+
+@pytest.mark.parametrize("keeps_config", [False, True])
+def test_an_adapter_is_named(cli, float_model, weights, keeps_config):
+    weights.rename(float_model / "adapter_model.safetensors")
+    (float_model / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    if not keeps_config:
+        (float_model / "config.json").unlink()
+    assert both_refused(cli, float_model) == (
+        f"model in {float_model}: got a LoRA adapter of someone/base without its model, expected a whole model. {MERGE}"
+    )
+
+
+def test_an_adapter_beside_its_model_stays_behind(cli, tmp_path):
+    source = write_model(tmp_path / "m")
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"a.lora_A.weight": torch.zeros(1)}, str(source / "adapter_model.safetensors"))
+    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16").code == 0
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith("adapter")]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_git_lfs_pointer_is_named(cli, float_model, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+    (float_model / name).write_text(pointer)
+    assert both_refused(cli, float_model) == (
+        f"{name} in {float_model}: got a Git LFS pointer, expected the file itself. "
+        "Fetch what it points to: git lfs pull."
+    )
+
+
+@pytest.mark.parametrize(
+    ("new", "got"),
+    [
+        (lambda name: name.removeprefix("model."), 'names without the prefix "model." (embed_tokens.weight)'),
+        (lambda name: f"model.{name}", 'names that begin with "model.model." (model.model.embed_tokens.weight)'),
+        (lambda name: f"base_model.model.{name}", 'names that begin with "base_model.model.model." (base_'),
+        (lambda name: f"_orig_mod.{name}", 'names that begin with "_orig_mod.model." (_orig_mod.model.embed_tok'),
+        (lambda name: name.replace("model.embed_tokens", "tok_embeddings"), "the publisher's own names (tok_emb"),
+        (lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"), "tensors of a LoRA adapter (model."),
+    ],
+)
+def test_names_that_are_not_a_models_are_explained(cli, float_model, weights, new, got):
+    rename(weights, new)
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"tensor names in {float_model}: got {got}")
+    assert message.endswith((SAVE_AGAIN, MERGE, "Fetch the model in transformers' layout."))
+
+
+def test_left_over_tensors_of_an_adapter_are_named(cli, float_model, replace):
+    replace({f"{Q_PROJ.removesuffix('.weight')}.lora_A.default.weight": torch.zeros(4, 48)})
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"tensor names in {float_model}: got tensors of a LoRA adapter (model.layers.")
+    assert message.endswith(MERGE)
+
+
+@pytest.mark.parametrize("name", ["v_head.summary.weight", "score.weight", "value_head.0.weight"])
+def test_a_value_head_is_named(cli, float_model, replace, name):
+    replace({name: torch.zeros(1, 48)})
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"1 tensor is unknown in {float_model}: got a value head or the like ({name}), expected ")
+    assert message.endswith(f"Drop it, if the model is to generate text. {SAVE_AGAIN}")
+
+
+def test_a_directory_with_a_gguf_file_and_one_with_a_cache_are_named(cli, tmp_path):
+    folder = tmp_path / "g"
+    folder.mkdir()
+    (folder / "tiny.gguf").touch()
+    assert error_line(cli("inspect", folder)) == (
+        f"model in {folder}: got only tiny.gguf, expected config.json and safetensors. "
+        f"Run: eightfold import-gguf {folder}/tiny.gguf DIR"
+    )
+    snapshot = write_model(tmp_path / "models--a--b" / "snapshots" / "01")
+    assert error_line(cli("inspect", tmp_path / "models--a--b")) == (
+        f"model in {tmp_path}/models--a--b: got a cache of Hugging Face, expected config.json and safetensors. "
+        f"The model is in {snapshot}"
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "quant_model_description.json"])
+def test_what_is_no_regular_file_is_never_waited_for(cli, float_model, name):
+    (float_model / name).unlink(missing_ok=True)
+    os.mkfifo(float_model / name)
+    assert refused(cli, "inspect", float_model, within=float_model) == (
+        f"{name} in {float_model}: got a FIFO, expected a regular file"
     )

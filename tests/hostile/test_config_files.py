@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
@@ -21,13 +22,15 @@ from tests.refusal import both_refused, quantize_refused
 
 def test_a_missing_config_json_is_named(cli, float_model):
     (float_model / "config.json").unlink()
-    assert both_refused(cli, float_model) == (f"config.json in {float_model}: got no such file, expected a JSON file")
+    assert both_refused(cli, float_model) == (
+        f"config.json in {float_model}: got no such file, expected a regular file"
+    )
 
 
 def test_a_config_json_that_is_a_directory_is_refused(cli, float_model):
     (float_model / "config.json").unlink()
     (float_model / "config.json").mkdir()
-    assert both_refused(cli, float_model) == f"Is a directory in {float_model}/config.json."
+    assert both_refused(cli, float_model) == (f"config.json in {float_model}: got a directory, expected a regular file")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\xff", b'{"a":' * 50_000])
@@ -40,7 +43,9 @@ def test_a_config_json_that_is_no_json_is_refused(cli, float_model, content):
 
 def test_a_config_json_that_is_no_object_is_refused(cli, float_model):
     (float_model / "config.json").write_text("[1, 2]")
-    assert both_refused(cli, float_model) == f"JSON in {float_model}/config.json: got a list, expected an object"
+    assert both_refused(cli, float_model) == (
+        f"JSON in {float_model}/config.json: got a list, expected a JSON object. Fetch the file again."
+    )
 
 
 def test_a_key_twice_in_config_json_is_refused(cli, float_model):
@@ -98,12 +103,26 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(cli, float_model
         ("fp8", "fp8"),
     ],
 )
-def test_a_model_that_another_tool_quantized_is_refused(cli, float_model, configure, value, got):
+def test_a_model_that_another_tool_quantized_is_refused(cli, float_model, configure, replace, value, got):
     configure(quantization_config=value)
+    replace({Q_PROJ: torch.zeros(64, 48, dtype=torch.int8)})
     assert both_refused(cli, float_model) == (
         f'"quantization_config" in {float_model}/config.json: got {got}, expected a float model. '
         "Start from the model's unquantized weights."
     )
+
+
+def test_what_is_left_over_of_a_quantization_is_ignored_with_a_note(cli, tmp_path):
+    source = write_model(tmp_path / "m", tiny_config(quantization_config={"quant_method": "bitsandbytes"}))
+    note = (
+        'note: config.json: "quantization_config" (bitsandbytes) is left over: all weights are float, and it is '
+        "ignored.\n"
+    )
+    done = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16")
+    assert (done.code, done.err.count(note)) == (0, 1)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert note.removeprefix("note: ").strip() in " ".join(cli("inspect", source).out.split())
+    assert cli("run", source, "--prompt", "a", "--max-new-tokens", "1").err.count(note) == 1
 
 
 @pytest.mark.parametrize("value", [None, {}])

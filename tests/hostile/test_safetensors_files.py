@@ -100,7 +100,7 @@ def test_a_header_above_the_limit_is_refused_though_the_file_is_that_long(cli, f
         file.truncate(200_000_000)  # sparse: takes no space on disk
     assert error_line(cli("inspect", float_model)) == (
         f"header in {weights}: got 100000001 bytes announced in a file of 200000000, "
-        f"expected a header inside the file. {AGAIN}"
+        f"expected at most 67108864 bytes. {AGAIN}"
     )
 
 
@@ -110,34 +110,42 @@ def test_a_header_length_that_is_a_little_off_is_refused(cli, float_model, weigh
     length = int.from_bytes(blob[:8], "little") + shift
     weights.write_bytes(length.to_bytes(8, "little") + blob[8:])
     message = both_refused(cli, float_model)
-    assert message.startswith((f"header in {weights}: got no JSON (", "model.safetensors is "))
-    assert re.search(rf"in {re.escape(str(float_model))}.*: got .*, expected .*\. {re.escape(AGAIN)}$", message)
+    assert message.startswith((f"header in {weights}: got ", "model.safetensors is "))
+    assert re.search(rf"in {re.escape(str(float_model))}.*: got .*, expected .*again\.$", message)
 
 
 @pytest.mark.parametrize("blob", [b"", b"   ", b"{", b"{'a': 1}", b"\xff" * 16, b"PK\x03\x04", b"[" * 100_000])
 def test_a_header_that_is_no_json_is_refused(cli, float_model, weights, blob):
     write_parts(weights, blob, b"")
     message = both_refused(cli, float_model)
-    assert message.startswith(f"header in {weights}: got no JSON (")
-    assert message.endswith(f"), expected a JSON object. {AGAIN}")
+    assert message.startswith(f"header in {weights}: got ")
+    assert message.endswith(", expected a JSON object. Fetch the file again.")
 
 
 @pytest.mark.parametrize(("blob", "kind"), [(b"[]", "list"), (b"null", "NoneType"), (b"3", "int")])
 def test_a_header_that_is_no_object_is_refused(cli, float_model, weights, blob, kind):
     write_parts(weights, blob, b"")
-    assert both_refused(cli, float_model) == f"header in {weights}: got a JSON {kind}, expected an object. {AGAIN}"
+    assert (
+        both_refused(cli, float_model)
+        == f"header in {weights}: got a {kind}, expected a JSON object. Fetch the file again."
+    )
 
 
 def test_a_directory_in_the_place_of_a_file_is_refused(cli, float_model, weights):
     weights.unlink()
     weights.mkdir()
-    assert both_refused(cli, float_model) == f"cannot read {weights}: Is a directory"
+    assert both_refused(cli, float_model) == (
+        f"model.safetensors in {float_model}: got a directory, expected a regular file"
+    )
 
 
 def test_a_link_to_nowhere_is_refused(cli, float_model, weights):
     weights.unlink()
     weights.symlink_to("gone")
-    assert both_refused(cli, float_model) == f"cannot read {weights}: No such file or directory"
+    assert both_refused(cli, float_model) == (
+        f"model.safetensors in {float_model}: got a link to gone, which is not there, expected a regular file. "
+        "Fetch the model again."
+    )
 
 
 def test_no_weights_at_all_are_refused(cli, float_model, weights):
@@ -152,7 +160,8 @@ def test_pickles_are_never_read(cli, float_model, weights):
     (float_model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
     assert both_refused(cli, float_model) == (
         f"weights in {float_model}: got only pytorch_model.bin, expected safetensors files. "
-        "Pickles can run code and are not read; save the model as safetensors first."
+        "Pickles can run code and are not read. "
+        "Load it with transformers' AutoModelForCausalLM and write it with save_pretrained."
     )
 
 
@@ -163,9 +172,7 @@ def test_a_tensor_twice_in_one_header_is_refused(cli, float_model, weights):
     header, data = read_parts(weights)
     text = json.dumps(header)
     write_parts(weights, (text[:-1] + f', "{Q_PROJ}": {json.dumps(header[Q_PROJ])}}}').encode(), data)
-    assert both_refused(cli, float_model) == (
-        f"tensor {Q_PROJ} in {weights}: got two entries in the header, expected one. {AGAIN}"
-    )
+    assert both_refused(cli, float_model) == (f'key "{Q_PROJ}" in {weights}: got two values, expected one. Remove one.')
 
 
 def test_overlapping_tensors_are_refused(cli, float_model, weights, relabel):
@@ -209,7 +216,7 @@ def test_a_hole_before_the_first_tensor_is_refused(cli, float_model, weights):
     )
 
 
-@pytest.mark.parametrize("end", [2, 10**6, 2**63, 10**30])
+@pytest.mark.parametrize("end", [2, 10**6, 2**63 - 1])
 def test_a_tensor_that_reaches_beyond_the_file_is_refused(cli, float_model, weights, end):
     write_parts(weights, {"a": {"dtype": "I8", "shape": [end], "data_offsets": [0, end]}}, b"x")
     size = weights.stat().st_size
@@ -224,7 +231,7 @@ def test_a_tensor_that_reaches_beyond_the_file_is_refused(cli, float_model, weig
 def test_offsets_that_are_no_two_sizes_are_refused(cli, float_model, weights, relabel, offsets):
     relabel(data_offsets=offsets)
     assert both_refused(cli, float_model) == (
-        f"data_offsets of {Q_PROJ} in {weights}: got {offsets!r}, expected two byte offsets. {AGAIN}"
+        f"data_offsets of {Q_PROJ} in {weights}: got {offsets!r}, expected two byte offsets below 2^63. {AGAIN}"
     )
 
 
@@ -241,18 +248,26 @@ def test_offsets_that_do_not_fit_the_shape_are_refused(cli, float_model, weights
 def test_a_shape_that_is_no_list_of_sizes_is_refused(cli, float_model, weights, relabel, shape):
     relabel(shape=shape)
     assert both_refused(cli, float_model) == (
-        f"shape of {Q_PROJ} in {weights}: got {shape!r}, expected a list of sizes. {AGAIN}"
+        f"shape of {Q_PROJ} in {weights}: got {shape!r}, expected a list of sizes below 2^63. {AGAIN}"
     )
 
 
 @pytest.mark.parametrize(
-    ("shape", "end"), [([10**4000, 10**4000], 1), ([10**60, 10**60], 10**120), ([0, 10**4000], 10**4000)]
+    ("shape", "end", "message"),
+    [
+        ([10**4000] * 400, 1, f"shape of a in {{}}: got [1{'0' * 55}..., expected a list of sizes below 2^63"),
+        ([0, 2**63], 1, "shape of a in {}: got [0, 9223372036854775808], expected a list of sizes below 2^63"),
+        ([1] * 9, 1, "shape of a in {}: got 9 dimensions, expected at most 8"),
+        ([1], 2**63, "data_offsets of a in {}: got [0, 9223372036854775808], expected two byte offsets below 2^63"),
+        ([2**62] * 8, 1, f"data_offsets of a in {{}}: got 1 bytes, expected {2**496} for I8 {[2**62] * 8}"),
+    ],
 )
-def test_sizes_too_large_for_a_message_are_refused(cli, float_model, weights, shape, end):
+def test_sizes_that_no_file_has_are_refused(cli, float_model, weights, shape, end, message):
     write_parts(weights, {"a": {"dtype": "I8", "shape": shape, "data_offsets": [0, end]}}, b"x")
-    assert both_refused(cli, float_model) == (
-        f"size of a in {weights}: got more than 10**100 bytes, expected a tensor that a file can hold. {AGAIN}"
-    )
+    found = both_refused(cli, float_model)
+    assert found.startswith(message.format(weights)[:300])
+    assert found.endswith(AGAIN)
+    assert len(found) < 1000
 
 
 @pytest.mark.parametrize("dtype", ["F128", "bf16", 2, None, ["BF16"]])
@@ -283,5 +298,5 @@ def test_an_entry_without_one_of_its_fields_is_refused(cli, float_model, weights
 def test_control_characters_of_a_header_do_not_break_the_line(cli, float_model, weights):
     write_parts(weights, {"a\nb\r\u2028c\x85d": {"dtype": "BF16", "shape": "x\ny", "data_offsets": [0, 0]}}, b"")
     assert both_refused(cli, float_model) == (
-        f"shape of a b c d in {weights}: got 'x\\ny', expected a list of sizes. {AGAIN}"
+        f"shape of a b c d in {weights}: got 'x\\ny', expected a list of sizes below 2^63. {AGAIN}"
     )

@@ -34,7 +34,7 @@ from eightfold.families import (
     layer_prefix,
 )
 from eightfold.files import read_json
-from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
 from eightfold.scheme import FA_TENSORS, INPUT_OFFSET, INPUT_SCALE, KV_TENSORS, bias_name, legacy_norm, weight_name

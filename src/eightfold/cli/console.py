@@ -11,17 +11,31 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import DependencyError, InputError, clipped
 from eightfold.progress import CONTROLS, printable, unfiltered
 from eightfold.progress import bars as bars
 
+if TYPE_CHECKING:
+    from eightfold.format.checkpoint import Checkpoint
+
 
 def note(text: str) -> None:
     """Tell the user something that is not an error."""
     print(f"note: {clipped(text)}", file=sys.stderr)
+
+
+def opened(model: Path) -> Checkpoint:
+    """Open a model directory, and say what a user should know of its files."""
+    from eightfold.format.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(model)
+    for text in checkpoint.notes:
+        note(text)
+    return checkpoint
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -198,11 +198,10 @@ class EvaluateCommand:
 
     def execute(self) -> None:
         from eightfold.evaluate import cut_chunks, default_text, read_evaluation_text
-        from eightfold.format.checkpoint import Checkpoint
         from eightfold.tokenizer import Tokenizer
 
         started = time.monotonic()
-        checkpoints = [Checkpoint.open(path) for path in (self.model, self.against) if path is not None]
+        checkpoints = [console.opened(path) for path in (self.model, self.against) if path is not None]
         content = default_text() if self.text is None else read_evaluation_text(self.text)
         tokenizer = Tokenizer(self.model, add_bos=bool(self.add_bos))
         token_ids = tokenizer.encode(content, special_tokens=False)
@@ -335,13 +334,12 @@ class BenchCommand:
     computing: dict[str, Any] = generating.engine("threads", "dynamic", "attention_mode")
 
     def execute(self) -> None:
-        from eightfold.format.checkpoint import Checkpoint
         from eightfold.model.native import measure
 
         config = EngineConfig(**self.computing)
         leave_to_first(self.model, config)
         started = time.perf_counter()
-        checkpoint = Checkpoint.open(self.model)
+        checkpoint = console.opened(self.model)
         work = measure.Workload(self.prompt_len, self.new_tokens, self.batch)
         work.require_context(checkpoint.config)
         native = load_model(checkpoint, config)

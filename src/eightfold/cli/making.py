@@ -225,11 +225,10 @@ class QuantizeCommand:
     @cached_property
     def _checkpoint(self) -> Checkpoint:
         """The float model. A recipe or an output directory that does not go with it is refused."""
-        from eightfold.format.checkpoint import Checkpoint
         from eightfold.format.output import QUANTIZE, check_target
         from eightfold.quant.plan import assign_types, require_level
 
-        checkpoint = Checkpoint.open(self.source)
+        checkpoint = console.opened(self.source)
         require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
         check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
         return checkpoint

@@ -128,10 +128,8 @@ class RunCommand:
 
     def _answer_prompt(self, template: str | None, config: EngineConfig, backend: str) -> None:
         """Answer the prompt, and show the text as it is generated or everything as JSON."""
-        from eightfold.format.checkpoint import Checkpoint
-
         with console.loading():
-            checkpoint = Checkpoint.open(self.model)
+            checkpoint = console.opened(self.model)
             read = functools.cache(lambda: self._read(checkpoint, template))
             if backend == "native":
                 generate, model = self._native(checkpoint, read, config)

@@ -101,12 +101,12 @@ class ServeCommand:
         name, *others = self.served_model_name or (self.model.resolve().name,)
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
-        from eightfold.format.directory import require_directory
+        from eightfold.format.directory import require_model
         from eightfold.server import logs
         from eightfold.server.serve import bind, serve
         from eightfold.server.service import ServerSettings
 
-        require_directory(self.model)
+        require_model(self.model)
         leave_to_first(self.model, config)
         _warn_of_strangers(self.host, key)
         sock = bind(self.host, self.port)

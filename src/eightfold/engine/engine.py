@@ -111,13 +111,15 @@ class Engine:
             tokenizer = Tokenizer(directory)
         model = load_model(checkpoint, config)
         kinds = checkpoint.description.tags.values() if checkpoint.description else ()
-        return cls(
+        engine = cls(
             model,
             tokenizer,
             config,
             stop_ids=stop_token_ids(directory, checkpoint.config_raw),
             tells_prompts=QuantType.W8A8_MIX.value in kinds,
         )
+        engine.notes = (*checkpoint.notes, *engine.notes)
+        return engine
 
     def prepare(
         self,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.config import DType, ModelConfig, parse_config, require_architecture
-from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
+from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
     ATTENTION,
     EMBEDDING,
@@ -30,8 +30,14 @@ from eightfold.families import (
     layer_of,
     layer_prefix,
 )
-from eightfold.files import read_json
-from eightfold.format.directory import read_tensors, require_directory
+from eightfold.files import MAX_LIST_BYTES, has_file, read_json
+from eightfold.format.directory import (
+    CONFIG_NAME,
+    explain_names,
+    read_tensors,
+    require_model,
+    unknown_tensors,
+)
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo
 from eightfold.scheme import (
@@ -48,11 +54,11 @@ from eightfold.scheme import (
     linear_tensors,
     weight_name,
 )
+from eightfold.values import shorten, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CONFIG_NAME = "config.json"
 SHORT_NAME = "quant_model_description.json"
 _PREFIX = "quant_model_description"
 
@@ -78,6 +84,7 @@ class Checkpoint:
         dtype: the model's dtype: config.json's, else that of the weights.
         tensors: every stored tensor by name.
         description: the description file; None for a float model.
+        notes: what a user should know of its files, one line each.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Checkpoint:
         self.config: ModelConfig = parse_config(config_raw, directory / CONFIG_NAME)
         self.tensors = tensors
         self.description = description
+        self.notes: list[str] = []
         self._maps: dict[Path, MappedFile] = {}
 
     @classmethod
@@ -104,12 +112,14 @@ class Checkpoint:
             UnsupportedError: architecture, dtype or scheme that this program does not know.
         """
         require_finished(directory)
-        require_directory(directory)
+        require_model(directory)
         config_raw = read_json(directory / CONFIG_NAME)
         require_architecture(config_raw, directory / CONFIG_NAME)
         path = find_description(directory)
         description = read_description(path) if path else None
-        checkpoint = cls(directory, config_raw, read_tensors(directory), description)
+        tensors, note = read_tensors(directory, config_raw, is_quantized=description is not None)
+        checkpoint = cls(directory, config_raw, tensors, description)
+        checkpoint.notes += [note] if note else []
         checkpoint._check()
         return checkpoint
 
@@ -219,24 +229,33 @@ class Checkpoint:
 
     def _check(self) -> None:
         quantization = self.config_raw.get("quantization_config")
-        if quantization and self.description is None:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        if not quantization or self.is_quantized:
+            self._check_tensors()
+            return
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        try:
+            self._check_tensors()
+        except EightfoldError:
             raise UnsupportedError(
                 '"quantization_config"',
                 where=self.directory / CONFIG_NAME,
-                got=method,
+                got=shorten(str(method)),
                 expected="a float model",
                 action="Start from the model's unquantized weights.",
-            )
+            ) from None
+        left_over = f'config.json: "quantization_config" ({shorten(str(method))}) is left over'
+        self.notes.append(f"{left_over}: all weights are float, and it is ignored.")
+
+    def _check_tensors(self) -> None:
         expected = dict(self._expected())
         missing = [name for name, spec in expected.items() if name not in self.tensors and not spec.optional]
         if missing:
-            raise CheckpointError(
+            raise explain_names(self.directory, self.tensors) or CheckpointError(
                 f"{plural(len(missing), 'tensor')} missing",
                 where=self.directory,
                 got=f"no {shortlist(missing, 12)}",
                 expected=f"all {len(expected)} of {self.config.architecture}",
-                action="Fetch or write the directory again.",
+                action=" ".join(["Fetch or write the directory again.", *self.notes]),
             )
         beyond = [name for name in self.tensors if (layer_of(name) or 0) >= self.config.num_layers]
         if beyond:
@@ -253,10 +272,7 @@ class Checkpoint:
         for name, spec in expected.items():
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
-        self._refuse_unknown(expected)
-
-    def _refuse_unknown(self, expected: Mapping[str, _Expectation]) -> None:
-        """Refuse tensors that nothing here would read: a bias or a scale left out changes every result."""
+        # Tensors that nothing here would read: a bias or a scale left out changes every result.
         harmless = {weight_name(LM_HEAD)} if self.config.tie_word_embeddings else set()
         unknown = [
             name
@@ -264,13 +280,8 @@ class Checkpoint:
             if name not in expected and name not in harmless and not name.endswith("rotary_emb.inv_freq")
         ]
         if unknown:
-            raise UnsupportedError(
-                f"{plural(len(unknown), 'tensor')} unknown",
-                where=self.directory,
-                got=shortlist(unknown),
-                expected=f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}",
-                action="config.json may lack a setting such as attention_bias.",
-            )
+            known = f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}"
+            raise explain_names(self.directory, unknown) or unknown_tensors(self.directory, unknown, known)
 
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
@@ -371,7 +382,7 @@ def _kv_tensors(prefix: str) -> dict[str, TensorSpec]:
 def find_description(directory: Path) -> Path | None:
     """Return the directory's description file: the short name, else the only suffixed one, else None."""
     short = directory / SHORT_NAME
-    if short.is_file():
+    if has_file(short):
         return short
     suffixed = sorted(directory.glob(f"{_PREFIX}_*.json"))
     if len(suffixed) > 1:
@@ -390,13 +401,13 @@ def read_description(path: Path) -> Description:
     Raises:
         CheckpointError: not a JSON object, or no model_quant_type.
     """
-    raw = read_json(path)
+    raw = read_json(path, MAX_LIST_BYTES)
     model_type = raw.get("model_quant_type")
     if not isinstance(model_type, str):
         raise CheckpointError(
             '"model_quant_type"',
             where=path,
-            got=repr(model_type) if model_type is not None else "nothing",
+            got=shown(model_type) if model_type is not None else "nothing",
             expected=f"a type such as {one_of(kind.value for kind in LINEAR_TENSORS)}",
         )
     tags = {key: value for key, value in raw.items() if isinstance(value, str) and "." in key}

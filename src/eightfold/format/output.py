@@ -30,8 +30,7 @@ from eightfold.errors import (
     remember_kept,
     shortlist,
 )
-from eightfold.format.checkpoint import CONFIG_NAME
-from eightfold.format.directory import carried_over
+from eightfold.format.directory import CONFIG_NAME, carried_over
 from eightfold.format.journal import (
     JOURNAL_NAME,
     WORK_NAME,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import CheckpointError, EightfoldError
-from eightfold.files import read_json, write_json
+from eightfold.files import MAX_TEXT_BYTES, has_file, read_file, read_json, write_json
 from eightfold.tokenizer import LLAMA_CLASSES, is_of_5
 from eightfold.values import shown
 from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer
@@ -49,11 +49,12 @@ class TokenizerFiles:
             CheckpointError: one of them cannot be read.
         """
         settings, fast = (
-            read_json(directory / name) if (directory / name).is_file() else {} for name in (SETTINGS, TOKENIZER)
+            read_json(directory / name, MAX_TEXT_BYTES) if has_file(directory / name) else {}
+            for name in (SETTINGS, TOKENIZER)
         )
         template = directory / TEMPLATE
         try:
-            return cls(settings, fast, template.read_text(encoding="utf-8") if template.is_file() else None)
+            return cls(settings, fast, read_file(template).decode() if has_file(template) else None)
         except UnicodeDecodeError as error:
             got = f"byte {error.start} that is not UTF-8"
             raise CheckpointError("chat template", where=template, got=got, expected="UTF-8 text") from None

@@ -22,7 +22,7 @@ from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, RopeParameters, 
 from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, layer_prefix
 from eightfold.files import write_json
-from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes

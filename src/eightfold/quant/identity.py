@@ -29,8 +29,8 @@ from torch import Tensor
 from eightfold import __version__
 from eightfold.errors import OutputError, shortlist
 from eightfold.files import write_json
-from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint
-from eightfold.format.directory import list_sidecars, resolve_auto_map
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.directory import CONFIG_NAME, list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import QUANTIZE, Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts

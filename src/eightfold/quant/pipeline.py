@@ -21,8 +21,8 @@ from eightfold.config import both_dialects
 from eightfold.errors import CheckpointError, ConfigError, OutputError, shortlist
 from eightfold.families import LM_HEAD
 from eightfold.files import write_json
-from eightfold.format.checkpoint import CONFIG_NAME, Checkpoint, render_description
-from eightfold.format.directory import copy_sidecars, resolve_auto_map
+from eightfold.format.checkpoint import Checkpoint, render_description
+from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, resolve_auto_map
 from eightfold.format.journal import WORK_NAME, Entry, layers_done
 from eightfold.format.output import REPORT_NAME, Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
@@ -285,11 +285,9 @@ def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome
     raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
     if note:
         outcome.notes.append(note)
-    copy_sidecars(checkpoint.directory, directory)
+    copy_files([*list_sidecars(checkpoint.directory), *modules], checkpoint.directory, directory)
     if note := write_for_both(directory):
         outcome.notes.append(note)
-    for module in modules:
-        (directory / module.name).write_bytes(module.read_bytes())
     config: dict[str, Any] = both_dialects(raw, checkpoint.config, plan.recipe.dtype_of(checkpoint.dtype))
     if plan.legacy_names:
         config["quantize"] = scheme.value.lower()

@@ -68,7 +68,7 @@ def describe(checkpoint: Checkpoint) -> Contents:
         disk_bytes=sum(path.stat().st_size for path in files),
         float_bytes=parameters * checkpoint.dtype.itemsize,
         tied=config.tie_word_embeddings,
-        notes=tuple(_notes(checkpoint)),
+        notes=(*checkpoint.notes, *_notes(checkpoint)),
         parts=tuple(_parts(checkpoint)),
     )
 

@@ -43,7 +43,7 @@ from eightfold.families import (
     layer_prefix,
 )
 from eightfold.files import write_json
-from eightfold.format.checkpoint import CONFIG_NAME
+from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
