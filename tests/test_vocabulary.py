@@ -149,7 +149,7 @@ def test_nesting_and_rubbish_are_refused(directory, capfd, content):
 def test_a_huge_file_is_refused_unread(directory, capfd):
     with (directory / "tokenizer.json").open("r+b") as file:
         file.truncate(100 << 20)
-    expected = f"tokenizer in {directory / 'tokenizer.json'}: got 100 MiB, expected at most 64 MiB"
+    expected = f"size in {directory / 'tokenizer.json'}: got 100 MiB, expected at most 64 MiB"
     assert refusal(directory, capfd) == expected
 
 

@@ -21,8 +21,7 @@ from typing import Any
 from eightfold.errors import CheckpointError, InputError
 
 MAX_JSON_BYTES = 16 << 20  # config.json and other settings
-MAX_LIST_BYTES = 64 << 20  # a description, an index, a journal: a line for each tensor
-MAX_TEXT_BYTES = 128 << 20  # tokenizer.json, and whatever else is read whole
+MAX_LIST_BYTES = 64 << 20  # a description, an index, a journal: a line for each tensor; tokenizer.json
 MAX_DEPTH = 64  # objects and lists inside each other
 MAX_MARKS = 4_000_000  # brackets, colons and commas: each value takes about 100 bytes in memory
 
@@ -90,7 +89,7 @@ def open_regular(path: Path) -> int:
     return file
 
 
-def read_file(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
+def read_file(path: Path, most: int = MAX_LIST_BYTES) -> bytes:
     """Return the bytes of a file.
 
     Raises:
@@ -98,12 +97,13 @@ def read_file(path: Path, most: int = MAX_TEXT_BYTES) -> bytes:
     """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            blob = file.read(most + 1)
+            size = os.fstat(file.fileno()).st_size
+            blob = file.read(most + 1) if size <= most else b""
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    if len(blob) > most:
-        size = max(path.stat().st_size, len(blob))
-        raise CheckpointError("size", where=path, got=f"{size} bytes", expected=f"at most {most}")
+    if max(size, len(blob)) > most:
+        got, expected = f"{max(size, len(blob)) >> 20} MiB", f"at most {most >> 20} MiB"
+        raise CheckpointError("size", where=path, got=got, expected=expected)
     refuse_pointer(blob, path)
     return blob
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from eightfold import vocabulary
 from eightfold.errors import CheckpointError, InputError, one_of
-from eightfold.files import read_json
+from eightfold.files import has_file, read_file, read_json
 from eightfold.template import TemplateError, compile_template, render_template
 from eightfold.values import WHOLE, shown
 
@@ -90,7 +90,7 @@ class Tokenizer:
     def _class_by_settings(self) -> str | None:
         """Return the tokenizer's class if transformers 4 puts BOS and EOS by its settings."""
         name, config = self._settings.get("tokenizer_class"), self.directory / "config.json"
-        if name is None and config.is_file() and read_json(config).get("model_type") in _LLAMA_MODELS:
+        if name is None and has_file(config) and read_json(config).get("model_type") in _LLAMA_MODELS:
             name = LLAMA_CLASSES[0]
         return name if name in LLAMA_CLASSES and not is_of_5(self._settings) else None
 
@@ -247,11 +247,11 @@ class Tokenizer:
         if self.chat_template is not None:
             return {"default": self.chat_template}
         paths = {path.stem: path for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja"))}
-        if (path := self.directory / "chat_template.jinja").is_file():
+        if has_file(path := self.directory / "chat_template.jinja"):
             paths["default"] = path
         older = self.directory / "chat_template.json"  # of processors
         return {
-            **_named_templates(read_json(older).get("chat_template") if older.is_file() else None),
+            **_named_templates(read_json(older).get("chat_template") if has_file(older) else None),
             **_named_templates(self._settings.get("chat_template")),
             **{name: _read_template(path) for name, path in paths.items()},
         }
@@ -259,7 +259,7 @@ class Tokenizer:
     @cached_property
     def _settings(self) -> dict[str, Any]:
         paths = [self.directory / name for name in ("special_tokens_map.json", "tokenizer_config.json")]
-        return {key: value for path in paths if path.is_file() for key, value in read_json(path).items()}
+        return {key: value for path in paths if has_file(path) for key, value in read_json(path).items()}
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
@@ -315,7 +315,7 @@ class ContentError(InputError):
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(
             "chat template", where=path, got=f"byte {error.start} that is not UTF-8", expected="UTF-8 text"
@@ -333,7 +333,7 @@ def _named_templates(source: Any) -> dict[str, str]:
 def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int]:
     """Return the ids that end a generation: generation_config.json's, else config.json's."""
     path = directory / "generation_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_json(path) if has_file(path) else {}
     value = settings.get("eos_token_id")
     if value is None:
         value = config_raw.get("eos_token_id")

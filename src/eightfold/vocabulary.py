@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eightfold.errors import CheckpointError, DependencyError, EightfoldError
+from eightfold.files import has_file, read_file
 from eightfold.values import shorten, shown
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 TOKENIZER = "tokenizer.json"
 
-MAX_BYTES = 64 << 20  # of tokenizer.json; the largest in use have a third of it
 _MOST_GROWTH = 1000  # times that a normalizer or a decoder may lengthen a text
 _MOST_SECONDS = 10.0  # for an encoding, and for each million characters
 _MOST_SHOWN = 300
@@ -59,7 +59,7 @@ def load(directory: Path) -> FastTokenizer:
     """
     path = directory / TOKENIZER
     with _silence():
-        fast = _read(path) if path.exists() else convert(directory)
+        fast = _read(path) if has_file(path) else convert(directory)
         fast.no_padding()
         fast.no_truncation()
         if getattr(fast.model, "dropout", None) is not None:  # of training: the same text gives other tokens each time
@@ -123,12 +123,7 @@ def within_time(work: Callable[[], T], size: int, path: Path) -> T:
 def _read(path: Path) -> FastTokenizer:
     from tokenizers import Tokenizer as FastTokenizer
 
-    if not path.is_file():
-        raise CheckpointError("tokenizer", where=path, got="something else", expected="a file")
-    if (size := path.stat().st_size) > MAX_BYTES:
-        got = f"{size >> 20} MiB"
-        raise CheckpointError("tokenizer", where=path, got=got, expected=f"at most {MAX_BYTES >> 20} MiB")
-    content = path.read_bytes()
+    content = read_file(path)
     with blaming(path, "a tokenizers file"):
         fast = FastTokenizer.from_buffer(content)
     _require_ids(fast, content, path)

@@ -167,7 +167,8 @@ def test_quantize_carries_companions_and_nothing_else(cli, tmp_path):
     made = {"config.json", "quant_model_description.json", "quant_model_weight_w8a16.safetensors"}
     made |= {"eightfold_report.json", "eightfold_journal.jsonl"}
     assert names(tmp_path / "out") == {*CARRIED, *made}
-    assert [name for name in CARRIED if (tmp_path / "out" / name).read_bytes() != (source / name).read_bytes()] == []
+    rewritten = {"tokenizer_config.json"}  # for transformers 4 and 5
+    assert rewritten >= {n for n in CARRIED if (tmp_path / "out" / n).read_bytes() != (source / n).read_bytes()}
 
 
 # --- auto_map

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import CheckpointError, EightfoldError
-from eightfold.files import MAX_TEXT_BYTES, has_file, read_file, read_json, write_json
+from eightfold.files import MAX_LIST_BYTES, has_file, read_file, read_json, write_json
 from eightfold.tokenizer import LLAMA_CLASSES, is_of_5
 from eightfold.values import shown
 from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer
@@ -49,7 +49,7 @@ class TokenizerFiles:
             CheckpointError: one of them cannot be read.
         """
         settings, fast = (
-            read_json(directory / name, MAX_TEXT_BYTES) if has_file(directory / name) else {}
+            read_json(directory / name, MAX_LIST_BYTES) if has_file(directory / name) else {}
             for name in (SETTINGS, TOKENIZER)
         )
         template = directory / TEMPLATE
