@@ -41,7 +41,7 @@ def made(scheme: str, dtype: str, architecture: str, options: tuple[tuple[str, A
     config = tiny_config(architecture, head_dim=HEAD_DIM, torch_dtype=dtype)
     if architecture == "LlamaForCausalLM" and dict(options).get("attention_bias"):
         config["attention_bias"] = True
-    source = write_model(Path(_MADE.name) / f"{name}-float", config, tokenizer=False)
+    source = write_model(Path(_MADE.name) / f"{name}-float", config)
     asymmetric = dict(options).get("asymmetric", False)
     modules = tuple((pattern, SCHEMES[kind]) for pattern, kind in dict(options).get("modules", ()))
     recipe = Recipe(SCHEMES[scheme], weight_symmetric=not asymmetric, modules=modules)
@@ -87,6 +87,10 @@ class Toy:
     def configure(self, **keys: Any) -> Toy:
         """Set or (...) remove keys of config.json."""
         return self._edit(self.path / "config.json", keys)
+
+    def set_tokenizer(self, name: str = "tokenizer_config.json", **keys: Any) -> Toy:
+        """Set or (...) remove keys of one of the tokenizer's files."""
+        return self._edit(self.path / name, keys)
 
     def _edit(self, path: Path, entries: Mapping[str, Any]) -> Toy:
         content = {**json.loads(path.read_text()), **entries}
@@ -190,6 +194,12 @@ def rename_description(name: str) -> Change:
 def write(name: str, text: str) -> Change:
     """Write a file."""
     return lambda toy: (toy.path / name).write_text(text)
+
+
+def remove_tokenizer(toy: Toy) -> None:
+    """Take the tokenizer out of the folder."""
+    for path in toy.path.glob("tokenizer*"):
+        path.unlink()
 
 
 def leave_float_shard(toy: Toy) -> None:

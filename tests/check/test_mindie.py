@@ -34,6 +34,7 @@ from tests.check import (
     findings,
     leave_float_shard,
     made,
+    remove_tokenizer,
     rename_description,
     store_as,
     times,
@@ -109,7 +110,33 @@ CONFIG_CASES = [
         "kv-not-enabled ignores",
     ),
     case("cache and attention", lambda t: t.add_kv_cache().add_attention(), "kv-and-fa warns"),
+    case("no model_type", lambda t: t.configure(model_type=...), "model-type refuses"),
+    case("an unknown model_type", lambda t: t.configure(model_type="mymodel"), "model-type refuses"),
+    case("another model_type", lambda t: t.configure(model_type="qwen2"), "model-type refuses"),
+    case("no tokenizer", remove_tokenizer, "tokenizer refuses"),
+    case("a damaged tokenizer", write("tokenizer.json", "[1]"), "tokenizer refuses"),
+    case("damaged settings", write("tokenizer_config.json", "{"), "tokenizer refuses"),
+    case(
+        "a class of transformers 5",
+        lambda t: t.set_tokenizer(tokenizer_class="TokenizersBackend"),
+        "tokenizer-class refuses",
+    ),
+    case("tokens as 5 lists them", lambda t: t.set_tokenizer(extra_special_tokens=["<x>"]), "extra-tokens warns"),
+    case("tokens by name", lambda t: t.set_tokenizer(extra_special_tokens={"image_token": "<x>"})),
+    case("a template in another file", lambda t: t.set_tokenizer(chat_template=...), "chat-template warns"),
+    case(
+        "merges as pairs",
+        lambda t: t.set_tokenizer("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}),
+        "tokenizer-merges refuses",
+    ),
+    case(
+        "a part of newer tokenizers",
+        lambda t: t.set_tokenizer("tokenizer.json", normalizer={"type": "ByteLevel"}),
+        "tokenizer-part refuses",
+    ),
     case("only dtype", lambda t: t.configure(torch_dtype=..., dtype="float16"), "torch-dtype refuses"),
+    case("dtype auto", lambda t: t.configure(torch_dtype="auto"), "torch-dtype refuses"),
+    case("no dtype", lambda t: t.configure(torch_dtype=..., dtype=...), "torch-dtype refuses"),
     case("float32", lambda t: t.configure(torch_dtype="float32", dtype="float32"), "torch-dtype refuses"),
     case(
         "only rope_parameters",
@@ -396,7 +423,7 @@ LLAMA3_WITHIN = {
 )
 def test_no_loader_objects_to_the_scaling_that_is_written(tmp_path, scaling):
     config = tiny_config(head_dim=12, torch_dtype="float16", rope_scaling=scaling)
-    source = write_model(tmp_path / "float", config, tokenizer=False)
+    source = write_model(tmp_path / "float", config)
     quantize_checkpoint(source, tmp_path / "out", Recipe(QuantType.W8A16), None)
     assert findings(report(tmp_path / "out")) == set()
     assert vllm_ascend.check(RawDirectory.open(tmp_path / "out")).findings == ()
@@ -406,8 +433,8 @@ def test_no_loader_objects_to_the_scaling_that_is_written(tmp_path, scaling):
 
 
 def test_a_float_model_loads(tmp_path):
-    float_model = write_model(tmp_path / "float", tiny_config(head_dim=12), tokenizer=False)
-    assert findings(report(float_model)) == set()
+    float_model = write_model(tmp_path / "float", tiny_config(head_dim=12))
+    assert findings(report(float_model)) == {"chat-template warns"}
     assert report(float_model).summary.linears == {"FLOAT": 14}
 
 

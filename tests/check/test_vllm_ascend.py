@@ -26,6 +26,7 @@ from tests.check import (
     fill,
     findings,
     leave_float_shard,
+    remove_tokenizer,
     rename_description,
     store_as,
     times,
@@ -43,6 +44,22 @@ SUFFIXED = "quant_model_description_w8a8.json"
 FLOAT_INDEX = '{"weight_map": {"model.norm.weight": "model.safetensors"}}'
 
 DESCRIPTION_CASES = [
+    case("no model_type", lambda t: t.configure(model_type=...), "model-type refuses"),
+    case("an unknown model_type", lambda t: t.configure(model_type="mymodel"), "model-type refuses"),
+    case("another model_type", lambda t: t.configure(model_type="qwen2"), "model-type refuses"),
+    case("no tokenizer", remove_tokenizer, "tokenizer refuses"),
+    case("a damaged tokenizer", write("tokenizer.json", "[1]"), "tokenizer refuses"),
+    case("damaged settings", write("tokenizer_config.json", "{"), "tokenizer refuses"),
+    case(
+        "a class of transformers 5",
+        lambda t: t.set_tokenizer(tokenizer_class="TokenizersBackend"),
+        "tokenizer-dialect warns",
+    ),
+    case("tokens as 5 lists them", lambda t: t.set_tokenizer(extra_special_tokens=["<x>"]), "tokenizer-dialect warns"),
+    case(
+        "merges as pairs",
+        lambda t: t.set_tokenizer("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}),
+    ),
     case("a suffixed name", rename_description(SUFFIXED), "description refuses"),
     case("a damaged description", write("quant_model_description.json", "{"), "damaged-file refuses"),
     case("another description", write(SUFFIXED, "{}"), "description-other ignores"),
@@ -254,7 +271,7 @@ def test_every_rule_has_a_case_in_which_it_fires():
 
 
 def test_a_float_model_loads(tmp_path):
-    float_model = write_model(tmp_path / "float", tiny_config(), tokenizer=False)
+    float_model = write_model(tmp_path / "float", tiny_config())
     assert findings(report(float_model)) == set()
     assert report(float_model).summary.linears == {"FLOAT": 14}
 

@@ -37,7 +37,9 @@ from eightfold.files import read_json
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
+from eightfold.format.tokenizer_files import TokenizerFiles
 from eightfold.scheme import FA_TENSORS, INPUT_OFFSET, INPUT_SCALE, KV_TENSORS, bias_name, legacy_norm, weight_name
+from eightfold.vocabulary import has_tokenizer
 
 DESCRIPTIONS = "quant_model_description*.json"
 INTEGERS = ("I8", "I32", "I64")
@@ -97,6 +99,8 @@ class RawDirectory:
         norms: the norms, by full module name -> length.
         packed: what loaders join, layer by layer.
         has_int8: whether any linear of the layers is stored as int8.
+        has_tokenizer: whether there is a file that a tokenizer can be made of.
+        tokenizer: what the tokenizer's files say, and a sentence about one that cannot be read.
     """
 
     path: Path
@@ -114,6 +118,12 @@ class RawDirectory:
         self.packed = tuple(_packed(self.model))
         self.has_int8 = any(self.dtype_of(weight_name(name)) == DType.I8.value for name in self.linears)
         self._maps: dict[Path, MappedFile] = {}
+        self.has_tokenizer = has_tokenizer(self.path)
+        self.tokenizer, self.tokenizer_fault = TokenizerFiles({}, {}, None), ""
+        try:
+            self.tokenizer = TokenizerFiles.read(self.path)
+        except CheckpointError as error:
+            self.tokenizer_fault = str(error)
 
     @classmethod
     def open(cls, path: Path) -> RawDirectory:

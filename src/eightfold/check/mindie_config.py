@@ -14,12 +14,15 @@ from typing import Any
 
 from eightfold.check import Finding, Rules, Verdict
 from eightfold.check.directory import INTEGERS, RawDirectory
-from eightfold.config import CONFIG_DTYPES, DType
+from eightfold.config import CONFIG_DTYPES, FAMILIES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.files import read_json
 from eightfold.format.checkpoint import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
+from eightfold.format.tokenizer_files import FAST, SETTINGS, TEMPLATE
 from eightfold.scheme import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, WEIGHT_OFFSET, WEIGHT_SCALE, weight_name
+from eightfold.values import shown
+from eightfold.vocabulary import TOKENIZER
 
 LLAMA = "LlamaForCausalLM"
 KV, FA, REDUCE = "kv_quant_type", "fa_quant_type", "reduce_quant_type"
@@ -86,6 +89,18 @@ RULES = Rules(
             "got {got}, expected float16 or bfloat16",
             "rope-scaling": "raises an error for a key, type or range of rope_scaling that it does not know: got {got}",
             "config-sizes": "raises ValueError: not initialized. Add it to config.json.",
+            "model-type/none": "raises KeyError: it picks its class by model_type: got nothing, expected {expected}. "
+            "Add it to config.json.",
+            "model-type": "raises NotImplementedError: it picks its class by model_type: got {got}, expected "
+            "{expected}. Correct it in config.json.",
+            "tokenizer": "raises an error: it loads a tokenizer with the model, and there is none. "
+            "Copy tokenizer.json and tokenizer_config.json from the float model.",
+            "tokenizer/damaged": "cannot read the tokenizer. {why}",
+            "tokenizer-class": "raises ValueError: transformers 4 has no tokenizer class of this name: got {got}, "
+            f"expected {FAST}. Correct tokenizer_config.json.",
+            "tokenizer-merges": "raises an error: tokenizers 0.19 reads merges as texts, such as 'a b': got {got}. "
+            "Write the directory again.",
+            "tokenizer-part": "raises an error: tokenizers 0.19 does not have a part of tokenizer.json: got {got}",
             "generation-config": "merges generation_config.json into the config and cannot read it. {why}",
         },
         Verdict.MISDECODES: {
@@ -107,6 +122,10 @@ RULES = Rules(
             f'Add "{FA}": "FAQuant" to the description.',
         },
         Verdict.WARNS: {
+            "extra-tokens": "passes over a list under extra_special_tokens in transformers 4.43, which from 4.48 on "
+            "refuses it: got {got}. Put it under additional_special_tokens.",
+            "chat-template": "reads the chat template in tokenizer_config.json, and not this one: got {got}. "
+            "Write it there too.",
             "description-name": "warns that descriptions of this name are supported until 2026/06/30. "
             f"Name it {SHORT_NAME}.",
             "unchecked-scheme": "takes this quantize, but what it wants of the tensors is not among the rules here: "
@@ -188,6 +207,7 @@ class MindIE:
         yield from self._enabled()
         yield from self._rope()
         yield from self._sizes()
+        yield from self._tokenizer()
 
     def _files(self) -> Iterator[Finding]:
         """file_utils looks at paths of at most 4096 characters, their owners and permissions; root may read all."""
@@ -270,6 +290,27 @@ class MindIE:
             if value is not None and not (isinstance(value, (int, float)) and 1 <= value <= 4):
                 bad.append(key)
         yield from RULES.found("rope-scaling", [f"rope_scaling.{key}" for key in bad], got=old)
+
+    def _tokenizer(self) -> Iterator[Finding]:
+        """transformers 4.43 with tokenizers 0.19 loads the tokenizer (requirements.txt), and config.json's class."""
+        d, name = self.d, self.d.config.get("model_type")
+        expected = FAMILIES[d.model.architecture].model_type
+        if name != expected:
+            rule = "model-type/none" if name is None else "model-type"
+            yield from RULES.found(rule, ["model_type"], got=shown(name), expected=expected)
+        if not d.has_tokenizer:
+            yield from RULES.found("tokenizer", [TOKENIZER])
+        elif d.tokenizer_fault:
+            yield from RULES.found("tokenizer/damaged", [TOKENIZER], why=d.tokenizer_fault)
+        places = {
+            **dict.fromkeys(("tokenizer-class", "extra-tokens"), SETTINGS),
+            **dict.fromkeys(("tokenizer-merges", "tokenizer-part"), TOKENIZER),
+            "chat-template": TEMPLATE,
+        }
+        gaps = d.tokenizer.gaps() if d.has_tokenizer else {}
+        for rule, place in places.items():
+            if rule in gaps:
+                yield from RULES.found(rule, [place], got=gaps[rule])
 
     def _sizes(self) -> Iterator[Finding]:
         d = self.d

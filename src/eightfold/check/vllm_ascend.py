@@ -19,11 +19,12 @@ import numpy as np
 
 from eightfold.check import Finding, Report, Rules, Summary, Verdict
 from eightfold.check.directory import INTEGERS, SHARED_INPUTS, RawDirectory, cast, packs
-from eightfold.config import CONFIG_DTYPES, DType
+from eightfold.config import CONFIG_DTYPES, FAMILIES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.families import EMBEDDING, KEY, LM_HEAD, layer_of
 from eightfold.files import read_json
 from eightfold.format.checkpoint import SHORT_NAME
+from eightfold.format.tokenizer_files import SETTINGS
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -43,6 +44,8 @@ from eightfold.scheme import (
     linear_tensors,
     weight_name,
 )
+from eightfold.values import shown
+from eightfold.vocabulary import TOKENIZER
 
 _FLOAT = QuantType.FLOAT.value
 _CHECKED = {kind.value: kind for kind in LINEAR_TENSORS}  # with FLOAT
@@ -83,6 +86,11 @@ RULES = Rules(
             "Quantize without attention for vllm-ascend.",
             "fa-scheme/latent": "has quantized attention for multi-head latent attention only, which this "
             "architecture has not: got FAKQuant. Quantize without attention for vllm-ascend.",
+            "model-type": "raises ValueError: transformers picks the class of config.json by model_type: got {got}, "
+            "expected {expected}. Correct config.json.",
+            "tokenizer": "raises OSError: it loads a tokenizer with the model, and there is none. Copy tokenizer.json "
+            "and tokenizer_config.json from the float model, or serve with --skip-tokenizer-init.",
+            "tokenizer/damaged": "cannot read the tokenizer. {why}",
             "unknown-tensor": "raises KeyError: no parameter for a stored tensor. Remove it, or add what enables it.",
         },
         Verdict.MISDECODES: {
@@ -122,6 +130,8 @@ RULES = Rules(
             "entry-without-tensor": "does not compare the description with the files: these entries have no tensor",
         },
         Verdict.WARNS: {
+            "tokenizer-dialect": "reads this in releases with transformers 5; those with 4 refuse it: got {got}. "
+            "Write the directory again for both.",
             "unchecked-scheme": "has this scheme, but its parameters are not among the rules here: got {got}",
             "torch-dtype": "runs in float16 or bfloat16, and which one it chooses here decides how deq_scale is read: "
             "got {got}. Serve with --dtype.",
@@ -204,6 +214,7 @@ class _VllmAscend:
 
     def findings(self) -> Iterator[Finding]:
         yield from self._files()
+        yield from self._config_and_tokenizer()
         yield from self._schemes()
         yield from self._tensors()
         yield from self._weights()
@@ -227,6 +238,20 @@ class _VllmAscend:
             yield from RULES.found("description-other", others)
             if d.config.get("quantization_config"):
                 yield from RULES.found("quantization-config", ["quantization_config"])
+
+    def _config_and_tokenizer(self) -> Iterator[Finding]:
+        """vLLM (by its code) leaves both to transformers."""
+        d, name = self.d, self.d.config.get("model_type")
+        expected = FAMILIES[d.model.architecture].model_type
+        if name != expected:
+            got = "nothing" if name is None else shown(name)
+            yield from RULES.found("model-type", ["model_type"], got=got, expected=expected)
+        if not d.has_tokenizer:
+            yield from RULES.found("tokenizer", [TOKENIZER])
+        elif d.tokenizer_fault:
+            yield from RULES.found("tokenizer/damaged", [TOKENIZER], why=d.tokenizer_fault)
+        new = {got for rule, got in d.tokenizer.gaps().items() if rule in ("tokenizer-class", "extra-tokens")}
+        yield from RULES.found("tokenizer-dialect", [SETTINGS] if new else [], got=new)
 
     def _schemes(self) -> Iterator[Finding]:
         """Each module's weight is looked up: q, k, v, gate, up one by one, embedding and head too."""

@@ -60,31 +60,31 @@ class TokenizerFiles:
             raise CheckpointError("chat template", where=template, got=got, expected="UTF-8 text") from None
 
     def gaps(self) -> dict[str, str]:
-        """Return what transformers 4.43 or tokenizers 0.19 cannot read: the kind of difference -> what stands there."""
+        """Return what transformers 4.43 or tokenizers 0.19 cannot read: rule of MindIE's -> what stands there."""
         found = {}
         if self.settings.get("tokenizer_class") in NEW_CLASSES:
-            found["class"] = str(self.settings["tokenizer_class"])
+            found["tokenizer-class"] = str(self.settings["tokenizer_class"])
         if isinstance(extra := self.settings.get("extra_special_tokens"), list):
             found["extra-tokens"] = shown(extra)
         if any(isinstance(merge, list) for merge in self._merges[:1]):
-            found["merges"] = shown(self._merges[0])
+            found["tokenizer-merges"] = shown(self._merges[0])
         if new := [f"{key} {kind}" for key, kinds in _NEW_PARTS.items() for kind in _types(self.fast, key) & kinds]:
-            found["part"] = new[0]
+            found["tokenizer-part"] = new[0]
         if self.template is not None and self.settings.get("chat_template") != self.template:
-            found["template"] = TEMPLATE
+            found["chat-template"] = TEMPLATE
         return found
 
     def close_gaps(self) -> None:
         """Say the same in the words of transformers 4, which 5 reads too, as far as 4 has words for it."""
         settings, gaps = self.settings, self.gaps()
-        if gaps.get("class") == NEW_CLASSES[0]:
+        if gaps.get("tokenizer-class") == NEW_CLASSES[0]:
             settings["tokenizer_class"] = FAST
         if "extra-tokens" in gaps:
             extra = settings.pop("extra_special_tokens")
             settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *extra]
-        if "template" in gaps:
+        if "chat-template" in gaps:
             settings["chat_template"] = self.template
-        if "merges" in gaps and not any(" " in part for merge in self._merges for part in merge):
+        if "tokenizer-merges" in gaps and not any(" " in part for merge in self._merges for part in merge):
             self.fast["model"]["merges"] = [" ".join(merge) for merge in self._merges]
         # transformers 5 saves the effect of these two switches in tokenizer.json, and not the switches that 4 goes by.
         if settings.get("tokenizer_class") in LLAMA_CLASSES and self.fast and is_of_5(settings):
@@ -116,7 +116,7 @@ def write_for_both(directory: Path) -> str | None:
     if files.settings != settings:
         write_json(directory / SETTINGS, files.settings)
     left = files.gaps()
-    if "merges" in gaps.keys() - left:
+    if "tokenizer-merges" in gaps.keys() - left:
         write_json(directory / TOKENIZER, files.fast)
     found = ", ".join(left.values())
     return f"the tokenizer has what MindIE's transformers 4.43 cannot read: {found}." if left else made or None
