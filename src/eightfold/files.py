@@ -16,9 +16,12 @@ import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from eightfold.errors import CheckpointError, InputError
+from eightfold.errors import CheckpointError, InputError, OutputError
+
+MAX_DEPTH = 64
+MAX_MARKS = 4_000_000
 
 MAX_JSON_BYTES = 16 << 20  # config.json and other settings
 MAX_LIST_BYTES = 64 << 20  # a description, an index, a journal: a line for each tensor; tokenizer.json
@@ -181,6 +184,66 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
 _PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
 
 
+def parse_value(blob: bytes) -> Any:
+    """Return the value of a JSON text, in linear time and bounded memory.
+
+    Raises:
+        ValueError: no JSON, a key twice, or too many values or too deep.
+    """
+    if sum(map(blob.count, (b"{", b"[", b":", b","))) > MAX_MARKS:
+        raise ValueError(f"more than {MAX_MARKS:,} values")
+    too_deep = f"values more than {MAX_DEPTH} deep"
+    try:
+        value = json.loads(blob, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if type(outer) is dict or type(outer) is list
+            for inner in (outer.values() if type(outer) is dict else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(too_deep)
+
+
+class RepeatedKey(ValueError):
+    """A key stands twice in an object of JSON."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f'the key "{name}" twice')
+        self.name = name
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RepeatedKey(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def open_given(path: Path, title: str) -> BinaryIO:
+    """Open a file that a user has given, for reading; a pipe, which would be waited for, or a device is refused.
+
+    Raises:
+        InputError: it is not a regular file, or may not be read. `title` says what it is.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {reason}", action="Check the path.") from None
+    mode = os.fstat(file).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(file, "rb")
+    os.close(file)
+    got = "a directory" if stat.S_ISDIR(mode) else "a pipe or device"
+    raise InputError(title, where=path, got=got, expected="a file with text")
+
+
 def read_text(path: Path, title: str, most: int, *, cuts: bool = False) -> tuple[str, bool]:
     """Read a text that a user has given: UTF-8, or UTF-16 with the mark that says so.
 
@@ -196,14 +259,11 @@ def read_text(path: Path, title: str, most: int, *, cuts: bool = False) -> tuple
     Raises:
         InputError: not a regular file, unreadable, too large, or not text.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            got = "a directory" if path.is_dir() else "a pipe or device"
-            raise InputError(title, where=path, got=got, expected="a file with text")
-        with path.open("rb") as file:
+    with open_given(path, title) as file:
+        try:
             raw = file.read(most + 1)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
     is_cut, raw = len(raw) > most, raw[:most]
     if is_cut and not cuts:
         raise InputError(title, where=path, got=f"more than {most >> 20} MiB", expected="less", action="Take a part.")
@@ -221,6 +281,24 @@ def read_text(path: Path, title: str, most: int, *, cuts: bool = False) -> tuple
         got = f"a NUL character at {text.index(chr(0))}"
         raise InputError(title, where=path, got=got, expected="UTF-8 text")
     return text, is_cut
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole, in the place of one that may be there.
+
+    Raises:
+        OutputError: there is something that is no file.
+        OSError: it cannot be written; what was there is left.
+    """
+    if path.exists() and not path.is_file():
+        got = "a directory" if path.is_dir() else "a pipe or device"
+        raise OutputError(f"cannot write {path}", got=got, expected="a file, or nothing yet")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

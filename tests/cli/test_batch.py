@@ -210,7 +210,7 @@ OBJECT = 'an object such as {"prompt": "Hello"}'
     [
         ("{", "got no JSON ("),
         ("[1]", f"got [1], expected {OBJECT}"),
-        ("[" * 100_000, f"got no JSON (too deep), expected {OBJECT}"),
+        ("[" * 100_000, f"got no JSON (values more than 64 deep), expected {OBJECT}"),
         ({}, "got no prompt, expected exactly one of prompt, messages or prompt_token_ids"),
         ({"prompt": "a", "messages": []},
          "got prompt and messages, expected exactly one of prompt, messages or prompt_token_ids"),
@@ -256,7 +256,7 @@ def test_files_that_cannot_be_read(cli, small, tmp_path):
         return refused(cli, "run", small.directory, *files, within=tmp_path)
 
     assert message(tmp_path / "gone") == f"cannot read {tmp_path}/gone: No such file or directory. Check the path."
-    assert message(tmp_path) == f"cannot read {tmp_path}: Is a directory. Check the path."
+    assert message(tmp_path) == f"prompt file in {tmp_path}: got a directory, expected a file with text"
     empty, bad, good = tmp_path / "empty", tmp_path / "bad", write(tmp_path / "good", {"prompt": "a"})
     empty.write_text("\n \n")
     bad.write_bytes(b'{"prompt": "a"}\n"\xff"\n')
@@ -490,3 +490,75 @@ def test_a_run_that_is_ended_goes_on_and_comes_to_the_same_answers(batch, tmp_pa
     assert result.json()["answered_before"] == before.count(b"\n")
     assert read(batch.output) == whole
     assert batch.output.read_bytes().startswith(before)
+
+
+# --- what is no file of prompts, whoever made it
+
+
+def input_refused(cli, small, tmp_path, path: Path) -> str:
+    files = ("--input-file", path, "--output-file", tmp_path / "out")
+    return error_line(cli("run", small.directory, *files))
+
+
+def test_a_pipe_or_device_is_not_waited_for(cli, small, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), Path("/dev/stdin")):
+        message = input_refused(cli, small, tmp_path, path)
+        assert message == f"prompt file in {path}: got a pipe or device, expected a file with text"
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        message = error_line(cli("run", small.directory, "--prompt", "a", "--chat-template", path))
+        assert message == f"--chat-template in {path}: got a pipe or device, expected a file with text"
+        assert input_refused(cli, small, tmp_path, path)
+    (tmp_path / "long").write_bytes(b"x" * (1 << 20 | 1))
+    message = error_line(cli("run", small.directory, "--prompt", "a", "--chat-template", tmp_path / "long"))
+    assert message == f"--chat-template in {tmp_path}/long: got more than 1 MiB, expected less. Take a part."
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_line_of_120_mb_is_not_read(cli, small, tmp_path):
+    path = tmp_path / "p"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a"}\n{"prompt": "')
+        file.seek(120_000_000)
+        file.write(b'"}\n')
+    assert input_refused(cli, small, tmp_path, path) == f"line 2 in {path}: got 16 MiB or more, expected less"
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("depth", [100, 900, 990, 100_000])
+def test_a_message_that_is_deep_is_refused_wherever_it_would_overflow(cli, small, tmp_path, depth):
+    line = f'{{"messages": [{{"role": "user", "content": "a", "x": {nested(depth)}}}]}}'
+    path = write(tmp_path / "p", line)
+    found = input_refused(cli, small, tmp_path, path)
+    assert found == f"line 1 in {path}: got no JSON (values more than 64 deep), expected {OBJECT}"
+
+
+def test_a_key_that_stands_twice_or_too_many_values_are_refused(cli, small, tmp_path):
+    path = write(tmp_path / "p", '{"prompt": "a", "prompt": "b"}')
+    found = input_refused(cli, small, tmp_path, path)
+    assert found == f'line 1 in {path}: got no JSON (the key "prompt" twice), expected {OBJECT}'
+    write(path, f'{{"prompt_token_ids": [{"[]," * 4_000_000}1]}}')
+    assert input_refused(cli, small, tmp_path, path).startswith(f"line 1 in {path}: got no JSON (more than 4,000,000")
+    many = ",".join(f'"k{i}":0' for i in range(200_000))
+    write(path, f'{{{many},"k7":1}}')
+    started = time.process_time()
+    assert '(the key "k7" twice)' in input_refused(cli, small, tmp_path, path)
+    assert time.process_time() - started < 5
+
+
+def test_there_is_a_most_of_prompts(cli, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("eightfold.cli.batch_input.MAX_PROMPTS", 2)
+    path = write(tmp_path / "p.txt", "a", "b", "", "c")
+    found = input_refused(cli, small, tmp_path, path)
+    assert found == f"prompt file in {path}: got more than 2 prompts, expected fewer"
+
+
+def test_an_answer_file_of_one_endless_line_is_not_read_whole(batch, monkeypatch):
+    monkeypatch.setattr(batch_run, "_MOST_OF_A_LINE", 1000)
+    content = b'{"index": ' + b"1" * 5000
+    batch.output.write_bytes(content)
+    assert error_line(batch({"prompt": "a"})).startswith(f'line 1 in {batch.output}: got \'{{"index": 111')
+    assert batch.output.read_bytes() == content

@@ -153,7 +153,7 @@ def test_a_conversation_is_saved_for_run_and_nothing_is_overwritten(chat, cli, t
     assert json.loads(path.read_text()) == {"messages": [{"role": "system", "content": "é"}, *said("a", first)]}
     again = chat(f"b\nc\n/save --overwrite {path}\n/save --overwrite {tmp_path}\n", "--max-new-tokens", 3)
     assert f"4 messages are in {path}." in again.err
-    assert f"eightfold: {tmp_path}: Is a directory" in again.err
+    assert f"eightfold: cannot write {tmp_path}: got a directory, expected a file, or nothing yet" in again.err
     assert [message["content"] for message in json.loads(path.read_text())["messages"]][::2] == ["b", "c"]
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
@@ -200,7 +200,7 @@ def test_an_answer_that_is_cut_off_says_so(chat, small):
         (["--top-p", "0"], "--top-p: got 0, expected a number above 0 and up to 1. Try: eightfold chat --help"),
         (["--kv-memory", "x"], "--kv-memory: got x, expected a size such as 2GiB or 500MB"),
         (["--max-model-len", "9999"], "--max-model-len: got 9999, expected at most 1024, which is all this model can"),
-        (["--chat-template", "/no"], "--chat-template in /no: got No such file or directory, expected a readable file"),
+        (["--chat-template", "/no"], "cannot read /no: No such file or directory. Check the path."),
     ],
 )
 def test_options_that_make_no_sense(chat, words, message):
@@ -408,3 +408,23 @@ def test_answers_can_go_into_a_file_while_a_person_types(typist, tmp_path):
 def test_without_readline_lines_are_read_all_the_same(monkeypatch):
     monkeypatch.setitem(sys.modules, "readline", None)
     assert console._load_readline() is False
+
+
+def test_a_line_of_a_pipe_has_a_limit(chat, monkeypatch):
+    monkeypatch.setattr(console, "MAX_LINE_BYTES", 1000)
+    result = chat("a\n" + "b" * 1000 + "\nc\n", "--max-new-tokens", 3)
+    assert error_line_of(result) == "line 2 of stdin: got 0 MiB or more, expected less"
+
+
+def error_line_of(result: Result) -> str:
+    return result.err.splitlines()[-1].removeprefix("eightfold: ")
+
+
+def test_saving_over_a_pipe_or_device_is_refused(chat, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    result = chat(f"a\n/save --overwrite {tmp_path}/fifo\n/save --overwrite /dev/null\n", "--max-new-tokens", 3)
+    refusals = [line for line in result.err.splitlines() if line.startswith("eightfold: ")]
+    assert refusals == [
+        f"eightfold: cannot write {path}: got a pipe or device, expected a file, or nothing yet"
+        for path in (f"{tmp_path}/fifo", "/dev/null")
+    ]

@@ -160,4 +160,4 @@ def test_a_template_of_ones_own(run, tmp_path):
     assert chat["token_ids"] == run("--prompt", "hi!", "--json").json()["token_ids"]
     (tmp_path / "t.jinja").write_bytes(b"\xff")
     message = error_line(run("--chat", "--prompt", "hi", "--chat-template", tmp_path / "t.jinja"))
-    assert message == f"--chat-template in {tmp_path}/t.jinja: got byte 0, expected UTF-8 text"
+    assert message == f"--chat-template in {tmp_path}/t.jinja: got byte 0 that is not UTF-8, expected UTF-8 text"

@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from eightfold.cli import console
 from eightfold.cli.generating import sampling_params
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.errors import EightfoldError, InputError, one_of
+from eightfold.files import open_given, parse_value
 from eightfold.tokenizer import Message, Tokenizer
 from eightfold.values import WHOLE, is_token_ids, shorten
 
 # A text, a chat, or token ids.
 Prompt = str | list[Message] | list[int]
+
+MAX_PROMPTS = 1_000_000  # in a file
 
 PROMPTS = ("prompt", "messages", "prompt_token_ids")
 _PARAMS = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -73,6 +77,8 @@ def read_requests(path: Path, defaults: Mapping[str, Any], *, chat: bool = False
     is_text = path.suffix.lower() == ".txt"
     requests: list[BatchRequest] = []
     for number, line in _lines(path):
+        if len(requests) == MAX_PROMPTS:
+            raise InputError("prompt file", where=path, got=f"more than {MAX_PROMPTS:,} prompts", expected="fewer")
         try:
             fields = {"prompt": line} if is_text else _json_line(line)
             requests.append(_request(fields, len(requests), dict(defaults), chat))
@@ -93,14 +99,17 @@ class _LineError(Exception):
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not empty, and their numbers."""
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+    with open_given(path, "prompt file") as file:
+        try:
+            for number, raw in enumerate(iter(lambda: file.readline(console.MAX_LINE_BYTES), b""), 1):
+                if len(raw) == console.MAX_LINE_BYTES:
+                    got = f"{console.MAX_LINE_BYTES >> 20} MiB or more"
+                    raise InputError(f"line {number}", where=path, got=got, expected="less")
                 line = _decoded(raw, number, path)
                 if line.strip():
                     yield number, line
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}", action="Check the path.") from None
 
 
 def _decoded(raw: bytes, number: int, path: Path) -> str:
@@ -114,10 +123,9 @@ def _decoded(raw: bytes, number: int, path: Path) -> str:
 def _json_line(line: str) -> dict[str, Any]:
     expected = 'an object such as {"prompt": "Hello"}'
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = "too deep" if isinstance(error, RecursionError) else error
-        raise _LineError(f"no JSON ({reason})", expected) from None
+        fields = parse_value(line.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise _LineError(f"no JSON ({error})", expected) from None
     if not isinstance(fields, dict):
         raise _LineError(shorten(line), expected)
     return fields

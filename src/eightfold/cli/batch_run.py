@@ -40,6 +40,7 @@ FSYNC_SECONDS = 5.0
 _BEGIN = b'{"index": '
 _ELSEWHERE = "Choose another --output-file, or begin anew with --overwrite."
 _MODE = 0o644
+_MOST_OF_A_LINE = 256 << 20  # bytes; one that is longer is not of this command
 
 # Of each tensor so much tells one model from another: all of the scales, the beginning of the weights.
 _STAMP_BYTES = 1 << 16
@@ -103,8 +104,8 @@ class AnswerFile:
         """
         answered, failed, end = set[int](), set[int](), 0
         with self._lines.path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if not raw.endswith(b"\n") and _may_be_torn(raw):
+            for number, raw in enumerate(iter(lambda: file.readline(_MOST_OF_A_LINE), b""), 1):
+                if not raw.endswith(b"\n") and len(raw) < _MOST_OF_A_LINE and _may_be_torn(raw):
                     break
                 line = self._parse(raw, number)
                 if "error" in line:

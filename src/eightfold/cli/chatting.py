@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from eightfold.cli import console, generating
 from eightfold.cli.options import argument, flags_of, in_flags
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, EightfoldError
+from eightfold.files import write_whole
 from eightfold.progress import unfiltered
 from eightfold.tokenizer import Message, Tokenizer
 from eightfold.values import TEXT, setting, whole
@@ -242,7 +242,12 @@ class Talk:
             return
         content = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
         try:
-            _write(path, content.encode("utf-8", "backslashreplace"), overwrites)
+            raw = content.encode("utf-8", "backslashreplace")
+            if overwrites:
+                write_whole(path, raw)
+            else:
+                with path.open("xb") as file:
+                    file.write(raw)
         except FileExistsError:
             self.screen.note(f"{path} is there already: /save --overwrite {path} replaces it.")
         except OSError as error:
@@ -292,21 +297,3 @@ def _summary(output: RequestOutput, answer: CompletionOutput, times: list[float]
     if answer.finish_reason != "stop":
         facts.append({"abort": "stopped", "length": "cut off"}[str(answer.finish_reason)])
     return f"[{', '.join(facts)}]"
-
-
-def _write(path: Path, content: bytes, overwrites: bool) -> None:
-    """Write a file that appears whole.
-
-    Raises:
-        FileExistsError: there is one, which is not to be replaced.
-    """
-    if not overwrites:
-        with path.open("xb") as file:
-            file.write(content)
-        return
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -120,6 +120,8 @@ def size_text(nbytes: int) -> str:
 
 PROMPT, MORE = "> ", ". "
 
+MAX_LINE_BYTES = 16 << 20  # of a prompt, in a pipe or a file
+
 # A terminal that knows it wraps pasted text into marks, by which readline keeps it together.
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -154,8 +156,11 @@ class Pipe:
         return text
 
     def _line(self, prompt: str) -> str | None:
-        raw = sys.stdin.buffer.readline()
+        raw = sys.stdin.buffer.readline(MAX_LINE_BYTES)
         self._number += 1
+        if len(raw) == MAX_LINE_BYTES:
+            got = f"{MAX_LINE_BYTES >> 20} MiB or more"
+            raise InputError(f"line {self._number} of stdin", got=got, expected="less")
         try:
             return raw.decode().rstrip("\r\n") if raw else None
         except UnicodeDecodeError as error:

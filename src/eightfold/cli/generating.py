@@ -9,7 +9,8 @@ from eightfold.cli import console
 from eightfold.cli.options import settings
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
-from eightfold.errors import CheckpointError, InputError
+from eightfold.errors import CheckpointError
+from eightfold.files import read_text
 from eightfold.values import PATH, choice, setting
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 MODEL = "A quantized or float model directory."
 SAMPLING, ENGINE = "Choosing tokens", "Memory and computing"  # headings in the help
+
+_TEMPLATE_BYTES = 1 << 20
 
 # Without randomness these change nothing.
 _OF_CHANCE = ("top_p", "top_k", "min_p", "seed")
@@ -108,13 +111,6 @@ def read_template(path: Path | None) -> str | None:
     """Return the text of a chat template that was given.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or is larger than a template.
     """
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError("--chat-template", where=path, got=error.strerror, expected="a readable file") from None
-    except UnicodeDecodeError as error:
-        raise InputError("--chat-template", where=path, got=f"byte {error.start}", expected="UTF-8 text") from None
+    return None if path is None else read_text(path, "--chat-template", _TEMPLATE_BYTES)[0]

@@ -14,6 +14,7 @@ from eightfold.cli import console
 from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, settings
 from eightfold.config import DType
 from eightfold.errors import ConfigError, OutputError
+from eightfold.files import write_whole
 from eightfold.machine import peak_resident_bytes
 from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe
@@ -367,7 +368,7 @@ def _save(recipe: Recipe, path: Path) -> None:
     from eightfold.quant.recipe import render_recipe
 
     try:
-        path.write_text(render_recipe(recipe), encoding="utf-8")
+        write_whole(path, render_recipe(recipe).encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
 
