@@ -19,7 +19,7 @@ from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.refusal import error_line, quantize_refused, refused
 
 COMMANDS = ("import-gguf", "quantize", "synth", "check", "inspect", "run", "chat", "serve", "eval", "bench", "env")
-KEYS = "a text under inputs_pretokenized, text or prompt, or messages with role and content"
+KEYS = "a text, or an object with inputs_pretokenized, text, prompt, messages, conversations or instruction"
 
 
 @pytest.fixture(scope="module")
@@ -34,61 +34,33 @@ def write(folder: Path, content: str | bytes, name: str = "data") -> Path:
     return path
 
 
-# --- calibration texts
+# --- calibration data; what files may hold is tested with the dataset
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "calibration file in {}: got no rows, expected one text a line"),
-        ("\n  \n\t\n", "calibration file in {}: got no rows, expected one text a line"),
+        ("\n  \n\t\n", "calibration file in {}: got no rows, expected one text a line, or JSON"),
         ('{"text": "a"}\n\n{"zz": 1}\n', "line 3 in {}: got an object with zz, expected " + KEYS),
-        ('{"a": 1, "b": 2, "c": 3}', "line 1 in {}: got an object with a, b or c, expected " + KEYS),
-        ("{}", "line 1 in {}: got an object with nothing, expected " + KEYS),
-        ('{"text": 7}', "line 1 in {}: got an object with text, expected " + KEYS),
-        ('{"messages": []}', "line 1 in {}: got an object with messages, expected " + KEYS),
-        ('{"messages": ["hi"]}', "line 1 in {}: got an object with messages, expected " + KEYS),
-        ('{"messages": [{"role": "user"}]}', "line 1 in {}: got an object with messages, expected " + KEYS),
+        (b'\xef\xbb\xbf{"zz": 1}', "row 1 in {}: got an object with zz, expected " + KEYS),
+        ('{"messages": [{"role": "user"}]}',
+         "row 1 in {}: got message 1 without content, expected role and content, or from and value"),
         (b"fine\n\xff\n", "calibration file in {}: got byte 5 that is not UTF-8, expected UTF-8 text"),
-        ('"\\ud800"', "text: got character 0 that is not Unicode, expected text that UTF-8 can hold"),
-        ('"fine"\n""', "line 2 in {}: got an empty text, expected some words. Remove it."),
+        ('"\\ud800"',
+         "calibration row 1 in {}: text: got character 0 that is not Unicode, expected text that UTF-8 can hold"),
     ],
-)
+)  # fmt: skip
 def test_a_calibration_file_that_cannot_be_used_is_refused(cli, float_model, content, message):
     path = write(float_model.parent, content)
     assert quantize_refused(cli, float_model, "--calib", path, scheme="w8a8") == message.format(path)
 
 
-@pytest.mark.parametrize("line", ['{"text": "a"', '{"text": "a"} tail', '"open', '{"text": NONE}', "{" * 100_000])
-def test_a_malformed_line_is_named_by_its_number(cli, float_model, line):
-    path = write(float_model.parent, f"plain text\n\n{line}\n")
-    message = quantize_refused(cli, float_model, "--calib", path, scheme="w8a8")
-    assert message.startswith(f"line 3 in {path}: got no JSON (")
-    assert message.endswith("), expected one JSON value a line")
-
-
 @pytest.mark.parametrize("option", ["--calib", "--calib-ids"])
-@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file or directory"), ("", "Is a directory")])
-def test_a_calibration_file_that_cannot_be_read_is_named(cli, float_model, option, name, reason):
-    path = float_model.parent / name
-    message = quantize_refused(cli, float_model, option, path, scheme="w8a8")
-    assert message == f"cannot read {path}: {reason}. Check the path."
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_line(cli, float_model):
-    path = write(float_model.parent, b'\xef\xbb\xbf{"zz": 1}')
-    message = quantize_refused(cli, float_model, "--calib", path, scheme="w8a8")
-    assert message == f"line 1 in {path}: got an object with zz, expected {KEYS}"
-
-
-def test_a_bad_line_beyond_the_limit_is_not_looked_at(cli, tmp_path, shared_model):
-    path = write(tmp_path, '"good"\n{broken')
-    options = ("--scheme", "w8a8", "--calib", path, "--calib-limit", 1)
-    result = cli("quantize", shared_model, tmp_path / "out", *options)
-    assert result.code == 0, result.err
-
-
-# --- calibration ids
+def test_a_calibration_file_that_cannot_be_read_is_named(cli, float_model, option):
+    message = quantize_refused(cli, float_model, option, float_model.parent / "gone", scheme="w8a8")
+    assert message == f"cannot read {float_model.parent}/gone: No such file or directory. Check the path."
+    message = quantize_refused(cli, float_model, option, float_model.parent, scheme="w8a8")
+    assert message.endswith(f"file in {float_model.parent}: got a directory, expected a file with text")
 
 
 @pytest.mark.parametrize(
@@ -96,29 +68,13 @@ def test_a_bad_line_beyond_the_limit_is_not_looked_at(cli, tmp_path, shared_mode
     [
         ("", "token id file in {}: got no rows, expected one JSON list a line"),
         ("[1, 2]\n[]", "line 2 in {}: got [], expected a JSON list of token ids, such as [1, 42]"),
-        ("[1, 2.0]", "line 1 in {}: got [1, 2.0], expected a JSON list of token ids, such as [1, 42]"),
-        ("[true]", "line 1 in {}: got [true], expected a JSON list of token ids, such as [1, 42]"),
-        ('{"ids": [1]}', 'line 1 in {}: got {{"ids": [1]}}, expected a JSON list of token ids, such as [1, 42]'),
-        (
-            '"' + "x" * 99 + '"',
-            'line 1 in {}: got "' + "x" * 56 + "..., expected a JSON list of token ids, such as [1, 42]",
-        ),
         ("[1, 319]\n\n[1, 320]", "line 3 in {}: got token id 320, expected 0 to 319"),
-        ("[-1]", "line 1 in {}: got token id -1, expected 0 to 319"),
-        (f"[{10**30}]", f"line 1 in {{}}: got token id {10**30}, expected 0 to 319"),
-        (b"\xfe\n", "calibration file in {}: got byte 0 that is not UTF-8, expected UTF-8 text"),
+        (b"\xfe\n", "token id file in {}: got byte 0 that is not UTF-8, expected UTF-8 text"),
     ],
 )
 def test_token_ids_that_cannot_be_used_are_refused(cli, float_model, content, message):
     path = write(float_model.parent, content)
     assert quantize_refused(cli, float_model, "--calib-ids", path, scheme="w8a8") == message.format(path)
-
-
-def test_a_malformed_line_of_ids_is_named_by_its_number(cli, float_model):
-    path = write(float_model.parent, "[1]\n[1, 2\n")
-    message = quantize_refused(cli, float_model, "--calib-ids", path, scheme="w8a8")
-    assert message.startswith(f"line 2 in {path}: got no JSON (")
-    assert message.endswith("), expected one JSON value a line")
 
 
 def test_ids_may_stand_under_input_ids_and_behind_a_byte_order_mark(cli, tmp_path, shared_model):
@@ -388,7 +344,7 @@ def test_a_prompt_that_is_no_unicode_is_refused(cli, shared_model):
     [
         ("", "text in {}: got nothing, expected some words"),
         (" \n\t", "text in {}: got nothing, expected some words"),
-        (b"ab\xff", "text in {}: got byte 2 that is not UTF-8, expected UTF-8"),
+        (b"ab\xff", "text in {}: got byte 2 that is not UTF-8, expected UTF-8 text"),
         ("seven t", "text: got 7 tokens, expected at least one chunk of 8. Lower --chunk-len."),
     ],
 )
@@ -398,10 +354,11 @@ def test_a_text_that_cannot_be_measured_is_refused(cli, tmp_path, shared_model, 
     assert refused(cli, *args, within=shared_model) == message.format(path)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("gone", "No such file or directory"), ("", "Is a directory")])
-def test_a_text_that_cannot_be_read_is_named(cli, tmp_path, shared_model, name, reason):
-    message = refused(cli, "eval", shared_model, "--text", tmp_path / name, within=tmp_path)
-    assert message == f"cannot read {tmp_path / name}: {reason}. Check the path."
+def test_a_text_that_cannot_be_read_is_named(cli, tmp_path, shared_model):
+    message = refused(cli, "eval", shared_model, "--text", tmp_path / "gone", within=tmp_path)
+    assert message == f"cannot read {tmp_path}/gone: No such file or directory. Check the path."
+    message = refused(cli, "eval", shared_model, "--text", tmp_path, within=tmp_path)
+    assert message == f"text in {tmp_path}: got a directory, expected a file with text"
 
 
 def test_models_of_different_vocabularies_are_not_compared(cli, tmp_path, shared_model):
