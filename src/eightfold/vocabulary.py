@@ -81,9 +81,12 @@ def blaming(path: Path, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (EightfoldError, KeyboardInterrupt, SystemExit, MemoryError, OverflowError, TypeError):
+    except (EightfoldError, MemoryError, OverflowError, TypeError):
         raise
-    except BaseException as error:  # a panic of the library is not an Exception
+    except BaseException as error:
+        # A panic of the library is not an Exception; nor is what ends the program, such as Ctrl-C.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         got = shorten(str(error), _MOST_SHOWN)
         raise CheckpointError("tokenizer", where=path, got=got, expected=expected) from None
 
