@@ -202,6 +202,7 @@ def _system_error(error: OSError) -> str:
     left = kept_work(error) or _NOTHING_LEFT
     advice = {
         errno.ENOSPC: f"Free some space, or choose another disk; {left}",
+        errno.EIO: f"A disk of the model or of OUT fails: see the system's log; {left}",
         errno.EDQUOT: f"Your disk quota is used up; {left}",
         errno.EFBIG: f"The file size limit is too small; {left}",
         errno.EACCES: "Check the permissions.",

@@ -12,6 +12,7 @@ that finds itself between the two undoes the first.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -118,9 +119,12 @@ class Output:
             self._close(keeps=bool(self._journal and (self._journal.steps or self._journal.complete)))
             if not isinstance(error, OSError):
                 raise
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise OutputError(
                 f"cannot write to {self.target}: {error.strerror or error}",
-                action="Choose a directory you may write to.",
+                action="Free some space, or choose another disk."
+                if is_full
+                else "Choose a directory you may write to.",
             ) from None
         return self
 
