@@ -208,7 +208,7 @@ class Run:
     def _lost_statistics(self, entry: Entry) -> bool:
         try:
             return bool(checksum_of_file(self._statistics_path(entry["layer"])) != entry["file"])
-        except OSError:
+        except (OSError, CheckpointError):
             return True
 
     def _finish(self, step: str, moved: Sequence[HiddenStates] = (), **facts: Any) -> None:
