@@ -115,9 +115,9 @@ class Source:
             real = back
         self.expected[name] = torch.from_numpy(real.copy())
 
-    def write(self, path: Path, tokenizer: bool = True) -> Path:
+    def write(self, path: Path, tokenizer: bool = True, part_tensors: int = 0) -> Path:
         config = self.config
-        writer = gguf.GGUFWriter(path, self.architecture)
+        writer = gguf.GGUFWriter(path, self.architecture, split_max_tensors=part_tensors)
         fields = {
             "add_block_count": config["num_hidden_layers"],
             "add_context_length": config["max_position_embeddings"],

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -180,6 +183,116 @@ def test_damaged_metadata_never_ends_in_a_traceback(tmp_path, source):
         except EightfoldError:
             refused += 1
     assert refused > 30
+
+
+def test_a_split_file_is_read_from_any_of_its_parts(tmp_path):
+    made = Source(float_config())
+    made.write(tmp_path / "whole.gguf")
+    made.write(tmp_path / "tiny.gguf", part_tensors=8)
+    parts = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert [part.name for part in parts] == [f"tiny-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    outputs = [tmp_path / f"out{i}" for i in range(3)]
+    for path, target in zip((tmp_path / "whole.gguf", parts[0], parts[2]), outputs, strict=True):
+        import_gguf(path, target, DType.BF16)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert len({(target / name).read_bytes() for target in outputs}) == 1
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"^parts of .*got no tiny-00002-of-00003\.gguf, .*all 3\."):
+        import_gguf(parts[0], tmp_path / "x", DType.BF16)
+    parts[0].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"^split .*renamed\.gguf: got one of 3 parts, .*gguf-split --merge"):
+        import_gguf(tmp_path / "renamed.gguf", tmp_path / "x", DType.BF16)
+
+
+KINDS = gguf.GGUFValueType
+
+
+def head(tensors: int, fields: int, *rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(rest)
+
+
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def tensor(name: bytes, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def field(key: bytes, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (head(2**63, 0), f"{2**63} tensors, and not at most 100000"),
+        (head(0, 2**63), f"{2**63} fields, and not at most 10000"),
+        (head(0, 1, struct.pack("<Q", 2**63)), f"{2**63} bytes of a text, and not at most 16777216"),
+        (head(0, 1, field(b"a", 9, struct.pack("<IQ", 0, 2**63))), f"{2**63} items of a list, and not at most 2000000"),
+        (head(0, 1, field(b"a", 9, struct.pack("<IQ", 9, 1)) * 9), "lists of lists"),
+        (head(0, 1, field(b"a", 13, b"")), "a field of type 13"),
+        (head(0, 2, field(b"a", 0, b"\1"), field(b"a", 0, b"\1")), "two fields 'a'"),
+        (head(0, 1, text(b"\xff"), bytes(9)), "text that is not UTF-8 before byte 33"),
+        (head(1, 0, tensor(b"a", [])), "a tensor of 0 dimensions"),
+        (head(1, 0, tensor(b"a", [1] * 5)), "a tensor of 5 dimensions"),
+        (head(1, 0, tensor(b"a", [2**62] * 4)), "it ends before tensor 'a' does"),
+        (head(1, 0, tensor(b"a", [0])), "tensor 'a' of shape [0] at 0"),
+        (head(1, 0, tensor(b"a", [4], offset=1), bytes(99)), "tensor 'a' of shape [4] at 1"),
+        (head(1, 0, tensor(b"a", [33], kind=8), bytes(99)), "tensor 'a' of shape [33] at 0"),
+        (head(1, 0, tensor(b"a", [4], kind=999), bytes(99)), "tensor 'a' of type 999"),
+        (head(2, 0, tensor(b"a", [4]), tensor(b"a", [4]), bytes(99)), "tensor 'a' twice"),
+        (
+            head(2, 0, tensor(b"a", [16]), tensor(b"b", [4], offset=32), bytes(199)),
+            "tensor 'b' in the place of another",
+        ),
+        (head(0, 1, field(b"general.alignment", 4, struct.pack("<I", 0))), "alignment 0"),
+        (head(0, 1, field(b"general.alignment", 8, text(b"x" * 400))), f"alignment '{'x' * 56}..."),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version 50331648, and not 2 or 3, little-endian"),
+    ],
+)
+def test_counts_places_and_sizes_that_lie_are_refused_at_once(tmp_path, content, got):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as failure:
+        import_gguf(path, tmp_path / "out", DType.BF16)
+    assert str(failure.value) == f"container in {path}: got {got}, expected a whole GGUF file. Fetch it again."
+
+
+def test_a_list_of_millions_of_values_is_not_kept(tmp_path):
+    path = tmp_path / "x.gguf"
+    many = field(b"b", 9, struct.pack("<IQ", 8, 1_000_000) + bytes(8) * 1_000_000)
+    path.write_bytes(head(0, 2, many, many.replace(b"b", b"c", 1)))
+    with pytest.raises(UnsupportedError, match="architecture"):
+        import_gguf(path, tmp_path / "out", DType.BF16)
+    path.write_bytes(head(0, 3, many, many.replace(b"b", b"c", 1), many.replace(b"b", b"d", 1)))
+    with pytest.raises(CheckpointError, match="lists of more than 2000000 items in all"):
+        import_gguf(path, tmp_path / "out", DType.BF16)
+
+
+def test_what_would_be_waited_for_and_what_points_elsewhere_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "lfs.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    for name, got in (("pipe", "a FIFO"), ("lfs", "a Git LFS pointer")):
+        with pytest.raises(CheckpointError, match=rf"^{name}\.gguf in .*: got {got}, expected "):
+            import_gguf(tmp_path / f"{name}.gguf", tmp_path / "out", DType.BF16)
+
+
+@pytest.mark.parametrize("most", [1000, 3000])
+def test_a_disk_that_is_full_while_the_tokenizer_is_written_is_one_line(tmp_path, source, most):
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))\n"
+        "from eightfold.cli.main import main\n"
+        "sys.argv[0] = 'eightfold'\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, "-c", code, "import-gguf", source, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert re.match(r"eightfold: .*[Ff]ile too large", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
 def test_a_missing_file_and_a_directory_are_no_files(tmp_path):

@@ -171,8 +171,9 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self._file = open_regular(path)
         weakref.finalize(self, os.close, self._file)
+        self.nbytes = os.fstat(self._file).st_size
         # Copy-on-write: arrays come out writable, as torch wants them, while nothing can reach the file.
-        self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+        self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY) if self.nbytes else b""
 
     def array(self, info: TensorInfo) -> NDArray[Any]:
         """Return a view of a tensor, in its shape; BF16 as uint16 bit patterns."""
@@ -183,10 +184,16 @@ class MappedFile:
             return np.empty(info.shape, dtype)
         return np.frombuffer(self._map, dtype, count, info.begin).reshape(info.shape)
 
+    def raw(self, begin: int, end: int) -> NDArray[np.uint8]:
+        """Return a view of bytes."""
+        import numpy as np
+
+        return np.frombuffer(self._map, np.uint8, end - begin, begin)
+
     def release(self, begin: int, end: int) -> None:
         """Let go of the pages that lie wholly between two offsets of the file; a later view reads them again."""
         at, length = whole_pages(begin, end)
-        if length and hasattr(mmap, "MADV_DONTNEED"):
+        if length and hasattr(mmap, "MADV_DONTNEED") and isinstance(self._map, mmap.mmap):
             self._map.madvise(mmap.MADV_DONTNEED, at, length)
             drop(self._file, begin, end)
 

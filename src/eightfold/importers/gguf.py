@@ -1,6 +1,6 @@
 """GGUF -> a float model directory, one tensor in memory at a time.
 
-The gguf package reads the container and widens its block formats to float32; transformers rebuilds the tokenizer.
+The gguf package widens block formats to float32, and transformers rebuilds the tokenizer; container.py reads the rest.
 Here are the names, the configuration, and the one thing that differs in the numbers: files of the `llama`
 architecture hold the rows of q and k in the order in which RoPE rotates neighbours, and model directories in the
 order in which it rotates halves.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, RopeParameters, both_dialects, parse_config
-from eightfold.errors import CheckpointError, DependencyError, UnsupportedError, one_of, shortlist
+from eightfold.errors import CheckpointError, DependencyError, OutputError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, layer_prefix
 from eightfold.files import write_json
 from eightfold.format.directory import CONFIG_NAME
@@ -27,6 +27,7 @@ from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
 from eightfold.format.tokenizer_files import write_for_both
+from eightfold.importers.container import StoredTensor, read_container
 from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
@@ -62,10 +63,11 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True)
 class _GgufFile:
-    path: Path
-    fields: dict[str, Any]  # metadata, read
-    tensors: dict[str, Any]  # gguf.ReaderTensor by name
+    path: Path  # of the part that has the metadata
+    fields: dict[str, Any]
+    tensors: dict[str, StoredTensor]
     dequantize: Callable[[NDArray[Any], Any], NDArray[np.float32]]
+    kinds: Callable[[int], Any]  # number of a type -> gguf's name of it
 
     def field(self, key: str, default: Any = None) -> Any:
         return self.fields.get(f"{self.fields['general.architecture']}.{key}", default)
@@ -77,17 +79,17 @@ class _GgufFile:
         return float(require(POSITIVE, self.field(key, default), key, self.path))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, outputs first."""
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+        return self.tensors[name].shape
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor as float32 in its (N, K) shape."""
         stored = self.tensors[name]
+        kind = self.kinds(stored.kind)
         try:
-            real = self.dequantize(stored.data, stored.tensor_type)
+            real = self.dequantize(stored.rows(), kind)
         except NotImplementedError:
-            raise UnsupportedError(f"tensor type of {name}", where=self.path, got=stored.tensor_type.name) from None
-        return torch.from_numpy(real.astype("<f4")).reshape(self.shape(name))
+            raise UnsupportedError(f"tensor type of {name}", where=self.path, got=kind.name) from None
+        return torch.from_numpy(real.astype("<f4")).reshape(stored.shape)
 
 
 def import_gguf(
@@ -113,7 +115,7 @@ def import_gguf(
     head = {"format": FORMAT, "command": "import-gguf"}
     with Output(target, head, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan))
-        _write_tokenizer(source, output.path, raw)  # first: what can fail in seconds should not after minutes
+        _write_tokenizer(file.path, output.path, raw)  # first: what can fail in seconds should not after minutes
         with (
             ShardedWriter(output.path, "model", plan, metadata={"format": "pt"}) as writer,
             progress("import", len(names), "tensor") as task,
@@ -136,34 +138,10 @@ def _open(path: Path) -> _GgufFile:
         raise DependencyError(
             "eightfold import-gguf needs gguf", got="none installed", action="Install it: pip install 'eightfold[gguf]'"
         ) from None
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise CheckpointError(f"no file {path}", expected="a .gguf file", action="Check the path.")
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        # The original reads on past the end, and a damaged count of empty values keeps it at that for hours.
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) < count:
-                raise ValueError(f"it ends before byte {offset}")
-            return found
-
-    try:
-        reader = Reader(path)
-        # The vocabulary and its merges are long, and the tokenizer is rebuilt from the file itself.
-        fields = {
-            key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.ggml.")
-        }
-        special = {key: reader.fields[key].contents() for key in reader.fields if key.endswith("_token_id")}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            "container", where=path, got=error, expected="a whole GGUF file", action="Fetch it again."
-        ) from None
-    if len(tensors) < len(reader.tensors):
-        raise CheckpointError(
-            "tensor names", where=path, got="one twice", expected="each once", action="Fetch it again."
-        )
-    file = _GgufFile(path, {**fields, **special}, tensors, gguf.dequantize)
+    container = read_container(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    fields = container.fields
     architecture = fields.get("general.architecture")
     if (
         not isinstance(architecture, str)
@@ -173,7 +151,7 @@ def _open(path: Path) -> _GgufFile:
         raise UnsupportedError(
             "architecture", where=path, got=architecture, expected=f"a dense model of {one_of(ARCHITECTURES)}"
         )
-    return file
+    return _GgufFile(container.path, fields, container.tensors, gguf.dequantize, gguf.GGMLQuantizationType)
 
 
 def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
@@ -318,7 +296,12 @@ def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None
             got=f"{type(error).__name__}: {error}",
             expected="one that transformers can rebuild",
         ) from None
-    tokenizer.save_pretrained(str(directory))
+    try:
+        tokenizer.save_pretrained(str(directory))
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library says so of a full disk
+        raise OutputError("tokenizer", where=directory, got=error, expected="room to write it") from None
     write_for_both(directory)
     ids: dict[str, Any] = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
     write_json(directory / "generation_config.json", ids)
