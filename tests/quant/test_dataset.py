@@ -144,6 +144,24 @@ def test_files_that_are_none(tmp_path):
         read_rows(tmp_path / "c.csv")
 
 
+@pytest.mark.parametrize("content", ["a\n" * 30, json.dumps(["a"] * 30), json.dumps([["a"] * 30]), '["a"]\n' * 30])
+def test_more_rows_than_anybody_calibrates_on(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(dataset, "MAX_ROWS", 20)
+    (tmp_path / "c.txt").write_text(content)
+    assert read_rows(tmp_path / "c.txt", 3) == ["a"] * 3
+    for limit in (None, 25):
+        with pytest.raises(InputError, match="got more than 20 rows, expected fewer"):
+            read_rows(tmp_path / "c.txt", limit)
+
+
+@pytest.mark.parametrize("content", ["[" + "[]," * 30 + "[]]", '{"a":' * 30, "[" * 30])
+def test_json_of_very_many_parts_is_not_parsed(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(dataset, "_MAX_CONTAINERS", 20)
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(InputError, match="more than 20 lists or objects"):
+        read_rows(tmp_path / "c.json")
+
+
 def test_of_a_large_file_the_first_rows_can_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "MAX_BYTES", 1 << 20)
     (tmp_path / "c.txt").write_text("some words\n" * 200_000)

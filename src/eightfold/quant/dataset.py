@@ -17,10 +17,12 @@ Source: the files of msModelSlim and MindIE. Of an object with a text and its an
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,12 @@ TASK_KEYS = ("instruction", "input", "output")
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 
 MAX_BYTES = 32 << 20
+MAX_ROWS = 100_000
 _MAX_NESTED = 8  # lists in lists
+_MAX_CONTAINERS = 1 << 20  # lists or objects that are parsed at once
+
+# So many lines at least say whether a file is plain text, however few are wanted.
+_LOOKED_AT = 1000
 
 # How a line begins that is JSON, or was meant to be.
 _LIKE_JSON = re.compile(r"""\s*(\{\s*(["']|$)|\[[\[\s]*(["'{]|$))""")
@@ -82,6 +89,7 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
             found += _rows(value)
         except _RowError as error:
             raise InputError(place, where=path, got=error.got, expected=error.expected, action=error.action) from None
+        _require_few(found[:limit], path)
         if limit is not None and len(found) >= limit:
             return found[:limit]
     if not found:
@@ -96,7 +104,7 @@ def read_token_ids(path: Path, limit: int | None = None, vocab_size: int | None 
         InputError: unreadable, empty, a row that is not a list of token ids, or an id outside the vocabulary.
     """
     samples = []
-    for place, value in _values(path, limit, "token id file")[:limit]:
+    for place, value in _values(path, limit, "token id file"):
         ids = value.get("input_ids") if isinstance(value, dict) else value
         if not is_token_ids(ids):
             got = shorten(value if isinstance(value, str) else json.dumps(value))
@@ -180,26 +188,43 @@ def truncate(samples: Sequence[list[int]], max_tokens: int) -> tuple[list[list[i
 
 
 def _values(path: Path, limit: int | None, title: str) -> list[tuple[str, Any]]:
-    """Return what stands in each place of a file: values of JSON, or the lines of a plain text."""
+    """Return what stands in each place of a file, values of JSON or lines of plain text; each has a row or more."""
     if limit is not None and limit < 1:
         raise ConfigError("limit", got=limit, expected="at least 1")
     if path.suffix.lower() in (".csv", ".tsv"):
         raise InputError(title, where=path, got="a table", expected="JSON, or one text a line", action="Convert it.")
     text, is_cut = read_text(path, title, MAX_BYTES, cuts=limit is not None)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = [(f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if is_cut:
+        text = text[: text.rfind("\n") + 1]
+    lines = _lines(text, min(max(limit or MAX_ROWS, _LOOKED_AT), MAX_ROWS) + 1)
     try:
         whole = _parse(text)
     except ValueError as error:
-        is_whole = bool(lines) and _LIKE_JSON.match(lines[0][1]) is not None and not _is_json(lines[0][1])
-        if is_cut and (is_whole or len(lines) < 2):
+        is_whole = bool(lines) and _is_broken_json(lines[0][1], error)
+        if is_cut and (is_whole or not lines):
             got = f"a row or JSON of more than {MAX_BYTES >> 20} MiB"
             raise InputError(title, where=path, got=got, expected="less, or one row a line") from None
         if is_whole:
             raise _not_json(_place(error), path, error) from None
-        return _line_values(lines[:-1] if is_cut else lines, path)
-    is_one = not isinstance(whole, list) or is_token_ids(whole) or _is_chat(whole)
-    return [("row 1", whole)] if is_one else [(f"row {number}", item) for number, item in enumerate(whole, 1)]
+        found = _line_values(lines, path)
+    else:
+        is_one = not isinstance(whole, list) or is_token_ids(whole) or _is_chat(whole)
+        items = [whole] if is_one else whole[: MAX_ROWS + 1]
+        found = [(f"row {number}", item) for number, item in enumerate(items, 1)]
+    _require_few(found[:limit], path)
+    return found[:limit]
+
+
+def _lines(text: str, most: int) -> list[tuple[str, str]]:
+    """Return the first lines that are not blank, and what they are called."""
+    numbered = enumerate(io.StringIO(text, newline=None), 1)
+    return list(islice(((f"line {number}", line) for number, line in numbered if line.strip()), most))
+
+
+def _require_few(rows: Sequence[Any], path: Path) -> None:
+    if len(rows) > MAX_ROWS:
+        got = f"more than {MAX_ROWS} rows"
+        raise InputError("calibration", where=path, got=got, expected="fewer", action="Take the first: `calib_limit`.")
 
 
 def _line_values(lines: Sequence[tuple[str, str]], path: Path) -> list[tuple[str, Any]]:
@@ -210,7 +235,7 @@ def _line_values(lines: Sequence[tuple[str, str]], path: Path) -> list[tuple[str
         try:
             found.append((place, _parse(line)))
         except ValueError as error:
-            if _LIKE_JSON.match(line):
+            if _is_broken_json(line, error):
                 raise _not_json(place, path, error) from None
             plain.append((place, line.strip()))
     if found and plain:
@@ -230,18 +255,28 @@ def _parse(text: str) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no value of JSON")
 
+    if max(text.count("["), text.count("{")) > _MAX_CONTAINERS:
+        raise _TooMuchJson(f"more than {_MAX_CONTAINERS} lists or objects")
     try:
         return json.loads(text, parse_constant=refuse)
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise _TooMuchJson("nested too deep") from None
 
 
-def _is_json(text: str) -> bool:
-    try:
-        _parse(text)
-    except ValueError:
+class _TooMuchJson(ValueError):
+    """It is not parsed, whether it is JSON or not."""
+
+
+def _is_broken_json(line: str, error: ValueError) -> bool:
+    """Return whether a line was meant as JSON, or begins some, and is none; `error` is that of what it begins."""
+    is_meant = line.lstrip().startswith(("[", "{")) if isinstance(error, _TooMuchJson) else _LIKE_JSON.match(line)
+    if not is_meant:
         return False
-    return True
+    try:
+        _parse(line)
+    except ValueError:
+        return True
+    return False
 
 
 def _place(error: ValueError) -> str:
