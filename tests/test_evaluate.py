@@ -238,7 +238,7 @@ def test_a_text_that_cannot_be_used_is_refused(tmp_path, content, message):
 def test_a_text_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"^cannot read .*Check the path\.$"):
         read_evaluation_text(tmp_path / "absent")
-    for path, got in ((tmp_path, "a directory"), (Path("/dev/zero"), "a pipe or device")):
+    for path, got in ((tmp_path, "a directory"), (Path("/dev/zero"), "a device")):
         with pytest.raises(InputError, match=f"^text in .*: got {got}, expected a file with text$"):
             read_evaluation_text(path)
 
@@ -267,7 +267,7 @@ def test_a_token_that_a_model_lacks_is_refused(cli, float_model, tmp_path):
     path = float_model / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     more = [
-        {"id": 1000 + i, "content": f"<{i}>", "single_word": False, "lstrip": False, "rstrip": False,
+        {"id": 261 + i, "content": f"<{i}>", "single_word": False, "lstrip": False, "rstrip": False,
          "normalized": False, "special": True} for i in range(100)
     ]  # fmt: skip
     path.write_text(json.dumps({**tokenizer, "added_tokens": tokenizer["added_tokens"] + more}))

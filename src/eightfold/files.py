@@ -1,4 +1,4 @@
-"""Files of a model directory, opened and read as what they are: somebody else's.
+"""Files of a model directory, and those that a user names, opened and read as what they are: somebody else's.
 
 Only regular files are opened, and never waited for: a FIFO would block, a device may do anything. What is read whole
 has a limit, stated here. JSON is parsed in linear time and bounded memory; keys stand once.
@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from eightfold.errors import CheckpointError, InputError, OutputError
-
-MAX_DEPTH = 64
-MAX_MARKS = 4_000_000
 
 MAX_JSON_BYTES = 16 << 20  # config.json and other settings
 MAX_LIST_BYTES = 64 << 20  # a description, an index, a journal: a line for each tensor; tokenizer.json
@@ -127,63 +124,6 @@ def refuse_pointer(begin: bytes, path: Path) -> None:
         )
 
 
-def parse_json(blob: bytes, where: Path, what: str = "JSON") -> dict[str, Any]:
-    """Return the object that a JSON text is.
-
-    Args:
-        blob: the text.
-        where: the file, for messages.
-        what: which part of it, for messages.
-
-    Raises:
-        CheckpointError: no JSON, no object, a key twice, or too many values or too deep for a file of settings.
-    """
-
-    def refused(got: Any) -> CheckpointError:
-        return CheckpointError(what, where=where, got=got, expected="a JSON object", action="Fetch the file again.")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen = dict(pairs)
-        if len(seen) < len(pairs):
-            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f'key "{name}"', where=where, got="two values", expected="one", action="Remove one.")
-        return seen
-
-    if sum(map(blob.count, (b"{", b"[", b":", b","))) > MAX_MARKS:
-        raise refused(f"one of more than {MAX_MARKS} values")
-    try:
-        value = json.loads(blob, object_pairs_hook=unique)
-    except RecursionError:
-        raise refused(f"values more than {MAX_DEPTH} deep") from None
-    except ValueError as error:
-        raise refused(error) from None
-    if not isinstance(value, dict):
-        raise refused(f"a {type(value).__name__}")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if type(outer) is dict else outer)
-            if type(inner) is dict or type(inner) is list
-        ]
-        if not level:
-            return value
-    raise refused(f"values more than {MAX_DEPTH} deep")
-
-
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Read a JSON file that must hold one object, without duplicate keys.
-
-    Raises:
-        CheckpointError: unreadable, longer than `most` bytes, not JSON, or not an object.
-    """
-    return parse_json(read_file(path, most), path)
-
-
-_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
-
-
 def parse_value(blob: bytes) -> Any:
     """Return the value of a JSON text, in linear time and bounded memory.
 
@@ -225,6 +165,44 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def parse_json(blob: bytes, where: Path, what: str = "JSON") -> dict[str, Any]:
+    """Return the object that a JSON text is.
+
+    Args:
+        blob: the text.
+        where: the file, for messages.
+        what: which part of it, for messages.
+
+    Raises:
+        CheckpointError: no JSON, no object, a key twice, or too many values or too deep for a file of settings.
+    """
+
+    fact: Any
+    try:
+        value = parse_value(blob)
+        if isinstance(value, dict):
+            return value
+        fact = f"a {type(value).__name__}"
+    except RepeatedKey as error:
+        key = f'key "{error.name}"'
+        raise CheckpointError(key, where=where, got="two values", expected="one", action="Remove one.") from None
+    except ValueError as error:
+        fact = error
+    raise CheckpointError(what, where=where, got=fact, expected="a JSON object", action="Fetch the file again.")
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON file that must hold one object, without duplicate keys.
+
+    Raises:
+        CheckpointError: unreadable, longer than `most` bytes, not JSON, or not an object.
+    """
+    return parse_json(read_file(path, most), path)
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+
+
 def open_given(path: Path, title: str) -> BinaryIO:
     """Open a file that a user has given, for reading; a pipe, which would be waited for, or a device is refused.
 
@@ -232,16 +210,13 @@ def open_given(path: Path, title: str) -> BinaryIO:
         InputError: it is not a regular file, or may not be read. `title` says what it is.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {reason}", action="Check the path.") from None
-    mode = os.fstat(file).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(file, "rb")
-    os.close(file)
-    got = "a directory" if stat.S_ISDIR(mode) else "a pipe or device"
-    raise InputError(title, where=path, got=got, expected="a file with text")
+    if not stat.S_ISREG(mode):
+        raise InputError(title, where=path, got=_KINDS.get(stat.S_IFMT(mode), "no file"), expected="a file with text")
+    return os.fdopen(open_regular(path), "rb")
 
 
 def read_text(path: Path, title: str, most: int, *, cuts: bool = False) -> tuple[str, bool]:
@@ -291,7 +266,7 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: it cannot be written; what was there is left.
     """
     if path.exists() and not path.is_file():
-        got = "a directory" if path.is_dir() else "a pipe or device"
+        got = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "no file")
         raise OutputError(f"cannot write {path}", got=got, expected="a file, or nothing yet")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

@@ -425,6 +425,6 @@ def test_saving_over_a_pipe_or_device_is_refused(chat, tmp_path):
     result = chat(f"a\n/save --overwrite {tmp_path}/fifo\n/save --overwrite /dev/null\n", "--max-new-tokens", 3)
     refusals = [line for line in result.err.splitlines() if line.startswith("eightfold: ")]
     assert refusals == [
-        f"eightfold: cannot write {path}: got a pipe or device, expected a file, or nothing yet"
-        for path in (f"{tmp_path}/fifo", "/dev/null")
+        f"eightfold: cannot write {path}: got {kind}, expected a file, or nothing yet"
+        for path, kind in ((f"{tmp_path}/fifo", "a FIFO"), ("/dev/null", "a device"))
     ]

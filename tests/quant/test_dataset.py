@@ -133,8 +133,8 @@ def test_files_that_are_none(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, message in (
         (tmp_path, "got a directory, expected a file with text"),
-        (tmp_path / "pipe", "got a pipe or device"),
-        (Path("/dev/zero"), "got a pipe or device"),
+        (tmp_path / "pipe", "got a FIFO"),
+        (Path("/dev/zero"), "got a device"),
         (tmp_path / "absent", "No such file"),
     ):
         with pytest.raises(InputError, match=message):

@@ -298,5 +298,5 @@ def test_what_takes_more_than_a_recipe_should_is_refused_in_one_short_line(tmp_p
 
 def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "recipe.yaml")
-    with pytest.raises(InputError, match="got a pipe or device"):
+    with pytest.raises(InputError, match="got a FIFO"):
         read_recipe(tmp_path / "recipe.yaml")
