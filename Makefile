@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test sanitize lint env lock fidelity readme clean
+.PHONY: demo test fuzz sanitize lint env lock fidelity readme clean
 
 env: $(STAMP)
 
@@ -33,6 +33,10 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+# A million random files and requests for everything that reads them; ARGS='--seconds 60' for a minute.
+fuzz: env
+	$(BIN)/python -m tests.fuzz $(or $(ARGS),--runs 1000000)
 
 # The native code under gcc's address, undefined-behaviour and thread sanitizers.
 sanitize: env

@@ -1,0 +1,446 @@
+"""The readers: what each is given, and what it may answer."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from eightfold.errors import EightfoldError, InputError
+
+Read = Callable[[bytes], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader.
+
+    Attributes:
+        seeds: returns inputs that it reads; it may use the reader's folder.
+        make: returns the reader, given a folder of its own.
+        share: of the inputs of a run over all readers.
+        refusals: what it documents to raise.
+    """
+
+    seeds: Callable[[Path], list[bytes]]
+    make: Callable[[Path], Read]
+    share: float
+    refusals: tuple[type[BaseException], ...] = (EightfoldError,)
+
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 320,
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 256, "eos_token_id": [257, 258],
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 64},
+}  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+
+
+def dumped(*values: Any) -> list[bytes]:
+    """Return each value as JSON."""
+    return [json.dumps(value).encode() for value in values]
+
+
+def of_file(name: str, read: Callable[[Path], object]) -> Callable[[Path], Read]:
+    """Return what makes a reader of one file in a folder."""
+
+    def make(work: Path) -> Read:
+        path = work / name
+
+        def each(data: bytes) -> object:
+            path.write_bytes(data)
+            return read(path)
+
+        return each
+
+    return make
+
+
+# --- models
+
+
+def header(tensors: dict[str, Any]) -> bytes:
+    """Return a safetensors file: header, and zeros for the data."""
+    text = json.dumps(tensors).encode()
+    size = max([entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"], default=0)
+    return struct.pack("<Q", len(text)) + text + bytes(size)
+
+
+TENSORS: dict[str, Any] = {
+    "__metadata__": {"format": "pt"},
+    "a.weight": {"dtype": "I8", "shape": [4, 8], "data_offsets": [0, 32]},
+    "a.scale": {"dtype": "BF16", "shape": [4, 1], "data_offsets": [32, 40]},
+    "b": {"dtype": "F32", "shape": [], "data_offsets": [40, 44]},
+    "c": {"dtype": "I64", "shape": [0, 7], "data_offsets": [44, 44]},
+}
+
+
+def safetensors(path: Path) -> object:
+    from eightfold.format.safetensors import MappedFile, read_header
+
+    infos = read_header(path)
+    if not infos:
+        return None
+    mapped = MappedFile(path)
+    return [mapped.array(info).sum() for info in infos.values() if info.dtype in ("I8", "F32", "I64")]
+
+
+def safetensors_header(path: Path) -> object:
+    """Read a file whose header has the length that it says, and which is as long as a reader may hope."""
+    text = path.read_bytes()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(44))
+    return safetensors(path)
+
+
+def config(path: Path) -> object:
+    from eightfold.config import DType, both_dialects, parse_config
+    from eightfold.files import read_json
+
+    raw = read_json(path)
+    return both_dialects(raw, parse_config(raw, path), DType.BF16)
+
+
+def description(path: Path) -> object:
+    from eightfold.format.checkpoint import check_entries, read_description
+
+    found = read_description(path)
+    check_entries(found, list(found.tags))
+    return found
+
+
+def quantized(work: Path) -> dict[str, bytes]:
+    """Return the files of a quantized model, without its journal."""
+    from eightfold.quant.pipeline import quantize_checkpoint
+    from eightfold.quant.recipe import Recipe
+    from eightfold.scheme import QuantType
+    from tests.conftest import tiny_config, token_samples, write_model
+
+    if not (work / "model").is_dir():
+        small = tiny_config(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+        quantize_checkpoint(write_model(work / "float", small), work / "model", Recipe(QuantType.W8A8), token_samples())
+        (work / "model" / "eightfold_journal.jsonl").unlink()
+    return {path.name: path.read_bytes() for path in sorted((work / "model").iterdir()) if path.is_file()}
+
+
+def of_quantized(files: dict[str, bytes]) -> list[str]:
+    """Return the names of the configuration, the description and the weights."""
+    return ["config.json", *(name for name in files if "description" in name or name.endswith(".safetensors"))]
+
+
+def quantized_seeds(work: Path) -> list[bytes]:
+    """Return the contents of these."""
+    files = quantized(work)
+    return [files[name] for name in of_quantized(files)]
+
+
+def checkpoint(work: Path) -> Read:
+    """Read a directory of which one file is the input; which, its beginning says."""
+    from eightfold.format.checkpoint import Checkpoint
+
+    files = quantized(work)
+    config, description, weights = of_quantized(files)
+
+    def read(data: bytes) -> object:
+        name = weights if data[:1] != b"{" else description if b"model_quant_type" in data else config
+        (work / "model" / name).write_bytes(data)
+        try:
+            found = Checkpoint.open(work / "model")
+            return [found.array(name).shape for name in found.tensors]
+        finally:
+            (work / "model" / name).write_bytes(files[name])
+
+    return read
+
+
+# --- texts
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    """Return the files of a byte-level tokenizer with special tokens and a chat template."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = [*map(chr, printable), *(chr(256 + at) for at in range(len(others)))]
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": 257 + at, "content": text, **plain} for at, text in enumerate(("<s>", "</s>", "<|user|>"))]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocab = {symbol: at for at, symbol in enumerate([*symbols, "he"])}
+    model = {"type": "BPE", "vocab": vocab, "merges": ["h e"], "byte_fallback": False}
+    fast = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": {"type": "NFC"},
+        "pre_tokenizer": level, "post_processor": None, "decoder": level, "model": model,
+    }  # fmt: skip
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": {"content": "</s>"},
+        "add_bos_token": True, "chat_template": TEMPLATE, "extra_special_tokens": {}, "model_max_length": 256,
+    }  # fmt: skip
+    return {
+        "tokenizer.json": json.dumps(fast).encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+        "special_tokens_map.json": json.dumps({"bos_token": "<s>", "eos_token": "</s>"}).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": [258], "temperature": 0.6}).encode(),
+        "config.json": json.dumps(CONFIG).encode(),
+    }
+
+
+def write_tokenizer(directory: Path) -> Path:
+    """Write these files."""
+    directory.mkdir(exist_ok=True)
+    for name, data in tokenizer_files().items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def tokenizer(name: str) -> Callable[[Path], Read]:
+    """Return what makes a reader of one of a tokenizer's files."""
+
+    def make(work: Path) -> Read:
+        from eightfold.tokenizer import StreamDecoder, Tokenizer, stop_token_ids
+
+        directory = write_tokenizer(work / "tokenizer")
+
+        def read(data: bytes) -> object:
+            (directory / name).write_bytes(data)
+            found = Tokenizer(directory)
+            ids = found.encode("Hello </s> é \x00 " + "ab" * 50)
+            found.decode(ids, keep_special=True)
+            stream = StreamDecoder(found)
+            for token in (*ids[:20], 0, 259, 2**31 - 1):
+                stream.push(token)
+            return stream.finish(), stop_token_ids(directory, CONFIG), found.has_chat_template, found.notes
+
+        return read
+
+    return make
+
+
+def template(work: Path) -> Read:
+    from eightfold.tokenizer import Tokenizer
+
+    directory = write_tokenizer(work / "tokenizer")
+
+    def read(data: bytes) -> object:
+        given = Tokenizer(directory, data.decode("utf-8", "replace"))
+        given.require_template()
+        return given.encode_chat(MESSAGES, add_generation_prompt=True, tools=[TOOL])
+
+    return read
+
+
+def calibration(path: Path) -> object:
+    from eightfold.quant.dataset import read_rows, read_token_ids
+
+    if path.read_bytes()[:2] == b"[[":
+        return read_token_ids(path, vocab_size=320)
+    return read_rows(path)
+
+
+CALIBRATION = (
+    *dumped(["a b", "c"], [{"prompt": "a", "ans": "b"}], [[1, 2], [3]]),
+    *dumped([{"conversations": [{"from": "human", "value": "x"}]}]),
+    b'{"text": "a"}\n{"messages": [{"role": "user", "content": "x"}]}\n',
+    b"plain\nlines\n",
+)
+
+
+def recipe(path: Path) -> object:
+    from eightfold.quant.recipe import make_recipe, read_recipe, render_recipe
+
+    return render_recipe(make_recipe(read_recipe(path)))
+
+
+RECIPES = (
+    b"scheme: w8a8\nanti_outlier: m4\nact_method: histogram\nkeep_float: ['*.down_proj']\n",
+    b"scheme: w8a8-dynamic\nfa_quant: true\nfa_amp: 2\ndisable_level: L2\ndtype: bf16\n",
+    b"scheme: w8a16\nkv_int8: true\nkv_observe: pre-rope\nkv_symmetric: true\n",
+)
+
+
+def journal(path: Path) -> object:
+    from eightfold.format import journal as lines
+
+    entries = lines.read_entries(path.parent)
+    assert entries is not None
+    lines.require_finished(path.parent)
+    return lines.progress_text(entries), lines.closing_line(entries)
+
+
+def journal_seed() -> bytes:
+    from eightfold.format.journal import render
+
+    entries: list[dict[str, Any]] = [
+        {"format": 1, "command": "quantize", "layers": 2, "recipe": {"scheme": "w8a8"}},
+        {"step": "layer 0", "tensors": {"a": 123}, "decisions": {"a": "w8a8"}, "hidden": [1, 2]},
+        {"complete": {"config.json": {"size": 3, "checksum": 4}}},
+    ]
+    return b"".join(render(entry) for entry in entries)
+
+
+# --- requests
+
+
+def batch(path: Path) -> object:
+    from eightfold.cli.batch_input import read_requests
+
+    return [request.fingerprint for request in read_requests(path, {"max_tokens": 5, "seed": 1})]
+
+
+BATCHES = (
+    b'{"prompt": "Hello", "max_tokens": 5, "stop": ["x"]}\n{"prompt": "a", "seed": 3}\n',
+    b'{"messages": [{"role": "user", "content": "Hi"}], "top_p": 0.5}\n',
+    b'{"prompt_token_ids": [1, 2, 3], "structured": {"regex": "[a-z]+"}, "logit_bias": {"5": -1}, "n": 2}\n',
+)
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": PARAMETERS}}
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"model": "m", "messages": MESSAGES, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "tools": [TOOL]},
+    {
+        "messages": [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "1", "content": ""}],
+        "tools": [TOOL],
+        "tool_choice": "required",
+    },
+    {"messages": MESSAGES, "response_format": SCHEMA, "logprobs": True, "top_logprobs": 2},
+    {"prompt": "Hello", "n": 2, "logprobs": 3, "echo": True, "stop": ["a", "b"], "temperature": 0.5, "top_p": 0.9},
+    {"prompt": [[1, 2], [3]], "guided_regex": "[ab]+", "logit_bias": {"5": -1}, "min_tokens": 1, "cache_salt": "s"},
+    {"prompt": ["a", "b"], "structured_outputs": {"choice": ["x", "y"]}, "stop_token_ids": [5], "best_of": 1},
+)
+
+
+def requests(work: Path) -> Read:
+    from eightfold.server.fields import Fields, parse
+    from eightfold.server.requests import read_chat, read_completion
+    from eightfold.tokenizer import Tokenizer
+
+    known = Tokenizer(write_tokenizer(work / "tokenizer"))
+    settings = SimpleNamespace(model_names=("m",), api_key=None)
+    service: Any = SimpleNamespace(template=TEMPLATE, settings=settings, texts=None, tokenizer=known)
+
+    def read(data: bytes) -> object:
+        fields = Fields(parse(data)[0])
+        fields.refuse_unsupported()
+        asked = read_chat(fields, service) if fields.any("messages") is not None else read_completion(fields, service)
+        assert fields.ignored is not None
+        return asked.encode(known) if asked.prompts < 50 and fields.any("messages") is None else asked
+
+    return read
+
+
+def line_error() -> tuple[type[BaseException], ...]:
+    """Return what the reader of a line of a file raises, to be told with its number."""
+    from eightfold.cli.batch_input import _LineError
+
+    return EightfoldError, _LineError
+
+
+def api_error() -> tuple[type[BaseException], ...]:
+    """Return what a server answers with."""
+    try:
+        from eightfold.server.fields import ApiError
+    except ImportError:
+        return (EightfoldError,)
+    return EightfoldError, ApiError
+
+
+TREE = {"$ref": "#/$defs/t", "$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}}
+FORMS: tuple[dict[str, Any], ...] = (
+    {"regex": "[a-z]{2,5}(x|y)*"},
+    {"json_schema": {**PARAMETERS, "required": ["a"], "additionalProperties": False}},
+    {"json_schema": TREE},
+    {"grammar": 'start: a b\na: /[0-9]+/\nb: "x" b | "y"'},
+    {"choices": ["yes", "no"]},
+    {"json_object": True},
+)
+
+
+def forms(work: Path) -> Read:
+    import random
+
+    import numpy as np
+
+    from eightfold.cli.batch_input import _structured
+    from eightfold.engine.structured import GrammarCompiler, fill_masks
+    from eightfold.tokenizer import Tokenizer
+
+    compiler = GrammarCompiler(Tokenizer(write_tokenizer(work / "tokenizer")), 320, frozenset({258}), tries=True)
+
+    def read(data: bytes) -> object:
+        try:
+            fields = json.loads(data)
+        except (ValueError, RecursionError):
+            raise InputError("no form") from None
+        grammar = compiler.compile(_structured(fields))
+        rng = random.Random(len(data))
+        for _ in range(12):
+            bits = np.unpackbits(fill_masks([grammar], 320).view(np.uint8), bitorder="little")
+            ids = np.flatnonzero(bits).tolist()
+            if not ids or not grammar.accept(rng.choice(ids)) or grammar.is_finished:
+                break
+        return grammar
+
+    return read
+
+
+# --- GGUF
+
+
+def gguf_seed(_: Path) -> list[bytes]:
+    import tempfile
+
+    from tests.importers.gguf_source import Source, float_config
+
+    with tempfile.TemporaryDirectory() as directory:
+        small = float_config(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+        path = Source(small).write(Path(directory, "a.gguf"))
+        return [path.read_bytes()]
+
+
+def gguf(path: Path) -> object:
+    from eightfold.config import DType, parse_config
+    from eightfold.importers import gguf as importer
+
+    file = importer._open(path)
+    found = parse_config(importer._config(file, DType.BF16), path)
+    names = importer._tensor_names(file, found)
+    return [importer._ordered(file, found, ours, file.tensor(theirs)).shape for ours, theirs in names.items()]
+
+
+def _names(*names: str) -> Callable[[Path], list[bytes]]:
+    return lambda _: [tokenizer_files()[name] for name in names]
+
+
+DESCRIPTION = {
+    "model_quant_type": "W8A8", "a.weight": "W8A8", "a.input_scale": "W8A8", "b": "FLOAT", "version": "1.0.0"
+}  # fmt: skip
+
+TARGETS: dict[str, Target] = {
+    "safetensors": Target(lambda _: [header(TENSORS), header({})], of_file("a.safetensors", safetensors), 14),
+    "safetensors-header": Target(lambda _: dumped(TENSORS), of_file("b.safetensors", safetensors_header), 14),
+    "config": Target(lambda _: dumped(CONFIG), of_file("config.json", config), 14),
+    "description": Target(lambda _: dumped(DESCRIPTION), of_file("quant_model_description.json", description), 14),
+    "journal": Target(lambda _: [journal_seed()], of_file("eightfold_journal.jsonl", journal), 12),
+    "recipe": Target(lambda _: list(RECIPES), of_file("recipe.yaml", recipe), 4),
+    "calibration": Target(lambda _: list(CALIBRATION), of_file("calibration.jsonl", calibration), 8),
+    "requests": Target(lambda _: dumped(*REQUESTS), requests, 10, api_error()),
+    "batch": Target(lambda _: list(BATCHES), of_file("batch.jsonl", batch), 8),
+    "tokenizer": Target(_names("tokenizer.json"), tokenizer("tokenizer.json"), 0.6),
+    "tokenizer-settings": Target(_names("tokenizer_config.json"), tokenizer("tokenizer_config.json"), 1),
+    "generation-settings": Target(_names("generation_config.json"), tokenizer("generation_config.json"), 1),
+    "template": Target(lambda _: [TEMPLATE.encode()], template, 0.3),
+    "forms": Target(lambda _: dumped(*FORMS), forms, 0.3, line_error()),
+    "gguf": Target(gguf_seed, of_file("a.gguf", gguf), 0.5),
+    "checkpoint": Target(quantized_seeds, checkpoint, 0.6),
+}
