@@ -393,11 +393,19 @@ def test_a_form_that_explodes_is_refused_and_nothing_else_happens(trying, name):
     assert trying.compile(StructuredOutput(choices=("a", "b")))
 
 
-def test_nested_repetitions_take_little(trying):
-    before = anonymous_bytes() or 0
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_nested_repetitions_are_refused_at_once(compiler, trying, depth):
+    """llguidance would take them, and give up after one token."""
+    before, started = anonymous_bytes() or 0, time.monotonic()
     for letter in "abcdef":
-        trying.compile(StructuredOutput(regex=f"((({letter}{{1000}}){{1000}}){{1000}}){{1000}}"))
-    assert (anonymous_bytes() or 0) - before < 150 * 2**20
+        regex = "(" * depth + letter + "{1000})" * depth
+        for each in (compiler, trying):
+            with pytest.raises(
+                InputError, match=r"^structured regex: got lexer error: too many expressions constructed"
+            ):
+                each.compile(StructuredOutput(regex=regex))
+    assert (anonymous_bytes() or 0) - before < 100 * 2**20
+    assert time.monotonic() - started < 10
 
 
 def test_strangers_forms_are_refused_in_the_same_words(compiler, trying):

@@ -89,8 +89,21 @@ def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
             break
     if matcher.is_error():
         raise ValueError(_reason(matcher.get_error()))
-    matcher.deep_copy().compute_bitmask()  # copies share what this has found
+    first = matcher.deep_copy()  # copies share what they find
+    _require_a_way(matcher, int.from_bytes(first.compute_bitmask(), "little"))
     return Built(matcher, max((anonymous_bytes() or 0) - before, len(text)))
+
+
+def _require_a_way(matcher: Any, mask: int) -> None:
+    """Refuse a form that becomes too complex with its first token: two of those that its mask allows are tried."""
+    problem = ""
+    for token in {(mask & -mask).bit_length() - 1, mask.bit_length() - 1} - {-1}:
+        answer = matcher.deep_copy()
+        if answer.consume_token(token) or not answer.is_error():
+            return
+        problem = answer.get_error()
+    if problem:
+        raise ValueError(_reason(problem))
 
 
 def _source(make: Any, name: str, value: Any) -> str:
