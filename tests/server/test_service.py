@@ -461,9 +461,9 @@ def test_a_stream_that_is_ended_says_so(serve):
 # ---- The log and the metrics.
 
 
-def logged(capsys, count):
-    """Wait for so many lines of the log; return them."""
-    text = []
+def logged(capsys, count, text=None):
+    """Wait for so many lines of the log; return them, and add them as they are to `text`."""
+    text = [] if text is None else text
 
     def there():
         text.append(capsys.readouterr().err)
@@ -504,6 +504,16 @@ def test_a_request_is_one_line_in_the_log_without_its_words(serve, capsys):
     }
     assert 0 <= line["ttft"] <= line["seconds"]
     assert "secret" not in json.dumps(line) and "Hello" not in json.dumps(line) and "hidden" not in json.dumps(line)
+
+
+def test_control_characters_of_a_request_are_escaped_in_the_log(serve, capsys):
+    running = serve()
+    with logs_set_up():
+        running.http.get("/%1b]0;title%07%7f%c2%9b2J?%1b", headers={"x-request-id": "a\x9b2J".encode("latin-1")})
+        running.chat(**{"\x1b[2J": 1, "\x7f": 2})
+        raw: list[str] = []
+        assert len(logged(capsys, 2, raw)) == 2
+    assert all(character.isprintable() for character in "".join(raw).replace("\n", ""))
 
 
 def test_a_fault_is_logged_with_its_place_and_without_its_message(serve, capsys):

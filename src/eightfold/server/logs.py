@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eightfold.progress import printable
+
 GONE = 499  # what a request is logged with whose client left before its answer was complete
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -85,7 +87,7 @@ class _Lines(logging.Formatter):
             line["traceback"] = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(record.exc_info[2])]
             if record.levelno >= logging.ERROR and logging.getLogger("eightfold").isEnabledFor(logging.DEBUG):
                 line["exception_message"] = str(record.exc_info[1])
-        return json.dumps(line, separators=(",", ":"), default=str)
+        return printable(json.dumps(line, separators=(",", ":"), default=str))
 
 
 def set_up(level: str) -> None:
