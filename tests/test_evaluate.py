@@ -243,6 +243,20 @@ def test_a_text_that_cannot_be_read_is_refused(tmp_path):
             read_evaluation_text(path)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_of_json_the_texts_are_measured_and_not_its_brackets(tmp_path, indent):
+    rows = [{"inputs_pretokenized": "one two", "label": 1}, {"messages": [{"role": "user", "content": "three"}]}]
+    (tmp_path / "text").write_text(json.dumps(rows, indent=indent))
+    assert read_evaluation_text(tmp_path / "text") == "one two\n\nuser: three"
+    (tmp_path / "text").write_text("\n".join(map(json.dumps, rows)))
+    assert read_evaluation_text(tmp_path / "text") == "one two\n\nuser: three"
+    (tmp_path / "text").write_text('{"label": 1}')
+    with pytest.raises(InputError, match=r"row 1 in .*: got an object with label, expected a text, or an object with"):
+        read_evaluation_text(tmp_path / "text")
+    (tmp_path / "text").write_text("[a link](there)\n42\n")
+    assert read_evaluation_text(tmp_path / "text") == "[a link](there)\n42\n"
+
+
 def test_a_byte_order_mark_is_no_text_and_of_a_large_text_the_beginning_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "_TEXT_BYTES", 8)
     for content in (codecs.BOM_UTF8 + "grüüün".encode(), "grü".encode("utf-16")):

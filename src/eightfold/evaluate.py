@@ -24,6 +24,7 @@ from eightfold.config import ModelConfig
 from eightfold.errors import CheckpointError, ConfigError, InputError
 from eightfold.files import read_text
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
+from eightfold.quant.dataset import begins_as_json, plain_text, read_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -217,12 +218,14 @@ def default_text() -> str:
 
 
 def read_evaluation_text(path: Path) -> str:
-    """Read a text as it stands; of a large one, the beginning.
+    """Read a text as it stands; of a large one, the beginning; of rows of JSON, their texts, with a blank line between.
 
     Raises:
-        InputError: no regular file, unreadable, not text, or empty.
+        InputError: no regular file, unreadable, not text, empty, or a row of JSON without text.
     """
     text, _ = read_text(path, "text", _TEXT_BYTES, cuts=True)
+    if begins_as_json(text):
+        text = "\n\n".join(map(plain_text, read_rows(path, title="text")))
     if not text.strip():
         raise InputError("text", where=path, got="nothing", expected="some words")
     return text

@@ -179,7 +179,10 @@ class EvaluateCommand:
 
     model: Path = argument("DIR", generating.MODEL)
     text: Path | None = setting(
-        None, PATH, "UTF-8 text to measure on. Default: essays that come with eightfold.", metavar="FILE"
+        None,
+        PATH,
+        "Text to measure on, in UTF-8; of JSON, the texts of its rows. Default: essays that come with eightfold.",
+        metavar="FILE",
     )
     chunks: int = setting(40, whole(1), "Number of chunks of the text, from its start.")
     chunk_len: int = setting(512, whole(2), "Tokens in a chunk; each chunk stands alone.")

@@ -77,23 +77,23 @@ def silent(text: str) -> None:
     """Take no note."""
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """Read a calibration file.
+def read_rows(path: Path, limit: int | None = None, title: str = "calibration file") -> list[Row]:
+    """Read a file of texts; `title` says what it is in messages.
 
     Raises:
         InputError: unreadable, too large, empty, or a malformed row, which is named by its number.
     """
     found: list[Row] = []
-    for place, value in _values(path, limit, "calibration file"):
+    for place, value in _values(path, limit, title):
         try:
             found += _rows(value)
         except _RowError as error:
             raise InputError(place, where=path, got=error.got, expected=error.expected, action=error.action) from None
-        _require_few(found[:limit], path)
+        _require_few(found[:limit], path, title)
         if limit is not None and len(found) >= limit:
             return found[:limit]
     if not found:
-        raise InputError("calibration file", where=path, got="no rows", expected="one text a line, or JSON")
+        raise InputError(title, where=path, got="no rows", expected="one text a line, or JSON")
     return found
 
 
@@ -145,10 +145,9 @@ def tokenize(
         note(f"calibration row {chats[0]}{more} messages, and {problem}; they become lines such as `user: Hello`.")
     samples = []
     for number, row in enumerate(rows, 1):
-        text = row if isinstance(row, str) else "\n".join(f"{each['role']}: {each['content']}" for each in row)
         try:
             if isinstance(row, str) or problem:
-                ids = tokenizer.encode(text)
+                ids = tokenizer.encode(plain_text(row))
             else:
                 ids = tokenizer.encode_chat(row, add_generation_prompt=False)
         except InputError as error:
@@ -168,6 +167,17 @@ def tokenize(
             )
         samples.append(ids)
     return samples
+
+
+def plain_text(row: Row) -> str:
+    """Return a text as it is, and a chat as lines of `role: content`."""
+    return row if isinstance(row, str) else "\n".join(f"{each['role']}: {each['content']}" for each in row)
+
+
+def begins_as_json(text: str) -> bool:
+    """Return whether the first line of a file says that it has rows of JSON, and is no plain text."""
+    first = next((line for _, line in _lines(text, 1)), "")
+    return _LIKE_JSON.match(first) is not None
 
 
 def _template_problem(tokenizer: Tokenizer) -> str:
@@ -205,13 +215,13 @@ def _values(path: Path, limit: int | None, title: str) -> list[tuple[str, Any]]:
             got = f"a row or JSON of more than {MAX_BYTES >> 20} MiB"
             raise InputError(title, where=path, got=got, expected="less, or one row a line") from None
         if is_whole:
-            raise _not_json(_place(error), path, error) from None
+            raise _not_json(_place(error, title), path, error) from None
         found = _line_values(lines, path)
     else:
         is_one = not isinstance(whole, list) or is_token_ids(whole) or _is_chat(whole)
         items = [whole] if is_one else whole[: MAX_ROWS + 1]
         found = [(f"row {number}", item) for number, item in enumerate(items, 1)]
-    _require_few(found[:limit], path)
+    _require_few(found[:limit], path, title)
     return found[:limit]
 
 
@@ -221,10 +231,10 @@ def _lines(text: str, most: int) -> list[tuple[str, str]]:
     return list(islice(((f"line {number}", line) for number, line in numbered if line.strip()), most))
 
 
-def _require_few(rows: Sequence[Any], path: Path) -> None:
+def _require_few(rows: Sequence[Any], path: Path, title: str) -> None:
     if len(rows) > MAX_ROWS:
         got = f"more than {MAX_ROWS} rows"
-        raise InputError("calibration", where=path, got=got, expected="fewer", action="Take the first: `calib_limit`.")
+        raise InputError(title, where=path, got=got, expected="fewer", action="Take the first: `calib_limit`.")
 
 
 def _line_values(lines: Sequence[tuple[str, str]], path: Path) -> list[tuple[str, Any]]:
@@ -279,8 +289,8 @@ def _is_broken_json(line: str, error: ValueError) -> bool:
     return False
 
 
-def _place(error: ValueError) -> str:
-    return f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "calibration file"
+def _place(error: ValueError, title: str) -> str:
+    return f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else title
 
 
 def _not_json(place: str, path: Path, error: ValueError) -> InputError:
