@@ -195,6 +195,9 @@ def test_a_bos_that_is_no_token_is_refused_where_it_is_needed(directory):
     with pytest.raises(CheckpointError) as caught:
         Tokenizer(directory, add_bos=True)
     assert str(caught.value) == f"bos_token in {directory}: got '<nope>', expected a token of tokenizer.json"
+    set_config(directory, bos_token="\ud800")
+    with pytest.raises(CheckpointError, match=r"expected a token of tokenizer\.json"):
+        Tokenizer(directory, add_bos=True)
     set_config(directory, bos_token=None)
     with pytest.raises(CheckpointError, match=r"^BOS in .*: got none, expected bos_token in tokenizer_config.json"):
         Tokenizer(directory, add_bos=True)

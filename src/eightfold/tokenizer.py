@@ -14,7 +14,7 @@ from eightfold import vocabulary
 from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import has_file, read_file, read_json
 from eightfold.template import TemplateError, compile_template, render_template
-from eightfold.values import WHOLE, shown
+from eightfold.values import TEXT, WHOLE, shown
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -99,7 +99,7 @@ class Tokenizer:
         text = self._special_tokens.get(name)
         if text is None and name not in self._settings and self._class_by_settings() is not None:
             text = _DEFAULT_TOKENS[name]
-        found = None if text is None else self._fast.token_to_id(text)
+        found = self._fast.token_to_id(text) if text is not None and TEXT.fits(text) else None
         if found is None and name in self._special_tokens:
             raise CheckpointError(name, where=self.directory, got=shown(text), expected="a token of tokenizer.json")
         return [] if found is None else [found]

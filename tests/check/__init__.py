@@ -196,6 +196,12 @@ def write(name: str, text: str) -> Change:
     return lambda toy: (toy.path / name).write_text(text)
 
 
+def set_merges(toy: Toy) -> None:
+    """Write merges as newer tokenizers do."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    toy.set_tokenizer("tokenizer.json", model=model, added_tokens=[], post_processor=None)
+
+
 def remove_tokenizer(toy: Toy) -> None:
     """Take the tokenizer out of the folder."""
     for path in toy.path.glob("tokenizer*"):

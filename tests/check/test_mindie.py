@@ -36,6 +36,7 @@ from tests.check import (
     made,
     remove_tokenizer,
     rename_description,
+    set_merges,
     store_as,
     times,
     write,
@@ -126,7 +127,7 @@ CONFIG_CASES = [
     case("a template in another file", lambda t: t.set_tokenizer(chat_template=...), "chat-template warns"),
     case(
         "merges as pairs",
-        lambda t: t.set_tokenizer("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}),
+        set_merges,
         "tokenizer-merges refuses",
     ),
     case(

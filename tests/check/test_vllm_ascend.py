@@ -28,6 +28,7 @@ from tests.check import (
     leave_float_shard,
     remove_tokenizer,
     rename_description,
+    set_merges,
     store_as,
     times,
     write,
@@ -58,7 +59,7 @@ DESCRIPTION_CASES = [
     case("tokens as 5 lists them", lambda t: t.set_tokenizer(extra_special_tokens=["<x>"]), "tokenizer-dialect warns"),
     case(
         "merges as pairs",
-        lambda t: t.set_tokenizer("tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}),
+        set_merges,
     ),
     case("a suffixed name", rename_description(SUFFIXED), "description refuses"),
     case("a damaged description", write("quant_model_description.json", "{"), "damaged-file refuses"),

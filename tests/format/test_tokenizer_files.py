@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eightfold.format.tokenizer_files import write_for_both
+from eightfold.format.tokenizer_files import TokenizerFiles, write_for_both
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
 from tests.texts import TEXTS
@@ -96,7 +96,13 @@ def test_bos_and_eos_that_5_keeps_in_tokenizer_json_become_the_switches_of_4(dir
     [
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}]}}, "normalizer ByteLevel"),
         ({"pre_tokenizer": {"type": "FixedLength", "length": 5}}, "pre_tokenizer FixedLength"),
-        ({"model": {"type": "BPE", "vocab": {}, "merges": [["a b", "c"]]}}, "['a b', 'c']"),
+        (
+            {
+                "model": {"type": "BPE", "vocab": {"a b": 0, "c": 1, "a bc": 2}, "merges": [["a b", "c"]]},
+                "added_tokens": [],
+            },
+            "['a b', 'c']",
+        ),
     ],
 )
 def test_what_4_has_no_words_for_is_named_in_a_note(directory, fast, named):
@@ -119,12 +125,25 @@ def test_a_damaged_file_is_left_as_it_is(directory, name, content):
 
 
 @pytest.mark.parametrize(
-    "fast", [{"model": 3}, {"model": {"merges": 5}}, {"normalizer": [], "pre_tokenizer": 3}, {"post_processor": []}]
+    "fast",
+    [{"model": 3}, {"model": {"merges": 5}}, {"model": {"merges": [[1, "a"]]}}, {"normalizer": [], "decoder": 3}],
 )
-def test_values_of_any_kind_are_passed_over(directory, fast):
+def test_parts_that_make_no_sense_are_left_as_they_are(directory, fast):
     change(directory, "tokenizer.json", **fast)
-    change(directory, "tokenizer_config.json", tokenizer_class=["LlamaTokenizer"], extra_special_tokens=None)
-    assert write_for_both(directory) is None
+    before = contents(directory)
+    note = write_for_both(directory)
+    assert note is not None
+    assert "expected a tokenizers file" in note
+    assert contents(directory) == before
+
+
+@pytest.mark.parametrize("merges", [[["a"]], [[1, 2]], [5], 5, ["a b", ["a", "b"]], [["a", "b"], {}]])
+def test_merges_that_are_none_are_passed_over(merges):
+    files = TokenizerFiles({"additional_special_tokens": 5, "extra_special_tokens": ["x"]}, {}, None)
+    files.fast = {"model": {"merges": merges}, "normalizer": [3], "post_processor": {"single": 3}}
+    files.close_gaps()
+    assert files.fast["model"]["merges"] == merges
+    assert files.settings == {"additional_special_tokens": ["x"]}
 
 
 def test_a_directory_without_a_tokenizer(tmp_path):

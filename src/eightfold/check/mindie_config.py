@@ -95,7 +95,7 @@ RULES = Rules(
             "{expected}. Correct it in config.json.",
             "tokenizer": "raises an error: it loads a tokenizer with the model, and there is none. "
             "Copy tokenizer.json and tokenizer_config.json from the float model.",
-            "tokenizer/damaged": "cannot read the tokenizer. {why}",
+            "tokenizer/damaged": "cannot read the tokenizer, or comes to grief with it. {why}",
             "tokenizer-class": "raises ValueError: transformers 4 has no tokenizer class of this name: got {got}, "
             f"expected {FAST}. Correct tokenizer_config.json.",
             "tokenizer-merges": "raises an error: tokenizers 0.19 reads merges as texts, such as 'a b': got {got}. "

@@ -90,7 +90,7 @@ RULES = Rules(
             "expected {expected}. Correct config.json.",
             "tokenizer": "raises OSError: it loads a tokenizer with the model, and there is none. Copy tokenizer.json "
             "and tokenizer_config.json from the float model, or serve with --skip-tokenizer-init.",
-            "tokenizer/damaged": "cannot read the tokenizer. {why}",
+            "tokenizer/damaged": "cannot read the tokenizer, or comes to grief with it. {why}",
             "unknown-tensor": "raises KeyError: no parameter for a stored tensor. Remove it, or add what enables it.",
         },
         Verdict.MISDECODES: {

@@ -16,7 +16,7 @@ from eightfold.errors import CheckpointError, EightfoldError
 from eightfold.files import MAX_LIST_BYTES, has_file, read_file, read_json, write_json
 from eightfold.tokenizer import LLAMA_CLASSES, is_of_5
 from eightfold.values import shown
-from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer
+from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer, load
 
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 
@@ -46,8 +46,10 @@ class TokenizerFiles:
         """Read those files that are there.
 
         Raises:
-            CheckpointError: one of them cannot be read.
+            CheckpointError: one of them cannot be read, or not be used.
         """
+        if (directory / TOKENIZER).is_file():
+            load(directory)
         settings, fast = (
             read_json(directory / name, MAX_LIST_BYTES) if has_file(directory / name) else {}
             for name in (SETTINGS, TOKENIZER)
@@ -80,11 +82,12 @@ class TokenizerFiles:
         if gaps.get("tokenizer-class") == NEW_CLASSES[0]:
             settings["tokenizer_class"] = FAST
         if "extra-tokens" in gaps:
+            older = settings.get("additional_special_tokens")
             extra = settings.pop("extra_special_tokens")
-            settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or []), *extra]
+            settings["additional_special_tokens"] = [*(older if isinstance(older, list) else []), *extra]
         if "chat-template" in gaps:
             settings["chat_template"] = self.template
-        if "tokenizer-merges" in gaps and not any(" " in part for merge in self._merges for part in merge):
+        if "tokenizer-merges" in gaps and all(map(_is_merge, self._merges)):
             self.fast["model"]["merges"] = [" ".join(merge) for merge in self._merges]
         # transformers 5 saves the effect of these two switches in tokenizer.json, and not the switches that 4 goes by.
         if settings.get("tokenizer_class") in LLAMA_CLASSES and self.fast and is_of_5(settings):
@@ -128,6 +131,11 @@ def _convert(directory: Path) -> str:
     write_json(directory / TOKENIZER, json.loads(fast.to_str()))
     count = fast.get_vocab_size()
     return f"transformers has made a tokenizer.json of the model's older files, with {count} tokens."
+
+
+def _is_merge(merge: Any) -> bool:
+    """Return whether these are two texts that can be told apart when one space stands between them."""
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(x, str) and " " not in x for x in merge)
 
 
 def _types(content: dict[str, Any], key: str) -> set[str]:
