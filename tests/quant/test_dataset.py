@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import eightfold.files
 from eightfold.errors import ConfigError, InputError
 from eightfold.quant import dataset
 from eightfold.quant.dataset import default_rows, read_rows, read_token_ids, tokenize, truncate
@@ -154,11 +155,18 @@ def test_more_rows_than_anybody_calibrates_on(tmp_path, monkeypatch, content):
             read_rows(tmp_path / "c.txt", limit)
 
 
-@pytest.mark.parametrize("content", ["[" + "[]," * 30 + "[]]", '{"a":' * 30, "[" * 30])
-def test_json_of_very_many_parts_is_not_parsed(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(dataset, "_MAX_CONTAINERS", 20)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" + "[]," * 30 + "[]]", "more than 20 values"),
+        ('{"a":' * 30, "more than 20 values"),
+        ('{"text": "a", "text": "b"}', 'the key "text" twice'),
+    ],
+)
+def test_json_that_is_refused_is_no_plain_text(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(eightfold.files, "MAX_MARKS", 20)
     (tmp_path / "c.json").write_text(content)
-    with pytest.raises(InputError, match="more than 20 lists or objects"):
+    with pytest.raises(InputError, match=f"got no JSON .*{message}"):
         read_rows(tmp_path / "c.json")
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import CheckpointError, ConfigError, InputError, one_of, shortlist
-from eightfold.files import read_text
+from eightfold.files import parse_value, read_text
 from eightfold.tokenizer import Message, Tokenizer, content_text
 from eightfold.values import is_token_ids, shorten
 
@@ -41,7 +41,6 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 MAX_BYTES = 32 << 20
 MAX_ROWS = 100_000
 _MAX_NESTED = 8  # lists in lists
-_MAX_CONTAINERS = 1 << 20  # lists or objects that are parsed at once
 
 # So many lines at least say whether a file is plain text, however few are wanted.
 _LOOKED_AT = 1000
@@ -208,7 +207,7 @@ def _values(path: Path, limit: int | None, title: str) -> list[tuple[str, Any]]:
         text = text[: text.rfind("\n") + 1]
     lines = _lines(text, min(max(limit or MAX_ROWS, _LOOKED_AT), MAX_ROWS) + 1)
     try:
-        whole = _parse(text)
+        whole = parse_value(text.encode())
     except ValueError as error:
         is_whole = bool(lines) and _is_broken_json(lines[0][1], error)
         if is_cut and (is_whole or not lines):
@@ -243,7 +242,7 @@ def _line_values(lines: Sequence[tuple[str, str]], path: Path) -> list[tuple[str
     plain: list[tuple[str, Any]] = []
     for place, line in lines:
         try:
-            found.append((place, _parse(line)))
+            found.append((place, parse_value(line.encode())))
         except ValueError as error:
             if _is_broken_json(line, error):
                 raise _not_json(place, path, error) from None
@@ -259,31 +258,13 @@ def _line_values(lines: Sequence[tuple[str, str]], path: Path) -> list[tuple[str
     return found or plain
 
 
-def _parse(text: str) -> Any:
-    """Parse JSON; whatever is wrong with it is a ValueError."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no value of JSON")
-
-    if max(text.count("["), text.count("{")) > _MAX_CONTAINERS:
-        raise _TooMuchJson(f"more than {_MAX_CONTAINERS} lists or objects")
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise _TooMuchJson("nested too deep") from None
-
-
-class _TooMuchJson(ValueError):
-    """It is not parsed, whether it is JSON or not."""
-
-
 def _is_broken_json(line: str, error: ValueError) -> bool:
     """Return whether a line was meant as JSON, or begins some, and is none; `error` is that of what it begins."""
-    is_meant = line.lstrip().startswith(("[", "{")) if isinstance(error, _TooMuchJson) else _LIKE_JSON.match(line)
-    if not is_meant:
+    is_syntax = isinstance(error, json.JSONDecodeError)  # else: too large, too deep, a key twice
+    if not (_LIKE_JSON.match(line) if is_syntax else line.lstrip().startswith(("[", "{"))):
         return False
     try:
-        _parse(line)
+        parse_value(line.encode())
     except ValueError:
         return True
     return False
