@@ -51,7 +51,8 @@ def _state(out: Path) -> dict[str, Any]:
 def _reason(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     named = [line for line in lines if "Error" in line or "ERROR" in line]
-    return (named or lines or [""])[-1][:300]
+    hung = [line.strip() for line in lines if line.startswith("  File ")]  # the innermost first
+    return ((named or hung[:1] or lines or [""])[-1])[:300]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ The file is a JSON object that is written again every second, so that what a kil
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -79,6 +80,7 @@ class Run:
         from eightfold.machine import peak_resident_bytes
 
         self.written = time.monotonic()
+        faulthandler.dump_traceback_later(40)  # tells in the log where it hangs
         self.state["peak"] = peak = peak_resident_bytes() or 0
         if peak > BYTES and "memory" not in self._seen:
             self._seen.add("memory")
@@ -92,7 +94,10 @@ def with_atheris(run: Run, seconds: float, runs: int, seed: int) -> None:
     import atheris
 
     def custom(data: bytes, most: int, seed: int) -> bytes:
-        return mutate.mutate(data, random.Random(seed), most, lambda data: bytes(atheris.Mutate(data, most)))
+        rng = random.Random(seed)
+        # Most of what reaches new branches is damaged; seeds lead behind the first checks.
+        chosen = rng.choice(run.seeds) if rng.random() < 0.5 else data
+        return mutate.mutate(chosen, rng, most, lambda data: bytes(atheris.Mutate(data, most)))
 
     corpus = run.out / "corpus"
     corpus.mkdir()

@@ -44,7 +44,7 @@ def _once(value: Any, rng: random.Random) -> Any:
     if what == 0:
         del holder[key]
     elif what == 1:
-        holder[key] = [holder[key]] * rng.choice((1, 2, 70)) if rng.random() < 0.7 else _deep(holder[key], rng)
+        holder[key] = _many(holder[key], rng) if rng.random() < 0.7 else _deep(holder[key], rng)
     elif what == 2 and isinstance(holder, dict):
         holder[rng.choice((key + "x", "", key.upper(), key[:-1], rng.choice(places)[1]))] = holder.pop(key)
         return _with_texts_for_keys(value)
@@ -60,6 +60,11 @@ def _once(value: Any, rng: random.Random) -> Any:
     else:
         holder[key] = json.loads(json.dumps(rng.choice(VALUES)))
     return value
+
+
+def _many(value: Any, rng: random.Random) -> Any:
+    """Return a value several times; a large one once, or texts would grow without bound."""
+    return [value] * (rng.choice((1, 2, 70)) if len(json.dumps(value)) < 200 else 1)
 
 
 def _deep(value: Any, rng: random.Random) -> Any:

@@ -142,9 +142,13 @@ def of_quantized(files: dict[str, bytes]) -> list[str]:
 
 
 def quantized_seeds(work: Path) -> list[bytes]:
-    """Return the contents of these."""
+    """Return the contents of these, and an index of the weights."""
+    from eightfold.format.safetensors import read_header
+
     files = quantized(work)
-    return [files[name] for name in of_quantized(files)]
+    names = of_quantized(files)
+    index = {"weight_map": dict.fromkeys(read_header(work / "model" / names[-1]), names[-1])}
+    return [*(files[name] for name in names), *dumped(index)]
 
 
 def checkpoint(work: Path) -> Read:
@@ -153,15 +157,21 @@ def checkpoint(work: Path) -> Read:
 
     files = quantized(work)
     config, description, weights = of_quantized(files)
+    index = weights.removesuffix(".safetensors") + ".safetensors.index.json"
+    signs = ((b"weight_map", index), (b"model_quant_type", description), (b"architectures", config))
 
     def read(data: bytes) -> object:
-        name = weights if data[:1] != b"{" else description if b"model_quant_type" in data else config
+        found = [name for sign, name in signs if sign in data]
+        name = found[0] if found else weights
         (work / "model" / name).write_bytes(data)
         try:
-            found = Checkpoint.open(work / "model")
-            return [found.array(name).shape for name in found.tensors]
+            opened = Checkpoint.open(work / "model")
+            return [opened.array(name).shape for name in opened.tensors]
         finally:
-            (work / "model" / name).write_bytes(files[name])
+            if name in files:
+                (work / "model" / name).write_bytes(files[name])
+            else:
+                (work / "model" / name).unlink()
 
     return read
 
