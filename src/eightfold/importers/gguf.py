@@ -32,7 +32,7 @@ from eightfold.model.reference.attention import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
 from eightfold.scheme import BIAS, WEIGHT, weight_name
-from eightfold.values import COUNT, POSITIVE, require
+from eightfold.values import COUNT, POSITIVE, require, shorten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,13 +143,11 @@ def _open(path: Path) -> _GgufFile:
     container = read_container(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
     fields = container.fields
     architecture = fields.get("general.architecture")
-    if (
-        not isinstance(architecture, str)
-        or architecture not in ARCHITECTURES
-        or fields.get(f"{architecture}.expert_count")
-    ):
+    experts = fields.get(f"{architecture}.expert_count")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES or experts:
+        got = shorten(str(architecture)) + (f" with {shorten(str(experts))} experts" if experts else "")
         raise UnsupportedError(
-            "architecture", where=path, got=architecture, expected=f"a dense model of {one_of(ARCHITECTURES)}"
+            "architecture", where=path, got=got, expected=f"a dense model of {one_of(ARCHITECTURES)}"
         )
     return _GgufFile(container.path, fields, container.tensors, gguf.dequantize, gguf.GGMLQuantizationType)
 
