@@ -246,15 +246,7 @@ class Tokenizer:
         """The chat templates by name: the one that was given, or those in the files that transformers reads."""
         if self.chat_template is not None:
             return {"default": self.chat_template}
-        paths = {path.stem: path for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja"))}
-        if has_file(path := self.directory / "chat_template.jinja"):
-            paths["default"] = path
-        older = self.directory / "chat_template.json"  # of processors
-        return {
-            **_named_templates(read_json(older).get("chat_template") if has_file(older) else None),
-            **_named_templates(self._settings.get("chat_template")),
-            **{name: _read_template(path) for name, path in paths.items()},
-        }
+        return read_templates(self.directory, self._settings)
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -313,6 +305,23 @@ class ContentError(InputError):
         self.place, self.value, self.expected, self.is_media = place, value, expected, is_media
 
 
+def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return a directory's chat templates by name: of the files that transformers 5 reads, and of the settings.
+
+    Raises:
+        CheckpointError: one is not UTF-8.
+    """
+    paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if has_file(path := directory / "chat_template.jinja"):
+        paths["default"] = path
+    older = directory / "chat_template.json"  # of processors
+    return {
+        **named_templates(read_json(older).get("chat_template") if has_file(older) else None),
+        **named_templates(settings.get("chat_template")),
+        **{name: _read_template(path) for name, path in paths.items()},
+    }
+
+
 def _read_template(path: Path) -> str:
     try:
         return read_file(path).decode()
@@ -322,7 +331,7 @@ def _read_template(path: Path) -> str:
         ) from None
 
 
-def _named_templates(source: Any) -> dict[str, str]:
+def named_templates(source: Any) -> dict[str, str]:
     """Return chat templates by name: of a text, an object, or a list of objects with name and template."""
     if isinstance(source, list):
         source = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}

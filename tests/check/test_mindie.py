@@ -123,6 +123,15 @@ CONFIG_CASES = [
         "tokenizer-class refuses",
     ),
     case("tokens as 5 lists them", lambda t: t.set_tokenizer(extra_special_tokens=["<x>"]), "extra-tokens warns"),
+    case(
+        "BOS as 5 leaves it out",
+        lambda t: t.set_tokenizer(tokenizer_class="LlamaTokenizer", backend="tokenizers"),
+        "bos misdecodes",
+    ),
+    case(
+        "BOS as 4 leaves it out",
+        lambda t: t.set_tokenizer(tokenizer_class="LlamaTokenizer", backend="tokenizers", add_bos_token=False),
+    ),
     case("tokens by name", lambda t: t.set_tokenizer(extra_special_tokens={"image_token": "<x>"})),
     case("a template in another file", lambda t: t.set_tokenizer(chat_template=...), "chat-template warns"),
     case(

@@ -56,6 +56,11 @@ DESCRIPTION_CASES = [
         lambda t: t.set_tokenizer(tokenizer_class="TokenizersBackend"),
         "tokenizer-dialect warns",
     ),
+    case("BOS by a switch", lambda t: t.set_tokenizer(tokenizer_class="LlamaTokenizerFast"), "bos warns"),
+    case(
+        "no BOS by a switch",
+        lambda t: t.set_tokenizer(tokenizer_class="LlamaTokenizerFast", add_bos_token=False),
+    ),
     case("tokens as 5 lists them", lambda t: t.set_tokenizer(extra_special_tokens=["<x>"]), "tokenizer-dialect warns"),
     case(
         "merges as pairs",

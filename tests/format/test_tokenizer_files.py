@@ -70,6 +70,17 @@ def test_what_transformers_5_writes_gets_the_words_of_4(directory):
     assert contents(directory) == written
 
 
+def test_templates_in_files_of_their_own_are_said_in_the_settings_too(directory):
+    (directory / "chat_template.json").write_text('{"chat_template": "a"}')
+    assert write_for_both(directory) is None
+    assert read(directory, "tokenizer_config.json")["chat_template"] == "a"
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("b")
+    assert write_for_both(directory) is None
+    expected = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    assert read(directory, "tokenizer_config.json")["chat_template"] == expected
+
+
 BOS = {"SpecialToken": {"id": "<s>", "type_id": 0}}
 EOS = {"SpecialToken": {"id": "</s>", "type_id": 0}}
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
@@ -139,7 +150,7 @@ def test_parts_that_make_no_sense_are_left_as_they_are(directory, fast):
 
 @pytest.mark.parametrize("merges", [[["a"]], [[1, 2]], [5], 5, ["a b", ["a", "b"]], [["a", "b"], {}]])
 def test_merges_that_are_none_are_passed_over(merges):
-    files = TokenizerFiles({"additional_special_tokens": 5, "extra_special_tokens": ["x"]}, {}, None)
+    files = TokenizerFiles({"additional_special_tokens": 5, "extra_special_tokens": ["x"]}, {}, {})
     files.fast = {"model": {"merges": merges}, "normalizer": [3], "post_processor": {"single": 3}}
     files.close_gaps()
     assert files.fast["model"]["merges"] == merges

@@ -119,7 +119,7 @@ class RawDirectory:
         self.has_int8 = any(self.dtype_of(weight_name(name)) == DType.I8.value for name in self.linears)
         self._maps: dict[Path, MappedFile] = {}
         self.has_tokenizer = has_tokenizer(self.path)
-        self.tokenizer, self.tokenizer_fault = TokenizerFiles({}, {}, None), ""
+        self.tokenizer, self.tokenizer_fault = TokenizerFiles({}, {}, {}), ""
         try:
             self.tokenizer = TokenizerFiles.read(self.path)
         except CheckpointError as error:

@@ -19,7 +19,7 @@ from eightfold.errors import EightfoldError, one_of
 from eightfold.files import read_json
 from eightfold.format.checkpoint import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
-from eightfold.format.tokenizer_files import FAST, SETTINGS, TEMPLATE
+from eightfold.format.tokenizer_files import FAST, SETTINGS
 from eightfold.scheme import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, WEIGHT_OFFSET, WEIGHT_SCALE, weight_name
 from eightfold.values import shown
 from eightfold.vocabulary import TOKENIZER
@@ -108,6 +108,8 @@ RULES = Rules(
             f"Name it {SHORT_NAME}, or set quantize in config.json.",
             "rope-dialect": "does not read rope_parameters and rotates by the default, base 10000 without scaling: "
             "got {got}. Say it in both dialects.",
+            "bos": "puts BOS before a text, which tokenizer.json does not, unless add_bos_token is false: got {got}. "
+            "Add it to tokenizer_config.json.",
             "head-dim": "takes hidden_size // num_attention_heads for the size of a head and does not read head_dim: "
             "got {got}, expected {expected}",
         },
@@ -124,8 +126,7 @@ RULES = Rules(
         Verdict.WARNS: {
             "extra-tokens": "passes over a list under extra_special_tokens in transformers 4.43, which from 4.48 on "
             "refuses it: got {got}. Put it under additional_special_tokens.",
-            "chat-template": "reads the chat template in tokenizer_config.json, and not this one: got {got}. "
-            "Write it there too.",
+            "chat-template": "reads chat templates in tokenizer_config.json only: got {got}. Write it there too.",
             "description-name": "warns that descriptions of this name are supported until 2026/06/30. "
             f"Name it {SHORT_NAME}.",
             "unchecked-scheme": "takes this quantize, but what it wants of the tensors is not among the rules here: "
@@ -303,9 +304,8 @@ class MindIE:
         elif d.tokenizer_fault:
             yield from RULES.found("tokenizer/damaged", [TOKENIZER], why=d.tokenizer_fault)
         places = {
-            **dict.fromkeys(("tokenizer-class", "extra-tokens"), SETTINGS),
+            **dict.fromkeys(("tokenizer-class", "extra-tokens", "chat-template", "bos"), SETTINGS),
             **dict.fromkeys(("tokenizer-merges", "tokenizer-part"), TOKENIZER),
-            "chat-template": TEMPLATE,
         }
         gaps = d.tokenizer.gaps() if d.has_tokenizer else {}
         for rule, place in places.items():

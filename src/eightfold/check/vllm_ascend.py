@@ -130,6 +130,8 @@ RULES = Rules(
             "entry-without-tensor": "does not compare the description with the files: these entries have no tensor",
         },
         Verdict.WARNS: {
+            "bos": "puts BOS and EOS around a text by tokenizer.json in releases with transformers 5, and by "
+            "add_bos_token and add_eos_token, which say something else, in those with 4",
             "tokenizer-dialect": "reads this in releases with transformers 5; those with 4 refuse it: got {got}. "
             "Write the directory again for both.",
             "unchecked-scheme": "has this scheme, but its parameters are not among the rules here: got {got}",
@@ -250,6 +252,8 @@ class _VllmAscend:
             yield from RULES.found("tokenizer", [TOKENIZER])
         elif d.tokenizer_fault:
             yield from RULES.found("tokenizer/damaged", [TOKENIZER], why=d.tokenizer_fault)
+        if d.tokenizer.is_ambiguous:
+            yield from RULES.found("bos", [SETTINGS])
         new = {got for rule, got in d.tokenizer.gaps().items() if rule in ("tokenizer-class", "extra-tokens")}
         yield from RULES.found("tokenizer-dialect", [SETTINGS] if new else [], got=new)
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.errors import CheckpointError, EightfoldError
-from eightfold.files import MAX_LIST_BYTES, has_file, read_file, read_json, write_json
-from eightfold.tokenizer import LLAMA_CLASSES, is_of_5
+from eightfold.errors import EightfoldError, one_of
+from eightfold.files import MAX_LIST_BYTES, has_file, read_json, write_json
+from eightfold.tokenizer import LLAMA_CLASSES, is_of_5, named_templates, read_templates
 from eightfold.values import shown
 from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer, load
 
-SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
 
 FAST = "PreTrainedTokenizerFast"  # the name that 4 and 5 both have for a tokenizer that is all in tokenizer.json
 NEW_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
@@ -34,12 +34,12 @@ class TokenizerFiles:
     Attributes:
         settings: tokenizer_config.json; empty where there is none.
         fast: tokenizer.json; empty where there is none.
-        template: chat_template.jinja; None where there is none.
+        templates: the chat templates by name, of the settings and of files beside them.
     """
 
     settings: dict[str, Any]
     fast: dict[str, Any]
-    template: str | None
+    templates: dict[str, str]
 
     @classmethod
     def read(cls, directory: Path) -> TokenizerFiles:
@@ -54,12 +54,7 @@ class TokenizerFiles:
             read_json(directory / name, MAX_LIST_BYTES) if has_file(directory / name) else {}
             for name in (SETTINGS, TOKENIZER)
         )
-        template = directory / TEMPLATE
-        try:
-            return cls(settings, fast, read_file(template).decode() if has_file(template) else None)
-        except UnicodeDecodeError as error:
-            got = f"byte {error.start} that is not UTF-8"
-            raise CheckpointError("chat template", where=template, got=got, expected="UTF-8 text") from None
+        return cls(settings, fast, read_templates(directory, settings))
 
     def gaps(self) -> dict[str, str]:
         """Return what transformers 4.43 or tokenizers 0.19 cannot read: rule of MindIE's -> what stands there."""
@@ -72,9 +67,27 @@ class TokenizerFiles:
             found["tokenizer-merges"] = shown(self._merges[0])
         if new := [f"{key} {kind}" for key, kinds in _NEW_PARTS.items() for kind in _types(self.fast, key) & kinds]:
             found["tokenizer-part"] = new[0]
-        if self.template is not None and self.settings.get("chat_template") != self.template:
-            found["chat-template"] = TEMPLATE
+        own = named_templates(self.settings.get("chat_template"))
+        if apart := [name for name, text in self.templates.items() if own.get(name) != text]:
+            found["chat-template"] = f"the template {one_of(apart)} in a file of its own"
+        if self._is_llama and is_of_5(self.settings) and self.around_a_text != (True, False):
+            found["bos"] = "no add_bos_token"
         return found
+
+    @property
+    def _is_llama(self) -> bool:
+        return bool(self.fast) and self.settings.get("tokenizer_class") in LLAMA_CLASSES
+
+    @property
+    def around_a_text(self) -> tuple[bool, bool]:
+        """Whether tokenizer.json puts anything before a text, and behind it: what transformers 5 goes by."""
+        return _around(self.fast.get("post_processor"))
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether transformers 4 puts BOS or EOS by the settings where 5 does not, or the other way round."""
+        switches = [self.settings.get("add_bos_token", True), self.settings.get("add_eos_token", False)]
+        return self._is_llama and not is_of_5(self.settings) and self.around_a_text != (*map(bool, switches),)
 
     def close_gaps(self) -> None:
         """Say the same in the words of transformers 4, which 5 reads too, as far as 4 has words for it."""
@@ -86,13 +99,13 @@ class TokenizerFiles:
             extra = settings.pop("extra_special_tokens")
             settings["additional_special_tokens"] = [*(older if isinstance(older, list) else []), *extra]
         if "chat-template" in gaps:
-            settings["chat_template"] = self.template
+            listed = [{"name": name, "template": text} for name, text in self.templates.items()]
+            settings["chat_template"] = listed if len(listed) > 1 else listed[0]["template"]
         if "tokenizer-merges" in gaps and all(map(_is_merge, self._merges)):
             self.fast["model"]["merges"] = [" ".join(merge) for merge in self._merges]
         # transformers 5 saves the effect of these two switches in tokenizer.json, and not the switches that 4 goes by.
-        if settings.get("tokenizer_class") in LLAMA_CLASSES and self.fast and is_of_5(settings):
-            before, after = _around(self.fast.get("post_processor"))
-            settings["add_bos_token"], settings["add_eos_token"] = before, after
+        if self._is_llama and is_of_5(settings):
+            settings["add_bos_token"], settings["add_eos_token"] = self.around_a_text
 
     @property
     def _merges(self) -> list[Any]:
