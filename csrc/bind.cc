@@ -11,6 +11,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "fault.h"
 #include "measure.h"
 #include "model.h"
 
@@ -312,6 +313,7 @@ NB_MODULE(_core, m) {
     m.def("isas", &isas);
     m.def("available_isas", &available_isas);
     m.def("usable_cpus", &usable_cpus);
+    m.def("watch_mapping", &watch_mapping, "begin"_a, "nbytes"_a, "name"_a);
     m.attr("PAGE") = kPage;
     m.attr("FEW_TOKENS") = kFewTokens;
     bind_sample(m);

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.check import K, O, Q, Toy, times
+from tests.conftest import write_model
 from tests.refusal import error_line
 
 
@@ -175,3 +176,33 @@ def test_it_runs_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, "check", toy.path, "--json"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["verdict"] == "loads"
+
+
+# --- checksums
+
+
+def test_files_are_compared_with_the_journal_when_that_is_wished(cli, tmp_path):
+    source = write_model(tmp_path / "m")
+    out = tmp_path / "out"
+    assert cli("quantize", source, out, "--scheme", "w8a16").code == 0
+    kept = "checksums: every file is what it was when the model was made"
+    assert cli("check", out, "--verify", "--for", "vllm-ascend").out.splitlines()[-1] == kept
+    weights = out / "quant_model_weight_w8a16.safetensors"
+    weights.chmod(0o600)
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (out / "tokenizer_config.json").unlink()
+    assert "checksums" not in cli("check", out).out
+    done = cli("check", out, "--verify", "--for", "vllm-ascend")
+    assert done.code == 1
+    assert [text for text in done.out.splitlines() if text.startswith("checksums: ")] == [
+        f"checksums: {name} is not what it was when the model was made"
+        for name in ("quant_model_weight_w8a16.safetensors", "tokenizer_config.json")
+    ]
+    found = cli("check", out, "--verify", "--json").json()
+    assert found["changed_files"] == ["quant_model_weight_w8a16.safetensors", "tokenizer_config.json"]
+    assert error_line(cli("check", source, "--verify")) == (
+        f"eightfold_journal.jsonl in {source}: got no list of files with checksums, expected the journal of a "
+        "finished model. Only directories that eightfold has made have one."
+    )

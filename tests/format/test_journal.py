@@ -117,6 +117,22 @@ def test_a_directory_is_finished_with_the_closing_line_or_without_a_journal(tmp_
 
 
 @pytest.mark.parametrize(
+    "complete",
+    [[], {"a": 1}, {"a": [1]}, {"a": [1, "2"]}, {"/etc/passwd": [1, 2]}, {"x/../../y": [1, 2]}, {"a\0": [1, 2]}],
+)
+def test_a_list_of_files_that_is_none_completes_nothing(tmp_path, complete):
+    written(tmp_path, [*LINES, {"complete": complete}])
+    with pytest.raises(CheckpointError, match=r"^unfinished model"):
+        require_finished(tmp_path)
+
+
+def test_a_journal_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / JOURNAL_NAME)
+    with pytest.raises(CheckpointError, match=r"^eightfold_journal\.jsonl in .*: got a FIFO, expected a regular file$"):
+        require_finished(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("lines", "got"),
     [
         ([], "one that had just begun"),

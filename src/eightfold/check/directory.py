@@ -33,7 +33,7 @@ from eightfold.families import (
     input_groups,
     layer_prefix,
 )
-from eightfold.files import read_json
+from eightfold.files import read_file, read_json
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
@@ -293,8 +293,8 @@ def _sizes(config: dict[str, Any], where: Path) -> ModelConfig:
 
 def _json_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())  # as loaders read it: of a repeated key, the last
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_file(path))  # as loaders read it: of a repeated key, the last
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"It is no JSON: {error}. Fetch it again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"It holds a {type(content).__name__} and no object. Fetch it again.")

@@ -55,8 +55,10 @@ def require_torch(command: str) -> None:
         DependencyError: it is not installed.
     """
     from eightfold.machine import tame_malloc
+    from eightfold.model.native import name_cut_files
 
     tame_malloc()
+    name_cut_files()
     # OpenMP's threads spin while they wait for each other. With one core busy elsewhere that was measured to take
     # three times as long as waiting asleep; on an idle machine the difference is small.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -101,16 +101,27 @@ class CheckCommand:
 
     model: Path = argument("DIR", "A model directory, quantized or float.")
     loaders: tuple[str, ...] = setting(("all",), _LOADERS, "Loader whose rules to apply. Default: all.", flag="--for")
+    verify: bool = setting(False, SWITCH, "Compare all files with the checksums in the journal, too.")
     as_json: bool = as_json()
 
     def execute(self) -> int:
         reports = self._reports()
+        changed = self._changed()
         if self.as_json:
-            console.print_json(_document(reports))
+            console.print_json({**_document(reports), **({"changed_files": changed} if self.verify else {})})
         else:
             for report in reports:
                 _print_report(report)
-        return 0 if all(report.verdict.is_harmless for report in reports) else EXIT_NOT_SERVED
+            for name in changed:
+                print(f"checksums: {name} is not what it was when the model was made")
+            if self.verify and not changed:
+                print("checksums: every file is what it was when the model was made")
+        return 0 if not changed and all(report.verdict.is_harmless for report in reports) else EXIT_NOT_SERVED
+
+    def _changed(self) -> list[str]:
+        from eightfold.format.output import verify_files
+
+        return verify_files(self.model, console.bars) if self.verify else []
 
     def _reports(self) -> list[Report]:
         from eightfold.check import mindie, vllm_ascend

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import CheckpointError
+from eightfold.files import has_file, read_file
 
 JOURNAL_NAME = "eightfold_journal.jsonl"
 
@@ -134,7 +135,7 @@ class Journal(LineFile):
         """Open the journal of a directory, or make an empty one; see LineFile."""
         super().__init__(directory / JOURNAL_NAME)
         try:
-            self.entries, self.size = parse(self.path.read_bytes())
+            self.entries, self.size = parse(read_file(self.path))
         except BaseException:
             self.close()
             raise
@@ -147,7 +148,7 @@ class Journal(LineFile):
     @property
     def steps(self) -> dict[str, Entry]:
         """The finished steps by name."""
-        return {entry["step"]: entry for entry in self.entries if "step" in entry}
+        return {entry["step"]: entry for entry in self.entries if isinstance(entry.get("step"), str)}
 
     @property
     def complete(self) -> Entry | None:
@@ -196,18 +197,20 @@ def parse(blob: bytes) -> tuple[list[Entry], int]:
 def closing_line(entries: Sequence[Entry]) -> Entry | None:
     """Return what the last line says of each file, if it is the one that completes a directory."""
     found = entries[-1].get("complete") if entries else None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    is_ours = all(
+        isinstance(sealed, list) and len(sealed) == 2 and all(type(number) is int for number in sealed)
+        for sealed in found.values()
+    )
+    is_inside = not any(name.startswith("/") or ".." in name.split("/") or "\0" in name for name in found)
+    return found if is_ours and is_inside else None
 
 
 def read_entries(directory: Path) -> list[Entry] | None:
     """Return the entries of a directory's journal, without a lock; None when it has none."""
     path = directory / JOURNAL_NAME
-    try:
-        return parse(path.read_bytes())[0]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    return parse(read_file(path))[0] if has_file(path) else None
 
 
 def layers_done(entries: Sequence[Entry]) -> int:

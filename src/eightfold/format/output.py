@@ -515,6 +515,24 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
+def verify_files(directory: Path, progress: Progress = silent) -> list[str]:
+    """Compare the files of a directory with the sizes and checksums in its journal; return those that differ.
+
+    Raises:
+        CheckpointError: it has no journal, or none that lists its files.
+    """
+    sealed = closing_line(read_entries(directory) or [])
+    if sealed is None:
+        raise CheckpointError(
+            JOURNAL_NAME,
+            where=directory,
+            got="no list of files with checksums",
+            expected="the journal of a finished model",
+            action="Only directories that eightfold has made have one.",
+        )
+    return _changed_files(directory, sealed, progress)
+
+
 def _changed_files(directory: Path, sealed: Entry, progress: Progress) -> list[str]:
     """Return the files of a complete directory that are not what its closing line says. Other files are ignored."""
     changed = []

@@ -18,7 +18,7 @@ import mmap
 import os
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from eightfold.config import DType
 from eightfold.errors import CheckpointError
 from eightfold.files import open_regular, parse_json, refuse_pointer
+from eightfold.progress import printable
 from eightfold.values import MAX_INT, shown
 
 if TYPE_CHECKING:
@@ -165,8 +166,18 @@ def _check_layout(infos: Mapping[str, TensorInfo], path: Path, data_start: int, 
         )
 
 
+# Is told of each mapping: address, bytes and file, and of the same address with no bytes when it goes.
+_tell: Callable[[int, int, str], object] | None = None
+
+
+def tell_of_mappings(tell: Callable[[int, int, str], object] | None) -> None:
+    """Let a function know which memory is which file, from now on."""
+    global _tell
+    _tell = tell
+
+
 class MappedFile:
-    """One safetensors file in memory, by pages as they are touched."""
+    """One file in memory, by pages as they are touched."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_regular(path)
@@ -174,6 +185,10 @@ class MappedFile:
         self.nbytes = os.fstat(self._file).st_size
         # Copy-on-write: arrays come out writable, as torch wants them, while nothing can reach the file.
         self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY) if self.nbytes else b""
+        if _tell is not None and self.nbytes:
+            address = self.raw(0, 1).__array_interface__["data"][0]
+            _tell(address, self.nbytes, " ".join(printable(str(path)).split()))
+            weakref.finalize(self._map, _tell, address, 0, "").atexit = False
 
     def array(self, info: TensorInfo) -> NDArray[Any]:
         """Return a view of a tensor, in its shape; BF16 as uint16 bit patterns."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from eightfold import __version__
 from eightfold.errors import OutputError, shortlist
-from eightfold.files import write_json
+from eightfold.files import open_regular, write_json
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.directory import CONFIG_NAME, list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
@@ -89,7 +89,7 @@ def _name_of(checkpoint: Checkpoint, path: Path) -> str:
 
 def _file_identity(checkpoint: Checkpoint, path: Path) -> list[int]:
     """Return a file's size and the CRC-32 of what counts of it."""
-    file = os.open(path, os.O_RDONLY)
+    file = open_regular(path)
     try:
         size = os.fstat(file).st_size
         infos = [info for info in checkpoint.tensors.values() if info.file == path]

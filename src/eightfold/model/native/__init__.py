@@ -5,11 +5,13 @@ EIGHTFOLD_ISA forces an instruction set, EIGHTFOLD_THREADS the number of threads
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import ConfigError, UnsupportedError
+from eightfold.format.safetensors import tell_of_mappings
 
 ISA_VARIABLE, THREADS_VARIABLE = "EIGHTFOLD_ISA", "EIGHTFOLD_THREADS"
 MAX_THREADS = 1024  # that the extension takes
@@ -30,6 +32,15 @@ def require() -> Any:
             expected="one built when eightfold was installed",
             action="Install a C++ compiler and reinstall eightfold, or use --backend reference.",
         ) from None
+
+
+def name_cut_files() -> None:
+    """Let a weight file that is cut short while it is used end the process with one line that names the file.
+
+    Without the extension, reading it ends in the system's own message of a bus error.
+    """
+    with contextlib.suppress(UnsupportedError):
+        tell_of_mappings(getattr(require(), "watch_mapping", None))  # an extension built before has none
 
 
 def is_built() -> bool:

@@ -75,6 +75,7 @@ def load_model(
         CheckpointError: a scale that is not a finite number.
     """
     config, resident = checkpoint.config, resident_bytes() or 0
+    core.name_cut_files()
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
     isa = core.choose_isa()
