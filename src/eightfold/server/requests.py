@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields as fields_of
 from typing import Any
 
-from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
 from eightfold.server.fields import LIST, OBJECT, STRING, Fields, bad_request, between, demand, refused, shown, wrong
 from eightfold.server.generation import Asked
-from eightfold.server.sampling import read_cache_salt, read_max_tokens, read_stream, sampling_params, structured_output
 from eightfold.server.service import Service
-from eightfold.server.tools import ToolUse, read_tools
+from eightfold.server.tools import ToolUse, read_tools, structured_output
 from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
-from eightfold.values import SWITCH, is_token_ids
+from eightfold.values import SWITCH, WORDS, is_token_ids
 
 MAX_MESSAGES = 4096
+MAX_LOGIT_BIASES = 1024
+
+# What endpoints read in ways of their own; other fields have the names and meanings of SamplingParams.
+_OWN = ("max_tokens", "logprobs", "structured", "logit_bias")
+_SAME = tuple(field.name for field in fields_of(SamplingParams) if field.name not in _OWN)
 
 
 def read_chat(fields: Fields, service: Service) -> Asked:
     """Return what a request for a chat's next message asks for."""
     params, tools = _params(fields, service.template or "")
     encode = read_conversation(fields, service.template, tools.shown)
-    stream = read_stream(fields)
+    stream = _read_stream(fields)
     return Asked(
         prompts=1,
         encode=lambda tokenizer: ([encode(tokenizer)], None),
         params=params,
         answer=lambda _: ChatAnswer(service.settings.model_names[0], service.texts, tools, **stream),
-        cache_salt=read_cache_salt(fields),
+        cache_salt=_read_cache_salt(fields),
         **stream,
     )
 
@@ -42,9 +47,9 @@ def _params(fields: Fields, template: str) -> tuple[SamplingParams, ToolUse]:
     wanted, top = fields.read("logprobs", SWITCH, False), fields.read("top_logprobs", between(0, MAX_LOGPROBS), 0)
     if top and not wanted:
         raise bad_request('top_logprobs: expected "logprobs": true beside it', param="top_logprobs")
-    params = sampling_params(
+    params = _sampling_params(
         fields,
-        max_tokens=read_max_tokens(fields, None),
+        max_tokens=_read_max_tokens(fields, None),
         logprobs=top if wanted else None,
         structured=form or tools.forced,
     )
@@ -148,16 +153,16 @@ Prompt = str | list[int]
 def read_completion(fields: Fields, service: Service) -> Asked:
     """Return what a request for the continuation of prompts asks for."""
     logprobs = fields.read("logprobs", between(0, MAX_LOGPROBS))
-    max_tokens = read_max_tokens(fields, DEFAULT_MAX_TOKENS, least=0)
+    max_tokens = _read_max_tokens(fields, DEFAULT_MAX_TOKENS, least=0)
     prompts, special = _prompts(fields), fields.read("add_special_tokens", SWITCH, True)
     echo = fields.read("echo", SWITCH, False)
     if max_tokens == 0 and not echo:
         raise bad_request("max_tokens: got 0, expected at least 1, or echo", param="max_tokens")
     given: dict[str, Any] = {"prompt_logprobs": logprobs} if echo and logprobs is not None else {}
-    params = sampling_params(
+    params = _sampling_params(
         fields, max_tokens=max_tokens or 1, logprobs=logprobs, structured=structured_output(fields), **given
     )
-    stream = read_stream(fields)
+    stream = _read_stream(fields)
 
     def encode(tokenizer: Tokenizer) -> tuple[list[list[int]], list[str] | None]:
         try:
@@ -181,7 +186,7 @@ def read_completion(fields: Fields, service: Service) -> Asked:
             shows_usage=stream["shows_usage"],
         )
 
-    salt = read_cache_salt(fields)
+    salt = _read_cache_salt(fields)
     return Asked(
         prompts=len(prompts), encode=encode, params=params, answer=answer, echoes=echo, cache_salt=salt, **stream
     )
@@ -209,3 +214,60 @@ def _text(tokenizer: Tokenizer, prompt: Prompt) -> str:
         return tokenizer.decode(prompt, keep_special=True)
     except (OverflowError, TypeError):  # ids that are none; the engine refuses them by name
         return ""
+
+
+def _sampling_params(fields: Fields, **given: Any) -> SamplingParams:
+    """Return how a request wants its tokens chosen.
+
+    Args:
+        fields: of the request.
+        given: what the endpoint has read: max_tokens, logprobs, structured.
+    """
+    values = {name: fields.any(name) for name in _SAME}
+    values["logit_bias"] = _logit_bias(fields)
+    best_of = fields.read("best_of", between(1, 2**31))
+    if best_of is not None and best_of != (values["n"] or 1):
+        raise bad_request("best_of: expected the same as n. Ask for n answers and choose.", param="best_of")
+    # Null is the same as not given, except for the max_tokens that an endpoint has read.
+    read = {name: value for name, value in values.items() if value is not None}
+    try:
+        return SamplingParams(**{**read, **given})
+    except EightfoldError as error:
+        name = str(error).partition(":")[0].partition(" ")[0]
+        raise refused(error, param=name if name in values or name in given else None) from None
+
+
+def _read_max_tokens(fields: Fields, default: int | None, least: int = 1) -> int | None:
+    """Return how many tokens an answer may have, by either of the two names."""
+    names = ("max_completion_tokens", "max_tokens")
+    found = {value for name in names if (value := fields.read(name, between(least, 2**31))) is not None}
+    if len(found) > 1:
+        raise bad_request("max_tokens and max_completion_tokens: got both. Give one.", param="max_tokens")
+    return found.pop() if found else default
+
+
+def _read_stream(fields: Fields) -> dict[str, bool]:
+    """Return whether the answer `streams`, and whether the stream `shows_usage` at its end."""
+    streams, options = fields.read("stream", SWITCH, False), fields.read("stream_options", OBJECT)
+    if options is None:
+        return {"streams": streams, "shows_usage": False}
+    if not streams:
+        raise bad_request("stream_options: only with stream", param="stream_options")
+    return {"streams": True, "shows_usage": Fields(options).read("include_usage", SWITCH, False)}
+
+
+def _read_cache_salt(fields: Fields) -> str:
+    """Return a request's own salt of the prefix cache, which vLLM has too; empty where there is none."""
+    return str(fields.read("cache_salt", WORDS, ""))
+
+
+def _logit_bias(fields: Fields) -> dict[int, Any] | None:
+    given = fields.read("logit_bias", OBJECT)
+    if given is None:
+        return None
+    if len(given) > MAX_LOGIT_BIASES:
+        raise bad_request(f"logit_bias: got {len(given)}, expected at most {MAX_LOGIT_BIASES}", param="logit_bias")
+    biases = biases_by_id(given)
+    if biases is None:
+        raise bad_request("logit_bias: expected token ids, as texts, and what is added to them", param="logit_bias")
+    return biases
