@@ -139,7 +139,7 @@ def test_another_machines_address(cli, model):
         (["--max-model-len", "1000"], "--max-model-len: got 1000, expected at most 384"),
         (["--max-num-seqs", "600"], "--max-batched-tokens: got 512, expected more than --max-num-seqs, 600."),
         (["--chat-template", "nowhere.jinja"],
-         "--chat-template in nowhere.jinja: got No such file or directory, expected a readable file"),
+         "cannot read nowhere.jinja: No such file or directory. Check the path."),
         (["--port", "70000"], "--port: got 70000, expected a whole number from 0 to 65535. Try: eightfold "),
     ],
 )  # fmt: skip
