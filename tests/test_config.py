@@ -499,6 +499,16 @@ def test_absent_fields_have_the_defaults_of_their_class(architecture, absent):
     assert parsed.rope.rope_theta == expected.rope_parameters["rope_theta"]
 
 
+def test_head_sizes_that_the_family_implies_are_written():
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": ..., "head_dim": ...}
+    raw = config(architecture="Qwen3ForCausalLM", **{**sizes, "hidden_size": 64})
+    written = both_dialects(raw, parse(raw), DType.BF16)
+    assert (written["num_key_value_heads"], written["head_dim"]) == (32, 128)
+    raw = config(**{**sizes, "hidden_size": 64})
+    written = both_dialects(raw, parse(raw), DType.BF16)
+    assert {"num_key_value_heads", "head_dim"}.isdisjoint(written)
+
+
 def test_heads_that_the_file_does_not_name_are_explained():
     assert refusal(config(architecture="MistralForCausalLM", num_key_value_heads=...)) == (
         '"num_key_value_heads" in m/config.json: got 8, which MistralForCausalLM has where nothing is said, '

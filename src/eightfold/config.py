@@ -405,7 +405,7 @@ def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any
 
 
 def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
-    """Return config.json's object with dtype and rope said in both dialects, and `model_type`, by which loaders go.
+    """Return config.json's object with dtype and rope in both dialects, and with what loaders cannot guess.
 
     Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
     description file from the loaders, or contradict it. And except `transformers_weights`, a name of the source's file.
@@ -414,6 +414,12 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
     out = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
     out["model_type"] = FAMILIES[config.architecture].model_type
     out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
+    family = FAMILIES[config.architecture]
+    # Loaders do not agree on what an absent one means in these families.
+    if family.kv_heads is not None and raw.get("num_key_value_heads") is None:
+        out["num_key_value_heads"] = config.num_kv_heads
+    if family.head_dim is not None and raw.get("head_dim") is None:
+        out["head_dim"] = config.head_dim
     out["rope_theta"] = config.rope.rope_theta
     out["rope_scaling"] = _old_scaling(rope)
     out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **rope}
