@@ -21,7 +21,7 @@ from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampler import Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.structured import KEPT, Grammar, GrammarCompiler, fill_masks, mask_words
-from eightfold.errors import DependencyError, InputError, UnsupportedError
+from eightfold.errors import CapacityError, DependencyError, InputError, UnsupportedError
 from eightfold.machine import anonymous_bytes
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
@@ -457,6 +457,21 @@ def test_forms_are_kept_up_to_a_number_of_bytes(tokenizer, monkeypatch):
     grammars[3]._form.mask_seconds = 1.0  # whose masks have made it larger
     compiler.compile(StructuredOutput(regex="x3"))
     assert list(compiler._kept) == []
+
+
+def test_forms_in_use_are_bounded_too(tokenizer, monkeypatch):
+    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
+    sizes = iter([30 * 2**20] * 9 + [2**20, 30 * 2**20, 30 * 2**20])
+    monkeypatch.setattr(structured, "build", lambda *args: (mock.MagicMock(), next(sizes)))
+    held = [compiler.compile(StructuredOutput(regex=f"x{i}")) for i in range(10)]  # the last one is small
+    with pytest.raises(CapacityError) as caught:
+        compiler.compile(StructuredOutput(regex="x10"))
+    assert str(caught.value) == (
+        "structured regex: got 30 MiB beside 271 MiB of forms in use, expected at most 256 MiB. "
+        "Try again when other answers are complete."
+    )
+    del held
+    compiler.compile(StructuredOutput(regex="x11"))
 
 
 def test_idle_forms_go(tokenizer, monkeypatch):

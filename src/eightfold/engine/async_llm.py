@@ -13,6 +13,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from eightfold.errors import InputError
 
 # To check and hash more tokens than these, all answers together, is left to a thread: the event loop goes on.
 QUICK_TOKENS = 16_384
+
+# Forms are compiled in threads of their own, so many at a time: slow ones delay nothing but other forms.
+FORM_THREADS = 3
 
 # Between two looks at whether all is answered, in a shutdown.
 LOOK_SECONDS = 0.02
@@ -80,6 +84,7 @@ class AsyncLLM:
         self._orders: deque[Callable[[], object]] = deque()  # to the engine's thread
         self._ordered = threading.Condition()
         self._refuses = self._stops = False
+        self._forms = ThreadPoolExecutor(FORM_THREADS, "eightfold-form")
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="eightfold-engine", daemon=True)
         self._thread.start()
@@ -131,14 +136,14 @@ class AsyncLLM:
         request_id = f"request-{next(self._ids)}" if request_id is None else request_id
         prepare = partial(self.engine.prepare, request_id, prompt_ids, params, streams=streams, cache_salt=cache_salt)
         takes_long = params.structured is not None or len(prompt_ids) * params.n > QUICK_TOKENS
-        return self._stream(request_id, prepare if takes_long else None, None if takes_long else prepare())
+        executor = None if params.structured is None else self._forms
+        return self._stream(request_id, None if takes_long else prepare(), prepare, executor)
 
     async def _stream(
-        self, request_id: str, prepare: Callable[[], Request] | None, request: Request | None
+        self, request_id: str, request: Request | None, prepare: Callable[[], Request], executor: Executor | None
     ) -> AsyncGenerator[RequestOutput, None]:
-        if prepare is not None:
-            request = await asyncio.to_thread(prepare)
-        assert request is not None
+        if request is None:
+            request = await asyncio.get_running_loop().run_in_executor(executor, prepare)
         reader = self._open(request_id)
         finished = False
         try:
@@ -168,6 +173,7 @@ class AsyncLLM:
         """End what is going on, and the thread."""
         self._refuses = True
         self._order(self._stop)
+        self._forms.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
         atexit.unregister(self._end)
 

@@ -11,12 +11,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 
 from eightfold.engine.forms import Trial, Vocabulary, build, refusal
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.errors import DependencyError, InputError
+from eightfold.errors import CapacityError, DependencyError, InputError
 from eightfold.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 # Compiled forms are kept up to these numbers, and until nobody has asked for them for a while.
 KEPT, KEPT_BYTES, IDLE_SECONDS = 64, 64 * 2**20, 300.0
 
+# Forms of more bytes than the first are refused while those in use have more than the second.
+SMALL_BYTES, USED_BYTES = 2**20, 256 * 2**20
+
 # Masks make a form larger: by at most so much a second that is spent on them.
 GROWTH = 64 * 2**20
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Form:
     """A compiled form, shared by the answers that keep to it.
 
@@ -99,6 +103,7 @@ class GrammarCompiler:
             raise InputError("tokenizer for structured output", where=path, got=error) from None
         self._trial = Trial(vocabulary) if tries else None
         self._kept: OrderedDict[StructuredOutput, Form] = OrderedDict()  # the last used is the last
+        self._alive: WeakSet[Form] = WeakSet()  # kept, or of an answer that goes on
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
@@ -106,6 +111,7 @@ class GrammarCompiler:
         """Return a grammar at its beginning. One that was asked for lately costs little.
 
         Raises:
+            CapacityError: it is large, and those of answers that go on take too much already.
             InputError: the schema, expression or grammar is wrong or too complex; llguidance's words say why.
         """
         with self._lock:
@@ -142,7 +148,18 @@ class GrammarCompiler:
             matcher, grown = build(self._library, self._tokenizer, name, value)
         except Exception as error:
             raise refusal(name, error) from None
-        return Form(matcher, grown if size is None else size)
+        form = Form(matcher, grown if size is None else size)
+        with self._lock:
+            used = sum(each.size for each in self._alive)
+            if used > USED_BYTES and form.size > SMALL_BYTES:
+                raise CapacityError(
+                    f"structured {name}",
+                    got=f"{form.size / 2**20:.0f} MiB beside {used >> 20} MiB of forms in use",
+                    expected=f"at most {USED_BYTES >> 20} MiB",
+                    action="Try again when other answers are complete.",
+                )
+            self._alive.add(form)
+        return form
 
 
 def fill_masks(grammars: Sequence[Grammar], vocab_size: int) -> NDArray[np.int32]:
