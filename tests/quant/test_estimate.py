@@ -138,9 +138,10 @@ def test_the_command_line_shows_it_and_writes_nothing(cli, source, tmp_path):
 
 
 def test_what_a_killed_plan_has_left_is_removed_by_the_next(source):
-    left = source.parent / ".out.plan" / ".out.partial"
-    left.mkdir(parents=True)
-    (left / "quant_model_weight.safetensors").write_bytes(b"half")
+    for name in (".out.partial", "out"):  # what was not finished, and what was and could not be removed
+        left = source.parent / ".out.plan" / name
+        left.mkdir(parents=True)
+        (left / "quant_model_weight.safetensors").write_bytes(b"half")
     plan(source, Recipe(QuantType.W8A16))
     assert [path.name for path in source.parent.iterdir()] == ["float"]
 

@@ -136,3 +136,20 @@ def test_some_faults_while_an_output_is_replaced(place, fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_while_an_output_is_replaced(place, fault):
     replace_each(place("w8a16"), fault, 1)
+
+
+@pytest.mark.parametrize(("fault", "step"), [("full disk", 23), ("no memory", 97)])
+def test_a_plan_that_meets_a_fault_leaves_nothing(place, fault, step, cli, monkeypatch):
+    it, at, is_met = place("m4 fa level"), 0, True
+    while is_met:
+        with failing_after(at, fault, monkeypatch) as watch:
+            met = cli(*it.command, "--plan")
+        if met.code:
+            message = error_line(met)
+            assert WORDS[fault] in message, message
+            assert any(advice in message for advice in ADVICE), message
+        if ".out.plan" in it.others():  # it could not be removed
+            assert cli(*it.command, "--plan").code == 0
+        assert it.others() == it.untouched, at
+        assert not it.out.exists()
+        is_met, at = watch.seen > at, at + step

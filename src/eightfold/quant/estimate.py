@@ -15,7 +15,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -273,13 +273,16 @@ def _place(path: Path) -> Iterator[Path]:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            made = (out, partial_path(out))
             try:
-                rmtree(partial_path(out), ignore_errors=True)
+                for left in made:
+                    rmtree(left, ignore_errors=True)
                 yield out
             finally:
-                for made in (out, partial_path(out)):
-                    rmtree(made, ignore_errors=True)
-                path.rmdir()
+                for left in made:
+                    rmtree(left, ignore_errors=True)
+                with suppress(OSError):  # the next plan removes what could not be removed
+                    path.rmdir()
         finally:
             os.close(folder)
     except OSError as error:
