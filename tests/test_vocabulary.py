@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,18 @@ def test_dropout_is_for_training(directory):
     vocab = {**model["vocab"], "he": 300, "hel": 301}
     change(directory, model={**model, "vocab": vocab, "merges": ["h e", "he l"], "dropout": 0.9}, added_tokens=[])
     assert {tuple(Tokenizer(directory).encode("hel")) for _ in range(20)} == {(301,)}
+
+
+def test_what_others_write_to_stderr_meanwhile_is_not_lost(directory, capfd, monkeypatch):
+    bounds = vocabulary._require_bounds
+
+    def tell(*args: Any) -> None:
+        print("a note of another thread", file=sys.__stderr__, flush=True)
+        bounds(*args)
+
+    monkeypatch.setattr(vocabulary, "_require_bounds", tell)
+    Tokenizer(directory)
+    assert capfd.readouterr().err == "a note of another thread\n"
 
 
 def test_an_encoding_that_takes_too_long_is_given_up(tmp_path, monkeypatch):

@@ -135,18 +135,9 @@ def _read(path: Path) -> FastTokenizer:
 
 def _require_ids(fast: FastTokenizer, content: bytes, path: Path) -> None:
     """Refuse added tokens that the library has given other ids than the file says."""
-    start = re.search(rb'"added_tokens"\s*:\s*(?=\[)', content)
-    if start is None:
-        return
-    end = re.compile(rb"\]\s*[,}]").search(content, start.end())
-    while end is not None:
-        try:
-            tokens = json.loads(content[start.end() : end.start() + 1])
-            break
-        except ValueError:  # the bracket was in a token
-            end = re.compile(rb"\]\s*[,}]").search(content, end.end())
-    else:
-        return
+    text = content.decode()
+    start = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+    tokens = json.JSONDecoder().raw_decode(text, start.end())[0] if start is not None else []
     for token in tokens:
         found = fast.token_to_id(token["content"])
         if token["content"] and found != token["id"]:
@@ -220,7 +211,7 @@ def convert(directory: Path) -> FastTokenizer:
             action="Copy it from the float model, or give token ids.",
         )
     try:
-        with _silence():
+        with _silence(all_of_it=True):
             return _converted(older)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
@@ -253,13 +244,21 @@ def _converted(older: Path) -> FastTokenizer:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep what libraries write to stderr from the user: a panic is told there before it is raised."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+def _silence(*, all_of_it: bool = False) -> Iterator[None]:
+    """Keep from the user what is written to stderr before an error: a panic is told there before it is raised.
+
+    Without an error it comes out at the end, for it may be what another thread has to say; not so with `all_of_it`.
+    """
+    kept, held = os.dup(2), os.memfd_create("stderr")
     try:
-        os.dup2(nowhere, 2)
-        yield
+        os.dup2(held, 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+        os.lseek(held, 0, os.SEEK_SET)
+        while not all_of_it and (written := os.read(held, 1 << 16)):
+            os.write(kept, written)
     finally:
-        os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+        os.close(held)
