@@ -118,7 +118,7 @@ TEXTS = Kind((list, tuple), "a list of strings", each=TEXT)
 
 # In the words of the command line.
 PATH = Kind((Path,), "a path")
-BYTES = Kind((int,), "a whole number of bytes", least=1, outside="at least 1")
+BYTES = Kind((int,), "a whole number of bytes", least=1, outside="at least 1 byte")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -152,6 +152,11 @@ def parse_size(text: str) -> int | None:
     """Return how many bytes a size such as 2GiB, 500M or 1000000 is; None if it is none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     return None if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
+
+
+def mib(nbytes: int, digits: int = 0) -> str:
+    """Render a size for a message in MiB, or in bytes where that would be nothing."""
+    return f"{nbytes / 2**20:.{digits}f} MiB" if nbytes >= 2**20 else f"{nbytes:,} bytes"
 
 
 def is_token_ids(value: Any) -> TypeGuard[list[int]]:

@@ -143,7 +143,7 @@ def test_an_answer_ends_before_a_stop_token(cli, tmp_path, backend):
 def test_a_cache_beyond_the_memory_is_refused(run, monkeypatch):
     monkeypatch.setattr("eightfold.model.native.model.available_bytes", lambda: 1 << 10)
     assert error_line(run("--prompt", "hello")) == (
-        "key/value cache: got 0 MiB for 25 positions, expected at most 0 MiB, which are free. "
+        "key/value cache: got 32,768 bytes for 25 positions, expected at most 1,024 bytes, which are free. "
         "Lower --max-new-tokens or shorten the prompt."
     )
 

@@ -18,9 +18,9 @@ from tests.engine.models import CONTEXT, assert_idle, greedy, run
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected a whole number of at least 1"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0, expected a whole number from 1 to 65536"),
         ({"max_model_len": -1}, "max_model_len: got -1, expected a whole number of at least 1"),
-        ({"kv_memory": 0}, "kv_memory: got 0, expected at least 1"),
+        ({"kv_memory": 0}, "kv_memory: got 0, expected at least 1 byte"),
         ({"kv_memory": "2GiB"}, "kv_memory: got '2GiB', expected a whole number of bytes"),
         ({"speculate": 33}, "speculate: got 33, expected a whole number from 0 to 32"),
         (
@@ -64,7 +64,7 @@ class TestMemory:
     def test_not_one_block(self, small):
         model = small("w8a8")
         expected = (
-            r"^key/value cache: got 0\.0 MiB, expected at least 0\.0 MiB, which 128 positions take\. "
+            r"^key/value cache: got [\d,]+ bytes, expected at least [\d,]+ bytes, which 128 positions take\. "
             r"Raise `kv_memory` or close other programs\.$"
         )
         with pytest.raises(CapacityError, match=expected):

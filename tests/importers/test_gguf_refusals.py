@@ -167,7 +167,8 @@ def test_a_damaged_count_does_not_read_on_past_the_end(tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
     with pytest.raises(
-        CheckpointError, match=rf"container in .*: got it ends before byte {path.stat().st_size}, expected"
+        CheckpointError,
+        match=rf"container in .*: got a file that ends at byte {path.stat().st_size}, too early, expected",
     ):
         import_gguf(path, tmp_path / "out", DType.BF16)
 
@@ -236,7 +237,7 @@ def field(key: bytes, kind: int, value: bytes) -> bytes:
         (head(0, 1, text(b"\xff"), bytes(9)), "text that is not UTF-8 before byte 33"),
         (head(1, 0, tensor(b"a", [])), "a tensor of 0 dimensions"),
         (head(1, 0, tensor(b"a", [1] * 5)), "a tensor of 5 dimensions"),
-        (head(1, 0, tensor(b"a", [2**62] * 4)), "it ends before tensor 'a' does"),
+        (head(1, 0, tensor(b"a", [2**62] * 4)), "a file that ends before tensor 'a' does"),
         (head(1, 0, tensor(b"a", [0])), "tensor 'a' of shape [0] at 0"),
         (head(1, 0, tensor(b"a", [4], offset=1), bytes(99)), "tensor 'a' of shape [4] at 1"),
         (head(1, 0, tensor(b"a", [33], kind=8), bytes(99)), "tensor 'a' of shape [33] at 0"),

@@ -135,7 +135,7 @@ def test_another_machines_address(cli, model):
         (["--api-key", " "], "--api-key: got an empty text, expected a key. Leave it out to serve everybody."),
         (["--log-level", "loud"], "--log-level: got loud, expected debug, info, warning or error"),
         (["--kv-memory", "2 apples"], "--kv-memory: got 2 apples, expected a size such as 2GiB or 500MB"),
-        (["--kv-memory", "10"], "key/value cache: got 0.0 MiB, expected at least "),
+        (["--kv-memory", "10"], "key/value cache: got 10 bytes, expected at least "),
         (["--max-model-len", "1000"], "--max-model-len: got 1000, expected at most 384"),
         (["--max-num-seqs", "600"], "--max-batched-tokens: got 512, expected more than --max-num-seqs, 600."),
         (["--chat-template", "nowhere.jinja"],

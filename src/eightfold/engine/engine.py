@@ -29,6 +29,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.scheme import QuantType
 from eightfold.tokenizer import Tokenizer, stop_token_ids
+from eightfold.values import mib
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -409,8 +410,8 @@ def _room_for_cache(model: NativeModel, config: EngineConfig) -> int:
     if not pages:
         raise CapacityError(
             "key/value cache",
-            got=f"{size / 2**20:.1f} MiB",
-            expected=f"at least {model.page_bytes / 2**20:.1f} MiB, which {PAGE} positions take",
+            got=mib(size, 1),
+            expected=f"at least {mib(model.page_bytes, 1)}, which {PAGE} positions take",
             action="Raise `kv_memory` or close other programs.",
         )
     model.allocate_cache(pages * PAGE, "Lower `kv_memory`.")

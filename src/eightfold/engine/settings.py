@@ -39,7 +39,7 @@ class EngineConfig:
         ConfigError: a value is of the wrong kind or out of its range.
     """
 
-    max_num_seqs: int = setting(64, whole(1), "Compute at most N answers at a time; others wait.")
+    max_num_seqs: int = setting(64, whole(1, 65536), "Compute at most N answers at a time; others wait.")
     max_model_len: int | None = setting(
         None, optional(whole(1)), "Most tokens of prompt and answer together. Default: the model's context."
     )

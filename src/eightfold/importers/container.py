@@ -152,7 +152,9 @@ class _Reader:
 
     def _take(self, nbytes: int) -> bytes:
         if nbytes > self._size - self._at:
-            raise self._damage(f"it ends before byte {self._size}" if nbytes <= MAX_TEXT else "a length beyond its end")
+            raise self._damage(
+                f"a file that ends at byte {self._size}, too early" if nbytes <= MAX_TEXT else "a length beyond its end"
+            )
         self._at += nbytes
         return self._file.raw(self._at - nbytes, self._at).tobytes()
 
@@ -215,7 +217,7 @@ class _Reader:
                 raise self._damage(f"tensor {shown(name)} of shape {shown(list(shape))} at {offset}")
             end = data + offset + math.prod(shape) // block * nbytes
             if end > self._size:
-                raise self._damage(f"it ends before tensor {shown(name)} does")
+                raise self._damage(f"a file that ends before tensor {shown(name)} does")
             found[name] = StoredTensor(name, shape, kind, data + offset, end, self._file)
         at = 0
         for tensor in sorted(found.values(), key=lambda tensor: tensor.begin):

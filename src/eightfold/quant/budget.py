@@ -23,6 +23,7 @@ from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
 from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe, Samples
 from eightfold.scheme import QuantType
+from eightfold.values import mib
 
 _MIB = 1 << 20
 
@@ -74,7 +75,7 @@ class Budget:
         if memory < self.needed:
             raise CapacityError(
                 "memory budget",
-                got=f"{memory // _MIB} MiB",
+                got=mib(memory),
                 expected=f"at least {-(-self.needed // _MIB)} MiB for one layer of this model",
                 action="Give that as `memory`, or none.",
             )

@@ -15,6 +15,7 @@ import numpy as np
 from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
 from eightfold.machine import available_bytes
+from eightfold.values import mib
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -144,8 +145,8 @@ class NativeModel:
         if free is not None and needed > free:
             raise CapacityError(
                 "key/value cache",
-                got=f"{needed / 2**20:.0f} MiB for {positions} positions",
-                expected=f"at most {free / 2**20:.0f} MiB, which are free",
+                got=f"{mib(needed)} for {positions} positions",
+                expected=f"at most {mib(free)}, which are free",
                 action=action,
             )
         self._model.allocate_cache(pages)
