@@ -83,14 +83,16 @@ def read_rows(path: Path, limit: int | None = None, title: str = "calibration fi
         InputError: unreadable, too large, empty, or a malformed row, which is named by its number.
     """
     found: list[Row] = []
+    most = min(limit or MAX_ROWS + 1, MAX_ROWS + 1)
     for place, value in _values(path, limit, title):
         try:
             found += _rows(value)
         except _RowError as error:
             raise InputError(place, where=path, got=error.got, expected=error.expected, action=error.action) from None
-        _require_few(found[:limit], path, title)
-        if limit is not None and len(found) >= limit:
-            return found[:limit]
+        if len(found) >= most:
+            break
+    found = found[:most]
+    _require_few(found, path, title)
     if not found:
         raise InputError(title, where=path, got="no rows", expected="one text a line, or JSON")
     return found
@@ -205,7 +207,8 @@ def _values(path: Path, limit: int | None, title: str) -> list[tuple[str, Any]]:
     text, is_cut = read_text(path, title, MAX_BYTES, cuts=limit is not None)
     if is_cut:
         text = text[: text.rfind("\n") + 1]
-    lines = _lines(text, min(max(limit or MAX_ROWS, _LOOKED_AT), MAX_ROWS) + 1)
+    most = min(limit or MAX_ROWS + 1, MAX_ROWS + 1)
+    lines = _lines(text, max(most, _LOOKED_AT))
     try:
         whole = parse_value(text.encode())
     except ValueError as error:
@@ -218,10 +221,10 @@ def _values(path: Path, limit: int | None, title: str) -> list[tuple[str, Any]]:
         found = _line_values(lines, path)
     else:
         is_one = not isinstance(whole, list) or is_token_ids(whole) or _is_chat(whole)
-        items = [whole] if is_one else whole[: MAX_ROWS + 1]
+        items = [whole] if is_one else whole[:most]
         found = [(f"row {number}", item) for number, item in enumerate(items, 1)]
-    _require_few(found[:limit], path, title)
-    return found[:limit]
+    _require_few(found[:most], path, title)
+    return found[:most]
 
 
 def _lines(text: str, most: int) -> list[tuple[str, str]]:
