@@ -112,7 +112,10 @@ def test_encodings(tmp_path, encoding):
         ("[" * 100_000, r"got no JSON|nested too deep"),
         ('[{"messages": [{"role": "user"}]}]', r"row 1 .*got message 1 without content"),
         ('{"messages": [{"role": 3, "content": "a"}]}', r"row 1 .*got message 1 without a role"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', r"message 1 with content\[0\]\.type"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            r"'image_url' as content\[0\]\.type of message 1, expected text$",
+        ),
         ('{"messages": []}', r"row 1 .*got an object with messages"),
         ("[]", r"calibration file in .*got no rows"),
         (" \n", r"calibration file in .*got no rows"),
@@ -273,3 +276,14 @@ def test_a_token_that_the_model_lacks_is_named_with_its_row_and_file(float_model
     message = "calibration row 2 in f.jsonl: got token id 89, expected 0 to 79. The model's tokenizer has a token that"
     with pytest.raises(InputError, match=message):
         tokenize(["a", "bz"], tokenizer, where=Path("f.jsonl"), vocab_size=80)
+
+
+def test_of_a_text_no_more_is_tokenized_than_a_sample_can_have(tmp_path, monkeypatch):
+    write_tokenizer(tmp_path)
+    tokenizer, text = Tokenizer(tmp_path), "some words " * 1000
+    whole = tokenize([text], tokenizer, context=16)[0]
+    monkeypatch.setattr(dataset, "_LEAST_CHARS", 100)
+    for row in (text, [{"role": "user", "content": text}]):
+        cut = tokenize([row], tokenizer, context=16)[0]
+        assert 16 <= len(cut) < len(whole)
+    assert tokenize([text], tokenizer, context=16)[0][:16] == whole[:16]

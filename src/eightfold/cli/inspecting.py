@@ -212,12 +212,14 @@ class EvaluateCommand:
 
     def execute(self) -> None:
         from eightfold.evaluate import cut_chunks, default_text, read_evaluation_text
+        from eightfold.quant.dataset import enough_for
         from eightfold.tokenizer import Tokenizer
 
         started = time.monotonic()
         checkpoints = [console.opened(path) for path in (self.model, self.against) if path is not None]
         content = default_text() if self.text is None else read_evaluation_text(self.text)
         tokenizer = Tokenizer(self.model, add_bos=bool(self.add_bos))
+        content = enough_for(self.chunks * self.chunk_len, content)
         token_ids = tokenizer.encode(content, special_tokens=False)
         for checkpoint in checkpoints:
             if (highest := max([*tokenizer.bos, *token_ids], default=0)) >= (size := checkpoint.config.vocab_size):

@@ -297,8 +297,8 @@ class QuantizeCommand:
 
         # That a base model has no template for those of ours that are chats is nothing to note.
         tell = console.note if where is not None or self._tokenizer.has_chat_template else dataset.silent
-        vocab_size = checkpoint.config.vocab_size
-        samples = dataset.tokenize(rows, self._tokenizer, tell, where=where, vocab_size=vocab_size)
+        vocab_size, context = checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings
+        samples = dataset.tokenize(rows, self._tokenizer, tell, where=where, vocab_size=vocab_size, context=context)
         return self._cut(samples, checkpoint)
 
     @cached_property

@@ -28,8 +28,8 @@ from typing import Any
 
 from eightfold.errors import CheckpointError, ConfigError, InputError, one_of, shortlist
 from eightfold.files import parse_value, read_text
-from eightfold.tokenizer import Message, Tokenizer, content_text
-from eightfold.values import is_token_ids, shorten
+from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
+from eightfold.values import is_token_ids, shorten, shown
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 CHAT_KEYS = ("messages", "conversations")
@@ -41,6 +41,10 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 MAX_BYTES = 32 << 20
 MAX_ROWS = 100_000
 _MAX_NESTED = 8  # lists in lists
+
+# Of a longer text only so much is tokenized, as a tokenizer takes 100 bytes and more for each token. Tokens have about
+# four characters, and even those of white space hardly more than 64.
+_LEAST_CHARS, _TOKEN_CHARS = 1 << 20, 64
 
 # So many lines at least say whether a file is plain text, however few are wanted.
 _LOOKED_AT = 1000
@@ -126,6 +130,7 @@ def tokenize(
     *,
     where: Path | None = None,
     vocab_size: int | None = None,
+    context: int = 0,
 ) -> list[list[int]]:
     """Return each row's token ids: a text with the special tokens around it, a chat by the model's template.
 
@@ -135,6 +140,7 @@ def tokenize(
         note: is told where chats stand that no template can render; they become lines of `role: content`.
         where: the file of the rows, for messages.
         vocab_size: of the model, where that is to be checked.
+        context: how many tokens of a sample are of use; of a long text no more is looked at.
 
     Raises:
         InputError: a row has no tokens, is not Unicode, the template refuses it, or the tokenizer knows a token that
@@ -147,10 +153,11 @@ def tokenize(
     samples = []
     for number, row in enumerate(rows, 1):
         try:
-            if isinstance(row, str) or problem:
-                ids = tokenizer.encode(plain_text(row))
+            if is_plain := isinstance(row, str) or bool(problem):
+                text = plain_text(row)
             else:
-                ids = tokenizer.encode_chat(row, add_generation_prompt=False)
+                text = tokenizer.render_chat(row, add_generation_prompt=False)
+            ids = tokenizer.encode(enough_for(context, text), special_tokens=is_plain)
         except InputError as error:
             place = f"calibration row {number}" if where is None else f"calibration row {number} in {where}"
             raise InputError(f"{place}: {error}") from None
@@ -168,6 +175,11 @@ def tokenize(
             )
         samples.append(ids)
     return samples
+
+
+def enough_for(tokens: int, text: str) -> str:
+    """Return the beginning of a text that is sure to have so many tokens: all, unless it is very long."""
+    return text[: max(_LEAST_CHARS, _TOKEN_CHARS * tokens)]
 
 
 def plain_text(row: Row) -> str:
@@ -341,8 +353,9 @@ def _chat(given: Sequence[dict[str, Any]]) -> list[Message]:
             raise _RowError(f"message {at + 1} without {lacks}", "role and content, or from and value")
         try:
             text = content_text(content)
-        except InputError as error:
-            raise _RowError(f"message {at + 1} with {error}", "a text, or parts of text") from None
+        except ContentError as error:
+            place = f"content{error.place} of message {at + 1}"
+            raise _RowError(f"{shown(error.value)} as {place}", error.expected) from None
         rest = {key: each for key, each in message.items() if key not in ("from", "value")}
         messages.append({**rest, "role": role, "content": text})
     return messages
