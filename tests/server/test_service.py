@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -233,6 +235,29 @@ def test_silent_connections_make_room_for_those_that_ask(serve, caplog):
     running.server._connections.tell()
     lines = [record.getMessage() for record in caplog.records if "closed connections" in record.getMessage()]
     assert len(lines) == 1 and " x too many" in lines[0]
+
+
+def test_of_descriptors_that_run_out_the_log_tells_once(serve, caplog):
+    running = serve({})
+    connections, loop = running.server._connections, running.server.servers[0].get_loop()
+    context = {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many open files")}
+    for _ in range(1000):
+        loop.call_soon_threadsafe(connections.on_fault, loop, context)
+    loop.call_soon_threadsafe(connections.on_fault, loop, {"message": "other", "exception": RuntimeError("x")})
+    loop.call_soon_threadsafe(connections.tell)
+    assert eventually(lambda: len(caplog.records) >= 2)
+    fault, told = (record.getMessage() for record in caplog.records[-2:])
+    assert (fault, told) == ("event loop: other", "closed connections: 1000 x not accepted (Too many open files)")
+
+
+def test_the_limit_of_descriptors_is_raised_and_connections_stay_below_half_of_it():
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))\n"
+        "from eightfold.server.connections import Connections; made = Connections()\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE), made.most, made.backlog)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["512", "512", "256", "32"], found.stderr
 
 
 def test_answers_that_go_on_are_not_given_up_for_new_connections(serve):
