@@ -140,6 +140,7 @@ def test_another_machines_address(cli, model):
         (["--max-num-seqs", "600"], "--max-batched-tokens: got 512, expected more than --max-num-seqs, 600."),
         (["--chat-template", "nowhere.jinja"],
          "cannot read nowhere.jinja: No such file or directory. Check the path."),
+        (["--allowed-host", "http://a/"], "--allowed-host: got 'http://a/', expected a name such as llm.example"),
         (["--port", "70000"], "--port: got 70000, expected a whole number from 0 to 65535. Try: eightfold "),
     ],
 )  # fmt: skip

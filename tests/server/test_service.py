@@ -115,7 +115,7 @@ def test_a_foreign_name_is_refused_on_every_path(serve, path):
     ],
 )
 def test_names_of_the_server_and_those_allowed_are_answered(serve, host):
-    running = serve({"allowed_hosts": ("Ours.example", "10.1.2.3")})
+    running = serve({"allowed_hosts": ("Ours.example.:8000", "10.1.2.3")})
     assert call(running, f"Host: {host}") == (200, None)
 
 
@@ -165,6 +165,10 @@ def test_on_another_address_names_are_checked_only_against_a_list():
     with pytest.raises(ApiError, match="Host: got"):
         hosts = Hosts("0.0.0.0", ServerSettings(model_names=("m",), allowed_hosts=("ours.example",)))
         hosts.require([(b"host", b"any.example")])
+
+
+def test_any_name_may_be_allowed(serve):
+    assert call(serve({"allowed_hosts": ("*",)}), "Host: any.example", "Origin: null") == (200, None)
 
 
 def test_origins_of_allowed_pages_pass(serve):

@@ -63,7 +63,7 @@ class ServeCommand:
         (),
         TEXTS,
         "A further name by which clients may call the server. Without a key on a loopback address, only localhost and "
-        "that address are answered.",
+        "that address are answered; * for any name.",
         metavar="NAME",
         group=_SERVER,
     )
@@ -104,8 +104,9 @@ class ServeCommand:
         from eightfold.format.directory import require_model
         from eightfold.server import logs
         from eightfold.server.serve import bind, serve
-        from eightfold.server.service import ServerSettings
+        from eightfold.server.service import ServerSettings, host_name
 
+        allowed = tuple(map(host_name, self.allowed_host))
         require_model(self.model)
         leave_to_first(self.model, config)
         _warn_of_strangers(self.host, key)
@@ -120,7 +121,7 @@ class ServeCommand:
                 max_waiting=self.max_waiting,
                 drain_timeout=self.drain_timeout,
                 cors_origins=self.cors_origin,
-                allowed_hosts=self.allowed_host,
+                allowed_hosts=allowed,
                 cache_salt_per_key=self.cache_salt_per_key,
                 report_cached_tokens=self.report_cached_tokens,
             )

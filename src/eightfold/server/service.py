@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import Request
 
+from eightfold.errors import ConfigError
 from eightfold.server.answers import TokenTexts
 from eightfold.server.fields import (
     LARGE_BODY_BYTES,
@@ -59,7 +60,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the API; "*" for any
     cache_salt_per_key: bool = False  # only requests with the same Authorization share the prefix cache
     report_cached_tokens: bool = False  # also of prompts that another client may have sent before
-    allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface
+    allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface; "*" for any
 
     def accepts_key(self, authorization: str) -> bool:
         """Return whether an Authorization header holds the key, in a time that says nothing about the key."""
@@ -78,6 +79,27 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
+def host_name(text: str) -> str:
+    """Return the name in what a person gives as a host, which may be an address or have a port.
+
+    Raises:
+        ConfigError: it is no host.
+    """
+    match = _HOST.fullmatch(text)
+    name = (match[1] if match else text).strip("[]").rstrip(".").lower()
+    if match is None and text != "*" and not _is_address(text):
+        raise ConfigError("allowed_host", got=shown(text), expected="a name such as llm.example, or an address")
+    return name
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 class Hosts:
     """By which names requests may call this server.
 
@@ -92,9 +114,9 @@ class Hosts:
 
     def __init__(self, address: str, settings: ServerSettings) -> None:
         is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-        self._are_checked = bool(settings.allowed_hosts) or (is_loopback and settings.api_key is None)
-        given = (name.strip("[]").rstrip(".").lower() for name in settings.allowed_hosts)
-        self._names = frozenset(("localhost", "127.0.0.1", "::1", address, *given))
+        given = frozenset(map(host_name, settings.allowed_hosts))
+        self._are_checked = "*" not in given and bool(given or (is_loopback and settings.api_key is None))
+        self._names = given | {"localhost", "127.0.0.1", "::1", address}
         self._origins = frozenset(settings.cors_origins)
 
     def require(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
