@@ -213,7 +213,7 @@ def _introduction(sock: socket.socket, secret: str) -> tuple[int, str, str] | No
         if not _is_own(sock):
             return None
         facts = json.loads(_receive(sock, _MAX_INTRODUCTION))
-        if facts["secret"] != secret:
+        if not secrets.compare_digest(facts["secret"], secret):
             return None
         introduced = (int(facts["rank"]), str(facts["purpose"]), str(facts["name"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
