@@ -215,16 +215,21 @@ def write_tokenizer(directory: Path) -> Path:
 
 
 def tokenizer(name: str) -> Callable[[Path], Read]:
-    """Return what makes a reader of one of a tokenizer's files."""
+    """Return what makes a reader of one of a tokenizer's files, also as `quantize` writes it again."""
 
     def make(work: Path) -> Read:
+        from eightfold.format.tokenizer_files import write_for_both
         from eightfold.tokenizer import StreamDecoder, Tokenizer, stop_token_ids
 
-        directory = write_tokenizer(work / "tokenizer")
+        directory = work / "tokenizer"
 
         def read(data: bytes) -> object:
+            write_tokenizer(directory)
             (directory / name).write_bytes(data)
             found = Tokenizer(directory)
+            note = write_for_both(directory)
+            assert note is None or "\n" not in note
+            assert Tokenizer(directory).encode("Hello") == found.encode("Hello")
             ids = found.encode("Hello </s> é \x00 " + "ab" * 50)
             found.decode(ids, keep_special=True)
             stream = StreamDecoder(found)
@@ -235,6 +240,28 @@ def tokenizer(name: str) -> Callable[[Path], Read]:
         return read
 
     return make
+
+
+MERGES = b"#version: 0.2\nh e\nl l\n"
+
+
+def older_tokenizer(work: Path) -> Read:
+    """Read GPT-2's two files, which transformers converts; the input is one or the other."""
+    from eightfold.tokenizer import Tokenizer
+
+    directory = work / "tokenizer"
+    directory.mkdir(exist_ok=True)
+    vocab = {**json.loads(tokenizer_files()["tokenizer.json"])["model"]["vocab"], "ll": 257}
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen2"}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+
+    def read(data: bytes) -> object:
+        is_vocab = data[:1] == b"{"
+        (directory / "vocab.json").write_bytes(data if is_vocab else json.dumps(vocab).encode())
+        (directory / "merges.txt").write_bytes(MERGES if is_vocab else data)
+        return Tokenizer(directory).encode("Hello")
+
+    return read
 
 
 def template(work: Path) -> Read:
@@ -294,7 +321,7 @@ def journal_seed() -> bytes:
     entries: list[dict[str, Any]] = [
         {"format": 1, "command": "quantize", "layers": 2, "recipe": {"scheme": "w8a8"}},
         {"step": "layer 0", "tensors": {"a": 123}, "decisions": {"a": "w8a8"}, "hidden": [1, 2]},
-        {"complete": {"config.json": {"size": 3, "checksum": 4}}},
+        {"complete": {"config.json": [3, 4]}},
     ]
     return b"".join(render(entry) for entry in entries)
 
@@ -449,6 +476,7 @@ TARGETS: dict[str, Target] = {
     "tokenizer": Target(_names("tokenizer.json"), tokenizer("tokenizer.json"), 0.6),
     "tokenizer-settings": Target(_names("tokenizer_config.json"), tokenizer("tokenizer_config.json"), 1),
     "generation-settings": Target(_names("generation_config.json"), tokenizer("generation_config.json"), 1),
+    "older-tokenizer": Target(lambda _: [MERGES, *dumped({"h": 0, "e": 1, "he": 2, "l": 3, "ll": 4})], older_tokenizer, 0.1),
     "template": Target(lambda _: [TEMPLATE.encode()], template, 0.3),
     "forms": Target(lambda _: dumped(*FORMS), forms, 0.3, line_error()),
     "gguf": Target(gguf_seed, of_file("a.gguf", gguf), 0.5),
