@@ -111,8 +111,8 @@ def with_atheris(run: Run, seconds: float, runs: int, seed: int) -> None:
     def one(data: bytes) -> None:
         run.one(data)
         # libFuzzer leaves by _exit, so the last state has to be written in time.
-        is_ending = run.state["inputs"] >= runs if runs else time.monotonic() > ends - 1.5
-        if is_ending and time.monotonic() - run.written > 0.05:
+        last_second = not runs and time.monotonic() > ends - 1.5 and time.monotonic() - run.written > 0.05
+        if last_second or run.state["inputs"] >= runs > 0:
             run.write()
 
     atheris.Setup([sys.argv[0], *options], one, custom_mutator=custom)

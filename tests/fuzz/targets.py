@@ -476,7 +476,9 @@ TARGETS: dict[str, Target] = {
     "tokenizer": Target(_names("tokenizer.json"), tokenizer("tokenizer.json"), 0.6),
     "tokenizer-settings": Target(_names("tokenizer_config.json"), tokenizer("tokenizer_config.json"), 1),
     "generation-settings": Target(_names("generation_config.json"), tokenizer("generation_config.json"), 1),
-    "older-tokenizer": Target(lambda _: [MERGES, *dumped({"h": 0, "e": 1, "he": 2, "l": 3, "ll": 4})], older_tokenizer, 0.1),
+    "older-tokenizer": Target(
+        lambda _: [MERGES, *dumped({"h": 0, "e": 1, "he": 2, "l": 3, "ll": 4})], older_tokenizer, 0.1
+    ),
     "template": Target(lambda _: [TEMPLATE.encode()], template, 0.3),
     "forms": Target(lambda _: dumped(*FORMS), forms, 0.3, line_error()),
     "gguf": Target(gguf_seed, of_file("a.gguf", gguf), 0.5),
