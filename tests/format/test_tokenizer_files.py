@@ -148,6 +148,27 @@ def test_parts_that_make_no_sense_are_left_as_they_are(directory, fast):
     assert contents(directory) == before
 
 
+@pytest.mark.parametrize("name", ["TokenizersBackend", "PythonBackend", "Qwen3_5Tokenizer", "FooTokenizerFast", "", 5])
+def test_a_class_that_4_does_not_have_becomes_the_one_for_all_files(directory, name):
+    change(directory, "tokenizer_config.json", tokenizer_class=name)
+    assert write_for_both(directory) is None
+    assert read(directory, "tokenizer_config.json")["tokenizer_class"] == ("PreTrainedTokenizerFast" if name else "")
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2TokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_class_that_4_has_stays(directory, name):
+    change(directory, "tokenizer_config.json", tokenizer_class=name)
+    assert write_for_both(directory) is None
+    assert read(directory, "tokenizer_config.json")["tokenizer_class"] == name
+
+
+def test_a_class_in_a_file_of_its_own_stays(directory):
+    settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    change(directory, "tokenizer_config.json", **settings)
+    assert write_for_both(directory) is None
+    assert read(directory, "tokenizer_config.json")["tokenizer_class"] == "OwnTokenizer"
+
+
 @pytest.mark.parametrize("merges", [[["a"]], [[1, 2]], [5], 5, ["a b", ["a", "b"]], [["a", "b"], {}]])
 def test_merges_that_are_none_are_passed_over(merges):
     files = TokenizerFiles({"additional_special_tokens": 5, "extra_special_tokens": ["x"]}, {}, {})

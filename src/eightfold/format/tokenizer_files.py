@@ -15,13 +15,44 @@ from typing import Any
 from eightfold.errors import EightfoldError, one_of
 from eightfold.files import MAX_LIST_BYTES, has_file, read_json, write_json
 from eightfold.tokenizer import LLAMA_CLASSES, is_of_5, named_templates, read_templates
-from eightfold.values import shown
+from eightfold.values import shorten, shown
 from eightfold.vocabulary import TOKENIZER, convert, has_tokenizer, load
 
 SETTINGS = "tokenizer_config.json"
 
 FAST = "PreTrainedTokenizerFast"  # the name that 4 and 5 both have for a tokenizer that is all in tokenizer.json
-NEW_CLASSES = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
+
+# Classes of transformers 4.43 for texts, as the first part of their names; TokenizersBackend and others are of 5.
+_CLASSES = (
+    *(
+        "Albert",
+        "Bart",
+        "Bert",
+        "BigBird",
+        "Bloom",
+        "ByT5",
+        "CodeGen",
+        "CodeLlama",
+        "Cohere",
+        "Cpm",
+        "DebertaV2",
+        "GPT2",
+    ),
+    *(
+        "GPTNeoX",
+        "GPTNeoXJapanese",
+        "GPTSw3",
+        "Gemma",
+        "Llama",
+        "MBart",
+        "MBart50",
+        "MT5",
+        "Nllb",
+        "OpenAIGPT",
+        "PLBart",
+    ),
+    *("Pegasus", "PreTrained", "Qwen2", "Reformer", "Roberta", "T5", "TransfoXL", "XGLM", "XLM", "XLMRoberta", "XLNet"),
+)
 
 # Parts of tokenizer.json that tokenizers 0.19 does not have.
 _NEW_PARTS = {"normalizer": {"ByteLevel"}, "pre_tokenizer": {"FixedLength"}}
@@ -59,8 +90,9 @@ class TokenizerFiles:
     def gaps(self) -> dict[str, str]:
         """Return what transformers 4.43 or tokenizers 0.19 cannot read: rule of MindIE's -> what stands there."""
         found = {}
-        if self.settings.get("tokenizer_class") in NEW_CLASSES:
-            found["tokenizer-class"] = str(self.settings["tokenizer_class"])
+        name = str(self.settings.get("tokenizer_class") or FAST)
+        if name.removesuffix("Fast").removesuffix("Tokenizer") not in _CLASSES and "auto_map" not in self.settings:
+            found["tokenizer-class"] = shorten(name)
         if isinstance(extra := self.settings.get("extra_special_tokens"), list):
             found["extra-tokens"] = shown(extra)
         if any(isinstance(merge, list) for merge in self._merges[:1]):
@@ -92,7 +124,7 @@ class TokenizerFiles:
     def close_gaps(self) -> None:
         """Say the same in the words of transformers 4, which 5 reads too, as far as 4 has words for it."""
         settings, gaps = self.settings, self.gaps()
-        if gaps.get("tokenizer-class") == NEW_CLASSES[0]:
+        if "tokenizer-class" in gaps and self.fast:
             settings["tokenizer_class"] = FAST
         if "extra-tokens" in gaps:
             older = settings.get("additional_special_tokens")
