@@ -337,6 +337,18 @@ def test_release_lets_go_of_what_was_read(tmp_path):
     assert np.mean(checkpoint.array(name) == before) > 0.8
 
 
+def test_a_file_that_became_shorter_since_it_was_opened_is_named(float_model):
+    checkpoint = Checkpoint.open(float_model)
+    weights = float_model / "model.safetensors"
+    for size in (0, 5000):
+        weights.write_bytes(bytes(size))
+        with pytest.raises(
+            CheckpointError, match=rf"^model\.safetensors is truncated in .*: got {size} bytes, expected "
+        ):
+            Checkpoint.array(checkpoint, max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].end))
+        checkpoint._maps.clear()
+
+
 def test_releasing_what_was_never_read_opens_nothing(float_model, monkeypatch):
     checkpoint = Checkpoint.open(float_model)
     monkeypatch.setattr(checkpoint_module, "MappedFile", None)

@@ -273,6 +273,22 @@ def test_a_directory_with_a_gguf_file_and_one_with_a_cache_are_named(cli, tmp_pa
     )
 
 
+def test_a_directory_of_models_is_named(cli, tmp_path):
+    made = write_model(tmp_path / "run" / "checkpoint-500")
+    assert error_line(cli("inspect", tmp_path / "run")) == (
+        f"model in {tmp_path}/run: got models in 1 folders, expected config.json and safetensors. "
+        f"Name the one that is meant, such as {made}"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_packed"])
+def test_weights_of_another_tool_are_named_without_its_config(cli, float_model, weights, suffix):
+    rename(weights, lambda name: name.replace("q_proj.weight", f"q_proj.{suffix}"))
+    message = both_refused(cli, float_model)
+    assert message.startswith(f"tensor names in {float_model}: got weights that another tool has quantized (model.")
+    assert message.endswith("Start from the model's unquantized weights.")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "quant_model_description.json"])
 def test_what_is_no_regular_file_is_never_waited_for(cli, float_model, name):
     (float_model / name).unlink(missing_ok=True)

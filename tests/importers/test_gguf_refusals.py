@@ -296,6 +296,18 @@ def test_a_disk_that_is_full_while_the_tokenizer_is_written_is_one_line(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
+def test_what_lies_beside_the_file_does_not_enter_the_output(tmp_path, source):
+    import_gguf(source, tmp_path / "alone", DType.BF16)
+    (tmp_path / "secret").write_text("of the user")
+    for name in ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", "additional.jinja"):
+        (tmp_path / name).symlink_to(tmp_path / "secret")
+    import_gguf(source, tmp_path / "beside", DType.BF16)
+    names = {path.name for path in (tmp_path / "alone").iterdir()} - {"eightfold_journal.jsonl"}
+    assert names == {path.name for path in (tmp_path / "beside").iterdir()} - {"eightfold_journal.jsonl"}
+    for name in names:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "beside" / name).read_bytes()
+
+
 def test_a_missing_file_and_a_directory_are_no_files(tmp_path):
     for path in (tmp_path / "absent.gguf", tmp_path):
         with pytest.raises(CheckpointError, match=r"^no file .*expected a \.gguf file\. Check the path\.$"):

@@ -44,6 +44,9 @@ _NOT_TEXT = frozenset({".safetensors", *_PICKLES, ".gguf", ".pkl"})
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _TEMPLATE_DIRECTORY = "additional_chat_templates"
 
+# What GPTQ and AWQ, compressed-tensors, DeepSeek's float8 and bitsandbytes call a weight or what goes with it.
+_QUANTIZED_ELSEWHERE = (".qweight", ".weight_packed", ".weight_scale_inv", ".SCB", ".absmax", ".quant_map")
+
 # Beside a model they tell loaders that it is something else: an adapter, or weights of another format.
 _MISLEADING = frozenset(
     {
@@ -59,6 +62,7 @@ _MISLEADING = frozenset(
 )
 
 _SAVE_AGAIN = "Load it with transformers' AutoModelForCausalLM and write it with save_pretrained."
+_START_FLOAT = "Start from the model's unquantized weights."
 _MERGE = (
     "Merge the adapter first: load it with peft, call merge_and_unload() and write the result with save_pretrained."
 )
@@ -174,10 +178,13 @@ def require_model(directory: Path) -> None:
         raise found
     ggufs = sorted(path.name for path in directory.glob("*.gguf"))
     snapshots = sorted(directory.glob("snapshots/*/config.json"))
+    folders = sorted(directory.glob("*/config.json"))
     if ggufs:
         got, action = f"only {shortlist(ggufs, 2)}", f"Run: eightfold import-gguf {directory / ggufs[0]} DIR"
     elif snapshots:
         got, action = "a cache of Hugging Face", f"The model is in {snapshots[-1].parent}"
+    elif folders:
+        got, action = f"models in {len(folders)} folders", f"Name the one that is meant, such as {folders[-1].parent}"
     elif (directory / "params.json").is_file():
         got, action = "weights in the publisher's own layout (params.json)", "Fetch the model in transformers' layout."
     else:
@@ -238,6 +245,8 @@ def explain_names(directory: Path, names: Collection[str]) -> EightfoldError | N
 
     if lora := [name for name in names if ".lora_" in name or ".base_layer." in name or ".modules_to_save." in name]:
         return refused(f"tensors of a LoRA adapter ({shortlist(lora, 2)})", _MERGE)
+    if foreign := [name for name in names if name.endswith(_QUANTIZED_ELSEWHERE)]:
+        return refused(f"weights that another tool has quantized ({shortlist(foreign, 2)})", _START_FLOAT)
     tail = weight_name(EMBEDDING).removeprefix("model.")
     if weight_name(EMBEDDING) in names:
         return None

@@ -194,6 +194,14 @@ class MappedFile:
         """Return a view of a tensor, in its shape; BF16 as uint16 bit patterns."""
         import numpy as np
 
+        if info.end > self.nbytes:
+            raise CheckpointError(
+                f"{info.file.name} is truncated",
+                where=info.file.parent,
+                got=f"{self.nbytes} bytes",
+                expected=f"at least {info.end}, as when it was opened",
+                action=_FETCH_AGAIN,
+            )
         count, dtype = math.prod(info.shape), _stored_dtype(info.dtype)
         if count == 0:
             return np.empty(info.shape, dtype)

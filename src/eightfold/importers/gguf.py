@@ -11,6 +11,7 @@ Letters: H heads, D head_dim, E hidden size.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,7 +287,11 @@ def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None
         ) from None
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        # From a directory of its own: transformers would take templates and settings that lie beside the file, and
+        # follow links to get them.
+        with tempfile.TemporaryDirectory() as alone:
+            Path(alone, "model.gguf").symlink_to(source.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
     except Exception as error:  # of many kinds: what is missing in the metadata, or in transformers
         raise CheckpointError(
             "tokenizer",
