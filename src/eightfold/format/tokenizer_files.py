@@ -22,36 +22,10 @@ SETTINGS = "tokenizer_config.json"
 
 FAST = "PreTrainedTokenizerFast"  # the name that 4 and 5 both have for a tokenizer that is all in tokenizer.json
 
-# Classes of transformers 4.43 for texts, as the first part of their names; TokenizersBackend and others are of 5.
+# Classes of transformers 4.43 for models that write, as the first part of their names.
 _CLASSES = (
-    *(
-        "Albert",
-        "Bart",
-        "Bert",
-        "BigBird",
-        "Bloom",
-        "ByT5",
-        "CodeGen",
-        "CodeLlama",
-        "Cohere",
-        "Cpm",
-        "DebertaV2",
-        "GPT2",
-    ),
-    *(
-        "GPTNeoX",
-        "GPTNeoXJapanese",
-        "GPTSw3",
-        "Gemma",
-        "Llama",
-        "MBart",
-        "MBart50",
-        "MT5",
-        "Nllb",
-        "OpenAIGPT",
-        "PLBart",
-    ),
-    *("Pegasus", "PreTrained", "Qwen2", "Reformer", "Roberta", "T5", "TransfoXL", "XGLM", "XLM", "XLMRoberta", "XLNet"),
+    *("Bert", "Bloom", "ByT5", "CodeGen", "CodeLlama", "Cohere", "Cpm", "DebertaV2", "GPT2", "GPTNeoX", "Gemma"),
+    *("Llama", "OpenAIGPT", "PreTrained", "Qwen2", "Roberta", "T5", "TransfoXL", "XGLM", "XLMRoberta", "XLNet"),
 )
 
 # Parts of tokenizer.json that tokenizers 0.19 does not have.
