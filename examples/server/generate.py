@@ -125,7 +125,7 @@ class NoText(Tokenizer):
     """In place of a tokenizer, where prompts and answers are token ids."""
 
     def __init__(self) -> None:
-        pass
+        self.notes = list[str]()
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return nothing."""

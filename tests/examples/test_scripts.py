@@ -187,7 +187,7 @@ def test_an_unreadable_config_is_refused_with_one_line(tmp_path, capsys):
     argv = ["--model_path", str(folder), "--save_directory", str(tmp_path / "out")]
     assert quantifier.run(argv, "convert", convert.default_names) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert message.startswith("eightfold: architecture in config.json: got Unheard")
+    assert message.startswith(f"eightfold: architecture in {folder / 'config.json'}: got Unheard")
     with pytest.raises(UnsupportedError):
         convert.default_names(quantifier.build_parser("convert").parse_args(argv))
 
