@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from eightfold.errors import ConfigError, EightfoldError
 from eightfold.parallel.world import World
+from eightfold.progress import filtered
 
 EXIT_USER = 2
 
@@ -51,11 +52,17 @@ def _speaks() -> bool:
 def exit_code(work: Callable[[], int], *more: type[Exception]) -> int:
     """Run a command; return its exit code: what it says itself, or 2 with one line on stderr.
 
+    Nothing that a terminal would obey is printed, as by eightfold itself.
+
     Args:
         work: the command.
         more: errors that are the user's to mend, besides eightfold's own.
     """
-    expected: tuple[type[Exception], ...] = (EightfoldError, OSError, *more)
+    with filtered(keeps_stdout=True):
+        return _exit_code(work, (EightfoldError, OSError, *more))
+
+
+def _exit_code(work: Callable[[], int], expected: tuple[type[Exception], ...]) -> int:
     try:
         return work()
     except expected as error:

@@ -240,6 +240,7 @@ def _say_what_has_no_effect(args: argparse.Namespace) -> None:
 
 
 def _work(argv: Sequence[str]) -> int:
+    _log_to_stdout()
     args = build_parser("python -m examples.run_pa").parse_args(argv)
     refuse(args)
     leave_to_first(Path(args.model_path))
@@ -269,11 +270,14 @@ def _work(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command line; return the exit code: 0, or 2 with one line on stderr."""
+    return exit_code(lambda: _work(argv), AdmissionError)
+
+
+def _log_to_stdout() -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] %(message)s"))
     LOG.handlers, LOG.propagate = [handler], False
     LOG.setLevel(logging.INFO)
-    return exit_code(lambda: _work(argv), AdmissionError)
 
 
 if __name__ == "__main__":
