@@ -394,18 +394,28 @@ def test_a_form_that_explodes_is_refused_and_nothing_else_happens(trying, name):
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
-def test_nested_repetitions_are_refused_at_once(compiler, trying, depth):
-    """llguidance would take them, and give up after one token."""
-    before, started = anonymous_bytes() or 0, time.monotonic()
+def test_nested_repetitions_are_refused(trying, depth):
+    """llguidance would take them, with 150 MiB, and give up after one token."""
+    before = anonymous_bytes() or 0
     for letter in "abcdef":
-        regex = "(" * depth + letter + "{1000})" * depth
-        for each in (compiler, trying):
-            with pytest.raises(
-                InputError, match=r"^structured regex: got lexer error: too many expressions constructed"
-            ):
-                each.compile(StructuredOutput(regex=regex))
-    assert (anonymous_bytes() or 0) - before < 100 * 2**20
-    assert time.monotonic() - started < 10
+        with pytest.raises(InputError, match=r"^structured regex: got one that takes more than 2 s or 32 MiB"):
+            trying.compile(StructuredOutput(regex="(" * depth + letter + "{1000})" * depth))
+    assert (anonymous_bytes() or 0) - before < 50 * 2**20
+
+
+def test_a_form_that_ends_after_one_token_is_refused(compiler):
+    with pytest.raises(InputError, match=r"^structured regex: got lexer error: too many expressions constructed, exp"):
+        compiler.compile(StructuredOutput(regex="((a{1000}){1000}){1000}"))
+
+
+def test_large_forms_that_are_fair_are_taken(tokenizer, trying):
+    """A list of 1,500 choices, and an object of hundreds of fields with patterns."""
+    choices = tuple(f"value {i} of {i * i}" for i in range(1500))
+    text, end = write(tokenizer, trying.compile(StructuredOutput(choices=choices)), VOCAB, EOS, 1)
+    assert (text in choices, end) == (True, "stop")
+    fields = {f"k{i}": {"type": "string", "pattern": "^[a-z]{1,50}$"} for i in range(300)}
+    schema = {"type": "object", "properties": fields, "additionalProperties": False}
+    trying.compile(StructuredOutput(json_schema=json.dumps(schema)))
 
 
 def test_strangers_forms_are_refused_in_the_same_words(compiler, trying):
@@ -426,9 +436,7 @@ def test_a_slow_form_delays_no_other(trying):
     slow = threading.Thread(target=ask)
     trying.compile(StructuredOutput(choices=("z",)))
     slow.start()
-    started = time.monotonic()
     trying.compile(StructuredOutput(choices=("y",)))
-    assert time.monotonic() - started < 1.5
     assert slow.is_alive()
     slow.join()
 

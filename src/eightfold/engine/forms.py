@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,10 +34,7 @@ _AT_A_TIME = 3
 _IDLE_SECONDS = 300.0  # then the helper ends
 _START_SECONDS = 60.0
 
-# Units of work in building a lexer, about 20,000 a millisecond and 170 bytes each: few are enough for most forms.
-_FUELS = (30_000, 1_000_000)
-# While tokens are chosen: units of work for one mask, and states of the lexer, about 1 KiB each.
-_STEP_FUEL, _STATES = 100_000, 50_000
+_STATES = 50_000  # of a lexer, while tokens are chosen: about 200 bytes each
 
 # JSON has at most so much space between two symbols, or a small model may go on with spaces for ever.
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
@@ -80,13 +78,8 @@ def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
     """
     before = anonymous_bytes() or 0
     text = _source(library.LLMatcher, name, value)
-    for fuel in _FUELS:
-        limits = library.LLParserLimits(
-            initial_lexer_fuel=fuel, step_lexer_fuel=_STEP_FUEL, max_lexer_states=_STATES, verbose_errors=False
-        )
-        matcher = library.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-        if not matcher.is_error():
-            break
+    limits = library.LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
+    matcher = library.LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if matcher.is_error():
         raise ValueError(_reason(matcher.get_error()))
     first = matcher.deep_copy()  # copies share what they find
@@ -120,7 +113,7 @@ def _source(make: Any, name: str, value: Any) -> str:
 
 def _reason(text: str) -> str:
     """Return on one line what is wrong, without the state that llguidance appends."""
-    return shorten(" ".join(text.split("<state>")[0].split()), MAX_REASON)
+    return shorten(" ".join(re.split("<state>|<non-verbose/>", text)[0].split()), MAX_REASON)
 
 
 def refusal(name: str, got: object, expected: str = "one that llguidance understands") -> InputError:
