@@ -159,6 +159,14 @@ def mib(nbytes: int, digits: int = 0) -> str:
     return f"{nbytes / 2**20:.{digits}f} MiB" if nbytes >= 2**20 else f"{nbytes:,} bytes"
 
 
+def size_text(nbytes: int) -> str:
+    """Return a size in the unit a person would choose, powers of 1000."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes} B"
+
+
 def is_token_ids(value: Any) -> TypeGuard[list[int]]:
     """Return whether a value is a list of whole numbers, and not empty; a million of them take no time."""
     return isinstance(value, list) and set(map(type, value)) == {int}

@@ -73,7 +73,7 @@ def test_an_old_model_survives_a_replacement_that_fails_at_the_last_step(tmp_pat
 def test_too_little_space_is_known_before_anything_is_written(cli, float_model, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000_000))
     assert quantize_refused(cli, float_model) == (
-        f"disk space for {float_model.parent}/out: got 0.02 GB free, expected 0.07 GB. "
+        f"disk space for {float_model.parent}/out: got 20.0 MB free, expected 67.2 MB. "
         "Free some space, or choose another disk."
     )
 

@@ -112,14 +112,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right_from: int)
     return [line(row) for row in (header, *rows)]
 
 
-def size_text(nbytes: int) -> str:
-    """Return a size in the unit a person would choose, powers of 1000."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.1f} {unit}"
-    return f"{nbytes} B"
-
-
 PROMPT, MORE = "> ", ". "
 
 MAX_LINE_BYTES = 16 << 20  # of a prompt, in a pipe or a file

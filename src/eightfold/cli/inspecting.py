@@ -14,7 +14,7 @@ from eightfold.cli import console, generating
 from eightfold.cli.options import argument, as_json
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
 from eightfold.errors import InputError
-from eightfold.values import PATH, SWITCH, Kind, choice, optional, setting, whole
+from eightfold.values import PATH, SWITCH, Kind, choice, optional, setting, size_text, whole
 
 if TYPE_CHECKING:
     from eightfold.check import Report
@@ -55,7 +55,7 @@ class InspectCommand:
 
 
 def _print_contents(contents: Contents) -> None:
-    size = console.size_text
+    size = size_text
     millions = f"{contents.parameters / 1e6:,.1f} M parameters"
     share = f"{contents.nbytes / contents.float_bytes:.0%} of the {contents.dtype} model"
     files = "1 file" if contents.files == 1 else f"{contents.files} files"
@@ -174,7 +174,7 @@ class EnvCommand:
         packages = [f"{name} {version or '(not installed)'}" for name, version in found.pop("packages").items()]
         for key in ("memory_bytes", "memory_available_bytes"):
             nbytes = found.pop(key)
-            found[key.removesuffix("_bytes")] = "unknown" if nbytes is None else console.size_text(nbytes)
+            found[key.removesuffix("_bytes")] = "unknown" if nbytes is None else size_text(nbytes)
         for key, value in {**found, "packages": ", ".join(packages)}.items():
             print(f"{key + ':':18}{' '.join(value) if isinstance(value, list) else value}")
 
@@ -378,7 +378,7 @@ def _lines(title: str, result: dict[str, Any], found: Measurement) -> list[str]:
     memory = "" if result["peak_rss_mib"] is None else f", peak memory {result['peak_rss_mib']:.0f} MiB"
     sequences = "1 sequence" if result["batch"] == 1 else f"{result['batch']} sequences"
     load = f"loaded in {result['load_s']:.2f} s{memory}"
-    step = f"{console.size_text(result['bytes_per_token'])} a step, {result['read_gb_s']:.1f} GB/s"
+    step = f"{size_text(result['bytes_per_token'])} a step, {result['read_gb_s']:.1f} GB/s"
     decode = f"{result['bandwidth_fraction']:.0%} of the reading limit ({step})"
     return [
         f"{title}, {result['isa']}, {threads}; {load}",

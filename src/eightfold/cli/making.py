@@ -19,7 +19,7 @@ from eightfold.machine import peak_resident_bytes
 from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe
 from eightfold.synth.shapes import MODELS
-from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, whole
+from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, size_text, whole
 
 if TYPE_CHECKING:
     import torch
@@ -419,7 +419,7 @@ def _summary(outcome: Outcome) -> str:
     first, *others = [kind for kind in counts if kind != "FLOAT"] or [outcome.recipe.scheme.value]
     parts = [f"{counts.get(first, 0)} linears as {first}", *(f"{counts[kind]} as {kind}" for kind in others)]
     parts += [f"{len(outcome.kept_float)} kept float"] if outcome.kept_float else []
-    return f"{', '.join(parts)}, {console.size_text(outcome.nbytes)}"
+    return f"{', '.join(parts)}, {size_text(outcome.nbytes)}"
 
 
 _DTYPE = choice("bf16", "fp16")
@@ -480,7 +480,7 @@ class SynthCommand:
             progress=console.bars,
         )
         seconds = time.monotonic() - started
-        size = console.size_text(made.nbytes)
+        size = size_text(made.nbytes)
         print(f"{self.target}: {made.config.num_layers} layers like {self.like}, {self.dtype}, {size}, {seconds:.1f} s")
 
 

@@ -44,6 +44,7 @@ from eightfold.format.journal import (
 )
 from eightfold.format.safetensors import checksum_of_file
 from eightfold.progress import Progress, silent
+from eightfold.values import size_text
 
 QUANTIZE = "quantize"
 REPORT_NAME = "eightfold_report.json"  # in everything that quantize has ever written
@@ -274,8 +275,8 @@ class Output:
         if free < nbytes:
             raise OutputError(
                 f"disk space for {self.target}",
-                got=f"{free / 1e9:.2f} GB free",
-                expected=f"{nbytes / 1e9:.2f} GB",
+                got=f"{size_text(free)} free",
+                expected=size_text(nbytes),
                 action="Free some space, or choose another disk.",
             )
 

@@ -34,6 +34,7 @@ from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.plan import OutputPlan, assign_types, attention_modules, fa_layers
 from eightfold.quant.recipe import Recipe, Samples
 from eightfold.scheme import weight_name
+from eightfold.values import size_text
 
 _MIB = 1 << 20
 
@@ -128,15 +129,16 @@ class Estimate:
         """Return the lines of a table for a person."""
         rows = [("phase", "time", "read", "write")]
         rows += [
-            (p.phase, _time(p.seconds), _size(p.read_bytes), _size(p.written_bytes)) for p in (*self.phases, self._all)
+            (p.phase, _time(p.seconds), size_text(p.read_bytes), size_text(p.written_bytes))
+            for p in (*self.phases, self._all)
         ]
         states = "in files" if self.spills else "in memory"
         memory = "unknown" if self.memory_bytes is None else f"{self.memory_bytes // _MIB} MiB"
         return [
             *(f"{name:<14}" + "".join(f"{cell:>12}" for cell in cells) for name, *cells in rows),
             "",
-            f"disk      {_size(self.disk_bytes)} needed ({_size(self.output_bytes)} for the model), "
-            f"{_size(self.free_bytes)} free: {'fits' if self.fits_disk else 'DOES NOT FIT'}",
+            f"disk      {size_text(self.disk_bytes)} needed ({size_text(self.output_bytes)} for the model), "
+            f"{size_text(self.free_bytes)} free: {'fits' if self.fits_disk else 'DOES NOT FIT'}",
             f"memory    {-(-self.peak_bytes // _MIB)} MiB at most, {memory} available: "
             f"{'fits' if self.fits_memory else 'DOES NOT FIT'}; hidden states {states}",
             f"measured  {_TRIAL_LAYERS} layers of the model, in {self.trial_seconds:.1f} s",
@@ -365,10 +367,3 @@ def _time(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _size(nbytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}" if unit == "GB" else f"{nbytes / scale:.0f} {unit}"
-    return "-" if nbytes == 0 else f"{nbytes} B"
