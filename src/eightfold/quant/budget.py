@@ -75,7 +75,7 @@ class Budget:
         if memory < self.needed:
             raise CapacityError(
                 "memory budget",
-                got=mib(memory),
+                got=mib(memory - memory % _MIB if memory >= _MIB else memory),  # rounded down: it is too little
                 expected=f"at least {-(-self.needed // _MIB)} MiB for one layer of this model",
                 action="Give that as `memory`, or none.",
             )
