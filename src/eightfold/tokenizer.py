@@ -137,8 +137,11 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return text, without special tokens unless they are to be kept."""
-        with vocabulary.blaming(self.directory / vocabulary.TOKENIZER, "one that decodes every token"):
+        try:
             return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
+        except BaseException:  # only now: a context manager takes longer than most tokens do
+            with vocabulary.blaming(self.directory / vocabulary.TOKENIZER, "one that decodes every token"):
+                raise
 
     @property
     def content(self) -> bytes:
