@@ -18,12 +18,12 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, EightfoldError
 from eightfold.files import write_whole
 from eightfold.progress import unfiltered
-from eightfold.tokenizer import Message, Tokenizer
 from eightfold.values import TEXT, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.engine.engine import Engine
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
+    from eightfold.tokenizer import Message, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ class ChatCommand:
         with console.loading():
             from eightfold.engine.engine import Engine
             from eightfold.format.directory import require_model
+            from eightfold.tokenizer import Tokenizer
 
             require_model(self.model)
             tokenizer = Tokenizer(self.model, template)
