@@ -72,7 +72,7 @@ class Budget:
         if memory is None:
             free = available_bytes()
             return free is not None and self.needed + self.states > self.base + free // (2 * processes)
-        if memory < self.needed:
+        if memory < self.needed - _BASE_STEP:  # the next run may begin a step larger
             raise CapacityError(
                 "memory budget",
                 got=mib(memory - memory % _MIB if memory >= _MIB else memory),  # rounded down: it is too little
