@@ -13,6 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,8 +30,12 @@ _MOST_GROWTH = 1000  # times that a normalizer or a decoder may lengthen a text
 _MOST_SECONDS = 10.0  # for an encoding, and for each million characters
 _MOST_SHOWN = 300
 
-# Files that transformers converts, as glob -> what that needs besides.
-_OLDER = {"tokenizer.model": "sentencepiece or tiktoken", "*.tiktoken": "tiktoken", "vocab.json": "merges.txt"}
+# Files that transformers converts, as glob -> the packages with which it reads them.
+_OLDER: dict[str, tuple[str, ...]] = {
+    "tokenizer.model": ("sentencepiece", "tiktoken"),
+    "*.tiktoken": ("tiktoken",),
+    "vocab.json": (),
+}
 VOCABULARIES = (TOKENIZER, *_OLDER)
 
 # Of Qwen's tokenization_qwen.py, which is code and not run: what qwen.tiktoken does not say itself.
@@ -215,17 +220,18 @@ def convert(directory: Path) -> FastTokenizer:
             return _converted(older)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # transformers raises bare ValueErrors for a missing package, among others
+    except BaseException as error:  # of a missing package transformers raises whatever it likes
+        absent = [package for package in ("transformers", *_OLDER[name]) if find_spec(package) is None]
+        if absent:
+            raise DependencyError(
+                f"a tokenizer of {older}",
+                got=f"no package {' and no '.join(absent)}",
+                expected="those with which it is converted",
+                action="Install them: pip install 'eightfold[tokenizer]'",
+            ) from None
         got = shorten(" ".join(str(error).split()), _MOST_SHOWN)
-        is_absent = re.search(r"is required to read|need to have|requires the|pip install", got)
-        if not isinstance(error, ImportError) and not is_absent:
-            expected = "a vocabulary that transformers can convert"
-            raise CheckpointError("tokenizer", where=older, got=got, expected=expected) from None
-    raise DependencyError(
-        f"a tokenizer of {older} needs transformers, with {_OLDER[name]}",
-        got="not all of them installed",
-        action="Install them: pip install 'eightfold[tokenizer]'",
-    )
+        expected = "a vocabulary that transformers can convert"
+        raise CheckpointError("tokenizer", where=older, got=got, expected=expected) from None
 
 
 def _converted(older: Path) -> FastTokenizer:
