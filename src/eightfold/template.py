@@ -17,7 +17,6 @@ import pickle
 import resource
 import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +83,8 @@ class _Renderer:
     """The process that renders."""
 
     def __init__(self) -> None:
+        import subprocess  # not at the start of a command that renders nothing
+
         # Python puts the folder of this file before its path, and not the current one, which may be a model's.
         self._process = subprocess.Popen(
             [sys.executable, __file__],

@@ -12,16 +12,18 @@ import contextlib
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.errors import InputError, UnsupportedError
 from eightfold.machine import anonymous_bytes
 from eightfold.values import shorten
+
+if TYPE_CHECKING:
+    import socket  # only a server needs it, and a command should start soon
+    import subprocess
 
 MAX_REASON = 300  # characters of llguidance's message
 
@@ -148,6 +150,8 @@ class Trial:
 
     def _ask(self, order: bytes) -> dict[str, Any]:
         """Return what the child says; nothing if it died."""
+        import socket
+
         for _ in range(2):  # an idle helper may have ended just now
             ours, theirs = socket.socketpair()
             with ours, theirs:
@@ -173,6 +177,9 @@ class Trial:
 
     def _started(self) -> socket.socket:
         """Return the way to the helper, which loads the tokenizer while orders wait."""
+        import socket
+        import subprocess
+
         if self._helper is None:
             self._helper, theirs = socket.socketpair()
             with theirs:
@@ -213,6 +220,7 @@ def _read(sock: socket.socket) -> bytes:
 def serve(number: int) -> None:
     """Be the helper: fork for every socket that comes in through socket `number`, until nothing comes any more."""
     import signal
+    import socket
 
     import llguidance
 

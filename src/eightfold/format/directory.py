@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +122,8 @@ def carried_over(source: Path) -> set[str]:
 
 def copy_files(paths: Iterable[Path], source: Path, target: Path) -> None:
     """Copy files of a model directory, as list_sidecars() and resolve_auto_map() return them, to the same names."""
+    import shutil
+
     for path in paths:
         _require_own(path, source)  # once more: time has passed
         copy = target / path.relative_to(source)
