@@ -25,7 +25,7 @@ check() {
     if [ "$kinds" = thread ]; then plain=(setarch -R); fi
     # One thread for torch: its own pool is nothing that could be checked here.
     env EIGHTFOLD_TEST_CORE="$PWD/$build" LD_PRELOAD="$preload" OMP_NUM_THREADS=1 \
-        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+        ASAN_OPTIONS=detect_leaks=0:handle_sigbus=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
         TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1:suppressions="$PWD/tests/native/tsan.supp" \
         "${plain[@]}" "$python" -m pytest -q -p no:cacheprovider tests/native "$@"
 }
