@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import fcntl
@@ -40,7 +41,16 @@ def start_gloo(world: World, seconds: float) -> Any:
     timeout = datetime.timedelta(seconds=seconds)
     store, _, _ = next(iter(rendezvous("env://", world.rank, world.size, timeout=timeout)))
     dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    atexit.register(_stop_gloo)
     return store
+
+
+def _stop_gloo() -> None:
+    """End gloo's threads while Python still runs: later they end the process with SIGABRT."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def broadcast(values: list[Any]) -> list[Any]:
