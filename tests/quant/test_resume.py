@@ -15,7 +15,8 @@ from eightfold.errors import OutputError
 from eightfold.format import output
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import JOURNAL_NAME, WORK_NAME, Journal, layers_done, partial_path, read_entries
-from eightfold.format.output import REPORT_NAME, Output
+from eightfold.format.output import Output
+from eightfold.format.target import REPORT_NAME
 from eightfold.quant import hidden
 from eightfold.quant.budget import Budget
 from eightfold.quant.hidden import GENERATIONS

@@ -226,7 +226,7 @@ class QuantizeCommand:
     @cached_property
     def _checkpoint(self) -> Checkpoint:
         """The float model. A recipe or an output directory that does not go with it is refused."""
-        from eightfold.format.output import QUANTIZE, check_target
+        from eightfold.format.target import QUANTIZE, check_target
         from eightfold.quant.plan import assign_types, require_level
 
         checkpoint = console.opened(self.source)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Mapping
@@ -31,7 +30,6 @@ from eightfold.errors import (
     remember_kept,
     shortlist,
 )
-from eightfold.format.directory import CONFIG_NAME, carried_over
 from eightfold.format.journal import (
     JOURNAL_NAME,
     WORK_NAME,
@@ -43,11 +41,9 @@ from eightfold.format.journal import (
     read_entries,
 )
 from eightfold.format.safetensors import checksum_of_file
+from eightfold.format.target import QUANTIZE, check_target, files_in, has_content, not_empty
 from eightfold.progress import Progress, silent
 from eightfold.values import size_text
-
-QUANTIZE = "quantize"
-REPORT_NAME = "eightfold_report.json"  # in everything that quantize has ever written
 
 # As the reference tool leaves them: weights are read-only, nothing is open to others.
 DIRECTORY_MODE, WEIGHTS_MODE, JSON_MODE = 0o750, 0o400, 0o600
@@ -154,12 +150,12 @@ class Output:
         if self._explain is None:
             if self.overwrite:
                 return False
-            raise _not_empty(self.target)
+            raise not_empty(self.target)
         if differences := self._differences(entries[0]):
             if self.overwrite:
                 return False
             is_ours = entries[0].get("command", QUANTIZE) == self._head["command"]  # what `overwrite` replaces
-            raise self._other_command(differences, "a model made", may_replace=is_ours)
+            raise self.begun_otherwise(differences, "a model made", may_replace=is_ours)
         changed = _changed_files(self.target, sealed, self._progress)
         if changed and not self.overwrite:
             raise OutputError(
@@ -179,7 +175,8 @@ class Output:
             return [f"command: {before} -> {now}"]
         return self._explain(old, self._head) if self._explain else []
 
-    def _other_command(self, differences: list[str], what: str, *, may_replace: bool = True) -> OutputError:
+    def begun_otherwise(self, differences: list[str], what: str, *, may_replace: bool = True) -> OutputError:
+        """Return the refusal of what was made of something else, or in another way."""
         return OutputError(
             f"output directory {self.target}",
             got=f"{what} otherwise ({'; '.join(differences)})",
@@ -236,7 +233,7 @@ class Output:
         if journal.steps or journal.complete:
             differences = self._differences(journal.head)
             if differences and not self.overwrite:
-                raise self._other_command(differences, "a model begun")
+                raise self.begun_otherwise(differences, "a model begun")
             if not differences and self._explain:
                 if journal.complete:
                     self._put_in_place()
@@ -383,121 +380,10 @@ def _require_unshared(directory: Path) -> None:
             folders.remove("old")  # an earlier output, which is only renamed or removed
 
 
-def check_target(target: Path, command: str, *, source: Path | None, overwrite: bool) -> Path:
-    """Refuse an output directory that can be refused without knowing what is going to be made; return its real path.
-
-    Raises:
-        OutputError: it is a link, a file or a mount point, holds or lies inside the source, is not empty (without
-            `overwrite`), or holds files that `command` has not written (with it).
-    """
-    if target.is_symlink():
-        raise OutputError(
-            f"output directory {target}",
-            got="a symbolic link",
-            expected="a new or empty directory",
-            action=f"Name the directory that it points to: {os.path.realpath(target)}",
-        )
-    target = Path(os.path.realpath(target))
-    _require_outside(target, source)
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
-    if _is_mount_point(target):
-        raise OutputError(
-            f"output directory {target}",
-            got="a mount point, which cannot be renamed",
-            expected="a directory",
-            action=f"Choose a directory inside it, such as {target / 'model'}.",
-        )
-    if not has_content(target) or (not overwrite and closing_line(read_entries(target) or []) is not None):
-        return target
-    if not overwrite:
-        raise _not_empty(target)
-    if strange := sorted(_files_in(target) - _written_files(target, command, source)):
-        raise OutputError(
-            f"output directory {target}",
-            got=f"files that `eightfold {command}` did not write ({shortlist(strange, 3)})",
-            expected="a model and nothing else, to replace it",
-            action="Move them elsewhere and run the same command again, or choose another directory.",
-        )
-    return target
-
-
-def _require_outside(target: Path, source: Path | None) -> None:
-    """Refuse a target that holds or lies inside the source."""
-    if source is None:
-        return
-    source = Path(os.path.realpath(source))
-    if target == source or source.is_relative_to(target) or (source.is_dir() and target.is_relative_to(source)):
-        raise OutputError(
-            f"output directory {target}",
-            got=f"the source {source} in the same place",
-            expected="a place outside of it",
-            action="Choose another output directory.",
-        )
-
-
-def _not_empty(target: Path) -> OutputError:
-    return OutputError(
-        f"output directory {target}",
-        got="a directory that is not empty",
-        expected="a new or empty one",
-        action="Choose another, or replace it with `overwrite`.",
-    )
-
-
-def has_content(directory: Path) -> bool:
-    """Whether there is a directory that is not empty."""
-    return directory.is_dir() and any(directory.iterdir())
-
-
-def _is_mount_point(path: Path) -> bool:
-    """Whether something is mounted here, if only another directory of the same file system."""
-    if not path.is_dir():
-        return False
-    if os.path.ismount(path):
-        return True
-    try:
-        return _mount_of(path) != _mount_of(path.parent)
-    except OSError:
-        return False  # a system that does not tell
-
-
-def _mount_of(path: Path) -> list[str]:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return re.findall(r"mnt_id:\s*(\d+)", Path(f"/proc/self/fdinfo/{file}").read_text())
-    finally:
-        os.close(file)
-
-
-def _files_in(directory: Path) -> set[str]:
-    """Return the names of all files in a directory and its folders, the work folder aside."""
-    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    names = {path.relative_to(directory) for path in found}
-    return {name.as_posix() for name in names if name.parts[0] != WORK_NAME}
-
-
-def _written_files(target: Path, command: str, source: Path | None) -> set[str]:
-    """Return the names of the files in a target that a command has written there, as its journal or report says."""
-    entries = read_entries(target)
-    if entries is None and command == QUANTIZE and (target / REPORT_NAME).is_file():
-        ours = {path.name for path in target.glob("quant_model_*")}
-        return {REPORT_NAME, CONFIG_NAME, *ours, *(carried_over(source) if source else ())}
-    sealed = closing_line(entries or [])
-    if not entries or sealed is None or entries[0].get("command", QUANTIZE) != command:
-        return {JOURNAL_NAME}
-    # A journal may have been copied to where somebody's own files are.
-    is_its_own = any(
-        name.endswith(".safetensors") and (target / name).is_file() and (target / name).stat().st_size == size
-        for name, (size, _) in sealed.items()
-    )
-    return {JOURNAL_NAME, *(sealed if is_its_own else ())}
-
-
 def _seal(directory: Path, checksums: Mapping[str, int]) -> dict[str, list[int]]:
     """Give every file and folder its mode, and see it safely on disk; return name -> size and CRC-32."""
     sealed = {}
-    for name in sorted(_files_in(directory) - {JOURNAL_NAME}):
+    for name in sorted(files_in(directory) - {JOURNAL_NAME}):
         path = directory / name
         path.chmod(WEIGHTS_MODE if path.suffix == ".safetensors" else JSON_MODE)
         _sync(path)

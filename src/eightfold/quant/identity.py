@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from eightfold import __version__
-from eightfold.errors import OutputError, shortlist
+from eightfold.errors import shortlist
 from eightfold.files import open_regular, write_json
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.directory import CONFIG_NAME, list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
-from eightfold.format.output import QUANTIZE, Output
+from eightfold.format.output import Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
+from eightfold.format.target import QUANTIZE
 from eightfold.quant.outcome import samples_facts
 from eightfold.quant.recipe import Recipe, Samples, recipe_content
 
@@ -131,12 +132,7 @@ def require_same_times(checkpoint: Checkpoint, output: Output) -> None:
         return  # removed at the end: nothing more is read of the source's weights
     changed = [name for name, time in _file_times(checkpoint).items() if before.get(name) != time]
     if changed and not output.overwrite:
-        raise OutputError(
-            f"output directory {output.target}",
-            got=f"a model begun otherwise (source: {shortlist(changed, 3)} changed since)",
-            expected="the same recipe and source",
-            action="Choose another directory, or start over with `overwrite`.",
-        )
+        raise output.begun_otherwise([f"source: {shortlist(changed, 3)} changed since"], "a model begun")
     if changed:
         output.restart()
 

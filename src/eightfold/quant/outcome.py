@@ -13,7 +13,7 @@ from eightfold import __version__
 from eightfold.config import DType, ModelConfig
 from eightfold.families import LM_HEAD, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.format.output import REPORT_NAME as REPORT_NAME
+from eightfold.format.target import REPORT_NAME as REPORT_NAME
 from eightfold.quant.plan import RolledBack
 from eightfold.quant.recipe import Recipe, Samples, recipe_content
 from eightfold.scheme import QuantType

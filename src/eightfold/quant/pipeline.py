@@ -24,8 +24,9 @@ from eightfold.files import write_json
 from eightfold.format.checkpoint import Checkpoint, render_description
 from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, resolve_auto_map
 from eightfold.format.journal import WORK_NAME, Entry, layers_done
-from eightfold.format.output import REPORT_NAME, Output
+from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.target import REPORT_NAME
 from eightfold.format.tokenizer_files import write_for_both
 from eightfold.model.reference.tensors import CPU, use
 from eightfold.parallel.ranks import Ranks
