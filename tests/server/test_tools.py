@@ -173,6 +173,8 @@ def test_pieces_of_any_size_give_the_same(size):
     parser = ToolParser(ToolUse([WEATHER], frozenset({"weather"}), "tagged"))
     content, calls = "", []
     for at in range(0, len(text), size):
-        more, found = parser.push(text[at : at + size], is_last=at + size >= len(text))
+        more, found = parser.push(text[at : at + size])
         content, calls = content + more, calls + found
+    more, found = parser.finish()
+    content, calls = content + more, calls + found
     assert (content, len(calls)) == ("Well, and  then < tool_call>", 2)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from eightfold.server.tools import ToolParser, ToolUse
+from eightfold.server.tool_parsers import ToolCall, ToolParser, ToolUse
 
 if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
@@ -208,6 +208,13 @@ class AnswerWriter:
         raise NotImplementedError
 
 
+def _parsed(parser: ToolParser, more: str, *, is_last: bool) -> tuple[str, list[ToolCall]]:
+    """Return the text and the calls that more of an answer makes certain: with the last of it, all."""
+    text, calls = parser.push(more)
+    rest, last = parser.finish() if is_last else ("", [])
+    return text + rest, calls + last
+
+
 class ChatAnswer(AnswerWriter):
     """The answer to a chat; its choices are the n answers to one prompt."""
 
@@ -224,7 +231,7 @@ class ChatAnswer(AnswerWriter):
             parser = self._parsers[index] = ToolParser(self._tools)
             piece = self._delta(index, '{"role":"assistant","content":""}', None)
         before = parser.calls
-        text, calls = parser.push(answer.delta_text, is_last=reason is not None)
+        text, calls = _parsed(parser, answer.delta_text, is_last=reason is not None)
         if text or logprobs:
             piece += self._delta(index, '{"content":' + _encode(text) + "}", logprobs or None)
         for number, call in enumerate(calls, before):
@@ -250,7 +257,7 @@ class ChatAnswer(AnswerWriter):
         return content
 
     def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
-        text, calls = ToolParser(self._tools).push(answer.text, is_last=True)
+        text, calls = _parsed(ToolParser(self._tools), answer.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if calls:
             message["tool_calls"] = [call.as_json() for call in calls]

@@ -11,9 +11,10 @@ from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams, biase
 from eightfold.errors import EightfoldError
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
 from eightfold.server.fields import LIST, OBJECT, STRING, Fields, bad_request, between, demand, refused, shown, wrong
+from eightfold.server.forms import structured_output
 from eightfold.server.generation import Asked
 from eightfold.server.service import Service
-from eightfold.server.tools import ToolUse, read_tools, structured_output
+from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
 from eightfold.values import SWITCH, WORDS, is_token_ids
 
