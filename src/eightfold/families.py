@@ -92,6 +92,9 @@ def layer_norms(config: ModelConfig) -> dict[str, int]:
     return norms
 
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
 def layer_prefix(layer_idx: int) -> str:
     """Return the name prefix of a decoder layer, with its dot."""
     return f"model.layers.{layer_idx}."
@@ -99,7 +102,7 @@ def layer_prefix(layer_idx: int) -> str:
 
 def layer_of(tensor: str) -> int | None:
     """Return the index of the decoder layer that a tensor's name puts it in; None outside of them."""
-    found = re.match(r"model\.layers\.(\d+)\.", tensor)
+    found = _LAYER.match(tensor)
     return int(found[1]) if found else None
 
 

@@ -98,7 +98,7 @@ def read_file(path: Path, most: int = MAX_LIST_BYTES) -> bytes:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            blob = file.read(most + 1) if size <= most else b""
+            blob = file.read(min(most, size) + 1) if size <= most else b""
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     if max(size, len(blob)) > most:

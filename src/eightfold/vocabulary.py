@@ -29,6 +29,7 @@ TOKENIZER = "tokenizer.json"
 _MOST_GROWTH = 1000  # times that a normalizer or a decoder may lengthen a text
 _MOST_SECONDS = 10.0  # for an encoding, and for each million characters
 _MOST_SHOWN = 300
+_USUAL_LIST = 64 << 10  # bytes that added tokens take at most in most files
 
 # Files that transformers converts, as glob -> the packages with which it reads them.
 _OLDER: dict[str, tuple[str, ...]] = {
@@ -71,10 +72,13 @@ def load(directory: Path) -> FastTokenizer:
             fast.model.dropout = None
         _require_bounds(fast, path)
         with blaming(path, "one that encodes every text"):
-            for text in _PROBES:
-                ids = within_time(lambda text=text: fast.encode(text).ids, len(text), path)  # type: ignore[misc]
-                fast.decode(ids)
+            within_time(lambda: _probe(fast), sum(map(len, _PROBES)), path)
     return fast
+
+
+def _probe(fast: FastTokenizer) -> None:
+    for text in _PROBES:
+        fast.decode(fast.encode(text).ids)
 
 
 @contextlib.contextmanager
@@ -140,10 +144,8 @@ def _read(path: Path) -> FastTokenizer:
 
 def _require_ids(fast: FastTokenizer, content: bytes, path: Path) -> None:
     """Refuse added tokens that the library has given other ids than the file says."""
-    text = content.decode()
-    start = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
-    tokens = json.JSONDecoder().raw_decode(text, start.end())[0] if start is not None else []
-    for token in tokens:
+    start = re.search(rb'"added_tokens"\s*:\s*(?=\[)', content)
+    for token in _list_at(content, start.end()) if start is not None else []:
         found = fast.token_to_id(token["content"])
         if token["content"] and found != token["id"]:
             raise CheckpointError(
@@ -153,6 +155,16 @@ def _require_ids(fast: FastTokenizer, content: bytes, path: Path) -> None:
                 expected="the next free one" if found is None else f"{found}, the next free one",
                 action="Save the tokenizer again.",
             )
+
+
+def _list_at(content: bytes, at: int) -> list[Any]:
+    """Return a list of JSON that begins there; of a long text first a part is tried, since decoding takes its time."""
+    decoder = json.JSONDecoder()
+    try:
+        found: list[Any] = decoder.raw_decode(content[at : at + _USUAL_LIST].decode(errors="ignore"))[0]
+    except ValueError:
+        found = decoder.raw_decode(content[at:].decode())[0]
+    return found
 
 
 def _require_bounds(fast: FastTokenizer, path: Path) -> None:

@@ -131,7 +131,7 @@ class Checkpoint:
         tensors = {name: info for name, info in self.tensors.items() if (layer_of(name) or 0) < count}
         return Checkpoint(self.directory, raw, tensors, self.description)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> DType:
         """The model's dtype: what config.json says; where it does not, what the first linear or embedding is stored in.
 

@@ -215,10 +215,14 @@ def read_values(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    values = _widened(checkpoint, name, checkpoint.array(name).reshape(-1))
+    values = _flat(checkpoint, name)
     if not np.isfinite(values).all():
         require_finite(checkpoint, name)
     return values
+
+
+def _flat(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+    return _widened(checkpoint, name, checkpoint.array(name).reshape(-1))
 
 
 def require_finite(checkpoint: Checkpoint, name: str) -> None:
@@ -253,14 +257,14 @@ def _read_scale(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     """Return what integers are multiplied by, of either form: a deq_scale may be packed into int64."""
     stored = checkpoint.array(name).reshape(-1)
     is_packed = stored.dtype == np.int64  # float32 bits in the low half
-    values = stored.astype(np.int32).view(np.float32) if is_packed else read_values(checkpoint, name)
+    values = stored.astype(np.int32).view(np.float32) if is_packed else _flat(checkpoint, name)
     require_parameters(name, values, checkpoint.tensors[name].file)
     return values
 
 
 def _read_offset(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     """Return what stands for zero among int8 numbers."""
-    values = read_values(checkpoint, name)
+    values = _flat(checkpoint, name)
     require_parameters(name, values, checkpoint.tensors[name].file)
     return values
 
@@ -279,8 +283,9 @@ def require_parameters(name: str, values: NDArray[Any], where: Path, action: str
     (least, most), expected = _SCALES, f"a number above 0, from {_SCALES[0]:g} to {_SCALES[1]:g}"
     if name.rpartition(".")[2] in _OFFSET_NAMES:
         least, most, expected = -128, 127, "an int8 number, from -128 to 127"
-    inside = (values >= least) & (values <= most)  # NaN is not
-    for at in np.flatnonzero(~inside)[:1]:
+    if not values.size or (values.min() >= least and values.max() <= most):  # with a NaN, neither is
+        return
+    for at in np.flatnonzero(~((values >= least) & (values <= most)))[:1]:
         raise CheckpointError(
             f"{name}[{at}]",
             where=where,
