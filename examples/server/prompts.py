@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import ConfigError, InputError, UnsupportedError
-from eightfold.tokenizer import Message, Tokenizer
+from eightfold.messages import Message, read_messages
+from eightfold.tokenizer import Tokenizer
 
 # A text, a chat, or token ids.
 Prompt = str | list[Message] | list[int]
@@ -94,15 +95,13 @@ def _chat(line: str, number: int, where: Path) -> list[Message]:
         messages = json.loads(line)
     except (ValueError, RecursionError):
         messages = None
-    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-        return messages
-    raise InputError(
-        f"line {number}", where=where, got=line[:60], expected='a list such as [{"role": "user", "content": "Hello"}]'
-    )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and {"role", "content"} <= message.keys()
+    if not isinstance(messages, list) or not messages:
+        expected = 'a list such as [{"role": "user", "content": "Hello"}]'
+        raise InputError(f"line {number}", where=where, got=line[:60], expected=expected)
+    try:
+        return read_messages(messages, None)
+    except InputError as error:
+        raise InputError(f"line {number} in {where}: {error}") from None
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
@@ -114,4 +113,5 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     if len(ids) == len(prompt):
         return ids
     assert tokenizer is not None
-    return tokenizer.encode_chat([item for item in prompt if isinstance(item, dict)], add_generation_prompt=True)
+    messages = read_messages(prompt, tokenizer.template_source())
+    return tokenizer.encode_chat(messages, add_generation_prompt=True)

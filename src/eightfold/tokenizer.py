@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from eightfold import vocabulary
 from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import has_file, read_file, read_json
+from eightfold.messages import Message
 from eightfold.template import TemplateError, compile_template, render_template
 from eightfold.values import TEXT, WHOLE, shown
 
@@ -32,8 +33,6 @@ _LLAMA_MODELS = ("llama", "mistral")  # model_type of models that get the first 
 _DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of these classes
 
 T = TypeVar("T")
-
-Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 
 class Tokenizer:
@@ -265,47 +264,6 @@ class Tokenizer:
             if isinstance(text, str):
                 found[name] = text
         return found
-
-
-def content_text(content: Any) -> str:
-    """Return a message's content as text: None as none, and parts of text one below the other.
-
-    Raises:
-        ContentError: it is neither text nor parts of text.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise ContentError("", content, "a text or a list of parts")
-    return "\n".join(_part_text(part, f"[{at}]") for at, part in enumerate(content))
-
-
-def _part_text(part: Any, place: str) -> str:
-    if not isinstance(part, dict):
-        raise ContentError(place, part, "an object")
-    kind = part.get("type")
-    if kind not in ("text", "refusal"):
-        is_media = isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file"))
-        raise ContentError(f"{place}.type", kind, "text", is_media=is_media)
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise ContentError(f"{place}.{kind}", text, "a text")
-    return text
-
-
-class ContentError(InputError):
-    """A message's content is no text.
-
-    Attributes:
-        place: in the content, such as `[0].type`.
-        value: what stands there.
-        expected: what should.
-        is_media: whether it is an image, a sound, a video or a file.
-    """
-
-    def __init__(self, place: str, value: Any, expected: str, *, is_media: bool = False) -> None:
-        super().__init__(f"content{place}", got=shown(value), expected=expected)
-        self.place, self.value, self.expected, self.is_media = place, value, expected, is_media
 
 
 def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:

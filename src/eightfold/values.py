@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -106,6 +107,9 @@ def choice(*names: str) -> Kind:
 # In the words of our own formats and of requests.
 WHOLE = Kind((int,), "a whole number")
 SWITCH = Kind((bool,), "true or false")
+STRING = Kind((str,), "a text")
+LIST = Kind((list,), "a list")
+OBJECT = Kind((dict,), "an object")
 WORDS = Kind((str,), "a text that is not empty", least=1)
 
 # In the words that config.json's readers know from pydantic.
@@ -178,6 +182,17 @@ def shown(value: Any) -> str:
         return shorten(repr(value))
     except (ValueError, RecursionError):  # an int of thousands of digits
         return f"a huge {type(value).__name__}"
+
+
+def shown_as_json(value: Any) -> str:
+    """Render a value of any size for a message, as JSON has it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, str):
+        return repr(shorten(value))
+    return "a huge number" if isinstance(value, int) and abs(value) >= 10**20 else shorten(str(value))
 
 
 def shorten(text: str, most: int = MOST_SHOWN) -> str:

@@ -449,13 +449,23 @@ def test_what_cannot_be_done_is_refused_by_name(pa, args, message):
     assert refused(pa(*args, *sizes)) == message.replace("{prog}", "python -m examples.run_pa")
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", "[1]", '[{"role": "user"}]', "not JSON"])
-def test_a_line_that_is_no_chat_is_named_by_its_number(pa, tmp_path, line):
+LIST = 'expected a list such as [{"role": "user", "content": "Hello"}]'
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("{}", f"got {{}}, {LIST}"),
+        ("[]", f"got [], {LIST}"),
+        ("not JSON", f"got not JSON, {LIST}"),
+        ("[1]", "messages[0]: got 1, expected an object"),
+        ('[{"role": "user"}]', "messages[0].content: got null, expected a text"),
+    ],
+)
+def test_a_line_that_is_no_chat_is_named_by_its_number(pa, tmp_path, line, found):
     path = tmp_path / "chats.jsonl"
     path.write_text(f'[{{"role": "user", "content": "hi"}}]\n{line}\n')
-    assert refused(pa("--is_chat_model", "--input_file", path)) == (
-        f'line 2 in {path}: got {line}, expected a list such as [{{"role": "user", "content": "Hello"}}]'
-    )
+    assert refused(pa("--is_chat_model", "--input_file", path)) == f"line 2 in {path}: {found}"
 
 
 def test_a_directory_without_a_model_is_refused_as_by_eightfold(pa, cli, tmp_path):

@@ -110,11 +110,17 @@ def test_encodings(tmp_path, encoding):
         ('["a", []]', r"row 2 .*got \[\]"),
         ("[" * 20 + '"a"' + "]" * 20, r"row 1 .*got lists nested more than 8 deep"),
         ("[" * 100_000, r"got no JSON|nested too deep"),
-        ('[{"messages": [{"role": "user"}]}]', r"row 1 .*got message 1 without content"),
-        ('{"messages": [{"role": 3, "content": "a"}]}', r"row 1 .*got message 1 without a role"),
+        (
+            '[{"messages": [{"role": "user"}]}]',
+            r"row 1 in .*: messages\[0\]\.content: got null, expected a text$",
+        ),
+        (
+            '{"messages": [{"role": 3, "content": "a"}]}',
+            r"row 1 .*: messages\[0\]\.role: got 3, expected system, user, assistant or tool$",
+        ),
         (
             '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
-            r"'image_url' as content\[0\]\.type of message 1, expected text$",
+            r"row 1 .*: messages\[0\]\.content\[0\]: this model reads text only, not image_url$",
         ),
         ('{"messages": []}', r"row 1 .*got an object with messages"),
         ("[]", r"calibration file in .*got no rows"),

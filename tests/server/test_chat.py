@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from tests.conversations import CONVERSATIONS, TEMPLATE
 from tests.server.running import Running
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is deep learning?"}]
@@ -196,3 +197,11 @@ def test_prompt_logprobs(real, client):
 def _shown(raw):
     """Return what stands for bytes that are no text."""
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_messages_are_read_as_llm_and_the_input_file_read_them(serve, name):
+    messages, expected = CONVERSATIONS[name]
+    running = serve(template=TEMPLATE)
+    tokens = running.post("/tokenize", {"messages": messages}).json()["tokens"]
+    assert running.engine.tokenizer.decode(tokens, keep_special=True) == expected

@@ -15,7 +15,8 @@ from eightfold.cli.generating import sampling_params
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.errors import EightfoldError, InputError, one_of
 from eightfold.files import open_given, parse_value
-from eightfold.tokenizer import Message, Tokenizer
+from eightfold.messages import Message, read_messages
+from eightfold.tokenizer import Tokenizer
 from eightfold.values import WHOLE, is_token_ids, shorten
 
 # A text, a chat, or token ids.
@@ -59,6 +60,7 @@ class BatchRequest:
             return tokenizer.encode(self.prompt)
         messages = [item for item in self.prompt if isinstance(item, dict)]
         if messages:
+            messages = read_messages(messages, tokenizer.template_source())
             return tokenizer.encode_chat(messages, add_generation_prompt=True)
         return [item for item in self.prompt if isinstance(item, int)]
 
@@ -153,6 +155,8 @@ def _prompt(fields: dict[str, Any]) -> Prompt:
     if len(kinds) != 1:
         raise _LineError(" and ".join(kinds) or "no prompt", f"exactly one of {one_of(PROMPTS)}")
     value = fields[kinds[0]]
+    if kinds[0] == "messages":
+        return read_messages(value, None)
     fits, expected = _FORMS[kinds[0]]
     if not fits(value):
         raise _LineError(f"{kinds[0]} {_json(value)}", expected)
@@ -160,19 +164,8 @@ def _prompt(fields: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
-
-
-def _is_message(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        return False
-    return value.get("content") is None or isinstance(value["content"], str)
-
-
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt": (lambda value: isinstance(value, str), "a text"),
-    "messages": (_is_chat, 'a list such as [{"role": "user", "content": "Hello"}]'),
     "prompt_token_ids": (is_token_ids, "a list of token ids such as [1, 42]"),
 }
 

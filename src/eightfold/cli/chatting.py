@@ -23,7 +23,8 @@ from eightfold.values import TEXT, setting, whole
 if TYPE_CHECKING:
     from eightfold.engine.engine import Engine
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
-    from eightfold.tokenizer import Message, Tokenizer
+    from eightfold.messages import Message
+    from eightfold.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

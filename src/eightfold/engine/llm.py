@@ -13,8 +13,8 @@ from eightfold.engine.outputs import RequestOutput
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import InputError
+from eightfold.messages import Message, read_messages
 from eightfold.progress import Progress, bars, silent
-from eightfold.tokenizer import Message
 
 Prompt = str | Sequence[int]
 
@@ -78,9 +78,14 @@ class LLM:
             CheckpointError: the model has no chat template.
             CapacityError, InputError: as `generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         tokenizer = self.engine.tokenizer
-        token_ids = [tokenizer.encode_chat(each, add_generation_prompt=True) for each in conversations]  # type: ignore[arg-type]
+        template = tokenizer.template_source()
+        is_one = bool(messages) and isinstance(messages[0], dict)
+        conversations = [messages] if is_one else messages
+        token_ids = []
+        for at, given in enumerate(conversations):
+            read = read_messages(given, template, "messages" if is_one else f"messages[{at}]")
+            token_ids.append(tokenizer.encode_chat(read, add_generation_prompt=True))
         return self._run(token_ids, _one_each(params, len(token_ids)), progress)
 
     def _run(

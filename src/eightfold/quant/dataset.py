@@ -28,8 +28,9 @@ from typing import Any
 
 from eightfold.errors import CheckpointError, ConfigError, InputError, one_of, shortlist
 from eightfold.files import parse_value, read_text
-from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
-from eightfold.values import is_token_ids, shorten, shown
+from eightfold.messages import Message, MessageError, read_messages
+from eightfold.tokenizer import Tokenizer
+from eightfold.values import is_token_ids, shorten
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 CHAT_KEYS = ("messages", "conversations")
@@ -93,6 +94,8 @@ def read_rows(path: Path, limit: int | None = None, title: str = "calibration fi
             found += _rows(value)
         except _RowError as error:
             raise InputError(place, where=path, got=error.got, expected=error.expected, action=error.action) from None
+        except MessageError as error:
+            raise InputError(f"{place} in {path}: {error}") from None
         if len(found) >= most:
             break
     found = found[:most]
@@ -156,7 +159,8 @@ def tokenize(
             if is_plain := isinstance(row, str) or bool(problem):
                 text = plain_text(row)
             else:
-                text = tokenizer.render_chat(row, add_generation_prompt=False)
+                messages = read_messages(row, tokenizer.template_source())
+                text = tokenizer.render_chat(messages, add_generation_prompt=False)
             ids = tokenizer.encode(enough_for(context, text), special_tokens=is_plain)
         except InputError as error:
             place = f"calibration row {number}" if where is None else f"calibration row {number} in {where}"
@@ -344,18 +348,10 @@ def _is_chat(value: Any) -> bool:
 
 
 def _chat(given: Sequence[dict[str, Any]]) -> list[Message]:
-    messages = []
-    for at, message in enumerate(given):
-        role = message["role"] if "role" in message else _ROLES.get(str(message["from"]), message["from"])
-        content = message.get("content", message.get("value"))
-        lacks = "content" if content is None and role != "assistant" else ""
-        if lacks := lacks if isinstance(role, str) and role else "a role":
-            raise _RowError(f"message {at + 1} without {lacks}", "role and content, or from and value")
-        try:
-            text = content_text(content)
-        except ContentError as error:
-            place = f"content{error.place} of message {at + 1}"
-            raise _RowError(f"{shown(error.value)} as {place}", error.expected) from None
-        rest = {key: each for key, each in message.items() if key not in ("from", "value")}
-        messages.append({**rest, "role": role, "content": text})
-    return messages
+    return read_messages([_renamed(message) if "from" in message else message for message in given], None)
+
+
+def _renamed(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message in OpenAI's words instead of ShareGPT's."""
+    role, content = message["from"], message.get("value")
+    return {"role": _ROLES.get(str(role), role), "content": content, **message}

@@ -20,14 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eightfold import __version__
 from eightfold.server.answers import in_parts
-from eightfold.server.fields import STRING, ApiError, Fields, bad_request, internal, wrong
+from eightfold.server.fields import ApiError, Fields, bad_request, internal, wrong
 from eightfold.server.generation import Asked, answer_stream, answer_whole, send_json
 from eightfold.server.logs import GONE, Record, request_id
 from eightfold.server.metrics import CONTENT_TYPE
 from eightfold.server.requests import read_chat, read_completion, read_conversation
 from eightfold.server.service import Service
 from eightfold.server.tools import read_tools
-from eightfold.values import SWITCH, Kind
+from eightfold.values import STRING, SWITCH, Kind
 
 log = logging.getLogger("eightfold.server")
 

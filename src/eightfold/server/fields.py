@@ -12,12 +12,14 @@ import gc
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from starlette.requests import Request
+from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import CapacityError, EightfoldError
-from eightfold.values import WHOLE, Kind, shorten
+from eightfold.messages import MessageError
+from eightfold.values import LIST, WHOLE, Kind, shorten, shown_as_json
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 MAX_BODY_BYTES = 4 * 2**20
 READ_AWAY_BYTES = 16 * MAX_BODY_BYTES  # of a body that is too large
@@ -29,10 +31,6 @@ MAX_JSON_VALUES = 1_000_000  # more than a body of token ids has
 # slow where many lists are made.
 MAX_JSON_BRACKETS = 2**18
 LARGE_BODY_BYTES = 32 * 2**10  # larger ones are parsed and tokenized where they hold up nobody else
-
-STRING = Kind((str,), "a text")
-LIST = Kind((list,), "a list")
-OBJECT = Kind((dict,), "an object")
 
 _USE_TOOLS = "Use tools and tool_choice."
 _NO_BEAMS = "There is no beam search."
@@ -100,12 +98,14 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
 def refused(error: EightfoldError, *, param: str | None = None) -> ApiError:
     """Return the 400 for input that the engine, the tokenizer or the chat template refuses."""
     code = "context_length_exceeded" if isinstance(error, CapacityError) else None
+    if isinstance(error, MessageError) and error.is_media:
+        code = "unsupported_content"
     return bad_request(str(error), param=param, code=code)
 
 
 def wrong(name: str, value: Any, expected: str) -> ApiError:
     """Return the 400 for a field that is not what it should be."""
-    return bad_request(f"{name}: got {shown(value)}, expected {expected}", param=name.partition("[")[0])
+    return bad_request(f"{name}: got {shown_as_json(value)}, expected {expected}", param=name.partition("[")[0])
 
 
 def internal() -> ApiError:
@@ -166,17 +166,6 @@ def demand(name: str, value: Any, kind: Kind) -> Any:
 def between(least: int, most: int) -> Kind:
     """Return the kind of whole numbers in [least, most]."""
     return WHOLE._replace(least=least, most=most, outside=f"{least} to {most}")
-
-
-def shown(value: Any) -> str:
-    """Render a value of any size for a message, as JSON has it."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    if isinstance(value, str):
-        return repr(shorten(value))
-    return "a huge number" if isinstance(value, int) and abs(value) >= 10**20 else str(value)
 
 
 async def receive(request: Request, hold: Callable[[int], None]) -> bytes:

@@ -7,7 +7,8 @@ from typing import Any
 
 from eightfold.engine.sampling_params import StructuredOutput, schema_text
 from eightfold.errors import EightfoldError
-from eightfold.server.fields import OBJECT, Fields, bad_request, refused, wrong
+from eightfold.server.fields import Fields, bad_request, refused, wrong
+from eightfold.values import OBJECT
 
 MAX_SCHEMA_BYTES = 64 * 2**10  # of a JSON schema, regex or grammar, as text
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from starlette.types import Receive, Send
-
 from eightfold.engine.async_llm import EngineStoppedError
 from eightfold.engine.outputs import RequestOutput
 from eightfold.errors import EightfoldError
@@ -23,6 +21,8 @@ from eightfold.server.logs import GONE, Record
 from eightfold.server.metrics import Metrics
 
 if TYPE_CHECKING:
+    from starlette.types import Receive, Send
+
     from eightfold.engine.async_llm import AsyncLLM
     from eightfold.engine.sampling_params import SamplingParams
     from eightfold.tokenizer import Tokenizer

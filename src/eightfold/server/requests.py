@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields as fields_of
 from typing import Any
 
 from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
+from eightfold.messages import Message, MessageError, read_messages
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
-from eightfold.server.fields import LIST, OBJECT, STRING, Fields, bad_request, between, demand, refused, shown, wrong
+from eightfold.server.fields import Fields, bad_request, between, refused
 from eightfold.server.forms import structured_output
 from eightfold.server.generation import Asked
 from eightfold.server.service import Service
 from eightfold.server.tools import ToolUse, read_tools
-from eightfold.tokenizer import ContentError, Message, Tokenizer, content_text
-from eightfold.values import SWITCH, WORDS, is_token_ids
+from eightfold.tokenizer import Tokenizer
+from eightfold.values import OBJECT, SWITCH, WORDS, is_token_ids, shown_as_json
 
 MAX_MESSAGES = 4096
 MAX_LOGIT_BIASES = 1024
@@ -80,70 +80,10 @@ def read_conversation(
 
 
 def _messages(fields: Fields, template: str) -> list[Message]:
-    given = fields.items("messages", MAX_MESSAGES)
-    if not given:
-        raise bad_request("messages: expected at least one", param="messages")
-    messages = [_message(f"messages[{at}]", message) for at, message in enumerate(given)]
-    if "developer" not in template:  # the younger name of the same
-        for message in messages:
-            if message["role"] == "developer":
-                message["role"] = "system"
-    return messages
-
-
-def _message(where: str, given: Any) -> Message:
-    role = demand(where, given, OBJECT).get("role")
-    if not isinstance(role, str) or not role:
-        raise wrong(f"{where}.role", role, "system, user, assistant or tool")
-    if given.get("function_call") is not None:
-        raise bad_request(f"{where}.function_call is not supported. Use tool_calls.", param="messages")
-    calls = _calls(f"{where}.tool_calls", given.get("tool_calls"))
-    content = given.get("content")
-    if content is None and not calls and role != "assistant":
-        raise wrong(f"{where}.content", None, "a text")
-    message: Message = {"role": role, "content": _content(f"{where}.content", content)}
-    if calls:
-        message["tool_calls"] = calls
-    for name in ("name", "tool_call_id", "reasoning_content"):
-        if given.get(name) is not None:
-            message[name] = demand(f"{where}.{name}", given[name], STRING)
-    return message
-
-
-def _content(where: str, content: Any) -> str:
     try:
-        return content_text(content)
-    except ContentError as error:
-        place = where + error.place
-        if not error.is_media:
-            raise wrong(place, error.value, error.expected) from None
-        message = f"{place.removesuffix('.type')}: this model reads text only, not {error.value}"
-        raise bad_request(message, param="messages", code="unsupported_content") from None
-
-
-def _calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    given = [] if calls is None else demand(where, calls, LIST)
-    return [_call(f"{where}[{at}]", call) for at, call in enumerate(given)]
-
-
-def _call(where: str, call: Any) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise wrong(where, call, "an object with a function that has a name and arguments")
-    arguments = _arguments(f"{where}.function.arguments", function.get("arguments"))
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
-
-
-def _arguments(where: str, arguments: Any) -> dict[str, Any]:
-    """Return a call's arguments as an object, which templates render in their own way."""
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            message = f"{where}: got text that is not JSON, expected a JSON object"
-            raise bad_request(message, param="messages") from None
-    checked: dict[str, Any] = demand(where, arguments, OBJECT._replace(name="a JSON object"))
-    return checked
+        return read_messages(fields.items("messages", MAX_MESSAGES), template)
+    except MessageError as error:
+        raise refused(error, param="messages") from None
 
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -201,7 +141,7 @@ def _prompts(fields: Fields) -> list[Prompt]:
     for at, prompt in enumerate(prompts):
         if not (isinstance(prompt, str) or is_token_ids(prompt)):
             where = f"prompt[{at}]" if several else "prompt"
-            got = "an empty list" if prompt == [] else shown(prompt)
+            got = "an empty list" if prompt == [] else shown_as_json(prompt)
             raise bad_request(f"{where}: got {got}, expected a text or a list of token ids", param="prompt")
     if len({type(prompt) for prompt in prompts}) > 1:
         raise bad_request("prompt: got texts and token ids, expected one kind", param="prompt")

@@ -15,26 +15,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from starlette.requests import Request
-
 from eightfold.errors import ConfigError
 from eightfold.server.answers import TokenTexts
 from eightfold.server.fields import (
     LARGE_BODY_BYTES,
-    STRING,
     ApiError,
     Fields,
     bad_request,
     draining,
     parse,
     receive,
-    shown,
 )
 from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
+from eightfold.values import STRING, shown_as_json
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from eightfold.engine.async_llm import AsyncLLM
 
 MAX_HELD_BYTES = 256 * 2**20  # of all bodies that are being read or tokenized
@@ -88,7 +87,7 @@ def host_name(text: str) -> str:
     match = _HOST.fullmatch(text)
     name = (match[1] if match else text).strip("[]").rstrip(".").lower()
     if match is None and text != "*" and not _is_address(text):
-        raise ConfigError("allowed_host", got=shown(text), expected="a name such as llm.example, or an address")
+        raise ConfigError("allowed_host", got=shown_as_json(text), expected="a name such as llm.example, or an address")
     return name
 
 
@@ -130,7 +129,7 @@ class Hosts:
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None:
-            got = shown(hosts[0]) if len(hosts) == 1 else f"{len(hosts)} of them"
+            got = shown_as_json(hosts[0]) if len(hosts) == 1 else f"{len(hosts)} of them"
             raise ApiError(400, f"Host: got {got}, expected one name with or without a port", code="invalid_host")
         self._require_ours("Host", match[1])
         for origin in (value.decode("latin-1") for name, value in headers if name == b"origin"):
@@ -142,7 +141,7 @@ class Hosts:
         if name.strip("[]").removesuffix(".").lower() in self._names:
             return
         option = "--allowed-host" if header == "Host" else "--cors-origin"
-        message = f"{header}: got {shown(name)}, which this server does not answer to. Start it with {option}."
+        message = f"{header}: got {shown_as_json(name)}, which this server does not answer to. Start it with {option}."
         raise ApiError(403, message, code=f"{header.lower()}_not_allowed")
 
 
@@ -265,7 +264,7 @@ class Service:
         return fields
 
     def unknown_model(self, name: str) -> ApiError:
-        message = f"model: got {shown(name)}, expected {shown(self.settings.model_names[0])}"
+        message = f"model: got {shown_as_json(name)}, expected {shown_as_json(self.settings.model_names[0])}"
         return ApiError(404, message, param="model", code="model_not_found")
 
     async def at_once_if_small(self, record: Record, work: Callable[[], T]) -> T:

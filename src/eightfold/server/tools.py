@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.server.fields import Fields, bad_request, shown, wrong
+from eightfold.server.fields import Fields, bad_request, wrong
 from eightfold.server.forms import form_of
 from eightfold.server.tool_parsers import BEGIN, Form, ToolCall, ToolParser, ToolUse
-from eightfold.values import SWITCH
+from eightfold.values import SWITCH, shown_as_json
 
 __all__ = ["ToolCall", "ToolParser", "ToolUse", "read_tools"]
 
@@ -53,7 +53,7 @@ def _named(choice: Any, functions: dict[str, Any]) -> str:
     if not isinstance(name, str):
         raise wrong("tool_choice", choice, "none, auto, required or an object with a function's name")
     if name not in functions:
-        raise bad_request(f"tool_choice: got {shown(name)}, expected one of tools", param="tool_choice")
+        raise bad_request(f"tool_choice: got {shown_as_json(name)}, expected one of tools", param="tool_choice")
     return name
 
 
