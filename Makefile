@@ -34,7 +34,7 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
 
-# A million random files and requests for everything that reads them; ARGS='--seconds 60' for a minute.
+# A million random files and requests for everything that reads them; ARGS='--seconds 60' for a minute of each.
 fuzz: env
 	$(BIN)/python -m tests.fuzz $(or $(ARGS),--runs 1000000)
 

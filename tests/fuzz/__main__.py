@@ -1,4 +1,4 @@
-"""Run readers one after the other, each in a process of its own, and print what happened."""
+"""Run readers, each in a process of its own and one on each CPU, and print what happened."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,26 @@ def _reason(log: Path) -> str:
     return ((named or hung[:1] or lines or [""])[-1])[:300]
 
 
+def _options(args: argparse.Namespace, name: str, shares: float) -> tuple[list[str], float]:
+    """Return the options of a reader's driver, and the seconds that it may take; 0 for any."""
+    options, seconds = ["--seed", str(args.seed), *(["--blind"] if args.blind else [])], 0.0
+    if args.replay:
+        options += ["--replay", str(args.replay.resolve())]
+    elif args.runs:
+        options += ["--runs", str(max(round(args.runs * TARGETS[name].share / shares), 50))]
+    else:
+        seconds = args.seconds
+        options += ["--seconds", str(seconds)]
+    return options, seconds
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the readers that are asked for; return 1 if one fails on an input."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Random inputs for readers.")
     parser.add_argument("targets", nargs="*", metavar="reader", help=f"of {', '.join(TARGETS)}. Default: all.")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for all readers together, without loading them")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each reader, without loading it")
     parser.add_argument("--runs", type=int, help="inputs for all readers together, in place of --seconds")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="readers at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--blind", action="store_true", help="do not use atheris")
     parser.add_argument("--out", type=Path, help="keep inputs here. Default: a temporary folder")
@@ -73,22 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     shares = sum(TARGETS[name].share for name in names)
     print(f"{'reader':20} {'inputs':>9} {'read':>9} {'slowest':>9} {'peak MiB':>9}  what failed", flush=True)
     total, failed = 0, False
-    for name in names:
-        seconds, options = args.seconds / len(names), ["--seed", str(args.seed)]
-        if args.replay:
-            options += ["--replay", str(args.replay.resolve())]
-        elif args.runs:
-            seconds = 0.0
-            options += ["--runs", str(max(round(args.runs * TARGETS[name].share / shares), 50))]
-        else:
-            options += ["--seconds", str(seconds)]
-        state = run_one(name, out / name, [*options, *(["--blind"] if args.blind else [])], seconds)
-        total += state["inputs"]
-        failed |= bool(state["crashes"])
-        counts = f"{state['inputs']:>9,} {state['read']:>9,} {state['slowest']:>8.2f}s {state['peak'] >> 20:>9,}"
-        print(f"{name:20} {counts}  {len(state['crashes']) or 'nothing'}", flush=True)
-        for crash in state["crashes"]:
-            print("    " + "  ".join(crash), flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        states = pool.map(lambda name: run_one(name, out / name, *_options(args, name, shares)), names)
+        for name, state in zip(names, states, strict=True):
+            total += state["inputs"]
+            failed |= bool(state["crashes"])
+            counts = f"{state['inputs']:>9,} {state['read']:>9,} {state['slowest']:>8.2f}s {state['peak'] >> 20:>9,}"
+            print(f"{name:20} {counts}  {len(state['crashes']) or 'nothing'}", flush=True)
+            for crash in state["crashes"]:
+                print("    " + "  ".join(crash), flush=True)
     kept = bool(args.out) or failed
     print(f"{total:,} inputs in all; {f'what was tried is in {out}' if kept else 'nothing failed'}")
     if not kept:
