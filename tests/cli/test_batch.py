@@ -24,7 +24,7 @@ from eightfold.cli.batch_input import read_requests
 from eightfold.cli.batch_run import AnswerFile
 from eightfold.engine.engine import Engine
 from eightfold.engine.sampler import Sampled
-from eightfold.engine.sampling_params import SamplingParams
+from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.errors import OutputError
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import Result, remove_template
@@ -123,7 +123,7 @@ def test_an_id_may_be_any_text(batch):
 
 
 def test_lines_have_parameters_of_their_own(tmp_path):
-    form = {"json_schema": {"type": "object"}}
+    form = {"json_schema": {"type": "object"}, "begins_after": "</think>"}
     path = write(
         tmp_path / "p",
         {"prompt": "a", "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "logit_bias": {"7": -1}, "top_p": None},
@@ -134,7 +134,8 @@ def test_lines_have_parameters_of_their_own(tmp_path):
     assert found[0] == SamplingParams(
         top_p=0.9, temperature=0.5, max_tokens=9, stop=("x",), logit_bias={7: -1.0}, seed=10
     )
-    assert (found[1].max_tokens, found[1].seed, found[1].structured.json_schema) == (None, 3, '{"type": "object"}')
+    assert (found[1].max_tokens, found[1].seed) == (None, 3)
+    assert found[1].structured == StructuredOutput(json_schema='{"type": "object"}', begins_after="</think>")
     assert found[2] == SamplingParams(top_p=0.9, temperature=0.0, max_tokens=5, seed=12)
 
 

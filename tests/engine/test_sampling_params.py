@@ -178,11 +178,20 @@ def test_exactly_one_form():
         ({"json_schema": "[" * 100_000}, "structured json_schema: got "),
         ({"json_object": 1}, "structured json_object: got 1, expected true or false"),
         ({"choices": "ab"}, "structured choices: got 'ab', expected a list of texts"),
+        ({"regex": "a", "begins_after": None}, "structured begins_after: got None, expected a valid string"),
+        ({"regex": "a", "begins_after": "\ud800"}, "structured begins_after: got '\\ud800', expected text that UTF-8"),
+        ({"regex": "a", "begins_after": "x" * 1025}, "structured begins_after: got 1025 characters, expected at most"),
+        ({"begins_after": "a"}, "structured output: got nothing, expected exactly one of json_schema, "),
         ({"choices": ["a", ""]}, "structured choices: got '', expected a text that is not empty"),
     ],
 )
 def test_forms_of_the_wrong_type(fields, start):
     assert structured_refusal(**fields).startswith(start)
+
+
+def test_what_a_form_begins_after_is_no_form():
+    found = StructuredOutput(regex="a", begins_after="</think>")
+    assert (found.given, found.begins_after) == (("regex", "a"), "</think>")
 
 
 def test_a_schema_is_kept_as_it_is():

@@ -245,6 +245,46 @@ def test_json_has_only_so_much_space(tokenizer, compiler):
     assert allowed(grammar) >= ids_of(tokenizer, '"}')
 
 
+USER = 259  # <|user|>
+
+
+def opened(compiler: GrammarCompiler, text: str, *stop_token_ids: int) -> Grammar:
+    return compiler.compile(StructuredOutput(regex="ab", begins_after=text), stop_token_ids)
+
+
+def test_before_a_form_all_but_stop_tokens_may_come(tokenizer, compiler):
+    grammar = opened(compiler, "<|user|>", 0, 31)
+    for token in (*tokenizer.encode("é <|system|>"), USER):
+        assert allowed(grammar) == set(range(VOCAB)) - {EOS, 0, 31}
+        assert not grammar.is_finished
+        assert grammar.accept(token)
+    assert allowed(grammar) == ids_of(tokenizer, "a")
+    assert grammar.accept(tokenizer.encode("a")[0]) and grammar.accept(tokenizer.encode("b")[0])
+    assert (grammar.is_finished, allowed(grammar)) == (True, {EOS})
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+@pytest.mark.parametrize("text", ["<|user|>", "</think>", "aab", "é🙂", "<|user|>\n"])
+def test_what_a_form_begins_after_may_be_one_token_or_several(tokenizer, compiler, text, spelled):
+    """Spelled by ordinary tokens it counts as well."""
+    ids = [token for character in text for token in tokenizer.encode(character)] if spelled else tokenizer.encode(text)
+    assert (USER in ids) == ("<|user|>" in text and not spelled)
+    grammar = opened(compiler, text)
+    for token in [*tokenizer.encode("a<|u"), *ids[:-1], *tokenizer.encode("x"), *ids[:-1]]:
+        grammar.accept(token)
+        assert allowed(grammar) == set(range(VOCAB)) - {EOS}
+    grammar.accept(ids[-1])
+    assert allowed(grammar) == ids_of(tokenizer, "a")
+
+
+def test_the_token_that_completes_the_text_may_go_on(tokenizer, compiler):
+    """Here the text ends inside a token; the form begins with the next one."""
+    grammar = opened(compiler, "x<|us")
+    for token in (*tokenizer.encode("x"), USER):
+        grammar.accept(token)
+    assert allowed(grammar) == ids_of(tokenizer, "a")
+
+
 def test_masks_of_several_answers(tokenizer, compiler):
     grammars = [compiler.compile(StructuredOutput(regex=regex)) for regex in ("a", "b", "[ab]")]
     masks = fill_masks(grammars, VOCAB)
@@ -286,19 +326,20 @@ def test_grammars_of_one_form_do_not_share_how_far_they_are(tokenizer, compiler)
 
 def test_only_so_many_forms_are_kept(tokenizer):
     compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
-    made: list[StructuredOutput] = []
+    made: list[str] = []
     compile_one = compiler._compile
-    compiler._compile = lambda structured: made.append(structured) or compile_one(structured)  # type: ignore[method-assign, func-returns-value]
-    forms = [StructuredOutput(choices=[f"x{i}"]) for i in range(KEPT + 1)]  # type: ignore[arg-type]
-    compiler.compile(forms[0])
+    compiler._compile = lambda name, value: made.append(value) or compile_one(name, value)  # type: ignore[method-assign, func-returns-value]
+    forms = [f"x{i}" for i in range(KEPT + 1)]
+    ask = lambda form, **more: compiler.compile(StructuredOutput(regex=form, **more))  # noqa: E731
+    ask(forms[0])
     for form in forms[1:KEPT]:
-        compiler.compile(form)
-        compiler.compile(forms[0])  # used all the time: it stays
+        ask(form)
+        ask(forms[0], begins_after="x")  # used all the time, behind a text or not: it stays
     assert made == forms[:KEPT]
-    compiler.compile(forms[KEPT])
-    compiler.compile(forms[0])
+    ask(forms[KEPT])
+    ask(forms[0])
     assert made == forms
-    compiler.compile(forms[1])  # the one that was not used for the longest time
+    ask(forms[1])  # the one that was not used for the longest time
     assert made == [*forms, forms[1]]
 
 
@@ -461,7 +502,7 @@ def test_forms_are_kept_up_to_a_number_of_bytes(tokenizer, monkeypatch):
     compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
     monkeypatch.setattr(structured, "build", lambda *args: (mock.MagicMock(), 30 * 2**20))
     grammars = [compiler.compile(StructuredOutput(regex=f"x{i}")) for i in range(4)]
-    assert [form.regex for form in compiler._kept] == ["x2", "x3"]
+    assert list(compiler._kept) == [("regex", "x2"), ("regex", "x3")]
     grammars[3]._form.mask_seconds = 1.0  # whose masks have made it larger
     compiler.compile(StructuredOutput(regex="x3"))
     assert list(compiler._kept) == []

@@ -12,7 +12,7 @@ from typing import Any
 
 from eightfold.cli import console
 from eightfold.cli.generating import sampling_params
-from eightfold.engine.sampling_params import SamplingParams, StructuredOutput, biases_by_id, schema_text
+from eightfold.engine.sampling_params import FORMS, SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.errors import EightfoldError, InputError, one_of
 from eightfold.files import open_given, parse_value
 from eightfold.messages import Message, read_messages
@@ -183,9 +183,8 @@ def _params(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _structured(given: Any) -> StructuredOutput:
-    forms = [field.name for field in dataclasses.fields(StructuredOutput)]
-    if not isinstance(given, dict) or not given.keys() <= set(forms):
-        raise _LineError(f"structured {_json(given)}", f"an object with one of {one_of(forms)}")
+    if not isinstance(given, dict) or not given.keys() <= {*FORMS, "begins_after"}:
+        raise _LineError(f"structured {_json(given)}", f"an object with one of {one_of(FORMS)}")
     form = {name: value for name, value in given.items() if value is not None}
     if "json_schema" in form:
         form["json_schema"] = schema_text(form["json_schema"])

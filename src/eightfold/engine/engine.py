@@ -158,7 +158,8 @@ class Engine:
         eos_ids = frozenset[int]() if params.ignore_eos else self._stop_ids
         request = Request(request_id, prompt, params, eos_ids, streams, self.tokenizer, cache_salt)
         for index in range(params.n):
-            grammar = None if params.structured is None else self._grammars.compile(params.structured)
+            form = params.structured
+            grammar = None if form is None else self._grammars.compile(form, params.stop_token_ids)
             sampler = Sampler(params, prompt, vocab, eos_ids, index, grammar)
             detokenizer = Detokenizer(self.tokenizer, params)
             request.sequences.append(TokenSequence(request, index, max_len, sampler, detokenizer))

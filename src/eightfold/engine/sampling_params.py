@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from eightfold.errors import InputError, one_of
-from eightfold.values import MAX_INT, SWITCH, WORDS, Kind, number, number_above, optional, shown, whole
+from eightfold.values import MAX_INT, SWITCH, TEXT, WORDS, Kind, number, number_above, optional, shown, whole
 
 MAX_LOGPROBS = 20  # of the likeliest tokens, at each position
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, characters of one
@@ -33,7 +33,7 @@ def _row(kind: Kind, help: str, metavar: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutput:
-    """The form that an answer must have. Exactly one is given.
+    """The form that an answer must have: exactly one of the first five is given.
 
     Attributes:
         json_schema: a JSON schema, as text. Between two symbols there is little space, 40 characters at most.
@@ -42,9 +42,11 @@ class StructuredOutput:
         grammar: a context-free grammar in llguidance's dialect of Lark; its first rule is `start`.
         json_object: any JSON object.
         choices: the answer is one of these texts.
+        begins_after: the form begins with the token behind this text, such as "</think>", special tokens included.
+            What stands before it is free, but the answer cannot end there by a stop token. Empty: at once.
 
     Raises:
-        InputError: none or several are given, or one has the wrong type.
+        InputError: none or several forms are given, or a field has the wrong type.
     """
 
     json_schema: str | None = field(default=None, metadata={"kind": optional(WORDS)})
@@ -52,25 +54,31 @@ class StructuredOutput:
     grammar: str | None = field(default=None, metadata={"kind": optional(WORDS)})
     json_object: bool = field(default=False, metadata={"kind": SWITCH})
     choices: tuple[str, ...] = field(default=(), metadata={"kind": _TEXTS})
+    begins_after: str = field(default="", metadata={"kind": TEXT})
 
     def __post_init__(self) -> None:
         for each in fields(self):
             _require(f"structured {each.name}", getattr(self, each.name), each.metadata["kind"])
         object.__setattr__(self, "choices", tuple(self.choices))
-        given = [name for name in self.__dataclass_fields__ if getattr(self, name) not in (None, False, ())]
+        _require_size("structured begins_after", len(self.begins_after), MAX_STOP_LENGTH, "characters")
+        given = [name for name in FORMS if getattr(self, name) not in (None, False, ())]
         if len(given) != 1:
             raise InputError(
                 "structured output",
                 got=" and ".join(given) or "nothing",
-                expected=f"exactly one of {one_of(self.__dataclass_fields__)}",
+                expected=f"exactly one of {one_of(FORMS)}",
             )
         if self.json_schema is not None:
             _require_schema(self.json_schema)
 
     @property
     def given(self) -> tuple[str, Any]:
-        """The field that is given, and its value."""
-        return next((name, value) for name in self.__dataclass_fields__ if (value := getattr(self, name)))
+        """The form that is given: its field and value."""
+        return next((name, value) for name in FORMS if (value := getattr(self, name)))
+
+
+# The fields of which exactly one is given.
+FORMS = tuple(name for name in StructuredOutput.__dataclass_fields__ if name != "begins_after")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -18,7 +18,7 @@ import numpy as np
 from eightfold.engine.forms import Trial, Vocabulary, build, refusal
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import CapacityError, DependencyError, InputError
-from eightfold.tokenizer import Tokenizer
+from eightfold.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,28 +55,61 @@ class Form:
         return self.compiled_bytes + int(self.mask_seconds * GROWTH)
 
 
-class Grammar:
-    """How far one answer has come in its form."""
+class Opening:
+    """What stands before a form: anything but stop tokens, until a text is complete.
 
-    def __init__(self, form: Form) -> None:
-        self._form, self._matcher = form, form.matcher.deep_copy()
+    Args:
+        text: the form begins with the token behind it; not empty.
+        tokenizer: the model's.
+        mask: (W,) of the tokens that may stand there.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer, mask: NDArray[np.int32]) -> None:
+        self.mask = mask
+        self._text, self._decoder = text, StreamDecoder(tokenizer, keep_special=True)
+        self._end = ""  # of what was said so far, shorter than the text
+
+    def ends_with(self, token: int) -> bool:
+        """Go on by a token; return whether the text is complete now."""
+        said = self._end + self._decoder.push(token)
+        self._end = said[max(len(said) - len(self._text) + 1, 0) :]
+        return self._text in said
+
+
+class Grammar:
+    """How far one answer has come in its form.
+
+    Args:
+        form: the compiled form.
+        opening: what stands before it; None: the form begins at once.
+    """
+
+    def __init__(self, form: Form, opening: Opening | None = None) -> None:
+        self._form, self._matcher, self._opening = form, form.matcher.deep_copy(), opening
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Write the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete."""
         from llguidance.numpy import fill_next_token_bitmask
 
+        if self._opening is not None:
+            mask[:] = self._opening.mask
+            return
         started = time.perf_counter()
         fill_next_token_bitmask(self._matcher, mask.reshape(1, -1))
         self._form.mask_seconds += time.perf_counter() - started
 
     def accept(self, token: int) -> bool:
         """Go on by a token. False: the form does not allow it, or became too complex; only stop tokens can follow."""
-        return bool(self._matcher.consume_token(token))
+        if self._opening is None:
+            return bool(self._matcher.consume_token(token))
+        if self._opening.ends_with(token):
+            self._opening = None
+        return True
 
     @property
     def is_finished(self) -> bool:
         """Whether the answer is complete and nothing can be added, or nothing could be understood any more."""
-        return bool(self._matcher.is_stopped())
+        return self._opening is None and bool(self._matcher.is_stopped())
 
 
 class GrammarCompiler:
@@ -101,31 +134,45 @@ class GrammarCompiler:
             self._tokenizer = vocabulary.load(self._library)
         except Exception as error:  # the library raises ValueError, and what Rust panics with
             raise InputError("tokenizer for structured output", where=path, got=error) from None
+        self._model_tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, stop_ids
         self._trial = Trial(vocabulary) if tries else None
-        self._kept: OrderedDict[StructuredOutput, Form] = OrderedDict()  # the last used is the last
+        self._kept: OrderedDict[tuple[str, Any], Form] = OrderedDict()  # the last used is the last
         self._alive: WeakSet[Form] = WeakSet()  # kept, or of an answer that goes on
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
-    def compile(self, structured: StructuredOutput) -> Grammar:
+    def compile(self, structured: StructuredOutput, stop_token_ids: Sequence[int] = ()) -> Grammar:
         """Return a grammar at its beginning. One that was asked for lately costs little.
+
+        Args:
+            structured: the form.
+            stop_token_ids: tokens that would end this answer, besides those that end every one.
 
         Raises:
             CapacityError: it is large, and those of answers that go on take too much already.
             InputError: the schema, expression or grammar is wrong or too complex; llguidance's words say why.
         """
+        form = self._form(*structured.given)
+        if not structured.begins_after:
+            return Grammar(form)
+        mask = mask_without(self._stop_ids.union(stop_token_ids), self._vocab_size)
+        return Grammar(form, Opening(structured.begins_after, self._model_tokenizer, mask))
+
+    def _form(self, name: str, value: Any) -> Form:
+        """Return a compiled form, which is kept for a while."""
+        key = name, value
         with self._lock:
-            form = self._kept.get(structured)
+            form = self._kept.get(key)
         if form is None:
-            form = self._compile(structured)
+            form = self._compile(name, value)
         with self._lock:
             form.used = time.monotonic()
-            self._kept[structured] = form
-            self._kept.move_to_end(structured)
+            self._kept[key] = form
+            self._kept.move_to_end(key)
             while len(self._kept) > KEPT or sum(each.size for each in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
             self._watch()
-        return Grammar(form)
+        return form
 
     def _watch(self) -> None:
         """Let a timer drop what is idle."""
@@ -141,8 +188,7 @@ class GrammarCompiler:
                 self._kept.popitem(last=False)
             self._watch()
 
-    def _compile(self, structured: StructuredOutput) -> Form:
-        name, value = structured.given
+    def _compile(self, name: str, value: Any) -> Form:
         size = None if self._trial is None else self._trial.require(name, value)
         try:
             matcher, grown = build(self._library, self._tokenizer, name, value)
@@ -168,6 +214,15 @@ def fill_masks(grammars: Sequence[Grammar], vocab_size: int) -> NDArray[np.int32
     for grammar, mask in zip(grammars, masks, strict=True):
         grammar.fill(mask)
     return masks
+
+
+def mask_without(token_ids: Iterable[int], vocab_size: int) -> NDArray[np.int32]:
+    """Return a mask (W,) that lets all tokens pass but some."""
+    mask = np.full(mask_words(vocab_size), -1, np.int32)
+    for token in token_ids:
+        if token < vocab_size:
+            mask[token // 32] &= np.int32(~np.uint32(1 << token % 32).view(np.int32))
+    return mask
 
 
 def mask_words(vocab_size: int) -> int:
