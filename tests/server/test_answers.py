@@ -56,7 +56,9 @@ def test_every_answer_of_a_completion_ends_once(texts):
 def test_the_usage_is_an_event_of_its_own(texts):
     answer = ChatAnswer("m\n", texts, ToolUse(), streams=True, shows_usage=True)
     record = Record("id", "POST", "/", prompt_tokens=5, cached_tokens=3, generated_tokens=2, tells_cached=True)
-    event = json.loads(answer.usage(record).decode().removeprefix("data: "))
+    last, done = answer.end(record).decode().removesuffix("\n\n").split("\n\n")
+    assert done == "data: [DONE]"
+    event = json.loads(last.removeprefix("data: "))
     assert (event["choices"], event["model"], event["object"]) == ([], "m\n", "chat.completion.chunk")
     assert event["usage"] == {
         "prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3},

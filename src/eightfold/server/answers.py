@@ -19,6 +19,7 @@ from eightfold.server.tool_parsers import ToolCall, ToolParser, ToolUse
 if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
     from eightfold.engine.sampler import Sampled
+    from eightfold.server.fields import ApiError
     from eightfold.server.logs import Record
     from eightfold.tokenizer import Tokenizer
 
@@ -146,7 +147,27 @@ def _finite(logprob: float | None) -> float | None:
 
 
 class AnswerWriter:
-    """Writes the answers to a request, whole or in pieces; each endpoint has its own way.
+    """Writes the answers to a request, whole or in pieces; each endpoint has its own way."""
+
+    def pieces(self, at: int, output: RequestOutput) -> bytes:
+        """Return the events of a prompt's next output; none where it brings nothing."""
+        raise NotImplementedError
+
+    def whole(self, outputs: Sequence[RequestOutput], record: Record) -> dict[str, Any]:
+        """Return all of it, from the finished outputs of all prompts."""
+        raise NotImplementedError
+
+    def end(self, record: Record) -> bytes:
+        """Return the last events of a stream whose answers are complete."""
+        raise NotImplementedError
+
+    def failure(self, problem: ApiError) -> bytes:
+        """Return the last events of a stream that has begun and fails."""
+        raise NotImplementedError
+
+
+class ChoicesWriter(AnswerWriter):
+    """Writes answers as `choices`, the way of chats and completions.
 
     Args:
         prefix: of the id.
@@ -164,7 +185,7 @@ class AnswerWriter:
             "created": int(time.time()),
             "model": model,
         }
-        self._texts, self._n = texts, n
+        self._texts, self._n, self._shows_usage = texts, n, shows_usage
         self._ended: set[int] = set()
         # A stream with usage has the field everywhere, and null everywhere but at its end.
         self._end = ("]" + (',"usage":null' if shows_usage else "") + "}\n\n").encode()
@@ -175,7 +196,6 @@ class AnswerWriter:
         return b"".join([self._piece(index, answer, output) for index, answer in choices if index not in self._ended])
 
     def whole(self, outputs: Sequence[RequestOutput], record: Record) -> dict[str, Any]:
-        """Return all of it, from the finished outputs of all prompts."""
         choices = [
             self._whole(at * self._n + answer.index, answer, output)
             for at, output in enumerate(outputs)
@@ -183,8 +203,11 @@ class AnswerWriter:
         ]
         return self._content(choices, record)
 
-    def usage(self, record: Record) -> bytes:
-        return event(self._content([], record))
+    def end(self, record: Record) -> bytes:
+        return (event(self._content([], record)) if self._shows_usage else b"") + DONE
+
+    def failure(self, problem: ApiError) -> bytes:
+        return event(problem.body())  # which is not followed by [DONE]
 
     def _content(self, choices: list[Any], record: Record) -> dict[str, Any]:
         usage = {
@@ -215,7 +238,7 @@ def _parsed(parser: ToolParser, more: str, *, is_last: bool) -> tuple[str, list[
     return text + rest, calls + last
 
 
-class ChatAnswer(AnswerWriter):
+class ChatAnswer(ChoicesWriter):
     """The answer to a chat; its choices are the n answers to one prompt."""
 
     def __init__(self, model: str, texts: TokenTexts, tools: ToolUse, *, streams: bool, shows_usage: bool) -> None:
@@ -270,7 +293,7 @@ class ChatAnswer(AnswerWriter):
         }
 
 
-class CompletionAnswer(AnswerWriter):
+class CompletionAnswer(ChoicesWriter):
     """The answer to a completion; its choices are the n answers to each prompt in turn.
 
     Args:

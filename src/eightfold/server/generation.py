@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from eightfold.engine.async_llm import EngineStoppedError
 from eightfold.engine.outputs import RequestOutput
 from eightfold.errors import EightfoldError
-from eightfold.server.answers import DONE, AnswerWriter, event, in_parts, to_json
+from eightfold.server.answers import AnswerWriter, in_parts, to_json
 from eightfold.server.fields import ApiError, draining, internal, refused
 from eightfold.server.logs import GONE, Record
 from eightfold.server.metrics import Metrics
@@ -46,7 +46,6 @@ class Asked:
     params: SamplingParams
     answer: Callable[[list[str] | None], AnswerWriter]  # makes what writes the answers, from the texts that they repeat
     streams: bool
-    shows_usage: bool  # at the end of a stream
     cache_salt: str  # only requests with the same one share keys and values of prompts
     echoes: bool = False  # the prompts, in front of every answer
 
@@ -232,18 +231,17 @@ async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receiv
                 piece = answer.pieces(at, output)
                 if piece:
                     await _event(send, piece)
-            last = (answer.usage(record) if prompts.asked.shows_usage else b"") + DONE
-            await _event(send, last, more=False)
+            await _event(send, answer.end(record), more=False)
         except _ENDS as error:
             if record.status == 0:
                 raise _problem(error) from None
             if record.status != GONE:
-                await _give_up(record, send, _problem(error))
+                await _give_up(record, answer, send, _problem(error))
         except Exception:
             if record.status == 0:
                 raise
             log.exception("a stream broke off", extra={"request_id": record.id})
-            await _give_up(record, send, internal())
+            await _give_up(record, answer, send, internal())
 
 
 async def _first(
@@ -270,10 +268,10 @@ async def _event(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def _give_up(record: Record, send: Send, problem: ApiError) -> None:
-    """End a stream that has begun with an error, which is not followed by [DONE]."""
+async def _give_up(record: Record, answer: AnswerWriter, send: Send, problem: ApiError) -> None:
+    """End a stream that has begun with an error."""
     record.error = problem.code
-    await _event(send, event(problem.body()), more=False)
+    await _event(send, answer.failure(problem), more=False)
 
 
 def _problem(error: Exception) -> ApiError:

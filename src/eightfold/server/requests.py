@@ -37,7 +37,7 @@ def read_chat(fields: Fields, service: Service) -> Asked:
         params=params,
         answer=lambda _: ChatAnswer(service.settings.model_names[0], service.texts, tools, **stream),
         cache_salt=_read_cache_salt(fields),
-        **stream,
+        streams=stream["streams"],
     )
 
 
@@ -129,7 +129,13 @@ def read_completion(fields: Fields, service: Service) -> Asked:
 
     salt = _read_cache_salt(fields)
     return Asked(
-        prompts=len(prompts), encode=encode, params=params, answer=answer, echoes=echo, cache_salt=salt, **stream
+        prompts=len(prompts),
+        encode=encode,
+        params=params,
+        answer=answer,
+        echoes=echo,
+        cache_salt=salt,
+        streams=stream["streams"],
     )
 
 
