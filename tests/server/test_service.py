@@ -380,6 +380,76 @@ def test_who_leaves_while_waiting_ends_it(serve, caplog):
     assert running.engine.ended == {"aborted": 1}
 
 
+@contextmanager
+def half_closed(running, content, *, version="1.1", path="/v1/completions"):
+    """Send a request on a connection of its own and close the sending side."""
+    body = json.dumps(content).encode()
+    with connect(running) as connection:
+        head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        yield connection
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("content", [{"prompt": "x"}, {"prompt": "x", "stream": True}, {"prompt": 5}])
+def test_who_closes_only_its_sending_side_is_answered(serve, version, content):
+    with half_closed(serve(), content, version=version) as connection:
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")  # and the connection was closed
+    assert head.startswith(b"HTTP/1.1 400 " if content["prompt"] == 5 else b"HTTP/1.1 200 ")
+    assert b'"error"' in body if content["prompt"] == 5 else b'"finish_reason":"stop"' in body
+
+
+def test_requests_before_the_end_of_what_is_sent_are_all_answered(serve):
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(serve()) as connection:
+        connection.sendall(3 * head)
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection).count(b'{"status":"ok"}') == 3
+
+
+def test_who_waits_longer_with_its_sending_side_closed_is_asked_to_go_on_waiting(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.connections.PROBE_SECONDS", 0.0)
+    running = serve(stuck=True)
+    with half_closed(running, {"prompt": "x"}) as connection:
+        begin = connection.recv(100)
+        assert begin == b"HTTP/1.1 100 Continue\r\n\r\n"
+        running.engine.stuck = False
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+    assert running.engine.ended == {"finished": 1}
+
+
+@pytest.mark.parametrize(("version", "seconds"), [("1.1", "PROBE_SECONDS"), ("1.0", "SILENT_SECONDS")])
+def test_who_closes_its_sending_side_and_then_leaves_ends_its_request(serve, monkeypatch, version, seconds):
+    monkeypatch.setattr(f"eightfold.server.connections.{seconds}", 0.0)
+    running = serve(stuck=True)
+    with half_closed(running, {"prompt": "x"}, version=version):
+        assert eventually(lambda: running.engine.open)
+    assert eventually(lambda: not running.engine.open)
+    assert running.engine.ended == {"aborted": 1}
+
+
+def test_a_body_that_ends_early_is_no_request(serve, caplog):
+    caplog.set_level("INFO", "eightfold.server")
+    running = serve()
+    with connect(running) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection) == b""
+    assert eventually(lambda: [record.record.status for record in caplog.records] == [499])
+    assert running.engine.last is None
+
+
+def test_who_asks_before_sending_a_body_is_told_to_go_on(serve):
+    with connect(serve()) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Expect: 100-continue\r\nConnection: close\r\nContent-Length: 14\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b'{"prompt":"x"}')
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
+
+
 def test_who_leaves_before_the_body_is_there_is_nobody(serve, caplog):
     caplog.set_level("INFO", "eightfold.server")
     running = serve()

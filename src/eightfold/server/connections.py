@@ -2,6 +2,11 @@
 
 A request's head has to arrive within HEAD_SECONDS. When there are too many connections, a new one takes the place of
 one that waits for a request; so sockets that say nothing keep nobody out, however many they are.
+
+A client may close its sending side when its request is complete and read the answer all the same (`nc -N` does). What
+arrives then is what a client sends that has left, and only what we send tells the two apart: the system of one that has
+left answers with a reset. So an answer that has not begun is preceded by 100 Continue, which every client of HTTP/1.1
+skips. HTTP/1.0 has nothing of the kind: there an answer has to begin within a time.
 """
 
 from __future__ import annotations
@@ -9,10 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import socket
 import time
 from collections import Counter
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from eightfold.server.answers import to_json
@@ -23,6 +30,9 @@ log = logging.getLogger("eightfold.server")
 HEAD_SECONDS = 10.0
 # A connection whose answers wait has to take so many bytes in that time.
 STALL_SECONDS, STALL_BYTES = 30.0, 4096
+# After the end of what a client sends: the time until it is asked whether it is there, and between two such questions;
+# and the time in which an answer of HTTP/1.0 has to begin.
+PROBE_SECONDS, PROBE_AGAIN_SECONDS, SILENT_SECONDS = 2.0, 10.0, 10.0
 LOG_SECONDS = 10.0  # between two lines about connections that were closed
 MOST_CONNECTIONS = 4096
 _DESCRIPTORS = 4 * MOST_CONNECTIONS
@@ -106,6 +116,8 @@ class Connection(H11Protocol):
         self._waits_since: float | None = None  # for the rest of a head
         self._unread, self._unread_since = 0, 0.0  # bytes that wait for the client, and since when
         self._was_resumed = False
+        self._ended_at: float | None = None  # when its client closed its sending side
+        self._probe_at = 0.0  # when we next have to see whether it is still there
 
     @property
     def is_idle(self) -> bool:
@@ -133,9 +145,18 @@ class Connection(H11Protocol):
         elif self._waits_since is None:
             self._waits_since = time.monotonic()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Go on with answers to requests that have arrived; else let the connection be closed."""
+        if self.answers and self._ended_at is None:
+            self._ended_at = time.monotonic()
+            self._probe_at = self._ended_at + PROBE_SECONDS
+        return self.answers
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.is_idle and self.conn.trailing_data[0]:  # the next head has begun
+        if self.is_idle and self._ended_at is not None:
+            self.transport.close()
+        elif self.is_idle and self.conn.trailing_data[0]:  # the next head has begun
             self._waits_since = time.monotonic()
 
     def resume_writing(self) -> None:
@@ -143,7 +164,9 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def look(self, now: float) -> None:
-        """Close it if its client takes too long to send a head or to read an answer."""
+        """Close it if its client takes too long to send a head or to read an answer, or has left."""
+        if self._ended_at is not None and self.answers:
+            self._probe(now, self._ended_at)
         if self._waits_since is not None and now - self._waits_since > HEAD_SECONDS:
             self._waits_since = None
             self._crowd.note("no request in time")
@@ -157,6 +180,20 @@ class Connection(H11Protocol):
             self._crowd.note("answer not read")
             self.transport.abort()
         self._unread = max(self._unread, unread)
+
+    def _probe(self, now: float, ended_at: float) -> None:
+        """See whether a client that sends nothing more is still there."""
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        elif self.cycle.response_started:
+            return  # what is sent tells
+        elif self.scope["http_version"] != "1.1":
+            if now - ended_at > SILENT_SECONDS:
+                self.transport.abort()
+        elif now >= self._probe_at:
+            self._probe_at = now + PROBE_AGAIN_SECONDS
+            goes_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(goes_on) or b"")
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
