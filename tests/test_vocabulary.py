@@ -192,10 +192,9 @@ def test_what_others_write_to_stderr_meanwhile_is_not_lost(directory, capfd, mon
     assert capfd.readouterr().err == "a note of another thread\n"
 
 
-def test_an_encoding_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(vocabulary, "_MOST_SECONDS", 0.05)
-    with pytest.raises(CheckpointError, match=r"got more than 0 s for 3 characters, expected one that encodes every"):
-        vocabulary.within_time(lambda: time.sleep(5), 3, tmp_path)
+def test_an_encoding_that_takes_too_long_is_given_up(tmp_path):
+    with pytest.raises(CheckpointError, match=r"got more than 0 s for 3 characters, expected one that is ready"):
+        vocabulary.within_time(lambda: time.sleep(5), tmp_path, 3, 0.05)
 
 
 # --- older files
@@ -221,6 +220,14 @@ def test_gpt_2s_files_are_converted_and_saved(directory):
     assert note == "transformers has made a tokenizer.json of the model's older files, with 258 tokens."
     assert [Tokenizer(directory).encode(text) for text in TEXTS.values()] == ids
     assert json.loads((directory / "tokenizer.json").read_text())["model"]["merges"] == ["h e"]
+
+
+def test_a_conversion_that_takes_too_long_is_given_up(directory, monkeypatch):
+    bpe_files(directory)
+    monkeypatch.setattr(vocabulary, "_MOST_CONVERSION", 0.05)
+    monkeypatch.setattr(vocabulary, "_converted", lambda older: time.sleep(5))
+    with pytest.raises(CheckpointError, match=r"vocab.json: got more than 0 s to convert it, expected one that is"):
+        Tokenizer(directory)
 
 
 def lacks(package: str) -> bool:

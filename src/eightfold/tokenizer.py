@@ -132,7 +132,7 @@ class Tokenizer:
             # Of the library's calls this one lets other threads run meanwhile, and leaves out what is not needed.
             encode = self._fast.encode_batch_fast
             work = lambda: list(encode([text], add_special_tokens=special_tokens)[0].ids)  # noqa: E731
-            return vocabulary.within_time(work, len(text), path)
+            return vocabulary.within_time(work, path, len(text))
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Return text, without special tokens unless they are to be kept."""

@@ -28,6 +28,7 @@ TOKENIZER = "tokenizer.json"
 
 _MOST_GROWTH = 1000  # times that a normalizer or a decoder may lengthen a text
 _MOST_SECONDS = 10.0  # for an encoding, and for each million characters
+_MOST_CONVERSION = 300.0  # seconds; Qwen's 151,936 tokens take 7
 _MOST_SHOWN = 300
 _USUAL_LIST = 64 << 10  # bytes that added tokens take at most in most files
 
@@ -72,7 +73,7 @@ def load(directory: Path) -> FastTokenizer:
             fast.model.dropout = None
         _require_bounds(fast, path)
         with blaming(path, "one that encodes every text"):
-            within_time(lambda: _probe(fast), sum(map(len, _PROBES)), path)
+            within_time(lambda: _probe(fast), path, sum(map(len, _PROBES)))
     return fast
 
 
@@ -100,13 +101,14 @@ def blaming(path: Path, expected: str) -> Iterator[None]:
         raise CheckpointError("tokenizer", where=path, got=got, expected=expected) from None
 
 
-def within_time(work: Callable[[], T], size: int, path: Path) -> T:
+def within_time(work: Callable[[], T], path: Path, size: int, most: float = _MOST_SECONDS) -> T:
     """Return what work returns, which lets other threads run meanwhile; give it up where it takes too long.
 
     Args:
-        work: on a text.
-        size: of the text, in characters.
+        work: on a text, or on the tokenizer's file.
         path: of the tokenizer.
+        size: of the text, in characters.
+        most: seconds, and for each million characters.
 
     Raises:
         CheckpointError: it takes too long. Its thread goes on until the process ends.
@@ -122,13 +124,15 @@ def within_time(work: Callable[[], T], size: int, path: Path) -> T:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    limit = _MOST_SECONDS * (1 + size / 1e6)
+    limit = most * (1 + size / 1e6)
     thread.join(limit)
     if raised:
         raise raised[0]
     if not found:
-        got = f"more than {limit:.0f} s for {size} characters"
-        raise CheckpointError("tokenizer", where=path, got=got, expected="one that encodes every text in time")
+        got = f"more than {limit:.0f} s" + (f" for {size} characters" if size else " to convert it")
+        raise CheckpointError(
+            "tokenizer", where=path, got=got, expected="one that is ready, and encodes texts, in time"
+        )
     return found[0]
 
 
@@ -229,8 +233,8 @@ def convert(directory: Path) -> FastTokenizer:
         )
     try:
         with _silence(all_of_it=True):
-            return _converted(older)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+            return within_time(lambda: _converted(older), older, 0, _MOST_CONVERSION)
+    except (KeyboardInterrupt, SystemExit, MemoryError, EightfoldError):
         raise
     except BaseException as error:  # of a missing package transformers raises whatever it likes
         absent = [package for package in ("transformers", *_OLDER[name]) if find_spec(package) is None]
