@@ -12,8 +12,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eightfold.engine.reasoning import Start
 from eightfold.server.tool_parsers import ToolCall, ToolParser, ToolUse
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
 _SINGLE_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies that have no bytes otherwise write one
 
 _FLAT_ITEMS = 4096  # numbers and texts that are encoded together
+_PLAIN = Start()  # of an answer without a thought
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -187,6 +189,7 @@ class ChoicesWriter(AnswerWriter):
         }
         self._texts, self._n, self._shows_usage = texts, n, shows_usage
         self._ended: set[int] = set()
+        self._reasoning_tokens: int | None = None  # None: nobody can tell
         # A stream with usage has the field everywhere, and null everywhere but at its end.
         self._end = ("]" + (',"usage":null' if shows_usage else "") + "}\n\n").encode()
         self._begin = b"data: " + _encode(self._common)[:-1].encode() + b',"choices":['
@@ -210,12 +213,14 @@ class ChoicesWriter(AnswerWriter):
         return event(problem.body())  # which is not followed by [DONE]
 
     def _content(self, choices: list[Any], record: Record) -> dict[str, Any]:
-        usage = {
+        usage: dict[str, Any] = {
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": self._told(record.generated_tokens),
             "total_tokens": record.prompt_tokens + self._told(record.generated_tokens),
             "prompt_tokens_details": {"cached_tokens": record.cached_tokens if record.tells_cached else None},
         }
+        if self._reasoning_tokens is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self._reasoning_tokens}
         return {**self._common, "choices": choices, "usage": usage}
 
     def _told(self, generated: int) -> int:
@@ -231,37 +236,90 @@ class ChoicesWriter(AnswerWriter):
         raise NotImplementedError
 
 
-def _parsed(parser: ToolParser, more: str, *, is_last: bool) -> tuple[str, list[ToolCall]]:
-    """Return the text and the calls that more of an answer makes certain: with the last of it, all."""
-    text, calls = parser.push(more)
-    rest, last = parser.finish() if is_last else ("", [])
-    return text + rest, calls + last
+class Pieces(NamedTuple):
+    """What more of an answer to a chat makes certain."""
+
+    reasoning: str
+    content: str
+    calls: list[ToolCall]
+
+
+class ChatParser:
+    """Splits one answer to a chat into reasoning, content and calls, as it comes.
+
+    Args:
+        tools: what the request says about tools. What looks like a call inside of the reasoning is none.
+        start: how the answer begins.
+    """
+
+    def __init__(self, tools: ToolUse, start: Start = _PLAIN) -> None:
+        self._thoughts, self._tools = start.parser(), ToolParser(tools)
+
+    @property
+    def calls(self) -> int:
+        """How many there were so far."""
+        return self._tools.calls
+
+    def push(self, text: str, *, is_last: bool) -> Pieces:
+        """Take more of the answer; return what is certain now: at the last, all."""
+        reasoning, text = self._thoughts.push(text)
+        if is_last:
+            more, rest = self._thoughts.finish()
+            reasoning, text = reasoning + more, text + rest
+        content, calls = self._tools.push(text)
+        if is_last:
+            rest, last = self._tools.finish()
+            content, calls = content + rest, calls + last
+        return Pieces(reasoning, content, calls)
 
 
 class ChatAnswer(ChoicesWriter):
-    """The answer to a chat; its choices are the n answers to one prompt."""
+    """The answer to a chat; its choices are the n answers to one prompt.
 
-    def __init__(self, model: str, texts: TokenTexts, tools: ToolUse, *, streams: bool, shows_usage: bool) -> None:
+    Args:
+        model, texts, shows_usage: as every answer has them.
+        tools: what the request says about tools.
+        start: how an answer begins.
+        streams: whether it is written in pieces.
+        shows_reasoning: whether it is told what the model thought, and the log-probabilities, which would tell it too.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        texts: TokenTexts,
+        tools: ToolUse,
+        start: Start = _PLAIN,
+        *,
+        streams: bool,
+        shows_usage: bool,
+        shows_reasoning: bool = True,
+    ) -> None:
         kind = "chat.completion.chunk" if streams else "chat.completion"
         super().__init__("chatcmpl", kind, model, texts, 1, shows_usage=shows_usage)
-        self._tools = tools
-        self._parsers: dict[int, ToolParser] = {}
+        self._tools, self._start = tools, start
+        self._hides = start.style is not None and not shows_reasoning
+        self._parsers: dict[int, ChatParser] = {}
 
     def _piece(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
-        reason, logprobs = answer.finish_reason, answer.delta_logprobs
+        reason, logprobs = answer.finish_reason, None if self._hides else answer.delta_logprobs or None
         parser, piece = self._parsers.get(index), b""
         if parser is None:
-            parser = self._parsers[index] = ToolParser(self._tools)
+            parser = self._parsers[index] = ChatParser(self._tools, self._start)
             piece = self._delta(index, '{"role":"assistant","content":""}', None)
         before = parser.calls
-        text, calls = _parsed(parser, answer.delta_text, is_last=reason is not None)
+        reasoning, text, calls = parser.push(answer.delta_text, is_last=reason is not None)
+        if reasoning and not self._hides:
+            piece += self._delta(index, _encode(_shown(reasoning)), logprobs)
+            logprobs = None
         if text or logprobs:
-            piece += self._delta(index, '{"content":' + _encode(text) + "}", logprobs or None)
+            piece += self._delta(index, '{"content":' + _encode(text) + "}", logprobs)
         for number, call in enumerate(calls, before):
             piece += self._delta(index, _encode({"tool_calls": [{"index": number, **call.as_json()}]}), None)
         if reason is None:
             return piece
         self._ended.add(index)
+        self._count_reasoning(answer)
         ends = _encode("tool_calls" if parser.calls else reason)
         return piece + self._choice(
             f'{{"index":{index},"delta":{{}},"logprobs":null,'
@@ -280,17 +338,31 @@ class ChatAnswer(ChoicesWriter):
         return content
 
     def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
-        text, calls = _parsed(ToolParser(self._tools), answer.text, is_last=True)
+        self._count_reasoning(answer)
+        reasoning, text, calls = ChatParser(self._tools, self._start).push(answer.text, is_last=True)
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if reasoning and not self._hides:
+            message |= _shown(reasoning)
         if calls:
             message["tool_calls"] = [call.as_json() for call in calls]
         return {
             "index": index,
             "message": message,
-            "logprobs": self._texts.chat_logprobs(answer.logprobs),
+            "logprobs": None if self._hides else self._texts.chat_logprobs(answer.logprobs),
             "finish_reason": "tool_calls" if calls else answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
+
+    def _count_reasoning(self, answer: CompletionOutput) -> None:
+        if self._start.tags is not None:
+            self._reasoning_tokens = (self._reasoning_tokens or 0) + (
+                self._start.tokens_of_thought(answer.token_ids) or 0
+            )
+
+
+def _shown(reasoning: str) -> dict[str, str]:
+    """Return what a message says of the model's reasoning, by both names that clients of this field look for."""
+    return {"reasoning_content": reasoning, "reasoning": reasoning}
 
 
 class CompletionAnswer(ChoicesWriter):

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -48,13 +49,14 @@ class Generating:
         asked = await service.at_once_if_small(record, lambda: self._read(fields, service))
         record.ignored = fields.ignored
         with service.limiter.admitted(asked.params.n * asked.prompts):
-            prompts, texts = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
+            prompts, answer, params = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
+            asked = asked if params is None else replace(asked, params=params)
             service.limiter.let_go(record)
             service.require_fit(prompts)
             service.limiter.hold_entries(record, asked.entries(prompts, service.max_model_len))
             respond = answer_stream if asked.streams else answer_whole
             with service.in_flight(asked, prompts, record) as running:
-                await respond(running, asked.answer(texts), receive, send)
+                await respond(running, answer, receive, send)
 
 
 class Endpoints:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.engine.async_llm import EngineStoppedError
 from eightfold.engine.outputs import RequestOutput
@@ -36,15 +36,27 @@ MANY_ENTRIES = 2_000  # log-probabilities that are written in a thread
 _EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 
 
+class Encoded(NamedTuple):
+    """What a request asks for, once its prompts are tokens.
+
+    Attributes:
+        prompts: the token ids of each.
+        answer: what writes the answers.
+        params: how tokens are chosen, where the text of the prompt has a say in it; None: as the request says.
+    """
+
+    prompts: list[list[int]]
+    answer: AnswerWriter
+    params: SamplingParams | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What a request asks for."""
 
     prompts: int  # how many
-    # Returns the prompts' token ids, and their texts where the answers repeat them; it takes time.
-    encode: Callable[[Tokenizer], tuple[list[list[int]], list[str] | None]]
+    encode: Callable[[Tokenizer], Encoded]  # it takes time
     params: SamplingParams
-    answer: Callable[[list[str] | None], AnswerWriter]  # makes what writes the answers, from the texts that they repeat
     streams: bool
     cache_salt: str  # only requests with the same one share keys and values of prompts
     echoes: bool = False  # the prompts, in front of every answer

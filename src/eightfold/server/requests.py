@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import fields as fields_of
 from typing import Any
 
+from eightfold.engine.reasoning import Start
 from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
 from eightfold.messages import Message, MessageError, read_messages
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
 from eightfold.server.fields import Fields, bad_request, between, refused
 from eightfold.server.forms import structured_output
-from eightfold.server.generation import Asked
+from eightfold.server.generation import Asked, Encoded
 from eightfold.server.service import Service
 from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import Tokenizer
@@ -31,11 +32,15 @@ def read_chat(fields: Fields, service: Service) -> Asked:
     params, tools = _params(fields, service.template or "")
     encode = read_conversation(fields, service.template, tools.shown)
     stream = _read_stream(fields)
+
+    def encoded(tokenizer: Tokenizer) -> Encoded:
+        answer = ChatAnswer(service.settings.model_names[0], service.texts, tools, Start(), **stream)
+        return Encoded([encode(tokenizer)], answer)
+
     return Asked(
         prompts=1,
-        encode=lambda tokenizer: ([encode(tokenizer)], None),
+        encode=encoded,
         params=params,
-        answer=lambda _: ChatAnswer(service.settings.model_names[0], service.texts, tools, **stream),
         cache_salt=_read_cache_salt(fields),
         streams=stream["streams"],
     )
@@ -105,7 +110,7 @@ def read_completion(fields: Fields, service: Service) -> Asked:
     )
     stream = _read_stream(fields)
 
-    def encode(tokenizer: Tokenizer) -> tuple[list[list[int]], list[str] | None]:
+    def encode(tokenizer: Tokenizer) -> Encoded:
         try:
             ids = [
                 tokenizer.encode(prompt, special_tokens=special) if isinstance(prompt, str) else prompt
@@ -113,26 +118,22 @@ def read_completion(fields: Fields, service: Service) -> Asked:
             ]
         except EightfoldError as error:
             raise refused(error, param="prompt") from None
-        return ids, [_text(tokenizer, prompt) for prompt in prompts] if echo else None
-
-    def answer(texts: list[str] | None) -> CompletionAnswer:
-        name, only_prompts = service.settings.model_names[0], max_tokens == 0
-        return CompletionAnswer(
-            name,
+        answer = CompletionAnswer(
+            service.settings.model_names[0],
             service.texts,
             n=params.n,
             logprobs=logprobs,
-            echo=texts,
-            only_prompts=only_prompts,
+            echo=[_text(tokenizer, prompt) for prompt in prompts] if echo else None,
+            only_prompts=max_tokens == 0,
             shows_usage=stream["shows_usage"],
         )
+        return Encoded(ids, answer)
 
     salt = _read_cache_salt(fields)
     return Asked(
         prompts=len(prompts),
         encode=encode,
         params=params,
-        answer=answer,
         echoes=echo,
         cache_salt=salt,
         streams=stream["streams"],

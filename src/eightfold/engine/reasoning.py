@@ -1,0 +1,197 @@
+"""What a model thinks, told from what it answers: the text between `<think>` and `</think>`, and its like.
+
+A thought stands at the beginning of an answer. Either the model opens it (Qwen3), or the prompt does (a chat template
+that ends with `<think>`, or an answer that is continued), or nobody does and only its end is seen (DeepSeek-R1). A
+prompt that ends with an empty thought asks for an answer without one. Line ends around a thought belong to neither
+part. The names of the styles are those of vLLM's --reasoning-parser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from eightfold.tokenizer import Tokenizer
+
+_Place = Literal["before", "inside", "between", "behind"]  # between: behind a thought, before what is answered
+
+
+class Style(NamedTuple):
+    """How a family of models writes its thoughts.
+
+    Attributes:
+        begin, end: what stands around a thought.
+        is_silent: whether a model may leave out `begin`: then an answer is a thought until `end`.
+    """
+
+    begin: str
+    end: str
+    is_silent: bool = False
+
+
+STYLES = {
+    "qwen3": Style("<think>", "</think>"),
+    "deepseek_r1": Style("<think>", "</think>", is_silent=True),
+    "mistral": Style("[THINK]", "[/THINK]"),
+    "seed_oss": Style("<seed:think>", "</seed:think>"),
+    "cohere_command3": Style("<|START_THINKING|>", "<|END_THINKING|>"),
+}
+NAMES = ("auto", "none", *STYLES)  # of --reasoning-parser
+
+
+class Start(NamedTuple):
+    """How an answer to a prompt begins.
+
+    Attributes:
+        style: of the thought that it may begin with; None where no thought can be told.
+        begins_inside: whether the prompt has opened the thought.
+        delays_form: whether a form that the answer must have begins behind a thought.
+        tags: the tokens that begin and end a thought; None where either is not a token of its own.
+    """
+
+    style: Style | None = None
+    begins_inside: bool = False
+    delays_form: bool = False
+    tags: tuple[int, int] | None = None
+
+    def parser(self) -> ReasoningParser:
+        """Return what splits an answer."""
+        return ReasoningParser(self.style, begins_inside=self.begins_inside)
+
+    def tokens_of_thought(self, token_ids: Sequence[int]) -> int | None:
+        """Return how many tokens of an answer are its thought, with what stands around it; None: nobody can tell."""
+        if self.tags is None:
+            return None
+        begin, end = self.tags
+        is_silent = self.style is not None and (self.begins_inside or self.style.is_silent)
+        if self.style is None or not (is_silent or begin in token_ids):
+            return 0
+        return token_ids.index(end) + 1 if end in token_ids else len(token_ids)
+
+
+class Thinking:
+    """How a model thinks.
+
+    Args:
+        tokenizer: the model's.
+        name: of a style; auto for what the chat template or the vocabulary says.
+
+    Attributes:
+        style: of its thoughts; None: it has none.
+        is_special: whether a thought's begin or end is a special token, which texts leave out unless told otherwise.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str = "auto") -> None:
+        template = tokenizer.template_source() if tokenizer.has_chat_template else ""
+        self.style = _find(tokenizer, template) if name == "auto" else STYLES.get(name)
+        tags = self.style[:2] if self.style else ()
+        self._opens_itself = name != "auto" or any(tag in template for tag in tags)
+        ids = [tokenizer.encode(tag, special_tokens=False) for tag in tags]
+        self._tags = (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
+        self.is_special = any(tokenizer.decode(each) == "" for each in ids)
+
+    def start(self, prompt: str, continued: str | None = None) -> Start:
+        """Return how an answer begins.
+
+        Args:
+            prompt: the conversation, rendered.
+            continued: what the prompt's last message says so far; None where the answer is a new message.
+        """
+        style = self.style
+        if style is None:
+            return Start()
+        text = continued if continued is not None and continued.strip() else prompt.rstrip()
+        if text is not continued:
+            begins_inside, is_over = text.endswith(style.begin), text.endswith(style.end)
+        else:  # what it says is a thought, or no thought can follow any more
+            begins_inside = text.rfind(style.begin) > text.rfind(style.end)
+            is_over = not begins_inside
+        if is_over:
+            return Start(tags=self._tags)
+        return Start(style, begins_inside, begins_inside or style.is_silent or self._opens_itself, self._tags)
+
+
+def _find(tokenizer: Tokenizer, template: str) -> Style | None:
+    """Return the style that a chat template shows, or else the vocabulary."""
+    for style in STYLES.values():
+        if style.begin in template or style.end in template:
+            return style._replace(is_silent=style.begin not in template)
+    for style in STYLES.values():
+        if all(len(tokenizer.encode(tag, special_tokens=False)) == 1 for tag in style[:2]):
+            return style
+    return None
+
+
+class ReasoningParser:
+    """Splits one answer into reasoning and content, as it comes. How it is cut into pieces makes no difference.
+
+    Args:
+        style: how thoughts are written; None: there are none, and all is content.
+        begins_inside: whether a thought was opened before the answer.
+    """
+
+    def __init__(self, style: Style | None, *, begins_inside: bool) -> None:
+        self._begin, self._end, is_silent = style or Style("", "")
+        self._place: _Place = "behind" if style is None else "before"
+        self._may_answer = not (begins_inside or is_silent)
+        self._held = ""
+        self._has_reasoning = False
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Take more of the answer; return the reasoning and the content that are certain now."""
+        if self._place == "behind":
+            return "", text
+        self._held += text
+        if self._place == "before":
+            self._open()
+        reasoning = self._think() if self._place == "inside" else ""
+        if self._place == "between" and (content := self._held.lstrip("\n")):
+            self._place, self._held = "behind", content
+        return reasoning, self._take() if self._place == "behind" else ""
+
+    def finish(self) -> tuple[str, str]:
+        """Return the rest of both: the answer is complete, or cut short."""
+        held = self._take()
+        if self._place in ("between", "behind"):
+            return "", ""
+        if self._place == "before" and self._may_answer:
+            return "", held
+        return self._without_line_ends(held), ""
+
+    def _open(self) -> None:
+        """Look whether the answer begins with a thought, as soon as that is certain."""
+        begun = self._held.lstrip()
+        if begun.startswith(self._begin):
+            self._place, self._held = "inside", begun[len(self._begin) :]
+        elif not self._begin.startswith(begun):
+            self._place = "behind" if self._may_answer else "inside"
+
+    def _think(self) -> str:
+        """Return what is certain to belong to the thought."""
+        thought, end, after = self._held.partition(self._end)
+        if end:
+            self._place, self._held = "between", after
+            return self._without_line_ends(thought)
+        certain = thought[: len(thought) - _begun(thought, self._end)].rstrip("\n")
+        self._held = thought[len(certain) :]
+        return self._from_first(certain)
+
+    def _without_line_ends(self, thought: str) -> str:
+        return self._from_first(thought.rstrip("\n"))
+
+    def _from_first(self, thought: str) -> str:
+        """Return more of a thought, which does not begin with a line end."""
+        if not self._has_reasoning:
+            thought = thought.lstrip("\n")
+            self._has_reasoning = bool(thought)
+        return thought
+
+    def _take(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def _begun(text: str, tag: str) -> int:
+    """Return how many of the last characters of a text are the beginning of a tag."""
+    return next((size for size in range(min(len(tag) - 1, len(text)), 0, -1) if tag.startswith(text[-size:])), 0)
