@@ -7,8 +7,9 @@ import json
 import pytest
 
 from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
-from eightfold.server.answers import ChatAnswer, CompletionAnswer, TokenTexts, in_parts, to_json
+from eightfold.server.answers import ChatAnswer, CompletionAnswer, in_parts, to_json
 from eightfold.server.logs import Record
+from eightfold.server.token_texts import TokenTexts
 from eightfold.server.tools import ToolUse
 from eightfold.tokenizer import Tokenizer
 

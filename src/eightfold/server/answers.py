@@ -1,4 +1,4 @@
-"""Answers as JSON, whole and in the pieces of a stream, with log-probabilities as OpenAI and vLLM write them.
+"""Answers as JSON, whole and in the pieces of a stream.
 
 A piece is put together from ready-made ends and what differs, because there is one for each token of each client.
 """
@@ -6,15 +6,14 @@ A piece is put together from ready-made ends and what differs, because there is 
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.engine.reasoning import Start
+from eightfold.server.token_texts import TokenTexts, finite
 from eightfold.server.tool_parsers import ToolCall, ToolParser, ToolUse
 
 if TYPE_CHECKING:
@@ -22,13 +21,8 @@ if TYPE_CHECKING:
     from eightfold.engine.sampler import Sampled
     from eightfold.server.fields import ApiError
     from eightfold.server.logs import Record
-    from eightfold.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-_LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
-_SINGLE_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how vocabularies that have no bytes otherwise write one
 
 _FLAT_ITEMS = 4096  # numbers and texts that are encoded together
 _PLAIN = Start()  # of an answer without a thought
@@ -65,87 +59,6 @@ def in_parts(content: Any, depth: int = 5) -> Iterator[bytes]:
 def event(content: Any) -> bytes:
     """Return one event of a stream."""
     return b"data: " + to_json(content) + b"\n\n"
-
-
-def _byte_symbols() -> dict[str, int]:
-    """Return which byte each symbol of a byte-level vocabulary stands for.
-
-    Bytes that are printable in Latin-1 stand for themselves, the others in order for symbols from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_symbols()
-
-
-class TokenTexts:
-    """The texts of single tokens."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.of = lru_cache(65536)(self._of)
-        self.bytes_of = lru_cache(65536)(self._bytes_of)
-
-    def _of(self, token: int) -> str:
-        """Return a token's text; of a token that is part of a character its bytes, as OpenAI shows them."""
-        text = self._tokenizer.decode([token], keep_special=True)
-        if REPLACEMENT not in text:
-            return text
-        known = self.bytes_of(token)
-        return text if known is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in known)
-
-    def _bytes_of(self, token: int) -> bytes | None:
-        """Return a token's bytes; None where they are not known."""
-        text = self._tokenizer.decode([token], keep_special=True)
-        if REPLACEMENT not in text:
-            return text.encode("utf-8", "replace")
-        piece = self._tokenizer.piece(token) or ""
-        single = _SINGLE_BYTE.fullmatch(piece)
-        if single:
-            return bytes.fromhex(single[1])
-        codes = [_BYTE_OF.get(symbol) for symbol in piece]
-        known = [code for code in codes if code is not None]
-        return bytes(known) if known and len(known) == len(codes) else None
-
-    def chat_logprobs(self, sampled: Sequence[Sampled] | None) -> dict[str, Any] | None:
-        """Return what stands under `logprobs` of a chat's choice; None where they were not asked for."""
-        if sampled is None:
-            return None
-        content = [
-            {
-                **self._named(each.token_id, each.logprob),
-                "top_logprobs": [self._named(token, logprob) for token, logprob in each.top],
-            }
-            for each in sampled
-        ]
-        return {"content": content, "refusal": None}
-
-    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
-        known = self.bytes_of(token)
-        return {
-            "token": self.of(token),
-            "logprob": _finite(logprob),
-            "bytes": None if known is None else list(known),
-        }
-
-    def prompt_logprobs(self, sampled: Sequence[Sampled | None]) -> list[Any]:
-        """Return vLLM's `prompt_logprobs`: for each token of the prompt what was likely there, by token id."""
-        return [
-            None
-            if each is None
-            else {
-                str(token): {"logprob": _finite(logprob), "decoded_token": self.of(token)}
-                for token, logprob in (*each.top, (each.token_id, each.logprob))
-            }
-            for each in sampled
-        ]
-
-
-def _finite(logprob: float | None) -> float | None:
-    """Return a number that JSON has."""
-    return None if logprob is None else max(logprob, _LEAST_LOGPROB)
 
 
 class AnswerWriter:
@@ -426,7 +339,7 @@ class CompletionAnswer(ChoicesWriter):
         likeliest = [None if each is None else self._likeliest(each) for each in shown] if self._logprobs else None
         return {
             "tokens": tokens,
-            "token_logprobs": [None if each is None else _finite(each.logprob) for each in shown],
+            "token_logprobs": [None if each is None else finite(each.logprob) for each in shown],
             "top_logprobs": likeliest,
             "text_offset": offsets,
         }
@@ -434,7 +347,7 @@ class CompletionAnswer(ChoicesWriter):
     def _likeliest(self, sampled: Sampled) -> dict[str, float | None]:
         found = dict[str, float | None]()
         for token, logprob in (*sampled.top[: self._logprobs], (sampled.token_id, sampled.logprob)):
-            found.setdefault(self._texts.of(token), _finite(logprob))
+            found.setdefault(self._texts.of(token), finite(logprob))
         return found
 
     def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from eightfold.errors import ConfigError
-from eightfold.server.answers import TokenTexts
 from eightfold.server.fields import (
     LARGE_BODY_BYTES,
     ApiError,
@@ -29,6 +28,7 @@ from eightfold.server.fields import (
 from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
+from eightfold.server.token_texts import TokenTexts
 from eightfold.values import STRING, shown_as_json
 
 if TYPE_CHECKING:
