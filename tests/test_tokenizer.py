@@ -115,6 +115,21 @@ def test_templates_as_transformers(directory, template):
         assert render(Tokenizer(directory), messages) == rendered
 
 
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("said", ["Hello", " Hello,  ", "<think>\nOkay\n", "a\n\n", "", "Hi"])
+def test_a_last_message_is_left_open_as_transformers_does(directory, said, trims):
+    transformers = pytest.importorskip("transformers")
+    template = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim") if trims else CHAT_TEMPLATE
+    (directory / "chat_template.jinja").write_text(template)
+    theirs = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ours = Tokenizer(directory).render_chat(messages, add_generation_prompt=False, continue_final_message=True)
+    assert ours == rendered
+    assert rendered.endswith(said.strip() if trims else said)
+    assert messages[-1]["content"] == said
+
+
 # --- tokenizer.json
 
 

@@ -15,6 +15,7 @@ from eightfold.values import LIST, OBJECT, STRING, Kind, shown_as_json
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
 _SEQUENCE = LIST._replace(types=(list, tuple))
+_MARK = "[[the-answer-goes-on-here]] "  # of an open message; the space tells whether a template trims
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content")
 
 
@@ -67,6 +68,8 @@ def _message(where: str, given: Any) -> Message:
     for name in _PASSED_ON:
         if given.get(name) is not None:
             message[name] = _demand(f"{where}.{name}", given[name], STRING)
+    if isinstance(reasoning := given.get("reasoning"), str):  # vLLM's name of it
+        message.setdefault("reasoning_content", reasoning)
     return message
 
 
@@ -124,3 +127,42 @@ def _demand(where: str, value: Any, kind: Kind) -> Any:
 
 def _wrong(where: str, value: Any, expected: str) -> MessageError:
     return MessageError(where, got=shown_as_json(value), expected=expected)
+
+
+class Opening:
+    """A last message that is left open, for an answer to continue it.
+
+    Templates know only whole messages. So a mark is put behind what the last one says, and the text is cut there.
+
+    Args:
+        given: the conversation; its last message is the assistant's.
+
+    Attributes:
+        messages: the conversation with the mark, to be rendered.
+
+    Raises:
+        MessageError: the last message is not the assistant's.
+    """
+
+    def __init__(self, given: Sequence[Message]) -> None:
+        last = given[-1] if given else {}
+        if last.get("role") != "assistant":
+            raise _wrong("messages[-1].role", last.get("role"), "assistant, whose message is to be continued")
+        name = "content" if last.get("content") or not last.get("reasoning_content") else "reasoning_content"
+        self._said = last.get(name) or ""
+        self.messages = [*given[:-1], {**last, name: self._said + _MARK}]
+
+    def cut(self, rendered: str) -> str:
+        """Return a rendered conversation up to the end of what its last message says.
+
+        Raises:
+            MessageError: the template leaves out that message, or part of it.
+        """
+        text, mark, after = rendered.rpartition(_MARK.strip())
+        if not mark or "".join(self._said.split()) not in "".join(text.split()):
+            raise MessageError(
+                "messages[-1]",
+                got="a message that the chat template does not render as it is",
+                expected="one that can be continued",
+            )
+        return text if after.startswith(" ") else text.rstrip()

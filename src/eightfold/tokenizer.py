@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from eightfold import vocabulary
 from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import has_file, read_file, read_json
-from eightfold.messages import Message
+from eightfold.messages import Message, Opening
 from eightfold.template import TemplateError, compile_template, render_template
 from eightfold.values import TEXT, WHOLE, shown
 
@@ -172,6 +172,7 @@ class Tokenizer:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
+        continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
@@ -180,23 +181,27 @@ class Tokenizer:
         Args:
             messages: the conversation so far.
             add_generation_prompt: whether the assistant's turn is opened at the end.
+            continue_final_message: whether the last message, the assistant's, is left open: the text ends where what
+                it says does, its reasoning_content where it says nothing else.
             tools: descriptions of functions that the assistant may call, as the template expects them.
             variables: further ones that this template knows, such as enable_thinking; none of the above.
 
         Raises:
             CheckpointError: the model has no chat template, or one that takes too long or too much memory.
-            InputError: the template refuses these messages.
+            InputError: the template refuses these messages, or does not show the last one as it is.
         """
+        opening = Opening(messages) if continue_final_message else None
         given = {
             **(variables or {}),
             **self._special_tokens,
-            "messages": list(messages),
+            "messages": list(messages) if opening is None else opening.messages,
             "tools": list(tools) if tools else None,  # templates ask whether it is none: an undefined name is not
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         rendered = self._with_template(lambda source: render_template(source, given), name)
+        rendered = rendered if opening is None else opening.cut(rendered)
         bos = self.decode(self._before, keep_special=True) if self.add_bos else ""
         return rendered if rendered.startswith(bos) else bos + rendered
 

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("starlette")
 
 from eightfold.engine.async_llm import AsyncLLM
+from eightfold.engine.reasoning import Thinking
 from eightfold.engine.settings import EngineConfig
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import tiny_config, write_model
@@ -50,7 +51,8 @@ def shared(model: Path) -> Iterator[Running]:
 @pytest.fixture
 def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
     """Serve a fake engine: its attributes by name. With settings the server is the test's own, else as good as new."""
-    service, usual = shared.server.service, (shared.server.service.tokenizer, shared.server.service.template)
+    service = shared.server.service
+    usual = service.tokenizer, service.template, service.thinking
     stack = ExitStack()
 
     def start(settings: dict[str, Any] | None = None, template: str | None = None, **engine: Any) -> Running:
@@ -63,11 +65,12 @@ def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
         if template is not None:
             found.engine.tokenizer = found.server.service.tokenizer = Tokenizer(model, template)
             found.server.service.template = template
+            found.server.service.thinking = Thinking(found.server.service.tokenizer)
         return found
 
     with stack:
         yield start
     assert eventually(lambda: not (shared.engine.open or service.limiter.inside or service.limiter.held_bytes))
-    service.tokenizer, service.template = usual
+    service.tokenizer, service.template, service.thinking = usual
     shared.engine.__init__(service.tokenizer)
     assert shared.http.get("/health").json() == {"status": "ok"}  # and what ended before has been logged

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
 from eightfold.cli.options import add_bos, argument
+from eightfold.engine.reasoning import NAMES
 from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
 from eightfold.values import SWITCH, TEXT, TEXTS, choice, number, setting, whole
@@ -89,6 +90,14 @@ class ServeCommand:
         read=str.lower,
     )
     chat_template: Path | None = generating.chat_template()
+    reasoning_parser: str = setting(
+        "auto",
+        choice(*NAMES),
+        "How the model's thinking is told from its answers, by vLLM's names: auto goes by the chat template and the "
+        "vocabulary; none leaves it in the content.",
+        metavar="NAME",
+        read=lambda text: text.replace("-", "_"),
+    )
     add_bos: bool | None = add_bos()
     engine: dict[str, Any] = generating.engine(
         "max_num_seqs", "max_model_len", "kv_memory", "max_batched_tokens", "speculate", "prefix_caching", "threads",
@@ -124,6 +133,7 @@ class ServeCommand:
                 allowed_hosts=allowed,
                 cache_salt_per_key=self.cache_salt_per_key,
                 report_cached_tokens=self.report_cached_tokens,
+                reasoning_parser=self.reasoning_parser,
             )
             serve(engine, settings, sock, lambda address: _announce(name, address, engine))
         finally:

@@ -8,10 +8,14 @@ part. The names of the styles are those of vLLM's --reasoning-parser.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.messages import Message
     from eightfold.tokenizer import Tokenizer
 
 _Place = Literal["before", "inside", "between", "behind"]  # between: behind a thought, before what is answered
@@ -48,12 +52,24 @@ class Start(NamedTuple):
         begins_inside: whether the prompt has opened the thought.
         delays_form: whether a form that the answer must have begins behind a thought.
         tags: the tokens that begin and end a thought; None where either is not a token of its own.
+        is_special: whether either is a special token, which texts leave out unless told otherwise.
     """
 
     style: Style | None = None
     begins_inside: bool = False
     delays_form: bool = False
     tags: tuple[int, int] | None = None
+    is_special: bool = False
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """Return parameters with which the text shows a thought, and a form begins behind it."""
+        if self.style is None:
+            return params
+        if self.is_special:
+            params = replace(params, skip_special_tokens=False)
+        if params.structured is not None and self.delays_form:
+            params = replace(params, structured=replace(params.structured, begins_after=self.style.end))
+        return params
 
     def parser(self) -> ReasoningParser:
         """Return what splits an answer."""
@@ -79,7 +95,6 @@ class Thinking:
 
     Attributes:
         style: of its thoughts; None: it has none.
-        is_special: whether a thought's begin or end is a special token, which texts leave out unless told otherwise.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str = "auto") -> None:
@@ -89,27 +104,43 @@ class Thinking:
         self._opens_itself = name != "auto" or any(tag in template for tag in tags)
         ids = [tokenizer.encode(tag, special_tokens=False) for tag in tags]
         self._tags = (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
-        self.is_special = any(tokenizer.decode(each) == "" for each in ids)
+        self._is_special = any(tokenizer.decode(each) == "" for each in ids)
 
-    def start(self, prompt: str, continued: str | None = None) -> Start:
-        """Return how an answer begins.
+    def start(self, prompt: str, continued: Message | None = None) -> tuple[str, Start]:
+        """Return the prompt as it should be, and how an answer to it begins.
 
         Args:
             prompt: the conversation, rendered.
-            continued: what the prompt's last message says so far; None where the answer is a new message.
+            continued: its last message, which the answer continues; None where the answer is a new message.
         """
         style = self.style
         if style is None:
-            return Start()
-        text = continued if continued is not None and continued.strip() else prompt.rstrip()
-        if text is not continued:
-            begins_inside, is_over = text.endswith(style.begin), text.endswith(style.end)
-        else:  # what it says is a thought, or no thought can follow any more
-            begins_inside = text.rfind(style.begin) > text.rfind(style.end)
+            return prompt, Start()
+        said = "" if continued is None else continued["content"]
+        if said.strip():  # it is a thought, or no thought can follow any more
+            prompt = self._opened_once(prompt, said)
+            begins_inside = said.rfind(style.begin) > said.rfind(style.end)
             is_over = not begins_inside
+        else:
+            begins_inside = prompt.rstrip().endswith(style.begin)
+            is_over = prompt.rstrip().endswith(style.end)
+            if continued is not None and continued.get("reasoning_content"):
+                begins_inside = not is_over
         if is_over:
-            return Start(tags=self._tags)
-        return Start(style, begins_inside, begins_inside or style.is_silent or self._opens_itself, self._tags)
+            return prompt, Start(tags=self._tags)
+        delays_form = begins_inside or style.is_silent or self._opens_itself
+        return prompt, Start(style, begins_inside, delays_form, self._tags, self._is_special)
+
+    def _opened_once(self, prompt: str, said: str) -> str:
+        """Return a prompt that ends with `said`, without the empty thought that templates put before it.
+
+        They know only whole messages: in one that is continued behind "<think>", no thought seems to be there.
+        """
+        before = prompt.removesuffix(said)
+        if self.style is None or len(before) == len(prompt) or not said.lstrip().startswith(self.style.begin):
+            return prompt
+        begin, end = map(re.escape, self.style[:2])
+        return re.sub(rf"{begin}\s*{end}\s*$", "", before) + said
 
 
 def _find(tokenizer: Tokenizer, template: str) -> Style | None:
@@ -118,7 +149,8 @@ def _find(tokenizer: Tokenizer, template: str) -> Style | None:
         if style.begin in template or style.end in template:
             return style._replace(is_silent=style.begin not in template)
     for style in STYLES.values():
-        if all(len(tokenizer.encode(tag, special_tokens=False)) == 1 for tag in style[:2]):
+        ids = [tokenizer.encode(tag, special_tokens=False) for tag in style[:2]]
+        if all(len(each) == 1 and tokenizer.decode(each) for each in ids):  # special tokens may serve anything
             return style
     return None
 

@@ -21,11 +21,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eightfold import __version__
 from eightfold.server.answers import in_parts
+from eightfold.server.conversations import read_conversation
 from eightfold.server.fields import ApiError, Fields, bad_request, internal, wrong
 from eightfold.server.generation import Asked, answer_stream, answer_whole, send_json
 from eightfold.server.logs import GONE, Record, request_id
 from eightfold.server.metrics import CONTENT_TYPE
-from eightfold.server.requests import read_chat, read_completion, read_conversation
+from eightfold.server.requests import read_chat, read_completion
 from eightfold.server.service import Service
 from eightfold.server.tools import read_tools
 from eightfold.values import STRING, SWITCH, Kind
@@ -106,7 +107,8 @@ class Endpoints:
             ids = tokenizer.encode(text, special_tokens=fields.read("add_special_tokens", SWITCH, True))
         elif fields.any("messages") is not None:
             tools = read_tools(fields, service.template or "")
-            ids = read_conversation(fields, service.template, tools.shown)(tokenizer)
+            conversation = read_conversation(fields, service.template, tools.shown)
+            ids = conversation.prompt(tokenizer, service.thinking).token_ids
         else:
             raise bad_request("prompt: expected a text, or messages", param="prompt")
         content = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}

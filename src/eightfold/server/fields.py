@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "Only text is generated."),
     "bad_words": (([],), "Use logit_bias."),
     "chat_template": ((), "The template is chosen when the server starts: --chat-template."),
-    "continue_final_message": ((False,), "Use /v1/completions."),
     "documents": (([],), "Put them into a message."),
     "early_stopping": ((False,), _NO_BEAMS),
     "function_call": (("none",), _USE_TOOLS),

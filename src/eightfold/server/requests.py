@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields as fields_of
 from typing import Any
 
 from eightfold.engine.reasoning import Start
 from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
-from eightfold.messages import Message, MessageError, read_messages
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
+from eightfold.server.conversations import read_conversation
 from eightfold.server.fields import Fields, bad_request, between, refused
 from eightfold.server.forms import structured_output
 from eightfold.server.generation import Asked, Encoded
@@ -19,7 +18,6 @@ from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import OBJECT, SWITCH, WORDS, is_token_ids, shown_as_json
 
-MAX_MESSAGES = 4096
 MAX_LOGIT_BIASES = 1024
 
 # What endpoints read in ways of their own; other fields have the names and meanings of SamplingParams.
@@ -30,20 +28,33 @@ _SAME = tuple(field.name for field in fields_of(SamplingParams) if field.name no
 def read_chat(fields: Fields, service: Service) -> Asked:
     """Return what a request for a chat's next message asks for."""
     params, tools = _params(fields, service.template or "")
-    encode = read_conversation(fields, service.template, tools.shown)
-    stream = _read_stream(fields)
+    conversation = read_conversation(fields, service.template, tools.shown)
+    stream, splits, shows_reasoning = _read_stream(fields), *_read_reasoning(fields)
 
-    def encoded(tokenizer: Tokenizer) -> Encoded:
-        answer = ChatAnswer(service.settings.model_names[0], service.texts, tools, Start(), **stream)
-        return Encoded([encode(tokenizer)], answer)
+    def encode(tokenizer: Tokenizer) -> Encoded:
+        prompt = conversation.prompt(tokenizer, service.thinking)
+        answer = ChatAnswer(
+            service.settings.model_names[0],
+            service.texts,
+            tools,
+            prompt.start if splits else Start(),
+            shows_reasoning=shows_reasoning,
+            **stream,
+        )
+        return Encoded([prompt.token_ids], answer, prompt.start.params(params))
 
     return Asked(
         prompts=1,
-        encode=encoded,
+        encode=encode,
         params=params,
         cache_salt=_read_cache_salt(fields),
         streams=stream["streams"],
     )
+
+
+def _read_reasoning(fields: Fields) -> tuple[bool, bool]:
+    """Return whether reasoning is told from content, as SGLang names it, and whether it is sent, as vLLM does."""
+    return fields.read("separate_reasoning", SWITCH, True), fields.read("include_reasoning", SWITCH, True)
 
 
 def _params(fields: Fields, template: str) -> tuple[SamplingParams, ToolUse]:
@@ -60,35 +71,6 @@ def _params(fields: Fields, template: str) -> tuple[SamplingParams, ToolUse]:
         structured=form or tools.forced,
     )
     return params, tools
-
-
-def read_conversation(
-    fields: Fields, template: str | None, tools: list[Any] | None
-) -> Callable[[Tokenizer], list[int]]:
-    """Return what makes the token ids of a request's messages, in the model's chat template."""
-    if template is None:
-        raise bad_request(
-            "messages: this model has no chat template. Use /v1/completions, or start the server with --chat-template.",
-            param="messages",
-        )
-    messages = _messages(fields, template)
-    opens_answer = fields.read("add_generation_prompt", SWITCH, True)
-    variables = fields.read("chat_template_kwargs", OBJECT, {})
-
-    def encode(tokenizer: Tokenizer) -> list[int]:
-        try:
-            return tokenizer.encode_chat(messages, add_generation_prompt=opens_answer, tools=tools, variables=variables)
-        except EightfoldError as error:
-            raise refused(error, param="messages") from None
-
-    return encode
-
-
-def _messages(fields: Fields, template: str) -> list[Message]:
-    try:
-        return read_messages(fields.items("messages", MAX_MESSAGES), template)
-    except MessageError as error:
-        raise refused(error, param="messages") from None
 
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from eightfold.engine.reasoning import Thinking
 from eightfold.errors import ConfigError
 from eightfold.server.fields import (
     LARGE_BODY_BYTES,
@@ -59,6 +60,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the API; "*" for any
     cache_salt_per_key: bool = False  # only requests with the same Authorization share the prefix cache
     report_cached_tokens: bool = False  # also of prompts that another client may have sent before
+    reasoning_parser: str = "auto"  # how thoughts are told from answers, see engine/reasoning.py
     allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface; "*" for any
 
     def accepts_key(self, authorization: str) -> bool:
@@ -232,6 +234,7 @@ class Service:
         max_model_len: positions of a sequence, prompt and answer together.
         created: when it began, in seconds since 1970.
         template: the chat template's text; None: there is none.
+        thinking: how the model thinks.
     """
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
@@ -239,6 +242,7 @@ class Service:
         self.tokenizer = engine.engine.tokenizer
         self.max_model_len = engine.engine.max_model_len
         self.template = self.tokenizer.template_source() if self.tokenizer.has_chat_template else None
+        self.thinking = Thinking(self.tokenizer, settings.reasoning_parser)
         self.hosts = Hosts("127.0.0.1", settings)  # until it is known where the server listens
         self.limiter = Limiter(settings)
         self.metrics = Metrics(settings.model_names[0], lambda: engine.stats)
