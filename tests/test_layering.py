@@ -21,6 +21,7 @@ RANKS = {
     "data": 0,
     "errors": 0,
     "machine": 0,
+    "dialects": 1,
     "messages": 2,
     "progress": 0,
     "template": 0,

@@ -95,6 +95,6 @@ def test_llm_chat_names_the_conversation(llm):
 
 
 def test_a_developer_is_kept_where_the_template_knows_one(directory):
-    tokenizer = Tokenizer(directory, "{# developer #}" + TEMPLATE)
+    tokenizer = Tokenizer(directory, "{% set known = 'developer' %}" + TEMPLATE)
     messages = read_messages([{"role": "developer", "content": "d"}], tokenizer.template_source())
     assert tokenizer.render_chat(messages, add_generation_prompt=False) == "[developer|d]"

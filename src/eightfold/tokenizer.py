@@ -199,15 +199,14 @@ class Tokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        rendered = self._with_template(lambda source: render_template(source, given), name)
+        rendered = self._with_template(lambda source: render_template(source, given), with_tools=bool(tools))
         rendered = rendered if opening is None else opening.cut(rendered)
         bos = self.decode(self._before, keep_special=True) if self.add_bos else ""
         return rendered if rendered.startswith(bos) else bos + rendered
 
-    def _with_template(self, work: Callable[[str], T], name: str = "default") -> T:
+    def _with_template(self, work: Callable[[str], T], *, with_tools: bool = False) -> T:
         """Return what work on one of the chat templates returns, with errors that say what is wrong with it."""
-        source = self.template_source() if name == "default" else self._templates[name]
+        source = self.template_source(with_tools=with_tools)
         try:
             return work(source)
         except TemplateError as error:
@@ -232,12 +231,14 @@ class Tokenizer:
         """
         self._with_template(compile_template)
 
-    def template_source(self) -> str:
-        """Return the chat template.
+    def template_source(self, *, with_tools: bool = False) -> str:
+        """Return the chat template; with tools the one that is for them, if there is one.
 
         Raises:
             CheckpointError: there is none.
         """
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
         if "default" not in self._templates:
             raise CheckpointError(
                 "chat template",

@@ -11,7 +11,7 @@ import pytest
 import eightfold.files
 from eightfold.errors import ConfigError, InputError
 from eightfold.quant import dataset
-from eightfold.quant.dataset import default_rows, read_rows, read_token_ids, tokenize, truncate
+from eightfold.quant.dataset import default_rows, plain_text, read_rows, read_token_ids, tokenize, truncate
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
 
@@ -70,8 +70,9 @@ def test_parts_of_text_and_a_system_prompt_beside_the_chat(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     row = {"system": "be kind", "conversations": [{"from": "human", "value": parts}]}
     (tmp_path / "c.json").write_text(json.dumps(row))
-    expected = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a\nb"}]
-    assert read_rows(tmp_path / "c.json") == [expected]
+    (found,) = read_rows(tmp_path / "c.json")
+    assert found == [{"role": "system", "content": "be kind"}, {"role": "user", "content": parts}]
+    assert plain_text(found) == "system: be kind\nuser: a\nb"
 
 
 def test_an_instruction_stands_above_its_input_and_output(tmp_path):

@@ -28,7 +28,7 @@ from typing import Any
 
 from eightfold.errors import CheckpointError, ConfigError, InputError, one_of, shortlist
 from eightfold.files import parse_value, read_text
-from eightfold.messages import Message, MessageError, read_messages
+from eightfold.messages import Message, MessageError, as_text, read_messages
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import is_token_ids, shorten
 
@@ -188,7 +188,7 @@ def enough_for(tokens: int, text: str) -> str:
 
 def plain_text(row: Row) -> str:
     """Return a text as it is, and a chat as lines of `role: content`."""
-    return row if isinstance(row, str) else "\n".join(f"{each['role']}: {each['content']}" for each in row)
+    return row if isinstance(row, str) else "\n".join(f"{each['role']}: {as_text(each)}" for each in row)
 
 
 def begins_as_json(text: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from eightfold.engine.reasoning import Start, Thinking
 from eightfold.errors import EightfoldError
-from eightfold.messages import Message, MessageError, read_messages
+from eightfold.messages import Message, MessageError, read_messages, words
 from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import OBJECT, SWITCH
@@ -44,8 +44,9 @@ class Conversation:
     def prompt(self, tokenizer: Tokenizer, thinking: Thinking) -> Prompt:
         """Return the prompt; ApiError 400 where the template refuses the messages. It takes time."""
         try:
+            source = tokenizer.template_source(with_tools=bool(self.tools))
             text = tokenizer.render_chat(
-                self.messages,
+                read_messages(self.messages, source),
                 add_generation_prompt=self.opens_answer,
                 continue_final_message=self.continues,
                 tools=self.tools,
@@ -53,7 +54,8 @@ class Conversation:
             )
         except EightfoldError as error:
             raise refused(error, param="messages") from None
-        text, start = thinking.start(text, self.messages[-1] if self.continues else None)
+        last = self.messages[-1]
+        text, start = thinking.start(text, {**last, "content": words(last)} if self.continues else None)
         return Prompt(tokenizer.encode(text, special_tokens=False), start)
 
 
@@ -72,7 +74,7 @@ def read_conversation(fields: Fields, template: str | None, tools: Sequence[Any]
         )
     given = fields.items("messages", MAX_MESSAGES)
     try:
-        messages = read_messages(given, template)
+        messages = read_messages(given, None)
     except MessageError as error:
         raise refused(error, param="messages") from None
     # DeepSeek's API says the same in the message itself.
