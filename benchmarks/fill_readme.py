@@ -1,10 +1,11 @@
-"""Put measured figures, from benchmarks/results/*.json, into README.md and docs/speed.md.
+"""Put measured figures, from benchmarks/results/*.json, into README.md, docs/speed.md and docs/serving.md.
 
 They go between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python benchmarks/fill_readme.py [--demo build/demo/rows.json]        # or: make readme
 
-`--demo` first takes over the rows that examples/demo.py has measured. `--check` writes nothing and fails when a
+`--demo` first takes over the rows that examples/demo.py has measured, and `--clients` those that the scripts in
+tests/clients have printed; what is known of scripts that did not run stays. `--check` writes nothing and fails when a
 page is not up to date with the results.
 """
 
@@ -21,7 +22,18 @@ from typing import Any
 from measure import RESULTS, save_results
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "serving.md")
+# Columns of the table of clients; what else a program does stands in words.
+CAPABILITIES = (
+    "chat",
+    "stream",
+    "nested models",
+    "forced tools",
+    "automatic tools",
+    "structured output",
+    "reasoning",
+    "errors",
+)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -95,9 +107,40 @@ def start() -> str:
     )
 
 
+def take_clients(folder: Path) -> None:
+    """Put what the clients' scripts have printed into results/clients.json, in place of what they printed before."""
+    found = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
+    kept = load("clients")["rows"] if (RESULTS / "clients.json").is_file() else []
+    rows = [row for row in kept if row["script"] not in found]
+    rows += [{"script": script, **row} for script, lines in found.items() for row in lines]
+    save_results("clients", sorted(rows, key=lambda row: str(row["client"]).lower()))
+
+
+def clients() -> str:
+    """Return the table of clients, what else works, and what does not."""
+    record = load("clients")
+    known: dict[tuple[str, str], dict[str, bool]] = {}
+    for row in record["rows"]:
+        known.setdefault((row["client"], row["version"]), {})[row["capability"]] = row["ok"]
+    signs = {True: "yes", False: "no", None: ""}
+    lines = [f"| client | version | {' | '.join(CAPABILITIES)} |", "|---" * (len(CAPABILITIES) + 2) + "|"]
+    for (client, version), works in known.items():
+        lines.append(f"| {client} | {version} | {' | '.join(signs[works.get(name)] for name in CAPABILITIES)} |")
+    others = {client: [name for name in works if name not in CAPABILITIES] for (client, _), works in known.items()}
+    lines += ["", *(f"- {client} also: {', '.join(names)}." for client, names in others.items() if names)]
+    lines += [f"- {row['client']}, {row['capability']}: {row['detail']}" for row in record["rows"] if not row["ok"]]
+    return "\n".join([*lines, "", f"`make clients`, {record['date']}, commit {record['commit']}."])
+
+
 def fill(text: str) -> str:
     """Return a page with every marked place filled."""
-    for name, render in (("demo", demo), ("versus", versus), ("native", native), ("start", start)):
+    for name, render in (
+        ("demo", demo),
+        ("versus", versus),
+        ("native", native),
+        ("start", start),
+        ("clients", clients),
+    ):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, render=render: f"{match[1]}{render()}\n{match[2]}", text)
     return text
@@ -107,10 +150,13 @@ def main() -> int:
     """Fill every marked place."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, help="rows to take over into results/demo.json")
+    parser.add_argument("--clients", type=Path, metavar="DIR", help="lines to take over into results/clients.json")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     if args.demo is not None:
         save_results("demo", json.loads(args.demo.read_text()))
+    if args.clients is not None:
+        take_clients(args.clients)
     stale = False
     for page in PAGES:
         text = page.read_text()
