@@ -226,3 +226,15 @@ def test_inspect_works_where_torch_transformers_and_gguf_are_not_installed(float
             "Install it: pip install 'eightfold[quantize]'\n",
         )
     assert not (float_model.parent / "out").exists()
+
+
+def test_requests_are_read_and_answers_written_without_the_packages_of_a_server():
+    """So a file of requests is answered where only the engine is installed."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('starlette', 'uvicorn', 'prometheus_client')))\n"
+        "from eightfold.server import requests, served\n"
+        "print(requests.read_chat.__name__)\n"
+    )
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("read_chat\n", "")

@@ -18,13 +18,13 @@ from eightfold.errors import EightfoldError
 from eightfold.server.answers import AnswerWriter, in_parts, to_json
 from eightfold.server.fields import ApiError, draining, internal, refused
 from eightfold.server.logs import GONE, Record
-from eightfold.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
     from eightfold.engine.async_llm import AsyncLLM
     from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.server.metrics import Metrics
     from eightfold.tokenizer import Tokenizer
 
 log = logging.getLogger("eightfold.server")

@@ -13,7 +13,7 @@ from eightfold.server.conversations import read_conversation
 from eightfold.server.fields import Fields, bad_request, between, refused
 from eightfold.server.forms import structured_output
 from eightfold.server.generation import Asked, Encoded
-from eightfold.server.service import Service
+from eightfold.server.served import Served
 from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import OBJECT, SWITCH, WORDS, is_token_ids, shown_as_json
@@ -25,7 +25,7 @@ _OWN = ("max_tokens", "logprobs", "structured", "logit_bias")
 _SAME = tuple(field.name for field in fields_of(SamplingParams) if field.name not in _OWN)
 
 
-def read_chat(fields: Fields, service: Service) -> Asked:
+def read_chat(fields: Fields, service: Served) -> Asked:
     """Return what a request for a chat's next message asks for."""
     params, tools = _params(fields, service.template or "")
     conversation = read_conversation(fields, service.template, tools.shown)
@@ -34,7 +34,7 @@ def read_chat(fields: Fields, service: Service) -> Asked:
     def encode(tokenizer: Tokenizer) -> Encoded:
         prompt = conversation.prompt(tokenizer, service.thinking)
         answer = ChatAnswer(
-            service.settings.model_names[0],
+            service.names[0],
             service.texts,
             tools,
             prompt.start if splits else Start(),
@@ -78,7 +78,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 Prompt = str | list[int]
 
 
-def read_completion(fields: Fields, service: Service) -> Asked:
+def read_completion(fields: Fields, service: Served) -> Asked:
     """Return what a request for the continuation of prompts asks for."""
     logprobs = fields.read("logprobs", between(0, MAX_LOGPROBS))
     max_tokens = _read_max_tokens(fields, DEFAULT_MAX_TOKENS, least=0)
@@ -101,7 +101,7 @@ def read_completion(fields: Fields, service: Service) -> Asked:
         except EightfoldError as error:
             raise refused(error, param="prompt") from None
         answer = CompletionAnswer(
-            service.settings.model_names[0],
+            service.names[0],
             service.texts,
             n=params.n,
             logprobs=logprobs,

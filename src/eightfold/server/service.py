@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from eightfold.engine.reasoning import Thinking
 from eightfold.errors import ConfigError
 from eightfold.server.fields import (
     LARGE_BODY_BYTES,
@@ -29,8 +28,8 @@ from eightfold.server.fields import (
 from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
-from eightfold.server.token_texts import TokenTexts
-from eightfold.values import STRING, shown_as_json
+from eightfold.server.served import Served
+from eightfold.values import shown_as_json
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -226,27 +225,20 @@ class Limiter:
         return ApiError(429, message, code="too_many_requests", headers={"Retry-After": str(seconds)})
 
 
-class Service:
+class Service(Served):
     """An engine and everything around it.
 
     Attributes:
-        tokenizer: the model's.
-        max_model_len: positions of a sequence, prompt and answer together.
         created: when it began, in seconds since 1970.
-        template: the chat template's text; None: there is none.
-        thinking: how the model thinks.
     """
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
+        ours = engine.engine
+        super().__init__(ours.tokenizer, ours.max_model_len, settings.model_names, settings.reasoning_parser)
         self.engine, self.settings = engine, settings
-        self.tokenizer = engine.engine.tokenizer
-        self.max_model_len = engine.engine.max_model_len
-        self.template = self.tokenizer.template_source() if self.tokenizer.has_chat_template else None
-        self.thinking = Thinking(self.tokenizer, settings.reasoning_parser)
         self.hosts = Hosts("127.0.0.1", settings)  # until it is known where the server listens
         self.limiter = Limiter(settings)
         self.metrics = Metrics(settings.model_names[0], lambda: engine.stats)
-        self.texts = TokenTexts(self.tokenizer)
         self.created = int(time.time())
         # Large texts have one thread, behind which small ones do not wait.
         self._small_texts, self._large_texts = ThreadPoolExecutor(2, "text"), ThreadPoolExecutor(1, "large-text")
@@ -260,16 +252,7 @@ class Service:
         raw = await receive(request, lambda size: self.limiter.hold(record, size))
         values, count = await self.at_once_if_small(record, lambda: parse(raw))
         self.limiter.hold(record, max(count - FEW_VALUES, 0) * BYTES_OF_VALUE)
-        fields = Fields(values)
-        name = fields.read("model", STRING)
-        if name is not None and name not in self.settings.model_names:
-            raise self.unknown_model(name)
-        fields.refuse_unsupported()
-        return fields
-
-    def unknown_model(self, name: str) -> ApiError:
-        message = f"model: got {shown_as_json(name)}, expected {shown_as_json(self.settings.model_names[0])}"
-        return ApiError(404, message, param="model", code="model_not_found")
+        return self.fields(values)
 
     async def at_once_if_small(self, record: Record, work: Callable[[], T]) -> T:
         """Return what work on a request returns: at once, or in a thread where the body is large."""
@@ -279,18 +262,6 @@ class Service:
         """Return what work on a request's texts returns, in a thread."""
         pool = self._large_texts if record.held_bytes > LARGE_BODY_BYTES else self._small_texts
         return await asyncio.get_running_loop().run_in_executor(pool, work)
-
-    def require_fit(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Refuse prompts that are empty or do not leave room for an answer."""
-        most = self.max_model_len - 1
-        for prompt in prompts:
-            if not prompt:
-                raise bad_request("prompt: got no tokens, expected at least one", param="prompt")
-            if len(prompt) > most:
-                raise bad_request(
-                    f"prompt: got {len(prompt)} tokens, expected at most {most}. Shorten it.",
-                    code="context_length_exceeded",
-                )
 
     @contextmanager
     def in_flight(self, asked: Asked, prompts: Sequence[Sequence[int]], record: Record) -> Iterator[InFlight]:

@@ -1,0 +1,61 @@
+"""A model under the names by which clients call it: what reading a request and writing its answer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eightfold.engine.reasoning import Thinking
+from eightfold.server.fields import ApiError, Fields, bad_request
+from eightfold.server.token_texts import TokenTexts
+from eightfold.tokenizer import Tokenizer
+from eightfold.values import STRING, shown_as_json
+
+
+class Served:
+    """A model for requests, wherever they come from.
+
+    Args:
+        tokenizer: the model's.
+        max_model_len: positions of a sequence, prompt and answer together.
+        names: what clients may call the model; answers carry the first.
+        reasoning_parser: how thoughts are told from answers, see engine/reasoning.py.
+
+    Attributes:
+        template: the chat template's text; None: there is none.
+        thinking: how the model thinks.
+        texts: of single tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_model_len: int, names: Sequence[str], reasoning_parser: str = "auto"
+    ) -> None:
+        self.tokenizer, self.max_model_len, self.names = tokenizer, max_model_len, names
+        self.template = tokenizer.template_source() if tokenizer.has_chat_template else None
+        self.thinking = Thinking(tokenizer, reasoning_parser)
+        self.texts = TokenTexts(tokenizer)
+
+    def fields(self, values: Mapping[str, Any]) -> Fields:
+        """Return the fields of a body; ApiError 404 or 400 where they ask for another model or what is not done."""
+        fields = Fields(values)
+        name = fields.read("model", STRING)
+        if name is not None and name not in self.names:
+            raise self.unknown_model(name)
+        fields.refuse_unsupported()
+        return fields
+
+    def unknown_model(self, name: str) -> ApiError:
+        message = f"model: got {shown_as_json(name)}, expected {shown_as_json(self.names[0])}"
+        return ApiError(404, message, param="model", code="model_not_found")
+
+    def require_fit(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Refuse prompts that are empty or do not leave room for an answer."""
+        most = self.max_model_len - 1
+        for prompt in prompts:
+            if not prompt:
+                raise bad_request("prompt: got no tokens, expected at least one", param="prompt")
+            if len(prompt) > most:
+                raise bad_request(
+                    f"prompt: got {len(prompt)} tokens, expected at most {most}. Shorten it.",
+                    code="context_length_exceeded",
+                )
