@@ -354,10 +354,13 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": "Hello", "n": 2, "logprobs": 3, "echo": True, "stop": ["a", "b"], "temperature": 0.5, "top_p": 0.9},
     {"prompt": [[1, 2], [3]], "guided_regex": "[ab]+", "logit_bias": {"5": -1}, "min_tokens": 1, "cache_salt": "s"},
     {"prompt": ["a", "b"], "structured_outputs": {"choice": ["x", "y"]}, "stop_token_ids": [5], "best_of": 1},
+    {"messages": MESSAGES, "n_predict": -1, "reasoning": {"effort": "low"}, "thinking": {"type": "disabled"}},
+    {"prompt": "a", "grammar": 'root ::= "a" | [b-d]+ "\\u0041"', "logit_bias": [[5, False]], "repeat_last_n": -1},
 )
 
 
 def requests(work: Path) -> Read:
+    from eightfold.server.field_table import CHAT, COMPLETIONS
     from eightfold.server.fields import Fields, parse
     from eightfold.server.requests import read_chat, read_completion
     from eightfold.tokenizer import Tokenizer
@@ -367,11 +370,13 @@ def requests(work: Path) -> Read:
     service: Any = SimpleNamespace(template=TEMPLATE, settings=settings, texts=None, tokenizer=known)
 
     def read(data: bytes) -> object:
-        fields = Fields(parse(data)[0])
+        values = parse(data)[0]
+        is_chat = values.get("messages") is not None
+        fields = Fields(values, CHAT if is_chat else COMPLETIONS)
         fields.refuse_unsupported()
-        asked = read_chat(fields, service) if fields.any("messages") is not None else read_completion(fields, service)
+        asked = read_chat(fields, service) if is_chat else read_completion(fields, service)
         assert fields.ignored is not None
-        return asked.encode(known) if asked.prompts < 50 and fields.any("messages") is None else asked
+        return asked if is_chat or asked.prompts >= 50 else asked.encode(known)
 
     return read
 

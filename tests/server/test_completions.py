@@ -99,10 +99,10 @@ def test_ids_outside_the_vocabulary_are_refused(real, ids):
         ({"suffix": "tail"}, "suffix is not supported. Put what comes after into the prompt."),
         ({"best_of": 3}, "best_of: expected the same as n. Ask for n answers and choose."),
         ({"use_beam_search": True}, "use_beam_search is not supported. There is no beam search."),
-        ({"logprobs": 21}, "logprobs: got 21, expected 0 to 20"),
-        ({"logprobs": True}, "logprobs: got true, expected a whole number"),
+        ({"logprobs": 21}, "logprobs: got 21, expected a whole number from 0 to 20"),
+        ({"logprobs": True}, "logprobs: got true, expected a whole number from 0 to 20"),
         ({"max_tokens": 0}, "max_tokens: got 0, expected at least 1, or echo"),
-        ({"max_tokens": -1}, "max_tokens: got -1, expected 0 to 2147483648"),
+        ({"max_tokens": -2}, "max_tokens: got -2, expected 0 to 2147483648"),
         ({"echo": "yes"}, "echo: got 'yes', expected true or false"),
     ],
 )

@@ -5,14 +5,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from eightfold.server import fields
+from eightfold.server.field_table import FIELDS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 
 
 def test_the_refused_fields_are_those_of_the_page():
-    listed = TEXT.partition("<!-- refused fields")[2].partition("-->")[2].partition("Every other")[0]
-    assert re.findall(r"`(\w+)`", listed) == sorted(fields.REFUSED)
+    listed = re.findall(
+        r"`([\w.]+)`", TEXT.partition("<!-- refused fields")[2].partition("-->")[2].partition("Every other")[0]
+    )
+    assert sorted(listed) == sorted({field.name for field in FIELDS if field.is_refused})
+
+
+def test_the_fields_that_are_obeyed_are_those_of_the_page():
+    table = TEXT.partition("<!-- fields:")[2].partition("<!-- refused fields")[0]
+    named = set(re.findall(r"`([\w.]+)`", table))
+    obeyed = {name for field in FIELDS if not field.is_refused for name in (field.name, *field.also)}
+    assert obeyed <= named
+    first = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    assert set(re.findall(r"`([\w.]+)`", " ".join(first))) <= obeyed
 
 
 def test_every_option_is_on_the_page():

@@ -119,7 +119,7 @@ class SamplingParams:
         default=None,
         metadata=_row(
             optional(whole(-(2**63), 2**64 - 1)),
-            "Seed of the random numbers; equal seeds give equal answers. Default: a fresh one.",
+            "Seed of the random numbers; equal seeds give equal answers. Default, and -1: a fresh one.",
         ),
     )
     stop: tuple[str, ...] | str = field(
@@ -168,6 +168,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         for each in fields(self):
             _require(each.name, getattr(self, each.name), each.metadata["kind"])
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)
         _require("min_tokens", self.min_tokens, whole(0, MAX_INT if self.max_tokens is None else self.max_tokens))
         for token, bias in self.logit_bias.items():
             _require("logit_bias token id", token, _TOKEN)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eightfold import __version__
 from eightfold.server.answers import in_parts
 from eightfold.server.conversations import read_conversation
+from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from eightfold.server.fields import ApiError, Fields, bad_request, internal, wrong
 from eightfold.server.generation import Asked, answer_stream, answer_whole, send_json
 from eightfold.server.logs import GONE, Record, request_id
@@ -40,13 +41,13 @@ _TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id
 class Generating:
     """Answers prompts, as the fields of a request ask for it."""
 
-    def __init__(self, service: Service, read: Callable[[Fields, Service], Asked]) -> None:
-        self._service, self._read = service, read
+    def __init__(self, service: Service, path: str, read: Callable[[Fields, Service], Asked]) -> None:
+        self._service, self._path, self._read = service, path, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, service = Request(scope, receive), self._service
         record: Record = request.state.record
-        fields = await service.read(request)
+        fields = await service.read(request, self._path)
         asked = await service.at_once_if_small(record, lambda: self._read(fields, service))
         record.ignored = fields.ignored
         with service.limiter.admitted(asked.params.n * asked.prompts):
@@ -89,14 +90,14 @@ class Endpoints:
         }
 
     async def tokenize(self, request: Request) -> Response:
-        return await self._in_thread(request, self._tokenized)
+        return await self._in_thread(request, TOKENIZE, self._tokenized)
 
     async def detokenize(self, request: Request) -> Response:
-        return await self._in_thread(request, self._detokenized)
+        return await self._in_thread(request, DETOKENIZE, self._detokenized)
 
-    async def _in_thread(self, request: Request, work: Callable[[Fields], dict[str, Any]]) -> Response:
+    async def _in_thread(self, request: Request, path: str, work: Callable[[Fields], dict[str, Any]]) -> Response:
         """Answer with what work on the fields of a request returns; both may be long."""
-        fields = await self._service.read(request)
+        fields = await self._service.read(request, path)
         body = await self._service.in_thread(request.state.record, lambda: b"".join(in_parts(work(fields))))
         return Response(body, media_type="application/json")
 
@@ -142,8 +143,8 @@ def create_app(service: Service) -> ASGIApp:
     small = Endpoints(service)
     routes = [
         Route("/", _page(), methods=["GET"]),
-        Route("/v1/chat/completions", Generating(service, read_chat), methods=["POST"]),
-        Route("/v1/completions", Generating(service, read_completion), methods=["POST"]),
+        Route("/v1/chat/completions", Generating(service, CHAT, read_chat), methods=["POST"]),
+        Route("/v1/completions", Generating(service, COMPLETIONS, read_completion), methods=["POST"]),
         Route("/v1/models", small.models, methods=["GET"]),
         Route("/v1/models/{name:path}", small.model, methods=["GET"]),
         Route("/tokenize", small.tokenize, methods=["POST"]),

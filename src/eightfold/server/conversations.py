@@ -10,8 +10,9 @@ from eightfold.engine.reasoning import Start, Thinking
 from eightfold.errors import EightfoldError
 from eightfold.messages import Message, MessageError, read_messages, words
 from eightfold.server.fields import Fields, bad_request, refused
+from eightfold.server.template_variables import template_variables
 from eightfold.tokenizer import Tokenizer
-from eightfold.values import OBJECT, SWITCH
+from eightfold.values import SWITCH
 
 MAX_MESSAGES = 4096
 
@@ -88,5 +89,5 @@ def read_conversation(fields: Fields, template: str | None, tools: Sequence[Any]
         tools=tools,
         opens_answer=opens_answer,
         continues=continues,
-        variables=fields.read("chat_template_kwargs", OBJECT, {}),
+        variables=template_variables(fields, template),
     )

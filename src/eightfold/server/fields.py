@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import CapacityError, EightfoldError
 from eightfold.messages import MessageError
+from eightfold.server.field_table import ENDPOINTS, GENERATING, Field, canonical, elsewhere, find, same
 from eightfold.values import LIST, WHOLE, Kind, shorten, shown_as_json
 
 if TYPE_CHECKING:
@@ -31,32 +32,6 @@ MAX_JSON_VALUES = 1_000_000  # more than a body of token ids has
 # slow where many lists are made.
 MAX_JSON_BRACKETS = 2**18
 LARGE_BODY_BYTES = 32 * 2**10  # larger ones are parsed and tokenized where they hold up nobody else
-
-_USE_TOOLS = "Use tools and tool_choice."
-_NO_BEAMS = "There is no beam search."
-
-# Field -> values that change nothing, and what to do instead. Anything else is a 400.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "allowed_token_ids": (([],), "Use logit_bias or a grammar."),
-    "audio": ((), "Only text is generated."),
-    "bad_words": (([],), "Use logit_bias."),
-    "chat_template": ((), "The template is chosen when the server starts: --chat-template."),
-    "documents": (([],), "Put them into a message."),
-    "early_stopping": ((False,), _NO_BEAMS),
-    "function_call": (("none",), _USE_TOOLS),
-    "functions": (([],), _USE_TOOLS),
-    "guided_whitespace_pattern": ((), "Put white space into the grammar."),
-    "length_penalty": ((0, 1), _NO_BEAMS),
-    "logits_processors": (([],), ""),
-    "mm_processor_kwargs": (({},), "Only text is read."),
-    "priority": ((0,), "Requests are served in the order in which they come."),
-    "return_tokens_as_token_ids": ((False,), ""),
-    "suffix": (("",), "Put what comes after into the prompt."),
-    "truncate_prompt_tokens": ((), "Send a prompt that fits."),
-    "typical_p": ((1,), ""),
-    "use_beam_search": ((False,), _NO_BEAMS),
-    "web_search_options": ((), "There is no web search."),
-}
 
 _ERROR_TYPES = {
     401: "authentication_error",
@@ -118,33 +93,90 @@ def draining() -> ApiError:
 
 
 class Fields:
-    """The fields of a request; null is the same as not given."""
+    """The fields of a request, or of an object in it; null is the same as not given.
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    Args:
+        values: names and values.
+        path: the endpoint, as the table of fields calls it; empty: none of the table.
+        within: what stands before the names in the table and in errors, such as `stream_options.`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str = "", *, within: str = "") -> None:
         self._values = {name: value for name, value in values.items() if value is not None}
+        self._path, self._within = path, within
         self._read: set[str] = set()
+        self._inner: list[Fields] = []
+        self._noted: list[str] = []  # names in objects that are not read by name
 
     def refuse_unsupported(self) -> None:
-        """Refuse fields that would change the answer and are not supported."""
-        for name in self._values.keys() & REFUSED.keys():
-            neutral, advice = REFUSED[name]
-            value = self.any(name)
-            if not any(value == same and isinstance(value, bool) == isinstance(same, bool) for same in neutral):
-                raise bad_request(f"{name} is not supported. {advice}", param=name, code="unsupported_parameter")
+        """Refuse fields that would change the answer and are not supported, here or at all."""
+        for name, value in self._values.items():
+            full = self._within + name
+            known = find(full, self._path)
+            if known is not None and known.is_refused:
+                if not known.beside or self._does_something(known.beside):
+                    self._read.add(name)
+                    self._require_neutral(known, full, value, f"is not supported. {known.help}")
+            elif self._path in GENERATING and find(canonical(full), self._path) is None:
+                other = elsewhere(full)
+                if other is not None:
+                    where = " and ".join(ENDPOINTS[path] for path in sorted(other.paths & GENERATING))
+                    self._require_neutral(other, full, value, f"is a field of {where}.")
+
+    def _require_neutral(self, known: Field, name: str, value: Any, message: str) -> None:
+        if not known.changes_nothing(value):
+            raise bad_request(f"{name} {message}", param=name, code="unsupported_parameter")
+
+    def _does_something(self, name: str) -> bool:
+        value, known = self.any(name), find(name, self._path)
+        return value is not None and known is not None and not known.changes_nothing(value)
 
     @property
     def ignored(self) -> list[str]:
-        """Names of fields that nobody has read."""
-        return sorted(self._values.keys() - self._read)
+        """Names of fields that nobody has read, and of those in objects that were."""
+        own = [self._within + name for name in self._values.keys() - self._read]
+        return sorted([*own, *self._noted, *(name for inner in self._inner for name in inner.ignored)])
+
+    def note_ignored(self, name: str) -> None:
+        """Take note of a name in an object, with its dots, that changes nothing."""
+        self._noted.append(name)
+
+    def spelled(self, name: str) -> str:
+        """Return which of a field's names the request has, with the object that it is in."""
+        given = [each for each in self._names(name) if each in self._values]
+        return self._within + (given[0] if given else name)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        known = find(self._within + name, self._path)
+        return (name,) if known is None else (name, *known.also)
 
     def any(self, name: str) -> Any:
-        self._read.add(name)
-        return self._values.get(name)
+        """Return a field, by whichever of its names it has."""
+        given = [each for each in self._names(name) if each in self._values]
+        self._read |= {name, *given}
+        for other in given[1:]:
+            if not same(self._values[given[0]], self._values[other]):
+                both = f"{self._within}{given[0]} and {self._within}{other}"
+                raise bad_request(f"{both}: got different values. Give one.", param=self._within + other)
+        return self._values[given[0]] if given else None
 
-    def read(self, name: str, kind: Kind, default: Any = None) -> Any:
-        """Return a field that has to be of a kind, or the default where it is not given."""
+    def read(self, name: str, kind: Kind | None = None, default: Any = None) -> Any:
+        """Return a field that has to be of a kind, or the default where it is not given; both as the table says."""
         value = self.any(name)
-        return default if value is None else demand(name, value, kind)
+        known = None if kind is not None else find(self._within + name, self._path)
+        if known is not None:
+            kind, default = known.kind, known.default if default is None else default
+        return default if value is None or kind is None else demand(self.spelled(name), value, kind)
+
+    def inside(self, name: str) -> Fields | None:
+        """Return the fields of an object; None where it is not given."""
+        values = self.read(name)
+        if values is None:
+            return None
+        inner = Fields(values, self._path, within=f"{self.spelled(name)}.")
+        inner.refuse_unsupported()
+        self._inner.append(inner)
+        return inner
 
     def items(self, name: str, most: int) -> list[Any]:
         """Return a list of so many items at most; an empty one where it is not given."""

@@ -6,19 +6,21 @@ from dataclasses import fields as fields_of
 from typing import Any
 
 from eightfold.engine.reasoning import Start
-from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams, biases_by_id
+from eightfold.engine.sampling_params import SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
 from eightfold.server.answers import ChatAnswer, CompletionAnswer
 from eightfold.server.conversations import read_conversation
-from eightfold.server.fields import Fields, bad_request, between, refused
+from eightfold.server.field_table import same
+from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.server.forms import structured_output
 from eightfold.server.generation import Asked, Encoded
 from eightfold.server.served import Served
 from eightfold.server.tools import ToolUse, read_tools
 from eightfold.tokenizer import Tokenizer
-from eightfold.values import OBJECT, SWITCH, WORDS, is_token_ids, shown_as_json
+from eightfold.values import SWITCH, WHOLE, is_token_ids, shown_as_json
 
 MAX_LOGIT_BIASES = 1024
+NEVER = -100.0  # the bias that keeps a token out
 
 # What endpoints read in ways of their own; other fields have the names and meanings of SamplingParams.
 _OWN = ("max_tokens", "logprobs", "structured", "logit_bias")
@@ -61,34 +63,35 @@ def _params(fields: Fields, template: str) -> tuple[SamplingParams, ToolUse]:
     tools, form = read_tools(fields, template), structured_output(fields)
     if tools.forced is not None and form is not None:
         raise bad_request("tool_choice: got one that asks for a call beside response_format", param="tool_choice")
-    wanted, top = fields.read("logprobs", SWITCH, False), fields.read("top_logprobs", between(0, MAX_LOGPROBS), 0)
+    wanted, top = fields.read("logprobs"), fields.read("top_logprobs")
     if top and not wanted:
         raise bad_request('top_logprobs: expected "logprobs": true beside it', param="top_logprobs")
     params = _sampling_params(
         fields,
-        max_tokens=_read_max_tokens(fields, None),
+        max_tokens=_read_max_tokens(fields),
         logprobs=top if wanted else None,
         structured=form or tools.forced,
     )
     return params, tools
 
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's
-
 Prompt = str | list[int]
 
 
 def read_completion(fields: Fields, service: Served) -> Asked:
     """Return what a request for the continuation of prompts asks for."""
-    logprobs = fields.read("logprobs", between(0, MAX_LOGPROBS))
-    max_tokens = _read_max_tokens(fields, DEFAULT_MAX_TOKENS, least=0)
-    prompts, special = _prompts(fields), fields.read("add_special_tokens", SWITCH, True)
-    echo = fields.read("echo", SWITCH, False)
+    logprobs, max_tokens = fields.read("logprobs"), _read_max_tokens(fields)
+    prompts, special, echo = _prompts(fields), fields.read("add_special_tokens"), fields.read("echo")
     if max_tokens == 0 and not echo:
-        raise bad_request("max_tokens: got 0, expected at least 1, or echo", param="max_tokens")
+        name = fields.spelled("max_tokens")
+        raise bad_request(f"{name}: got 0, expected at least 1, or echo", param=name)
     given: dict[str, Any] = {"prompt_logprobs": logprobs} if echo and logprobs is not None else {}
     params = _sampling_params(
-        fields, max_tokens=max_tokens or 1, logprobs=logprobs, structured=structured_output(fields), **given
+        fields,
+        max_tokens=max_tokens if max_tokens != 0 else 1,
+        logprobs=logprobs,
+        structured=structured_output(fields),
+        **given,
     )
     stream = _read_stream(fields)
 
@@ -155,7 +158,7 @@ def _sampling_params(fields: Fields, **given: Any) -> SamplingParams:
     """
     values = {name: fields.any(name) for name in _SAME}
     values["logit_bias"] = _logit_bias(fields)
-    best_of = fields.read("best_of", between(1, 2**31))
+    best_of = fields.read("best_of")
     if best_of is not None and best_of != (values["n"] or 1):
         raise bad_request("best_of: expected the same as n. Ask for n answers and choose.", param="best_of")
     # Null is the same as not given, except for the max_tokens that an endpoint has read.
@@ -164,40 +167,49 @@ def _sampling_params(fields: Fields, **given: Any) -> SamplingParams:
         return SamplingParams(**{**read, **given})
     except EightfoldError as error:
         name = str(error).partition(":")[0].partition(" ")[0]
-        raise refused(error, param=name if name in values or name in given else None) from None
+        if name not in values and name not in given:
+            raise refused(error) from None
+        spelled = fields.spelled(name)
+        raise bad_request(spelled + str(error).removeprefix(name), param=spelled) from None
 
 
-def _read_max_tokens(fields: Fields, default: int | None, least: int = 1) -> int | None:
-    """Return how many tokens an answer may have, by either of the two names."""
-    names = ("max_completion_tokens", "max_tokens")
-    found = {value for name in names if (value := fields.read(name, between(least, 2**31))) is not None}
-    if len(found) > 1:
-        raise bad_request("max_tokens and max_completion_tokens: got both. Give one.", param="max_tokens")
-    return found.pop() if found else default
+def _read_max_tokens(fields: Fields) -> int | None:
+    """Return how many tokens an answer may have; None: as many as the context allows, which -1 means too."""
+    given = fields.any("max_tokens")
+    found: int | None = None if same(given, -1) else fields.read("max_tokens")
+    return found
 
 
 def _read_stream(fields: Fields) -> dict[str, bool]:
     """Return whether the answer `streams`, and whether the stream `shows_usage` at its end."""
-    streams, options = fields.read("stream", SWITCH, False), fields.read("stream_options", OBJECT)
+    streams, options = fields.read("stream"), fields.inside("stream_options")
     if options is None:
         return {"streams": streams, "shows_usage": False}
     if not streams:
         raise bad_request("stream_options: only with stream", param="stream_options")
-    return {"streams": True, "shows_usage": Fields(options).read("include_usage", SWITCH, False)}
+    return {"streams": True, "shows_usage": options.read("include_usage")}
 
 
 def _read_cache_salt(fields: Fields) -> str:
     """Return a request's own salt of the prefix cache, which vLLM has too; empty where there is none."""
-    return str(fields.read("cache_salt", WORDS, ""))
+    return fields.read("cache_salt") or ""
 
 
 def _logit_bias(fields: Fields) -> dict[int, Any] | None:
-    given = fields.read("logit_bias", OBJECT)
+    given = fields.read("logit_bias")
     if given is None:
         return None
     if len(given) > MAX_LOGIT_BIASES:
         raise bad_request(f"logit_bias: got {len(given)}, expected at most {MAX_LOGIT_BIASES}", param="logit_bias")
-    biases = biases_by_id(given)
+    biases = biases_by_id(given) if isinstance(given, dict) else _biases_in_pairs(given)
     if biases is None:
         raise bad_request("logit_bias: expected token ids, as texts, and what is added to them", param="logit_bias")
     return biases
+
+
+def _biases_in_pairs(given: list[Any]) -> dict[int, Any] | None:
+    """Return biases as llama.cpp has them, where false stands for never; None where they are none."""
+    if not all(isinstance(pair, list) and len(pair) == 2 and WHOLE.fits(pair[0]) for pair in given):
+        return None
+    biases = {token: NEVER if bias is False else bias for token, bias in given}
+    return biases if len(biases) == len(given) else None

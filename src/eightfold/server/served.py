@@ -35,9 +35,13 @@ class Served:
         self.thinking = Thinking(tokenizer, reasoning_parser)
         self.texts = TokenTexts(tokenizer)
 
-    def fields(self, values: Mapping[str, Any]) -> Fields:
-        """Return the fields of a body; ApiError 404 or 400 where they ask for another model or what is not done."""
-        fields = Fields(values)
+    def fields(self, values: Mapping[str, Any], path: str) -> Fields:
+        """Return the fields of a body, at an endpoint as the table of fields calls it.
+
+        Raises:
+            ApiError: 404 or 400 where they ask for another model or what is not done.
+        """
+        fields = Fields(values, path)
         name = fields.read("model", STRING)
         if name is not None and name not in self.names:
             raise self.unknown_model(name)

@@ -244,15 +244,19 @@ class Service(Served):
         self._small_texts, self._large_texts = ThreadPoolExecutor(2, "text"), ThreadPoolExecutor(1, "large-text")
         self._in_flight: set[InFlight] = set()
 
-    async def read(self, request: Request) -> Fields:
-        """Return the fields of a request for the model; ApiError 4xx, or 503 while the server is stopping."""
+    async def read(self, request: Request, path: str = "") -> Fields:
+        """Return the fields of a request for the model, at an endpoint as the table of fields calls it.
+
+        Raises:
+            ApiError: 4xx, or 503 while the server is stopping.
+        """
         if self.limiter.is_draining:
             raise draining()
         record: Record = request.state.record
         raw = await receive(request, lambda size: self.limiter.hold(record, size))
         values, count = await self.at_once_if_small(record, lambda: parse(raw))
         self.limiter.hold(record, max(count - FEW_VALUES, 0) * BYTES_OF_VALUE)
-        return self.fields(values)
+        return self.fields(values, path)
 
     async def at_once_if_small(self, record: Record, work: Callable[[], T]) -> T:
         """Return what work on a request returns: at once, or in a thread where the body is large."""
