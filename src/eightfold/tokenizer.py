@@ -6,6 +6,7 @@ The template is a stranger's program: it runs in jinja2's sandbox, in another pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -203,6 +204,13 @@ class Tokenizer:
         rendered = rendered if opening is None else opening.cut(rendered)
         bos = self.decode(self._before, keep_special=True) if self.add_bos else ""
         return rendered if rendered.startswith(bos) else bos + rendered
+
+    def with_template(self, chat_template: str) -> Tokenizer:
+        """Return the same tokenizer with another chat template."""
+        other = copy(self)
+        other.chat_template = chat_template
+        other.__dict__.pop("_templates", None)  # those that were read
+        return other
 
     def _with_template(self, work: Callable[[str], T], *, with_tools: bool = False) -> T:
         """Return what work on one of the chat templates returns, with errors that say what is wrong with it."""

@@ -3,56 +3,99 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from functools import partial
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from eightfold.engine.conversation import Conversation
 from eightfold.engine.engine import Engine
 from eightfold.engine.outputs import RequestOutput
+from eightfold.engine.prompts import Prompt, PromptLike, read_prompts
+from eightfold.engine.reasoning import Thinking
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
+from eightfold.engine.vllm_arguments import read_arguments, require_neutral, unknown
 from eightfold.errors import InputError
 from eightfold.messages import Message, read_messages
 from eightfold.progress import Progress, bars, silent
-
-Prompt = str | Sequence[int]
+from eightfold.tokenizer import Tokenizer
+from eightfold.values import OBJECT, SWITCH, TEXT, Kind, optional, shown, whole
 
 # Work that is done in less is not worth a bar.
 QUIET_SECONDS = 2.0
+
+_TOOLS = optional(Kind((list, tuple), "a list of tools", each=OBJECT))
+_SEED = optional(whole(-(2**63), 2**64 - 1))
+
+# vLLM's arguments of generate and chat that ask for what is not done.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lora_request": ((), "Merge the adapter into the model before it is quantized."),
+    "priority": ((), "Prompts are answered in their order."),
+    "chat_template_content_format": (("auto",), "The template says it."),
+    "mm_processor_kwargs": (({},), "Only text is read."),
+    "tokenization_kwargs": (({},), "Give token ids."),
+}
 
 
 class LLM:
     """A model that answers lists of prompts.
 
+    Its methods may be called from several threads: calls follow one another. Prompts in one list are computed together.
+
     Args:
-        directory: a quantized or float model directory.
-        limits: the fields of EngineConfig.
+        model: a quantized or float model directory.
+        tokenizer: a directory with another tokenizer than the model's.
+        seed: of the answers whose SamplingParams have none: of the nth prompt since the start, n is added.
+        arguments: the fields of EngineConfig, also by vLLM's names. Those of vLLM's that change no answer, such as
+            gpu_memory_utilization, are left out with a warning.
 
     Raises:
-        EightfoldError: the directory, the limits or the machine are not as they must be.
+        EightfoldError: the directory, the arguments or the machine are not as they must be.
 
     Example:
         LLM("Llama-3.2-1B-w8a8").generate(["Once upon a time"], SamplingParams(max_tokens=32))[0].outputs[0].text
     """
 
-    def __init__(self, directory: str | Path, **limits: Any) -> None:
-        self.engine = Engine.load(Path(directory), EngineConfig(**limits))
-        self._ids = itertools.count()
+    def __init__(
+        self, model: str | Path, *, tokenizer: str | Path | None = None, seed: int | None = None, **arguments: Any
+    ) -> None:
+        _require("LLM: seed", seed, _SEED)
+        directory = _directory("model", model)
+        limits, idle = read_arguments(arguments, directory)
+        if idle:
+            warnings.warn(f"LLM: {', '.join(idle)}: nothing on a CPU depends on it", stacklevel=2)
+        other = None if tokenizer is None else Tokenizer(_directory("tokenizer", tokenizer))
+        self.engine = Engine.load(directory, EngineConfig(**limits), other)
+        self._numbers, self._seed = itertools.count(), seed
+        self._turn, self._owner = threading.Lock(), 0
+
+    @cached_property
+    def _thinking(self) -> Thinking:
+        return Thinking(self.engine.tokenizer, "auto")
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = True,
         progress: Progress | bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answer prompts.
 
         Args:
-            prompts: texts or lists of token ids; or just one.
-            params: one SamplingParams for all prompts, or one for each; None for the defaults.
+            prompts: texts, lists of token ids, or vLLM's objects: {"prompt": text} or {"prompt_token_ids": ids}, with
+                a "cache_salt" where it is wanted; or just one.
+            sampling_params: one SamplingParams for all prompts, or one for each; None for the defaults.
+            use_tqdm: false: as `progress`.
             progress: who is told of every finished answer; True for a bar on a terminal's stderr after two seconds.
+            others: vLLM's other arguments, with the values that ask for nothing.
 
         Returns:
             One output for each prompt, in order, finished.
@@ -61,64 +104,146 @@ class LLM:
             CapacityError: a prompt is too long; nothing was computed.
             InputError: prompts and params do not fit together, or a prompt makes no sense.
         """
-        encode = self.engine.tokenizer.encode
-        token_ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in _list_of(prompts)]
-        return self._run(token_ids, _one_each(params, len(token_ids)), progress)
+        _require_known("generate", others)
+        found = read_prompts(prompts, self.engine.tokenizer)
+        return self._run(found, _one_each(sampling_params, len(found)), progress if use_tqdm else False)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         progress: Progress | bool = True,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answer conversations, rendered with the model's chat template: lists of messages, or just one.
+
+        Args:
+            messages: as OpenAI's API and the server have them.
+            sampling_params, use_tqdm, progress, others: as `generate`.
+            chat_template: the text of a template in place of the model's.
+            add_generation_prompt: whether the assistant's turn is opened at the end; by default it is.
+            continue_final_message: whether the answer continues the last message instead.
+            tools: functions that the model may call, as the template is shown them. What it calls stays text.
+            chat_template_kwargs: further variables of the template, such as enable_thinking.
 
         Raises:
             CheckpointError: the model has no chat template.
             CapacityError, InputError: as `generate`.
         """
+        _require_known("chat", others)
+        _require("chat_template", chat_template, optional(TEXT))
+        _require("continue_final_message", continue_final_message, SWITCH)
+        _require("add_generation_prompt", add_generation_prompt, optional(SWITCH))
+        _require("tools", tools, _TOOLS)
+        _require("chat_template_kwargs", chat_template_kwargs, optional(OBJECT))
+        if continue_final_message and add_generation_prompt:
+            raise InputError("add_generation_prompt", got="`continue_final_message` too", expected="one of them")
+        make = partial(
+            Conversation,
+            tools=tools,
+            opens_answer=not continue_final_message if add_generation_prompt is None else add_generation_prompt,
+            continues=continue_final_message,
+            variables=chat_template_kwargs or {},
+        )
+        found = self._prompts_of(messages, make, chat_template)
+        return self._run(found, _one_each(sampling_params, len(found)), progress if use_tqdm else False)
+
+    def _prompts_of(self, given: Any, make: Callable[..., Conversation], chat_template: str | None) -> list[Prompt]:
         tokenizer = self.engine.tokenizer
-        template = tokenizer.template_source()
-        is_one = bool(messages) and isinstance(messages[0], dict)
-        conversations = [messages] if is_one else messages
-        token_ids = []
-        for at, given in enumerate(conversations):
-            read = read_messages(given, template, "messages" if is_one else f"messages[{at}]")
-            token_ids.append(tokenizer.encode_chat(read, add_generation_prompt=True))
-        return self._run(token_ids, _one_each(params, len(token_ids)), progress)
+        if chat_template is not None:
+            tokenizer = tokenizer.with_template(chat_template)
+        tokenizer.template_source()  # refuses a model without one
+        several = isinstance(given, (list, tuple)) and all(isinstance(each, (list, tuple)) for each in given)
+        named = [(f"messages[{at}]", each) for at, each in enumerate(given)] if several else [("messages", given)]
+        prompts = []
+        for where, each in named:
+            conversation = make(messages=read_messages(each, None, where))
+            prompt = conversation.prompt(tokenizer, self._thinking)
+            prompts.append(Prompt(prompt.token_ids, prompt.text))
+        return prompts
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], params: list[SamplingParams], progress: Progress | bool
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress | bool
     ) -> list[RequestOutput]:
-        pairs = zip(prompts, params, strict=True)
-        # All are checked before the first is begun.
-        requests = [self.engine.prepare(f"llm-{next(self._ids)}", ids, each, streams=False) for ids, each in pairs]
-        for request in requests:
-            self.engine.submit(request)
-        found: dict[str, RequestOutput] = {}
-        try:
-            show = partial(bars, after=QUIET_SECONDS) if progress is True else progress or silent
-            with show("generate", len(requests), "answer") as task:
-                while self.engine.has_unfinished:
-                    for output in self.engine.step():
-                        found[output.request_id] = output
-                        task.advance()
-        finally:  # nothing is left behind by an interrupt
-            for request in requests:
-                self.engine.abort(request.request_id)
-        return [found[request.request_id] for request in requests]
+        with self._alone():
+            # All are checked before the first is begun.
+            requests = [
+                self.engine.prepare(
+                    f"llm-{(number := next(self._numbers))}",
+                    prompt.token_ids,
+                    self._seeded(each, number),
+                    streams=False,
+                    cache_salt=prompt.cache_salt,
+                )
+                for prompt, each in zip(prompts, params, strict=True)
+            ]
+            found: dict[str, RequestOutput] = {}
+            try:
+                for request in requests:
+                    self.engine.submit(request)
+                show = partial(bars, after=QUIET_SECONDS) if progress is True else progress or silent
+                with show("generate", len(requests), "answer") as task:
+                    while self.engine.has_unfinished:
+                        for output in self.engine.step():
+                            found[output.request_id] = output
+                            task.advance()
+            finally:  # nothing is left behind by an interrupt
+                for request in requests:
+                    self.engine.abort(request.request_id)
+        outputs = [found[request.request_id] for request in requests]
+        return [replace(output, prompt=prompt.text) for output, prompt in zip(outputs, prompts, strict=True)]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the engine: one thread at a time, and no call within another."""
+        if self._owner == threading.get_ident():
+            raise InputError("LLM: got a call from within another, of which it is told the progress")
+        with self._turn:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
+
+    def _seeded(self, params: SamplingParams, number: int) -> SamplingParams:
+        if self._seed is None or params.seed is not None:
+            return params
+        return replace(params, seed=(self._seed + number) % 2**64)
 
 
-def _list_of(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _directory(name: str, given: Any) -> Path:
+    if not isinstance(given, (str, Path)):
+        raise InputError(f"LLM: {name}", got=shown(given), expected="the path of a directory")
+    return Path(given)
 
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _require(name: str, value: Any, kind: Kind) -> None:
+    misfit = kind.misfit(value)
+    if misfit is not None:
+        raise InputError(name, got=shown(misfit[0]), expected=misfit[1])
+
+
+def _require_known(method: str, others: Mapping[str, Any]) -> None:
+    """Refuse arguments that nobody knows, or that ask for what is not done."""
+    for name, value in others.items():
+        if name not in _REFUSED:
+            raise unknown(method, name, (*_REFUSED, *getattr(LLM, method).__annotations__))
+        require_neutral(f"{method}: {name}", value, *_REFUSED[name])
+
+
+def _one_each(params: Any, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)) or not all(isinstance(each, SamplingParams) for each in params):
+        raise InputError("sampling_params", got=shown(params), expected="SamplingParams, or a list of them")
     if len(params) != count:
-        raise InputError("params", got=f"{len(params)} of them", expected=f"one, or one for each of {count} prompts")
+        expected = f"one, or one for each of {count} prompts"
+        raise InputError("sampling_params", got=f"{len(params)} of them", expected=expected)
     return list(params)

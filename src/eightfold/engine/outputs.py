@@ -84,6 +84,12 @@ class CompletionOutput:
         return None if found is None else found[: self._ids[1]]
 
     @property
+    def cumulative_logprob(self) -> float | None:
+        """The log probability of all tokens together; None where none were asked for."""
+        logprobs = self.logprobs
+        return None if logprobs is None else sum(each.logprob or 0.0 for each in logprobs)
+
+    @property
     def delta_logprobs(self) -> list[Sampled] | None:
         """Log probabilities of the tokens since the output before."""
         found = self._produced.logprobs
@@ -124,6 +130,7 @@ class RequestOutput:
         cached_tokens: how many of the prompt's tokens were found in the cache.
         prompt_logprobs: log-probabilities of the prompt's tokens, None in the place of the first; None where they were
             not asked for or are not complete yet.
+        prompt: the prompt's text; None where it was given as tokens.
     """
 
     request_id: str
@@ -133,6 +140,17 @@ class RequestOutput:
     times: Times
     cached_tokens: int = 0
     prompt_logprobs: list[Sampled | None] | None = None
+    prompt: str | None = None
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """`prompt_ids` by vLLM's name."""
+        return list(self.prompt_ids)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """`cached_tokens` by vLLM's name."""
+        return self.cached_tokens
 
     def begin_with(self, earlier: RequestOutput) -> None:
         """Merge the output before this one, which nobody has read, into this one."""

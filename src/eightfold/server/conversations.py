@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from eightfold.engine.reasoning import Start, Thinking
+from eightfold.engine import conversation
+from eightfold.engine.conversation import Prompt
+from eightfold.engine.reasoning import Thinking
 from eightfold.errors import EightfoldError
-from eightfold.messages import Message, MessageError, read_messages, words
+from eightfold.messages import MessageError, read_messages
 from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.server.template_variables import template_variables
 from eightfold.tokenizer import Tokenizer
@@ -17,47 +18,15 @@ from eightfold.values import SWITCH
 MAX_MESSAGES = 4096
 
 
-class Prompt(NamedTuple):
-    """A conversation as the model gets it: token ids, and how the answer to it begins."""
-
-    token_ids: list[int]
-    start: Start
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """A conversation as the chat template gets it.
-
-    Attributes:
-        messages: checked, see read_messages.
-        tools: as the template is shown them; None: no tools.
-        opens_answer: whether the assistant's turn is opened at the end.
-        continues: whether the last message is left open instead, for the answer to continue it.
-        variables: further ones of this template.
-    """
-
-    messages: Sequence[Message]
-    tools: Sequence[Any] | None = None
-    opens_answer: bool = True
-    continues: bool = False
-    variables: Mapping[str, Any] = field(default_factory=dict)
+class Conversation(conversation.Conversation):
+    """A conversation that a request sends."""
 
     def prompt(self, tokenizer: Tokenizer, thinking: Thinking) -> Prompt:
         """Return the prompt; ApiError 400 where the template refuses the messages. It takes time."""
         try:
-            source = tokenizer.template_source(with_tools=bool(self.tools))
-            text = tokenizer.render_chat(
-                read_messages(self.messages, source),
-                add_generation_prompt=self.opens_answer,
-                continue_final_message=self.continues,
-                tools=self.tools,
-                variables=self.variables,
-            )
+            return super().prompt(tokenizer, thinking)
         except EightfoldError as error:
             raise refused(error, param="messages") from None
-        last = self.messages[-1]
-        text, start = thinking.start(text, {**last, "content": words(last)} if self.continues else None)
-        return Prompt(tokenizer.encode(text, special_tokens=False), start)
 
 
 def read_conversation(fields: Fields, template: str | None, tools: Sequence[Any] | None) -> Conversation:
