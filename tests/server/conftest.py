@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.running import Running, eventually, running
 
 CONTEXT = 384
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +76,37 @@ def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
     service.tokenizer, service.template, service.thinking = usual
     shared.engine.__init__(service.tokenizer)
     assert shared.http.get("/health").json() == {"status": "ok"}  # and what ended before has been logged
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    executable = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    if executable is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open the page of a server; at the end, nothing may have been complained about in the console."""
+    opened = []
+
+    def open_(running: Running, *, expects: str | None = None, beside: Any = None, **options: Any) -> Any:
+        """Args: the server; a complaint that is right; a page in whose browser this is a tab; options of a browser."""
+        context = beside.context if beside else browser.new_context(**options)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(running.url)
+        page.get_by_text(running.server.service.settings.model_names[0], exact=True).first.wait_for(state="attached")
+        opened.append((page, complaints, expects))
+        return page
+
+    yield open_
+    for page, complaints, expects in opened:
+        page.context.close()
+        assert [text for text in complaints if expects is None or expects not in text] == []

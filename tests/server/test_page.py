@@ -1,52 +1,30 @@
-"""The chat page: its policy, and in a browser what a person does with it."""
+"""The chat page in a browser: its policy, a conversation, what is rendered how, and ways on from what fails."""
 
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 
-from eightfold.server.app import policy
-from tests.server.running import Running, eventually
+from eightfold.errors import InputError
+from eightfold.server.chat_page import policy
+from tests.server.browsing import (
+    CHAT,
+    answered,
+    box,
+    events,
+    exchange,
+    kept,
+    prompt_of,
+    replace_answers,
+    say,
+    seed,
+    seen,
+    turns,
+)
+from tests.server.running import eventually
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MARKUP = "<img src=x onerror=alert(1)> & <b>bold</b>"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    if executable is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-
-
-@pytest.fixture
-def open_page(browser):
-    """Open the page of a server; at the end, nothing may have been complained about in the console."""
-    opened = []
-
-    def open_(running: Running, *, expects: str | None = None, **options):
-        page = browser.new_context(**options).new_page()
-        complaints: list[str] = []
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(running.url)
-        opened.append((page, complaints, expects))
-        return page
-
-    yield open_
-    for page, complaints, expects in opened:
-        page.context.close()
-        assert [text for text in complaints if expects is None or expects not in text] == []
-
-
-def say(page, text):
-    page.get_by_label("Message").fill(text)
-    page.get_by_label("Message").press("Enter")
 
 
 def test_the_page_may_only_talk_to_its_server(serve):
@@ -56,7 +34,7 @@ def test_the_page_may_only_talk_to_its_server(serve):
     assert "unsafe" not in raw.headers["content-security-policy"]
     # Nothing is named that would be loaded from elsewhere.
     assert set(re.findall(r"https?://[^\s\"')]+", raw.text)) == {"http://www.w3.org/2000/svg"}
-    assert not re.search(r"\son\w+=|innerHTML|\sstyle=", raw.text)
+    assert not re.search(r"\son\w+=\"|innerHTML|insertAdjacentHTML|\sstyle=", raw.text)
 
 
 def test_the_policy_names_the_script_and_the_style_by_their_hashes():
@@ -68,123 +46,364 @@ def test_the_policy_names_the_script_and_the_style_by_their_hashes():
 def test_a_chat(serve, open_page):
     running = serve(answer="Hello there", seconds=0.03)
     page = open_page(running)
-    page.get_by_role("heading", name="tiny").wait_for()
-    say(page, "Hi")
-    answer = page.locator(".assistant .text")
-    answer.wait_for()
-    early = answer.text_content()
-    page.get_by_text("first after").first.wait_for()
+    box(page).fill("Hi")
+    box(page).press("Enter")
+    page.get_by_role("button", name="Stop").wait_for()
+    answered(page)
     page.get_by_role("button", name="Send").wait_for()
-    assert (answer.text_content(), "Hello there".startswith(early), len(early) < 11) == ("Hello there", True, True)
+    assert turns(page) == ["Hi", "Hello there"]
     assert re.search(r"^11 tokens, [\d.]+ tok/s, first after [\d.]+ s$", page.locator(".facts").text_content())
-    assert re.search(r"[\d.]+ tok/s, first after", page.locator("#speed").text_content())
-    say(page, "And now?")
-    page.locator(".facts").nth(1).get_by_text("tok/s").wait_for()
-    prompt = running.engine.tokenizer.decode(running.engine.last[0], keep_special=True)
-    assert prompt == "<|user|>Hi</s><|assistant|>Hello there</s><|user|>And now?</s><|assistant|>"
+    box(page).fill("And")
+    box(page).press("Shift+Enter")
+    box(page).press_sequentially("now?")
+    box(page).press("Control+Enter")
+    answered(page, 2)
+    assert prompt_of(running) == "<|user|>Hi</s><|assistant|>Hello there</s><|user|>And\nnow?</s><|assistant|>"
+    assert page.title() == "Hi · tiny"
 
 
 def test_stop_by_button_and_by_key_ends_the_request(serve, open_page):
-    running = serve(answer="word " * 40, seconds=0.03)
+    running = serve(answer="word " * 40, seconds=0.03, max_model_len=2048)
     page = open_page(running)
     for number, stop in enumerate(
         (lambda: page.get_by_role("button", name="Stop").click(), lambda: page.keyboard.press("Escape"))
     ):
         say(page, "Go on")
-        page.locator(".assistant").nth(number).locator(".text").wait_for()
+        page.locator(".assistant").nth(number).locator(".part").wait_for()
         stop()
         page.locator(".facts").nth(number).get_by_text("stopped").wait_for()
         page.get_by_role("button", name="Send").wait_for()
         assert eventually(lambda ends=number + 1: running.engine.ended["aborted"] == ends)  # type: ignore[misc]
-        assert page.locator(".assistant .text").nth(number).text_content() in "word " * 40
+        assert page.locator(".markdown").nth(number).inner_text() in "word " * 40
 
 
-def test_a_new_chat_forgets_also_while_an_answer_comes(serve, open_page):
-    running = serve(answer="word " * 40, seconds=0.02)
-    page = open_page(running)
-    say(page, "First")
-    page.locator(".assistant .text").wait_for()
-    page.get_by_role("button", name="New chat").click()
-    assert page.locator(".turn").count() == 0
-    assert page.get_by_text("Everything stays").is_visible()
-    assert page.evaluate("document.activeElement.id") == "say"
-    assert eventually(lambda: not running.engine.open)
-    running.engine.answer = "Yes"
-    say(page, "Second")
-    page.locator(".facts").get_by_text("first after").wait_for()
-    assert "First" not in running.engine.tokenizer.decode(running.engine.last[0])
-
-
-def test_markup_is_shown_as_it_is_and_code_as_code(serve, open_page):
-    answer = f"{MARKUP}\n\n```html\n<i>x</i>\n```\nand `<u>`"
-    page = open_page(serve(answer=answer))
+def test_markdown_is_rendered_and_markup_is_text(serve, open_page):
+    answer = f"{MARKUP}\n\n| a | b |\n|---|--:|\n| 1 | 2 |\n\n1. x\n   - y\n\n```html\n<i>x</i>\n```\n# Big\n> said\n\n"
+    answer += (
+        "`<u>` [go](https://example.com/) ![pic](http://example.com/x.png) [bad](javascript:alert(1)) $a_1$ ~~no~~"
+    )
+    page = open_page(serve(answer=answer, max_model_len=2048), permissions=["clipboard-read", "clipboard-write"])
     say(page, MARKUP)
-    page.locator(".facts").get_by_text("first after").wait_for()
-    assert page.locator(".user .text").text_content() == MARKUP
-    texts = page.locator(".assistant .text").all_text_contents()
-    assert [text.strip() for text in texts] == [MARKUP, "and <u>"]
-    assert page.locator(".block code").text_content() == "<i>x</i>"
-    assert page.locator(".bar span").text_content() == "html"
-    assert page.locator(".assistant .text code").text_content() == "<u>"
-    assert page.locator("#log img, #log b, #log i, #log u").count() == 0
+    answered(page)
+    assert turns(page)[0] == MARKUP
+    shown = page.locator(".markdown")
+    assert shown.locator("p").first.text_content() == MARKUP
+    assert shown.locator("td").all_inner_texts() == ["1", "2"]
+    assert shown.locator("td").nth(1).evaluate("cell => getComputedStyle(cell).textAlign") == "right"
+    assert shown.locator("ol > li > ul > li").inner_text() == "y"
+    assert shown.locator("blockquote").inner_text() == "said"
+    assert shown.get_by_role("heading", name="Big", level=3).is_visible()
+    assert shown.locator("p code").inner_text() == "<u>"
+    assert shown.locator(".formula").inner_text() == "$a_1$" and shown.locator("s").inner_text() == "no"
+    links = [[link.get_attribute(name) for name in ("href", "target", "rel")] for link in shown.locator("a").all()]
+    assert links == [
+        [url, "_blank", "noopener noreferrer"] for url in ("https://example.com/", "http://example.com/x.png")
+    ]
+    assert page.locator("main :is(img, b, i, u, script)").count() == 0
+    assert shown.locator(".bar span").inner_text() == "html"
+    shown.get_by_role("button", name="Copy").first.click()
+    page.get_by_text("Copied", exact=True).wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "<i>x</i>"
+    page.locator(".assistant .foot").get_by_role("button", name="Copy").click()
+    assert eventually(lambda: page.evaluate("navigator.clipboard.readText()") == answer)
 
 
-def test_settings_are_sent_and_kept(serve, open_page):
+def test_the_page_copies_only_elements_that_it_knows_whatever_the_server_says(serve, open_page):
+    page = open_page(serve(), expects="violates the following Content Security Policy")
+    html = (
+        "<p id=a onclick=x style=color:red class=right>a<script>alert(1)</script><style>*{}</style>"
+        "<img src=/x onerror=y>"
+        '<a href="javascript:x">b</a><a href="https://c.d" onclick=x target=_top>c</a><iframe src=/></iframe>'
+        '<svg><use href="#i-copy"/></svg><math>m</math></p><form action=/><input></form><constructor>e</constructor>'
+    )
+    page.route("**/render", lambda route: route.fulfill(json={"rendered": [[{"line": 0, "html": html}]]}))
+    say(page, "Hi")
+    answered(page)
+    assert page.locator(".part").evaluate("part => part.innerHTML") == (
+        '<p class="right">ab<a href="https://c.d" target="_blank" rel="noopener noreferrer">c</a>m</p>e'
+    )
+
+
+def test_what_is_rendered_stays_while_an_answer_grows(serve, open_page):
+    running = serve(answer="The first.\n\nThe second.\n\n" + "- item *x*\n" * 12, seconds=0.02, max_model_len=2048)
+    page = open_page(running)
+    say(page, "Hi")
+    page.locator(".part li").nth(1).wait_for()
+    page.evaluate(
+        "() => { const first = document.querySelector('.part p'), item = document.querySelector('.part li');"
+        " first.mine = item.mine = true; getSelection().selectAllChildren(item); }"
+    )
+    answered(page)
+    page.locator(".part li").nth(11).wait_for()
+    assert page.evaluate("document.querySelector('.part p').mine && document.querySelector('.part li').mine")
+    assert page.evaluate("getSelection().toString()") == "item x"
+
+
+def test_text_that_the_server_does_not_render_is_shown_as_it_is(serve, open_page):
+    page = open_page(serve(answer="*a*\n\n*b*"), expects="503")
+    page.route("**/render", lambda route: route.fulfill(status=503, body="no"))
+    say(page, "Hi")
+    answered(page)
+    assert page.locator(".rest").text_content() == "*a*\n\n*b*"
+
+
+@pytest.mark.parametrize(
+    ("deltas", "prefix"),
+    [
+        ([{"reasoning_content": "Let me "}, {"reasoning_content": "see."}, {"content": "*Yes*"}], ""),
+        ([{"content": "<thi"}, {"content": "nk>\nLet me see."}, {"content": "\n</think>\n\n*Yes*"}], ""),
+    ],
+)
+def test_thoughts_are_folded(serve, open_page, deltas, prefix):
     running = serve()
     page = open_page(running)
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("System prompt").fill("Be kind.")
-    page.get_by_label("Temperature").fill("0.3")
-    page.get_by_label("Longest answer").fill("4")
-    page.keyboard.press("Enter")
-    assert page.get_by_label("Longest answer").is_hidden()
-    page.reload()
+    replace_answers(page, events(*deltas))
     say(page, "Hi")
-    page.get_by_text("cut off at its longest").wait_for()
-    prompt, params = running.engine.last
-    assert running.engine.tokenizer.decode(prompt, keep_special=True).startswith("<|system|>Be kind.</s><|user|>Hi")
-    assert (params.temperature, params.max_tokens) == (0.3, 4)
-
-
-def test_a_key_is_asked_for_where_one_is_needed(serve, open_page):
-    page = open_page(serve({"api_key": "open sesame"}), expects="401")
-    page.get_by_label("API key").fill("open sesame")
-    page.keyboard.press("Tab")
-    page.get_by_role("heading", name="tiny").wait_for()
-    say(page, "Hi")
-    page.get_by_text("first after").first.wait_for()
+    answered(page)
+    page.locator(".markdown em").wait_for()
+    thoughts = page.locator("details.thoughts")
+    assert thoughts.locator("summary").inner_text() == "Thought for 1 s"
+    assert not thoughts.get_by_text("Let me see.").is_visible()
+    thoughts.locator("summary").click()
+    assert thoughts.get_by_text("Let me see.").is_visible()
+    say(page, "And?")
+    answered(page, 2)
+    assert prompt_of(running).startswith("<|user|>Hi</s><|assistant|>*Yes*</s><|user|>And?")
     page.reload()
-    page.get_by_role("heading", name="tiny").wait_for()
+    assert page.locator("details.thoughts summary").inner_text() == "Thought for 1 s"
 
 
-def test_an_error_is_shown_and_the_question_can_be_asked_again(serve, open_page):
-    from eightfold.errors import InputError
+def test_an_earlier_message_is_edited_and_that_can_be_undone(serve, open_page):
+    running = serve(answer="Yes", max_model_len=2048)
+    page = open_page(running)
+    say(page, "First")
+    answered(page)
+    say(page, "Second")
+    answered(page, 2)
+    page.locator(".user").first.get_by_role("button", name="Edit").click()
+    edited = page.get_by_label("Your message, edited")
+    assert (
+        edited.input_value() == "First" and page.evaluate("document.activeElement.ariaLabel") == "Your message, edited"
+    )
+    edited.press("Escape")
+    assert turns(page) == ["First", "Yes", "Second", "Yes"]
+    page.locator(".user").first.get_by_role("button", name="Edit").click()
+    running.engine.answer = "Other"
+    edited.fill("Firstly")
+    edited.press("Enter")
+    seen(page, "Other")
+    answered(page)
+    assert turns(page) == ["Firstly", "Other"]
+    assert prompt_of(running) == "<|user|>Firstly</s><|assistant|>"
+    page.get_by_role("button", name="Undo").click()
+    seen(page, "Second")
+    assert turns(page) == ["First", "Yes", "Second", "Yes"]
+    assert [each["content"] for each in kept(page)[0]["messages"]] == ["First", "Yes", "Second", "Yes"]
+    box(page).press("ArrowUp")
+    assert edited.input_value() == "Second"
 
+
+def test_an_answer_is_regenerated(serve, open_page):
+    running = serve(answer="One")
+    page = open_page(running)
+    say(page, "Hi")
+    answered(page)
+    running.engine.answer = "Two"
+    page.get_by_role("button", name="Regenerate").click()
+    seen(page, "Two")
+    answered(page)
+    assert (turns(page), prompt_of(running)) == (["Hi", "Two"], "<|user|>Hi</s><|assistant|>")
+    page.get_by_role("button", name="Undo").click()
+    seen(page, "One")
+    assert turns(page) == ["Hi", "One"]
+
+
+def test_a_refused_message_is_back_in_the_box_with_the_reason(serve, open_page):
     running = serve(refusal=InputError("prompt", got="<b>nonsense</b>"))
     page = open_page(running, expects="400")
     say(page, "Hi")
-    page.get_by_role("alert").wait_for()
-    assert page.get_by_role("alert").text_content() == "prompt: got <b>nonsense</b>Try again"
+    page.get_by_role("alert").get_by_text("The server refused it: prompt: got <b>nonsense</b>").wait_for()
+    assert (box(page).input_value(), turns(page), kept(page)) == ("Hi", [], [])
     running.engine.refusal = None
     page.get_by_role("button", name="Try again").click()
-    page.get_by_text("Hello!").wait_for()
-    assert page.locator(".error").count() == 0
+    answered(page)
+    assert turns(page) == ["Hi", "Hello!"] and not page.locator("#notice").is_visible()
+    # An edit that is refused is open again, and nothing is lost.
+    running.engine.refusal = InputError("prompt", got="nonsense")
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("Your message, edited").fill("Other")
+    page.get_by_label("Your message, edited").press("Enter")
+    page.get_by_role("alert").get_by_text("nonsense").wait_for()
+    assert page.get_by_label("Your message, edited").input_value() == "Other"
+    page.get_by_label("Your message, edited").press("Escape")
+    assert turns(page) == ["Hi", "Hello!"]
 
 
-def test_a_stream_that_breaks_off_keeps_what_there_was(serve, open_page):
-    page = open_page(serve(answer="Hello there", fails_after=5))
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            {"status": 429, "headers": {"Retry-After": "7"}, "json": {"error": {}}},
+            "The server is busy. Try again in 7 s.",
+        ),
+        ({"status": 503, "json": {"error": {"code": "stopping"}}}, "The server is stopping."),
+        ({"status": 502, "body": "<html>"}, "Something is wrong with the server: HTTP 502"),
+        (None, "The server cannot be reached."),
+    ],
+)
+def test_a_server_that_cannot_answer_costs_no_message(serve, open_page, how, words):
+    page = open_page(serve(), expects="Failed to load resource")
+    page.route(CHAT, lambda route: route.fulfill(**how) if how else route.abort())
     say(page, "Hi")
-    page.get_by_role("alert").wait_for()
-    assert page.locator(".assistant .text").text_content() == "Hello"
-    page.get_by_role("button", name="Send").wait_for()
+    page.get_by_role("alert").get_by_text(words).wait_for()
+    assert box(page).input_value() == "Hi" and turns(page) == []
+    page.unroute(CHAT)
+    page.get_by_role("button", name="Try again").click()
+    answered(page)
 
 
-def test_on_a_phone_nothing_is_cut_off(serve, open_page):
-    page = open_page(serve(answer="x" * 200), viewport={"width": 360, "height": 640}, color_scheme="dark")
-    page.get_by_role("button", name="Settings").click()
-    say(page, "y" * 200)
-    page.locator(".facts").get_by_text("first after").wait_for()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    for name in ("Send", "New chat", "Settings"):
-        box = page.get_by_role("button", name=name).bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
+@pytest.mark.parametrize("error", ["cut", "event"])
+def test_a_stream_that_breaks_off_keeps_what_came_and_goes_on(serve, open_page, error):
+    running = serve(answer="Hello there", fails_after=5 if error == "event" else None)
+    page = open_page(running)
+    asked = replace_answers(page, *([events({"content": "Hello"}, ends=None, done=False)] if error == "cut" else []))
+    say(page, "Hi")
+    words = "The connection broke off." if error == "cut" else "The server broke off: internal error"
+    page.locator(".broken").get_by_text(words).wait_for()
+    page.reload()
+    page.locator(".broken").get_by_text(words).wait_for()
+    assert turns(page) == ["Hi", "Hello"]
+    running.engine.fails_after = None
+    page.unroute(CHAT)
+    asked = replace_answers(page, events({"content": " again"}))
+    page.get_by_role("button", name="Continue").click()
+    seen(page, "Hello again")
+    answered(page)
+    assert asked[0]["continue_final_message"] is True and asked[0]["add_generation_prompt"] is False
+    assert asked[0]["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    page.get_by_role("button", name="Regenerate").click()
+    seen(page, "Hello there")
+
+
+def test_an_answer_that_is_cut_off_can_be_continued_and_a_refusal_leaves_it(serve, open_page):
+    page = open_page(serve(), expects="400")
+    replace_answers(page, events({"content": "One"}, ends="length"))
+    say(page, "Hi")
+    page.get_by_text("cut off at its longest").wait_for()
+    page.unroute(CHAT)
+    page.route(CHAT, lambda route: route.fulfill(status=400, json={"error": {"message": "not so"}}))
+    page.get_by_role("button", name="Continue").click()
+    page.get_by_role("alert").get_by_text("The server refused it: not so").wait_for()
+    assert turns(page) == ["Hi", "One"]
+    page.get_by_role("button", name="Continue").wait_for()
+
+
+def test_a_page_that_is_closed_midway_has_what_came_and_a_way_on(serve, open_page):
+    running = serve(answer="word " * 60, seconds=0.03, max_model_len=2048)
+    page = open_page(running)
+    say(page, "Hi")
+    assert eventually(lambda: "was not complete" in str(kept(page)))
+    page.reload()
+    page.locator(".broken").get_by_text("This answer was not complete when it was last kept.").wait_for()
+    assert turns(page)[1].startswith("word")
+    assert eventually(lambda: not running.engine.open)
+    running.engine.seconds, running.engine.answer = 0, "Done"
+    page.get_by_role("button", name="Retry").click()
+    seen(page, "Done")
+
+
+def test_a_message_that_was_never_answered_can_be_asked_again(serve, open_page):
+    page = open_page(serve())
+    seed(page, [{"role": "user", "content": "Hi"}])
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    assert turns(page) == ["Hi", "Hello!"]
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_a_key_is_asked_for_and_the_message_stays(serve, open_page, key):
+    page = open_page(serve(), expects="401")
+    if key:
+        page.evaluate("key => { document.getElementById('key').value = key; }", key)
+    refused = {"status": 401, "json": {"error": {"message": "no"}}}
+    page.route(CHAT, lambda route: route.fulfill(**refused))
+    say(page, "Hi")
+    words = "The API key is wrong." if key else "The server asks for an API key."
+    page.get_by_role("dialog").get_by_text(words).wait_for()
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.unroute(CHAT)
+    page.get_by_label("API key").fill("open sesame")
+    page.get_by_role("button", name="Done").click()
+    assert box(page).input_value() == "Hi" and turns(page) == []
+    with page.expect_request(CHAT) as asked:
+        page.get_by_role("button", name="Send").click()
+    assert asked.value.headers["authorization"] == "Bearer open sesame"
+    answered(page)
+
+
+def test_a_server_with_a_key_asks_for_it_at_once(serve, open_page):
+    page = open_page(serve({"api_key": "open sesame", "model_names": ("Eightfold",)}), expects="401")
+    page.get_by_role("dialog").get_by_text("The server asks for an API key.").wait_for()
+    page.get_by_label("API key").fill("open sesame")
+    page.keyboard.press("Enter")
+    say(page, "Hi")
+    answered(page)
+    page.reload()
+    page.locator("#model").get_by_text("Eightfold").wait_for()
+
+
+def test_the_context_is_shown_and_the_oldest_turns_are_forgotten(serve, open_page):
+    running = serve(answer="y" * 30, max_model_len=256)
+    page = open_page(running, expects="400")
+    for number in range(4):
+        say(page, f"{number}" * 30)
+        answered(page, number + 1)
+    assert page.get_by_text("The turns above are no longer sent").count() == 1
+    assert len(turns(page)) == 8
+    prompt = prompt_of(running)
+    assert prompt.startswith("<|user|>") and "0" * 30 not in prompt and "3" * 30 in prompt
+    used = len(running.engine.last[0]) + 30
+    assert page.locator("#used").inner_text() == f"{used} / 256"
+    page.reload()
+    page.get_by_text("The turns above are no longer sent").wait_for()
+    say(page, "z" * 300)
+    page.get_by_role("alert").get_by_text("That is too long for this model: 303 tokens").wait_for()
+    assert box(page).input_value() == "z" * 300
+
+
+def test_a_model_without_a_template_says_what_to_do(serve, open_page):
+    running = serve()
+    running.server.service.template = None
+    page = open_page(running)
+    page.get_by_role("alert").get_by_text("--chat-template FILE").wait_for()
+    assert page.get_by_role("button", name="Send").is_disabled()
+    running.server.service.template = running.engine.tokenizer.template_source()
+    page.get_by_role("button", name="Look again").click()
+    say(page, "Hi")
+    answered(page)
+
+
+def test_an_answer_is_announced_once_and_not_token_by_token(serve, open_page):
+    page = open_page(serve(answer="Hello there", seconds=0.02))
+    page.evaluate(
+        "() => { window.heard = []; const spoken = document.getElementById('spoken');"
+        " new MutationObserver(() => heard.push(spoken.textContent)).observe(spoken, {childList: true}); }"
+    )
+    say(page, "Hi")
+    answered(page)
+    assert eventually(lambda: len(page.evaluate("heard")) == 2)
+    assert page.evaluate("heard") == ["Answering.", "tiny: Hello there"]
+    assert page.locator("main [aria-live], main [role=log], main [role=status]").count() == 0
+
+
+def test_the_place_that_is_read_stays_while_an_answer_grows(serve, open_page):
+    running = serve(answer="line\n\n" * 30, seconds=0.01, max_model_len=4096)
+    page = open_page(running, viewport={"width": 800, "height": 500})
+    seed(page, exchange("Hi", "old\n\n" * 60))
+    say(page, "Go on")
+    page.locator(".assistant").nth(1).locator(".part").nth(2).wait_for()
+    page.evaluate("document.getElementById('main').scrollTop = 100")
+    answered(page, 2)
+    assert page.evaluate("document.getElementById('main').scrollTop") == 100
+    page.get_by_role("button", name="Latest").click()
+    assert page.evaluate("main.scrollHeight - main.scrollTop - main.clientHeight") < 60

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import logging
-import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib import resources
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -21,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from eightfold import __version__
 from eightfold.server.answers import in_parts
+from eightfold.server.chat_page import ChatPage
 from eightfold.server.conversations import read_conversation
 from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from eightfold.server.fields import ApiError, Fields, bad_request, internal, wrong
@@ -107,7 +104,7 @@ class Endpoints:
         if text is not None:
             ids = tokenizer.encode(text, special_tokens=fields.read("add_special_tokens", SWITCH, True))
         elif fields.any("messages") is not None:
-            tools = read_tools(fields, service.tool_family)
+            tools = read_tools(fields, service.template or "")
             conversation = read_conversation(fields, service.template, tools.shown)
             ids = conversation.prompt(tokenizer, service.thinking).token_ids
         else:
@@ -140,15 +137,16 @@ class Endpoints:
 
 def create_app(service: Service) -> ASGIApp:
     """Return the ASGI application of a service."""
-    small = Endpoints(service)
+    small, page = Endpoints(service), ChatPage(service)
     routes = [
-        Route("/", _page(), methods=["GET"]),
+        Route("/", page.show, methods=["GET"]),
         Route("/v1/chat/completions", Generating(service, CHAT, read_chat), methods=["POST"]),
         Route("/v1/completions", Generating(service, COMPLETIONS, read_completion), methods=["POST"]),
         Route("/v1/models", small.models, methods=["GET"]),
         Route("/v1/models/{name:path}", small.model, methods=["GET"]),
         Route("/tokenize", small.tokenize, methods=["POST"]),
         Route("/detokenize", small.detokenize, methods=["POST"]),
+        Route("/render", page.render, methods=["POST"]),
         Route("/health", small.health, methods=["GET"]),
         Route("/metrics", small.metrics, methods=["GET"]),
         Route("/version", small.version, methods=["GET"]),
@@ -164,43 +162,6 @@ def create_app(service: Service) -> ASGIApp:
         allow_headers=["*"],
         expose_headers=["X-Request-Id", "Retry-After"],
     )
-
-
-def _page() -> Callable[[Request], Awaitable[Response]]:
-    """Return what answers with the chat page: one file, which may do nothing but talk to this server."""
-    html = resources.files("eightfold.server").joinpath("page.html").read_bytes()
-    headers = {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": policy(html.decode()),
-        "cache-control": "no-cache",
-        "referrer-policy": "no-referrer",
-        "x-content-type-options": "nosniff",
-    }
-
-    async def page(request: Request) -> Response:
-        return Response(html, headers=headers)
-
-    return page
-
-
-def policy(html: str) -> str:
-    """Return a content security policy that lets exactly this page's own script and style run."""
-    allowed = {
-        "default-src": "'none'",
-        "script-src": _hash(html, "script"),
-        "style-src": _hash(html, "style"),
-        "connect-src": "'self'",
-        "img-src": "data:",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-        "frame-ancestors": "'none'",
-    }
-    return "; ".join(f"{name} {value}" for name, value in allowed.items())
-
-
-def _hash(html: str, tag: str) -> str:
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 class Gateway:

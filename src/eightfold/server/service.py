@@ -29,7 +29,6 @@ from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
 from eightfold.server.served import Served
-from eightfold.server.tool_parsers import AUTO
 from eightfold.values import shown_as_json
 
 if TYPE_CHECKING:
@@ -61,7 +60,6 @@ class ServerSettings:
     cache_salt_per_key: bool = False  # only requests with the same Authorization share the prefix cache
     report_cached_tokens: bool = False  # also of prompts that another client may have sent before
     reasoning_parser: str = "auto"  # how thoughts are told from answers, see engine/reasoning.py
-    tool_call_parser: str = AUTO  # the family in whose form calls are recognised
     allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface; "*" for any
 
     def accepts_key(self, authorization: str) -> bool:
@@ -236,8 +234,7 @@ class Service(Served):
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         ours = engine.engine
-        parsers = settings.reasoning_parser, settings.tool_call_parser
-        super().__init__(ours.tokenizer, ours.max_model_len, settings.model_names, *parsers)
+        super().__init__(ours.tokenizer, ours.max_model_len, settings.model_names, settings.reasoning_parser)
         self.engine, self.settings = engine, settings
         self.hosts = Hosts("127.0.0.1", settings)  # until it is known where the server listens
         self.limiter = Limiter(settings)
