@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import os
 import pty
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from eightfold.cli import console
+from eightfold.cli import screen
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import Result, remove_template
 from tests.engine.models import EOS
@@ -123,6 +126,79 @@ def test_reset_and_system(chat, small):
     assert chat("a\n", "--system", "be \n brief", "--max-new-tokens", 5).out == result.out.splitlines()[2] + "\n"
 
 
+def test_a_message_is_answered_again_or_taken_back(chat, small):
+    result = chat("/retry\n/undo\na\n/retry\nb\n/undo\n/tokens\n/undo\n/tokens\n", "--max-new-tokens", 5)
+    first = answer(small, said("a"), 5)
+    assert result.out == f"{first}\n{first}\n{replies(small, 5, 'a', 'b').splitlines()[1]}\n"
+    notes = [line for line in result.err.splitlines() if not line.startswith("[")]
+    assert notes == [
+        "There is no message yet.",
+        "There is no message yet.",
+        "The likeliest token is taken each time, so the answer is the same.",
+        "Taken back: b",
+        f"2 messages, {len(small_tokens(small, said('a', first)))} of 1024 tokens",
+        "Taken back: a",
+        "0 messages, 0 of 1024 tokens",
+    ]
+
+
+def small_tokens(small, messages: list[dict]) -> list[int]:
+    return Tokenizer(small.directory).encode_chat(messages, add_generation_prompt=False)
+
+
+def test_an_answer_that_is_given_again_is_another_one(chat):
+    words = ("--temperature", 1.5, "--max-new-tokens", 20, "--seed", 1)
+    first, both = chat("a\n", *words).out, chat("a\n/retry\n", *words).out
+    assert both.startswith(first) and both.removeprefix(first) != first
+    assert chat("a\n/retry\n", *words).out == both
+
+
+def test_a_saved_conversation_goes_on(chat, small, tmp_path):
+    path = tmp_path / "talk"
+    whole = chat("a\nb\n", "--max-new-tokens", 5, "--system", "short").out.splitlines()
+    chat(f"a\n/save {path}\n", "--max-new-tokens", 5, "--system", "short")
+    loaded = chat(f"x\n/load {path}\n/system\nb\n", "--max-new-tokens", 5)
+    assert loaded.out.splitlines()[1] == answer(
+        small, [{"role": "system", "content": "short"}, *said("a", whole[0], "b")], 5
+    )
+    assert [line for line in loaded.err.splitlines() if not line.startswith("[")] == [f"2 messages of {path}.", "short"]
+    path.write_text(json.dumps(said("a", "no", "b")))
+    asked = chat(f"/load {path}\n", "--max-new-tokens", 5)
+    assert asked.out == answer(small, said("a", "no", "b"), 5) + "\n"
+    assert f"2 messages of {path} before the last, which is answered now.\n" in asked.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "eightfold: conversation in {path}: got Expecting property name"),
+        ('{"prompt": "x"}', "eightfold: messages in {path}: got null, expected a list"),
+        ("[]", "eightfold: messages in {path}: expected at least one"),
+        ('[{"role": "user"}]', "eightfold: messages in {path}[0].content: got null, expected a text"),
+        (None, "eightfold: cannot read {path}: No such file or directory. Check the path."),
+    ],
+)
+def test_what_is_no_conversation_is_refused_and_nothing_is_forgotten(chat, small, tmp_path, content, message):
+    path = tmp_path / "talk"
+    if content is not None:
+        path.write_text(content)
+    result = chat(f"a\n/load {path}\n/load\n/tokens\n", "--max-new-tokens", 5)
+    notes = [line for line in result.err.splitlines() if not line.startswith("[")]
+    assert notes[0].startswith(message.replace("{path}", str(path)))
+    assert notes[1] == "/load FILE" and notes[2].startswith("2 messages, ")
+
+
+def test_thoughts_are_no_answer(chat, small, tmp_path):
+    """The prompt opens a thought, which the small model never ends."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}<|user|>{{ m.content }}</s>{% endfor %}<|assistant|><think>\n")
+    result = chat(f"a\n/save {tmp_path}/talk\n", "--chat-template", template, "--max-new-tokens", 5)
+    assert result.out == "\n"
+    (_, answered) = json.loads((tmp_path / "talk").read_text())["messages"]
+    assert answered["content"] == "" and answered["reasoning_content"]
+    assert result.err.startswith(answered["reasoning_content"])
+
+
 def test_sampling_depends_on_the_seed(chat):
     words = ("--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--max-new-tokens", 20, "--seed")
     outs = [chat("a\n", *words, seed).out for seed in (1, 1, 2)]
@@ -132,7 +208,7 @@ def test_sampling_depends_on_the_seed(chat):
 def test_commands_and_messages_that_begin_with_a_slash(chat, small):
     result = chat("/help\n/what is this\n /what is this\n/exit\nnever\n", "--max-new-tokens", 3)
     assert result.out == answer(small, said("/what is this"), 3) + "\n"
-    assert "/reset  " in result.err
+    assert "/reset " in result.err
     assert "/what is no command: /help shows them. To say it, put a blank before it.\n" in result.err
 
 
@@ -256,21 +332,25 @@ Engine.step = lambda engine: (time.sleep(0.01), step(engine))[1]
 from eightfold.cli.main import main
 sys.exit(main())
 """
+READY = "> \x1b[2D"  # a prompt at which nothing is typed yet
 HINT = "(Ctrl-C again ends the chat, and so do Ctrl-D and /exit)"
 
 
 class Typist:
     """A person at a terminal of their own."""
 
-    def __init__(self, model: Path, *words: object, stdout: Path | None = None, **environment: str) -> None:
+    def __init__(
+        self, model: Path, *words: object, stdout: Path | None = None, columns: int = 1000, **environment: str
+    ) -> None:
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 1000, 0, 0))  # no line is wrapped
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
         variables = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
         with contextlib.ExitStack() as files:
             output = slave if stdout is None else files.enter_context(stdout.open("wb"))
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SLOWLY, "chat", *map(str, (model, *GREEDY, *words))],
-                stdin=slave, stdout=output, stderr=slave, env={**variables, "TERM": "xterm", **environment},
+                stdin=slave, stdout=output, stderr=slave,
+                env={**variables, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **environment},
                 start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
             )  # fmt: skip
         os.close(slave)
@@ -286,6 +366,8 @@ class Typist:
             try:
                 self.seen += os.read(self.master, 4096)
             except OSError:
+                if self.seen.endswith(b"<end>"):
+                    raise EOFError(f"waited for {text!r}, saw {self.seen!r}") from None
                 self.seen += b"<end>"
         shown, _, self.seen = self.seen.partition(wanted)
         return (shown + wanted).decode()
@@ -296,7 +378,7 @@ class Typist:
     def ask(self, text: str) -> str:
         """Type a line and return what is shown up to the next prompt."""
         self.type(text + "\r")
-        return self.until("\x1b[?2004h> ")
+        return self.until(READY)
 
     def interrupt(self, then: str) -> None:
         """Press Ctrl-C until it is heard: Python does not hear it in the instant in which it begins to wait."""
@@ -334,16 +416,16 @@ def typist(talker):
 
 def test_a_person_stops_an_answer_and_goes_on(typist, tmp_path):
     person = typist("--max-new-tokens", 600)
-    assert "talker, 1024 tokens of context. /help shows the commands." in person.until("> ")
+    assert "talker, 1024 tokens of context. /help shows the commands." in person.until(READY)
     person.type("hello\r")
-    person.until("hello\r\n")
+    person.until("hello\x1b")
     time.sleep(0.5)
     with pytest.raises(TimeoutError):
         person.until("tok/s", 0)
     streamed = person.seen
     assert len(streamed) > 10, "the answer is shown as it comes"
     person.type("\x03")
-    shown = person.until("> ")
+    shown = person.until(READY)
     assert re.search(r"\x1b\[2m\[.* \+ \d+ tokens, .*, stopped\]\x1b\[0m\r\n", shown)
     assert 10 < int(re.search(r"\+ (\d+) tokens", shown)[1]) < 600
     assert "2 messages are in" in person.ask(f"/save {tmp_path}/talk")
@@ -351,10 +433,9 @@ def test_a_person_stops_an_answer_and_goes_on(typist, tmp_path):
     assert messages[0] == {"role": "user", "content": "hello"}
     assert messages[1]["content"], "what was said until then is remembered"
     person.type("more\r")
-    person.until("more\r\n")
-    person.until("\x1b", 60)  # something of the answer, or its end
+    person.until("\x1b[?2004l")  # no message is asked for any more
     person.type("\x03")
-    person.until("> ")
+    person.until(READY)
     person.type("/exit\r")
     person.until("<end>")
     assert person.process.wait(timeout=30) == 0
@@ -362,22 +443,22 @@ def test_a_person_stops_an_answer_and_goes_on(typist, tmp_path):
 
 def test_a_person_edits_pastes_and_leaves(typist, tmp_path):
     person = typist("--max-new-tokens", 2)
-    person.until("> ")
+    person.until(READY)
     person.ask("hello")
     person.ask("\x1b[A")  # the line before, again
     person.ask("\x1b[200~one\rtwo\x1b[201~ three")
     person.type("four \\\r")
-    person.until("\x1b[?2004h. ")
+    person.until("\x1b[0m.")
     person.ask("five")
     person.type("half a li")
-    person.until("half a li")
+    person.until("li")
     person.interrupt(HINT)
-    person.until("> ")
+    person.until(READY)
     assert "8 messages are in" in person.ask(f"/save {tmp_path}/talk")
     asked = [message["content"] for message in json.loads((tmp_path / "talk").read_text())["messages"]][::2]
     assert asked == ["hello", "hello", "one\ntwo three", "four \nfive"]
     person.interrupt(HINT)  # the first in a row: there was a line since the last one
-    person.until("> ")
+    person.until(READY)
     person.interrupt("<end>")
     assert person.process.wait(timeout=30) == 0
 
@@ -395,23 +476,17 @@ def test_ctrl_d_ends_it_and_a_plain_terminal_gets_no_escapes(typist):
 
 def test_answers_can_go_into_a_file_while_a_person_types(typist, tmp_path):
     person = typist("--max-new-tokens", 2, stdout=tmp_path / "out")
-    person.until("> ")
-    person.type("hello\r")
-    person.until("first after")
-    person.until("> ")
+    person.until(READY)
+    assert "first after" in person.ask("hello")
     person.type("\x04")
     person.until("<end>")
-    assert (tmp_path / "out").read_text().count("\n") >= 1
-    assert not (tmp_path / "out").read_text().startswith(console.PROMPT)
-
-
-def test_without_readline_lines_are_read_all_the_same(monkeypatch):
-    monkeypatch.setitem(sys.modules, "readline", None)
-    assert console._load_readline() is False
+    written = (tmp_path / "out").read_text()
+    assert written.count("\n") >= 1
+    assert "\x1b" not in written and not written.startswith(screen.PROMPT)
 
 
 def test_a_line_of_a_pipe_has_a_limit(chat, monkeypatch):
-    monkeypatch.setattr(console, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(screen, "MAX_LINE_BYTES", 1000)
     result = chat("a\n" + "b" * 1000 + "\nc\n", "--max-new-tokens", 3)
     assert error_line_of(result) == "line 2 of stdin: got 0 MiB or more, expected less"
 
@@ -428,3 +503,48 @@ def test_saving_over_a_pipe_or_device_is_refused(chat, tmp_path):
         f"eightfold: cannot write {path}: got {kind}, expected a file, or nothing yet"
         for path, kind in ((f"{tmp_path}/fifo", "a FIFO"), ("/dev/null", "a device"))
     ]
+
+
+# --- lines of an answer
+
+
+def wrapped(text: str, width: int, cuts: list[int] | None = None) -> str:
+    wrapper, shown = screen.Wrapper(width), ""
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts or [])})
+    for begin, end in itertools.pairwise(places):
+        shown += wrapper.push(text[begin:end])
+    return shown + wrapper.finish()
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("the quick brown fox", 10, ["the quick ", "brown fox"]),
+        ("a  b", 10, ["a  b"]),
+        ("ends\n\nhere", 10, ["ends", "", "here"]),
+        ("x incomprehensibilities y", 10, ["x ", "incomprehe", "nsibilitie", "s y"]),
+        ("汉字汉字汉字", 5, ["汉字", "汉字", "汉字"]),
+        ("- one two three", 8, ["- one ", "two ", "three"]),
+        ("```\na line of code stays\n```\nand text does not", 8,
+         ["```", "a line of code stays", "```", "and text", "does not"]),
+    ],
+)  # fmt: skip
+def test_lines_are_broken_between_words(text, width, lines):
+    assert wrapped(text, width).split("\n") == lines
+
+
+@given(st.text("ab c\n`汉é"), st.integers(1, 12), st.lists(st.integers(0, 100)))
+def test_however_an_answer_is_cut_its_lines_are_the_same_and_its_letters_stay(text, width, cuts):
+    assert wrapped(text, width, cuts) == wrapped(text, width)
+    assert "".join(wrapped(text, width).split()) == "".join(text.split())
+    if "`" not in text:
+        assert all(
+            sum(2 if c == "汉" else 1 for c in line) <= max(width, 2) for line in wrapped(text, width).split("\n")
+        )
+
+
+def test_a_narrow_terminal_breaks_an_answer_between_words(typist, tmp_path):
+    person = typist("--max-new-tokens", 60, columns=30)
+    person.until(READY)
+    shown = person.ask("hello").partition("\x1b[?2004l")[2].partition("\x1b[2m[")[0]
+    assert shown.count("\r\n") > 1

@@ -7,22 +7,25 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
 from eightfold.cli.options import argument, flags_of, in_flags
+from eightfold.cli.screen import Pipe, Terminal
 from eightfold.engine.settings import EngineConfig
-from eightfold.errors import CapacityError, EightfoldError
-from eightfold.files import write_whole
+from eightfold.errors import CapacityError, EightfoldError, InputError
+from eightfold.files import parse_value, read_text, write_whole
+from eightfold.messages import Message, read_messages
 from eightfold.progress import unfiltered
-from eightfold.values import TEXT, setting, whole
+from eightfold.values import TEXT, setting, shorten, whole
 
 if TYPE_CHECKING:
     from eightfold.engine.engine import Engine
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
+    from eightfold.engine.reasoning import ReasoningParser
     from eightfold.messages import Message
     from eightfold.tokenizer import Tokenizer
 
@@ -72,12 +75,31 @@ class Conversation:
             self.take_back()
             raise
 
-    def take_back(self) -> None:
-        self.turns.pop()
+    def take_back(self) -> str | None:
+        """Forget the user's last message and what came behind it; return its text, None where there is none."""
+        last = max((at for at, message in enumerate(self.turns) if message["role"] == "user"), default=None)
+        if last is None:
+            return None
+        text: str = self.turns[last]["content"]
+        del self.turns[last:]
+        return text
 
-    def answer(self, prompt: Prompt, text: str, token_ids: Sequence[int]) -> None:
-        self.turns.append({"role": "assistant", "content": text})
+    def answer(self, prompt: Prompt, text: str, token_ids: Sequence[int], message: Message | None = None) -> None:
+        """Add what the model has said to a prompt: as text, as tokens, and as the message that it is."""
+        self.turns.append(message or {"role": "assistant", "content": text})
         self._known = Prompt(prompt.text + text, [*prompt.token_ids, *token_ids])
+
+    def tokens(self) -> int:
+        """Return how many tokens the conversation takes."""
+        if not self.messages():
+            return 0
+        return len(self._encode(self._tokenizer.render_chat(self.messages(), add_generation_prompt=False)))
+
+    def load(self, messages: list[Message]) -> None:
+        """Go on with a conversation; a first message of the system becomes what stands before all turns."""
+        has_system = messages[0]["role"] == "system"
+        self.system = messages[0]["content"] if has_system else None
+        self.turns[:] = messages[1:] if has_system else messages
 
     def _prompt(self, first: int = 0) -> Prompt:
         text = self._tokenizer.render_chat(self.messages(first), add_generation_prompt=True)
@@ -113,16 +135,27 @@ class Conversation:
         return replace(prompt, forgotten=dropped)
 
 
-HELP = """\
-/reset              forget the conversation
-/system TEXT        set the system prompt; - for none; without TEXT, show it
-/save FILE          save the conversation as JSON, a line that `run --input-file` reads
-/save --overwrite FILE
-                    save it to a file that exists
-/help               show this
-/exit               end the chat, as Ctrl-D does
-A line that ends in a backslash continues on the next line. Ctrl-C stops an answer.
-To send a message that begins with a slash, put a blank before it."""
+MAX_CONVERSATION_BYTES = 16 << 20  # of a file
+
+# Command -> what stands behind it, and what it does.
+COMMANDS = {
+    "/retry": ("", "answer the last message again"),
+    "/undo": ("", "take back the last message and its answer"),
+    "/reset": ("", "forget the conversation"),
+    "/system": ("TEXT", "set the system prompt; - for none; without TEXT, show it"),
+    "/tokens": ("", "show how much of the context is used"),
+    "/save": ("FILE", "save the conversation, as `run --input-file` reads it; --overwrite FILE replaces a file"),
+    "/load": ("FILE", "go on with a conversation that was saved"),
+    "/help": ("", "show this"),
+    "/exit": ("", "end the chat, as Ctrl-D does"),
+}
+HELP = "\n".join(
+    [
+        *(f"{f'{name} {words}':14} {does}" for name, (words, does) in COMMANDS.items()),
+        "Enter sends a message. Alt-Enter, or a backslash before Enter, begins a new line; pasted lines stay together.",
+        "Ctrl-C stops an answer. To send a message that begins with a slash, put a blank before it.",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +164,10 @@ class ChatCommand:
 
     Example: eightfold chat Llama-3.2-1B-w8a8 --system "Answer in one sentence."
 
-    /help shows the commands. Ctrl-C stops an answer; Ctrl-C twice at the prompt, or Ctrl-D, ends the chat. Earlier
-    turns stay in the cache, so only new tokens are computed. When the conversation outgrows the context, the oldest
-    turns are forgotten, and a note says so.
+    /help shows the commands: an answer can be given again (/retry), taken back (/undo), and a conversation saved and
+    loaded. Alt-Enter begins a new line. Ctrl-C stops an answer; Ctrl-C twice at the prompt, or Ctrl-D, ends the chat.
+    Earlier turns stay in the cache, so only new tokens are computed. When the conversation outgrows the context, the
+    oldest turns are forgotten, and a note says so. What a model thinks before it answers is shown paler.
 
     If the input is a pipe, each line is a turn; answers go to stdout and everything else to stderr.
     """
@@ -163,8 +197,7 @@ class ChatCommand:
         # An answer can have a quarter of the context, whatever was said before.
         room = max(context - min(self.max_new_tokens, context // 4), 1)
         is_typed = sys.stdin.isatty()
-        kind = console.Terminal if is_typed else console.Pipe
-        with kind() as screen:
+        with Terminal(tuple(COMMANDS)) if is_typed else Pipe() as screen:
             if is_typed:
                 screen.note(f"{self.model.resolve().name}, {context} tokens of context. /help shows the commands.")
             conversation = Conversation(engine.tokenizer, room, self.system)
@@ -187,62 +220,103 @@ class ChatCommand:
         return engine
 
 
-@dataclass(frozen=True)
 class Talk:
-    """A conversation with an engine: hears lines, which are messages or commands, and answers on a screen."""
+    """A conversation with an engine: hears lines, which are messages or commands, and answers on a screen.
 
-    engine: Engine
-    conversation: Conversation
-    screen: console.Pipe
-    sampling: dict[str, Any]
-    max_new_tokens: int
-    context: int
+    Args:
+        engine: that answers.
+        conversation: so far.
+        screen: where it is shown.
+        sampling: the options of sampling that were given.
+        max_new_tokens: of an answer.
+        context: tokens of prompt and answer together.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        conversation: Conversation,
+        screen: Pipe,
+        sampling: dict[str, Any],
+        max_new_tokens: int,
+        context: int,
+    ) -> None:
+        from eightfold.engine.reasoning import Thinking
+
+        self._engine, self._conversation, self._screen = engine, conversation, screen
+        self._sampling, self._max_new_tokens, self._context = sampling, max_new_tokens, context
+        self._thinking = Thinking(engine.tokenizer)
+        self._obey: dict[str, Callable[[str], None]] = {
+            "/retry": self._retry, "/undo": self._undo, "/reset": self._reset, "/system": self._set_system,
+            "/tokens": self._count, "/save": self._save, "/load": self._load,
+            "/help": lambda rest: screen.note(HELP),
+        }  # fmt: skip
 
     def hear(self, text: str) -> bool:
         """Take a line; return whether there may be another. What cannot be done is said, and the chat goes on."""
+        name, _, rest = text.strip().partition(" ")
         try:
-            if text.startswith("/"):
-                return self._obey(text)
-            if text.strip():
-                self._answer(text.removeprefix(" ") if text.startswith(" /") else text)
+            if not text.startswith("/"):
+                if text.strip():
+                    self._answer(text.removeprefix(" ") if text.startswith(" /") else text)
+            elif name in ("/exit", "/quit"):
+                return False
+            elif name in self._obey:
+                self._obey[name](rest.strip())
+            else:
+                self._screen.note(f"{name} is no command: /help shows them. To say it, put a blank before it.")
         except EightfoldError as error:
-            self.screen.note(f"eightfold: {in_flags(error, flags_of(EngineConfig))}")
+            self._screen.note(f"eightfold: {in_flags(error, flags_of(EngineConfig))}")
         return True
 
-    def _obey(self, text: str) -> bool:
-        name, _, rest = text.strip().partition(" ")
-        if name in ("/exit", "/quit"):
-            return False
-        if name == "/reset":
-            self.conversation.turns.clear()
-            self.screen.note("Forgotten.")
-        elif name == "/system":
-            self._set_system(rest.strip())
-        elif name == "/save":
-            self._save(rest.strip())
-        elif name == "/help":
-            self.screen.note(HELP)
-        else:
-            self.screen.note(f"{name} is no command: /help shows them. To say it, put a blank before it.")
-        return True
+    def _retry(self, rest: str) -> None:
+        turns = list(self._conversation.turns)
+        text = self._conversation.take_back()
+        if text is None:
+            self._screen.note("There is no message yet.")
+            return
+        if "seed" in self._sampling:  # the same seed would give the same answer
+            self._sampling = {**self._sampling, "seed": (self._sampling["seed"] + 1) % 2**63}
+        elif generating.sampling_params(self._sampling).is_greedy:
+            self._screen.note("The likeliest token is taken each time, so the answer is the same.")
+        try:
+            self._answer(text)
+        except BaseException:
+            self._conversation.turns[:] = turns
+            raise
+
+    def _undo(self, rest: str) -> None:
+        text = self._conversation.take_back()
+        self._screen.note("There is no message yet." if text is None else f"Taken back: {shorten(text)}")
+
+    def _reset(self, rest: str) -> None:
+        self._conversation.turns.clear()
+        self._screen.note("Forgotten.")
+
+    def _count(self, rest: str) -> None:
+        self._screen.note(f"{self._size()}, {self._conversation.tokens()} of {self._context} tokens")
+
+    def _size(self) -> str:
+        count = len(self._conversation.turns)
+        return "1 message" if count == 1 else f"{count} messages"
 
     def _set_system(self, text: str) -> None:
-        conversation = self.conversation
+        conversation = self._conversation
         if text:
             conversation.system = None if text == "-" else text
             turns = "; what was said is kept, /reset forgets it" if conversation.turns else ""
-            self.screen.note(f"Set{turns}.")
+            self._screen.note(f"Set{turns}.")
         else:
-            self.screen.note(conversation.system or "There is none.")
+            self._screen.note(conversation.system or "There is none.")
 
     def _save(self, rest: str) -> None:
         flag, _, name = rest.partition(" ")
         overwrites = flag == "--overwrite"
         path = Path((name if overwrites else rest).strip()).expanduser()
         if path.name == "":
-            self.screen.note("/save FILE")
+            self._screen.note("/save FILE")
             return
-        content = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False) + "\n"
+        content = json.dumps({"messages": self._conversation.messages()}, ensure_ascii=False) + "\n"
         try:
             raw = content.encode("utf-8", "backslashreplace")
             if overwrites:
@@ -251,42 +325,82 @@ class Talk:
                 with path.open("xb") as file:
                     file.write(raw)
         except FileExistsError:
-            self.screen.note(f"{path} is there already: /save --overwrite {path} replaces it.")
+            self._screen.note(f"{path} is there already: /save --overwrite {path} replaces it.")
         except OSError as error:
-            self.screen.note(f"eightfold: {path}: {error.strerror or error}")
+            self._screen.note(f"eightfold: {path}: {error.strerror or error}")
         else:
-            self.screen.note(f"{len(self.conversation.turns)} messages are in {path}.")
+            self._screen.note(f"{len(self._conversation.turns)} messages are in {path}.")
+
+    def _load(self, rest: str) -> None:
+        if not rest:
+            self._screen.note("/load FILE")
+            return
+        messages = _read_conversation(Path(rest).expanduser(), self._engine.tokenizer.template_source())
+        is_asked = messages[-1]["role"] == "user"
+        self._conversation.load(messages[:-1] if is_asked else messages)
+        self._screen.note(
+            f"{self._size()} of {rest}" + (" before the last, which is answered now." if is_asked else ".")
+        )
+        if is_asked:
+            self._answer(messages[-1]["content"])
 
     def _answer(self, text: str) -> None:
-        prompt = self.conversation.ask(text)
+        prompt = self._conversation.ask(text)
         if prompt.forgotten:
             turns = "turn is" if prompt.forgotten == 1 else f"{prompt.forgotten} turns are"
-            self.screen.note(f"The conversation has outgrown {self.context} tokens: the oldest {turns} forgotten.")
-        limit = min(self.max_new_tokens, self.context - len(prompt.token_ids))
+            self._screen.note(f"The conversation has outgrown {self._context} tokens: the oldest {turns} forgotten.")
+        limit = min(self._max_new_tokens, self._context - len(prompt.token_ids))
+        _, start = self._thinking.start(prompt.text)
+        params = start.params(generating.sampling_params(self._sampling, max_tokens=limit))
         try:
-            self.engine.add_request(
-                "chat", prompt.token_ids, generating.sampling_params(self.sampling, max_tokens=limit)
-            )
+            self._engine.add_request("chat", prompt.token_ids, params)
         except EightfoldError:
-            self.conversation.take_back()
+            self._conversation.take_back()
             raise
-        self._stream(prompt)
+        self._stream(prompt, start.parser())
 
-    def _stream(self, prompt: Prompt) -> None:
+    def _stream(self, prompt: Prompt, parser: ReasoningParser) -> None:
         """Show the answer to a request as it comes, and remember it as far as it came."""
-        engine, times, output = self.engine, [time.monotonic()], None
+        engine, times, output = self._engine, [time.monotonic()], None
+        said = [("", "")]
+
+        def show(thought: str, content: str) -> None:
+            said.append((thought, content))
+            if thought:
+                self._screen.think(thought)
+            if content:
+                self._screen.write(content)
+
         while engine.has_unfinished:
             outputs = engine.step()
-            if self.screen.interrupted and (last := engine.abort("chat")) is not None:
+            if self._screen.interrupted and (last := engine.abort("chat")) is not None:
                 outputs.append(last)
             for output in outputs:
                 times.append(time.monotonic())
-                self.screen.write(output.outputs[0].delta_text)
+                show(*parser.push(output.outputs[0].delta_text))
+        show(*parser.finish())
         assert output is not None
         (answer,) = output.outputs
-        self.conversation.answer(prompt, answer.text, answer.token_ids)
-        self.screen.write("\n")
-        self.screen.note(_summary(output, answer, times))
+        thought, content = map("".join, zip(*said, strict=True))
+        message = {"role": "assistant", "content": content, **({"reasoning_content": thought} if thought else {})}
+        self._conversation.answer(prompt, answer.text, answer.token_ids, message)
+        self._screen.finish()
+        self._screen.note(_summary(output, answer, times))
+
+
+def _read_conversation(path: Path, template: str) -> list[Message]:
+    """Return the messages of a file: a list of them, or an object that has one, as /save writes it.
+
+    Raises:
+        InputError: it cannot be read, or holds no conversation.
+    """
+    text, _ = read_text(path, "conversation", MAX_CONVERSATION_BYTES)
+    try:
+        content = parse_value(text.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise InputError("conversation", where=path, got=str(error), expected="what /save writes") from None
+    messages = content.get("messages") if isinstance(content, dict) else content
+    return read_messages(messages, template, f"messages in {path}")
 
 
 def _summary(output: RequestOutput, answer: CompletionOutput, times: list[float]) -> str:
