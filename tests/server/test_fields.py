@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, FIELDS, TOKENIZE
+from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, FIELDS, RESPONSES, TOKENIZE
 from eightfold.server.fields import ApiError, Fields
 from tests.server.running import eventually
 
@@ -33,7 +33,7 @@ def error_of(serve, **fields):
 
 
 def test_names_are_unique_at_each_endpoint():
-    for path in (CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE):
+    for path in (CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE):
         names = [name for field in FIELDS if path in field.paths for name in (field.name, *field.also)]
         assert len(names) == len(set(names)) > 1
 
@@ -48,12 +48,13 @@ def test_every_default_is_of_its_fields_kind_and_changes_nothing():
 
 @pytest.mark.parametrize("field", [each for each in FIELDS if each.is_refused], ids=lambda field: field.name)
 def test_what_is_refused_passes_with_the_values_that_change_nothing(field):
+    path = CHAT if CHAT in field.paths else RESPONSES
     for value in (None, *field.neutral):
-        Fields({field.name: value}, CHAT).refuse_unsupported()
+        Fields({field.name: value}, path).refuse_unsupported()
     beside = {"repetition_penalty": 1.5} if field.beside else {}
     with pytest.raises(ApiError) as caught:
         within, _, name = field.name.rpartition(".")
-        Fields({name: "strange", **beside}, CHAT, within=within and f"{within}.").refuse_unsupported()
+        Fields({name: "strange", **beside}, path, within=within and f"{within}.").refuse_unsupported()
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, field.name, "unsupported_parameter")
     assert caught.value.message.startswith(f"{field.name} is not supported.")
 
@@ -130,7 +131,7 @@ def test_fields_of_chats_are_none_of_completions(serve):
     for name, value in {"messages": [{}], "top_logprobs": 2, "tools": [{}], "chat_template_kwargs": {"a": 1}}.items():
         raw = running.post("/v1/completions", {"prompt": "x", name: value})
         error = raw.json()["error"]
-        assert error["message"] == f"{name} is a field of /v1/chat/completions."
+        assert error["message"].startswith(f"{name} is a field of /v1/chat/completions")
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 

@@ -81,6 +81,12 @@ class ServeCommand:
         "Tell clients how many tokens of a prompt were computed before, perhaps for another client.",
         group=_SERVER,
     )
+    responses_kept: int = setting(
+        1000,
+        whole(0),
+        "Keep the last N responses of /v1/responses in memory, for requests that build on them.",
+        group=_SERVER,
+    )
     log_level: str = setting(
         "info",
         choice("debug", "info", "warning", "error"),
@@ -134,6 +140,7 @@ class ServeCommand:
                 cache_salt_per_key=self.cache_salt_per_key,
                 report_cached_tokens=self.report_cached_tokens,
                 reasoning_parser=self.reasoning_parser,
+                responses_kept=self.responses_kept,
             )
             serve(engine, settings, sock, lambda address: _announce(name, address, engine))
         finally:

@@ -19,12 +19,13 @@ from eightfold import __version__
 from eightfold.server.answers import in_parts
 from eightfold.server.chat_page import ChatPage
 from eightfold.server.conversations import read_conversation
-from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, RESPONSES, TOKENIZE
 from eightfold.server.fields import ApiError, Fields, bad_request, internal, wrong
 from eightfold.server.generation import Asked, answer_stream, answer_whole, send_json
 from eightfold.server.logs import GONE, Record, request_id
 from eightfold.server.metrics import CONTENT_TYPE
 from eightfold.server.requests import read_chat, read_completion
+from eightfold.server.responses import Responses
 from eightfold.server.service import Service
 from eightfold.server.tools import read_tools
 from eightfold.values import STRING, SWITCH, Kind
@@ -38,15 +39,16 @@ _TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id
 class Generating:
     """Answers prompts, as the fields of a request ask for it."""
 
-    def __init__(self, service: Service, path: str, read: Callable[[Fields, Service], Asked]) -> None:
+    def __init__(self, service: Service, path: str, read: Callable[[Fields, Record], Asked]) -> None:
         self._service, self._path, self._read = service, path, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, service = Request(scope, receive), self._service
         record: Record = request.state.record
         fields = await service.read(request, self._path)
-        asked = await service.at_once_if_small(record, lambda: self._read(fields, service))
+        asked = await service.at_once_if_small(record, lambda: self._read(fields, record))
         record.ignored = fields.ignored
+        service.limiter.hold(record, asked.referred_bytes)
         with service.limiter.admitted(asked.params.n * asked.prompts):
             prompts, answer, params = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
             asked = asked if params is None else replace(asked, params=params)
@@ -137,11 +139,23 @@ class Endpoints:
 
 def create_app(service: Service) -> ASGIApp:
     """Return the ASGI application of a service."""
-    small, page = Endpoints(service), ChatPage(service)
+    small, page, responses = Endpoints(service), ChatPage(service), Responses(service)
+
+    def chat(fields: Fields, record: Record) -> Asked:
+        return read_chat(fields, service)
+
+    def completion(fields: Fields, record: Record) -> Asked:
+        return read_completion(fields, service)
+
     routes = [
         Route("/", page.show, methods=["GET"]),
-        Route("/v1/chat/completions", Generating(service, CHAT, read_chat), methods=["POST"]),
-        Route("/v1/completions", Generating(service, COMPLETIONS, read_completion), methods=["POST"]),
+        Route("/v1/chat/completions", Generating(service, CHAT, chat), methods=["POST"]),
+        Route("/v1/completions", Generating(service, COMPLETIONS, completion), methods=["POST"]),
+        Route("/v1/responses", Generating(service, RESPONSES, responses.read), methods=["POST"]),
+        Route("/v1/responses/{response_id}", responses.response, methods=["GET"]),
+        Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/responses/{response_id}/input_items", responses.inputs, methods=["GET"]),
+        Route("/v1/responses/{response_id}/cancel", responses.cancel, methods=["POST"]),
         Route("/v1/models", small.models, methods=["GET"]),
         Route("/v1/models/{name:path}", small.model, methods=["GET"]),
         Route("/tokenize", small.tokenize, methods=["POST"]),
@@ -158,7 +172,7 @@ def create_app(service: Service) -> ASGIApp:
     return CORSMiddleware(
         app,
         allow_origins=list(origins),
-        allow_methods=["GET", "POST"],
+        allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-Id", "Retry-After"],
     )
@@ -181,6 +195,7 @@ class Gateway:
             scope["path"],
             tells_cached=settings.report_cached_tokens or settings.cache_salt_per_key,
             cache_salt=settings.cache_salt(authorization),
+            client=settings.client(authorization),
         )
         scope.setdefault("state", {})["record"] = record
         scope["app"] = self._app  # with it the routes raise what they would else answer in plain text

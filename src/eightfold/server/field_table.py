@@ -16,12 +16,13 @@ from dataclasses import fields as fields_of
 from typing import Any, NamedTuple
 
 from eightfold.engine.sampling_params import MAX_LOGPROBS, SamplingParams
-from eightfold.values import LIST, OBJECT, STRING, SWITCH, WORDS, Kind, whole
+from eightfold.values import LIST, OBJECT, STRING, SWITCH, WORDS, Kind, choice, whole
 
-CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "chat", "completions", "tokenize", "detokenize"
-GENERATING = frozenset({CHAT, COMPLETIONS})
-ENDPOINTS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions", TOKENIZE: "/tokenize",
-             DETOKENIZE: "/detokenize"}  # fmt: skip
+CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE = "chat", "completions", "responses", "tokenize", "detokenize"
+GENERATING = frozenset({CHAT, COMPLETIONS, RESPONSES})
+_CHOOSING = frozenset({CHAT, COMPLETIONS})  # whose answers are choices
+ENDPOINTS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions", RESPONSES: "/v1/responses",
+             TOKENIZE: "/tokenize", DETOKENIZE: "/detokenize"}  # fmt: skip
 
 
 class Field(NamedTuple):
@@ -90,7 +91,9 @@ def _sampling() -> Iterator[Field]:
             continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         default = list(default) if isinstance(default, tuple) else default
-        yield Field(name, _KINDS.get(name, each.metadata["kind"]), each.metadata["help"], default, _ALSO.get(name, ()))
+        kind, also = _KINDS.get(name, each.metadata["kind"]), _ALSO.get(name, ())
+        paths = _CHOOSING if name in ("n", "prompt_logprobs") else GENERATING
+        yield Field(name, kind, each.metadata["help"], default, also, paths)
 
 
 def _only(*paths: str) -> frozenset[str]:
@@ -103,25 +106,27 @@ def _limit(least: int, default: int | None, path: str) -> Field:
     return Field("max_tokens", kind, help, default, _LIMITS, _only(path), neutral=(-1,))
 
 
-_CHATTING = _only(CHAT, TOKENIZE)
+_CHATTING = _only(CHAT, RESPONSES, TOKENIZE)
 
 _OWN = (
-    Field("model", STRING, "One of the served names.", paths=_only(CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE)),
-    Field("messages", LIST, "The conversation so far.", paths=_CHATTING),
+    Field("model", STRING, "One of the served names.", paths=GENERATING | {TOKENIZE, DETOKENIZE}),
+    Field("messages", LIST, "The conversation so far.", paths=_only(CHAT, TOKENIZE)),
     Field("prompt", Kind((str, list), "a text, token ids, or a list of either"), "What is continued.",
           paths=_only(COMPLETIONS, TOKENIZE)),
     _limit(1, None, CHAT),
+    _limit(1, None, RESPONSES),
     _limit(0, 16, COMPLETIONS),
     Field("stream", SWITCH, "Send the answer as server-sent events.", False),
     Field("stream_options", OBJECT, "What a stream has beside the answer."),
-    Field("stream_options.include_usage", SWITCH, "End the stream with the usage.", False),
-    Field("stream_options.continuous_usage_stats", SWITCH, "Report the usage in every event.", False),
+    Field("stream_options.include_usage", SWITCH, "End the stream with the usage.", False, paths=_CHOOSING),
+    Field("stream_options.continuous_usage_stats", SWITCH, "Report the usage in every event.", False,
+          paths=_CHOOSING),
     Field("logprobs", SWITCH, "Report the log-probability of each token.", False, paths=_only(CHAT)),
     Field("logprobs", whole(0, MAX_LOGPROBS), "Report log-probabilities, and those of the N likeliest tokens.",
           paths=_only(COMPLETIONS)),
     Field("top_logprobs", whole(0, MAX_LOGPROBS), "Report also those of the N likeliest tokens.", 0,
-          paths=_only(CHAT)),
-    Field("best_of", whole(1, _MOST), "The same as n."),
+          paths=_only(CHAT, RESPONSES)),
+    Field("best_of", whole(1, _MOST), "The same as n.", paths=_CHOOSING),
     Field("echo", SWITCH, "Repeat the prompt before each answer.", False, paths=_only(COMPLETIONS)),
     Field("echo", SWITCH, "Repeat the last message before each answer, if it is the assistant's.", False,
           paths=_only(CHAT)),
@@ -131,8 +136,10 @@ _OWN = (
           paths=_CHATTING),
     Field("continue_final_message", SWITCH, "Continue the last message, which is the assistant's.", False,
           paths=_CHATTING),
-    Field("include_reasoning", SWITCH, "Report what the model thought.", True, paths=_only(CHAT), neutral=(False,)),
-    Field("separate_reasoning", SWITCH, "Tell what the model thought from what it says.", True, paths=_only(CHAT)),
+    Field("include_reasoning", SWITCH, "Report what the model thought.", True, paths=_only(CHAT, RESPONSES),
+          neutral=(False,)),
+    Field("separate_reasoning", SWITCH, "Tell what the model thought from what it says.", True,
+          paths=_only(CHAT, RESPONSES)),
     Field("chat_template_kwargs", OBJECT, "Variables of the chat template.", {}, paths=_CHATTING),
     Field("enable_thinking", SWITCH, "Let the model think, if its chat template has this variable.", None, ("think",),
           _CHATTING, (False,)),
@@ -171,11 +178,38 @@ _OWN = (
     Field("structured_outputs.choice", _TEXTS, "Texts of which the answer is one."),
     Field("structured_outputs.json_object", SWITCH, "Any JSON object.", False),
     Field("cache_salt", WORDS, "Only requests with the same text reuse each other's computed prompts."),
-    Field("return_token_ids", SWITCH, "Report token ids: token_ids of answers, prompt_token_ids.", False),
-    Field("timings_per_token", SWITCH, "Report how long prompt and answer took, as llama.cpp does.", False),
+    Field("return_token_ids", SWITCH, "Report token ids: token_ids of answers, prompt_token_ids.", False,
+          paths=_CHOOSING),
+    Field("timings_per_token", SWITCH, "Report how long prompt and answer took, as llama.cpp does.", False,
+          paths=_CHOOSING),
     Field("return_token_strs", SWITCH, "Return the texts of the tokens too.", False, paths=_only(TOKENIZE)),
     Field("tokens", Kind((list,), "a list of token ids", each=whole(0)), "The tokens.", paths=_only(DETOKENIZE)),
     Field("skip_special_tokens", SWITCH, "Leave special tokens out of the text.", False, paths=_only(DETOKENIZE)),
+)  # fmt: skip
+
+_HERE = _only(RESPONSES)
+
+_OF_RESPONSES = (
+    Field("input", Kind((str, list), "a text or a list of items"), "The conversation, or what it goes on with.",
+          paths=_HERE),
+    Field("instructions", STRING, "What the system says first.", paths=_HERE),
+    Field("previous_response_id", WORDS, "The response that this one goes on from.", paths=_HERE),
+    Field("text", OBJECT, "How the text is.", {}, paths=_HERE),
+    Field("text.format", OBJECT, "Its form: of type text, json_object or json_schema.", paths=_HERE),
+    Field("text.verbosity", STRING, "Changes nothing.", paths=_HERE),
+    Field("include", Kind((list,), "a list"), "What the response has beside its items.", [], paths=_HERE),
+    Field("truncation", choice("auto", "disabled"), "auto: leave out the oldest turns if the context is too short.",
+          "disabled", paths=_HERE),
+    Field("store", SWITCH, "Keep the response for requests that build on it.", True),
+    Field("metadata", OBJECT, "Texts that the response repeats.", {}),
+    Field("user", STRING, "Repeated in the response."),
+    Field("safety_identifier", STRING, "Repeated in the response."),
+    Field("prompt_cache_key", STRING, "Repeated in the response."),
+    Field("max_tool_calls", whole(1), "Repeated in the response; the server runs no tools."),
+    Field("background", _ANYTHING, "Use stream.", None, (), _HERE, (False,), is_refused=True),
+    Field("context_management", _ANYTHING, 'Use "truncation": "auto".', None, (), _HERE, ([],), is_refused=True),
+    Field("conversation", _ANYTHING, "Use previous_response_id, or send the items.", paths=_HERE, is_refused=True),
+    Field("moderation", _ANYTHING, "Nothing is moderated.", paths=_HERE, is_refused=True),
 )  # fmt: skip
 
 # Advice -> fields that are refused, with the values that change nothing.
@@ -263,13 +297,14 @@ _PENALIZED = "The penalty is for tokens of the whole prompt and answer."
 FIELDS: tuple[Field, ...] = (
     *_sampling(),
     *_OWN,
+    *_OF_RESPONSES,
     *(
         Field(name, _ANYTHING, advice, None, (), GENERATING | {TOKENIZE, DETOKENIZE}, neutral, is_refused=True)
         for advice, names in _REFUSED.items()
         for name, neutral in names.items()
     ),
-    Field("add_special_tokens", _ANYTHING, "The chat template puts them.", paths=_only(CHAT), neutral=(False,),
-          is_refused=True),
+    Field("add_special_tokens", _ANYTHING, "The chat template puts them.", paths=_only(CHAT, RESPONSES),
+          neutral=(False,), is_refused=True),
     Field("repeat_last_n", _ANYTHING, _PENALIZED, neutral=(-1,), is_refused=True, beside="repetition_penalty"),
 )  # fmt: skip
 

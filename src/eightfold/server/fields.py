@@ -108,6 +108,12 @@ class Fields:
         self._inner: list[Fields] = []
         self._noted: list[str] = []  # names in objects that are not read by name
 
+    def translated(self, path: str, changed: Mapping[str, Any]) -> Fields:
+        """Return these fields as those of another endpoint, with others in their places; what is read there is read."""
+        fields = Fields({**self._values, **changed}, path)
+        fields._read = self._read
+        return fields
+
     def refuse_unsupported(self) -> None:
         """Refuse fields that would change the answer and are not supported, here or at all."""
         for name, value in self._values.items():

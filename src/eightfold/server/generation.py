@@ -60,6 +60,7 @@ class Asked:
     streams: bool
     cache_salt: str  # only requests with the same one share keys and values of prompts
     echoes: bool = False  # the prompts, in front of every answer
+    referred_bytes: int = 0  # of text that is part of the request, but was not in its body
 
     def entries(self, prompts: Sequence[Sequence[int]], most: int) -> int:
         """Return how many log-probabilities the answers to prompts may have, in a context of so many tokens.

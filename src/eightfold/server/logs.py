@@ -39,6 +39,7 @@ class Record:
     cached_tokens: int = 0  # of the prompts, found in the prefix cache
     tells_cached: bool = False  # to the client
     cache_salt: str = ""  # of the client, see ServerSettings
+    client: str = ""  # what tells its client from those with other keys
     generated_tokens: int = 0
     first_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields as fields_of
-from typing import Any
+from typing import Any, NamedTuple
 
 from eightfold.engine.reasoning import Start
 from eightfold.engine.sampling_params import SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
-from eightfold.server.answers import ChatAnswer, CompletionAnswer
+from eightfold.server.answers import AnswerWriter, ChatAnswer, CompletionAnswer
 from eightfold.server.conversations import read_conversation
 from eightfold.server.field_table import same
 from eightfold.server.fields import Fields, bad_request, refused
@@ -27,29 +28,49 @@ _OWN = ("max_tokens", "logprobs", "structured", "logit_bias")
 _SAME = tuple(field.name for field in fields_of(SamplingParams) if field.name not in _OWN)
 
 
-def read_chat(fields: Fields, service: Served) -> Asked:
-    """Return what a request for a chat's next message asks for."""
+class Said(NamedTuple):
+    """What a request for a chat's next message says of the answer.
+
+    Attributes:
+        tools: that may be called in it.
+        start: how it begins.
+        params: how its tokens are chosen.
+        shows_reasoning: whether its thoughts are sent.
+    """
+
+    tools: ToolUse
+    start: Start
+    params: SamplingParams
+    shows_reasoning: bool
+
+
+def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWriter] | None = None) -> Asked:
+    """Return what a request for a chat's next message asks for.
+
+    Args:
+        fields: of the request.
+        service: that answers it.
+        write: makes what writes the answer; None: the answer is that of a chat.
+    """
     params, tools = _params(fields, service.template or "")
     conversation = read_conversation(fields, service.template, tools.shown)
     stream, splits, shows_reasoning = _read_stream(fields), *_read_reasoning(fields)
 
+    def write_chat(said: Said) -> AnswerWriter:
+        return ChatAnswer(
+            service.names[0], service.texts, tools, said.start, shows_reasoning=said.shows_reasoning, **stream
+        )
+
     def encode(tokenizer: Tokenizer) -> Encoded:
         prompt = conversation.prompt(tokenizer, service.thinking)
-        answer = ChatAnswer(
-            service.names[0],
-            service.texts,
-            tools,
-            prompt.start if splits else Start(),
-            shows_reasoning=shows_reasoning,
-            **stream,
-        )
-        return Encoded([prompt.token_ids], answer, prompt.start.params(params))
+        said = Said(tools, prompt.start if splits else Start(), params, shows_reasoning)
+        return Encoded([prompt.token_ids], (write or write_chat)(said), prompt.start.params(params))
 
     return Asked(
         prompts=1,
         encode=encode,
         params=params,
-        cache_salt=_read_cache_salt(fields),
+        cache_salt=read_cache_salt(fields),
         streams=stream["streams"],
     )
 
@@ -114,7 +135,7 @@ def read_completion(fields: Fields, service: Served) -> Asked:
         )
         return Encoded(ids, answer)
 
-    salt = _read_cache_salt(fields)
+    salt = read_cache_salt(fields)
     return Asked(
         prompts=len(prompts),
         encode=encode,
@@ -190,7 +211,7 @@ def _read_stream(fields: Fields) -> dict[str, bool]:
     return {"streams": True, "shows_usage": options.read("include_usage")}
 
 
-def _read_cache_salt(fields: Fields) -> str:
+def read_cache_salt(fields: Fields) -> str:
     """Return a request's own salt of the prefix cache, which vLLM has too; empty where there is none."""
     return fields.read("cache_salt") or ""
 

@@ -60,6 +60,7 @@ class ServerSettings:
     cache_salt_per_key: bool = False  # only requests with the same Authorization share the prefix cache
     report_cached_tokens: bool = False  # also of prompts that another client may have sent before
     reasoning_parser: str = "auto"  # how thoughts are told from answers, see engine/reasoning.py
+    responses_kept: int = 1000  # of the Responses API, for requests that build on them
     allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface; "*" for any
 
     def accepts_key(self, authorization: str) -> bool:
@@ -72,7 +73,11 @@ class ServerSettings:
 
     def cache_salt(self, authorization: str) -> str:
         """Return what separates the prompts of clients with other keys from those of this one."""
-        return _digest(authorization.strip()).hex() if self.cache_salt_per_key else ""
+        return self.client(authorization) if self.cache_salt_per_key else ""
+
+    def client(self, authorization: str) -> str:
+        """Return what tells a client from those with other keys."""
+        return _digest(authorization.strip()).hex()
 
 
 def _digest(text: str) -> bytes:
