@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from eightfold.server.tools import ToolParser, ToolUse
-
 TAGGED = (
     "{% if tools %}Tools: {{ tools | tojson }} Answer <tool_call>{{ '{\"name\": 1}' }}</tool_call>\n{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
@@ -82,7 +80,8 @@ def whole(client, **asked):
         (TAGGED, "<tool_call>nonsense</tool_call> so", ("<tool_call>nonsense</tool_call> so", [])),
         (TAGGED, '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
          ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', [])),
-        (TAGGED, CALL, (CALL, [])),
+        (TAGGED, CALL, ("", [("weather", {"city": "Oslo"})])),
+        (TAGGED, f"{CALL} is what I would call", (f"{CALL} is what I would call", [])),
         (JSON, '{"name": "weather", "parameters": {"city": "Oslo"}}', ("", [("weather", {"city": "Oslo"})])),
         (JSON, f"<|python_tag|>{CALL}; {CALL}", ("", [("weather", {"city": "Oslo"})] * 2)),
         (JSON, f"[{CALL}]", ("", [("weather", {"city": "Oslo"})])),
@@ -145,7 +144,147 @@ def test_a_call_that_must_come_is_a_form_of_the_answer(talk, choice):
     assert [each["properties"]["name"]["const"] for each in calls] == (
         ["weather", "clock"] if choice == "required" else ["weather"]
     )
-    assert calls[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+    closed = {"additionalProperties": False}
+    assert calls[0]["properties"]["arguments"] == {**WEATHER["function"]["parameters"], **closed}
+    if choice == "required":
+        assert calls[1]["properties"]["arguments"] == {"type": "object", "properties": {}, **closed}
+
+
+def forced_names(running):
+    """Return the functions that the last answer could call, and whether it could call several."""
+    schema = json.loads(running.engine.last[1].structured.json_schema)
+    several = schema.get("type") == "array"
+    inner = schema["items"] if several else schema
+    return [call["properties"]["name"]["const"] for call in inner.get("anyOf", [inner])], several
+
+
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", ["weather", "clock"]),
+        ("any", ["weather", "clock"]),
+        ({"type": "function", "function": {"name": "clock"}}, ["clock"]),
+        ({"type": "function", "name": "clock"}, ["clock"]),
+        (allowed("required", "clock", "weather"), ["weather", "clock"]),
+        (allowed("required", "clock"), ["clock"]),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}, ["clock"]),
+    ],
+)
+def test_a_choice_may_be_written_in_several_ways(talk, choice, names):
+    running, _ = talk(TAGGED, CALL)
+    asked = {"tools": [WEATHER, CLOCK], "tool_choice": choice}
+    assert running.chat(**asked).status_code == 200
+    assert forced_names(running) == (names, False)
+    assert "clock" in prompt_of(running) and "weather" in prompt_of(running)
+    running.chat(**asked, parallel_tool_calls=True)
+    is_named = isinstance(choice, dict) and choice["type"] == "function"
+    assert forced_names(running) == (names, not is_named)
+
+
+def test_calls_of_tools_that_are_not_among_the_allowed_stay_text(talk):
+    running, client = talk(TAGGED, f"<tool_call>{CALL}</tool_call>")
+    assert whole(client, tools=[WEATHER, CLOCK], tool_choice=allowed("auto", "clock"))[1:] == ([], "stop")
+    assert "weather" in prompt_of(running)
+    assert len(whole(client, tools=[WEATHER, CLOCK], tool_choice=allowed("auto", "weather"))[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("some", "tool_choice: got 'some', expected none, auto, required"),
+        ({"type": "function"}, "tool_choice: got an object, expected none, auto, required"),
+        ({"type": "function", "function": {"name": "rm"}}, "tool_choice: got 'rm', expected one of tools"),
+        (allowed("required"), "tool_choice: got required, expected tools to choose from"),
+        (allowed("auto", "rm"), "tool_choice.allowed_tools.tools[0]: got 'rm', expected one of tools"),
+        (allowed("never", "clock"), "tool_choice.allowed_tools.mode: got 'never', expected auto or required"),
+        ({"type": "allowed_tools", "allowed_tools": 1}, "allowed_tools: got 1, expected an object"),
+        ({"type": "allowed_tools", "allowed_tools": {"tools": 1}}, "tools: got 1, expected a list"),
+    ],
+)
+def test_a_choice_of_nothing_is_refused(talk, choice, said):
+    running, _ = talk(TAGGED, CALL)
+    refused = running.chat(tools=[WEATHER, CLOCK], tool_choice=choice)
+    assert refused.status_code == 400
+    assert said in refused.json()["error"]["message"]
+    assert running.engine.last is None
+
+
+NESTED = {
+    "type": "function",
+    "function": {
+        "name": "trip",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"$ref": "#/$defs/Place"}, "by": {"$ref": "#/$defs/Way"}},
+            "required": ["to", "by"],
+            "$defs": {
+                "Place": {"type": "object", "properties": {"city": {"const": "Oslo"}}, "required": ["city"]},
+                "Way": {"enum": ["bus"]},
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("ask", [whole, streamed])
+def test_nested_parameters_are_obeyed_by_a_real_engine(real, ask):
+    pytest.importorskip("llguidance")
+    spaces = {str(token): -100 for token in real.server.service.tokenizer.encode(" \t\r\n", special_tokens=False)}
+    with real.openai() as client:
+        found = ask(client, tools=[NESTED], tool_choice="required", max_tokens=150, logit_bias=spaces)
+    assert found == ("", [("trip", {"to": {"city": "Oslo"}, "by": "bus"})], "tool_calls")
+
+
+@pytest.mark.parametrize("ask", [whole, streamed])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "trip"}}])
+def test_a_forced_call_that_is_cut_short_is_nothing(real, ask, choice):
+    pytest.importorskip("llguidance")
+    with real.openai() as client:
+        assert ask(client, tools=[NESTED], tool_choice=choice, max_tokens=20) == ("", [], "length")
+
+
+def test_what_cannot_be_kept_of_a_schema_is_refused_for_strict_tools(real):
+    pytest.importorskip("llguidance")
+    parameters = {"properties": {"on": {"type": "array", "items": {"const": 1}, "uniqueItems": True, "maxItems": 1}}}
+    for strict, status in ((False, 200), (True, 400)):
+        tool = {"type": "function", "function": {"name": "lamp", "parameters": parameters, "strict": strict}}
+        assert real.chat(tools=[tool], tool_choice="required", max_tokens=1).status_code == status
+
+
+def test_a_reference_that_leads_nowhere_is_refused(talk):
+    running, _ = talk(TAGGED, CALL)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"$ref": "b.json"}}}}}
+    error = running.chat(tools=[CLOCK, tool], tool_choice="required").json()["error"]
+    assert error["message"].startswith("tools[1].function.parameters: got $ref 'b.json', expected one that leads")
+    assert (error["param"], running.engine.last) == ("tools", None)
+
+
+def test_a_named_function_ends_with_stop(talk):
+    _, client = talk(TAGGED, CALL)
+    named = {"type": "function", "function": {"name": "weather"}}
+    assert whole(client, tools=[WEATHER], tool_choice=named)[1:] == ([("weather", {"city": "Oslo"})], "stop")
+    assert streamed(client, tools=[WEATHER], tool_choice="required")[1:] == (
+        [("weather", {"city": "Oslo"})], "tool_calls",
+    )  # fmt: skip
+
+
+def test_only_calls_leave_no_content(talk):
+    running, _ = talk(TAGGED, f"\n<tool_call>{CALL}</tool_call>\n")
+    message = running.chat(tools=[WEATHER]).json()["choices"][0]["message"]
+    assert (message["content"], len(message["tool_calls"])) == (None, 1)
+
+
+def test_the_operator_may_name_the_parser(serve):
+    answer = f"So.\n```json\n{CALL}\n```"
+    for parser, count in (("qwen2.5-coder", 1), ("auto", 0), ("none", 0)):
+        running = serve({"tool_call_parser": parser}, answer=answer)
+        choice = running.chat(tools=[WEATHER]).json()["choices"][0]
+        assert len(choice["message"].get("tool_calls", [])) == count
 
 
 def test_a_forced_call_by_a_real_engine(real):
@@ -165,16 +304,3 @@ def test_template_variables_reach_the_template_and_cannot_replace_messages(talk)
     variables = {"enable_thinking": False, "messages": [{"content": "other"}]}
     whole(client, extra_body={"chat_template_kwargs": variables})
     assert prompt_of(running) == "Weather? False"
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_pieces_of_any_size_give_the_same(size):
-    text = f"Well,  \n <tool_call>{CALL}</tool_call> and <tool_call> {CALL} </tool_call>  then < tool_call>"
-    parser = ToolParser(ToolUse([WEATHER], frozenset({"weather"}), "tagged"))
-    content, calls = "", []
-    for at in range(0, len(text), size):
-        more, found = parser.push(text[at : at + size])
-        content, calls = content + more, calls + found
-    more, found = parser.finish()
-    content, calls = content + more, calls + found
-    assert (content, len(calls)) == ("Well, and  then < tool_call>", 2)

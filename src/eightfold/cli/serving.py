@@ -14,6 +14,7 @@ from eightfold.cli.options import add_bos, argument
 from eightfold.engine.reasoning import NAMES
 from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
+from eightfold.server import tool_parsers
 from eightfold.values import SWITCH, TEXT, TEXTS, choice, number, setting, whole
 
 if TYPE_CHECKING:
@@ -104,6 +105,13 @@ class ServeCommand:
         metavar="NAME",
         read=lambda text: text.replace("-", "_"),
     )
+    tool_call_parser: str = setting(
+        tool_parsers.AUTO,
+        choice(*tool_parsers.NAMES),
+        "In whose form the model's calls are recognised, by vLLM's names: auto goes by the chat template; none leaves "
+        "them in the content.",
+        metavar="NAME",
+    )
     add_bos: bool | None = add_bos()
     engine: dict[str, Any] = generating.engine(
         "max_num_seqs", "max_model_len", "kv_memory", "max_batched_tokens", "speculate", "prefix_caching", "threads",
@@ -141,6 +149,7 @@ class ServeCommand:
                 report_cached_tokens=self.report_cached_tokens,
                 reasoning_parser=self.reasoning_parser,
                 responses_kept=self.responses_kept,
+                tool_call_parser=self.tool_call_parser,
             )
             serve(engine, settings, sock, lambda address: _announce(name, address, engine))
         finally:

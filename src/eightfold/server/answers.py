@@ -233,7 +233,7 @@ class ChatAnswer(ChoicesWriter):
             return piece
         self._ended.add(index)
         self._count_reasoning(answer)
-        ends = _encode("tool_calls" if parser.calls else reason)
+        ends = _encode(self._tools.ends(reason, parser.calls))
         return piece + self._choice(
             f'{{"index":{index},"delta":{{}},"logprobs":null,'
             f'"finish_reason":{ends},"stop_reason":{_encode(answer.stop_reason)}}}'
@@ -262,7 +262,7 @@ class ChatAnswer(ChoicesWriter):
             "index": index,
             "message": message,
             "logprobs": None if self._hides else self._texts.chat_logprobs(answer.logprobs),
-            "finish_reason": "tool_calls" if calls else answer.finish_reason,
+            "finish_reason": self._tools.ends(answer.finish_reason, len(calls)),
             "stop_reason": answer.stop_reason,
         }
 

@@ -106,7 +106,7 @@ class Endpoints:
         if text is not None:
             ids = tokenizer.encode(text, special_tokens=fields.read("add_special_tokens", SWITCH, True))
         elif fields.any("messages") is not None:
-            tools = read_tools(fields, service.template or "")
+            tools = read_tools(fields, service.tool_family)
             conversation = read_conversation(fields, service.template, tools.shown)
             ids = conversation.prompt(tokenizer, service.thinking).token_ids
         else:

@@ -52,7 +52,7 @@ def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWri
         service: that answers it.
         write: makes what writes the answer; None: the answer is that of a chat.
     """
-    params, tools = _params(fields, service.template or "")
+    params, tools = _params(fields, service)
     conversation = read_conversation(fields, service.template, tools.shown)
     stream, splits, shows_reasoning = _read_stream(fields), *_read_reasoning(fields)
 
@@ -80,8 +80,8 @@ def _read_reasoning(fields: Fields) -> tuple[bool, bool]:
     return fields.read("separate_reasoning", SWITCH, True), fields.read("include_reasoning", SWITCH, True)
 
 
-def _params(fields: Fields, template: str) -> tuple[SamplingParams, ToolUse]:
-    tools, form = read_tools(fields, template), structured_output(fields)
+def _params(fields: Fields, service: Served) -> tuple[SamplingParams, ToolUse]:
+    tools, form = read_tools(fields, service.tool_family), structured_output(fields)
     if tools.forced is not None and form is not None:
         raise bad_request("tool_choice: got one that asks for a call beside response_format", param="tool_choice")
     wanted, top = fields.read("logprobs"), fields.read("top_logprobs")

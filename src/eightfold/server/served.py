@@ -8,6 +8,7 @@ from typing import Any
 from eightfold.engine.reasoning import Thinking
 from eightfold.server.fields import ApiError, Fields, bad_request
 from eightfold.server.token_texts import TokenTexts
+from eightfold.server.tool_parsers import AUTO, FamilyName, family_name
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import STRING, shown_as_json
 
@@ -20,6 +21,7 @@ class Served:
         max_model_len: positions of a sequence, prompt and answer together.
         names: what clients may call the model; answers carry the first.
         reasoning_parser: how thoughts are told from answers, see engine/reasoning.py.
+        tool_call_parser: the family in whose form calls are recognised, see tool_parsers.py.
 
     Attributes:
         template: the chat template's text; None: there is none.
@@ -28,12 +30,24 @@ class Served:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, max_model_len: int, names: Sequence[str], reasoning_parser: str = "auto"
+        self,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        names: Sequence[str],
+        reasoning_parser: str = "auto",
+        tool_call_parser: str = AUTO,
     ) -> None:
         self.tokenizer, self.max_model_len, self.names = tokenizer, max_model_len, names
         self.template = tokenizer.template_source() if tokenizer.has_chat_template else None
         self.thinking = Thinking(tokenizer, reasoning_parser)
         self.texts = TokenTexts(tokenizer)
+        self._tool_call_parser = tool_call_parser
+
+    @property
+    def tool_family(self) -> FamilyName | None:
+        """The family in whose form the model's calls are recognised."""
+        known = self.tokenizer.template_source(with_tools=True) if self.tokenizer.has_chat_template else ""
+        return family_name(self._tool_call_parser, known)
 
     def fields(self, values: Mapping[str, Any], path: str) -> Fields:
         """Return the fields of a body, at an endpoint as the table of fields calls it.

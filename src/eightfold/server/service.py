@@ -29,6 +29,7 @@ from eightfold.server.generation import Asked, InFlight
 from eightfold.server.logs import Record
 from eightfold.server.metrics import Metrics
 from eightfold.server.served import Served
+from eightfold.server.tool_parsers import AUTO
 from eightfold.values import shown_as_json
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class ServerSettings:
     report_cached_tokens: bool = False  # also of prompts that another client may have sent before
     reasoning_parser: str = "auto"  # how thoughts are told from answers, see engine/reasoning.py
     responses_kept: int = 1000  # of the Responses API, for requests that build on them
+    tool_call_parser: str = AUTO  # the family in whose form calls are recognised
     allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface; "*" for any
 
     def accepts_key(self, authorization: str) -> bool:
@@ -239,7 +241,8 @@ class Service(Served):
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         ours = engine.engine
-        super().__init__(ours.tokenizer, ours.max_model_len, settings.model_names, settings.reasoning_parser)
+        parsers = settings.reasoning_parser, settings.tool_call_parser
+        super().__init__(ours.tokenizer, ours.max_model_len, settings.model_names, *parsers)
         self.engine, self.settings = engine, settings
         self.hosts = Hosts("127.0.0.1", settings)  # until it is known where the server listens
         self.limiter = Limiter(settings)

@@ -1,9 +1,8 @@
-"""The calls in an answer.
+"""The calls in an answer, as the families of models write them.
 
-Calls are recognised in the two forms that chat templates of this field teach:
-
-    tagged    <tool_call>{"name": ..., "arguments": {...}}</tool_call>, between pieces of text; Qwen and Hermes
-    json      {"name": ..., "parameters": {...}}, and nothing else in the answer; Llama 3
+An answer is text, between whose pieces there are calls behind markers, or it is calls and nothing else: in JSON, in a
+block of code or as a list in Python. The markers are the family's own. What is unmistakable is a call for every family:
+an answer that names a function that was offered, with an object of arguments, and says nothing else.
 
 What only looks like a call, or calls what was not offered, stays text.
 """
@@ -11,16 +10,108 @@ What only looks like a call, or calls what was not offered, stays text.
 from __future__ import annotations
 
 import json
+import re
 import uuid
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NewType
 
 from eightfold.engine.sampling_params import StructuredOutput
+from eightfold.server import tool_markup as markup
+from eightfold.server.tool_markup import Calls, Found, Reader, Reading, Source
 
-Form = Literal["tagged", "json"]
+FamilyName = NewType("FamilyName", str)
 
-BEGIN, END = "<tool_call>", "</tool_call>"
-_PYTHON_TAG = "<|python_tag|>"
+_FENCE = "```"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of a family write calls.
+
+    Attributes:
+        readers: marker that begins calls -> what reads them from there on.
+        answers_in_json: whether an answer that is JSON is how they call, and need not look like a call any more.
+        other_markers: further ones, which are no text either.
+        short_ids: whether their templates only take the ids of calls that have nine letters and digits.
+    """
+
+    readers: Mapping[str, Reader]
+    answers_in_json: bool = False
+    other_markers: tuple[str, ...] = ()
+    short_ids: bool = False
+
+    @cached_property
+    def begins(self) -> re.Pattern[str]:
+        """Finds the next marker."""
+        return re.compile("|".join(map(re.escape, sorted(self.readers, key=len, reverse=True))))
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """All markers, which may be special tokens."""
+        return (*self.readers, *self.other_markers)
+
+
+_TAG = {"<tool_call>": markup.between("<tool_call>", "</tool_call>")}
+_TOOLS = {"<tools>": markup.between("<tools>", "</tools>", plain=True)}
+_FUNCTION = {"<function=": markup.function}
+_HERMES = Family({**_TAG, **_TOOLS}, other_markers=("</tool_call>", "</tools>"))
+_QWEN3_CODER = Family({**_TAG, **_FUNCTION}, other_markers=("</tool_call>", "</function>"))
+_LLAMA = Family(
+    {"<|python_tag|>": markup.python_tag, **_FUNCTION}, answers_in_json=True, other_markers=("</function>",)
+)
+_PYTHONIC = Family(
+    {"<|python_start|>": markup.python_list, "<|python_tag|>": markup.python_tag}, other_markers=("<|python_end|>",)
+)
+_DEEPSEEK = Family(
+    {markup.DEEPSEEK[0]: markup.deepseek, markup.DEEPSEEK[2]: markup.deepseek_call}, other_markers=markup.DEEPSEEK
+)
+
+# The names are vLLM's where it has the parser.
+FAMILIES: dict[str, Family] = {
+    "hermes": _HERMES,
+    "qwen2.5-coder": Family({**_HERMES.readers, _FENCE: markup.fenced}, other_markers=_HERMES.other_markers),
+    "qwen3_coder": _QWEN3_CODER,
+    "qwen3_xml": _QWEN3_CODER,
+    "mistral": Family({"[TOOL_CALLS]": markup.mistral}, True, other_markers=("[ARGS]", "[CALL_ID]"), short_ids=True),
+    "llama3_json": _LLAMA,
+    "llama4_json": _LLAMA,
+    "pythonic": _PYTHONIC,
+    "llama4_pythonic": _PYTHONIC,
+    "deepseek_v3": _DEEPSEEK,
+    "deepseek_v31": _DEEPSEEK,
+}
+AUTO, NONE = "auto", "none"
+NAMES = (AUTO, *FAMILIES, NONE)
+
+_SHORT_NAMES = {"tagged": "hermes", "json": "llama3_json"}
+
+# What a chat template that teaches a family's calls, or shows them again, has in it; the first that fits counts.
+_SIGNS = {
+    "[TOOL_CALLS]": "mistral",
+    markup.DEEPSEEK[2]: "deepseek_v3",
+    "<parameter=": "qwen3_coder",
+    "<tool_call>": "hermes",
+    "<|python_start|>": "pythonic",
+    "[func_name1(": "pythonic",
+    "<|python_tag|>": "llama3_json",
+}
+
+
+def family_name(parser: str, template: str) -> FamilyName | None:
+    """Return the family in whose form a model's calls are recognised.
+
+    Args:
+        parser: its name, `auto` for the one whose calls the template teaches, or `none`.
+        template: the chat template for conversations with tools.
+    """
+    if parser != AUTO:
+        return None if parser == NONE else FamilyName(parser)
+    for sign, name in _SIGNS.items():
+        if sign in template:
+            return FamilyName(name)
+    return FamilyName("llama3_json") if "tools" in template and '"parameters"' in template else None
 
 
 @dataclass(frozen=True)
@@ -29,9 +120,39 @@ class ToolUse:
 
     shown: list[Any] | None = None  # what the template is given; None: nothing
     names: frozenset[str] = frozenset()  # functions whose calls are recognised
-    form: Form | None = None  # in which calls are recognised; None: not at all
+    form: str | None = None  # the family in whose form calls are recognised; None: not at all
     forced: StructuredOutput | None = None  # the form that the answer must have, which is a call
     one_only: bool = False  # only the first call of an answer counts
+    is_named: bool = False  # whether it is known which function a forced call calls
+
+    @property
+    def family(self) -> Family | None:
+        """The family in whose form calls are recognised."""
+        return None if self.form is None else FAMILIES[_SHORT_NAMES.get(self.form, self.form)]
+
+    @property
+    def schemas(self) -> markup.Schemas:
+        """The schemas of the functions' parameters, by name."""
+        functions = [tool["function"] for tool in self.shown or ()]
+        return {function["name"]: function.get("parameters") for function in functions}
+
+    def offers(self, calls: Calls) -> bool:
+        """Return whether all of these call what was offered, and none just repeats the schema of its parameters."""
+        schemas = self.schemas
+        return all(
+            call.name in self.names
+            and not ((schema := schemas.get(call.name)) and json.loads(call.arguments) == schema)
+            for call in calls
+        )
+
+    def ends(self, reason: str | None, calls: int) -> str | None:
+        """Return the finish reason of an answer with so many calls, as OpenAI and vLLM have it.
+
+        A client that named the function is told "stop", and one whose forced call was cut short "length".
+        """
+        if not calls or self.is_named or (self.forced is not None and reason != "stop"):
+            return reason
+        return "tool_calls"
 
 
 @dataclass(frozen=True)
@@ -46,98 +167,150 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
+@dataclass
+class _Certain:
+    """What is certain of an answer: text and calls."""
+
+    text: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
+
+
 class ToolParser:
-    """Splits one answer into text and calls, as it comes."""
+    """Splits one answer into text and calls, as it comes.
+
+    The pieces in which it comes make no difference. White space around calls is dropped.
+
+    Attributes:
+        calls: how many there were so far.
+    """
 
     def __init__(self, use: ToolUse) -> None:
-        self._use = use
-        self._form = use.form
-        self._held = ""
+        self._use, self._family = use, use.family
+        self._source = Source()
+        self._reading: Reading[Calls | None] | None = None  # of what may be calls
+        self._marker = 0  # where the text begins that is left if they are none
+        self._is_fresh = True  # there was nothing but white space
+        self._has_text = False
         self.calls = 0
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """Take more of the answer; return the text and the calls that are certain now."""
-        if self._form is None:
+        if self._family is None and self._use.forced is None:
             return text, []
-        self._held += text
-        return self._tagged() if self._form == "tagged" else self._json()
+        self._source.text += text
+        return self._go_on()
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """Return the rest of the text and of the calls: the answer is complete."""
-        held, self._held = self._held, ""
-        if self._form == "tagged" and BEGIN in held:
-            before, _, inner = held.partition(BEGIN)
-            calls = self._accept(inner)
-            return (before.rstrip(), calls) if calls else (held, [])
-        calls = self._accept(held) if self._form == "json" else []
-        return ("", calls) if calls else (held, [])
+        self._source.has_ended = True
+        return self._go_on()
 
-    def _json(self) -> tuple[str, list[ToolCall]]:
-        begin = self._held.lstrip()
-        if not begin or begin[0] in "{[" or _PYTHON_TAG.startswith(begin[: len(_PYTHON_TAG)]):
-            return "", []  # it may become a call
-        text, self._held, self._form = self._held, "", None
-        return text, []
+    def _go_on(self) -> tuple[str, list[ToolCall]]:
+        certain = _Certain()
+        if self._use.forced is not None:
+            if self._source.has_ended:
+                self._read_forced(certain)
+        elif self._family is not None:
+            while self._step(self._family, certain):
+                pass
+        return certain.text, certain.calls
 
-    def _tagged(self) -> tuple[str, list[ToolCall]]:
-        text, found = "", list[ToolCall]()
-        while END in self._held and BEGIN in self._held:
-            whole, end, after = self._held.partition(END)
-            before, _, inner = whole.partition(BEGIN)
-            calls = self._accept(inner)
-            text += before.rstrip() if calls else whole + end
-            found += calls
-            self._held = after
-        if BEGIN not in self._held:
-            cut = _certain(self._held)
-            text, self._held = text + self._held[:cut], self._held[cut:]
-        return text, found
+    def _read_forced(self, certain: _Certain) -> None:
+        """Take an answer that is a call: what is not complete is nothing at all."""
+        reading = markup.json_calls(self._source)
+        found = _outcome(reading)
+        if isinstance(found, list) and self._use.offers(found):
+            certain.calls += self._accept(found)
 
-    def _accept(self, text: str) -> list[ToolCall]:
-        """Return the calls that a text is, if it is nothing else."""
-        found = _objects(text.strip().removeprefix(_PYTHON_TAG))
-        calls = [_call(each) for each in found]
-        if any(call is None or call.name not in self._use.names for call in calls):
-            return []
-        real = [call for call in calls if call is not None]
+    def _step(self, family: Family, certain: _Certain) -> bool:
+        """Take the next piece of text, or go on reading calls; return whether there is more to do."""
+        if self._reading is not None:
+            return self._read_on(certain)
+        source = self._source
+        if not source.text:
+            return False
+        if self._is_fresh:
+            lead = len(source.text) - len(source.text.lstrip())
+            rest = source.text[lead:]
+            if not source.has_ended and any(each.startswith(rest) for each in (*family.readers, _FENCE)):
+                return False  # it may become a marker, or is white space
+            self._is_fresh = False
+            if not family.begins.match(rest) and rest.startswith(("{", "[", _FENCE)):
+                self._begin(lead, lead, markup.whole(source, self._use.schemas, plain=not family.answers_in_json))
+                return True
+        match = family.begins.search(source.text)
+        if match is not None:
+            self._say(source.text[: match.start()].rstrip(), certain)
+            space = match.start() - len(source.text[: match.start()].rstrip())
+            source.text = source.text[match.start() - space :]
+            size = space + len(match[0])
+            self._begin(size, size, family.readers[match[0]](source, self._use.schemas))
+            return True
+        cut = len(source.text) if source.has_ended else _end_of_text(source.text, family)
+        text = source.text[:cut]
+        if source.has_ended and self.calls:
+            text = text.rstrip()
+        self._say(text, certain)
+        source.text = source.text[cut:]
+        return False
+
+    def _begin(self, at: int, marker: int, reading: Reading[Calls | None]) -> None:
+        self._source.at, self._marker, self._reading = at, marker, reading
+
+    def _read_on(self, certain: _Certain) -> bool:
+        source = self._source
+        assert self._reading is not None
+        found = _outcome(self._reading)
+        if found is _UNKNOWN:
+            return False
+        self._reading = None
+        if isinstance(found, list) and self._use.offers(found):
+            certain.calls += self._accept(found)
+        else:
+            # What is no call is text, and so is all of one that calls what was not offered. What stands behind a
+            # marker may hold calls.
+            source.at = source.at if isinstance(found, list) else self._marker
+            self._say(source.text[: source.at], certain)
+        source.text, source.at = source.text[source.at :], 0
+        return True
+
+    def _accept(self, found: Calls) -> list[ToolCall]:
         if self._use.one_only:
-            real = real[: max(1 - self.calls, 0)]
-        self.calls += len(real)
-        return real
+            found = found[: max(1 - self.calls, 0)]
+        self.calls += len(found)
+        return [self._call(each) for each in found]
+
+    def _call(self, found: Found) -> ToolCall:
+        name = uuid.uuid4().hex
+        short = self._family is not None and self._family.short_ids
+        return ToolCall(name[:9] if short else f"call_{name[:24]}", found.name, found.arguments)
+
+    def _say(self, text: str, certain: _Certain) -> None:
+        if self.calls and not self._has_text:
+            text = text.lstrip()
+        if text:
+            self._has_text = True
+            certain.text += text
 
 
-def _certain(text: str) -> int:
-    """Return how much of a text is neither white space at its end nor the beginning of a tag."""
-    for size in range(min(len(BEGIN) - 1, len(text)), 0, -1):
-        if BEGIN.startswith(text[-size:]):
+_UNKNOWN: Literal["unknown"] = "unknown"
+
+
+def _outcome(reading: Reading[Calls | None]) -> Calls | Literal["unknown"] | None:
+    """Return what a reader returns, or that it waits for more."""
+    try:
+        next(reading)
+    except StopIteration as end:
+        calls: Calls | None = end.value
+        return calls
+    return _UNKNOWN
+
+
+def _end_of_text(text: str, family: Family) -> int:
+    """Return how much of a text is neither white space at its end nor the beginning of a marker."""
+    longest = max(map(len, family.readers))
+    for size in range(min(longest - 1, len(text)), 0, -1):
+        if any(each.startswith(text[-size:]) for each in family.readers):
             text = text[:-size]
             break
     return len(text.rstrip())
-
-
-def _objects(text: str) -> list[Any]:
-    """Return the JSON values that a text is, semicolons or white space between them; none if it is anything else."""
-    decoder = json.JSONDecoder(parse_constant=_refuse)
-    found, at = list[Any](), 0
-    try:
-        while at < len(text):
-            value, at = decoder.raw_decode(text, at)
-            found += value if isinstance(value, list) else [value]
-            while at < len(text) and text[at] in "; \t\r\n":
-                at += 1
-    except (ValueError, RecursionError):
-        return []
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-def _call(value: Any) -> ToolCall | None:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters"))
-    if not isinstance(arguments, dict):
-        return None
-    return ToolCall(f"call_{uuid.uuid4().hex[:24]}", value["name"], json.dumps(arguments, ensure_ascii=False))
