@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from eightfold.errors import EightfoldError, InputError
@@ -363,11 +362,11 @@ def requests(work: Path) -> Read:
     from eightfold.server.field_table import CHAT, COMPLETIONS
     from eightfold.server.fields import Fields, parse
     from eightfold.server.requests import read_chat, read_completion
+    from eightfold.server.served import Served
     from eightfold.tokenizer import Tokenizer
 
-    known = Tokenizer(write_tokenizer(work / "tokenizer"))
-    settings = SimpleNamespace(model_names=("m",), api_key=None)
-    service: Any = SimpleNamespace(template=TEMPLATE, settings=settings, texts=None, tokenizer=known)
+    known = Tokenizer(write_tokenizer(work / "tokenizer"), TEMPLATE)
+    service = Served(known, 2**16, ("m",))
 
     def read(data: bytes) -> object:
         values = parse(data)[0]

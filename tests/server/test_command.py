@@ -140,6 +140,7 @@ def test_another_machines_address(cli, model):
         (["--max-num-seqs", "600"], "--max-batched-tokens: got 512, expected more than --max-num-seqs, 600."),
         (["--chat-template", "nowhere.jinja"],
          "cannot read nowhere.jinja: No such file or directory. Check the path."),
+        (["--api-key-file", "nowhere"], "cannot read nowhere: No such file or directory. Check the path."),
         (["--allowed-host", "http://a/"], "--allowed-host: got 'http://a/', expected a name such as llm.example"),
         (["--port", "70000"], "--port: got 70000, expected a whole number from 0 to 65535. Try: eightfold "),
     ],
@@ -162,6 +163,33 @@ def test_an_empty_key_in_the_environment_does_not_open_the_server(cli, model, mo
     monkeypatch.setenv("EIGHTFOLD_API_KEY", "")
     result = cli("serve", model, "--port", 0)
     assert (result.code, result.err.startswith("eightfold: EIGHTFOLD_API_KEY: got an empty text")) == (2, True)
+
+
+def test_keys_come_from_options_a_file_or_the_environment(tmp_path, monkeypatch):
+    from eightfold.cli.serving import _api_keys
+
+    monkeypatch.setenv("EIGHTFOLD_API_KEY", " a, b ,a")
+    (tmp_path / "keys").write_text("one\n\n  two, three \r\n")
+    assert _api_keys((), None) == ("a", "b")
+    assert _api_keys(("c", "d,e"), None) == ("c", "d,e")
+    assert _api_keys(("c",), tmp_path / "keys") == ("c", "one", "two, three")
+    monkeypatch.delenv("EIGHTFOLD_API_KEY")
+    assert _api_keys((), None) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("a,,b", "EIGHTFOLD_API_KEY"), (",", "EIGHTFOLD_API_KEY"), ("\n \n", "keys")]
+)
+def test_an_empty_key_among_others_is_a_mistake_too(cli, model, monkeypatch, tmp_path, text, name):
+    options = []
+    if name == "keys":
+        (tmp_path / "keys").write_text(text)
+        options = ["--api-key-file", tmp_path / "keys"]
+    else:
+        monkeypatch.setenv("EIGHTFOLD_API_KEY", text)
+    result = cli("serve", model, "--port", 0, *options)
+    assert (result.code, result.out, "got an empty text, expected a key" in result.err) == (2, "", True)
+    assert name in result.err and result.err.count("\n") == 1
 
 
 def test_no_such_directory(cli, tmp_path):

@@ -114,7 +114,7 @@ def test_other_texts_are_refused(serve, texts, words):
 
 
 def test_the_endpoint_needs_the_key(serve):
-    running = serve({"api_key": "open sesame"})
+    running = serve({"api_keys": ("open sesame",)})
     assert running.post("/render", {"texts": []}).status_code == 401
     allowed = running.post("/render", {"texts": []}, headers={"authorization": "Bearer open sesame"})
     assert allowed.json() == {"rendered": []}

@@ -342,7 +342,7 @@ def test_a_key_is_asked_for_and_the_message_stays(serve, open_page, key):
 
 
 def test_a_server_with_a_key_asks_for_it_at_once(serve, open_page):
-    page = open_page(serve({"api_key": "open sesame", "model_names": ("Eightfold",)}), expects="401")
+    page = open_page(serve({"api_keys": ("open sesame",), "model_names": ("Eightfold",)}), expects="401")
     page.get_by_role("dialog").get_by_text("The server asks for an API key.").wait_for()
     page.get_by_label("API key").fill("open sesame")
     page.keyboard.press("Enter")

@@ -41,7 +41,7 @@ def in_background(call):
 
 
 def test_without_the_key_only_health_and_the_page_are_open(serve):
-    running = serve({"api_key": "sesame"})
+    running = serve({"api_keys": ("sesame",)})
     assert [running.http.get(path).status_code for path in ("/health", "/")] == [200, 200]
     for given in ("Bearer sesam", "Bearer sesame2", "sesame", "Basic sesame", "Bearer", "Bearer s\u00e9same", None):
         headers = {} if given is None else {"authorization": given.encode("latin-1")}
@@ -50,10 +50,42 @@ def test_without_the_key_only_health_and_the_page_are_open(serve):
             assert (raw.status_code, raw.headers["www-authenticate"]) == (401, "Bearer")
             assert (error_of(raw)["type"], error_of(raw)["code"]) == ("authentication_error", "invalid_api_key")
     assert running.http.get("/v1/models", headers={"authorization": "bearer  sesame"}).status_code == 200
+    assert running.http.get("/v1/models", headers={"x-api-key": "sesame"}).status_code == 200
+    assert running.http.get("/v1/models", headers={"x-api-key": "Bearer sesame"}).status_code == 401
     with running.openai("sesame") as client:
         assert client.models.list().data[0].id == "tiny"
     with running.openai("wrong") as client, pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
         client.models.list()
+
+
+def test_any_of_several_keys_is_accepted_in_either_header(serve):
+    running = serve({"api_keys": ("one", "two")})
+    for headers, status in (
+        ({"authorization": "Bearer one"}, 200),
+        ({"authorization": "Bearer two"}, 200),
+        ({"x-api-key": "two"}, 200),
+        ({"authorization": "Bearer wrong", "x-api-key": "two"}, 200),  # a proxy's own, and the client's
+        ({"authorization": "Basic dHdv", "x-api-key": "two"}, 200),
+        ({"authorization": "Bearer wrong", "x-api-key": "wrong"}, 401),
+        ({"authorization": "Bearer one,two"}, 401),
+        ({"x-api-key": ""}, 401),
+    ):
+        raw = running.http.get("/v1/models", headers=headers)
+        assert raw.status_code == status, headers
+        assert running.http.get("/health", headers=headers).status_code == 200
+
+
+def test_every_key_is_compared_whichever_is_right(monkeypatch):
+    import hmac
+
+    from eightfold.server import keys
+
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda one, other: compared.append(other) or one == other)
+    known = keys.Keys(("a", "b", "c"))
+    names = [known.client({b"x-api-key": key}) for key in "abc"]
+    assert (len(set(names)), len(compared)) == (3, 9)
+    assert known.client({b"authorization": "Bearer a"}) == names[0]
 
 
 def test_a_sane_request_id_comes_back_and_others_are_replaced(serve):
@@ -65,7 +97,7 @@ def test_a_sane_request_id_comes_back_and_others_are_replaced(serve):
 
 
 def test_pages_of_allowed_origins_may_call(serve):
-    running = serve({"cors_origins": ("https://ours.example",), "api_key": "k"})
+    running = serve({"cors_origins": ("https://ours.example",), "api_keys": ("k",)})
     asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
     ours = running.http.options("/v1/chat/completions", headers={"origin": "https://ours.example", **asks})
     assert (ours.status_code, ours.headers["access-control-allow-origin"]) == (200, "https://ours.example")
@@ -151,8 +183,8 @@ def test_http_1_0_without_a_name_is_refused_too(serve):
 
 def test_with_a_key_names_are_checked_only_against_a_list(serve):
     key = "Authorization: Bearer k"
-    assert call(serve({"api_key": "k"}), "Host: any.example", key) == (200, None)
-    listed = serve({"api_key": "k", "allowed_hosts": ("ours.example",)})
+    assert call(serve({"api_keys": ("k",)}), "Host: any.example", key) == (200, None)
+    listed = serve({"api_keys": ("k",), "allowed_hosts": ("ours.example",)})
     assert call(listed, "Host: any.example", key) == (403, "host_not_allowed")
     assert call(listed, "Host: ours.example", key) == (200, None)
 
@@ -649,6 +681,69 @@ def test_metrics_count_what_happened(serve):
         assert f"\neightfold_{name}{{" in text.text
 
 
+# ---- Paths.
+
+
+def test_paths_are_served_without_v1_too(serve):
+    running = serve()
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert running.post("/chat/completions", asked).json()["choices"][0]["message"]["content"] == "Hello!"
+    assert running.post("/completions", {"prompt": "x"}).json()["choices"][0]["text"] == "Hello!"
+    assert running.http.get("/models").json() == running.http.get("/v1/models").json()
+    assert running.http.get("/models/tiny").json()["id"] == "tiny"
+    assert running.http.get("/models/other").json()["error"]["code"] == "model_not_found"
+    with openai.OpenAI(base_url=running.url, api_key="none", max_retries=0) as client:
+        assert client.completions.create(model="tiny", prompt="x").choices[0].text == "Hello!"
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/embeddings", "Embeddings, scores and ranks need a server with a model for them."),
+        ("/embeddings", "Embeddings, scores and ranks need a server with a model for them."),
+        ("/v1/rerank", "Embeddings, scores and ranks need"),
+        ("/v1/audio/transcriptions", "This model reads and writes text only"),
+        ("/v1/images/generations", "This model reads and writes text only"),
+        ("/api/chat", "Use POST /v1/chat/completions, which is OpenAI's API."),
+        ("/api/tags", "Use GET /v1/models."),
+        ("/api/pull", "This is not Ollama's API but OpenAI's"),
+        ("/v1/messages", "This is Anthropic's API. Use POST /v1/chat/completions"),
+        ("/completion", "Use POST /v1/completions"),
+        ("/generate", "Use POST /v1/completions"),
+        ("/v1/files", "Answer a file of requests with `eightfold run --input-file`."),
+        ("/v1/v1/chat/completions", "The base URL has /v1 twice."),
+        ("/v1/chat/completions/", "Leave out the slash at the end."),
+        ("/nowhere", "Served are POST /v1/chat/completions"),
+    ],
+)
+def test_for_what_others_serve_there_are_words(serve, path, words):
+    raw = serve().post(path, {})
+    assert (raw.status_code, error_of(raw)["code"]) == (404, "not_found")
+    message = error_of(raw)["message"]
+    assert message.startswith(f"POST {path!r} is not served here. ") and words in message
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/models/tiny", "/health", "/metrics", "/version"])
+def test_head_is_get_without_a_body(serve, path):
+    running = serve()
+    get, head = running.http.get(path), running.http.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    assert path == "/metrics" or head.headers["content-length"] == str(len(get.content))
+
+
+def test_options_says_what_is_allowed(serve):
+    running = serve()
+    for path, allowed in (
+        ("/v1/chat/completions", {"POST"}),
+        ("/models", {"GET", "HEAD"}),
+        ("/health", {"GET", "HEAD"}),
+    ):
+        raw = running.http.options(path)
+        assert (raw.status_code, raw.content, set(raw.headers["allow"].split(", "))) == (204, b"", allowed)
+    assert running.http.options("/nowhere").status_code == 404
+
+
 # ---- The small endpoints.
 
 
@@ -712,6 +807,16 @@ def test_each_key_has_its_own_part_of_the_prefix_cache(serve):
     salts = found.engine.salts
     assert (salts[0], salts[3]) == (salts[2], salts[5])
     assert len({*salts, ""}) == 5
+
+
+def test_a_key_has_the_same_part_of_the_prefix_cache_in_either_header(serve):
+    for settings in ({}, {"api_keys": ("a", "b")}):
+        found = serve({"cache_salt_per_key": True, **settings})
+        for headers in ({"authorization": "Bearer a"}, {"x-api-key": "a"}, {"authorization": "bearer a"},
+                        {"x-api-key": "b"}):  # fmt: skip
+            assert found.post("/v1/completions", {"prompt": [1]}, headers=headers).status_code == 200
+        *same, other = found.engine.salts
+        assert len(set(same)) == 1 and other not in ("", same[0])
 
 
 def test_without_a_salt_no_client_is_told_what_others_have_asked(serve):

@@ -14,13 +14,15 @@ from eightfold.cli.options import add_bos, argument
 from eightfold.engine.reasoning import NAMES
 from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
+from eightfold.files import read_text
 from eightfold.server import tool_parsers
-from eightfold.values import SWITCH, TEXT, TEXTS, choice, number, setting, whole
+from eightfold.values import PATH, SWITCH, TEXT, TEXTS, choice, number, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.engine.async_llm import AsyncLLM
 
 KEY_VARIABLE = "EIGHTFOLD_API_KEY"
+_KEYS_BYTES = 2**20  # of a file of keys
 
 _PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 _SERVER = "Server"
@@ -45,11 +47,16 @@ class ServeCommand:
     model: Path = argument("DIR", generating.MODEL)
     host: str = setting("127.0.0.1", TEXT, "Address to listen on; 0.0.0.0 for all addresses.", group=_SERVER)
     port: int = setting(8000, whole(0, 65535), "Port to listen on; 0 for any free one.", group=_SERVER)
-    api_key: str | None = setting(
-        None,
-        TEXT,
-        f"Key that clients have to send. Prefer {KEY_VARIABLE}: other users can see a command line.",
+    api_key: tuple[str, ...] = setting(
+        (),
+        TEXTS,
+        f"Key that clients have to send; one of several if repeated. Prefer --api-key-file or {KEY_VARIABLE} (commas "
+        "between keys): other users can see a command line.",
+        metavar="KEY",
         group=_SERVER,
+    )
+    api_key_file: Path | None = setting(
+        None, PATH, "File of keys, one in each line, any of which clients may send.", metavar="FILE", group=_SERVER
     )
     served_model_name: tuple[str, ...] = setting(
         (), TEXTS, "Name of the model for clients. Default: DIR's name.", metavar="NAME", group=_SERVER
@@ -72,7 +79,7 @@ class ServeCommand:
     cache_salt_per_key: bool = setting(
         False,
         SWITCH,
-        "Share computed prompts only among requests with the same Authorization header: how fast an answer begins then "
+        "Share computed prompts only among requests with the same key: how fast an answer begins then "
         "tells a client nothing about the prompts of others.",
         group=_SERVER,
     )
@@ -120,7 +127,7 @@ class ServeCommand:
 
     def execute(self) -> None:
         _require_packages()
-        key = _api_key(self.api_key)
+        keys = _api_keys(self.api_key, self.api_key_file)
         name, *others = self.served_model_name or (self.model.resolve().name,)
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
@@ -132,14 +139,14 @@ class ServeCommand:
         allowed = tuple(map(host_name, self.allowed_host))
         require_model(self.model)
         leave_to_first(self.model, config)
-        _warn_of_strangers(self.host, key)
+        _warn_of_strangers(self.host, keys)
         sock = bind(self.host, self.port)
         try:
             engine = _load(self.model, template, self.add_bos, config)
             logs.set_up(self.log_level)
             settings = ServerSettings(
                 model_names=(name, *others),
-                api_key=key,
+                api_keys=keys,
                 max_num_seqs=config.max_num_seqs,
                 max_waiting=self.max_waiting,
                 drain_timeout=self.drain_timeout,
@@ -195,19 +202,29 @@ def _require_packages() -> None:
         )
 
 
-def _api_key(given: str | None) -> str | None:
-    """Return the key; an empty one is a mistake, which must not open the server to everybody."""
-    key = os.environ.get(KEY_VARIABLE) if given is None else given
-    if key is not None and not key.strip():
-        name = KEY_VARIABLE if given is None else "--api-key"
-        raise ConfigError(name, got="an empty text", expected="a key", action="Leave it out to serve everybody.")
-    return None if key is None else key.strip()
+def _api_keys(given: tuple[str, ...], file: Path | None) -> tuple[str, ...]:
+    """Return the keys of the options, or else of the variable.
+
+    Raises:
+        ConfigError: one is empty, which must not open the server to everybody.
+        InputError: the file cannot be read.
+    """
+    keys = [("--api-key", key) for key in given]
+    if file is not None:
+        lines = [line for line in read_text(file, "--api-key-file", _KEYS_BYTES)[0].splitlines() if line.strip()]
+        keys += [(f"--api-key-file {file}", line) for line in lines or [""]]
+    elif not given and KEY_VARIABLE in os.environ:
+        keys = [(KEY_VARIABLE, key) for key in os.environ[KEY_VARIABLE].split(",")]
+    for name, key in keys:
+        if not key.strip():
+            raise ConfigError(name, got="an empty text", expected="a key", action="Leave it out to serve everybody.")
+    return tuple(dict.fromkeys(key.strip() for _, key in keys))
 
 
-def _warn_of_strangers(host: str, key: str | None) -> None:
+def _warn_of_strangers(host: str, keys: tuple[str, ...]) -> None:
     try:
         is_local = ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_local = host == "localhost"
-    if key is None and not is_local:
+    if not keys and not is_local:
         console.note(f"everybody who reaches {host} can use this server: there is no API key.")

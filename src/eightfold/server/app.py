@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,10 @@ from eightfold.server.conversations import read_conversation
 from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, RESPONSES, TOKENIZE
 from eightfold.server.fields import ApiError, Fields, bad_request, internal, wrong
 from eightfold.server.generation import Asked, answer_stream, answer_whole, send_json
+from eightfold.server.keys import Keys
 from eightfold.server.logs import GONE, Record, request_id
 from eightfold.server.metrics import CONTENT_TYPE
+from eightfold.server.not_served import instead
 from eightfold.server.requests import read_chat, read_completion
 from eightfold.server.responses import Responses
 from eightfold.server.service import Service
@@ -32,6 +34,7 @@ from eightfold.values import STRING, SWITCH, Kind
 
 log = logging.getLogger("eightfold.server")
 
+_VERSION = "/v1"  # before paths of OpenAI's API, and left out by clients whose base URL has none
 _OPEN = frozenset({"/", "/health"})  # what needs no key: the page asks for it
 _TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id")
 
@@ -165,6 +168,7 @@ def create_app(service: Service) -> ASGIApp:
         Route("/metrics", small.metrics, methods=["GET"]),
         Route("/version", small.version, methods=["GET"]),
     ]
+    routes += [_without_version(route) for route in routes if route.path.startswith(_VERSION)]
     app: ASGIApp = Gateway(Router(routes, redirect_slashes=False), service, (route.path for route in routes))
     origins = service.settings.cors_origins
     if not origins:
@@ -178,24 +182,27 @@ def create_app(service: Service) -> ASGIApp:
     )
 
 
+def _without_version(route: Route) -> Route:
+    return Route(route.path.removeprefix(_VERSION), route.endpoint, methods=sorted(route.methods or ()))
+
+
 class Gateway:
     """Lets requests through to the application and takes note of them."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: Iterable[str]) -> None:
         self._app, self._service, self._paths = app, service, frozenset(paths)
+        self._keys = Keys(service.settings.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        authorization, settings = headers.get(b"authorization", ""), self._service.settings
+        settings = self._service.settings
         record = Record(
             request_id(headers.get(b"x-request-id")),
             scope["method"],
             scope["path"],
             tells_cached=settings.report_cached_tokens or settings.cache_salt_per_key,
-            cache_salt=settings.cache_salt(authorization),
-            client=settings.client(authorization),
         )
         scope.setdefault("state", {})["record"] = record
         scope["app"] = self._app  # with it the routes raise what they would else answer in plain text
@@ -208,21 +215,25 @@ class Gateway:
             await send(message)
 
         try:
-            await self._answer(scope, receive, send_with_id, authorization)
+            await self._answer(scope, receive, send_with_id, headers)
         finally:
             self._note(record)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, authorization: str) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Mapping[bytes, str]) -> None:
         record: Record = scope["state"]["record"]
         try:
             self._service.hosts.require(scope["headers"])
-            if scope["path"] not in _OPEN and not self._service.settings.accepts_key(authorization):
-                raise _unauthorized(bool(authorization))
+            if scope["path"] not in _OPEN:
+                record.client = self._keys.client(headers)
+                record.cache_salt = record.client if self._service.settings.cache_salt_per_key else ""
             await self._app(scope, receive, send)
         except ClientDisconnect:
             record.status = GONE
         except HTTPException as problem:
-            await _send_problem(record, send, _routing_problem(problem, scope))
+            if scope["method"] == "OPTIONS" and problem.status_code == 405:
+                await Response(status_code=204, headers=problem.headers)(scope, receive, send)
+            else:
+                await _send_problem(record, send, _routing_problem(problem, scope))
         except ApiError as problem:
             await _send_problem(record, send, problem)
         except asyncio.CancelledError:  # the server has to end
@@ -247,14 +258,9 @@ async def _send_problem(record: Record, send: Send, problem: ApiError) -> None:
         await send_json(send, problem.body(), problem.status, problem.headers)
 
 
-def _unauthorized(is_given: bool) -> ApiError:
-    message = "the API key is wrong" if is_given else "an API key is needed. Send it as Authorization: Bearer KEY."
-    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-
 def _routing_problem(error: HTTPException, scope: Scope) -> ApiError:
     """Return the 404 or 405 of a path or method that is not served."""
     where = f"{scope['method']} {scope['path'][:80]!r}"
     if error.status_code == 405:
         return ApiError(405, f"{where} is not allowed", code="method_not_allowed", headers=dict(error.headers or {}))
-    return ApiError(error.status_code, f"{where} is not served here", code="not_found")
+    return ApiError(error.status_code, f"{where} is not served here. {instead(scope['path'])}", code="not_found")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import math
 import re
@@ -53,37 +51,17 @@ class ServerSettings:
     """How to serve."""
 
     model_names: tuple[str, ...]  # what clients may call the model; answers carry the first
-    api_key: str | None = None  # what clients have to send; None: nothing
+    api_keys: tuple[str, ...] = ()  # clients have to send one of them; none: nothing
     max_num_seqs: int = 64  # sequences that the engine runs at a time
     max_waiting: int = 256  # sequences that may wait beyond those
     drain_timeout: float = 30.0  # seconds that running requests get to finish when the server is told to stop
     cors_origins: tuple[str, ...] = ()  # web origins whose pages may call the API; "*" for any
-    cache_salt_per_key: bool = False  # only requests with the same Authorization share the prefix cache
+    cache_salt_per_key: bool = False  # only requests with the same key share the prefix cache
     report_cached_tokens: bool = False  # also of prompts that another client may have sent before
     reasoning_parser: str = "auto"  # how thoughts are told from answers, see engine/reasoning.py
     responses_kept: int = 1000  # of the Responses API, for requests that build on them
     tool_call_parser: str = AUTO  # the family in whose form calls are recognised
     allowed_hosts: tuple[str, ...] = ()  # names of this server beside those of the loopback interface; "*" for any
-
-    def accepts_key(self, authorization: str) -> bool:
-        """Return whether an Authorization header holds the key, in a time that says nothing about the key."""
-        if self.api_key is None:
-            return True
-        scheme, _, given = authorization.partition(" ")
-        matches = hmac.compare_digest(_digest(given.strip()), _digest(self.api_key))
-        return matches and scheme.lower() == "bearer"
-
-    def cache_salt(self, authorization: str) -> str:
-        """Return what separates the prompts of clients with other keys from those of this one."""
-        return self.client(authorization) if self.cache_salt_per_key else ""
-
-    def client(self, authorization: str) -> str:
-        """Return what tells a client from those with other keys."""
-        return _digest(authorization.strip()).hex()
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 
 def host_name(text: str) -> str:
@@ -122,7 +100,7 @@ class Hosts:
     def __init__(self, address: str, settings: ServerSettings) -> None:
         is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         given = frozenset(map(host_name, settings.allowed_hosts))
-        self._are_checked = "*" not in given and bool(given or (is_loopback and settings.api_key is None))
+        self._are_checked = "*" not in given and bool(given or (is_loopback and not settings.api_keys))
         self._names = given | {"localhost", "127.0.0.1", "::1", address}
         self._origins = frozenset(settings.cors_origins)
 
