@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class NoText(Tokenizer):
     def __init__(self) -> None:
         self.notes = list[str]()
 
-    def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
+    def decode(self, token_ids: Sequence[int], *, keep_special: bool | Collection[int] = False) -> str:
         """Return nothing."""
         return ""
 

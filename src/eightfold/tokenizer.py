@@ -5,7 +5,7 @@ The template is a stranger's program: it runs in jinja2's sandbox, in another pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -135,13 +135,26 @@ class Tokenizer:
             work = lambda: list(encode([text], add_special_tokens=special_tokens)[0].ids)  # noqa: E731
             return vocabulary.within_time(work, path, len(text))
 
-    def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
-        """Return text, without special tokens unless they are to be kept."""
+    def decode(self, token_ids: Sequence[int], *, keep_special: bool | Collection[int] = False) -> str:
+        """Return text, without special tokens unless they are to be kept: all of them, or those with these ids."""
+        if not isinstance(keep_special, bool):
+            skipped = self._special_ids.difference(keep_special)
+            token_ids, keep_special = [token for token in token_ids if token not in skipped], True
         try:
             return str(self._fast.decode(list(token_ids), skip_special_tokens=not keep_special))
         except BaseException:  # only now: a context manager takes longer than most tokens do
             with vocabulary.blaming(self.directory / vocabulary.TOKENIZER, "one that decodes every token"):
                 raise
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens, by their text."""
+        added = self._fast.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     @property
     def content(self) -> bytes:
@@ -337,7 +350,7 @@ class StreamDecoder:
     have begun there. So some tokens are decoded again as context, and the text that they gave is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool | Collection[int] = False) -> None:
         self._tokenizer, self._keep_special = tokenizer, keep_special
         self._ids = list[int]()  # context, and tokens whose text was not returned whole
         self._context = 0  # how many of them are context

@@ -156,6 +156,9 @@ def test_special_tokens_are_silent_or_not(kinds):
     assert pieces_of(detokenizer(tokenizer), ids) == ["", "a", "", "a", "", ""]
     shown = detokenizer(tokenizer, skip_special_tokens=False)
     assert pieces_of(shown, ids) == ["<s>", "a", "</s>", "a", "</s>", ""]
+    kept = detokenizer(tokenizer, kept_special_ids=[257])
+    assert pieces_of(kept, ids) == ["", "a", "</s>", "a", "</s>", ""]
+    assert tokenizer.decode(ids, keep_special=[257]) == "a</s>a</s>"
     stopped = detokenizer(tokenizer, skip_special_tokens=False, stop="</s>a")
     assert pieces_of(stopped, ids) == ["<s>", "a", "", "", "", ""]
     assert (stopped.text, stopped.token_count) == ("<s>a", 4)

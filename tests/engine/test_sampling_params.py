@@ -78,6 +78,7 @@ BAD: dict[str, list[Any]] = {
     "min_tokens": [-1, 17, 1.0, True, None],
     "max_tokens": [0, -5, 1.5, True, "16"],
     "skip_special_tokens": [None, 1],
+    "kept_special_ids": [[-1], [True], 5, None],
     "structured": ["json", {"regex": "a"}],
 }
 

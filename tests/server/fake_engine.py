@@ -94,7 +94,7 @@ class FakeEngine:
                     reason = "length" if len(ids) == params.max_tokens else "stop"
                 finished = reason is not None
                 for each in answers:
-                    each.add(token, self.tokenizer.decode([token]))
+                    each.add(token, self.tokenizer.decode([token], keep_special=params.keeps_special))
                 if not (streams or finished):
                     continue
                 outputs = [each.output(reason) for each in answers]

@@ -6,6 +6,12 @@ import json
 from typing import Any
 
 import pytest
+import tokenizers
+
+from eightfold.tokenizer import Tokenizer
+from tests.conftest import write_model
+from tests.server.fake_engine import FakeEngine
+from tests.server.running import running
 
 TAGGED = (
     "{% if tools %}Tools: {{ tools | tojson }} Answer <tool_call>{{ '{\"name\": 1}' }}</tool_call>\n{% endif %}"
@@ -56,7 +62,7 @@ def streamed(client, **asked):
         choice = chunk.choices[0]
         content += choice.delta.content or ""
         for call in choice.delta.tool_calls or []:
-            assert call.index not in calls and call.id.startswith("call_")
+            assert call.index not in calls and call.id and call.type == "function"
             calls[call.index] = (call.function.name, json.loads(call.function.arguments))
         reason = choice.finish_reason or reason
     return content, list(calls.values()), reason
@@ -285,6 +291,28 @@ def test_the_operator_may_name_the_parser(serve):
         running = serve({"tool_call_parser": parser}, answer=answer)
         choice = running.chat(tools=[WEATHER]).json()["choices"][0]
         assert len(choice["message"].get("tool_calls", [])) == count
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """A model whose markers of calls are special tokens, which texts leave out."""
+    directory = write_model(tmp_path_factory.mktemp("special") / "tiny")
+    path = directory / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens(["[TOOL_CALLS]", "[ARGS]"])
+    tokenizer.save(str(path))
+    (directory / "chat_template.jinja").write_text("{{ tools | tojson }}[TOOL_CALLS]{{ messages[0].content }}")
+    return directory
+
+
+@pytest.mark.parametrize("ask", [whole, streamed])
+def test_markers_that_are_special_tokens_are_seen(mistral, ask):
+    answer = '<s>Well.[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}</s>'
+    with running(FakeEngine(Tokenizer(mistral), answer=answer)) as server, server.openai() as client:
+        assert ask(client, tools=[WEATHER]) == ("Well.", [("weather", {"city": "Oslo"})], "tool_calls")
+        assert ask(client) == ('Well.weather{"city": "Oslo"}', [], "stop")
+        shown = ask(client, tools=[WEATHER], extra_body={"skip_special_tokens": False})
+        assert shown == ("<s>Well.</s>", [("weather", {"city": "Oslo"})], "tool_calls")
 
 
 def test_a_forced_call_by_a_real_engine(real):

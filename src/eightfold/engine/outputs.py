@@ -206,7 +206,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.stop_reason: str | None = None
         self.token_count = 0
-        self._decoder = StreamDecoder(tokenizer, keep_special=not params.skip_special_tokens)
+        self._decoder = StreamDecoder(tokenizer, keep_special=params.keeps_special)
         self._stops = [_Stop(text) for text in params.stops]
         self._includes, self._min_tokens = params.include_stop_str_in_output, params.min_tokens
         self._parts = list[str]()

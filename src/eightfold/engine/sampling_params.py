@@ -21,6 +21,7 @@ GREEDY_TEMPERATURE = 1e-5
 
 _TEXTS = Kind((tuple, list), "a list of texts", each=WORDS)
 _TOKEN = whole(0)
+_IDS = Kind((tuple, list), "a list of token ids", each=_TOKEN)
 _PENALTY = number(-2, 2)
 _BIAS = number(-100, 100)
 _LOGPROBS = optional(whole(0, MAX_LOGPROBS))
@@ -128,7 +129,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = field(
         default=(),
         metadata=_row(
-            Kind((tuple, list), "a list of token ids", each=_TOKEN),
+            _IDS,
             "End an answer at these tokens, besides the model's own.",
         ),
     )
@@ -158,6 +159,9 @@ class SamplingParams:
         metadata=_row(optional(whole(1)), "End an answer after N tokens; without it, where the context ends."),
     )
     skip_special_tokens: bool = field(default=True, metadata=_row(SWITCH, "Leave special tokens out of the text."))
+    kept_special_ids: tuple[int, ...] = field(
+        default=(), metadata=_row(_IDS, "Keep these special tokens in the text, though others are left out of it.")
+    )
     structured: StructuredOutput | None = field(
         default=None,
         metadata=_row(Kind((StructuredOutput,), "a StructuredOutput", is_optional=True), "The answer's form."),
@@ -177,8 +181,14 @@ class SamplingParams:
         _require_size("stop", len(self.stop), MAX_STOPS, "texts")
         _require_size("stop", max(map(len, self.stop), default=0), MAX_STOP_LENGTH, "characters")
         object.__setattr__(self, "stop", tuple(dict.fromkeys(self.stop)))
-        object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(self.stop_token_ids)))
+        for name in ("stop_token_ids", "kept_special_ids"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         object.__setattr__(self, "logit_bias", {token: float(bias) for token, bias in self.logit_bias.items()})
+
+    @property
+    def keeps_special(self) -> bool | tuple[int, ...]:
+        """Which special tokens stay in the text: all, none or those with these ids."""
+        return self.kept_special_ids or False if self.skip_special_tokens else True
 
     @property
     def is_greedy(self) -> bool:

@@ -137,8 +137,7 @@ class TokenSequence:
         if request.reads_text:
             rest = self.detokenizer.finish()
         else:
-            keep = not request.params.skip_special_tokens
-            rest = request.tokenizer.decode(self.produced.token_ids, keep_special=keep)
+            rest = request.tokenizer.decode(self.produced.token_ids, keep_special=request.params.keeps_special)
         if rest:
             self.produced.pieces.append(rest)
 

@@ -87,7 +87,7 @@ def _sampling() -> Iterator[Field]:
     """Yield the fields that are those of SamplingParams."""
     for each in fields_of(SamplingParams):
         name = each.name
-        if name in ("logprobs", "max_tokens", "structured"):  # which endpoints have in ways of their own
+        if name in ("logprobs", "max_tokens", "structured", "kept_special_ids"):  # endpoints have ways of their own
             continue
         default = each.default_factory() if each.default_factory is not MISSING else each.default
         default = list(default) if isinstance(default, tuple) else default

@@ -24,7 +24,7 @@ MAX_LOGIT_BIASES = 1024
 NEVER = -100.0  # the bias that keeps a token out
 
 # What endpoints read in ways of their own; other fields have the names and meanings of SamplingParams.
-_OWN = ("max_tokens", "logprobs", "structured", "logit_bias")
+_OWN = ("max_tokens", "logprobs", "structured", "logit_bias", "kept_special_ids")
 _SAME = tuple(field.name for field in fields_of(SamplingParams) if field.name not in _OWN)
 
 
@@ -92,6 +92,7 @@ def _params(fields: Fields, service: Served) -> tuple[SamplingParams, ToolUse]:
         max_tokens=_read_max_tokens(fields),
         logprobs=top if wanted else None,
         structured=form or tools.forced,
+        kept_special_ids=tools.marker_ids(service.tokenizer),
     )
     return params, tools
 

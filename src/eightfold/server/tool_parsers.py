@@ -15,11 +15,14 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NewType
+from typing import TYPE_CHECKING, Any, Literal, NewType
 
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.server import tool_markup as markup
 from eightfold.server.tool_markup import Calls, Found, Reader, Reading, Source
+
+if TYPE_CHECKING:
+    from eightfold.tokenizer import Tokenizer
 
 FamilyName = NewType("FamilyName", str)
 
@@ -135,6 +138,13 @@ class ToolUse:
         """The schemas of the functions' parameters, by name."""
         functions = [tool["function"] for tool in self.shown or ()]
         return {function["name"]: function.get("parameters") for function in functions}
+
+    def marker_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Return the special tokens by which calls are recognised, which have to stay in the text."""
+        if self.family is None or self.forced is not None:
+            return ()
+        known = tokenizer.special_tokens
+        return tuple(known[marker] for marker in self.family.markers if marker in known)
 
     def offers(self, calls: Calls) -> bool:
         """Return whether all of these call what was offered, and none just repeats the schema of its parameters."""
