@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eightfold import LLM, SamplingParams
-from eightfold.cli.batch_input import read_requests
+from eightfold.cli.batch_input import OwnBatch, read_batch
 from eightfold.errors import InputError
 from eightfold.messages import MessageError, read_messages
 from eightfold.quant import dataset
@@ -36,7 +36,9 @@ def of_llm(llm: LLM, messages: list[Any], path: Path) -> list[int]:
 
 def of_input_file(llm: LLM, messages: list[Any], path: Path) -> list[int]:
     path.write_text(json.dumps({"messages": messages}))
-    (request,) = read_requests(path, {})
+    batch = read_batch(path, {}, ())
+    assert isinstance(batch, OwnBatch)
+    (request,) = batch.requests
     return request.encode(llm.engine.tokenizer)
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from eightfold.cli import batch_run
-from eightfold.cli.batch_input import read_requests
-from eightfold.cli.batch_run import AnswerFile
+from eightfold.cli import batch_input, batch_output
+from eightfold.cli.batch_input import OwnBatch, read_batch
+from eightfold.cli.batch_output import AnswerFile
 from eightfold.engine.engine import Engine
 from eightfold.engine.sampler import Sampled
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
@@ -130,7 +130,9 @@ def test_lines_have_parameters_of_their_own(tmp_path):
         {"prompt": "a", "max_tokens": None, "seed": 3, "structured": form},
         {"prompt": "a"},
     )
-    found = [each.params for each in read_requests(path, {"max_tokens": 5, "seed": 10, "top_p": 0.9})]
+    batch = read_batch(path, {"max_tokens": 5, "seed": 10, "top_p": 0.9}, ())
+    assert isinstance(batch, OwnBatch)
+    found = [each.params for each in batch.requests]
     assert found[0] == SamplingParams(
         top_p=0.9, temperature=0.5, max_tokens=9, stop=("x",), logit_bias={7: -1.0}, seed=10
     )
@@ -151,7 +153,7 @@ def test_what_is_asked_for_besides_is_in_the_line(batch):
 
 
 def test_a_number_that_json_does_not_know_is_null():
-    found = batch_run._logprob(Sampled(3, -math.inf, ((4, -0.5), (3, -math.inf))))
+    found = batch_input._logprob(Sampled(3, -math.inf, ((4, -0.5), (3, -math.inf))))
     assert found == {"token_id": 3, "logprob": None, "top": [[4, -0.5], [3, None]]}
 
 
@@ -450,7 +452,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 def test_the_disk_is_waited_for_now_and_then(tmp_path, monkeypatch):
     waits, now = [], [0.0]
     monkeypatch.setattr(os, "fsync", lambda descriptor: waits.append(now[0]))
-    monkeypatch.setattr(batch_run.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
+    monkeypatch.setattr(batch_output.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
     with AnswerFile(tmp_path / "a") as answers:
         for now[0] in (1.0, 4.0, 6.0, 7.0, 10.0, 12.0):
             answers.append({"index": 0})
@@ -557,7 +559,7 @@ def test_there_is_a_most_of_prompts(cli, small, tmp_path, monkeypatch):
 
 
 def test_an_answer_file_of_one_endless_line_is_not_read_whole(batch, monkeypatch):
-    monkeypatch.setattr(batch_run, "_MOST_OF_A_LINE", 1000)
+    monkeypatch.setattr(batch_output, "_MOST_OF_A_LINE", 1000)
     content = b'{"index": ' + b"1" * 5000
     batch.output.write_bytes(content)
     assert error_line(batch({"prompt": "a"})).startswith(f'line 1 in {batch.output}: got \'{{"index": 111')

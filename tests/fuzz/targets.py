@@ -329,15 +329,17 @@ def journal_seed() -> bytes:
 
 
 def batch(path: Path) -> object:
-    from eightfold.cli.batch_input import read_requests
+    from eightfold.cli.batch_input import read_batch
 
-    return [request.fingerprint for request in read_requests(path, {"max_tokens": 5, "seed": 1})]
+    batch = read_batch(path, {"max_tokens": 5, "seed": 1}, ("model",))
+    return [batch.fingerprint(index) for index in range(len(batch))]
 
 
 BATCHES = (
     b'{"prompt": "Hello", "max_tokens": 5, "stop": ["x"]}\n{"prompt": "a", "seed": 3}\n',
     b'{"messages": [{"role": "user", "content": "Hi"}], "top_p": 0.5}\n',
     b'{"prompt_token_ids": [1, 2, 3], "structured": {"regex": "[a-z]+"}, "logit_bias": {"5": -1}, "n": 2}\n',
+    b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "n": 2}}\n',
 )
 
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "s", "schema": PARAMETERS}}
@@ -382,9 +384,9 @@ def requests(work: Path) -> Read:
 
 def line_error() -> tuple[type[BaseException], ...]:
     """Return what the reader of a line of a file raises, to be told with its number."""
-    from eightfold.cli.batch_input import _LineError
+    from eightfold.cli.batch import LineError
 
-    return EightfoldError, _LineError
+    return EightfoldError, LineError
 
 
 def api_error() -> tuple[type[BaseException], ...]:

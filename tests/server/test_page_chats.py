@@ -121,7 +121,7 @@ def test_a_chat_is_deleted_only_when_that_is_confirmed(serve, open_page):
 
 
 def test_a_chat_is_exported_as_a_line_for_run_and_as_markdown(serve, open_page, tmp_path, model):
-    from eightfold.cli.batch_input import read_requests
+    from eightfold.cli.batch_input import OwnBatch, read_batch
 
     page = open_page(serve(), accept_downloads=True)
     page.evaluate("localStorage.setItem('eightfold.system', 'Be kind.')")
@@ -134,8 +134,10 @@ def test_a_chat_is_exported_as_a_line_for_run_and_as_markdown(serve, open_page, 
     assert (tmp_path / "A chat.md").read_text() == (
         '# A chat\n\n## You\n\nA "question"\n日本\n\n## tiny\n\nAn *answer*\n\n## You\n\nB\n\n## tiny\n\nC\n'
     )
-    (request,) = read_requests(tmp_path / "A chat.jsonl", {})
-    messages: Any = request.prompt
+    batch = read_batch(tmp_path / "A chat.jsonl", {}, ())
+    assert isinstance(batch, OwnBatch)
+    messages: Any = batch.requests[0].prompt
+    assert len(batch) == 1
     assert [(each["role"], each["content"]) for each in messages] == [
         ("system", "Be kind."),
         ("user", 'A "question"\n日本'),

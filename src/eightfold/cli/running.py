@@ -14,7 +14,7 @@ from eightfold.cli import console, generating
 from eightfold.cli.options import add_bos, argument, as_json
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
 from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
-from eightfold.values import PATH, SWITCH, TEXT, setting, whole
+from eightfold.values import PATH, SWITCH, TEXT, TEXTS, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.cli.batch_run import BatchResult
@@ -45,7 +45,8 @@ class RunCommand:
     A file of prompts: eightfold run DIR --input-file prompts.jsonl --output-file answers.jsonl
 
     Each line of the input is an object with prompt, messages or prompt_token_ids, optionally an id, and optionally
-    parameters of its own: max_tokens, temperature, top_p, seed, stop, logprobs, n and so on. Answers are written as
+    parameters of its own: max_tokens, temperature, top_p, seed, stop, logprobs, n and so on. Or the input is OpenAI's
+    batch file, with custom_id, method, url and body in each line, and so is then the output. Answers are written as
     they are completed, not in the order of the prompts; each has the index and the id of its prompt. A run that was
     stopped resumes when it is started again: it keeps the answers, retries prompts that failed, and refuses an input
     that has changed. Exit code 1 means that some prompts could not be answered; their lines have the reason under
@@ -57,12 +58,15 @@ class RunCommand:
     input_file: Path | None = setting(
         None,
         PATH,
-        "Prompts to answer, many at a time: a JSON object a line, or a text a line (.txt).",
+        "Prompts to answer, many at a time: a JSON object a line, or a text a line (.txt); - for stdin.",
         metavar="FILE",
         group=_PROMPTS,
     )
     output_file: Path | None = setting(
-        None, PATH, "File for their answers, a JSON object a line.", metavar="FILE", group=_PROMPTS
+        None, PATH, "File for their answers, a JSON object a line; - for stdout.", metavar="FILE", group=_PROMPTS
+    )
+    served_model_name: tuple[str, ...] = setting(
+        (), TEXTS, "Name of the model in OpenAI's batch file. Default: DIR's name.", metavar="NAME", group=_PROMPTS
     )
     overwrite: bool = setting(False, SWITCH, "Start the output file over instead of resuming it.", group=_PROMPTS)
     max_new_tokens: int = setting(64, whole(1), "Stop an answer after N tokens.", group=_PROMPTS)
@@ -101,7 +105,8 @@ class RunCommand:
         if self.input_file is not None and self.output_file is None:
             raise ConfigError("--output-file", got="none", expected="where the answers to --input-file go")
         limits = [name for name, value in self.limits.items() if name != "speculate" or value]
-        of_files = [*(["output_file"] if self.output_file else []), *limits, *(["overwrite"] if self.overwrite else [])]
+        files = [name for name in ("output_file", "overwrite", "served_model_name") if getattr(self, name)]
+        of_files = [*files[:1], *limits, *files[1:]]
         if self.prompt is not None and of_files:
             raise ConfigError(of_files[0], got="--prompt", expected="--input-file beside it")
 
@@ -111,20 +116,42 @@ class RunCommand:
         return EngineConfig(**self.limits, **self.computing, max_batched_tokens=tokens)
 
     def _answer_file(self, template: str | None, config: EngineConfig) -> int:
-        from eightfold.cli.batch_input import read_requests
+        from eightfold.cli.batch import STANDARD
+        from eightfold.cli.batch_input import OwnBatch, read_batch
         from eightfold.cli.batch_run import run_batch
 
         assert self.input_file is not None
         assert self.output_file is not None
+        if self.output_file == STANDARD:
+            self._require_file()
         defaults = {**self.sampling, "max_tokens": self.max_new_tokens}
-        requests = read_requests(self.input_file, defaults, chat=self.chat)
-        if self.output_file.exists() and self.output_file.samefile(self.input_file):
+        names = self.served_model_name or (self.model.resolve().name,)
+        batch = read_batch(self.input_file, defaults, names, chat=self.chat)
+        self._require_options(is_own=isinstance(batch, OwnBatch))
+        files = [path for path in (self.input_file, self.output_file) if path != STANDARD and path.exists()]
+        if len(files) == 2 and files[0].samefile(files[1]):
             raise InputError("--output-file", got="the input file", expected="another")
         result = run_batch(
-            self.model, requests, self.output_file, template, self.add_bos, config, overwrite=self.overwrite
+            self.model, batch, self.output_file, template, self.add_bos, config, overwrite=self.overwrite
         )
         _report(result, self.output_file, self.as_json)
         return EXIT_FAILED if result.failed else 0
+
+    def _require_file(self) -> None:
+        """Refuse what makes no sense where answers go to stdout."""
+        if self.overwrite:
+            raise ConfigError("overwrite", got="--output-file -", expected="a file: stdout is not resumed")
+        if self.as_json:
+            raise ConfigError("--json", got="--output-file -", expected="a file: the answers are on stdout")
+
+    def _require_options(self, *, is_own: bool) -> None:
+        """Refuse options that do nothing for requests of this form."""
+        if is_own and self.served_model_name:
+            raise ConfigError("served_model_name", got="prompts of our own form", expected="OpenAI's batch file")
+        given = [*self.sampling, *(["chat"] if self.chat else [])]
+        given += ["max_new_tokens"] if self.max_new_tokens != RunCommand.max_new_tokens else []
+        if not is_own and given:
+            raise ConfigError(given[0], got="OpenAI's batch file", expected="it in the body of a line")
 
     def _answer_prompt(self, template: str | None, config: EngineConfig, backend: str) -> None:
         """Answer the prompt, and show the text as it is generated or everything as JSON."""
@@ -278,7 +305,8 @@ def _report(result: BatchResult, output_file: Path, as_json: bool) -> None:
         print(f"[{result.answered} answers, {tokens}, {result.seconds:.1f} s, {speed:.1f} tok/s]", file=sys.stderr)
     if result.failed:
         total = result.answered + result.answered_before + result.failed
-        print(f"eightfold: {result.failed} of {total} prompts have an error in {output_file}.", file=sys.stderr)
+        name = "the output" if str(output_file) == "-" else output_file
+        print(f"eightfold: {result.failed} of {total} prompts have an error in {name}.", file=sys.stderr)
 
 
 def _show(text: str) -> None:

@@ -169,11 +169,7 @@ class InFlight:
 
     def _note_end(self, at: int, output: RequestOutput) -> None:
         self._unfinished.pop(at)
-        record = self.record
-        record.prompt_tokens += len(output.prompt_ids)
-        record.cached_tokens += output.cached_tokens
-        record.generated_tokens += sum(len(answer.token_ids) for answer in output.outputs)
-        record.finish_reasons += [answer.finish_reason or "abort" for answer in output.outputs]
+        self.record.count(output)
         self._metrics.finished(output)
 
 

@@ -12,9 +12,12 @@ import traceback
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eightfold.progress import printable
+
+if TYPE_CHECKING:
+    from eightfold.engine.outputs import RequestOutput
 
 GONE = 499  # what a request is logged with whose client left before its answer was complete
 
@@ -45,6 +48,13 @@ class Record:
     finish_reasons: list[str] = field(default_factory=list)
     ignored: Sequence[str] = ()  # names of fields that nobody has read
     error: str | None = None  # one word of what went wrong
+
+    def count(self, output: RequestOutput) -> None:
+        """Count the tokens of a finished prompt and its answers."""
+        self.prompt_tokens += len(output.prompt_ids)
+        self.cached_tokens += output.cached_tokens
+        self.generated_tokens += sum(len(answer.token_ids) for answer in output.outputs)
+        self.finish_reasons += [answer.finish_reason or "abort" for answer in output.outputs]
 
     def as_json(self) -> dict[str, Any]:
         line: dict[str, Any] = {"id": self.id, "method": self.method, "path": self.path[:200], "status": self.status}
