@@ -348,13 +348,21 @@ class StreamDecoder:
 
     What decoding gives for a token depends on those before it: a space may belong to it or not, and a character may
     have begun there. So some tokens are decoded again as context, and the text that they gave is left out.
+
+    Args:
+        tokenizer: the model's.
+        keep_special: whether special tokens have a text.
+        inside: whether the text is taken as the middle of another one, where no space is dropped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool | Collection[int] = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, keep_special: bool | Collection[int] = False, inside: bool = False
+    ) -> None:
         self._tokenizer, self._keep_special = tokenizer, keep_special
-        self._ids = list[int]()  # context, and tokens whose text was not returned whole
-        self._context = 0  # how many of them are context
-        self._returned = 0  # characters of their text that were returned
+        # Context, and tokens whose text was not returned whole.
+        self._ids = tokenizer.encode("a", special_tokens=False) if inside else list[int]()
+        self._context = len(self._ids)  # how many of them are context
+        self._returned = len(self._decode(self._ids)) if inside else 0  # characters of their text that were returned
 
     def push(self, token: int) -> str:
         """Add a token; return the characters that it completes."""

@@ -29,6 +29,7 @@ from eightfold.errors import OutputError
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import Result, remove_template
 from tests.engine.models import EOS
+from tests.engine.test_structured import DEAD_END, EXPLOSIVE
 from tests.refusal import error_line, refused
 
 
@@ -171,6 +172,16 @@ def test_json_for_programs(batch):
 
 
 # --- what cannot be answered
+
+
+def test_a_form_that_cannot_be_used_is_an_error_of_its_line(batch):
+    forms = (EXPLOSIVE["an intersection"], {"json_schema": {"enum": []}}, {"grammar": DEAD_END}, {"choices": ["</s>"]})
+    assert batch(*({"prompt": "a", "structured": form} for form in forms)).code == 1
+    found = read(batch.output)
+    assert found[0]["error"].startswith("structured grammar: got one that takes more than 2 s or 32 MiB to compile, ")
+    assert found[1]["error"].startswith("structured json_schema: got Unsatisfiable schema: anyOf is empty, expected ")
+    assert found[2]["error"].startswith("structured grammar: got a form in which no token can come next, expected ")
+    assert found[3]["outputs"][0]["text"] == "</s>"
 
 
 def test_a_request_that_fails_is_a_line_with_an_error_and_the_run_goes_on(batch):

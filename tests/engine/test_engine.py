@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,9 +14,9 @@ import pytest
 from eightfold.engine.engine import Engine
 from eightfold.engine.outputs import RequestOutput
 from eightfold.engine.sampler import prompt_logprobs
-from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
+from eightfold.engine.sampling_params import SamplingParams
 from eightfold.model.native.model import PAGE
-from tests.engine.models import CONTEXT, EOS, RECIPES, Small, answers, assert_idle, greedy, run, step, tokens
+from tests.engine.models import CONTEXT, RECIPES, Small, answers, assert_idle, greedy, run, step, tokens
 from tests.native.models import logits_of
 
 MODEL = pytest.mark.parametrize("name", RECIPES)
@@ -455,48 +454,3 @@ class TestOutputs:
         expected = prompt_logprobs(logits[:-1], prompt[1:], 2)
         assert seen[-1].prompt_logprobs == [None, *expected]
         assert [each.token_ids for each in seen[-1].outputs] == [model.answer(prompt, 20)] * 2
-
-
-OPENINGS = ["<|user|>", "ab", ". "]
-
-
-@pytest.mark.parametrize("limits", [{}, {"speculate": 4}, {"pages": 7}, {"prefix_caching": False, "speculate": 8}])
-def test_forms_begin_behind_a_text_in_any_company(small, limits):
-    """What stands before is free, without an end; EOS would be the likeliest token there."""
-    of = small("w8a8")
-    pages = limits.get("pages")
-    sizes = {"kv_memory": pages * of.page_bytes} if pages else {}
-    engine = of.engine(**sizes, **{name: value for name, value in limits.items() if name != "pages"})
-    requests, encode = {}, engine.tokenizer.encode
-    rng = random.Random(3)
-    repeating = tokens(rng, 34) * 7  # the third block begins soon
-    for at, text in enumerate(OPENINGS):
-        marks = encode(text)
-        bias = {EOS: 100.0, encode("z")[0]: 7.0, **{token: 5.5 if len(marks) > 1 else 3.5 for token in marks}}
-        form = StructuredOutput(regex="[0-9]{2,5}x", begins_after=text)
-        params = SamplingParams(
-            n=3, seed=at, max_tokens=280, structured=form, logit_bias=bias, skip_special_tokens=False
-        )
-        requests[text] = repeating, params
-        engine.add_request(text, *requests[text])
-    found = run(engine)
-    alone = of.engine()
-    for text, outputs in found.items():
-        for answer in outputs:
-            rest = answer.text.partition(text)[2]
-            assert answer.finish_reason == "stop"
-            assert re.fullmatch("[0-9]{2,5}x", rest), answer.text
-            assert EOS not in answer.token_ids
-    assert {each: [answer.token_ids for answer in outputs] for each, outputs in found.items()} == answers(
-        alone, requests
-    )
-    assert any(len(answer.token_ids) > 20 for outputs in found.values() for answer in outputs)
-    assert bool(engine.stats.preemptions) == bool(pages)
-    if limits.get("speculate"):
-        assert engine.stats.accepted > 0
-
-
-def test_an_answer_that_is_cut_before_its_form(small):
-    form = StructuredOutput(regex="a", begins_after="never said")
-    (answer,) = answers(small("w8a8").engine(), {"": ([1, 2], greedy(20, structured=form, ignore_eos=False))})[""]
-    assert len(answer) == 20

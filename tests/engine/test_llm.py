@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import signal
 import threading
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,9 +17,11 @@ import pytest
 
 from eightfold import LLM, SamplingParams
 from eightfold.engine import llm as module
+from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import CapacityError, ConfigError, InputError
 from eightfold.progress import Task
 from tests.engine.models import assert_idle, greedy, tokens
+from tests.engine.test_structured import DEAD_END, EXPLOSIVE
 
 
 @pytest.fixture
@@ -365,3 +370,35 @@ def test_a_call_within_another_is_refused_and_not_waited_for(llm):
         llm.generate([[1]], greedy(2), progress=progress)
     assert_idle(llm.engine)
     assert len(llm.generate([[1]], greedy(2))) == 1
+
+
+# --- forms
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def test_forms_have_limits_here_too(llm):
+    """They are compiled in another process first, which begins with the first form and ends with the engine."""
+    before = children()
+    llm.generate("hello", greedy(2))
+    assert children() <= before
+    for structured in EXPLOSIVE.values():
+        with pytest.raises(InputError, match=r"^structured \w+: got one that takes more than 2 s or 32 MiB to compile"):
+            llm.generate(["hello", "you"], greedy(2, structured=StructuredOutput(**structured)))
+    assert_idle(llm.engine)
+    (output,) = llm.generate("hello", greedy(9, structured=StructuredOutput(choices=("abc",))))
+    assert output.outputs[0].text == "abc"
+    (helper,) = children() - before
+    del llm.engine, output
+    gc.collect()
+    assert helper not in children()
+
+
+def test_an_answer_that_cannot_be_kept_to_its_form(llm):
+    params = greedy(9, structured=StructuredOutput(grammar=DEAD_END))
+    dead, alive = llm.generate(["hello", "hello"], [params, greedy(3)])
+    assert (dead.outputs[0].text, dead.outputs[0].finish_reason) == ("x", "error")
+    assert dead.outputs[0].stop_reason.startswith("structured grammar: got ")
+    assert alive.outputs[0].finish_reason == "length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from eightfold.engine import structured
-from eightfold.engine.forms import MAX_REASON
+from eightfold.engine.forms import MAX_REASON, Trial, build
 from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampler import Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
@@ -42,15 +43,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
-
-
-@pytest.fixture(scope="module")
-def trying(tokenizer: Tokenizer) -> Iterator[GrammarCompiler]:
-    """Forms of strangers."""
-    compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}), tries=True)
-    yield compiler
-    assert compiler._trial is not None
-    compiler._trial.end()
 
 
 def write(
@@ -183,6 +175,9 @@ def test_random_logits_over_a_real_vocabulary(smol):
             assert holds(text), text
 
 
+DEAD_END = 'start: "x" a\na: a'
+
+
 def allowed(grammar: Grammar) -> set[int]:
     return set(np.flatnonzero(unpacked(fill_masks([grammar], VOCAB)[0], VOCAB)).tolist())
 
@@ -225,11 +220,22 @@ def test_every_stop_token_may_end_a_form(tokenizer):
     assert allowed(grammar) == {256, EOS}
 
 
-def test_a_token_against_the_form_ends_it(tokenizer, compiler):
+def test_a_token_against_the_form_is_its_failure_and_not_its_end(tokenizer, compiler):
     grammar = compiler.compile(StructuredOutput(regex="ab"))
+    assert grammar.failure is None
     assert not grammar.accept(tokenizer.encode("x")[0])
-    assert grammar.is_finished
-    assert allowed(grammar) == {EOS}
+    assert not grammar.is_finished
+    assert re.match(r"structured regex: got .*, expected one that can be kept to until it ends$", grammar.failure)
+
+
+def test_a_form_without_a_way_on_has_failed(tokenizer, compiler):
+    grammar = compiler.compile(StructuredOutput(grammar=DEAD_END))
+    grammar.accept(tokenizer.encode("x")[0])
+    allowed(grammar)
+    assert not grammar.is_finished
+    assert grammar.failure == (
+        "structured grammar: got a form in which no token can come next, expected one that can be kept to until it ends"
+    )
 
 
 def test_json_has_only_so_much_space(tokenizer, compiler):
@@ -424,83 +430,79 @@ EXPLOSIVE: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EXPLOSIVE)
-def test_a_form_that_explodes_is_refused_and_nothing_else_happens(trying, name):
+def test_a_form_that_explodes_is_refused_and_nothing_else_happens(compiler, name):
     started = time.monotonic()
     with pytest.raises(InputError) as caught:
-        trying.compile(StructuredOutput(**EXPLOSIVE[name]))
+        compiler.compile(StructuredOutput(**EXPLOSIVE[name]))
     expected = r"structured \w+: got one that takes more than 2 s or 32 MiB to compile, expected a simpler one"
     assert re.fullmatch(expected, str(caught.value))
     assert time.monotonic() - started < 20
-    assert trying.compile(StructuredOutput(choices=("a", "b")))
+    assert compiler.compile(StructuredOutput(choices=("a", "b")))
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
-def test_nested_repetitions_are_refused(trying, depth):
+def test_nested_repetitions_are_refused(compiler, depth):
     """llguidance would take them, with 150 MiB, and give up after one token."""
     before = anonymous_bytes() or 0
     for letter in "abcdef":
         with pytest.raises(InputError, match=r"^structured regex: got one that takes more than 2 s or 32 MiB"):
-            trying.compile(StructuredOutput(regex="(" * depth + letter + "{1000})" * depth))
+            compiler.compile(StructuredOutput(regex="(" * depth + letter + "{1000})" * depth))
     assert (anonymous_bytes() or 0) - before < 50 * 2**20
 
 
 def test_a_form_that_ends_after_one_token_is_refused(compiler):
-    with pytest.raises(InputError, match=r"^structured regex: got lexer error: too many expressions constructed, exp"):
-        compiler.compile(StructuredOutput(regex="((a{1000}){1000}){1000}"))
+    with pytest.raises(ValueError, match=r"^lexer error: too many expressions constructed$"):
+        build(compiler._library, compiler._tokenizer, "regex", "((a{1000}){1000}){1000}")
 
 
-def test_large_forms_that_are_fair_are_taken(tokenizer, trying):
+def test_large_forms_that_are_fair_are_taken(tokenizer, compiler):
     """A list of 1,500 choices, and an object of hundreds of fields with patterns."""
     choices = tuple(f"value {i} of {i * i}" for i in range(1500))
-    text, end = write(tokenizer, trying.compile(StructuredOutput(choices=choices)), VOCAB, EOS, 1)
+    text, end = write(tokenizer, compiler.compile(StructuredOutput(choices=choices)), VOCAB, EOS, 1)
     assert (text in choices, end) == (True, "stop")
     fields = {f"k{i}": {"type": "string", "pattern": "^[a-z]{1,50}$"} for i in range(300)}
     schema = {"type": "object", "properties": fields, "additionalProperties": False}
-    trying.compile(StructuredOutput(json_schema=json.dumps(schema)))
+    compiler.compile(StructuredOutput(json_schema=json.dumps(schema)))
 
 
-def test_strangers_forms_are_refused_in_the_same_words(compiler, trying):
-    for form, _ in BAD:
-        said = []
-        for each in (compiler, trying):
-            with pytest.raises(InputError) as caught:
-                each.compile(StructuredOutput(**form))
-            said.append(str(caught.value))
-        assert said[0] == said[1]
-
-
-def test_a_slow_form_delays_no_other(trying):
+def test_a_slow_form_delays_no_other(compiler):
     def ask() -> None:
         with pytest.raises(InputError):
-            trying.compile(StructuredOutput(**EXPLOSIVE["an intersection"]))
+            compiler.compile(StructuredOutput(**EXPLOSIVE["an intersection"]))
 
     slow = threading.Thread(target=ask)
-    trying.compile(StructuredOutput(choices=("z",)))
+    compiler.compile(StructuredOutput(choices=("z",)))
     slow.start()
-    trying.compile(StructuredOutput(choices=("y",)))
+    compiler.compile(StructuredOutput(choices=("y",)))
     assert slow.is_alive()
     slow.join()
 
 
-def test_the_helper_may_end_at_any_time(trying):
-    trying.compile(StructuredOutput(regex="first"))
-    process = trying._trial._process
+def test_the_helper_may_end_at_any_time(compiler):
+    compiler.compile(StructuredOutput(regex="first"))
+    process = compiler._trial._process
     process.kill()
     process.wait()
-    trying.compile(StructuredOutput(regex="second"))
-    assert trying._trial._process is not process
+    compiler.compile(StructuredOutput(regex="second"))
+    assert compiler._trial._process is not process
 
 
-def test_without_a_helper_there_is_one_line(trying, monkeypatch):
-    trying._trial.end()
+def test_without_a_helper_there_is_one_line(compiler, monkeypatch):
+    compiler._trial.end()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UnsupportedError, match=r"^structured output: got a helper process that ended\. Look at"):
-        trying.compile(StructuredOutput(regex="third"))
+        compiler.compile(StructuredOutput(regex="third"))
+
+
+def fake_sizes(monkeypatch: pytest.MonkeyPatch, sizes: Iterator[int]) -> None:
+    """Let forms take so many bytes, one after the other."""
+    monkeypatch.setattr(Trial, "require", lambda *_: next(sizes))
+    monkeypatch.setattr(structured, "build", lambda *_: mock.MagicMock())
 
 
 def test_forms_are_kept_up_to_a_number_of_bytes(tokenizer, monkeypatch):
     compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
-    monkeypatch.setattr(structured, "build", lambda *args: (mock.MagicMock(), 30 * 2**20))
+    fake_sizes(monkeypatch, itertools.repeat(30 * 2**20))
     grammars = [compiler.compile(StructuredOutput(regex=f"x{i}")) for i in range(4)]
     assert list(compiler._kept) == [("regex", "x2"), ("regex", "x3")]
     grammars[3]._form.mask_seconds = 1.0  # whose masks have made it larger
@@ -510,8 +512,7 @@ def test_forms_are_kept_up_to_a_number_of_bytes(tokenizer, monkeypatch):
 
 def test_forms_in_use_are_bounded_too(tokenizer, monkeypatch):
     compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
-    sizes = iter([30 * 2**20] * 9 + [2**20, 30 * 2**20, 30 * 2**20])
-    monkeypatch.setattr(structured, "build", lambda *args: (mock.MagicMock(), next(sizes)))
+    fake_sizes(monkeypatch, iter([30 * 2**20] * 9 + [2**20, 30 * 2**20, 30 * 2**20]))
     held = [compiler.compile(StructuredOutput(regex=f"x{i}")) for i in range(10)]  # the last one is small
     with pytest.raises(CapacityError) as caught:
         compiler.compile(StructuredOutput(regex="x10"))

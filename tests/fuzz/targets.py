@@ -418,7 +418,7 @@ def forms(work: Path) -> Read:
     from eightfold.engine.structured import GrammarCompiler, fill_masks
     from eightfold.tokenizer import Tokenizer
 
-    compiler = GrammarCompiler(Tokenizer(write_tokenizer(work / "tokenizer")), 320, frozenset({258}), tries=True)
+    compiler = GrammarCompiler(Tokenizer(write_tokenizer(work / "tokenizer")), 320, frozenset({258}))
 
     def read(data: bytes) -> object:
         try:

@@ -192,6 +192,9 @@ def test_fields_that_make_no_sense(untouched, field, value, message):
         {"guided_grammar": "start: nothing"},
         {"guided_json": {"type": "no such type"}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://elsewhere/x"}}}},
+        {"guided_regex": "a[^\\s\\S]"},
+        {"guided_json": {"allOf": [{"type": "string"}, {"type": "integer"}]}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}},
     ],
 )
 def test_forms_that_make_no_sense(untouched, form):

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from tests.conversations import CONVERSATIONS, TEMPLATE
-from tests.server.running import Running
+from tests.engine.test_structured import DEAD_END
+from tests.server.running import Running, eventually
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is deep learning?"}]
 
@@ -145,6 +146,26 @@ def test_answers_of_a_given_form(real, client, extra, pattern):
         assert re.fullmatch(pattern, answer.message.content), answer.message.content
     else:  # y+ may go on
         assert answer.message.content.startswith(("xy", "{"))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_that_cannot_be_kept_to_its_form_is_an_error(real, n):
+    """A text that nothing can follow was allowed to begin; it never looks complete."""
+    pytest.importorskip("llguidance")
+    import json
+
+    asked = {"model": "tiny", "messages": ASKED, "guided_grammar": DEAD_END, "n": n, "max_tokens": 9}
+    whole = real.post("/v1/chat/completions", asked)
+    error = whole.json()["error"]
+    assert (whole.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["message"] == (
+        "structured grammar: got a form in which no token can come next, expected one that can be kept to until it ends"
+    )
+    stream = real.post("/v1/chat/completions", {**asked, "stream": True})
+    *pieces, last = map(json.loads, stream.text.strip().removeprefix("data: ").split("\n\ndata: "))
+    assert all(choice["finish_reason"] is None for piece in pieces for choice in piece["choices"])
+    assert last == {"error": error}
+    assert eventually(lambda: real.engine.stats.blocks_used == 0)
 
 
 def test_a_json_schema_in_openais_words(client):

@@ -179,9 +179,12 @@ class _Run:
                 job = _Job(index, self.batch.start(index))
                 self._submit(job)
             except self.batch.refusals as error:
-                self.result.failed += 1
-                self.answers.append(self.batch.refused(index, error))
+                self._refuse(index, error)
                 task.advance()
+
+    def _refuse(self, index: int, error: Exception) -> None:
+        self.result.failed += 1
+        self.answers.append(self.batch.refused(index, error))
 
     def _submit(self, job: _Job) -> None:
         """Put all prompts of a request in line, or none."""
@@ -198,6 +201,10 @@ class _Run:
 
     def _write(self, job: _Job) -> None:
         outputs = [job.outputs[place] for place in range(len(job.outputs))]
+        failures = [output.failure for output in outputs if output.failure is not None]
+        if failures:
+            self._refuse(job.index, failures[0])
+            return
         self.answers.append(job.started.write(outputs))
         self.result.answered += 1
         for output in outputs:

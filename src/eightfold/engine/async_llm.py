@@ -77,7 +77,6 @@ class AsyncLLM:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        engine.serves_strangers = True
         self._ids = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._readers: dict[str, _Reader] = {}  # of the event loop

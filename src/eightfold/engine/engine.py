@@ -23,7 +23,7 @@ from eightfold.engine.scheduler import Scheduler
 from eightfold.engine.sequence import Layout, Request, TokenSequence
 from eightfold.engine.settings import EngineConfig, load_model
 from eightfold.engine.speculate import Lookup, measure_row_cost
-from eightfold.engine.structured import GrammarCompiler
+from eightfold.engine.structured import Grammar, GrammarCompiler
 from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.model import PAGE, NativeModel
@@ -34,7 +34,7 @@ from eightfold.values import mib
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from eightfold.engine.sampling_params import SamplingParams
+    from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 
 WHOLE_PROMPTS_NOTE = "Attention mode mindie runs every prompt whole: chunked prefill and prefix caching are off."
 
@@ -49,7 +49,6 @@ class Engine:
         tokenizer: the checkpoint's tokenizer.
         max_model_len: positions of a sequence, prompt and answer together.
         notes: what a user should know about how it runs, one sentence each.
-        serves_strangers: whether forms of answers are tried in another process first; to be set before one is compiled.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class Engine:
         """
         self.config, self.model, self.tokenizer, self.model_config = config, model, tokenizer, model.config
         self._stop_ids = stop_ids
-        self.serves_strangers = False
         self.max_model_len = _longest_context(model, config)
         pages = _room_for_cache(model, config)
         self.blocks = BlockManager(pages)
@@ -155,11 +153,12 @@ class Engine:
                 action="Prompts run whole in that mode, and the logits of all their tokens would not fit the memory.",
             )
         max_len = self._max_len(len(prompt), params.max_tokens)
-        eos_ids = frozenset[int]() if params.ignore_eos else self._stop_ids
+        form = params.structured
+        # A form ends where nothing can be added to it, even if it is to go on for as long as it can.
+        eos_ids = frozenset[int]() if params.ignore_eos and form is None else self._stop_ids
         request = Request(request_id, prompt, params, eos_ids, streams, self.tokenizer, cache_salt)
         for index in range(params.n):
-            form = params.structured
-            grammar = None if form is None else self._grammars.compile(form, params.stop_token_ids)
+            grammar = None if form is None else self._compile(form, params)
             sampler = Sampler(params, prompt, vocab, eos_ids, index, grammar)
             detokenizer = Detokenizer(self.tokenizer, params)
             request.sequences.append(TokenSequence(request, index, max_len, sampler, detokenizer))
@@ -172,10 +171,12 @@ class Engine:
             sequence.lookup = lookup and lookup.copy_for(sequence.token_ids)
         return request
 
+    def _compile(self, form: StructuredOutput, params: SamplingParams) -> Grammar:
+        return self._grammars.compile(form, params.stop_token_ids, ignores_eos=params.ignore_eos)
+
     @cached_property
     def _grammars(self) -> GrammarCompiler:
-        vocab = self.model_config.vocab_size
-        return GrammarCompiler(self.tokenizer, vocab, self._stop_ids, tries=self.serves_strangers)
+        return GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self._stop_ids)
 
     def _max_len(self, prompt_len: int, max_tokens: int | None) -> int:
         """Return at how many tokens a sequence ends."""
@@ -328,7 +329,7 @@ class Engine:
     def _take(self, sequence: TokenSequence, sampled: Sampled) -> bool:
         """Append a token or end the sequence; return whether the draft foretold it, so that the next row counts."""
         self._counts.generated_tokens += 1
-        if sequence.ends_with(sampled.token_id):
+        if sequence.has_failed() or sequence.ends_with(sampled.token_id):
             return False
         foretold = bool(sequence.draft) and sequence.draft[0] == sampled.token_id
         sequence.append(sampled)

@@ -1,7 +1,7 @@
-"""The forms of answers, compiled by llguidance inside limits, and a process that tries those of strangers first.
+"""The forms of answers, compiled by llguidance inside limits, and a process that tries them first.
 
 A text of a hundred bytes can make llguidance compute for minutes, take gigabytes or overflow the stack, which would end
-the server. Limits of the library catch what grows while tokens are chosen, but not all that happens while a form is
+the process. Limits of the library catch what grows while tokens are chosen, but not all that happens while a form is
 compiled. So a helper process, which has the tokenizer ready, forks for each new form. The child has limits for time,
 memory and stack, and tells what the form took; if it dies, the form is refused, and nobody else has noticed.
 """
@@ -14,15 +14,17 @@ import os
 import re
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from eightfold.engine.form_tokens import Vocabulary
 from eightfold.errors import InputError, UnsupportedError
 from eightfold.machine import anonymous_bytes
 from eightfold.values import shorten
 
 if TYPE_CHECKING:
-    import socket  # only a server needs it, and a command should start soon
+    import socket  # only forms need it, and a command should start soon
     import subprocess
 
 MAX_REASON = 300  # characters of llguidance's message
@@ -35,6 +37,8 @@ _NICE = 5  # answers go before forms
 _AT_A_TIME = 3
 _IDLE_SECONDS = 300.0  # then the helper ends
 _START_SECONDS = 60.0
+
+_NOTHING = "a form in which no token can come next"
 
 _STATES = 50_000  # of a lexer, while tokens are chosen: about 200 bytes each
 
@@ -54,18 +58,6 @@ class Built(NamedTuple):
     size: int
 
 
-class Vocabulary(NamedTuple):
-    """What llguidance's tokenizer is made from: tokenizer.json, the number of ids, and those that end an answer."""
-
-    text: str
-    size: int
-    stop_ids: list[int]
-
-    def load(self, library: Any) -> Any:
-        """Return llguidance's tokenizer."""
-        return library.LLTokenizer(self.text, n_vocab=self.size, eos_token=self.stop_ids or None)
-
-
 def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
     """Compile a form and compute its first mask, which is the slow one.
 
@@ -83,9 +75,12 @@ def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
     limits = library.LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
     matcher = library.LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if matcher.is_error():
-        raise ValueError(_reason(matcher.get_error()))
+        raise ValueError(why(matcher))
     first = matcher.deep_copy()  # copies share what they find
-    _require_a_way(matcher, int.from_bytes(first.compute_bitmask(), "little"))
+    mask = int.from_bytes(first.compute_bitmask(), "little")
+    if first.is_error():
+        raise ValueError(why(first))
+    _require_a_way(matcher, mask)
     return Built(matcher, max((anonymous_bytes() or 0) - before, len(text)))
 
 
@@ -96,9 +91,9 @@ def _require_a_way(matcher: Any, mask: int) -> None:
         answer = matcher.deep_copy()
         if answer.consume_token(token) or not answer.is_error():
             return
-        problem = answer.get_error()
+        problem = why(answer)
     if problem:
-        raise ValueError(_reason(problem))
+        raise ValueError(problem)
 
 
 def _source(make: Any, name: str, value: Any) -> str:
@@ -118,19 +113,33 @@ def _reason(text: str) -> str:
     return shorten(" ".join(re.split("<state>|<non-verbose/>", text)[0].split()), MAX_REASON)
 
 
-def refusal(name: str, got: object, expected: str = "one that llguidance understands") -> InputError:
+def why(matcher: Any) -> str:
+    """Return what went wrong in a matcher, in llguidance's words but for one of its codes."""
+    reason = _reason(matcher.get_error())
+    return _NOTHING if reason == "NoExtensionBias" else reason
+
+
+def refusal(name: str, got: object, expected: str = "") -> InputError:
     """Return the error of a form that cannot be used."""
-    return InputError(f"structured {name}", got=got, expected=expected)
+    impossible = str(got).startswith((_NOTHING, "Unsatisfiable"))
+    usual = "a form that some text has" if impossible else "one that llguidance understands"
+    return InputError(f"structured {name}", got=got, expected=expected or usual)
 
 
 class Trial:
-    """The helper process, started when the first form is tried. Threads may share it."""
+    """The helper process. Threads may share it, and it ends with this object."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._process: subprocess.Popen[bytes] | None = None
         self._helper: socket.socket | None = None
+        self._ending: weakref.finalize[..., Trial] | None = None
         self._lock, self._turns = threading.Lock(), threading.Semaphore(_AT_A_TIME)
+
+    def start(self) -> None:
+        """Start the helper, which makes itself ready while the caller goes on."""
+        with self._lock, contextlib.suppress(OSError):  # `require` tries it again
+            self._started()
 
     def require(self, name: str, value: Any) -> int:
         """Compile a form in a process of its own; return the bytes that it takes.
@@ -163,7 +172,7 @@ class Trial:
                     ours.sendall(order)
                     ours.shutdown(socket.SHUT_WR)
                     answer = _read(ours)
-                except (TimeoutError, ConnectionError):
+                except OSError:  # it has ended, or none can be started
                     answer = b""
             if answer[:1] == b"+":  # a child has taken it
                 return dict(json.loads(answer[1:] or b"{}"))
@@ -181,29 +190,37 @@ class Trial:
         import subprocess
 
         if self._helper is None:
-            self._helper, theirs = socket.socketpair()
-            with theirs:
-                code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
-                self._process = subprocess.Popen(
+            helper, theirs = socket.socketpair()
+            with theirs, os.fdopen(os.memfd_create("vocabulary"), "wb") as vocabulary:
+                text, *rest = self._vocabulary
+                vocabulary.write(json.dumps(rest).encode() + b"\n" + text.encode())
+                vocabulary.flush()
+                files = (theirs.fileno(), vocabulary.fileno())
+                code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve{files}"
+                process = subprocess.Popen(
                     [sys.executable, "-c", code],
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=files,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env={**os.environ, "MALLOC_ARENA_MAX": "1"},
                 )
-            head = json.dumps(self._vocabulary).encode()
-            self._helper.settimeout(_START_SECONDS)
-            self._helper.sendall(len(head).to_bytes(8, "little") + head)
+            helper.settimeout(_START_SECONDS)
+            self._helper, self._process = helper, process
+            self._ending = weakref.finalize(self, _end, helper, process)
         return self._helper
 
     def end(self) -> None:
         """End the helper, if there is one."""
-        if self._helper is not None and self._process is not None:
-            self._helper.close()
-            self._process.kill()
-            self._process.wait()
-        self._helper = self._process = None
+        if self._ending is not None:
+            self._ending()
+        self._helper = self._process = self._ending = None
+
+
+def _end(helper: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    helper.close()
+    process.kill()
+    process.wait()
 
 
 def _read(sock: socket.socket) -> bytes:
@@ -217,19 +234,25 @@ def _read(sock: socket.socket) -> bytes:
 # --- the helper
 
 
-def serve(number: int) -> None:
-    """Be the helper: fork for every socket that comes in through socket `number`, until nothing comes any more."""
+def serve(number: int, vocabulary: int) -> None:
+    """Be the helper: fork for every socket that comes in through socket `number`, until nothing comes any more.
+
+    Args:
+        number: of the socket.
+        vocabulary: number of the file that has it.
+    """
     import signal
     import socket
 
     import llguidance
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent decides when to end
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave nothing behind
     orders = socket.socket(fileno=number)
-    with orders.makefile("rb", buffering=0) as file:
-        length = int.from_bytes(_exactly(file, 8), "little")
-        tokenizer = Vocabulary(*json.loads(_exactly(file, length))).load(llguidance)
+    with os.fdopen(vocabulary, "rb") as file:
+        file.seek(0)
+        size, stop_ids = json.loads(file.readline())
+        tokenizer = Vocabulary(file.read().decode(), size, stop_ids).load(llguidance)
     with contextlib.suppress(OSError):
         os.nice(_NICE)
     orders.settimeout(_IDLE_SECONDS)
@@ -251,13 +274,6 @@ def serve(number: int) -> None:
                     thread.join()
                 finally:
                     os._exit(0)
-
-
-def _exactly(file: Any, count: int) -> bytes:
-    found = b""
-    while len(found) < count and (piece := file.read(count - len(found))):
-        found += piece
-    return found
 
 
 def _limit_this_process() -> None:

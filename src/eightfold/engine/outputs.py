@@ -12,9 +12,11 @@ from typing import Literal
 
 from eightfold.engine.sampler import Sampled
 from eightfold.engine.sampling_params import SamplingParams
+from eightfold.errors import InputError
 from eightfold.tokenizer import StreamDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length", "abort"]
+# "error": the answer could not be kept to its form any further.
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(slots=True)
@@ -38,7 +40,8 @@ class CompletionOutput:
     Attributes:
         index: the answer's place among the request's n.
         finish_reason: None while it goes on.
-        stop_reason: the stop string or stop token that ended it; None for the model's own end token.
+        stop_reason: the stop string or stop token that ended it, or what the error was; None for the model's own end
+            token.
     """
 
     __slots__ = ("_ids", "_pieces", "_produced", "finish_reason", "index", "stop_reason")
@@ -152,6 +155,12 @@ class RequestOutput:
         """`cached_tokens` by vLLM's name."""
         return self.cached_tokens
 
+    @property
+    def failure(self) -> InputError | None:
+        """Why an answer could not be kept to its form; None where all could."""
+        reasons = [str(answer.stop_reason) for answer in self.outputs if answer.finish_reason == "error"]
+        return InputError(reasons[0]) if reasons else None
+
     def begin_with(self, earlier: RequestOutput) -> None:
         """Merge the output before this one, which nobody has read, into this one."""
         unread = {answer.index: answer for answer in earlier.outputs}
@@ -206,7 +215,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.stop_reason: str | None = None
         self.token_count = 0
-        self._decoder = StreamDecoder(tokenizer, keep_special=params.keeps_special)
+        form = params.structured
+        is_exact = form is not None and not form.begins_after  # a space that it begins with belongs to it
+        self._decoder = StreamDecoder(tokenizer, keep_special=params.keeps_special, inside=is_exact)
         self._stops = [_Stop(text) for text in params.stops]
         self._includes, self._min_tokens = params.include_stop_str_in_output, params.min_tokens
         self._parts = list[str]()

@@ -110,6 +110,11 @@ class Sampler:
         """Whether the answer has a form to keep to, which lets nothing but a stop token follow."""
         return self.grammar is not None and self.grammar.is_finished
 
+    @property
+    def failure(self) -> str | None:
+        """Why the answer cannot go on in its form; the token that was chosen last is then none of it."""
+        return None if self.grammar is None else self.grammar.failure
+
     @cached_property
     def _random(self) -> np.random.Philox:
         import secrets

@@ -118,6 +118,13 @@ class TokenSequence:
         elif len(self.token_ids) == self.max_len:
             self.finish("length")
 
+    def has_failed(self) -> bool:
+        """End the sequence if it cannot go on in its form; the token that was just chosen is none of it."""
+        failure = self.sampler.failure
+        if failure is not None:
+            self.finish("error", failure)
+        return failure is not None
+
     def ends_with(self, token: int) -> bool:
         """End the sequence if this is a stop token, which does not become part of it.
 
@@ -157,7 +164,7 @@ class Request:
         request_id: the caller's id.
         prompt_ids: the prompt's tokens.
         params: what was asked for.
-        eos_ids: the model's own tokens that end an answer; none if they are to be ignored.
+        eos_ids: the model's own tokens that end an answer; none if they are to be ignored and there is no form.
         streams: whether every step gives an output, and not only the last.
         tokenizer: the model's tokenizer.
         cache_salt: only requests with the same one share keys and values of prompts.
@@ -187,7 +194,7 @@ class Request:
         self.end_ids = self.eos_ids | set(self.params.stop_token_ids)
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
-        self.reads_text = self.streams or bool(self.params.stops)
+        self.reads_text = self.streams or bool(self.params.stops) or self.params.structured is not None
 
     @property
     def is_finished(self) -> bool:

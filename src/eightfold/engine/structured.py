@@ -8,14 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from weakref import WeakMethod, WeakSet
 
 import numpy as np
 
-from eightfold.engine.forms import Trial, Vocabulary, build, refusal
+from eightfold.engine.form_tokens import Vocabulary
+from eightfold.engine.forms import Trial, build, refusal, why
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import CapacityError, DependencyError, InputError
 from eightfold.tokenizer import StreamDecoder, Tokenizer
@@ -38,12 +39,14 @@ class Form:
     """A compiled form, shared by the answers that keep to it.
 
     Attributes:
+        name: the field of StructuredOutput that it comes from.
         matcher: llguidance's, at the beginning of an answer.
         compiled_bytes: what it took when it was compiled.
         mask_seconds: spent on its masks since then.
         used: time.monotonic when it was last asked for.
     """
 
+    name: str
     matcher: Any
     compiled_bytes: int
     mask_seconds: float = 0.0
@@ -82,13 +85,21 @@ class Grammar:
     Args:
         form: the compiled form.
         opening: what stands before it; None: the form begins at once.
+        going_on: mask (W,) without the tokens that end no answer as long as another can follow; None for none.
+
+    Attributes:
+        failure: why the answer cannot go on in its form, in a sentence; None as long as it can.
     """
 
-    def __init__(self, form: Form, opening: Opening | None = None) -> None:
-        self._form, self._matcher, self._opening = form, form.matcher.deep_copy(), opening
+    def __init__(self, form: Form, opening: Opening | None = None, going_on: NDArray[np.int32] | None = None) -> None:
+        self.failure: str | None = None
+        self._form, self._matcher, self._opening, self._going_on = form, form.matcher.deep_copy(), opening, going_on
 
     def fill(self, mask: NDArray[np.int32]) -> None:
-        """Write the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete."""
+        """Write the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete.
+
+        It is of no use if the answer has failed by then.
+        """
         from llguidance.numpy import fill_next_token_bitmask
 
         if self._opening is not None:
@@ -97,19 +108,28 @@ class Grammar:
         started = time.perf_counter()
         fill_next_token_bitmask(self._matcher, mask.reshape(1, -1))
         self._form.mask_seconds += time.perf_counter() - started
+        self._look()
+        if self._going_on is not None and (mask & self._going_on).any():
+            mask &= self._going_on
 
     def accept(self, token: int) -> bool:
-        """Go on by a token. False: the form does not allow it, or became too complex; only stop tokens can follow."""
+        """Go on by a token. False: the form does not allow it, or became too complex; the answer has failed."""
         if self._opening is None:
-            return bool(self._matcher.consume_token(token))
-        if self._opening.ends_with(token):
+            self._matcher.consume_token(token)
+            self._look()
+        elif self._opening.ends_with(token):
             self._opening = None
-        return True
+        return self.failure is None
+
+    def _look(self) -> None:
+        """Notice that llguidance has given up."""
+        if self.failure is None and self._matcher.is_error():
+            self.failure = str(refusal(self._form.name, why(self._matcher), "one that can be kept to until it ends"))
 
     @property
     def is_finished(self) -> bool:
-        """Whether the answer is complete and nothing can be added, or nothing could be understood any more."""
-        return self._opening is None and bool(self._matcher.is_stopped())
+        """Whether the answer is complete and nothing can be added."""
+        return self._opening is None and self.failure is None and bool(self._matcher.is_stopped())
 
 
 class GrammarCompiler:
@@ -119,44 +139,48 @@ class GrammarCompiler:
         tokenizer: the model's.
         vocab_size: of the model; ids without a token are never allowed.
         stop_ids: tokens that end an answer, allowed where the form is complete.
-        tries: whether forms come from strangers, so that each is compiled in another process first; see forms.py.
 
     Raises:
         DependencyError: llguidance is not installed.
         InputError: llguidance cannot use the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int], *, tries: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> None:
         self._library = _library()
-        path = tokenizer.directory / "tokenizer.json"
-        try:
-            vocabulary = Vocabulary(tokenizer.content.decode(), vocab_size, sorted(stop_ids))
-            self._tokenizer = vocabulary.load(self._library)
-        except Exception as error:  # the library raises ValueError, and what Rust panics with
-            raise InputError("tokenizer for structured output", where=path, got=error) from None
         self._model_tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, stop_ids
-        self._trial = Trial(vocabulary) if tries else None
+        vocabulary = Vocabulary(tokenizer.content.decode(), vocab_size, sorted(stop_ids))
+        self._trial = Trial(vocabulary)
+        self._trial.start()
+        try:
+            self._tokenizer = vocabulary.load(self._library)
+        except Exception as error:  # of both libraries
+            self._trial.end()
+            path = tokenizer.directory / "tokenizer.json"
+            raise InputError("tokenizer for structured output", where=path, got=error) from None
         self._kept: OrderedDict[tuple[str, Any], Form] = OrderedDict()  # the last used is the last
         self._alive: WeakSet[Form] = WeakSet()  # kept, or of an answer that goes on
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
-    def compile(self, structured: StructuredOutput, stop_token_ids: Sequence[int] = ()) -> Grammar:
+    def compile(
+        self, structured: StructuredOutput, stop_token_ids: Iterable[int] = (), *, ignores_eos: bool = False
+    ) -> Grammar:
         """Return a grammar at its beginning. One that was asked for lately costs little.
 
         Args:
             structured: the form.
             stop_token_ids: tokens that would end this answer, besides those that end every one.
+            ignores_eos: whether the form goes on for as long as it can.
 
         Raises:
             CapacityError: it is large, and those of answers that go on take too much already.
             InputError: the schema, expression or grammar is wrong or too complex; llguidance's words say why.
         """
-        form = self._form(*structured.given)
-        if not structured.begins_after:
-            return Grammar(form)
-        mask = mask_without(self._stop_ids.union(stop_token_ids), self._vocab_size)
-        return Grammar(form, Opening(structured.begins_after, self._model_tokenizer, mask))
+        form, opening = self._form(*structured.given), None
+        if structured.begins_after:
+            mask = mask_without(self._stop_ids.union(stop_token_ids), self._vocab_size)
+            opening = Opening(structured.begins_after, self._model_tokenizer, mask)
+        return Grammar(form, opening, mask_without(self._stop_ids, self._vocab_size) if ignores_eos else None)
 
     def _form(self, name: str, value: Any) -> Form:
         """Return a compiled form, which is kept for a while."""
@@ -177,7 +201,7 @@ class GrammarCompiler:
     def _watch(self) -> None:
         """Let a timer drop what is idle."""
         if self._timer is None and self._kept:
-            self._timer = threading.Timer(IDLE_SECONDS, self._drop_idle)
+            self._timer = threading.Timer(IDLE_SECONDS, _call, [WeakMethod(self._drop_idle)])
             self._timer.daemon = True
             self._timer.start()
 
@@ -189,12 +213,11 @@ class GrammarCompiler:
             self._watch()
 
     def _compile(self, name: str, value: Any) -> Form:
-        size = None if self._trial is None else self._trial.require(name, value)
+        size = self._trial.require(name, value)
         try:
-            matcher, grown = build(self._library, self._tokenizer, name, value)
+            form = Form(name, build(self._library, self._tokenizer, name, value).matcher, size)
         except Exception as error:
             raise refusal(name, error) from None
-        form = Form(matcher, grown if size is None else size)
         with self._lock:
             used = sum(each.size for each in self._alive)
             if used > USED_BYTES and form.size > SMALL_BYTES:
@@ -206,6 +229,13 @@ class GrammarCompiler:
                 )
             self._alive.add(form)
         return form
+
+
+def _call(method: WeakMethod[Callable[[], None]]) -> None:
+    """Call a method, if there still is its object: a timer keeps nobody alive."""
+    found = method()
+    if found is not None:
+        found()
 
 
 def fill_masks(grammars: Sequence[Grammar], vocab_size: int) -> NDArray[np.int32]:

@@ -114,7 +114,7 @@ class InFlight:
         """Yield which prompt moved, and its output.
 
         Raises:
-            EightfoldError: the engine refuses a prompt.
+            EightfoldError: the engine refuses a prompt, or an answer cannot be kept to its form.
             EngineStoppedError: there is no engine any more.
             Aborted: `abort` was called, or the engine gave up.
         """
@@ -123,6 +123,9 @@ class InFlight:
             async for at, output in outputs:
                 if output.finished:
                     self._note_end(at, output)
+                if output.failure is not None:
+                    self.abort()
+                    raise output.failure
                 yield at, output
         if self._unfinished:
             raise Aborted
