@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -469,6 +470,28 @@ DESCRIPTION = {
     "model_quant_type": "W8A8", "a.weight": "W8A8", "a.input_scale": "W8A8", "b": "FLOAT", "version": "1.0.0"
 }  # fmt: skip
 
+MARKDOWN = (
+    '# T\n\n- a *b* `c`\n\n> [d](https://e.f "g") ![h](http://i/j)\n\n|a|b|\n|-|:-:|\n|1|~~2~~|\n\n```py\nx\n```\n',
+    "<b onclick=x>\n\n[a]: mailto:b\n[a] <http://c> \\(x_1\\) $$y$$ $z$\n\n1. a\n\n   b\n***\n    c&amp;\\*",
+)
+KNOWN = (
+    r"(?:[^<>]|</?(?:p|h[1-6]|ul|li|blockquote|pre|em|strong|s|table|thead|tbody|tr|code)>|</(?:a|ol|th|td|span)>"
+    r'|<[bh]r />|<ol(?: start="\d+")?>|<code class="language-[^"<>]*">|<span class="formula">'
+    r'|<t[hd](?: class="(?:left|center|right)")?>|<a href="(?:(?i:https?:|mailto:)[^"<>]*)?"(?: title="[^"<>]*")?>)*'
+)
+
+
+def markdown(_: Path) -> Read:
+    from eightfold.server.markdown import blocks_of
+
+    def read(data: bytes) -> object:
+        blocks = blocks_of(data.decode())
+        assert re.fullmatch(KNOWN, "".join(block["html"] for block in blocks)), "unknown elements or attributes"
+        return blocks
+
+    return read
+
+
 TARGETS: dict[str, Target] = {
     "safetensors": Target(lambda _: [header(TENSORS), header({})], of_file("a.safetensors", safetensors), 14),
     "safetensors-header": Target(lambda _: dumped(TENSORS), of_file("b.safetensors", safetensors_header), 14),
@@ -487,6 +510,7 @@ TARGETS: dict[str, Target] = {
     ),
     "template": Target(lambda _: [TEMPLATE.encode()], template, 0.3),
     "forms": Target(lambda _: dumped(*FORMS), forms, 0.3, line_error()),
+    "markdown": Target(lambda _: [text.encode() for text in MARKDOWN], markdown, 4, (UnicodeDecodeError,)),
     "gguf": Target(gguf_seed, of_file("a.gguf", gguf), 0.5),
     "checkpoint": Target(quantized_seeds, checkpoint, 0.6),
 }

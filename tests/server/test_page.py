@@ -218,6 +218,24 @@ def test_an_answer_is_regenerated(serve, open_page):
     assert turns(page) == ["Hi", "One"]
 
 
+def test_an_answer_that_is_undone_while_it_comes_is_not_kept(serve, open_page):
+    running = serve(answer="One")
+    page = open_page(running)
+    say(page, "Hi")
+    answered(page)
+    running.engine.stuck = True
+    page.get_by_role("button", name="Regenerate").dblclick()
+    page.get_by_role("button", name="Stop").wait_for()
+    page.get_by_role("button", name="Undo").click()
+    seen(page, "One")
+    running.engine.stuck = False
+    say(page, "And?")
+    answered(page, 2)
+    assert turns(page) == ["Hi", "One", "And?", "One"]
+    assert prompt_of(running) == "<|user|>Hi</s><|assistant|>One</s><|user|>And?</s><|assistant|>"
+    assert [each["content"] for each in kept(page)[0]["messages"]] == ["Hi", "One", "And?", "One"]
+
+
 def test_a_refused_message_is_back_in_the_box_with_the_reason(serve, open_page):
     running = serve(refusal=InputError("prompt", got="<b>nonsense</b>"))
     page = open_page(running, expects="400")

@@ -200,7 +200,12 @@ def test_a_browser_that_keeps_nothing_says_so(serve, open_page, browser):
     page.get_by_text("This browser keeps nothing for this page").wait_for()
     say(page, "Hi")
     answered(page)
-    assert turns(page) == ["Hi", "Hello!"] and titles(page) == ["Hi"]
+    page.get_by_role("button", name="New chat").click()
+    say(page, "Other")
+    answered(page)
+    page.get_by_role("button", name="Hi", exact=True).click()
+    seen(page, "Hello!")
+    assert turns(page) == ["Hi", "Hello!"] and titles(page) == ["Hi", "Other"]
 
 
 def test_what_other_programs_or_versions_have_kept_does_no_harm(serve, open_page):

@@ -248,7 +248,7 @@ class Gateway:
         self._service.limiter.let_go_entries(record)
         path = record.path if record.path in self._paths else "other"
         self._service.metrics.answered(path, record.status)
-        quiet = path in ("/health", "/metrics") and record.status == 200
+        quiet = path in ("/health", "/metrics", "/render") and record.status == 200
         log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"record": record})
 
 

@@ -17,7 +17,7 @@ from eightfold.values import STRING
 
 MAX_CHARS = 2**17  # of the texts of one request; the slowest that are known take 4 s
 
-_SCRIPTS = ("storage.js", "rendering.js", "server.js", "page.js")
+_SCRIPTS = ("storage.js", "rendering.js", "server.js", "turns.js", "answers.js", "page.js")
 
 
 class ChatPage:

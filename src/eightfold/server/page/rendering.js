@@ -96,6 +96,12 @@ function patchAttributes(old, node) {
   for (const { name, value } of node.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
 }
 
+// Make a list of elements the children of a box, moving none that is in its place.
+function patchList(box, wanted) {
+  wanted.forEach((node, at) => { if (box.childNodes[at] !== node) box.insertBefore(node, box.childNodes[at] || null); });
+  while (box.childNodes.length > wanted.length) box.lastChild.remove();
+}
+
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 // The text of an answer on the page. While it grows, only its last two blocks are rendered again.
@@ -108,36 +114,41 @@ class Shown {
     this.blocks = [];  // the elements, and where in the text each begins
     this.rest = element("div", "rest");  // text that is not rendered yet
     this.work = null;
-    this.ending = new Promise((resolve) => { this.end = resolve; });
+    this.end = () => {};
     this.renderedAt = performance.now();
   }
 
   grow(text) {
     this.text = text.replace(/\r\n?/g, "\n");
-    if (!this.work) this.work = this.follow().finally(() => { this.work = null; });
+    this.work ||= this.follow().finally(() => { this.work = null; });
     // The server may be slow: what it owes is shown as it is.
     if (performance.now() - this.renderedAt > 700) this.around(() => this.showRest(true));
   }
 
   async follow() {
+    const ending = new Promise((resolve) => { this.end = resolve; });
     while (this.until < this.text.length) {
       const from = this.blocks.at(-2)?.from ?? 0, until = this.text.length, begin = performance.now();
       const [blocks] = await rendered([this.text.slice(from, until)]);
       if (blocks) this.put(blocks, from, until);
       else this.around(() => this.showRest(true));
-      await Promise.race([pause(Math.min(Math.max(100, 4 * (performance.now() - begin)), 2000)), this.ending]);
+      await Promise.race([pause(Math.min(Math.max(150, 6 * (performance.now() - begin)), 2000)), ending]);
       if (!blocks) return;
     }
   }
 
   // Once more from the beginning: a link may be defined at the end.
   async finish(text) {
-    this.text = text.replace(/\r\n?/g, "\n");
     this.end();
     await this.work;
-    const [blocks] = await rendered([this.text]);
+    const [blocks] = await rendered([text]);
+    this.around(() => this.whole(text, blocks));
+  }
+
+  whole(text, blocks) {
+    this.text = text.replace(/\r\n?/g, "\n");
     if (blocks) this.put(blocks, 0, this.text.length);
-    else this.around(() => this.showRest(true));
+    else this.showRest(true);
   }
 
   put(blocks, from, until) {
@@ -163,12 +174,6 @@ class Shown {
     this.rest.textContent = isLate ? this.text.slice(this.until) : "";
     if (!this.rest.parentNode) this.box.append(this.rest);
   }
-}
-
-// Make a list of elements the children of a box, moving none that is in its place.
-function patchList(box, wanted) {
-  wanted.forEach((node, at) => { if (box.childNodes[at] !== node) box.insertBefore(node, box.childNodes[at] || null); });
-  while (box.childNodes.length > wanted.length) box.lastChild.remove();
 }
 
 async function copyText(text) {

@@ -2,11 +2,15 @@
 
 let models = [];  // what it serves
 
-// Why something did not work, in words for the person, and what the page should do about it.
+const chosenModel = () => models.find((each) => each.id === $("which").value) || models[0] || {};
+const nameOfModel = () => chosenModel().id || "the model";
+const format = (count) => count.toLocaleString("en-US");
+
+// Why something did not work, in words for the person.
 class Problem extends Error {
-  constructor(text, { needsKey = false, canWait = false } = {}) {
+  constructor(text, needsKey = false) {
     super(text);
-    Object.assign(this, { needsKey, canWait });
+    this.needsKey = needsKey;
   }
 }
 
@@ -24,7 +28,7 @@ async function call(path, content, signal) {
       : { method: "POST", headers: headers(), body: JSON.stringify(content), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem("The server cannot be reached. Is it still running, and are you online?", { canWait: true });
+    throw new Problem("The server cannot be reached. Is it still running, and are you online?");
   }
   if (!response.ok) throw await problemOf(response);
   return response;
@@ -34,10 +38,10 @@ async function problemOf(response) {
   let error = {};
   try { error = (await response.json()).error || {}; } catch { /* no JSON: a proxy, perhaps */ }
   const said = error.message || "HTTP " + response.status, wait = Number(response.headers.get("Retry-After"));
-  if (response.status === 401) return new Problem(headers().Authorization ? "The API key is wrong." : "The server asks for an API key.", { needsKey: true });
-  if (response.status === 429) return new Problem(`The server is busy. Try again in ${wait || "a few"} s.`, { canWait: true });
-  if (error.code === "stopping") return new Problem("The server is stopping. Try again when it is back.", { canWait: true });
-  if (response.status >= 500) return new Problem(`Something is wrong with the server: ${said}`, { canWait: true });
+  if (response.status === 401) return new Problem(headers().Authorization ? "The API key is wrong." : "The server asks for an API key.", true);
+  if (response.status === 429) return new Problem(`The server is busy. Try again in ${wait || "a few"} s.`);
+  if (error.code === "stopping") return new Problem("The server is stopping. Try again when it is back.");
+  if (response.status >= 500) return new Problem(`Something is wrong with the server: ${said}`);
   if (error.code === "context_length_exceeded") return new Problem(`That is too long for this model: ${said}`);
   return new Problem(`The server refused it: ${said}`);
 }
@@ -58,14 +62,14 @@ async function* events(response) {
       if (error.name === "AbortError") throw error;
       return { done: true };
     });
-    if (done) throw new Problem("The connection broke off.", { canWait: true });
+    if (done) throw new Problem("The connection broke off.");
     const pieces = (rest + value).split("\n\n");
     rest = pieces.pop();
     for (const piece of pieces) {
       if (piece === "data: [DONE]") return;
       if (!piece.startsWith("data: ")) { yield null; continue; }
       const content = JSON.parse(piece.slice(6));
-      if (content.error) throw new Problem(`The server broke off: ${content.error.message}`, { canWait: true });
+      if (content.error) throw new Problem(`The server broke off: ${content.error.message}`);
       yield content;
     }
   }
@@ -127,5 +131,3 @@ function question(chat, continues) {
   for (const [name, value] of Object.entries(given)) if (value !== undefined) asked[name] = value;
   return asked;
 }
-
-const format = (count) => count.toLocaleString("en-US");

@@ -1,6 +1,8 @@
 // ---- What the browser keeps. Every chat is an entry of its own, so that tabs with different chats do not meet.
 
 const CHAT = "eightfold.chat.";
+let lost = null;  // why chats are not kept: "full" or "forbidden"
+const loose = new Map();  // chats that this tab could not keep
 const MOST_KEPT = 4_000_000;  // characters of all chats; browsers refuse more than about five million
 
 // Storage may be forbidden; then nothing is remembered.
@@ -60,11 +62,6 @@ function titleFrom(text) {
 }
 
 // ---- Chats as files.
-
-function asLine(chat, system) {
-  const messages = chat.messages.map(({ role, content }) => ({ role, content }));
-  return JSON.stringify({ messages: [...(system ? [{ role: "system", content: system }] : []), ...messages] }) + "\n";
-}
 
 function asMarkdown(chat, name) {
   const turns = chat.messages.map((each) => `## ${each.role === "user" ? "You" : name}\n\n${each.content.trim()}\n`);
