@@ -283,6 +283,31 @@ def test_what_a_form_begins_after_may_be_one_token_or_several(tokenizer, compile
     assert allowed(grammar) == ids_of(tokenizer, "a")
 
 
+SYSTEM = 258  # <|system|>
+
+
+@pytest.mark.parametrize("ignores_eos", [False, True])
+def test_the_first_token_decides_whether_anything_stands_before_a_form(tokenizer, compiler, ignores_eos):
+    (a, b) = tokenizer.encode("ab")
+    form = StructuredOutput(regex="[ab]{2}", begins_after="<|user|>", opened_by="<|system|>")
+    for first, then in ((a, {a, b}), (SYSTEM, set(range(VOCAB)) - {EOS})):
+        grammar = compiler.compile(form, ignores_eos=ignores_eos)
+        assert allowed(grammar) == allowed(grammar) == {a, b, SYSTEM}
+        assert not grammar.is_finished
+        assert grammar.accept(first)
+        assert allowed(grammar) == then
+    for token in (SYSTEM, USER, a, b):
+        assert not grammar.is_finished
+        assert grammar.accept(token)
+    assert grammar.is_finished
+
+
+@pytest.mark.parametrize("opened_by", ["", "ab"])
+def test_what_no_single_token_opens_stands_before_a_form_anyway(tokenizer, compiler, opened_by):
+    grammar = compiler.compile(StructuredOutput(regex="a", begins_after="<|user|>", opened_by=opened_by))
+    assert allowed(grammar) == set(range(VOCAB)) - {EOS}
+
+
 def test_the_token_that_completes_the_text_may_go_on(tokenizer, compiler):
     """Here the text ends inside a token; the form begins with the next one."""
     grammar = opened(compiler, "x<|us")

@@ -113,19 +113,20 @@ def test_log_probabilities_are_of_all_tokens_unless_reasoning_is_hidden(serve):
 @pytest.mark.parametrize(
     ("template", "fields", "expected"),
     [
-        (OPENED, {}, "</think>"),
-        (ITSELF, {}, "</think>"),
-        (ITSELF, OFF, ""),
-        (SILENT, {}, "</think>"),
-        (NONE, {}, ""),
-        (OPENED, {"separate_reasoning": False}, "</think>"),
+        (OPENED, {}, ("</think>", "")),
+        (ITSELF, {}, ("</think>", "<think>")),
+        (ITSELF, OFF, ("", "")),
+        (SILENT, {}, ("</think>", "")),
+        (NONE, {}, ("", "")),
+        (OPENED, {"separate_reasoning": False}, ("</think>", "")),
     ],
 )
 def test_forms_begin_behind_a_thought(serve, template, fields, expected):
     server = serve(template=template, answer="x")
     for form in ({"guided_regex": "x"}, {"tools": TOOLS, "tool_choice": "required"}):
         whole(server, **fields, **form)
-        assert server.engine.last[1].structured.begins_after == expected
+        found = server.engine.last[1].structured
+        assert (found.begins_after, found.opened_by) == expected
 
 
 @pytest.mark.parametrize("name", ["none", "deepseek_r1"])
@@ -172,6 +173,26 @@ def test_a_real_model_thinks_and_then_keeps_to_a_form(thinker, streams):
     assert (bool(reasoning), reason) == (True, "stop")
     usage = thinker.chat(**asked).json()["usage"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == usage["completion_tokens"] - 3 > 1
+
+
+def test_a_real_model_need_not_think_before_a_form(tagged, config):
+    """As Qwen3 does by itself, and what was tuned on top of it does not."""
+    pytest.importorskip("llguidance")
+    (tagged / "chat_template.jinja").write_text(ITSELF)
+    with running(AsyncLLM.load(tagged, config)) as server:
+        tokenizer = server.engine.engine.tokenizer
+        begin, end, eos = (
+            str(tokenizer.encode(text, special_tokens=False)[0]) for text in (*STYLES["qwen3"][:2], "</s>")
+        )
+        asked = {"guided_regex": "[0-9]{3}", "seed": 2, "max_tokens": 300}
+        thought = whole(server, **asked, logit_bias={begin: 9, end: 8, eos: 9})
+        plain = whole(server, **asked, logit_bias={begin: -99, end: 99, eos: 9})
+        for choice, thinks in ((thought, True), (plain, False)):
+            reasoning, content, reason = said(choice)
+            assert (bool(reasoning), reason) == (thinks, "stop")
+            assert re.fullmatch("[0-9]{3}", content)
+        off = {"chat_template_kwargs": {"enable_thinking": False}}
+        assert re.fullmatch("[0-9]{3}", said(whole(server, **asked, **off, logit_bias={begin: 99}))[1])
 
 
 def test_tags_that_texts_leave_out_are_seen(tagged, config):

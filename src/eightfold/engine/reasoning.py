@@ -68,7 +68,9 @@ class Start(NamedTuple):
         if self.is_special:
             params = replace(params, skip_special_tokens=False)
         if params.structured is not None and self.delays_form:
-            params = replace(params, structured=replace(params.structured, begins_after=self.style.end))
+            begin = "" if self.begins_inside or self.style.is_silent else self.style.begin
+            form = replace(params.structured, begins_after=self.style.end, opened_by=begin)
+            params = replace(params, structured=form)
         return params
 
     def parser(self) -> ReasoningParser:

@@ -45,6 +45,8 @@ class StructuredOutput:
         choices: the answer is one of these texts.
         begins_after: the form begins with the token behind this text, such as "</think>", special tokens included.
             What stands before it is free, but the answer cannot end there by a stop token. Empty: at once.
+        opened_by: the token that opens what stands before the form, such as "<think>": an answer that begins with
+            another one is of the form from there. Empty, or no single token: whatever it begins with stands before.
 
     Raises:
         InputError: none or several forms are given, or a field has the wrong type.
@@ -56,6 +58,7 @@ class StructuredOutput:
     json_object: bool = field(default=False, metadata={"kind": SWITCH})
     choices: tuple[str, ...] = field(default=(), metadata={"kind": _TEXTS})
     begins_after: str = field(default="", metadata={"kind": TEXT})
+    opened_by: str = field(default="", metadata={"kind": TEXT})
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -79,7 +82,7 @@ class StructuredOutput:
 
 
 # The fields of which exactly one is given.
-FORMS = tuple(name for name in StructuredOutput.__dataclass_fields__ if name != "begins_after")
+FORMS = tuple(name for name in StructuredOutput.__dataclass_fields__ if name not in ("begins_after", "opened_by"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,14 +86,22 @@ class Grammar:
         form: the compiled form.
         opening: what stands before it; None: the form begins at once.
         going_on: mask (W,) without the tokens that end no answer as long as another can follow; None for none.
+        begin: the token with which the opening begins, if any other begins the form; None: the opening has to be there.
 
     Attributes:
         failure: why the answer cannot go on in its form, in a sentence; None as long as it can.
     """
 
-    def __init__(self, form: Form, opening: Opening | None = None, going_on: NDArray[np.int32] | None = None) -> None:
+    def __init__(
+        self,
+        form: Form,
+        opening: Opening | None = None,
+        going_on: NDArray[np.int32] | None = None,
+        begin: int | None = None,
+    ) -> None:
         self.failure: str | None = None
         self._form, self._matcher, self._opening, self._going_on = form, form.matcher.deep_copy(), opening, going_on
+        self._begin = begin  # until the first token
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Write the mask (W,) of tokens that may come next: only the stop tokens once the answer is complete.
@@ -102,7 +110,7 @@ class Grammar:
         """
         from llguidance.numpy import fill_next_token_bitmask
 
-        if self._opening is not None:
+        if self._opening is not None and self._begin is None:
             mask[:] = self._opening.mask
             return
         started = time.perf_counter()
@@ -111,9 +119,14 @@ class Grammar:
         self._look()
         if self._going_on is not None and (mask & self._going_on).any():
             mask &= self._going_on
+        if self._begin is not None:
+            mask |= ~mask_without([self._begin], len(mask) * 32)
 
     def accept(self, token: int) -> bool:
         """Go on by a token. False: the form does not allow it, or became too complex; the answer has failed."""
+        begin, self._begin = self._begin, None
+        if begin not in (None, token):
+            self._opening = None
         if self._opening is None:
             self._matcher.consume_token(token)
             self._look()
@@ -176,11 +189,13 @@ class GrammarCompiler:
             CapacityError: it is large, and those of answers that go on take too much already.
             InputError: the schema, expression or grammar is wrong or too complex; llguidance's words say why.
         """
-        form, opening = self._form(*structured.given), None
+        form, opening, begin = self._form(*structured.given), None, list[int]()
         if structured.begins_after:
             mask = mask_without(self._stop_ids.union(stop_token_ids), self._vocab_size)
             opening = Opening(structured.begins_after, self._model_tokenizer, mask)
-        return Grammar(form, opening, mask_without(self._stop_ids, self._vocab_size) if ignores_eos else None)
+            begin = self._model_tokenizer.encode(structured.opened_by, special_tokens=False)
+        going_on = mask_without(self._stop_ids, self._vocab_size) if ignores_eos else None
+        return Grammar(form, opening, going_on, begin[0] if len(begin) == 1 else None)
 
     def _form(self, name: str, value: Any) -> Form:
         """Return a compiled form, which is kept for a while."""
