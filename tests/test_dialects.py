@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eightfold.dialects import call_form
-from eightfold.messages import MessageError, Opening, new_call_id, read_messages
+from eightfold.messages import MessageError, Opening, read_messages
 from eightfold.template import TemplateError, render_template
 from tests.conversations import USER, called, part, result
 
@@ -162,12 +162,6 @@ def test_identifiers_are_left_alone_where_they_only_have_to_be_long():
     found = rendered(cut, [USER, called(name=LONG), called(name="1"), result(name="1")])
     ids = re.findall(r'"(?:call_)?id": "(.*?)"', found)
     assert ids[0] == LONG[-9:] and ids[1] == ids[2] and len(ids[1]) == 9
-
-
-def test_new_calls_get_identifiers_that_fit():
-    assert re.fullmatch(r"[A-Za-z0-9]{9}", new_call_id(MISTRAL))
-    assert re.fullmatch(r"call_[0-9a-f]{24}", new_call_id(QWEN))
-    assert new_call_id(MISTRAL) != new_call_id(MISTRAL)
 
 
 def test_results_know_their_calls():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,13 +62,6 @@ def words(message: Message) -> str:
     """Return what a message that was read says, parts one below the other."""
     content = message["content"]
     return "\n".join(each["text"] for each in content) if isinstance(content, list) else content or ""
-
-
-def new_call_id(template: str) -> str:
-    """Return an identifier for a call that the model makes, of a length that its template accepts."""
-    form = call_form(template)
-    name = f"call_{uuid.uuid4().hex[:24]}"
-    return name if form is None or form.ids == "any" else _nine_of(name)
 
 
 def _message(where: str, given: Any) -> Message:

@@ -172,9 +172,9 @@ def test_a_saved_conversation_goes_on(chat, small, tmp_path):
     ("content", "message"),
     [
         ("{", "eightfold: conversation in {path}: got Expecting property name"),
-        ('{"prompt": "x"}', "eightfold: messages in {path}: got null, expected a list"),
-        ("[]", "eightfold: messages in {path}: expected at least one"),
-        ('[{"role": "user"}]', "eightfold: messages in {path}[0].content: got null, expected a text"),
+        ('{"prompt": "x"}', "eightfold: conversation in {path}: messages: got null, expected a list"),
+        ("[]", "eightfold: conversation in {path}: messages: expected at least one"),
+        ('[{"role": "user"}]', "eightfold: conversation in {path}: messages[0].content: got null, expected a text"),
         (None, "eightfold: cannot read {path}: No such file or directory. Check the path."),
     ],
 )

@@ -68,6 +68,17 @@ def test_a_template_that_changes_or_joins_texts_is_tokenized_anew(small, templat
     assert prompt.token_ids == tokenizer.encode_chat(conversation.messages(), add_generation_prompt=True)
 
 
+PARTS = "{% for m in messages %}{% for p in m.content %}{{ p.text }};{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_reads_lists_of_parts_gets_them(small):
+    tokenizer = Tokenizer(small.directory, PARTS)
+    conversation = Conversation(tokenizer, 1000, "kind")
+    conversation.answer(conversation.ask("hi"), "ho", [1])
+    assert conversation.ask("more").text == "kind;hi;ho;more;"
+    assert conversation.tokens() == len("kind;hi;ho;more;")
+
+
 def test_the_oldest_turns_are_forgotten_until_half_of_the_room_is_free(tokenizer):
     turn = 2 * (10 + AROUND)
     conversation = spoken(tokenizer, 5, room=5 * turn + OPENING)

@@ -154,6 +154,13 @@ def test_options_that_change_nothing_are_noted(run):
     assert "note" not in run("--prompt", "a", "--top-p", 0.5, "--temperature", 0.1).err
 
 
+def test_a_template_that_reads_lists_of_parts_gets_one(run, tmp_path):
+    parts = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    (tmp_path / "t.jinja").write_text(parts)
+    chat = run("--chat", "--prompt", "hi", "--chat-template", tmp_path / "t.jinja", "--json").json()
+    assert chat["prompt_tokens"] == 2
+
+
 def test_a_template_of_ones_own(run, tmp_path):
     (tmp_path / "t.jinja").write_text("{{ messages[0].content }}!")
     chat = run("--chat", "--prompt", "hi", "--chat-template", tmp_path / "t.jinja", "--json").json()

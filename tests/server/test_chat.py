@@ -9,6 +9,7 @@ import pytest
 from tests.conversations import CONVERSATIONS, TEMPLATE
 from tests.engine.test_structured import DEAD_END
 from tests.server.running import Running, eventually
+from tests.test_dialects import DEEPSEEK_3, LLAMA, MISTRAL, PARTS_ONLY, TALK, rendered
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is deep learning?"}]
 
@@ -226,3 +227,18 @@ def test_messages_are_read_as_llm_and_the_input_file_read_them(serve, name):
     running = serve(template=TEMPLATE)
     tokens = running.post("/tokenize", {"messages": messages}).json()["tokens"]
     assert running.engine.tokenizer.decode(tokens, keep_special=True) == expected
+
+
+@pytest.mark.parametrize("template", [DEEPSEEK_3, LLAMA, MISTRAL, PARTS_ONLY])
+def test_calls_and_results_reach_the_template_in_its_form(serve, template):
+    running = serve(template=template)
+    tokens = running.post("/tokenize", {"messages": TALK, "add_generation_prompt": False}).json()["tokens"]
+    assert running.engine.tokenizer.decode(tokens, keep_special=True) == rendered(template, TALK)
+
+
+def test_what_a_template_refuses_is_a_400_in_its_words(serve):
+    running = serve(template=MISTRAL)
+    answer = running.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 2})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+    assert answer.json()["error"]["message"].startswith("messages: got roles must alternate, expected roles and")

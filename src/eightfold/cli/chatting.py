@@ -18,7 +18,7 @@ from eightfold.cli.screen import Pipe, Terminal
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, EightfoldError, InputError
 from eightfold.files import parse_value, read_text, write_whole
-from eightfold.messages import Message, read_messages
+from eightfold.messages import Message, read_messages, words
 from eightfold.progress import unfiltered
 from eightfold.values import TEXT, setting, shorten, whole
 
@@ -93,7 +93,7 @@ class Conversation:
         """Return how many tokens the conversation takes."""
         if not self.messages():
             return 0
-        return len(self._encode(self._tokenizer.render_chat(self.messages(), add_generation_prompt=False)))
+        return len(self._encode(self._rendered(self.messages(), opens_answer=False)))
 
     def load(self, messages: list[Message]) -> None:
         """Go on with a conversation; a first message of the system becomes what stands before all turns."""
@@ -102,8 +102,12 @@ class Conversation:
         self.turns[:] = messages[1:] if has_system else messages
 
     def _prompt(self, first: int = 0) -> Prompt:
-        text = self._tokenizer.render_chat(self.messages(first), add_generation_prompt=True)
+        text = self._rendered(self.messages(first), opens_answer=True)
         return Prompt(text, self._encode(text))
+
+    def _rendered(self, messages: list[Message], *, opens_answer: bool) -> str:
+        fitted = read_messages(messages, self._tokenizer.template_source())
+        return self._tokenizer.render_chat(fitted, add_generation_prompt=opens_answer)
 
     def _encode(self, text: str) -> list[int]:
         known = self._known
@@ -335,7 +339,7 @@ class Talk:
         if not rest:
             self._screen.note("/load FILE")
             return
-        messages = _read_conversation(Path(rest).expanduser(), self._engine.tokenizer.template_source())
+        messages = _read_conversation(Path(rest).expanduser())
         is_asked = messages[-1]["role"] == "user"
         self._conversation.load(messages[:-1] if is_asked else messages)
         self._screen.note(
@@ -388,8 +392,8 @@ class Talk:
         self._screen.note(_summary(output, answer, times))
 
 
-def _read_conversation(path: Path, template: str) -> list[Message]:
-    """Return the messages of a file: a list of them, or an object that has one, as /save writes it.
+def _read_conversation(path: Path) -> list[Message]:
+    """Return the messages of a file, with contents as texts: a list of them, or an object that has one, as of /save.
 
     Raises:
         InputError: it cannot be read, or holds no conversation.
@@ -400,7 +404,10 @@ def _read_conversation(path: Path, template: str) -> list[Message]:
     except ValueError as error:
         raise InputError("conversation", where=path, got=str(error), expected="what /save writes") from None
     messages = content.get("messages") if isinstance(content, dict) else content
-    return read_messages(messages, template, f"messages in {path}")
+    try:
+        return [{**each, "content": words(each)} for each in read_messages(messages, None)]
+    except InputError as error:
+        raise InputError(f"conversation in {path}: {error}") from None
 
 
 def _summary(output: RequestOutput, answer: CompletionOutput, times: list[float]) -> str:
