@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -163,6 +164,8 @@ CALLS: list[Case] = [
     ("deepseek_v3", all_of(v3()).removesuffix("<｜tool▁calls▁end｜>"), "", [F1]),
     ("deepseek_v3", all_of(v3("f", '{"a": "```"}')), "", [("f", {"a": "```"})]),
     ("deepseek_v31", all_of(v31()), "", [F1]),
+    ("nemotron_json", f"<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>", "", [F1, F1]),
+    ("hermes", f"```xml\n{TAG}\n```", "", [F1]),
 ]  # fmt: skip
 
 # Family and answer: all of it is text.
@@ -269,6 +272,40 @@ def test_the_pieces_make_no_difference(form, answer, cuts, one_only):
 
 
 @pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("hermes", '<tool_call>{\\"'),
+        ("hermes", "<tool_call>x"),
+        ("hermes", '<tool_call>{"a": "'),
+        ("qwen3_coder", "<function=f><parameter=a>"),
+        ("qwen3_coder", "</parameter>"),
+        ("qwen2.5-coder", "```"),
+        ("mistral", "[TOOL_CALLS]f{"),
+        ("pythonic", "[f('"),
+        ("deepseek_v3", "<｜tool▁calls▁begin｜>"),
+    ],
+)
+def test_a_long_answer_of_markers_takes_a_time_of_its_length(form, text):
+    """By steps of the readers, which do not depend on the machine."""
+    steps = []
+    for count in (1000, 4000):
+        seen = 0
+
+        def count_calls(frame, event, arg):
+            nonlocal seen
+            seen += event == "call"
+
+        sys.setprofile(count_calls)
+        try:
+            found = parse(text * count, form, list(range(0, len(text) * count, 50)))
+        finally:
+            sys.setprofile(None)
+        assert found == (text * count, [])
+        steps.append(seen)
+    assert steps[1] < 6 * steps[0]
+
+
+@pytest.mark.parametrize(
     ("form", "answer", "content"),
     [
         ("hermes", f"{TAG}\n{TAG}", ""),
@@ -331,6 +368,7 @@ def test_how_answers_with_calls_end():
         ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "deepseek_v3"),
         ('tools {"name": function name, "parameters": dictionary} <|python_tag|>', "llama3_json"),
         ('{% if tools %}{"name": x, "parameters": y}', "llama3_json"),
+        ("tools <TOOLCALL>[...]</TOOLCALL>", "nemotron_json"),
         ("tools [func_name1(params_name1=params_value1)]", "pythonic"),
         ("{{ messages }}", None),
         ('"parameters"', None),

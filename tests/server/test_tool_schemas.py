@@ -226,3 +226,23 @@ def test_an_object_that_says_what_else_it_may_have_is_left_as_it_is(says):
 def test_what_must_not_be_is_not_closed():
     found = arguments_schema({"properties": {"x": {"not": A}}, "if": A}, "tools[0]", {})
     assert (found["properties"]["x"], found["if"]) == ({"not": A}, A)
+
+
+def test_alternatives_with_a_discriminator_exclude_each_other():
+    """As pydantic writes a union whose tags have defaults; strict tools do not let llguidance approximate."""
+
+    def part(kind):
+        return {"properties": {"kind": {"const": kind, "default": kind}, "x": {"type": "integer"}}}
+
+    parameters = {
+        "properties": {"one": {"oneOf": [{"$ref": "#/$defs/A"}, part("b")], "discriminator": {"propertyName": "kind"}}},
+        "$defs": {"A": part("a")},
+    }
+    assert takes(parameters, {"one": {"kind": "a"}}, {"one": {"kind": "b", "x": 1}}, {"one": {"kind": "c"}}) == [
+        True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_schema_that_refers_to_itself_may_be_described_where_it_does():
+    node = {"type": "object", "properties": {"next": {"$ref": "#", "description": "or none", "title": "Next"}}}
+    assert takes(node, {"next": {"next": {}}}, {"next": {"z": 1}}) == [True, False]

@@ -259,7 +259,18 @@ def test_what_cannot_be_kept_of_a_schema_is_refused_for_strict_tools(real):
     parameters = {"properties": {"on": {"type": "array", "items": {"const": 1}, "uniqueItems": True, "maxItems": 1}}}
     for strict, status in ((False, 200), (True, 400)):
         tool = {"type": "function", "function": {"name": "lamp", "parameters": parameters, "strict": strict}}
-        assert real.chat(tools=[tool], tool_choice="required", max_tokens=1).status_code == status
+        got = real.chat(tools=[tool], tool_choice="required", max_tokens=1)
+        assert got.status_code == status
+        assert got.json().get("error", {"param": "tools"})["param"] == "tools"
+
+
+def test_the_schemas_of_all_tools_together_have_a_limit(talk):
+    running, _ = talk(TAGGED, CALL)
+    names = [f"{'x' * 60}{at}" for at in range(600)]
+    parameters = {"properties": {name: {"type": "integer"} for name in names}}
+    tools = [{"type": "function", "function": {"name": f"f{at}", "parameters": parameters}} for at in range(2)]
+    error = running.chat(tools=tools, tool_choice="required").json()["error"]
+    assert (error["param"], "more than 65536 bytes" in error["message"]) == ("tools", True)
 
 
 def test_a_reference_that_leads_nowhere_is_refused(talk):

@@ -60,6 +60,7 @@ class Asked:
     streams: bool
     cache_salt: str  # only requests with the same one share keys and values of prompts
     echoes: bool = False  # the prompts, in front of every answer
+    form_field: str | None = None  # asks for the form that the answer has to have
     referred_bytes: int = 0  # of text that is part of the request, but was not in its body
 
     def entries(self, prompts: Sequence[Sequence[int]], most: int) -> int:
@@ -217,7 +218,7 @@ async def answer_whole(prompts: InFlight, answer: AnswerWriter, receive: Receive
         except _ENDS as error:
             if prompts.record.status == GONE:
                 return
-            raise _problem(error) from None
+            raise _problem(error, prompts.asked) from None
     outputs = [finished[at] for at in sorted(finished)]
     body = await _written(prompts, lambda: b"".join(in_parts(answer.whole(outputs, prompts.record))))
     await send_body(send, body)
@@ -246,9 +247,9 @@ async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receiv
             await _event(send, answer.end(record), more=False)
         except _ENDS as error:
             if record.status == 0:
-                raise _problem(error) from None
+                raise _problem(error, prompts.asked) from None
             if record.status != GONE:
-                await _give_up(record, answer, send, _problem(error))
+                await _give_up(record, answer, send, _problem(error, prompts.asked))
         except Exception:
             if record.status == 0:
                 raise
@@ -286,9 +287,9 @@ async def _give_up(record: Record, answer: AnswerWriter, send: Send, problem: Ap
     await _event(send, answer.failure(problem), more=False)
 
 
-def _problem(error: Exception) -> ApiError:
+def _problem(error: Exception, asked: Asked) -> ApiError:
     if isinstance(error, EightfoldError):
-        return refused(error)
+        return refused(error, param=asked.form_field if str(error).startswith("structured ") else None)
     if isinstance(error, Aborted):
         return draining()
     return ApiError(503, "the engine has stopped: the server's log has the details", code="engine_stopped")

@@ -63,7 +63,9 @@ def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWri
 
     def encode(tokenizer: Tokenizer) -> Encoded:
         prompt = conversation.prompt(tokenizer, service.thinking)
-        said = Said(tools, prompt.start if splits else Start(), params, shows_reasoning)
+        # A forced call stands behind the thought.
+        start = prompt.start if splits or tools.forced is not None else Start()
+        said = Said(tools, start, params, shows_reasoning)
         return Encoded([prompt.token_ids], (write or write_chat)(said), prompt.start.params(params))
 
     return Asked(
@@ -72,6 +74,7 @@ def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWri
         params=params,
         cache_salt=read_cache_salt(fields),
         streams=stream["streams"],
+        form_field="tools" if tools.forced is not None else None,
     )
 
 

@@ -1,7 +1,7 @@
-"""What calls look like in the answers of each family, read from a text of which there may be more to come.
+"""What calls look like in the answers of each family.
 
-A reader is a generator: it yields when what it needs is not there yet. What it returns depends on the text alone, and
-not on the pieces in which that came: the calls, or None where they are none.
+A reader returns the calls that a text begins with, or None where they are none. It waits for more of the text where it
+cannot tell yet, as the steps of tool_source.py do of which it consists.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-MAX_DEPTH = 64  # of brackets in a call, as in a request
-
-T = TypeVar("T")
-Reading = Generator[None, None, T]
+from eightfold.server.tool_source import Reading, Source
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]*")
-_SPACE = re.compile(r"\s*")
 _WORD = re.compile(r"\w*")
 _IDENTIFIER = re.compile(r"[\w.]*")
 _PARAMETER = re.compile(r"[^<>\n]*")
@@ -37,87 +33,6 @@ class Found(NamedTuple):
 Calls = list[Found]
 Schemas = Mapping[str, Any]  # name of a function -> the schema of its parameters, where there is one
 Reader = Callable[["Source", Schemas], Reading["Calls | None"]]
-
-
-class Source:
-    """A text that grows.
-
-    Attributes:
-        text: what has come and is not used up.
-        at: where the reader is.
-        has_ended: whether there will be no more.
-    """
-
-    def __init__(self) -> None:
-        self.text, self.at, self.has_ended = "", 0, False
-
-    def run(self, pattern: re.Pattern[str]) -> Reading[str]:
-        """Go past what a pattern of single characters matches; return it."""
-        begin = self.at
-        while True:
-            self.at = match.end() if (match := pattern.match(self.text, self.at)) else self.at
-            if self.at < len(self.text) or self.has_ended:
-                return self.text[begin : self.at]
-            yield
-
-    def peek(self) -> Reading[str]:
-        """Go past white space; return the character behind it, or nothing at the end."""
-        yield from self.run(_SPACE)
-        return self.text[self.at : self.at + 1]
-
-    def take(self, *markers: str) -> Reading[str]:
-        """Go past one of several markers, if one stands here; return it, or nothing."""
-        while True:
-            here = self.text[self.at : self.at + max(map(len, markers))]
-            if not self.has_ended and any(len(here) < len(each) and each.startswith(here) for each in markers):
-                yield
-                continue
-            found = max((each for each in markers if here.startswith(each)), key=len, default="")
-            self.at += len(found)
-            return found
-
-    def until(self, marker: str) -> Reading[str | None]:
-        """Go past the next marker; return what stands before it, or None where there is none."""
-        begin = look = self.at
-        while (end := self.text.find(marker, look)) < 0:
-            if self.has_ended:
-                return None
-            look = max(len(self.text) - len(marker) + 1, begin)
-            yield
-        self.at = end + len(marker)
-        return self.text[begin:end]
-
-    def bracketed(self, quotes: str) -> Reading[str | None]:
-        """Go past a value in brackets, of which those in quotes do not count; None where it has no end, or is too deep.
-
-        A value that is no JSON or Python is found too, as long as its brackets are balanced.
-        """
-        begin, depth, quote = self.at, 0, ""
-        outside = re.compile(rf"[\[\](){{}}{quotes}]")
-        while True:
-            pattern = _within(quote) if quote else outside
-            match = pattern.search(self.text, self.at)
-            if match is None or (match[0] == "\\" and match.end() == len(self.text)):
-                if self.has_ended:
-                    return None
-                self.at = len(self.text) if match is None else match.start()
-                yield
-                continue
-            self.at, symbol = match.end(), match[0]
-            if symbol == "\\":
-                self.at += 1
-            elif symbol in quotes:
-                quote = "" if quote else symbol
-            else:
-                depth += 1 if symbol in "[({" else -1
-                if depth > MAX_DEPTH:
-                    return None
-                if depth <= 0:
-                    return self.text[begin : self.at]
-
-
-def _within(quote: str) -> re.Pattern[str]:
-    return re.compile(rf"[\\{quote}]")
 
 
 # --- JSON
@@ -241,9 +156,13 @@ def between(begin: str, end: str, *, plain: bool = False) -> Reader:
 
 def fenced(source: Source, schemas: Schemas) -> Reading[Calls | None]:
     """Read calls in a block of code."""
-    if (yield from source.run(_WORD)).lower() not in ("", "json", "tool_call"):
+    if (yield from source.run(_WORD)).lower() not in ("", "json", "xml", "tool_call"):
         return None
-    found = yield from json_calls(source, plain=True)
+    if (yield from source.peek()) == "<":
+        tag = yield from source.take("<tool_call>", "<tools>")
+        found = (yield from between(tag, tag.replace("<", "</"), plain=True)(source, schemas)) if tag else None
+    else:
+        found = yield from json_calls(source, plain=True)
     if found is None:
         return None
     closed = not (yield from source.peek()) or (yield from source.take("```"))

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NewType
 
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.server import tool_markup as markup
-from eightfold.server.tool_markup import Calls, Found, Reader, Reading, Source
+from eightfold.server.tool_markup import Calls, Found, Reader
+from eightfold.server.tool_source import Reading, Source
 
 if TYPE_CHECKING:
     from eightfold.tokenizer import Tokenizer
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 FamilyName = NewType("FamilyName", str)
 
 _FENCE = "```"
+
+_STEP = 4096  # characters that are looked at together: what is left of a text is copied again and again
+_MOST_OPEN = 10  # markers of calls without an end that are tried at the end of an answer, each as far as the text goes
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,18 @@ class Family:
         """Finds the next marker."""
         return re.compile("|".join(map(re.escape, sorted(self.readers, key=len, reverse=True))))
 
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(marker[:size] for marker in self.readers for size in range(1, len(marker)))
+
+    def end_of_text(self, text: str) -> int:
+        """Return how much of a text is neither white space at its end nor the beginning of a marker."""
+        for size in range(min(max(map(len, self._beginnings), default=0), len(text)), 0, -1):
+            if text[-size:] in self._beginnings:
+                text = text[:-size]
+                break
+        return len(text.rstrip())
+
     @property
     def markers(self) -> tuple[str, ...]:
         """All markers, which may be special tokens."""
@@ -67,6 +83,7 @@ _LLAMA = Family(
 _PYTHONIC = Family(
     {"<|python_start|>": markup.python_list, "<|python_tag|>": markup.python_tag}, other_markers=("<|python_end|>",)
 )
+_NEMOTRON = Family({"<TOOLCALL>": markup.between("<TOOLCALL>", "</TOOLCALL>")}, other_markers=("</TOOLCALL>",))
 _DEEPSEEK = Family(
     {markup.DEEPSEEK[0]: markup.deepseek, markup.DEEPSEEK[2]: markup.deepseek_call}, other_markers=markup.DEEPSEEK
 )
@@ -84,6 +101,7 @@ FAMILIES: dict[str, Family] = {
     "llama4_pythonic": _PYTHONIC,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v31": _DEEPSEEK,
+    "nemotron_json": _NEMOTRON,
 }
 AUTO, NONE = "auto", "none"
 NAMES = (AUTO, *FAMILIES, NONE)
@@ -96,6 +114,7 @@ _SIGNS = {
     markup.DEEPSEEK[2]: "deepseek_v3",
     "<parameter=": "qwen3_coder",
     "<tool_call>": "hermes",
+    "<TOOLCALL>": "nemotron_json",
     "<|python_start|>": "pythonic",
     "[func_name1(": "pythonic",
     "<|python_tag|>": "llama3_json",
@@ -114,7 +133,8 @@ def family_name(parser: str, template: str) -> FamilyName | None:
     for sign, name in _SIGNS.items():
         if sign in template:
             return FamilyName(name)
-    return FamilyName("llama3_json") if "tools" in template and '"parameters"' in template else None
+    is_json = "tools" in template and ('"parameters"' in template or '"arguments"' in template)
+    return FamilyName("llama3_json") if is_json else None
 
 
 @dataclass(frozen=True)
@@ -201,34 +221,37 @@ class ToolParser:
         self._marker = 0  # where the text begins that is left if they are none
         self._is_fresh = True  # there was nothing but white space
         self._has_text = False
+        self._open = 0  # markers behind which the text ended
         self.calls = 0
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """Take more of the answer; return the text and the calls that are certain now."""
         if self._family is None and self._use.forced is None:
             return text, []
-        self._source.text += text
-        return self._go_on()
+        certain = _Certain()
+        for at in range(0, len(text), _STEP):
+            self._source.text += text[at : at + _STEP]
+            self._go_on(certain)
+        return certain.text, certain.calls
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """Return the rest of the text and of the calls: the answer is complete."""
         self._source.has_ended = True
-        return self._go_on()
-
-    def _go_on(self) -> tuple[str, list[ToolCall]]:
         certain = _Certain()
+        self._go_on(certain)
+        return certain.text, certain.calls
+
+    def _go_on(self, certain: _Certain) -> None:
         if self._use.forced is not None:
             if self._source.has_ended:
                 self._read_forced(certain)
         elif self._family is not None:
             while self._step(self._family, certain):
                 pass
-        return certain.text, certain.calls
 
     def _read_forced(self, certain: _Certain) -> None:
         """Take an answer that is a call: what is not complete is nothing at all."""
-        reading = markup.json_calls(self._source)
-        found = _outcome(reading)
+        found = _outcome(markup.json_calls(self._source))
         if isinstance(found, list) and self._use.offers(found):
             certain.calls += self._accept(found)
 
@@ -249,14 +272,13 @@ class ToolParser:
                 self._begin(lead, lead, markup.whole(source, self._use.schemas, plain=not family.answers_in_json))
                 return True
         match = family.begins.search(source.text)
-        if match is not None:
-            self._say(source.text[: match.start()].rstrip(), certain)
-            space = match.start() - len(source.text[: match.start()].rstrip())
-            source.text = source.text[match.start() - space :]
-            size = space + len(match[0])
+        if match is not None and self._open < _MOST_OPEN:
+            text = source.text[: match.start()].rstrip()
+            self._say(text, certain)
+            source.text, size = source.text[len(text) :], match.end() - len(text)
             self._begin(size, size, family.readers[match[0]](source, self._use.schemas))
             return True
-        cut = len(source.text) if source.has_ended else _end_of_text(source.text, family)
+        cut = len(source.text) if source.has_ended else family.end_of_text(source.text)
         text = source.text[:cut]
         if source.has_ended and self.calls:
             text = text.rstrip()
@@ -274,6 +296,7 @@ class ToolParser:
         if found is _UNKNOWN:
             return False
         self._reading = None
+        self._open += found is None and source.has_ended
         if isinstance(found, list) and self._use.offers(found):
             certain.calls += self._accept(found)
         else:
@@ -314,13 +337,3 @@ def _outcome(reading: Reading[Calls | None]) -> Calls | Literal["unknown"] | Non
         calls: Calls | None = end.value
         return calls
     return _UNKNOWN
-
-
-def _end_of_text(text: str, family: Family) -> int:
-    """Return how much of a text is neither white space at its end nor the beginning of a marker."""
-    longest = max(map(len, family.readers))
-    for size in range(min(longest - 1, len(text)), 0, -1):
-        if any(each.startswith(text[-size:]) for each in family.readers):
-            text = text[:-size]
-            break
-    return len(text.rstrip())

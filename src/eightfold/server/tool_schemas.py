@@ -33,8 +33,11 @@ _SAYS = frozenset(
     ("additionalProperties", "patternProperties", "unevaluatedProperties")
 )  # what else an object may have
 
-_ONLY_HERE = frozenset(("$defs", "definitions", "$id", "$anchor", "$schema"))  # of no use where the schema goes
-_NOTES = frozenset(("title", "description", "default", "examples", "deprecated", "$comment"))
+# Of no use where the schema goes, or to nobody but a reader.
+_LEFT_OUT = frozenset(
+    ("$defs", "definitions", "$id", "$anchor", "$schema", "$comment", "title", "description", "default", "examples",
+     "deprecated")
+)  # fmt: skip
 
 
 class _Place(NamedTuple):
@@ -95,14 +98,14 @@ class _Tool:
 
     def arguments(self) -> Schema:
         place, seen = self._root, set[int]()
-        while place.schema.keys() - _NOTES - _ONLY_HERE == {"$ref"} and id(place.schema) not in seen:
+        while place.schema.keys() - _LEFT_OUT == {"$ref"} and id(place.schema) not in seen:
             seen.add(id(place.schema))
             place = self._resolve(place.schema["$ref"], place)
             if not isinstance(place.schema, dict):
                 break
         if not isinstance(place.schema, dict) or id(place.schema) in seen:
             raise self._wrong("references that lead to no object's schema", "an object's schema")
-        if not place.schema.keys() - _NOTES - _ONLY_HERE - {"type"} and self._is_object(place.schema):
+        if not place.schema.keys() - _LEFT_OUT - {"type"} and self._is_object(place.schema):
             return dict(NO_ARGUMENTS)
         if not self._is_object(place.schema):
             raise self._wrong(f"type {shown_as_json(place.schema['type'])}", 'type "object"')
@@ -130,7 +133,7 @@ class _Tool:
         parts = _CLOSED if leaves_it else _Way(False, way.below)
         found = Schema()
         for key, value in schema.items():
-            if key in _ONLY_HERE:
+            if key in _LEFT_OUT:
                 continue
             within = _UNTOUCHED if key in _TESTS else parts if key in _IN_PLACE else _Way(way.below, way.below)
             if key == "$ref":
@@ -138,6 +141,8 @@ class _Tool:
             elif key in _BY_NAME and isinstance(value, dict):
                 found[key] = {name: self._rewrite(_Place(inner, base), within) for name, inner in value.items()}
             elif key in _IN_LISTS and isinstance(value, list):
+                # With a discriminator one of them excludes the others, which llguidance does not see.
+                key = "anyOf" if key == "oneOf" and "discriminator" in schema and "anyOf" not in schema else key
                 found[key] = [self._rewrite(_Place(inner, base), within) for inner in value]
             elif key in _ALONE:
                 found[key] = self._rewrite(_Place(value, base), within)

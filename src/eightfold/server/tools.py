@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.server.fields import Fields, bad_request, wrong
+from eightfold.server.fields import ApiError, Fields, bad_request, wrong
 from eightfold.server.forms import form_of
 from eightfold.server.tool_parsers import FamilyName, ToolCall, ToolParser, ToolUse
 from eightfold.server.tool_schemas import arguments_schema
@@ -145,4 +145,7 @@ def _forced(functions: Functions, *, several: bool) -> StructuredOutput:
         schema["$defs"] = definitions
     if not any(function.get("strict") is True for function in functions.values()):
         schema["x-guidance"] = {"lenient": True}
-    return form_of({"json_schema": schema})
+    try:
+        return form_of({"json_schema": schema})
+    except ApiError as error:
+        raise bad_request(error.message, param="tools") from None
