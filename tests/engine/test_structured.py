@@ -186,6 +186,26 @@ def ids_of(tokenizer: Tokenizer, text: str) -> set[int]:
     return {tokenizer.encode(character)[0] for character in text}
 
 
+def test_a_format_that_nobody_knows_is_a_remark(tokenizer, compiler):
+    """What pydantic writes for SecretStr, Path and the like; the rest of the schema holds."""
+    fields = {
+        "secret": {"type": "string", "format": "password", "maxLength": 3},
+        "format": {"type": "string", "format": "path", "maxLength": 2},
+        "day": {"type": "string", "format": "date"},
+        "same": {"const": {"format": "path"}},
+        "any": {"anyOf": [{"type": "string", "format": "json-string", "maxLength": 1}, {"type": "null"}]},
+    }
+    schema = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    structured = StructuredOutput(json_schema=json.dumps(schema))
+    for seed in range(4):
+        text, end = write(tokenizer, compiler.compile(structured), VOCAB, EOS, seed)
+        found = json.loads(text)
+        assert end == "stop"
+        assert (list(found), found["same"]) == (list(fields), {"format": "path"})
+        assert len(found["secret"]) <= 3 and len(found["format"]) <= 2 and len(found["any"] or "") <= 1
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["day"])
+
+
 def test_masks_are_what_may_come_next(tokenizer, compiler):
     grammar = compiler.compile(StructuredOutput(regex="a?b"))
     a, b = (tokenizer.encode(character)[0] for character in "ab")
@@ -463,6 +483,27 @@ def test_a_form_that_explodes_is_refused_and_nothing_else_happens(compiler, name
     assert re.fullmatch(expected, str(caught.value))
     assert time.monotonic() - started < 20
     assert compiler.compile(StructuredOutput(choices=("a", "b")))
+
+
+def test_what_was_refused_is_refused_at_once_for_a_while(tokenizer, compiler, monkeypatch):
+    asked: list[str] = []
+    require = Trial.require
+    monkeypatch.setattr(Trial, "require", lambda self, name, value: asked.append(value) or require(self, name, value))
+    said = set()
+    for _ in range(3):
+        with pytest.raises(InputError) as caught:
+            compiler.compile(StructuredOutput(regex="never(before"))
+        said.add(str(caught.value))
+    assert (len(said), asked) == (1, ["never(before"])
+    monkeypatch.setattr(structured, "IDLE_SECONDS", 0)
+    with pytest.raises(InputError, match="unclosed group"):
+        compiler.compile(StructuredOutput(regex="never(before"))
+    assert len(asked) == 2
+    for at in range(KEPT):
+        with pytest.raises(InputError):
+            compiler.compile(StructuredOutput(regex=f"{at}("))
+    assert len(compiler._refused) == KEPT
+    assert ("regex", "never(before") not in compiler._refused
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])

@@ -42,6 +42,8 @@ _NOTHING = "a form in which no token can come next"
 
 _STATES = 50_000  # of a lexer, while tokens are chosen: about 200 bytes each
 
+_VALUES = ("const", "enum", "default", "example", "examples")  # keys of a schema that hold no schemas
+
 # JSON has at most so much space between two symbols, or a small model may go on with spaces for ever.
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 
@@ -71,11 +73,16 @@ def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
         ValueError: llguidance does not take it; its words say why.
     """
     before = anonymous_bytes() or 0
-    text = _source(library.LLMatcher, name, value)
     limits = library.LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
-    matcher = library.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-    if matcher.is_error():
-        raise ValueError(why(matcher))
+    while True:
+        text = _source(library.LLMatcher, name, value)
+        matcher = library.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+        if not matcher.is_error():
+            break
+        looser = _without_format(value, why(matcher)) if name == "json_schema" else value
+        if looser == value:
+            raise ValueError(why(matcher))
+        value = looser
     first = matcher.deep_copy()  # copies share what they find
     mask = int.from_bytes(first.compute_bitmask(), "little")
     if first.is_error():
@@ -106,6 +113,24 @@ def _source(make: Any, name: str, value: Any) -> str:
         return str(make.grammar_from_lark("start: " + " | ".join(map(json.dumps, value))))
     schema = value if name == "json_schema" else '{"type": "object"}'
     return str(make.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS))
+
+
+def _without_format(schema: str, reason: str) -> str:
+    """Return a schema without the format that llguidance does not know: to JSON Schema that is a remark."""
+    unknown = reason.removeprefix("Unknown format: ")
+    return schema if unknown == reason else json.dumps(_loosened(json.loads(schema), unknown))
+
+
+def _loosened(schema: Any, unknown: str) -> Any:
+    if isinstance(schema, list):
+        return [_loosened(each, unknown) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: value if key in _VALUES else _loosened(value, unknown)
+        for key, value in schema.items()
+        if (key, value) != ("format", unknown)
+    }
 
 
 def _reason(text: str) -> str:

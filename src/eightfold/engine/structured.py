@@ -18,7 +18,7 @@ import numpy as np
 from eightfold.engine.form_tokens import Vocabulary
 from eightfold.engine.forms import Trial, build, refusal, why
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.errors import CapacityError, DependencyError, InputError
+from eightfold.errors import CapacityError, DependencyError, InputError, UnsupportedError
 from eightfold.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ class GrammarCompiler:
             path = tokenizer.directory / "tokenizer.json"
             raise InputError("tokenizer for structured output", where=path, got=error) from None
         self._kept: OrderedDict[tuple[str, Any], Form] = OrderedDict()  # the last used is the last
+        # What was refused and when, because to find that out may take seconds.
+        self._refused: OrderedDict[tuple[str, Any], tuple[str, float]] = OrderedDict()
         self._alive: WeakSet[Form] = WeakSet()  # kept, or of an answer that goes on
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
@@ -202,6 +204,9 @@ class GrammarCompiler:
         key = name, value
         with self._lock:
             form = self._kept.get(key)
+            refused = self._refused.get(key)
+        if refused is not None and time.monotonic() - refused[1] < IDLE_SECONDS:
+            raise InputError(refused[0])
         if form is None:
             form = self._compile(name, value)
         with self._lock:
@@ -228,11 +233,18 @@ class GrammarCompiler:
             self._watch()
 
     def _compile(self, name: str, value: Any) -> Form:
-        size = self._trial.require(name, value)
         try:
+            size = self._trial.require(name, value)
             form = Form(name, build(self._library, self._tokenizer, name, value).matcher, size)
+        except UnsupportedError:
+            raise
         except Exception as error:
-            raise refusal(name, error) from None
+            refused = error if isinstance(error, InputError) else refusal(name, error)
+            with self._lock:
+                self._refused[name, value] = str(refused), time.monotonic()
+                while len(self._refused) > KEPT:
+                    self._refused.popitem(last=False)
+            raise refused from None
         with self._lock:
             used = sum(each.size for each in self._alive)
             if used > USED_BYTES and form.size > SMALL_BYTES:
