@@ -547,6 +547,16 @@ def test_hints_and_what_changes_nothing_are_accepted(ask):
     )  # fmt: skip
 
 
+def test_the_tokens_of_a_request_can_be_counted(ask):
+    _, running = ask()
+    asked = {"input": "Hi", "instructions": "Be brief", "tools": [WEATHER]}
+    counted = running.post("/v1/responses/input_tokens", asked).json()
+    assert running.engine.last is None
+    found = running.post("/v1/responses", asked).json()
+    assert counted == {"object": "response.input_tokens", "input_tokens": found["usage"]["input_tokens"]}
+    assert running.post("/responses/input_tokens", {"input": 5}).json()["error"]["param"] == "input"
+
+
 def test_a_response_that_is_complete_cannot_be_cancelled_or_streamed(ask):
     whole, running = ask()
     path = f"/v1/responses/{whole()['id']}"
@@ -564,25 +574,25 @@ def test_the_store_forgets_what_was_used_least():
         store.put("me", response_of(name), [{"id": "shared"}])
         assert store.get("me", "a") is not None or name == "c"
     assert [store.get("me", name) is not None for name in "abc"] == [True, False, True]
-    assert store.item("me", "out_b") is None
-    assert store.item("me", "out_a") == {"id": "out_a", "text": ""}
+    assert store.holder("me", "out_b") is None
+    assert store.holder("me", "out_a").items == [{"id": "shared"}, {"id": "out_a", "text": ""}]
     assert store.delete("me", "c")
     assert not store.delete("me", "c")
-    assert store.item("me", "shared") == {"id": "shared"}  # the other response still has it
-    assert store.item("you", "shared") is None
+    assert store.holder("me", "shared").names == ["shared", "out_a"]  # the other response still has it
+    assert store.holder("you", "shared") is None
     assert store.delete("me", "a")
-    assert (store.size, len(store), store.item("me", "shared")) == (0, 0, None)
+    assert (store.size, len(store), store.holder("me", "shared")) == (0, 0, None)
 
 
 def test_the_store_has_limits_of_bytes_and_of_time():
     now = [0.0]
-    store = ResponseStore(10, most_bytes=1000, clock=lambda: now[0])
-    store.put("me", response_of("large", "x" * 1000), [])
+    store = ResponseStore(10, most_bytes=3000, clock=lambda: now[0])
+    store.put("me", response_of("large", "x" * 2000), [])
     assert len(store) == 0
     for name in "ab":
-        store.put("me", response_of(name, "x" * 600), [])
+        store.put("me", response_of(name, "x" * 1000), [])
     assert [store.get("me", name) is not None for name in "ab"] == [False, True]
-    assert 600 < store.size < 1000
+    assert 1000 < store.size < 3000
     now[0] += KEPT_SECONDS
     assert store.get("me", "b") is not None
     now[0] += KEPT_SECONDS + 1

@@ -155,6 +155,7 @@ def create_app(service: Service) -> ASGIApp:
         Route("/v1/chat/completions", Generating(service, CHAT, chat), methods=["POST"]),
         Route("/v1/completions", Generating(service, COMPLETIONS, completion), methods=["POST"]),
         Route("/v1/responses", Generating(service, RESPONSES, responses.read), methods=["POST"]),
+        Route("/v1/responses/input_tokens", responses.count, methods=["POST"]),
         Route("/v1/responses/{response_id}", responses.response, methods=["GET"]),
         Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
         Route("/v1/responses/{response_id}/input_items", responses.inputs, methods=["GET"]),

@@ -244,7 +244,7 @@ async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receiv
                 piece = answer.pieces(at, output)
                 if piece:
                     await _event(send, piece)
-            await _event(send, answer.end(record), more=False)
+            await _event(send, await _written(prompts, partial(answer.end, record)), more=False)
         except _ENDS as error:
             if record.status == 0:
                 raise _problem(error, prompts.asked) from None

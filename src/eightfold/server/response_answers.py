@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eightfold.server.answers import AnswerWriter, ChatParser, to_json
+from eightfold.server.answers import AnswerWriter, ChatParser, in_parts, to_json
 from eightfold.server.response_items import Item, new_id
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # A call ends behind one of these. Answers with tools are parsed up to one at a time: then what a parser returns at once
 # has its text before its calls, and the order of items does not depend on how an answer is cut.
 _UNTIL_AN_END = re.compile(r"[^}\])>]*[}\])>]|[^}\])>]+")
+
+_DEEP = 9  # levels of an event down to its log-probabilities
 
 _INCOMPLETE = {"length": "max_output_tokens"}
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
@@ -76,6 +78,7 @@ class ResponseAnswer(AnswerWriter):
         self._logprobs = list[Any]()  # of tokens whose text is not certain yet
         self._events: list[bytes] = []
         self._number = 0  # of the next event
+        self._is_long = False  # whether events have all log-probabilities
         self._reason: str | None = None  # why the answer ended
         self._thought_tokens = 0
 
@@ -109,8 +112,9 @@ class ResponseAnswer(AnswerWriter):
         return self._told()
 
     def _tell(self, kind: str, **fields: Any) -> None:
-        content = to_json({"type": kind, "sequence_number": self._number, **fields})
-        self._events.append(b"event: " + kind.encode() + b"\ndata: " + content + b"\n\n")
+        content: dict[str, Any] = {"type": kind, "sequence_number": self._number, **fields}
+        body = b"".join(in_parts(content, _DEEP)) if self._is_long else to_json(content)
+        self._events.append(b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n")
         self._number += 1
 
     def _told(self) -> bytes:
@@ -119,7 +123,8 @@ class ResponseAnswer(AnswerWriter):
         return told
 
     def _complete(self, record: Record) -> dict[str, Any]:
-        """Return the response, and have it kept."""
+        """Close what is open, return the response, and have it kept."""
+        self._finish()
         incomplete = _INCOMPLETE.get(self._reason or "")
         response = {
             **self._response,
@@ -163,9 +168,9 @@ class ResponseAnswer(AnswerWriter):
                 self._call(call)
         if is_over:
             self._thought_tokens = self._start.tokens_of_thought(answer.token_ids) or 0
-            self._finish()
 
     def _finish(self) -> None:
+        self._is_long = self._shows_logprobs
         is_whole = self._reason not in _INCOMPLETE
         has_answer = any(item["type"] != "reasoning" for item in self._output)
         if self._open is not None and self._open.item["type"] == "message":

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from eightfold.server.answers import to_json
+from eightfold.server.answers import in_parts
 from eightfold.server.response_items import Item
 
-MAX_KEPT_BYTES = 64 * 2**20  # of JSON
+MAX_KEPT_BYTES = 64 * 2**20
 KEPT_SECONDS = 24 * 3600.0  # since a response was last used
+_ITEM_BYTES = 500  # what an item takes beside its JSON
+
+_DEEP = 9  # levels of a response down to its log-probabilities
 
 
-@dataclass(slots=True)
 class Kept:
-    """A response, and the conversation that it belongs to.
+    """A response, and the conversation that it belongs to, as JSON: objects would take ten times the memory.
 
     Attributes:
-        response: as it was answered.
-        inputs: the items that it answers, with those of earlier responses.
-        size: bytes of JSON in both.
+        body: the response.
+        names: ids of the items that it answers, with those of earlier responses, and of its own.
         used: when it was last asked for, in seconds of time.monotonic.
     """
 
-    response: dict[str, Any]
-    inputs: Sequence[Item]
-    size: int
-    used: float
+    __slots__ = ("_inputs", "body", "names", "used")
+
+    def __init__(self, response: dict[str, Any], inputs: Sequence[Item], now: float) -> None:
+        self.body, self._inputs = b"".join(in_parts(response, _DEEP)), b"".join(in_parts(list(inputs)))
+        self.names = [item["id"] for item in (*inputs, *response["output"])]
+        self.used = now
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory, about."""
+        return len(self.body) + len(self._inputs) + _ITEM_BYTES * (1 + len(self.names))
+
+    @property
+    def inputs(self) -> list[Item]:
+        """The items that it answers."""
+        inputs: list[Item] = json.loads(self._inputs)
+        return inputs
 
     @property
     def items(self) -> list[Item]:
         """The conversation with the answer."""
-        return [*self.inputs, *self.response["output"]]
+        return [*self.inputs, *json.loads(self.body)["output"]]
 
 
 class ResponseStore:
@@ -45,7 +59,7 @@ class ResponseStore:
 
     Args:
         most: responses that are kept; 0: none.
-        most_bytes: of JSON that they have together. A conversation's earlier items count with each response.
+        most_bytes: of memory. A conversation's earlier items are kept, and count, with each response.
         clock: seconds.
     """
 
@@ -60,7 +74,7 @@ class ResponseStore:
 
     @property
     def size(self) -> int:
-        """Bytes of JSON in all that is kept."""
+        """Bytes of all that is kept."""
         return self._size
 
     def __len__(self) -> int:
@@ -68,16 +82,14 @@ class ResponseStore:
 
     def put(self, client: str, response: dict[str, Any], inputs: Sequence[Item]) -> None:
         """Keep a response, unless it is too large."""
-        size = len(to_json(response)) + len(to_json(inputs))
-        if not self._most or size > self._most_bytes:
+        kept, key = Kept(response, inputs, self._clock()), (client, response["id"])
+        if not self._most or kept.size > self._most_bytes:
             return
         with self._lock:
-            kept = Kept(response, inputs, size, self._clock())
-            key = (client, response["id"])
             self._kept[key] = kept
-            self._size += size
-            for item in kept.items:
-                self._holders[client, item["id"]][key] = None
+            self._size += kept.size
+            for name in kept.names:
+                self._holders[client, name][key] = None
             self._forget_old()
 
     def get(self, client: str, name: str) -> Kept | None:
@@ -86,13 +98,12 @@ class ResponseStore:
             self._forget_old()
             return self._use((client, name))
 
-    def item(self, client: str, name: str) -> Item | None:
-        """Return an item of a client's responses or of what they answer, by its id."""
+    def holder(self, client: str, name: str) -> Kept | None:
+        """Return the youngest response of a client that has an item, or answers it, by the item's id."""
         with self._lock:
             self._forget_old()
             holders = self._holders.get((client, name))
-            kept = self._use(next(reversed(holders))) if holders else None
-            return None if kept is None else next(item for item in kept.items if item["id"] == name)
+            return self._use(next(reversed(holders))) if holders else None
 
     def delete(self, client: str, name: str) -> bool:
         """Forget a response of a client; return whether there was one."""
@@ -121,9 +132,9 @@ class ResponseStore:
         if kept is None:
             return False
         self._size -= kept.size
-        for item in kept.items:
-            holders = self._holders[key[0], item["id"]]
-            holders.pop(key, None)
+        for name in set(kept.names):
+            holders = self._holders[key[0], name]
+            del holders[key]
             if not holders:
-                del self._holders[key[0], item["id"]]
+                del self._holders[key[0], name]
         return True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import JSONResponse, Response
 
 from eightfold.server.answers import to_json
+from eightfold.server.field_table import RESPONSES
 from eightfold.server.fields import Fields, bad_request
 from eightfold.server.generation import Asked
 from eightfold.server.requests import read_cache_salt
@@ -35,12 +36,12 @@ class Responses:
     def read(self, fields: Fields, record: Record) -> Asked:
         """Return what a request for a response asks for."""
         client = _client(record, read_cache_salt(fields))
-        earlier, found = self._earlier(fields, client), list[Item]()
+        earlier, found = self._earlier(fields, client), dict[str, Item]()
 
         def find(name: str) -> Item | None:
-            item = self._store.item(client, name)
-            found.extend([] if item is None else [item])
-            return item
+            if name not in found and (holder := self._store.holder(client, name)) is not None:
+                found.update({item["id"]: item for item in holder.items})  # all at once: the next one is there too
+            return found.get(name)
 
         given = fields.any("input")
         own = [] if given is None and earlier is not None else read_items(given, find)
@@ -52,7 +53,11 @@ class Responses:
             self._store.put(client, response, inputs)
 
         asked = read_response(fields, self._service, [*before, *own], keep if is_kept else None)
-        return replace(asked, referred_bytes=len(to_json(found)) + (0 if earlier is None else earlier.size))
+        return replace(
+            asked,
+            referred_bytes=sum(len(to_json(item)) for item in found.values())
+            + (0 if earlier is None else earlier.size),
+        )
 
     def _earlier(self, fields: Fields, client: str) -> Kept | None:
         name = fields.read("previous_response_id")
@@ -67,17 +72,18 @@ class Responses:
         """Answer GET /v1/responses/{id}."""
         if request.query_params.get("stream", "false").lower() not in ("false", "0"):
             raise bad_request("stream: only a new response can be streamed", param="stream")
-        return JSONResponse(self._kept(request).response)
+        return Response(self._kept(request).body, media_type="application/json")
 
     async def delete(self, request: Request) -> Response:
         """Answer DELETE /v1/responses/{id}."""
-        name = self._kept(request).response["id"]
-        self._store.delete(_asking(request), name)
+        name = request.path_params["response_id"]
+        if not self._store.delete(_asking(request), name):
+            raise unknown("response_id", name)
         return JSONResponse({"id": name, "object": "response", "deleted": True})
 
     async def inputs(self, request: Request) -> Response:
         """Answer GET /v1/responses/{id}/input_items."""
-        items, asked = list(self._kept(request).inputs), request.query_params
+        items, asked = self._kept(request).inputs, request.query_params
         order, limit, after = asked.get("order", "desc"), asked.get("limit", "20"), asked.get("after")
         if order not in ("asc", "desc"):
             raise bad_request(f"order: got {shown_as_json(order)}, expected asc or desc", param="order")
@@ -99,6 +105,14 @@ class Responses:
             "has_more": len(shown) < len(items),
         }
         return JSONResponse(content)
+
+    async def count(self, request: Request) -> Response:
+        """Answer POST /v1/responses/input_tokens: how long the prompt of a request for a response is."""
+        service, record = self._service, request.state.record
+        fields = await service.read(request, RESPONSES)
+        asked = await service.at_once_if_small(record, lambda: self.read(fields, record))
+        encoded = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": len(encoded.prompts[0])})
 
     async def cancel(self, request: Request) -> Response:
         """Answer POST /v1/responses/{id}/cancel."""
