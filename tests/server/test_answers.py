@@ -8,6 +8,7 @@ import pytest
 
 from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
 from eightfold.server.answers import ChatAnswer, CompletionAnswer, in_parts, to_json
+from eightfold.server.extras import Extras
 from eightfold.server.logs import Record
 from eightfold.server.token_texts import TokenTexts
 from eightfold.server.tools import ToolUse
@@ -40,7 +41,7 @@ def texts(model):
 
 
 def test_every_answer_of_a_chat_ends_once(texts):
-    choices = choices_of(ChatAnswer("m", texts, ToolUse(), streams=True, shows_usage=False))
+    choices = choices_of(ChatAnswer("m", texts, ToolUse(), streams=True, extras=Extras()))
     found = [(c["index"], c["delta"].get("content"), c["finish_reason"], c.get("stop_reason")) for c in choices]
     assert found == [
         (0, "", None, None), (0, "a", None, None), (0, None, "stop", "x"), (1, "", None, None), (1, "b", None, None),
@@ -49,13 +50,13 @@ def test_every_answer_of_a_chat_ends_once(texts):
 
 
 def test_every_answer_of_a_completion_ends_once(texts):
-    answer = CompletionAnswer("m", texts, n=2, logprobs=None, echo=None, only_prompts=False, shows_usage=False)
+    answer = CompletionAnswer("m", texts, n=2, logprobs=None, echo=None, only_prompts=False, extras=Extras())
     found = [(choice["index"], choice["text"], choice["finish_reason"]) for choice in choices_of(answer)]
     assert found == [(0, "a", "stop"), (1, "b", None), (1, "c", "length")]
 
 
 def test_the_usage_is_an_event_of_its_own(texts):
-    answer = ChatAnswer("m\n", texts, ToolUse(), streams=True, shows_usage=True)
+    answer = ChatAnswer("m\n", texts, ToolUse(), streams=True, extras=Extras(usage=True))
     record = Record("id", "POST", "/", prompt_tokens=5, cached_tokens=3, generated_tokens=2, tells_cached=True)
     last, done = answer.end(record).decode().removesuffix("\n\n").split("\n\n")
     assert done == "data: [DONE]"

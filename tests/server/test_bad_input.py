@@ -211,9 +211,14 @@ def test_only_one_form_at_a_time(untouched):
 def test_a_prompt_longer_than_the_context(untouched):
     raw = untouched.chat("x" * 400)
     assert raw.json()["error"]["code"] == "context_length_exceeded"
-    assert refused(raw) == "prompt: got 403 tokens, expected at most 383. Shorten it."
+    assert refused(raw) == (
+        "This model's maximum context length is 384 tokens. However, you requested 404 tokens (403 in the messages, "
+        "1 in the completion). Please reduce the length of the messages."
+    )
+    assert raw.json()["error"]["param"] == "messages"
     many = untouched.post("/v1/completions", {"prompt": [[1], [1] * 384]})
-    assert refused(many) == "prompt: got 384 tokens, expected at most 383. Shorten it."
+    assert refused(many).startswith("This model's maximum context length is 384 tokens. However, you requested 385")
+    assert (many.json()["error"]["param"], many.json()["error"]["code"]) == ("prompt", "context_length_exceeded")
 
 
 def test_a_huge_prompt_is_refused_while_others_are_answered(untouched):
@@ -227,7 +232,7 @@ def test_a_huge_prompt_is_refused_while_others_are_answered(untouched):
     while not found and thread.is_alive():
         others += untouched.http.get("/health").status_code == 200
     thread.join()
-    assert refused(found[0]).startswith("prompt: got ")
+    assert refused(found[0]).startswith("This model's maximum context length is 384 tokens.")
     assert others > 3  # a loop that tokenized would have answered them behind it
 
 

@@ -9,11 +9,11 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.engine.reasoning import Start
-from eightfold.server.token_texts import TokenTexts, finite
+from eightfold.server.extras import Extras, timings_of, usage_of
+from eightfold.server.token_texts import Offsets, TokenTexts, finite
 from eightfold.server.tool_parsers import ToolCall, ToolParser, ToolUse
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ DONE = b"data: [DONE]\n\n"
 
 _FLAT_ITEMS = 4096  # numbers and texts that are encoded together
 _PLAIN = Start()  # of an answer without a thought
+_NOTHING = Extras()
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -90,26 +91,60 @@ class ChoicesWriter(AnswerWriter):
         model: the name that answers carry.
         texts: of single tokens.
         n: answers to each prompt.
-        shows_usage: whether a stream ends with the usage.
+        extras: what answers have beside themselves.
     """
 
-    def __init__(self, prefix: str, kind: str, model: str, texts: TokenTexts, n: int, *, shows_usage: bool) -> None:
+    _names_prompts = False  # whether the ids of a prompt's tokens stand in its choices, and not beside them
+
+    def __init__(
+        self, prefix: str, kind: str, model: str, texts: TokenTexts, n: int, extras: Extras = _NOTHING
+    ) -> None:
         self._common = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
             "model": model,
         }
-        self._texts, self._n, self._shows_usage = texts, n, shows_usage
+        if extras.fingerprint is not None:
+            self._common["system_fingerprint"] = extras.fingerprint
+        self._texts, self._n, self._extras = texts, n, extras
         self._ended: set[int] = set()
         self._reasoning_tokens: int | None = None  # None: nobody can tell
         # A stream with usage has the field everywhere, and null everywhere but at its end.
-        self._end = ("]" + (',"usage":null' if shows_usage else "") + "}\n\n").encode()
+        self._end = ("]" + (',"usage":null' if extras.usage else "") + "}\n\n").encode()
         self._begin = b"data: " + _encode(self._common)[:-1].encode() + b',"choices":['
+        self._unsent: dict[int, list[int]] = {}  # of each choice that has begun, ids that no event has had
+        self._named: set[int] = set()  # choices that had the ids of their prompt
+        self._once: tuple[dict[str, Any], str] | None = None  # what only the next event has, in its choice and around
 
     def pieces(self, at: int, output: RequestOutput) -> bytes:
         choices = [(at * self._n + answer.index, answer) for answer in output.outputs]
-        return b"".join([self._piece(index, answer, output) for index, answer in choices if index not in self._ended])
+        choices = [(index, answer) for index, answer in choices if index not in self._ended]
+        if self._extras.are_in_events:
+            return b"".join([self._piece_with_extras(index, answer, output) for index, answer in choices])
+        return b"".join([self._piece(index, answer, output) for index, answer in choices])
+
+    def _piece_with_extras(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
+        """Return the events of a choice, of which the first has the ids of the tokens since the one before."""
+        extras, generated, around = self._extras, self._told(len(answer.token_ids)), dict[str, Any]()
+        if extras.usage or extras.usage_so_far:
+            around["usage"] = usage_of(len(output.prompt_ids), generated) if extras.usage_so_far else None
+        if extras.timings:
+            around["timings"] = timings_of([output], generated)
+        self._end = f"]{_members(around)}}}\n\n".encode()
+        if not extras.token_ids:
+            return self._piece(index, answer, output)
+        waiting = self._unsent.setdefault(index, [])
+        waiting += answer.delta_token_ids[:generated]
+        prompt = {} if index in self._named else {"prompt_token_ids": list(output.prompt_ids)}
+        beside, around = (prompt, {}) if self._names_prompts else ({}, prompt)
+        self._once = {"token_ids": waiting, **beside}, _members(around)
+        piece = self._piece(index, answer, output)
+        if self._once is None:
+            self._unsent[index] = []
+            self._named.add(index)
+        self._once = None
+        return piece
 
     def whole(self, outputs: Sequence[RequestOutput], record: Record) -> dict[str, Any]:
         choices = [
@@ -117,19 +152,29 @@ class ChoicesWriter(AnswerWriter):
             for at, output in enumerate(outputs)
             for answer in output.outputs
         ]
-        return self._content(choices, record)
+        content = self._content(choices, record)
+        if self._extras.token_ids:
+            self._add_token_ids(content, outputs)
+        if self._extras.timings:
+            content["timings"] = timings_of(outputs, self._told(record.generated_tokens))
+        return content
+
+    def _add_token_ids(self, content: dict[str, Any], outputs: Sequence[RequestOutput]) -> None:
+        found = [(output, answer) for output in outputs for answer in output.outputs]
+        for choice, (output, answer) in zip(content["choices"], found, strict=True):
+            choice["token_ids"] = answer.token_ids[: self._told(len(answer.token_ids))]
+            where = choice if self._names_prompts else content
+            where["prompt_token_ids"] = list(output.prompt_ids)
 
     def end(self, record: Record) -> bytes:
-        return (event(self._content([], record)) if self._shows_usage else b"") + DONE
+        return (event(self._content([], record)) if self._extras.usage else b"") + DONE
 
     def failure(self, problem: ApiError) -> bytes:
         return event(problem.body())  # which is not followed by [DONE]
 
     def _content(self, choices: list[Any], record: Record) -> dict[str, Any]:
         usage: dict[str, Any] = {
-            "prompt_tokens": record.prompt_tokens,
-            "completion_tokens": self._told(record.generated_tokens),
-            "total_tokens": record.prompt_tokens + self._told(record.generated_tokens),
+            **usage_of(record.prompt_tokens, self._told(record.generated_tokens)),
             "prompt_tokens_details": {"cached_tokens": record.cached_tokens if record.tells_cached else None},
         }
         if self._reasoning_tokens is not None:
@@ -140,6 +185,10 @@ class ChoicesWriter(AnswerWriter):
         return generated
 
     def _choice(self, choice: str) -> bytes:
+        if self._once is not None:
+            (beside, around), self._once = self._once, None
+            choice = f"{choice[:-1]}{_members(beside)}}}"
+            return self._begin + choice.encode("utf-8", "replace") + b"]" + around.encode() + self._end[1:]
         return self._begin + choice.encode("utf-8", "replace") + self._end
 
     def _piece(self, index: int, answer: CompletionOutput, output: RequestOutput) -> bytes:
@@ -147,6 +196,11 @@ class ChoicesWriter(AnswerWriter):
 
     def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
         raise NotImplementedError
+
+
+def _members(values: dict[str, Any]) -> str:
+    """Return what goes on in a JSON object that has members already."""
+    return "".join(f',"{name}":{_encode(value)}' for name, value in values.items())
 
 
 class Pieces(NamedTuple):
@@ -190,11 +244,12 @@ class ChatAnswer(ChoicesWriter):
     """The answer to a chat; its choices are the n answers to one prompt.
 
     Args:
-        model, texts, shows_usage: as every answer has them.
+        model, texts, extras: as every answer has them.
         tools: what the request says about tools.
         start: how an answer begins.
         streams: whether it is written in pieces.
         shows_reasoning: whether it is told what the model thought, and the log-probabilities, which would tell it too.
+        echo: what comes before each answer.
     """
 
     def __init__(
@@ -205,12 +260,13 @@ class ChatAnswer(ChoicesWriter):
         start: Start = _PLAIN,
         *,
         streams: bool,
-        shows_usage: bool,
+        extras: Extras = _NOTHING,
         shows_reasoning: bool = True,
+        echo: str = "",
     ) -> None:
         kind = "chat.completion.chunk" if streams else "chat.completion"
-        super().__init__("chatcmpl", kind, model, texts, 1, shows_usage=shows_usage)
-        self._tools, self._start = tools, start
+        super().__init__("chatcmpl", kind, model, texts, 1, extras)
+        self._tools, self._start, self._echo = tools, start, echo
         self._hides = start.style is not None and not shows_reasoning
         self._parsers: dict[int, ChatParser] = {}
 
@@ -219,7 +275,7 @@ class ChatAnswer(ChoicesWriter):
         parser, piece = self._parsers.get(index), b""
         if parser is None:
             parser = self._parsers[index] = ChatParser(self._tools, self._start)
-            piece = self._delta(index, '{"role":"assistant","content":""}', None)
+            piece = self._delta(index, f'{{"role":"assistant","content":{_encode(self._echo)}}}', None)
         before = parser.calls
         reasoning, text, calls = parser.push(answer.delta_text, is_last=reason is not None)
         if reasoning and not self._hides:
@@ -253,6 +309,7 @@ class ChatAnswer(ChoicesWriter):
     def _whole(self, index: int, answer: CompletionOutput, output: RequestOutput) -> dict[str, Any]:
         self._count_reasoning(answer)
         reasoning, text, calls = ChatParser(self._tools, self._start).push(answer.text, is_last=True)
+        text = self._echo + text
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if reasoning and not self._hides:
             message |= _shown(reasoning)
@@ -278,15 +335,30 @@ def _shown(reasoning: str) -> dict[str, str]:
     return {"reasoning_content": reasoning, "reasoning": reasoning}
 
 
+class Echo(NamedTuple):
+    """A prompt before its answers.
+
+    Attributes:
+        text: as the answers have it.
+        before: how many of its tokens stand before that text, such as BOS.
+    """
+
+    text: str
+    before: int = 0
+
+
 class CompletionAnswer(ChoicesWriter):
     """The answer to a completion; its choices are the n answers to each prompt in turn.
 
     Args:
-        model, texts, n, shows_usage: as every answer has them.
+        model, texts, n, extras: as every answer has them.
         logprobs: how many of the likeliest tokens are reported at each position; None: nothing is.
-        echo: texts of the prompts, which come first in the answers; None: they do not.
+        echo: the prompts, which come first in the answers; None: they do not.
         only_prompts: nothing was asked for but the prompts' log-probabilities.
+        keeps_special: whether special tokens are in the answers' texts.
     """
+
+    _names_prompts = True
 
     def __init__(
         self,
@@ -295,13 +367,15 @@ class CompletionAnswer(ChoicesWriter):
         *,
         n: int,
         logprobs: int | None,
-        echo: Sequence[str] | None,
+        echo: Sequence[Echo] | None,
         only_prompts: bool,
-        shows_usage: bool,
+        extras: Extras = _NOTHING,
+        keeps_special: bool = False,
     ) -> None:
-        super().__init__("cmpl", "text_completion", model, texts, n, shows_usage=shows_usage)
+        super().__init__("cmpl", "text_completion", model, texts, n, extras)
         self._logprobs, self._echo, self._only_prompts = logprobs, echo, only_prompts
-        self._offsets: dict[int, int] = {}  # of each choice, where the next token of its log-probabilities begins
+        self._keeps_special = keeps_special
+        self._offsets: dict[int, Offsets] = {}  # where the tokens of each choice that has begun are
 
     def _told(self, generated: int) -> int:
         return 0 if self._only_prompts else generated  # the engine generates one token at least
@@ -321,21 +395,27 @@ class CompletionAnswer(ChoicesWriter):
 
     def _text(self, index: int, text: str, *, is_first: bool) -> str:
         text = "" if self._only_prompts else text
-        return self._echo[index // self._n] + text if self._echo is not None and is_first else text
+        return self._echo[index // self._n].text + text if self._echo is not None and is_first else text
 
     def _shown(
         self, index: int, sampled: Sequence[Sampled] | None, output: RequestOutput, *, is_first: bool
     ) -> dict[str, Any] | None:
         """Return the log-probabilities of the next tokens, in front of them the prompt's if it is echoed."""
-        begin = self._offsets.setdefault(index, 0)
+        if is_first:
+            self._offsets[index] = self._texts.offsets(keep_special=self._keeps_special)
         if self._logprobs is None:
             return None
         shown = list[Any]() if self._only_prompts else list[Any](sampled or ())
+        own, prompt, offsets = self._offsets[index], tuple[int, ...](), list[int]()
         token_ids = [each.token_id for each in shown]
-        if self._echo is not None and is_first and output.prompt_logprobs is not None:
-            shown, token_ids = [*output.prompt_logprobs, *shown], [*output.prompt_ids, *token_ids]
-        tokens = [self._texts.of(token) for token in token_ids]
-        *offsets, self._offsets[index] = accumulate(map(len, tokens), initial=begin)
+        if self._echo is not None and is_first:
+            echo = self._echo[index // self._n]
+            own.begin = len(echo.text)
+            if output.prompt_logprobs is not None:
+                prompt, shown = tuple(output.prompt_ids), [*output.prompt_logprobs, *shown]
+                offsets = self._texts.offsets_of_prompt(prompt, echo.before)
+        offsets += [own.take(token) for token in token_ids]
+        tokens = [self._texts.of(token) for token in (*prompt, *token_ids)]
         likeliest = [None if each is None else self._likeliest(each) for each in shown] if self._logprobs else None
         return {
             "tokens": tokens,

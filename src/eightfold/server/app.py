@@ -34,6 +34,7 @@ from eightfold.values import STRING, SWITCH, Kind
 
 log = logging.getLogger("eightfold.server")
 
+_PROMPTS = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input"}  # where each endpoint finds a prompt
 _VERSION = "/v1"  # before paths of OpenAI's API, and left out by clients whose base URL has none
 _OPEN = frozenset({"/", "/health"})  # what needs no key: the page asks for it
 _TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id")
@@ -56,7 +57,7 @@ class Generating:
             prompts, answer, params = await service.in_thread(record, lambda: asked.encode(service.tokenizer))
             asked = asked if params is None else replace(asked, params=params)
             service.limiter.let_go(record)
-            service.require_fit(prompts)
+            service.require_fit(prompts, _PROMPTS[self._path])
             service.limiter.hold_entries(record, asked.entries(prompts, service.max_model_len))
             respond = answer_stream if asked.streams else answer_whole
             with service.in_flight(asked, prompts, record) as running:

@@ -43,13 +43,13 @@ class Form(NamedTuple):
     value: Any
 
 
-def structured_output(fields: Fields) -> StructuredOutput | None:
-    """Return the form that answers must have, in whichever field it stands."""
+def structured_output(fields: Fields) -> tuple[StructuredOutput | None, str | None]:
+    """Return the form that answers must have, in whichever field it stands, and that field."""
     form = asked_form(fields)
     if form is None:
-        return None
+        return None, None
     try:
-        return form_of({form.name: form.value})
+        return form_of({form.name: form.value}), form.field
     except ApiError as error:
         raise bad_request(error.message, param=form.field, code=error.code) from None
 

@@ -59,8 +59,8 @@ class Asked:
     params: SamplingParams
     streams: bool
     cache_salt: str  # only requests with the same one share keys and values of prompts
+    form_field: str | None = None  # of the request, in which the form of the answer stands
     echoes: bool = False  # the prompts, in front of every answer
-    form_field: str | None = None  # asks for the form that the answer has to have
     referred_bytes: int = 0  # of text that is part of the request, but was not in its body
 
     def entries(self, prompts: Sequence[Sequence[int]], most: int) -> int:

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from eightfold.engine.reasoning import Start
 from eightfold.engine.sampling_params import SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
-from eightfold.server.answers import AnswerWriter, ChatAnswer, CompletionAnswer
+from eightfold.messages import as_text
+from eightfold.server.answers import AnswerWriter, ChatAnswer, CompletionAnswer, Echo
 from eightfold.server.conversations import read_conversation
+from eightfold.server.extras import Extras
 from eightfold.server.field_table import same
 from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.server.forms import structured_output
@@ -52,13 +54,22 @@ def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWri
         service: that answers it.
         write: makes what writes the answer; None: the answer is that of a chat.
     """
-    params, tools = _params(fields, service)
+    params, tools, form_field = _params(fields, service)
     conversation = read_conversation(fields, service.template, tools.shown)
-    stream, splits, shows_reasoning = _read_stream(fields), *_read_reasoning(fields)
+    (streams, extras), (splits, shows_reasoning) = _read_extras(fields, service), _read_reasoning(fields)
+    last = conversation.messages[-1]
+    echo = as_text(last) if fields.read("echo") and last["role"] == "assistant" else ""
 
     def write_chat(said: Said) -> AnswerWriter:
         return ChatAnswer(
-            service.names[0], service.texts, tools, said.start, shows_reasoning=said.shows_reasoning, **stream
+            service.names[0],
+            service.texts,
+            tools,
+            said.start,
+            streams=streams,
+            extras=extras,
+            shows_reasoning=said.shows_reasoning,
+            echo=echo,
         )
 
     def encode(tokenizer: Tokenizer) -> Encoded:
@@ -72,9 +83,9 @@ def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWri
         prompts=1,
         encode=encode,
         params=params,
+        form_field=form_field,
         cache_salt=read_cache_salt(fields),
-        streams=stream["streams"],
-        form_field="tools" if tools.forced is not None else None,
+        streams=streams,
     )
 
 
@@ -83,8 +94,9 @@ def _read_reasoning(fields: Fields) -> tuple[bool, bool]:
     return fields.read("separate_reasoning", SWITCH, True), fields.read("include_reasoning", SWITCH, True)
 
 
-def _params(fields: Fields, service: Served) -> tuple[SamplingParams, ToolUse]:
-    tools, form = read_tools(fields, service.tool_family), structured_output(fields)
+def _params(fields: Fields, service: Served) -> tuple[SamplingParams, ToolUse, str]:
+    """Return how tokens are chosen, what the request says about tools, and where the answer's form stands."""
+    tools, (form, field) = read_tools(fields, service.tool_family), structured_output(fields)
     if tools.forced is not None and form is not None:
         raise bad_request("tool_choice: got one that asks for a call beside response_format", param="tool_choice")
     wanted, top = fields.read("logprobs"), fields.read("top_logprobs")
@@ -97,7 +109,7 @@ def _params(fields: Fields, service: Served) -> tuple[SamplingParams, ToolUse]:
         structured=form or tools.forced,
         kept_special_ids=tools.marker_ids(service.tokenizer),
     )
-    return params, tools
+    return params, tools, field or "tools"
 
 
 Prompt = str | list[int]
@@ -111,14 +123,15 @@ def read_completion(fields: Fields, service: Served) -> Asked:
         name = fields.spelled("max_tokens")
         raise bad_request(f"{name}: got 0, expected at least 1, or echo", param=name)
     given: dict[str, Any] = {"prompt_logprobs": logprobs} if echo and logprobs is not None else {}
+    form, form_field = structured_output(fields)
     params = _sampling_params(
         fields,
         max_tokens=max_tokens if max_tokens != 0 else 1,
         logprobs=logprobs,
-        structured=structured_output(fields),
+        structured=form,
         **given,
     )
-    stream = _read_stream(fields)
+    streams, extras = _read_extras(fields, service)
 
     def encode(tokenizer: Tokenizer) -> Encoded:
         try:
@@ -133,9 +146,10 @@ def read_completion(fields: Fields, service: Served) -> Asked:
             service.texts,
             n=params.n,
             logprobs=logprobs,
-            echo=[_text(tokenizer, prompt) for prompt in prompts] if echo else None,
+            echo=[_echo(tokenizer, prompt, special) for prompt in prompts] if echo else None,
             only_prompts=max_tokens == 0,
-            shows_usage=stream["shows_usage"],
+            extras=extras,
+            keeps_special=not params.skip_special_tokens,
         )
         return Encoded(ids, answer)
 
@@ -144,9 +158,10 @@ def read_completion(fields: Fields, service: Served) -> Asked:
         prompts=len(prompts),
         encode=encode,
         params=params,
+        form_field=form_field,
         echoes=echo,
         cache_salt=salt,
-        streams=stream["streams"],
+        streams=streams,
     )
 
 
@@ -165,13 +180,13 @@ def _prompts(fields: Fields) -> list[Prompt]:
     return prompts
 
 
-def _text(tokenizer: Tokenizer, prompt: Prompt) -> str:
+def _echo(tokenizer: Tokenizer, prompt: Prompt, special: bool) -> Echo:
     if isinstance(prompt, str):
-        return prompt
+        return Echo(prompt, len(tokenizer.bos) if special else 0)
     try:
-        return tokenizer.decode(prompt, keep_special=True)
+        return Echo(tokenizer.decode(prompt, keep_special=True))
     except (OverflowError, TypeError):  # ids that are none; the engine refuses them by name
-        return ""
+        return Echo("")
 
 
 def _sampling_params(fields: Fields, **given: Any) -> SamplingParams:
@@ -205,14 +220,19 @@ def _read_max_tokens(fields: Fields) -> int | None:
     return found
 
 
-def _read_stream(fields: Fields) -> dict[str, bool]:
-    """Return whether the answer `streams`, and whether the stream `shows_usage` at its end."""
+def _read_extras(fields: Fields, service: Served) -> tuple[bool, Extras]:
+    """Return whether the answer streams, and what it has beside itself."""
     streams, options = fields.read("stream"), fields.inside("stream_options")
-    if options is None:
-        return {"streams": streams, "shows_usage": False}
-    if not streams:
+    if options is not None and not streams:
         raise bad_request("stream_options: only with stream", param="stream_options")
-    return {"streams": True, "shows_usage": options.read("include_usage")}
+    extras = Extras(
+        fingerprint=service.fingerprint,
+        usage=options is not None and options.read("include_usage"),
+        usage_so_far=options is not None and options.read("continuous_usage_stats"),
+        token_ids=fields.read("return_token_ids"),
+        timings=fields.read("timings_per_token"),
+    )
+    return streams, extras
 
 
 def read_cache_salt(fields: Fields) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from eightfold.engine.reasoning import Thinking
 from eightfold.server.fields import ApiError, Fields, bad_request
+from eightfold.server.fingerprint import fingerprint
 from eightfold.server.token_texts import TokenTexts
 from eightfold.server.tool_parsers import AUTO, FamilyName, family_name
 from eightfold.tokenizer import Tokenizer
@@ -43,6 +45,11 @@ class Served:
         self.texts = TokenTexts(tokenizer)
         self._tool_call_parser = tool_call_parser
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A name for what answers."""
+        return fingerprint(self.tokenizer.directory, self.template)
+
     @property
     def tool_family(self) -> FamilyName | None:
         """The family in whose form the model's calls are recognised."""
@@ -66,14 +73,16 @@ class Served:
         message = f"model: got {shown_as_json(name)}, expected {shown_as_json(self.names[0])}"
         return ApiError(404, message, param="model", code="model_not_found")
 
-    def require_fit(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Refuse prompts that are empty or do not leave room for an answer."""
-        most = self.max_model_len - 1
+    def require_fit(self, prompts: Sequence[Sequence[int]], field: str = "prompt") -> None:
+        """Refuse prompts that are empty or do not leave room for an answer; `field` of the request is to blame."""
+        most = self.max_model_len
         for prompt in prompts:
-            if not prompt:
-                raise bad_request("prompt: got no tokens, expected at least one", param="prompt")
-            if len(prompt) > most:
-                raise bad_request(
-                    f"prompt: got {len(prompt)} tokens, expected at most {most}. Shorten it.",
-                    code="context_length_exceeded",
+            size = len(prompt)
+            if not size:
+                raise bad_request(f"{field}: got no tokens, expected at least one", param=field)
+            if size >= most:  # in OpenAI's words, by which clients know this error
+                message = (
+                    f"This model's maximum context length is {most} tokens. However, you requested {size + 1} tokens "
+                    f"({size} in the {field}, 1 in the completion). Please reduce the length of the {field}."
                 )
+                raise bad_request(message, param=field, code="context_length_exceeded")

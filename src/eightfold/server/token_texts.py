@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
+
+from eightfold.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from eightfold.engine.sampler import Sampled
@@ -28,6 +30,27 @@ def _byte_symbols() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_symbols()
+
+
+class Offsets:
+    """Where the tokens of a text begin, in characters; a token within a character begins where the character does.
+
+    Attributes:
+        begin: of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, keep_special: bool) -> None:
+        self.begin = 0
+        self._decoder, self._taken = StreamDecoder(tokenizer, keep_special=keep_special), 0
+        self._decode = partial(tokenizer.decode, keep_special=keep_special)
+
+    def take(self, token: int) -> int:
+        """Return where the next token begins."""
+        begin, text = self._taken, self._decoder.push(token)
+        self._taken += len(text)
+        if text.startswith(REPLACEMENT):  # of tokens before this one, which turn out to be no character
+            begin = max(self._taken - len(self._decode([token])), begin)
+        return self.begin + begin
 
 
 class TokenTexts:
@@ -58,6 +81,15 @@ class TokenTexts:
         codes = [_BYTE_OF.get(symbol) for symbol in piece]
         known = [code for code in codes if code is not None]
         return bytes(known) if known and len(known) == len(codes) else None
+
+    def offsets(self, *, keep_special: bool) -> Offsets:
+        """Return what says where the tokens of a text begin, in which special ones may be left out."""
+        return Offsets(self._tokenizer, keep_special=keep_special)
+
+    def offsets_of_prompt(self, token_ids: Sequence[int], before: int) -> list[int]:
+        """Return where a prompt's tokens begin in its text, of which the first ones are no part."""
+        offsets = self.offsets(keep_special=True)
+        return [0] * before + [offsets.take(token) for token in token_ids[before:]]
 
     def chat_logprobs(self, sampled: Sequence[Sampled] | None) -> dict[str, Any] | None:
         """Return what stands under `logprobs` of a chat's choice; None where they were not asked for."""
