@@ -13,12 +13,13 @@ import pytest
 
 from eightfold.engine.async_llm import AsyncLLM
 from eightfold.engine.reasoning import STYLES, Start, Thinking
+from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.settings import EngineConfig
 from eightfold.tokenizer import Tokenizer
 from tests.server.running import Running, running
 
 TURNS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
-# The prompt opens the thought; the model does, unless the prompt has an empty one; nobody does.
+# The prompt opens the thought; the model does, unless the prompt has an empty one; it is only taken out of old turns.
 OPENED = TURNS + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}{# </think> #}"
 ITSELF = TURNS + (
     "{% if add_generation_prompt %}<|assistant|>"
@@ -68,7 +69,7 @@ def said(choice):
     [
         (OPENED, INSIDE, {}, ("Let me see.\nYes", "It is good.\n", "stop")),
         (ITSELF, WHOLE, {}, ("Let me see.\nYes", "It is good.\n", "stop")),
-        (SILENT, INSIDE, {}, ("Let me see.\nYes", "It is good.\n", "stop")),
+        (SILENT, INSIDE, {}, (None, INSIDE, "stop")),
         (SILENT, WHOLE, {}, ("Let me see.\nYes", "It is good.\n", "stop")),
         (ITSELF, "\n It is.\n", {}, (None, "\n It is.\n", "stop")),
         (ITSELF, "<think>\n\n</think>\n\nIt is.", {}, (None, "It is.", "stop")),
@@ -114,9 +115,8 @@ def test_log_probabilities_are_of_all_tokens_unless_reasoning_is_hidden(serve):
     ("template", "fields", "expected"),
     [
         (OPENED, {}, ("</think>", "")),
-        (ITSELF, {}, ("</think>", "<think>")),
-        (ITSELF, OFF, ("", "")),
-        (SILENT, {}, ("</think>", "")),
+        (ITSELF, {}, ("", "")),  # <think> is no token here, so the model might never write it
+        (SILENT, {}, ("", "")),
         (NONE, {}, ("", "")),
         (OPENED, {"separate_reasoning": False}, ("</think>", "")),
     ],
@@ -129,12 +129,25 @@ def test_forms_begin_behind_a_thought(serve, template, fields, expected):
         assert (found.begins_after, found.opened_by) == expected
 
 
-@pytest.mark.parametrize("name", ["none", "deepseek_r1"])
-def test_the_parser_can_be_chosen(serve, name):
-    server = serve({"reasoning_parser": name}, answer=INSIDE)
-    assert said(whole(server)) == (
-        ("Let me see.\nYes", "It is good.\n", "stop") if name == "deepseek_r1" else (None, INSIDE, "stop")
-    )
+@pytest.mark.parametrize("ask", [whole, streamed])
+@pytest.mark.parametrize(
+    ("name", "answer", "expected"),
+    [
+        ("none", WHOLE, (None, WHOLE, "stop")),
+        ("qwen3", INSIDE, (None, INSIDE, "stop")),
+        ("deepseek_r1", INSIDE, ("Let me see.\nYes", "It is good.\n", "stop")),
+        ("deepseek_r1", WHOLE, ("Let me see.\nYes", "It is good.\n", "stop")),
+        ("deepseek_r1", "a", ("a", "", "stop")),
+        ("mistral", "[THINK]a[/THINK]\nb", ("a", "b", "stop")),
+    ],
+)
+def test_the_parser_can_be_chosen(serve, ask, name, answer, expected):
+    server = serve({"reasoning_parser": name}, answer=answer)
+    assert said(ask(server)) == expected
+    whole(server, guided_regex="x")
+    form = server.engine.last[1].structured
+    assert form.begins_after == ("" if name == "none" else STYLES[name].end)
+    assert form.opened_by == ("" if name in ("none", "deepseek_r1") else STYLES[name].begin)
 
 
 # --- tags that are tokens of their own
@@ -221,13 +234,31 @@ def test_tags_that_texts_leave_out_are_seen(tagged, config):
     [
         (OPENED, STYLES["qwen3"]),
         (ITSELF, STYLES["qwen3"]),
-        (SILENT, STYLES["deepseek_r1"]),
+        (SILENT, STYLES["qwen3"]),
         (NONE + "{# [THINK] [/THINK] #}", STYLES["mistral"]),
         (NONE, None),
     ],
 )
 def test_the_style_is_that_of_the_template(model, template, expected):
     assert Thinking(Tokenizer(model, template)).style == expected
+
+
+def test_with_tokens_for_thoughts_a_template_that_takes_them_out_is_of_a_model_that_always_thinks(tagged):
+    thinking = Thinking(Tokenizer(tagged, SILENT))
+    assert thinking.style == STYLES["deepseek_r1"]
+    start = thinking.start("<|assistant|>")[1]
+    form = start.params(SamplingParams(structured=StructuredOutput(regex="x"))).structured
+    assert (start.begins_inside, form.begins_after, form.opened_by) == (False, "</think>", "")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begins_after", "opened_by"),
+    [("<|assistant|>", "</think>", "<think>"), ("<think>\n", "</think>", ""), ("<think>\n\n</think>\n\n", "", "")],
+)
+def test_a_model_that_may_think_decides_before_a_form(tagged, prompt, begins_after, opened_by):
+    start = Thinking(Tokenizer(tagged, ITSELF)).start(prompt)[1]
+    form = start.params(SamplingParams(structured=StructuredOutput(regex="x"))).structured
+    assert (form.begins_after, form.opened_by) == (begins_after, opened_by)
 
 
 def test_a_vocabulary_with_tags_is_enough_to_see_a_thought_but_does_not_delay_forms(tagged):
@@ -289,7 +320,8 @@ def test_a_message_that_the_template_trims_is_trimmed(serve):
         (OPENED, {"content": "<think>\nOkay"}, ", so</think>\n\nHi", "<think>\nOkay", (", so", "Hi")),
         (ITSELF, {"content": "<think>a</think>b"}, "</think>", "<think>a</think>b", (None, "</think>")),
         (SILENT, {"content": "It"}, " is", "It", (None, " is")),
-        (SILENT, {"content": ""}, "a</think>b", "", ("a", "b")),
+        (ITSELF, {"content": "A <think>"}, " is", "A <think>", (None, " is")),
+        (SILENT, {"content": ""}, "<think>a</think>b", "", ("a", "b")),
     ],
 )
 def test_a_thought_that_was_begun_goes_on(serve, template, last, answer, prompt, expected):

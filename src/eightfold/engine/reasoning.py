@@ -103,10 +103,11 @@ class Thinking:
         template = tokenizer.template_source() if tokenizer.has_chat_template else ""
         self.style = _find(tokenizer, template) if name == "auto" else STYLES.get(name)
         tags = self.style[:2] if self.style else ()
-        self._opens_itself = name != "auto" or any(tag in template for tag in tags)
         ids = [tokenizer.encode(tag, special_tokens=False) for tag in tags]
         self._tags = (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
         self._is_special = any(tokenizer.decode(each) == "" for each in ids)
+        # Without tokens for it, a model that is only known by its template may as well be one that need not think.
+        self._delays_forms = name != "auto" or (self._tags is not None and any(tag in template for tag in tags))
 
     def start(self, prompt: str, continued: Message | None = None) -> tuple[str, Start]:
         """Return the prompt as it should be, and how an answer to it begins.
@@ -121,7 +122,7 @@ class Thinking:
         said = "" if continued is None else continued["content"]
         if said.strip():  # it is a thought, or no thought can follow any more
             prompt = self._opened_once(prompt, said)
-            begins_inside = said.rfind(style.begin) > said.rfind(style.end)
+            begins_inside = said.lstrip().startswith(style.begin) and style.end not in said
             is_over = not begins_inside
         else:
             begins_inside = prompt.rstrip().endswith(style.begin)
@@ -130,7 +131,7 @@ class Thinking:
                 begins_inside = not is_over
         if is_over:
             return prompt, Start(tags=self._tags)
-        delays_form = begins_inside or style.is_silent or self._opens_itself
+        delays_form = begins_inside or self._delays_forms
         return prompt, Start(style, begins_inside, delays_form, self._tags, self._is_special)
 
     def _opened_once(self, prompt: str, said: str) -> str:
@@ -146,15 +147,24 @@ class Thinking:
 
 
 def _find(tokenizer: Tokenizer, template: str) -> Style | None:
-    """Return the style that a chat template shows, or else the vocabulary."""
+    """Return the style that a chat template shows, or else the vocabulary.
+
+    A template that knows only the end of thoughts takes them out of earlier turns. If the vocabulary has tokens for
+    them, this is a model such as DeepSeek-R1, which always thinks; else one that may think.
+    """
+    tokens = {style for style in STYLES.values() if _are_tokens(tokenizer, style)}
     for style in STYLES.values():
-        if style.begin in template or style.end in template:
-            return style._replace(is_silent=style.begin not in template)
-    for style in STYLES.values():
-        ids = [tokenizer.encode(tag, special_tokens=False) for tag in style[:2]]
-        if all(len(each) == 1 and tokenizer.decode(each) for each in ids):  # special tokens may serve anything
+        if style.begin in template:
             return style
-    return None
+        if style.end in template:
+            return style._replace(is_silent=style in tokens)
+    return next((style for style in STYLES.values() if style in tokens), None)
+
+
+def _are_tokens(tokenizer: Tokenizer, style: Style) -> bool:
+    """Return whether both tags are tokens, and no special ones: those may serve anything."""
+    ids = [tokenizer.encode(tag, special_tokens=False) for tag in style[:2]]
+    return all(len(each) == 1 and tokenizer.decode(each) for each in ids)
 
 
 class ReasoningParser:
