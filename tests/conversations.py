@@ -35,5 +35,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "call without content": ([USER, called(content=""), result()], '[user|w][assistant||f {"a": 1}][tool|r]'),
     "call with words": ([USER, called(content="I look."), result()], '[user|w][assistant|I look.|f {"a": 1}][tool|r]'),
     "refusal": ([USER, {"role": "assistant", "content": [part("no", "refusal")]}], "[user|w][assistant|no]"),
+    "continued": ([USER, {"role": "assistant", "content": "a", "prefix": True}], "[user|w][assistant|a"),
+    "reasoning": ([USER, {"role": "assistant", "content": "a", "reasoning": "Hm."}], "[user|w][assistant|a]"),
     "no content": ([USER, {"role": "assistant"}], "[user|w][assistant|]"),
 }  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 
 from eightfold import LLM, SamplingParams
 from eightfold.cli.batch_input import OwnBatch, read_batch
+from eightfold.engine.reasoning import Thinking
 from eightfold.errors import InputError
 from eightfold.messages import MessageError, read_messages
 from eightfold.quant import dataset
@@ -39,7 +40,7 @@ def of_input_file(llm: LLM, messages: list[Any], path: Path) -> list[int]:
     batch = read_batch(path, {}, ())
     assert isinstance(batch, OwnBatch)
     (request,) = batch.requests
-    return request.encode(llm.engine.tokenizer)
+    return request.encode(llm.engine.tokenizer, Thinking(llm.engine.tokenizer))
 
 
 def of_calibration(llm: LLM, messages: list[Any], path: Path) -> list[int]:
@@ -55,6 +56,8 @@ READERS = (of_llm, of_input_file, of_calibration)
 @pytest.mark.parametrize("read", READERS)
 def test_every_reader_makes_the_same_prompt(llm, tmp_path, read, name):
     messages, expected = CONVERSATIONS[name]
+    if name == "continued" and read is of_calibration:  # which has no answers to come
+        expected += "]"
     assert llm.engine.tokenizer.decode(read(llm, messages, tmp_path / "f.jsonl"), keep_special=True) == expected
 
 

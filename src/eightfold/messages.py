@@ -34,7 +34,8 @@ class MessageError(InputError):
 def read_messages(given: Any, template: str | None, where: str = "messages") -> list[Message]:
     """Return the messages of a conversation, checked, in the form that a chat template wants.
 
-    Of a message these are read: role, content, tool_calls, name, tool_call_id, and reasoning_content or reasoning.
+    Of a message these are read: role, content, tool_calls, name, tool_call_id, reasoning_content or reasoning, and
+    DeepSeek's prefix.
 
     Args:
         given: a list of objects, as JSON has them. What this returned can be given again.
@@ -49,6 +50,11 @@ def read_messages(given: Any, template: str | None, where: str = "messages") -> 
     messages = [_message(f"{where}[{at}]", message) for at, message in enumerate(given)]
     _name_results(messages)
     return messages if template is None else _fitted(messages, template)
+
+
+def is_continued(messages: Sequence[Message]) -> bool:
+    """Return whether messages that were read say themselves, in DeepSeek's way, that an answer continues the last."""
+    return messages[-1].get("prefix") is True
 
 
 def as_text(message: Message) -> str:
@@ -80,6 +86,8 @@ def _message(where: str, given: Any) -> Message:
     for name in ("name", "tool_call_id", *_REASONING):
         if given.get(name) is not None:
             message[name] = _demand(f"{where}.{name}", given[name], STRING)
+    if given.get("prefix") is True:
+        message["prefix"] = True
     said = next((message[name] for name in _REASONING if name in message), None)
     return message if said is None else {**message, **dict.fromkeys(_REASONING, said)}
 

@@ -197,6 +197,19 @@ def test_what_is_no_prompt_is_named(llm, prompts, message):
     assert_idle(llm.engine)
 
 
+def test_without_prompts_that_is_said(llm):
+    with pytest.raises(InputError, match=r"^prompts: got None, expected a text"):
+        llm.generate()
+    with pytest.raises(InputError, match=r"^generate: prompt_token_ids: got \[\[1\]\], expected none. Give"):
+        llm.generate(prompt_token_ids=[[1]])
+
+
+@pytest.mark.parametrize("prompt", [None, 5, "hi", ["a"], [None], [1.5, "x"]])
+def test_the_engine_itself_refuses_what_are_no_tokens(llm, prompt):
+    with pytest.raises(InputError, match=r"^prompt: got .*, expected a list of token ids$"):
+        llm.engine.add_request("x", prompt, greedy(1))
+
+
 @pytest.mark.parametrize("params", [5, "x", {"max_tokens": 1}, [greedy(1), None], [{}]])
 def test_what_are_no_params_is_named(llm, params):
     with pytest.raises(InputError, match=r"^sampling_params: got .*, expected SamplingParams, or a list of them$"):

@@ -19,10 +19,12 @@ from eightfold.cli.batch import Batch, LineError, Started, json_line, name_of, r
 from eightfold.cli.batch_output import OWN
 from eightfold.cli.generating import sampling_params
 from eightfold.cli.options import flags_of, in_flags
+from eightfold.engine.conversation import Conversation
+from eightfold.engine.reasoning import Thinking
 from eightfold.engine.sampling_params import FORMS, SamplingParams, StructuredOutput, biases_by_id, schema_text
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import EightfoldError, InputError, one_of
-from eightfold.messages import Message, read_messages
+from eightfold.messages import Message, is_continued, read_messages
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import WHOLE, is_token_ids, shorten
 
@@ -63,7 +65,7 @@ class BatchRequest:
         content = json.dumps([self.id, self.prompt, changed], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
-    def encode(self, tokenizer: Tokenizer) -> list[int]:
+    def encode(self, tokenizer: Tokenizer, thinking: Thinking) -> list[int]:
         """Return the prompt's token ids.
 
         Raises:
@@ -73,8 +75,9 @@ class BatchRequest:
             return tokenizer.encode(self.prompt)
         messages = [item for item in self.prompt if isinstance(item, dict)]
         if messages:
-            messages = read_messages(messages, tokenizer.template_source())
-            return tokenizer.encode_chat(messages, add_generation_prompt=True)
+            continues = is_continued(messages)
+            conversation = Conversation(messages=messages, opens_answer=not continues, continues=continues)
+            return conversation.prompt(tokenizer, thinking).token_ids
         return [item for item in self.prompt if isinstance(item, int)]
 
 
@@ -109,11 +112,14 @@ class OwnBatch:
 
     def open(self, engine: Engine, setup: str) -> None:
         self._tokenizer, self._setup = engine.tokenizer, setup
+        self._thinking = Thinking(engine.tokenizer)
 
     def start(self, index: int) -> Started:
         request = self.requests[index]
         head = self._head(request)
-        return Started([request.encode(self._tokenizer)], request.params, lambda found: head | _answer(found[0]))
+        return Started(
+            [request.encode(self._tokenizer, self._thinking)], request.params, lambda found: head | _answer(found[0])
+        )
 
     def refused(self, index: int, error: Exception) -> dict[str, Any]:
         assert isinstance(error, EightfoldError)

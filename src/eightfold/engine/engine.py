@@ -29,7 +29,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.model import PAGE, NativeModel
 from eightfold.scheme import QuantType
 from eightfold.tokenizer import Tokenizer, stop_token_ids
-from eightfold.values import mib
+from eightfold.values import mib, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -143,8 +143,12 @@ class Engine:
             InputError: a token is outside the vocabulary, or the structured output asked for makes no sense.
             UnsupportedError: the engine cannot do this in its mode.
         """
-        prompt, vocab = tuple(prompt_ids), self.model_config.vocab_size
-        self.model_config.require_ids(prompt)
+        vocab = self.model_config.vocab_size
+        try:
+            prompt = tuple(prompt_ids)
+            self.model_config.require_ids(prompt)
+        except TypeError:  # no list, or what is in it is no number
+            raise InputError("prompt", got=shown(prompt_ids), expected="a list of token ids") from None
         if params.prompt_logprobs is not None and self.model.float_prompts:
             raise UnsupportedError(
                 "prompt_logprobs",

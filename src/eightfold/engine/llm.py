@@ -21,7 +21,7 @@ from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.engine.vllm_arguments import read_arguments, require_neutral, unknown
 from eightfold.errors import InputError
-from eightfold.messages import Message, read_messages
+from eightfold.messages import Message, is_continued, read_messages
 from eightfold.progress import Progress, bars, silent
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import OBJECT, SWITCH, TEXT, Kind, optional, shown, whole
@@ -34,6 +34,7 @@ _SEED = optional(whole(-(2**63), 2**64 - 1))
 
 # vLLM's arguments of generate and chat that ask for what is not done.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "prompt_token_ids": ((), "Give them as prompts."),
     "lora_request": ((), "Merge the adapter into the model before it is quantized."),
     "priority": ((), "Prompts are answered in their order."),
     "chat_template_content_format": (("auto",), "The template says it."),
@@ -76,11 +77,11 @@ class LLM:
 
     @cached_property
     def _thinking(self) -> Thinking:
-        return Thinking(self.engine.tokenizer, "auto")
+        return Thinking(self.engine.tokenizer)
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Sequence[PromptLike] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -129,7 +130,8 @@ class LLM:
             sampling_params, use_tqdm, progress, others: as `generate`.
             chat_template: the text of a template in place of the model's.
             add_generation_prompt: whether the assistant's turn is opened at the end; by default it is.
-            continue_final_message: whether the answer continues the last message instead.
+            continue_final_message: whether the answer continues the last message instead; so does one with
+                "prefix": true.
             tools: functions that the model may call, as the template is shown them. What it calls stays text.
             chat_template_kwargs: further variables of the template, such as enable_thinking.
 
@@ -145,27 +147,34 @@ class LLM:
         _require("chat_template_kwargs", chat_template_kwargs, optional(OBJECT))
         if continue_final_message and add_generation_prompt:
             raise InputError("add_generation_prompt", got="`continue_final_message` too", expected="one of them")
-        make = partial(
-            Conversation,
-            tools=tools,
-            opens_answer=not continue_final_message if add_generation_prompt is None else add_generation_prompt,
-            continues=continue_final_message,
-            variables=chat_template_kwargs or {},
-        )
+
+        def make(read: list[Message]) -> Conversation:
+            continues = continue_final_message or (not add_generation_prompt and is_continued(read))
+            return Conversation(
+                messages=read,
+                tools=tools,
+                opens_answer=not continues if add_generation_prompt is None else add_generation_prompt,
+                continues=continues,
+                variables=chat_template_kwargs or {},
+            )
+
         found = self._prompts_of(messages, make, chat_template)
         return self._run(found, _one_each(sampling_params, len(found)), progress if use_tqdm else False)
 
-    def _prompts_of(self, given: Any, make: Callable[..., Conversation], chat_template: str | None) -> list[Prompt]:
-        tokenizer = self.engine.tokenizer
+    def _prompts_of(
+        self, given: Any, make: Callable[[list[Message]], Conversation], chat_template: str | None
+    ) -> list[Prompt]:
+        tokenizer, thinking = self.engine.tokenizer, self._thinking
         if chat_template is not None:
             tokenizer = tokenizer.with_template(chat_template)
+            thinking = Thinking(tokenizer)
         tokenizer.template_source()  # refuses a model without one
         several = isinstance(given, (list, tuple)) and all(isinstance(each, (list, tuple)) for each in given)
         named = [(f"messages[{at}]", each) for at, each in enumerate(given)] if several else [("messages", given)]
         prompts = []
         for where, each in named:
-            conversation = make(messages=read_messages(each, None, where))
-            prompt = conversation.prompt(tokenizer, self._thinking)
+            conversation = make(read_messages(each, None, where))
+            prompt = conversation.prompt(tokenizer, thinking)
             prompts.append(Prompt(prompt.token_ids, prompt.text))
         return prompts
 

@@ -9,7 +9,7 @@ from eightfold.engine import conversation
 from eightfold.engine.conversation import Prompt
 from eightfold.engine.reasoning import Thinking
 from eightfold.errors import EightfoldError
-from eightfold.messages import MessageError, read_messages
+from eightfold.messages import MessageError, is_continued, read_messages
 from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.server.template_variables import template_variables
 from eightfold.tokenizer import Tokenizer
@@ -47,8 +47,7 @@ def read_conversation(fields: Fields, template: str | None, tools: Sequence[Any]
         messages = read_messages(given, None)
     except MessageError as error:
         raise refused(error, param="messages") from None
-    # DeepSeek's API says the same in the message itself.
-    continues = fields.read("continue_final_message", SWITCH, False) or given[-1].get("prefix") is True
+    continues = fields.read("continue_final_message", SWITCH, False) or is_continued(messages)
     opens_answer = fields.read("add_generation_prompt", SWITCH, not continues)
     if continues and opens_answer:
         message = "continue_final_message: got true beside add_generation_prompt, expected only one of them"
