@@ -182,6 +182,31 @@ def test_what_leaves_no_choice_is_cut_as_the_model_knows_it(tmp_path):
     assert [tokenizer.piece(token) for token in ids] == ["the", "Ġa", "</", "th", *"ink>", "Ġthe"]
 
 
+def test_ctrl_c_while_llguidance_asks_for_tokens_is_not_a_fault_of_the_form(tmp_path, monkeypatch):
+    tokenizer = save(tmp_path, byte_level(inside=False))
+    vocab = tokenizer._fast.get_vocab_size()
+    compiler = GrammarCompiler(tokenizer, vocab, frozenset({id_of(tokenizer, "</s>")}))
+    grammar = compiler.compile(StructuredOutput(regex="[ax]the end"))
+    grammar.accept(id_of(tokenizer, "x"))
+    cut = FormTokens._cut
+    stops = iter([KeyboardInterrupt, None])
+    monkeypatch.setattr(FormTokens, "_cut", lambda self, text: interrupted(next(stops, None)) or cut(self, text))
+    with pytest.raises(KeyboardInterrupt):
+        allowed(grammar, vocab)
+    assert allowed(grammar, vocab) == [id_of(tokenizer, "the")]
+    assert grammar.failure is None
+    broken = compiler.compile(StructuredOutput(regex="[ax]the end"))
+    broken.accept(id_of(tokenizer, "x"))
+    monkeypatch.setattr(FormTokens, "_cut", lambda self, text: interrupted(RuntimeError))
+    allowed(broken, vocab)
+    assert broken.failure is not None
+
+
+def interrupted(stop: type[BaseException] | None) -> None:
+    if stop is not None:
+        raise stop
+
+
 def test_a_stop_token_is_no_text_even_if_it_is_an_ordinary_one(tmp_path):
     tokenizer = save(tmp_path, byte_level(inside=False))
     vocab, stop = tokenizer._fast.get_vocab_size(), id_of(tokenizer, "the")

@@ -28,14 +28,14 @@ class Vocabulary(NamedTuple):
     size: int
     stop_ids: list[int]
 
-    def load(self, library: Any) -> Any:
-        """Return llguidance's tokenizer.
+    def load(self, library: Any) -> tuple[Any, FormTokens]:
+        """Return llguidance's tokenizer, and the tokens that it is made of.
 
         Raises:
             ValueError: it is not known how the tokens spell text.
         """
         tokens = FormTokens(self)
-        return library.LLTokenizer(tokens, eos_token=tokens.ends)
+        return library.LLTokenizer(tokens, eos_token=tokens.ends), tokens
 
 
 class FormTokens:
@@ -53,6 +53,7 @@ class FormTokens:
     def __init__(self, vocabulary: Vocabulary) -> None:
         from tokenizers import Tokenizer
 
+        self._stopped: BaseException | None = None
         content = json.loads(vocabulary.text)
         spelling = _Spelling(content.get("decoder"))
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
@@ -68,7 +69,22 @@ class FormTokens:
         self.eos_token_id = self.ends[0]
 
     def __call__(self, text: str) -> list[int]:
-        """Return the tokens that spell a text."""
+        """Return the tokens that spell a text. llguidance calls this, and would take Ctrl-C for a fault of the form."""
+        try:
+            return self._cut(text)
+        except BaseException as stop:
+            if isinstance(stop, Exception) or type(stop).__name__ == "PanicException":  # a fault of the tokenizer
+                raise
+            self._stopped = stop
+            return self._cut(text)
+
+    def raise_stopped(self) -> None:
+        """Raise what came while llguidance called."""
+        if self._stopped is not None:
+            stop, self._stopped = self._stopped, None
+            raise stop
+
+    def _cut(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         content = text.encode()
         if max(ids, default=0) < len(self.tokens) and b"".join([self.tokens[token] for token in ids]) == content:

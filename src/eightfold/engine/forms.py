@@ -277,7 +277,7 @@ def serve(number: int, vocabulary: int) -> None:
     with os.fdopen(vocabulary, "rb") as file:
         file.seek(0)
         size, stop_ids = json.loads(file.readline())
-        tokenizer = Vocabulary(file.read().decode(), size, stop_ids).load(llguidance)
+        tokenizer, _ = Vocabulary(file.read().decode(), size, stop_ids).load(llguidance)
     with contextlib.suppress(OSError):
         os.nice(_NICE)
     orders.settimeout(_IDLE_SECONDS)

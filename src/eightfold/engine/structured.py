@@ -15,7 +15,7 @@ from weakref import WeakMethod, WeakSet
 
 import numpy as np
 
-from eightfold.engine.form_tokens import Vocabulary
+from eightfold.engine.form_tokens import FormTokens, Vocabulary
 from eightfold.engine.forms import Trial, build, refusal, why
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import CapacityError, DependencyError, InputError, UnsupportedError
@@ -41,6 +41,7 @@ class Form:
     Attributes:
         name: the field of StructuredOutput that it comes from.
         matcher: llguidance's, at the beginning of an answer.
+        tokens: what it calls to cut a text into tokens.
         compiled_bytes: what it took when it was compiled.
         mask_seconds: spent on its masks since then.
         used: time.monotonic when it was last asked for.
@@ -48,6 +49,7 @@ class Form:
 
     name: str
     matcher: Any
+    tokens: FormTokens
     compiled_bytes: int
     mask_seconds: float = 0.0
     used: float = 0.0
@@ -135,7 +137,8 @@ class Grammar:
         return self.failure is None
 
     def _look(self) -> None:
-        """Notice that llguidance has given up."""
+        """Notice that llguidance has given up, or was interrupted."""
+        self._form.tokens.raise_stopped()
         if self.failure is None and self._matcher.is_error():
             self.failure = str(refusal(self._form.name, why(self._matcher), "one that can be kept to until it ends"))
 
@@ -165,7 +168,7 @@ class GrammarCompiler:
         self._trial = Trial(vocabulary)
         self._trial.start()
         try:
-            self._tokenizer = vocabulary.load(self._library)
+            self._tokenizer, self._tokens = vocabulary.load(self._library)
         except Exception as error:  # of both libraries
             self._trial.end()
             path = tokenizer.directory / "tokenizer.json"
@@ -235,7 +238,8 @@ class GrammarCompiler:
     def _compile(self, name: str, value: Any) -> Form:
         try:
             size = self._trial.require(name, value)
-            form = Form(name, build(self._library, self._tokenizer, name, value).matcher, size)
+            form = Form(name, build(self._library, self._tokenizer, name, value).matcher, self._tokens, size)
+            self._tokens.raise_stopped()
         except UnsupportedError:
             raise
         except Exception as error:
