@@ -203,6 +203,17 @@ def test_thoughts_are_an_item_of_their_own_as_text_or_as_a_summary(ask):
     assert "content" not in thought
 
 
+def test_thoughts_go_on_with_the_conversation_from_either_place(ask):
+    whole, running = ask("<think>\nHm.\n</think>\n\nYes.", MESSAGES)
+    for fields in ({}, {"reasoning": {"summary": "auto"}}):
+        first = whole(**fields)
+        whole("Sure?", previous_response_id=first["id"])
+        expected = "user: Hi\nassistant: <think>Hm.</think>Yes.\nuser: Sure?\n"
+        assert prompt_of(running) == expected
+        whole([{"role": "user", "content": "Hi"}, *first["output"], {"role": "user", "content": "Sure?"}])
+        assert prompt_of(running) == expected
+
+
 def test_logprobs_are_those_of_the_text(ask):
     whole, _ = ask("Hello!")
     found = whole(include=["message.output_text.logprobs"], top_logprobs=1)
@@ -471,6 +482,7 @@ USER = {"role": "user", "content": "a"}
          "input[0].content[0].type: got 'text', expected reasoning_text"),
         ({"input": [{"type": "item_reference"}]}, "input", "input[0].id: got null, expected a text"),
         ({"input": [{**USER, "id": 5}]}, "input", "input[0].id: got 5, expected a text"),
+        ({"input": [{**USER, "status": "late"}]}, "input", "input[0].status: got 'late', expected in_progress,"),
         ({"input": [USER] * 4097}, "input", "input: got 4097 items, expected at most 4096"),
         ({"instructions": 5}, "instructions", "instructions: got 5, expected a text"),
         ({"tools": {}}, "tools", "tools: got an object, expected a list"),
@@ -489,6 +501,7 @@ USER = {"role": "user", "content": "a"}
          "tool_choice.tools", "tool_choice.tools[0].name: got 'f', expected the name of one of tools"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls", "parallel_tool_calls: got 'no', expected true or false"),
         ({"text": "a"}, "text", "text: got 'a', expected an object"),
+        ({"text": {"verbosity": 5}}, "text.verbosity", "text.verbosity: got 5, expected a text"),
         ({"text": {"format": "json"}}, "text.format", "text.format: got 'json', expected an object"),
         ({"text": {"format": {"type": "xml"}}}, "text", "text.format: got 'xml', expected type text, json_object"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text", "text.format: expected"),
@@ -539,12 +552,14 @@ def test_what_is_wrong_is_named_as_the_request_has_it(ask, fields, param, messag
 
 
 def test_hints_and_what_changes_nothing_are_accepted(ask):
-    whole, _ = ask()
+    whole, running = ask()
     whole(
         background=False, stream_options={"include_obfuscation": False}, service_tier="auto", max_tool_calls=3,
         include=["reasoning.encrypted_content"], tool_choice="none", n=1, prompt_cache_retention="24h",
-        text={"verbosity": "low"}, context_management=[],
+        text={"verbosity": "low", "format": None}, context_management=[], instructions="",
+        reasoning={"effort": None, "summary": None}, tools=None, metadata=None,
     )  # fmt: skip
+    assert prompt_of(running) == "user: Hi\n"
 
 
 def test_the_tokens_of_a_request_can_be_counted(ask):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from eightfold.messages import Message
 from eightfold.server.fields import ApiError, bad_request, demand, wrong
-from eightfold.values import LIST, OBJECT, STRING, WORDS, shown_as_json
+from eightfold.values import LIST, OBJECT, STRING, WORDS, choice, shown_as_json
 
 Item = dict[str, Any]
 
@@ -23,6 +23,7 @@ MAX_ITEMS = 4096
 _SYSTEM = ("system", "developer")
 _ROLES = ("user", "system", "developer", "assistant")
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}  # and their names in chats
+_STATUS = choice("in_progress", "completed", "incomplete")
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 _KINDS = (*_PREFIXES, "item_reference")
 
@@ -89,7 +90,9 @@ def _named(where: str, kind: str, given: Item) -> Item:
     """Return the beginning of an item: its id, its type and that it is complete."""
     name = given.get("id")
     name = new_id(kind) if name is None else demand(f"{where}.id", name, WORDS)
-    return {"id": name, "type": kind, "status": given.get("status") or "completed"}
+    status = given.get("status")
+    status = "completed" if status is None else demand(f"{where}.status", status, _STATUS)
+    return {"id": name, "type": kind, "status": status}
 
 
 def _message(where: str, given: Item) -> Item:
@@ -149,7 +152,7 @@ class Transcript:
         self._places = dict[str, str]()  # of a message in errors -> of the item
         self._calls = set[str]()
         self._takes_system = False
-        if instructions is not None:
+        if instructions:
             self._open("instructions", {"role": "system", "content": instructions}, content="instructions")
             self._takes_system = True
         for where, item in items:
@@ -196,7 +199,7 @@ class Transcript:
             self._open(where, {"role": role, "content": content}, content=place)
 
     def _think(self, where: str, item: Item) -> None:
-        text = "\n".join(part["text"] for part in item["content"] or item["summary"])
+        text = "\n".join(part["text"] for part in item.get("content") or item["summary"])
         if text:
             message = self._assistant(where, "content", "tool_calls", "reasoning_content")
             message["reasoning_content"] = text

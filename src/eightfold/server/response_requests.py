@@ -104,7 +104,7 @@ class _Reader:
             "model": served.names[0],
             "reasoning": self._reasoning,
             "store": keep is not None,
-            "text": {"format": {"type": "text"}, **text},
+            "text": {**text, "format": text.get("format") or {"type": "text"}},
             "top_logprobs": top,
             "truncation": "auto" if self._truncates else "disabled",
         }
@@ -209,6 +209,8 @@ def _form(fields: Fields) -> dict[str, Any]:
     """Return the form that `text` asks for, as a chat has it, if it asks for one."""
     text = fields.inside("text")
     form = None if text is None else text.read("format")
+    if text is not None:
+        text.read("verbosity")  # only a hint
     if form is None:
         return {}
     if fields.any("response_format") is not None:
