@@ -246,3 +246,16 @@ def test_alternatives_with_a_discriminator_exclude_each_other():
 def test_a_schema_that_refers_to_itself_may_be_described_where_it_does():
     node = {"type": "object", "properties": {"next": {"$ref": "#", "description": "or none", "title": "Next"}}}
     assert takes(node, {"next": {"next": {}}}, {"next": {"z": 1}}) == [True, False]
+
+
+def test_a_union_of_models_may_refer_to_itself():
+    """As pydantic writes pets that have pets."""
+    cat = {"properties": {"kind": {"const": "cat", "default": "cat", "title": "Kind"}}, "title": "Cat"}
+    dog = {"properties": {"kind": {"const": "dog"}, "friend": {"anyOf": [{"$ref": "#/$defs/Pet"}, {"type": "null"}]}}}
+    mapping = {"cat": "#/$defs/Cat", "dog": "#/$defs/Dog"}
+    one = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}], "title": "Animal"}
+    one["discriminator"] = {"propertyName": "kind", "mapping": mapping}
+    pet = {"type": "object", "properties": {"animal": one}, "required": ["animal"]}
+    parameters = {"$ref": "#/$defs/Pet", "$defs": {"Cat": cat, "Dog": dog, "Pet": pet}}
+    values = [{"animal": {"kind": kind, "friend": {"animal": {"kind": "cat"}}}} for kind in ("dog", "cat")]
+    assert takes(parameters, *values) == [True, False]

@@ -175,7 +175,7 @@ def fenced(source: Source, schemas: Schemas) -> Reading[Calls | None]:
 def _functions(source: Source, schemas: Schemas) -> Reading[Calls | None]:
     found = Calls()
     while (yield from source.peek()) == "<" and (yield from source.take("<function=")):
-        calls = yield from function(source, schemas)
+        calls = yield from _function(source, schemas)
         if calls is None:
             return None
         found += calls
@@ -183,7 +183,19 @@ def _functions(source: Source, schemas: Schemas) -> Reading[Calls | None]:
 
 
 def function(source: Source, schemas: Schemas) -> Reading[Calls | None]:
-    """Read <function=NAME><parameter=NAME>value</parameter>...</function>, from the name on."""
+    """Read <function=NAME><parameter=NAME>value</parameter>...</function>, from the name on.
+
+    Models forget the <tool_call> before it more often than the </tool_call> behind it, which is no text then.
+    """
+    found = yield from _function(source, schemas)
+    behind = source.at
+    if found is not None and (yield from source.peek()) == "<" and (yield from source.take("</tool_call>")):
+        return found
+    source.at = behind
+    return found
+
+
+def _function(source: Source, schemas: Schemas) -> Reading[Calls | None]:
     name = yield from source.run(_NAME)
     if not name or len(name) > _MOST_NAME or not (yield from source.take(">")):
         return None
@@ -285,11 +297,14 @@ def mistral(source: Source, schemas: Schemas) -> Reading[Calls | None]:
 DEEPSEEK = tuple(f"<｜tool▁{part}｜>" for part in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep"))
 _CALLS_BEGIN, _CALLS_END, _CALL_BEGIN, _CALL_END, _SEP = DEEPSEEK
 
+# How models write the first where it is no token for them.
+DEEPSEEK_BEGINS = (_CALLS_BEGIN, "<｜tool_calls_begin｜>", "<｜tool calls begin｜>", "<｜tool▁calls｜>")
+
 
 def deepseek(source: Source, schemas: Schemas) -> Reading[Calls | None]:
     """Read the calls behind the marker that begins all of them."""
     found = Calls()
-    while (yield from source.peek()) == "<" and (yield from source.take(_CALL_BEGIN)):
+    while ((yield from source.peek()) == "<" and (yield from source.take(_CALL_BEGIN))) or not found:
         calls = yield from deepseek_call(source, schemas)
         if calls is None:
             return None

@@ -85,7 +85,8 @@ _PYTHONIC = Family(
 )
 _NEMOTRON = Family({"<TOOLCALL>": markup.between("<TOOLCALL>", "</TOOLCALL>")}, other_markers=("</TOOLCALL>",))
 _DEEPSEEK = Family(
-    {markup.DEEPSEEK[0]: markup.deepseek, markup.DEEPSEEK[2]: markup.deepseek_call}, other_markers=markup.DEEPSEEK
+    {**dict.fromkeys(markup.DEEPSEEK_BEGINS, markup.deepseek), markup.DEEPSEEK[2]: markup.deepseek_call},
+    other_markers=markup.DEEPSEEK,
 )
 
 # The names are vLLM's where it has the parser.

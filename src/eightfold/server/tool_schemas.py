@@ -33,11 +33,15 @@ _SAYS = frozenset(
     ("additionalProperties", "patternProperties", "unevaluatedProperties")
 )  # what else an object may have
 
-# Of no use where the schema goes, or to nobody but a reader.
-_LEFT_OUT = frozenset(
-    ("$defs", "definitions", "$id", "$anchor", "$schema", "$comment", "title", "description", "default", "examples",
-     "deprecated")
+# What else says something of a value. Other keywords, such as a title or a discriminator, are left out: beside a
+# reference that leads back to itself, llguidance takes them for a further condition and refuses the schema.
+_CONDITIONS = frozenset(
+    ("$ref", "$dynamicRef", "$recursiveRef", "const", "enum", "type", "required", "dependentRequired", "dependencies",
+     "minProperties", "maxProperties", "minItems", "maxItems", "uniqueItems", "minContains", "maxContains",
+     "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
+     "multipleOf")
 )  # fmt: skip
+_KEPT = (_CONDITIONS | _BY_NAME | _IN_LISTS | _ALONE) - {"$defs", "definitions"}
 
 
 class _Place(NamedTuple):
@@ -98,14 +102,14 @@ class _Tool:
 
     def arguments(self) -> Schema:
         place, seen = self._root, set[int]()
-        while place.schema.keys() - _LEFT_OUT == {"$ref"} and id(place.schema) not in seen:
+        while place.schema.keys() & _KEPT == {"$ref"} and id(place.schema) not in seen:
             seen.add(id(place.schema))
             place = self._resolve(place.schema["$ref"], place)
             if not isinstance(place.schema, dict):
                 break
         if not isinstance(place.schema, dict) or id(place.schema) in seen:
             raise self._wrong("references that lead to no object's schema", "an object's schema")
-        if not place.schema.keys() - _LEFT_OUT - {"type"} and self._is_object(place.schema):
+        if not place.schema.keys() & _KEPT - {"type"} and self._is_object(place.schema):
             return dict(NO_ARGUMENTS)
         if not self._is_object(place.schema):
             raise self._wrong(f"type {shown_as_json(place.schema['type'])}", 'type "object"')
@@ -133,7 +137,7 @@ class _Tool:
         parts = _CLOSED if leaves_it else _Way(False, way.below)
         found = Schema()
         for key, value in schema.items():
-            if key in _LEFT_OUT:
+            if key not in _KEPT:
                 continue
             within = _UNTOUCHED if key in _TESTS else parts if key in _IN_PLACE else _Way(way.below, way.below)
             if key == "$ref":
