@@ -71,20 +71,17 @@ def events(*deltas: dict[str, Any] | None, ends: str | None = "stop", done: bool
     return "".join([*lines, "data: [DONE]\n\n" if done else ""])
 
 
-def replace_answers(page: Any, *bodies: str, **options: Any) -> list[dict[str, Any]]:
-    """Have the next requests for answers be answered with these streams, and later ones by the server; return them."""
-    asked: list[dict[str, Any]] = []
+def replace_answers(page: Any, *bodies: str) -> None:
+    """Have the next requests for answers be answered with these streams, and later ones by the server."""
     left = list(bodies)
 
     def handle(route: Any) -> None:
-        asked.append(route.request.post_data_json)
         if left:
-            route.fulfill(body=left.pop(0), content_type="text/event-stream", **options)
+            route.fulfill(body=left.pop(0), content_type="text/event-stream")
         else:
             route.continue_()
 
     page.route(CHAT, handle)
-    return asked
 
 
 def picture(page: Any, name: str) -> None:

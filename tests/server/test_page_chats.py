@@ -107,6 +107,25 @@ def test_a_new_chat_begins_also_while_an_answer_comes(serve, open_page):
     assert turns(page)[1] in "word " * 60
 
 
+def test_an_answer_that_was_left_does_not_end_the_next(serve, open_page):
+    running = serve(stuck=True)
+    page = open_page(running)
+    say(page, "First")
+    assert eventually(lambda: len(running.engine.open) == 1)
+    page.keyboard.press("Control+Shift+O")
+    say(page, "Second")
+    assert eventually(lambda: running.engine.ended["aborted"] == 1 and len(running.engine.open) == 1)
+    page.get_by_role("button", name="First").wait_for()
+    assert page.get_by_role("button", name="Stop").is_visible()
+    running.engine.stuck = False
+    answered(page)
+    assert turns(page) == ["Second", "Hello!"]
+    page.get_by_role("button", name="First").click()
+    page.get_by_role("button", name="Ask again").click()
+    answered(page)
+    assert turns(page) == ["First", "Hello!"]
+
+
 def test_a_chat_is_deleted_only_when_that_is_confirmed(serve, open_page):
     page = open_page(serve())
     seed(page, exchange("Hi", "Hello"))
