@@ -208,7 +208,7 @@ function abandon() {
 }
 
 function busy(is) {
-  if (is && document.activeElement === $("send")) $("say").focus();
+  if (is && document.activeElement === $("send")) focusBox();
   if (!is && document.activeElement === $("stop")) focusBox();
   $("stop").hidden = !is;
   $("send").hidden = is;
