@@ -31,6 +31,7 @@ MAX_WAITING = 64
 # add_bos_token and add_eos_token of tokenizer_config.json, and not by tokenizer.json's post-processor.
 LLAMA_CLASSES = ("LlamaTokenizerFast", "LlamaTokenizer", "CodeLlamaTokenizerFast", "CodeLlamaTokenizer")
 _LLAMA_MODELS = ("llama", "mistral")  # model_type of models that get the first where they name no class
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}  # of these classes
 
 T = TypeVar("T")
@@ -225,6 +226,12 @@ class Tokenizer:
         other.__dict__.pop("_templates", None)  # those that were read
         return other
 
+    def description(self) -> dict[str, Any]:
+        """Return what tokenizer_config.json says, with special tokens as texts and ids; None where there is none."""
+        special = {name: self._special_tokens.get(name) for name in _SPECIAL}
+        ids = {f"{name}_id": None if text is None else self._fast.token_to_id(text) for name, text in special.items()}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings, **special, **ids}
+
     def _with_template(self, work: Callable[[str], T], *, with_tools: bool = False) -> T:
         """Return what work on one of the chat templates returns, with errors that say what is wrong with it."""
         source = self.template_source(with_tools=with_tools)
@@ -285,7 +292,7 @@ class Tokenizer:
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
         found = {}
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        for name in _SPECIAL:
             token = self._settings.get(name)
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str):

@@ -26,6 +26,7 @@ from eightfold.server.keys import Keys
 from eightfold.server.logs import GONE, Record, request_id
 from eightfold.server.metrics import CONTENT_TYPE
 from eightfold.server.not_served import instead
+from eightfold.server.openapi import description
 from eightfold.server.requests import read_chat, read_completion
 from eightfold.server.responses import Responses
 from eightfold.server.service import Service
@@ -65,10 +66,11 @@ class Generating:
 
 
 class Endpoints:
-    """Models, tokens, health, metrics and version."""
+    """Models, tokens, health, metrics, version and what is served."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self.served: list[tuple[str, str]] = []  # methods and paths
 
     async def models(self, request: Request) -> Response:
         names = self._service.settings.model_names
@@ -127,6 +129,15 @@ class Endpoints:
                 raise wrong(f"tokens[{at}]", token, _TOKEN.name)
         return {"prompt": self._service.tokenizer.decode(ids, keep_special=keep)}
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        service = self._service
+        known = await service.in_thread(request.state.record, service.tokenizer.description)
+        return JSONResponse({**known, "model_max_length": service.max_model_len, "chat_template": service.template})
+
+    async def openapi(self, request: Request) -> Response:
+        needs_key = bool(self._service.settings.api_keys)
+        return JSONResponse(description(self.served, needs_key=needs_key, open_paths=_OPEN))
+
     async def health(self, request: Request) -> Response:
         if self._service.limiter.is_draining:
             return JSONResponse({"status": "stopping"}, 503)
@@ -166,10 +177,13 @@ def create_app(service: Service) -> ASGIApp:
         Route("/tokenize", small.tokenize, methods=["POST"]),
         Route("/detokenize", small.detokenize, methods=["POST"]),
         Route("/render", page.render, methods=["POST"]),
+        Route("/tokenizer_info", small.tokenizer_info, methods=["GET"]),
+        Route("/openapi.json", small.openapi, methods=["GET"]),
         Route("/health", small.health, methods=["GET"]),
         Route("/metrics", small.metrics, methods=["GET"]),
         Route("/version", small.version, methods=["GET"]),
     ]
+    small.served = [(method, route.path) for route in routes for method in sorted(route.methods or ())]
     routes += [_without_version(route) for route in routes if route.path.startswith(_VERSION)]
     app: ASGIApp = Gateway(Router(routes, redirect_slashes=False), service, (route.path for route in routes))
     origins = service.settings.cors_origins
