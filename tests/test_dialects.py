@@ -123,10 +123,25 @@ def test_a_call_without_arguments_has_none():
     assert '"arguments": {}}' in rendered(QWEN, [USER, {"role": "assistant", "tool_calls": [call]}])
 
 
-@pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": 1', "[1]", "5", [1], 5, '{"a": ' + "[" * 100_000])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"a": float("nan")},
+        {"a": {1}},
+        '{"a": NaN}',
+        '{"a": 1e999}',
+        '{"a": 1',
+        "[1]",
+        "5",
+        [1],
+        5,
+        '{"a": ' + "[" * 100_000,
+    ],
+)
 def test_arguments_that_are_none_are_refused(arguments):
+    place = r"messages\[1\]\.tool_calls\[0\]\.function\.arguments"
     for template in (QWEN, DEEPSEEK_3, None):
-        with pytest.raises(MessageError, match=r"^messages\[1\]\.tool_calls\[0\]\.function\.arguments: got .*, expected a JSON object$"):  # fmt: skip  # noqa: E501
+        with pytest.raises(MessageError, match=rf"^{place}: got .*, expected a JSON object$"):
             read_messages([USER, called(arguments)], template)
 
 

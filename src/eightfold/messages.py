@@ -125,7 +125,8 @@ def _call(where: str, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     _arguments(f"{where}.function.arguments", arguments)
     # Where a template wants text, it gets the text that the model wrote.
-    function = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+    called = _demand(f"{where}.function.name", function["name"], STRING)
+    function = {"name": called, "arguments": {} if arguments is None else arguments}
     name = call.get("id")
     known = {} if name is None else {"id": _demand(f"{where}.id", name, STRING)}
     return {**known, "type": "function", "function": function}
@@ -139,6 +140,10 @@ def _arguments(where: str, arguments: Any) -> dict[str, Any]:
         except (ValueError, RecursionError):
             raise MessageError(where, got="text that is not JSON", expected="a JSON object") from None
     checked: dict[str, Any] = _demand(where, {} if arguments is None else arguments, _JSON_OBJECT)
+    try:
+        json.dumps(checked, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # of a program: JSON itself has no such values
+        raise MessageError(where, got="an object that JSON cannot hold", expected="a JSON object") from None
     return checked
 
 
