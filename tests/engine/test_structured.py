@@ -426,6 +426,55 @@ BAD: Sequence[tuple[dict[str, Any], str]] = [
 ]
 
 
+IMPOSSIBLE: Sequence[dict[str, Any]] = [
+    {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    {"enum": []},
+    {"type": []},
+    {"anyOf": [False]},
+    {"type": "string", "minLength": 3, "maxLength": 2},
+    {"type": "string", "pattern": "^a$", "minLength": 2},
+    {"type": "string", "format": "date", "maxLength": 3},
+    {"allOf": [{"type": "string", "pattern": "^a"}, {"pattern": "^b"}]},
+    {"type": "integer", "minimum": 5, "maximum": 4},
+    {"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 1},
+    {"type": "integer", "multipleOf": 10, "minimum": 1, "maximum": 9},
+    {"const": "a", "type": "integer"},
+    {"enum": [1, 2], "type": "string"},
+    {"type": "array", "minItems": 3, "maxItems": 2},
+    {"type": "array", "items": False, "minItems": 1},
+    {"type": "object", "required": ["a"], "additionalProperties": False},
+    {"type": "object", "required": ["a"], "properties": {"a": {"enum": []}}},
+    {"$ref": "#"},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *({"json_schema": json.dumps(schema)} for schema in (*IMPOSSIBLE, False)),
+        {"regex": r"[^\s\S]"},
+        {"regex": r"ab[^\s\S]c"},
+        {"grammar": "start: a\na: a"},
+        {"grammar": "start: A\nA: /a/ & /b/"},
+    ],
+)
+def test_a_form_that_no_text_has_is_refused_when_it_is_compiled(compiler, form):
+    expected = (
+        r"^structured \w+: got (Unsatisfiable schema: .*|a form in which no token can come next), expected a form"
+    )
+    with pytest.raises(InputError, match=expected + " that some text has$"):
+        compiler.compile(StructuredOutput(**form))
+
+
+def test_a_schema_that_is_true_is_any_json(tokenizer, compiler):
+    ends = {tokenizer.encode(character)[0]: 6.0 for character in '}]"'}
+    grammar = compiler.compile(StructuredOutput(json_schema="true"))
+    text, end = write(tokenizer, grammar, VOCAB, EOS, 3, logit_bias=ends)
+    assert end == "stop"
+    json.loads(text)
+
+
 @pytest.mark.parametrize(("form", "pattern"), BAD)
 def test_bad_forms_are_refused_in_one_line(compiler, form, pattern):
     with pytest.raises(InputError) as caught:
@@ -534,7 +583,7 @@ def test_large_forms_that_are_fair_are_taken(tokenizer, compiler):
 def test_a_slow_form_delays_no_other(compiler):
     def ask() -> None:
         with pytest.raises(InputError):
-            compiler.compile(StructuredOutput(**EXPLOSIVE["an intersection"]))
+            compiler.compile(StructuredOutput(grammar=EXPLOSIVE["an intersection"]["grammar"] + "\n# not seen yet"))
 
     slow = threading.Thread(target=ask)
     compiler.compile(StructuredOutput(choices=("z",)))

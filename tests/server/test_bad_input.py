@@ -193,6 +193,8 @@ def test_fields_that_make_no_sense(untouched, field, value, message):
         {"guided_json": {"type": "no such type"}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://elsewhere/x"}}}},
         {"guided_regex": "a[^\\s\\S]"},
+        {"guided_json": False},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": False}}},
         {"guided_json": {"allOf": [{"type": "string"}, {"type": "integer"}]}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": []}}}},
     ],

@@ -44,6 +44,8 @@ _STATES = 50_000  # of a lexer, while tokens are chosen: about 200 bytes each
 
 _VALUES = ("const", "enum", "default", "example", "examples")  # keys of a schema that hold no schemas
 
+_OF_SWITCHES = {"true": "{}", "false": '{"allOf": [false]}'}  # schemas that are no objects: anything, nothing
+
 # JSON has at most so much space between two symbols, or a small model may go on with spaces for ever.
 _JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
 
@@ -111,7 +113,7 @@ def _source(make: Any, name: str, value: Any) -> str:
         return str(make.grammar_from_lark(value))
     if name == "choices":
         return str(make.grammar_from_lark("start: " + " | ".join(map(json.dumps, value))))
-    schema = value if name == "json_schema" else '{"type": "object"}'
+    schema = _OF_SWITCHES.get(value, value) if name == "json_schema" else '{"type": "object"}'
     return str(make.grammar_from_json_schema(schema, defaults=_JSON_OPTIONS))
 
 

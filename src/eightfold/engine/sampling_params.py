@@ -220,7 +220,7 @@ def _require_schema(text: str) -> None:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError("structured json_schema", got=str(error), expected="a JSON object") from None
-    _require("structured json_schema", schema, Kind((dict,), "a JSON object"))
+    _require("structured json_schema", schema, Kind((dict, bool), "a JSON object"))
 
 
 def biases_by_id(given: Mapping[str, Any]) -> dict[int, Any] | None:

@@ -58,7 +58,7 @@ def asked_form(fields: Fields) -> Form | None:
     """Return the form that a request asks for, as it stands there, but grammars in llguidance's Lark."""
     found = [Form(fields.spelled(name), ours, fields.read(name)) for name, ours in _FORMS.items()]
     found += [*_response_format(fields), *_structured_outputs(fields)]
-    forms = [form for form in found if form.value is not None and form.value is not False and form.value != ""]
+    forms = [form for form in found if form.value not in (None, "") and form[1:] != ("json_object", False)]
     if len(forms) > 1:
         names = " and ".join(form.field for form in forms)
         raise bad_request(f"structured output: got more than one form: {names}. Give one.", param=forms[1].field)
