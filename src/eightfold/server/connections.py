@@ -30,9 +30,9 @@ log = logging.getLogger("eightfold.server")
 HEAD_SECONDS = 10.0
 # A connection whose answers wait has to take so many bytes in that time.
 STALL_SECONDS, STALL_BYTES = 30.0, 4096
-# After the end of what a client sends: the time until it is asked whether it is there, and between two such questions;
-# and the time in which an answer of HTTP/1.0 has to begin.
-PROBE_SECONDS, PROBE_AGAIN_SECONDS, SILENT_SECONDS = 2.0, 10.0, 10.0
+# After the end of what a client sends: the time until it is asked whether it is there, between two such questions, and
+# until its system has said no; and the time in which an answer of HTTP/1.0 has to begin.
+PROBE_SECONDS, PROBE_AGAIN_SECONDS, REPLY_SECONDS, SILENT_SECONDS = 3.0, 10.0, 0.25, 10.0
 LOG_SECONDS = 10.0  # between two lines about connections that were closed
 MOST_CONNECTIONS = 4096
 _DESCRIPTORS = 4 * MOST_CONNECTIONS
@@ -116,8 +116,7 @@ class Connection(H11Protocol):
         self._waits_since: float | None = None  # for the rest of a head
         self._unread, self._unread_since = 0, 0.0  # bytes that wait for the client, and since when
         self._was_resumed = False
-        self._ended_at: float | None = None  # when its client closed its sending side
-        self._probe_at = 0.0  # when we next have to see whether it is still there
+        self._has_ended = False  # its client has closed its sending side
 
     @property
     def is_idle(self) -> bool:
@@ -147,14 +146,15 @@ class Connection(H11Protocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Go on with answers to requests that have arrived; else let the connection be closed."""
-        if self.answers and self._ended_at is None:
-            self._ended_at = time.monotonic()
-            self._probe_at = self._ended_at + PROBE_SECONDS
+        if self.answers and not self._has_ended:
+            self._has_ended = True
+            speaks_1_1 = self.scope["http_version"] == "1.1"
+            self.loop.call_later(PROBE_SECONDS if speaks_1_1 else SILENT_SECONDS, self._probe, speaks_1_1)
         return self.answers
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.is_idle and self._ended_at is not None:
+        if self.is_idle and self._has_ended:
             self.transport.close()
         elif self.is_idle and self.conn.trailing_data[0]:  # the next head has begun
             self._waits_since = time.monotonic()
@@ -165,8 +165,8 @@ class Connection(H11Protocol):
 
     def look(self, now: float) -> None:
         """Close it if its client takes too long to send a head or to read an answer, or has left."""
-        if self._ended_at is not None and self.answers:
-            self._probe(now, self._ended_at)
+        if self._has_ended:
+            self._leave_if_reset()
         if self._waits_since is not None and now - self._waits_since > HEAD_SECONDS:
             self._waits_since = None
             self._crowd.note("no request in time")
@@ -181,19 +181,26 @@ class Connection(H11Protocol):
             self.transport.abort()
         self._unread = max(self._unread, unread)
 
-    def _probe(self, now: float, ended_at: float) -> None:
-        """See whether a client that sends nothing more is still there."""
-        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()
-        elif self.cycle.response_started:
-            return  # what is sent tells
-        elif self.scope["http_version"] != "1.1":
-            if now - ended_at > SILENT_SECONDS:
+    def _probe(self, speaks_1_1: bool) -> None:
+        """Ask a client that sends nothing more whether it is still there, if nothing else is sent that would tell."""
+        if self.transport.is_closing() or not self.answers:
+            return
+        if not speaks_1_1:
+            if not self.cycle.response_started:
                 self.transport.abort()
-        elif now >= self._probe_at:
-            self._probe_at = now + PROBE_AGAIN_SECONDS
+            return
+        if not self.cycle.response_started:
             goes_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             self.transport.write(self.conn.send(goes_on) or b"")
+            self.loop.call_later(REPLY_SECONDS, self._leave_if_reset)
+        self.loop.call_later(PROBE_AGAIN_SECONDS, self._probe, speaks_1_1)
+
+    def _leave_if_reset(self) -> None:
+        """Close it if the system of its client has said that nobody is there."""
+        if self.transport.is_closing():
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP."""
