@@ -10,7 +10,14 @@ import pydantic
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 
+from eightfold.engine.outputs import CompletionOutput, Produced, RequestOutput, Times
+from eightfold.engine.reasoning import STYLES, Start
+from eightfold.engine.sampling_params import SamplingParams
+from eightfold.server.logs import Record
+from eightfold.server.requests import Said
+from eightfold.server.response_answers import ResponseAnswer
 from eightfold.server.response_store import KEPT_SECONDS, ResponseStore
+from eightfold.server.tool_parsers import ToolUse
 from tests.server.running import Running
 from tests.server.test_tools import CALL, prompt_of
 
@@ -170,6 +177,40 @@ def test_a_stream_adds_up_to_the_whole_answer(ask, answer, template, fields):
     assert added_up(events) == last["output"]
 
 
+FENCED = f"Sure:\n```json\n{CALL}\n```\nOk"
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "kinds"),
+    [
+        ("hermes", f"Hi <b>\n<tool_call>{CALL}</tool_call> and [x]\n<tool_call>{CALL}</tool_call>\n\n", "mcmc"),
+        ("hermes", f"<think>{CALL}</think>\n<tool_call>{CALL}", "rc"),
+        ("qwen2.5-coder", FENCED, "mcm"),
+        ("mistral", f"[TOOL_CALLS] [{CALL}, {CALL}]", "cc"),
+        ("pythonic", '[weather(city="Oslo"), weather(city="B)")]', "cc"),
+    ],
+)
+def test_how_an_answer_is_cut_makes_no_difference(family, text, kinds):
+    function = {"name": "weather", "parameters": WEATHER["parameters"]}
+    use = ToolUse([{"type": "function", "function": function}], frozenset({"weather"}), family)
+    start, found = Start(STYLES["qwen3"]), []
+    for size in (1, 2, 3, 5, 8, 13, 1000):
+        begin = {"id": "resp_1", "created_at": 1, "status": "in_progress", "output": []}
+        said = Said(use, start, SamplingParams(), True)
+        answer = ResponseAnswer(begin, None, said, summarizes=False, shows_logprobs=False, keep=None)
+        produced = Produced()
+        for at in range(0, len(text), size):
+            produced.token_ids.append(at)
+            produced.pieces.append(text[at : at + size])
+            shown, is_last = len(produced.pieces) - 1, at + size >= len(text)
+            output = CompletionOutput(0, produced, (shown, shown), "stop" if is_last else None)
+            answer.pieces(0, RequestOutput("a", (1,), [output], is_last, Times(0)))
+        last = answer.end(Record("id", "POST", "/")).decode().rpartition("data: ")[2]
+        found.append(essence(json.loads(last)["response"])["output"])
+    assert "".join(item["type"].removeprefix("function_")[0] for item in found[0]) == kinds
+    assert all(each == found[0] for each in found)
+
+
 def test_calls_are_items_in_the_order_in_which_they_come(ask):
     whole, _ = ask(CALLS)
     found = whole(tools=[WEATHER])["output"]
@@ -306,6 +347,17 @@ def test_a_form_is_that_of_a_chat(ask):
     assert running.engine.last[1].structured == asked
     whole(text={"format": {"type": "json_object"}})
     assert running.engine.last[1].structured.json_object
+
+
+def test_a_form_that_no_text_has_is_refused_by_its_name_here(real):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": False}, "required": ["a"]}
+    for streams in (False, True):
+        asked = {"input": "Hi", "stream": streams, "text": {"format": {"type": "json_schema", "schema": schema}}}
+        raw = real.post("/v1/responses", asked)
+        assert (raw.status_code, raw.json()["error"]["param"]) == (400, "text.format")
+    raw = real.post("/v1/responses", {"input": "Hi", "regex": "("})
+    assert (raw.status_code, raw.json()["error"]["param"]) == (400, "regex")
 
 
 def test_a_response_goes_on_from_an_earlier_one(ask):
@@ -503,8 +555,8 @@ USER = {"role": "user", "content": "a"}
         ({"text": "a"}, "text", "text: got 'a', expected an object"),
         ({"text": {"verbosity": 5}}, "text.verbosity", "text.verbosity: got 5, expected a text"),
         ({"text": {"format": "json"}}, "text.format", "text.format: got 'json', expected an object"),
-        ({"text": {"format": {"type": "xml"}}}, "text", "text.format: got 'xml', expected type text, json_object"),
-        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text", "text.format: expected"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format", "text.format: got 'xml', expected type text,"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format", "text.format: expected"),
         ({"reasoning": "low"}, "reasoning", "reasoning: got 'low', expected an object"),
         ({"reasoning": {"effort": 5}}, "reasoning.effort", "reasoning.effort: got 5, expected a text"),
         ({"reasoning": {"summary": "long"}}, "reasoning.summary", "reasoning.summary: got 'long', expected auto,"),
@@ -536,7 +588,7 @@ USER = {"role": "user", "content": "a"}
         ({"return_token_ids": True}, "return_token_ids", "return_token_ids is a field of"),
         ({"typical_p": 0.5}, "typical_p", "typical_p is not supported."),
         ({"max_tokens": 5, "max_output_tokens": 6}, "max_output_tokens", "max_tokens and max_output_tokens: got"),
-        ({"text": {"format": {"type": "json_object"}}, "response_format": {"type": "text"}}, "text",
+        ({"text": {"format": {"type": "json_object"}}, "response_format": {"type": "text"}}, "text.format",
          "text.format: got it beside response_format. Give one."),
         ({"json_schema": 5}, "json_schema", "json_schema: got 5, expected a JSON schema"),
     ],

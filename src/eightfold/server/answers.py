@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from eightfold.engine.reasoning import Start
 from eightfold.server.extras import Extras, timings_of, usage_of
 from eightfold.server.token_texts import Offsets, TokenTexts, finite
-from eightfold.server.tool_parsers import ToolCall, ToolParser, ToolUse
+from eightfold.server.tool_parsers import Parts, ToolCall, ToolParser, ToolUse, text_and_calls
 
 if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
@@ -229,15 +229,17 @@ class ChatParser:
 
     def push(self, text: str, *, is_last: bool) -> Pieces:
         """Take more of the answer; return what is certain now: at the last, all."""
+        reasoning, parts = self.push_in_order(text, is_last=is_last)
+        return Pieces(reasoning, *text_and_calls(parts))
+
+    def push_in_order(self, text: str, *, is_last: bool) -> tuple[str, Parts]:
+        """Take more of the answer; return the reasoning that is certain now, and what stands behind it."""
         reasoning, text = self._thoughts.push(text)
         if is_last:
             more, rest = self._thoughts.finish()
             reasoning, text = reasoning + more, text + rest
-        content, calls = self._tools.push(text)
-        if is_last:
-            rest, last = self._tools.finish()
-            content, calls = content + rest, calls + last
-        return Pieces(reasoning, content, calls)
+        parts = self._tools.push_in_order(text)
+        return reasoning, [*parts, *self._tools.finish_in_order()] if is_last else parts
 
 
 class ChatAnswer(ChoicesWriter):

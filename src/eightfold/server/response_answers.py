@@ -5,13 +5,13 @@ The whole answer is made by the same steps, whose events nobody sees; so it is w
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eightfold.server.answers import AnswerWriter, ChatParser, in_parts, to_json
 from eightfold.server.response_items import Item, new_id
+from eightfold.server.tool_parsers import ToolCall
 
 if TYPE_CHECKING:
     from eightfold.engine.outputs import CompletionOutput, RequestOutput
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from eightfold.server.logs import Record
     from eightfold.server.requests import Said
     from eightfold.server.token_texts import TokenTexts
-    from eightfold.server.tool_parsers import ToolCall
-
-# A call ends behind one of these. Answers with tools are parsed up to one at a time: then what a parser returns at once
-# has its text before its calls, and the order of items does not depend on how an answer is cut.
-_UNTIL_AN_END = re.compile(r"[^}\])>]*[}\])>]|[^}\])>]+")
 
 _DEEP = 9  # levels of an event down to its log-probabilities
 
@@ -69,7 +64,7 @@ class ResponseAnswer(AnswerWriter):
         keep: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self._response, self._texts, self._start, self._keep = response, texts, said.start, keep
-        self._parser, self._cuts = ChatParser(said.tools, said.start), bool(said.tools.names)
+        self._parser = ChatParser(said.tools, said.start)
         self._shows_reasoning, self._summarizes = said.shows_reasoning, summarizes
         self._shows_logprobs = shows_logprobs
         self._output = list[Item]()  # that is complete
@@ -156,16 +151,15 @@ class ResponseAnswer(AnswerWriter):
             said = sampled[max(thought - (len(ids) - len(sampled)), 0) :]
             logprobs = self._texts.chat_logprobs(said)
             self._logprobs += [_with_bytes(each) for each in logprobs["content"]] if logprobs else []
-        parts = _UNTIL_AN_END.findall(text) if self._cuts else [text]
         is_over = self._reason is not None
-        for at, part in enumerate(parts or [""]):
-            reasoning, content, calls = self._parser.push(part, is_last=is_over and at + 1 >= len(parts))
-            if reasoning and self._shows_reasoning:
-                self._think(reasoning)
-            if content:
-                self._say(content)
-            for call in calls:
-                self._call(call)
+        reasoning, parts = self._parser.push_in_order(text, is_last=is_over)
+        if reasoning and self._shows_reasoning:
+            self._think(reasoning)
+        for part in parts:
+            if isinstance(part, ToolCall):
+                self._call(part)
+            elif part:
+                self._say(part)
         if is_over:
             self._thought_tokens = self._start.tokens_of_thought(answer.token_ids) or 0
 

@@ -67,7 +67,11 @@ def read_response(
     """
     reader = _Reader(fields, served, items, keep)
     asked = reader.named(lambda: reader.asked(reader.transcript.messages))
-    return replace(asked, encode=lambda tokenizer: reader.named(lambda: reader.encode(asked, tokenizer)))
+    return replace(
+        asked,
+        encode=lambda tokenizer: reader.named(lambda: reader.encode(asked, tokenizer)),
+        form_field=asked.form_field and reader.renamed(asked.form_field),
+    )
 
 
 class _Reader:
@@ -149,12 +153,17 @@ class _Reader:
         try:
             return read()
         except ApiError as error:
-            message, param = self.transcript.placed(error.message), error.param
-            for pattern, name in self._names.items():
-                message = re.sub(rf"\A{pattern}", name, message)
-            if param in ("messages", "response_format"):
+            message = self.renamed(self.transcript.placed(error.message))
+            param = error.param and self.renamed(error.param)
+            if error.param == "messages":  # which come from several fields
                 param = re.split(r"[\[:. ]", message, maxsplit=1)[0]
             raise ApiError(error.status, message, code=error.code, param=param, headers=error.headers) from None
+
+    def renamed(self, text: str) -> str:
+        """Return a text that begins with the name of a chat's field with the name that the request has for it."""
+        for pattern, name in self._names.items():
+            text = re.sub(rf"\A{pattern}", name, text)
+        return text
 
 
 def _reads_logprobs(fields: Fields) -> bool:
@@ -214,7 +223,7 @@ def _form(fields: Fields) -> dict[str, Any]:
     if form is None:
         return {}
     if fields.any("response_format") is not None:
-        raise bad_request("text.format: got it beside response_format. Give one.", param="text")
+        raise bad_request("text.format: got it beside response_format. Give one.", param="text.format")
     if form.get("type") != "json_schema":
         return {"response_format": form}
     inner = {name: value for name, value in form.items() if name != "type"}

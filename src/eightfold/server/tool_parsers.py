@@ -13,7 +13,7 @@ import json
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NewType
 
@@ -198,12 +198,7 @@ class ToolCall:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
-@dataclass
-class _Certain:
-    """What is certain of an answer: text and calls."""
-
-    text: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
+Parts = list[str | ToolCall]  # of an answer, in the order in which they stand there
 
 
 class ToolParser:
@@ -227,22 +222,30 @@ class ToolParser:
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
         """Take more of the answer; return the text and the calls that are certain now."""
-        if self._family is None and self._use.forced is None:
-            return text, []
-        certain = _Certain()
-        for at in range(0, len(text), _STEP):
-            self._source.text += text[at : at + _STEP]
-            self._go_on(certain)
-        return certain.text, certain.calls
+        return text_and_calls(self.push_in_order(text))
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """Return the rest of the text and of the calls: the answer is complete."""
-        self._source.has_ended = True
-        certain = _Certain()
-        self._go_on(certain)
-        return certain.text, certain.calls
+        return text_and_calls(self.finish_in_order())
 
-    def _go_on(self, certain: _Certain) -> None:
+    def push_in_order(self, text: str) -> Parts:
+        """Take more of the answer; return what is certain now."""
+        if self._family is None and self._use.forced is None:
+            return [text]
+        certain: Parts = []
+        for at in range(0, len(text), _STEP):
+            self._source.text += text[at : at + _STEP]
+            self._go_on(certain)
+        return certain
+
+    def finish_in_order(self) -> Parts:
+        """Return the rest: the answer is complete."""
+        self._source.has_ended = True
+        certain: Parts = []
+        self._go_on(certain)
+        return certain
+
+    def _go_on(self, certain: Parts) -> None:
         if self._use.forced is not None:
             if self._source.has_ended:
                 self._read_forced(certain)
@@ -250,13 +253,13 @@ class ToolParser:
             while self._step(self._family, certain):
                 pass
 
-    def _read_forced(self, certain: _Certain) -> None:
+    def _read_forced(self, certain: Parts) -> None:
         """Take an answer that is a call: what is not complete is nothing at all."""
         found = _outcome(markup.json_calls(self._source))
         if isinstance(found, list) and self._use.offers(found):
-            certain.calls += self._accept(found)
+            certain += self._accept(found)
 
-    def _step(self, family: Family, certain: _Certain) -> bool:
+    def _step(self, family: Family, certain: Parts) -> bool:
         """Take the next piece of text, or go on reading calls; return whether there is more to do."""
         if self._reading is not None:
             return self._read_on(certain)
@@ -290,7 +293,7 @@ class ToolParser:
     def _begin(self, at: int, marker: int, reading: Reading[Calls | None]) -> None:
         self._source.at, self._marker, self._reading = at, marker, reading
 
-    def _read_on(self, certain: _Certain) -> bool:
+    def _read_on(self, certain: Parts) -> bool:
         source = self._source
         assert self._reading is not None
         found = _outcome(self._reading)
@@ -299,7 +302,7 @@ class ToolParser:
         self._reading = None
         self._open += found is None and source.has_ended
         if isinstance(found, list) and self._use.offers(found):
-            certain.calls += self._accept(found)
+            certain += self._accept(found)
         else:
             # What is no call is text, and so is all of one that calls what was not offered. What stands behind a
             # marker may hold calls.
@@ -319,12 +322,18 @@ class ToolParser:
         short = self._family is not None and self._family.short_ids
         return ToolCall(name[:9] if short else f"call_{name[:24]}", found.name, found.arguments)
 
-    def _say(self, text: str, certain: _Certain) -> None:
+    def _say(self, text: str, certain: Parts) -> None:
         if self.calls and not self._has_text:
             text = text.lstrip()
         if text:
             self._has_text = True
-            certain.text += text
+            certain.append(text)
+
+
+def text_and_calls(parts: Parts) -> tuple[str, list[ToolCall]]:
+    """Return the text of parts, and their calls."""
+    text = "".join(part for part in parts if isinstance(part, str))
+    return text, [part for part in parts if not isinstance(part, str)]
 
 
 _UNKNOWN: Literal["unknown"] = "unknown"
