@@ -10,9 +10,9 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}|{{ m.content }}{% for c in m.to
 USER = {"role": "user", "content": "w"}
 
 
-def part(text: str, kind: str = "text") -> dict[str, Any]:
-    """Return a part of a content."""
-    return {"type": kind, kind: text}
+def part(text: str, kind: str = "text", name: str = "") -> dict[str, Any]:
+    """Return a part of a content, whose text stands by its kind or by a name."""
+    return {"type": kind, name or kind: text}
 
 
 def called(arguments: Any = '{"a": 1}', name: str = "c1", **more: Any) -> dict[str, Any]:
@@ -34,6 +34,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "call with an object": ([USER, called({"a": 1}), result()], '[user|w][assistant||f {"a": 1}][tool|r]'),
     "call without content": ([USER, called(content=""), result()], '[user|w][assistant||f {"a": 1}][tool|r]'),
     "call with words": ([USER, called(content="I look."), result()], '[user|w][assistant|I look.|f {"a": 1}][tool|r]'),
+    "parts of a response": ([{"role": "user", "content": [part("a", "input_text", "text")]}], "[user|a]"),
     "refusal": ([USER, {"role": "assistant", "content": [part("no", "refusal")]}], "[user|w][assistant|no]"),
     "continued": ([USER, {"role": "assistant", "content": "a", "prefix": True}], "[user|w][assistant|a"),
     "reasoning": ([USER, {"role": "assistant", "content": "a", "reasoning": "Hm."}], "[user|w][assistant|a]"),

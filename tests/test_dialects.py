@@ -199,6 +199,19 @@ def test_roles_that_a_template_refuses_are_refused_in_its_words():
             rendered(ALTERNATES, messages)
 
 
+@pytest.mark.parametrize("role", ["function", "bot", "x" * 500])
+def test_a_role_that_a_template_would_leave_out_is_refused(role):
+    knows = "{% for m in messages if m.role in ('user', 'assistant', 'bot') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    said = [USER, {"role": role, "content": "a"}]
+    assert rendered(CHATML, said) == f"<user>w<{role}>a"
+    if role == "bot":
+        assert rendered(knows, said) == "<user>w<bot>a"
+        return
+    expected = r"^messages\[1\]\.role: got '.*', expected one that the chat template shows$"
+    with pytest.raises(MessageError, match=expected):
+        read_messages(said, knows)
+
+
 def test_reasoning_goes_to_the_template_by_either_name():
     template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.reasoning }}{% endfor %}"
     for name in ("reasoning_content", "reasoning"):

@@ -144,11 +144,11 @@ def content_form(template: str, role: str) -> ContentForm:
     return ContentForm(text=text or not has_one, parts=has_one and _MORE in parts)
 
 
-@lru_cache(maxsize=32)
-def shows_results(template: str) -> bool:
-    """Return whether a template shows what tools have answered."""
+@lru_cache(maxsize=128)
+def shows(template: str, role: str) -> bool:
+    """Return whether a template shows what a role says."""
     try:
-        return _WORDS in _render(template, _talk(template, "tool", _WORDS))
+        return any(_WORDS in _render(template, _talk(template, role, said)) for said in (_WORDS, [part(_WORDS)]))
     except TemplateError:
         return True
 
@@ -164,7 +164,9 @@ def _talk(template: str, role: str, content: Any) -> list[dict[str, Any]]:
         form = call_form(template)
         calling = _calling(form is not None and form.as_text, _NINE_ID, "" if form is None else form.blank)
         return [user, calling, {**message, "name": _NAME, "tool_call_id": _NINE_ID}]
-    return [message, user] if role in ("system", "developer") else [user, message]
+    if role in ("system", "developer"):
+        return [message, user]
+    return [user, message if role == "assistant" else {**message, "name": _NAME, "tool_call_id": _NINE_ID}]
 
 
 def _render(template: str, messages: Sequence[Any]) -> str:

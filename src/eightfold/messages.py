@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from eightfold.dialects import CallForm, call_form, content_form, part, shows_results
+from eightfold.dialects import CallForm, call_form, content_form, part, shows
 from eightfold.errors import InputError
 from eightfold.values import LIST, OBJECT, STRING, Kind, shown_as_json
 
@@ -17,6 +17,10 @@ _SEQUENCE = LIST._replace(types=(list, tuple))
 _MARK = "[[the-answer-goes-on-here]] "  # of an open message; the space tells whether a template trims
 _JSON_OBJECT = OBJECT._replace(name="a JSON object")
 _REASONING = ("reasoning_content", "reasoning")  # two names of the same
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Parts of a content, by their type: where their text stands. The Responses API has names of its own.
+_TEXTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 
 
 class MessageError(InputError):
@@ -49,7 +53,13 @@ def read_messages(given: Any, template: str | None, where: str = "messages") -> 
         raise MessageError(where, expected="at least one")
     messages = [_message(f"{where}[{at}]", message) for at, message in enumerate(given)]
     _name_results(messages)
-    return messages if template is None else _fitted(messages, template)
+    if template is None:
+        return messages
+    for at, message in enumerate(messages):
+        role = message["role"]
+        if role not in _ROLES and not shows(template, role):  # else it would get lost
+            raise _wrong(f"{where}[{at}].role", role, "one that the chat template shows")
+    return _fitted(messages, template)
 
 
 def is_continued(messages: Sequence[Message]) -> bool:
@@ -102,13 +112,14 @@ def _content(where: str, content: Any) -> str | list[dict[str, str]]:
 
 def _part_text(where: str, given: Any) -> str:
     kind = _demand(where, given, OBJECT).get("type")
-    if kind not in ("text", "refusal"):
+    if not isinstance(kind, str) or kind not in _TEXTS:
         if isinstance(kind, str) and any(word in kind for word in ("image", "audio", "video", "file")):
             raise MessageError(f"{where}: this model reads text only, not {kind}", is_media=True)
         raise _wrong(f"{where}.type", kind, "text")
-    text = given.get(kind)
+    name = _TEXTS[kind]
+    text = given.get(name)
     if not isinstance(text, str):
-        raise _wrong(f"{where}.{kind}", text, "a text")
+        raise _wrong(f"{where}.{name}", text, "a text")
     return text
 
 
@@ -190,7 +201,7 @@ def _fitted(messages: Sequence[Message], template: str) -> list[Message]:
 
 def _without_tools(messages: Sequence[Message], template: str) -> list[Message]:
     """Return messages for a template that knows no calls: these become text, and their results what the user says."""
-    keeps_results, found = shows_results(template), list[Message]()
+    keeps_results, found = shows(template, "tool"), list[Message]()
     for message in messages:
         if "tool_calls" in message:
             rest = {name: value for name, value in message.items() if name != "tool_calls"}

@@ -66,6 +66,14 @@ def test_chats(tmp_path, row):
         assert read_rows(tmp_path / "c.json")[0] == CHAT
 
 
+def test_sharegpts_names_of_those_who_speak(tmp_path):
+    names = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool", "x": "x"}
+    (tmp_path / "c.json").write_text(json.dumps([[{"from": name, "value": "a"} for name in names]]))
+    (found,) = read_rows(tmp_path / "c.json")
+    assert isinstance(found, list)
+    assert [message["role"] for message in found] == list(names.values())
+
+
 def test_parts_of_text_and_a_system_prompt_beside_the_chat(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     row = {"system": "be kind", "conversations": [{"from": "human", "value": parts}]}

@@ -36,8 +36,12 @@ TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 CHAT_KEYS = ("messages", "conversations")
 TASK_KEYS = ("instruction", "input", "output")
 
-# How ShareGPT calls those who speak.
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+# How ShareGPT calls those who speak; a call is text there.
+_ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    "observation": "tool",
+}
 
 MAX_BYTES = 32 << 20
 MAX_ROWS = 100_000
