@@ -39,7 +39,13 @@ y = 2
 
     indented
 ***
-The end, \(x_1\).
+Then, \(x_1\):
+$$
+x_1
+=
+- y
+$$
+The end.
 """
 
 
@@ -69,6 +75,15 @@ def html_of(text):
             "$$a_1$$ and $b_1 c_1$",
             '<p><span class="formula">$$a_1$$</span> and <span class="formula">$b_1 c_1$</span></p>\n',
         ),
+        (
+            "So:\n\\[\nx\n=\n- 5_a_\n\\]\n*b*",
+            '<p>So:</p>\n<p><span class="formula">\\[\nx\n=\n- 5_a_\n\\]</span></p>\n<p><em>b</em></p>\n',
+        ),
+        (
+            "- a\n  $$\n  + b\n  $$\n- $$ c",
+            '<ul>\n<li>a<p><span class="formula">$$\n+ b\n$$</span></p>\n</li>\n<li>$$ c</li>\n</ul>\n',
+        ),
+        ("\\[a\n\n$$\n\n\\]", "<p>[a</p>\n<p>$$</p>\n<p>]</p>\n"),
         ("$5 and *$10*, \\(, \\[ and $$", "<p>$5 and <em>$10</em>, (, [ and $$</p>\n"),
     ],
 )

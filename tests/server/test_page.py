@@ -148,13 +148,13 @@ def test_text_that_the_server_does_not_render_is_shown_as_it_is(serve, open_page
 
 
 @pytest.mark.parametrize(
-    ("deltas", "prefix"),
+    "deltas",
     [
-        ([{"reasoning_content": "Let me "}, {"reasoning_content": "see."}, {"content": "*Yes*"}], ""),
-        ([{"content": "<thi"}, {"content": "nk>\nLet me see."}, {"content": "\n</think>\n\n*Yes*"}], ""),
+        [{"reasoning_content": "Let me "}, {"reasoning_content": "see."}, {"content": "*Yes*"}],
+        [{"content": "<thi"}, {"content": "nk>\nLet me see."}, {"content": "\n</think>\n\n*Yes*"}],
     ],
 )
-def test_thoughts_are_folded(serve, open_page, deltas, prefix):
+def test_thoughts_are_folded(serve, open_page, deltas):
     running = serve()
     page = open_page(running)
     replace_answers(page, events(*deltas))
@@ -171,6 +171,18 @@ def test_thoughts_are_folded(serve, open_page, deltas, prefix):
     assert prompt_of(running).startswith("<|user|>Hi</s><|assistant|>*Yes*</s><|user|>And?")
     page.reload()
     assert page.locator("details.thoughts summary").inner_text() == "Thought for 1 s"
+
+
+def test_thoughts_without_an_answer_are_kept_and_answered_again(serve, open_page):
+    page = open_page(serve())
+    replace_answers(page, events({"reasoning_content": "Hm."}))
+    say(page, "Hi")
+    answered(page)
+    assert page.locator("summary").first.inner_text() == "Thought for 1 s"
+    assert page.locator(".facts").inner_text().endswith("an empty answer")
+    page.get_by_role("button", name="Regenerate").click()
+    seen(page, "Hello!")
+    assert page.locator("details.thoughts").count() == 0
 
 
 def test_an_earlier_message_is_edited_and_that_can_be_undone(serve, open_page):

@@ -14,13 +14,15 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.renderer import RendererHTML
+from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 
 _SCHEMES = ("http:", "https:", "mailto:")
 _CLOSINGS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
-_LONGEST_FORMULA = 4000
+_ENDS = {"\\[": re.compile(r"\\\][ \t]*$", re.M), "$$": re.compile(r"\$\$[ \t]*$", re.M)}
+_LONGEST_FORMULA = 2000
 _DOLLARS = re.compile(r"\$(?![\s$])[^$`\n]{0,200}?(?<![\s\\])\$(?!\d)")  # between two that do not look like prices
 _DEPTH = "links"  # in the environment of a rendering: how many links are open
 
@@ -49,10 +51,36 @@ def _markdown() -> MarkdownIt:
     markdown = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
     markdown.validateLink = lambda url: url.strip().lower().startswith(_SCHEMES)  # type: ignore[method-assign]
     markdown.inline.ruler.before("escape", "formula", _formula)
-    rules = {"formula": _formula_html, "image": _image_html, "link_open": _link_html, "link_close": _link_html}
+    interrupted = ["paragraph", "reference", "blockquote", "list"]
+    markdown.block.ruler.before("fence", "formulas", _formulas, {"alt": interrupted})
+    rules = {
+        "formulas": _formulas_html,
+        "formula": _formula_html,
+        "image": _image_html,
+        "link_open": _link_html,
+        "link_close": _link_html,
+    }
     for name, rule in (rules | {"th_open": _cell_html, "td_open": _cell_html}).items():
         markdown.add_render_rule(name, rule)
     return markdown
+
+
+def _formulas(state: StateBlock, line: int, end: int, silent: bool) -> bool:
+    """Leave lines from \\[ or $$ on as they are: one of them may look like a list or the line under a heading."""
+    begin, last = state.bMarks[line] + state.tShift[line], line
+    ends = _ENDS.get(state.src[begin : begin + 2])
+    match = ends.search(state.src, begin + 3, begin + _LONGEST_FORMULA) if ends else None
+    if match is None or state.is_code_block(line):
+        return False
+    while state.eMarks[last] < match.start():
+        last += 1
+        if last >= end or state.isEmpty(last) or state.sCount[last] < state.blkIndent:
+            return False
+    if not silent:
+        token = state.push("formulas", "", 0)
+        token.content, token.map = state.getLines(line, last + 1, state.blkIndent, False), [line, last + 1]
+        state.line = last + 1
+    return True
 
 
 def _formula(state: StateInline, silent: bool) -> bool:
@@ -75,6 +103,10 @@ def _formula(state: StateInline, silent: bool) -> bool:
 
 def _formula_html(self: RendererHTML, tokens: Sequence[Token], at: int, options: OptionsDict, env: EnvType) -> str:
     return f'<span class="formula">{escapeHtml(tokens[at].content)}</span>'
+
+
+def _formulas_html(self: RendererHTML, tokens: Sequence[Token], at: int, options: OptionsDict, env: EnvType) -> str:
+    return f"<p>{_formula_html(self, tokens, at, options, env)}</p>\n"
 
 
 def _link_html(self: RendererHTML, tokens: Sequence[Token], at: int, options: OptionsDict, env: EnvType) -> str:

@@ -88,8 +88,13 @@ class Progress {
     message.content = this.prefix + (split ? split.content : this.text);
     this.isThinking = Boolean(message.reasoning) && !message.content;
     if (this.isThinking) this.thoughtFrom ||= this.last;
-    else if (this.thoughtFrom) message.thought ??= Math.max(1, Math.round((this.last - this.thoughtFrom) / 1000));
+    else this.noteThought();
     return true;
+  }
+
+  // Note how long the thoughts took that have ended.
+  noteThought() {
+    if (this.thoughtFrom) this.message.thought ??= Math.max(1, Math.round((this.last - this.thoughtFrom) / 1000));
   }
 
   facts() {
@@ -178,6 +183,7 @@ function settle({ chat: which, message, progress, controller }, problem) {
   message.ends = isStopped ? "stopped" : problem ? "broken" : progress.ends === "length" ? "length" : undefined;
   message.problem = message.ends === "broken" ? problem.message : undefined;
   if (progress.first) message.facts = progress.facts();
+  progress.noteThought();
   if (!message.content && !message.reasoning && problem) which.messages = which.messages.filter((each) => each !== message);
   which.used = progress.used || which.used;
   save(which);
