@@ -117,19 +117,25 @@ def take_clients(folder: Path) -> None:
 
 
 def clients() -> str:
-    """Return the table of clients, what else works, and what does not."""
+    """Return the table of clients, a line for each program that measures, and one for each failure."""
     record = load("clients")
-    known: dict[tuple[str, str], dict[str, bool]] = {}
+    known: dict[str, dict[str, bool]] = {}
     for row in record["rows"]:
-        known.setdefault((row["client"], row["version"]), {})[row["capability"]] = row["ok"]
+        known.setdefault(f"{row['client']} | {row['version']}", {})[row["capability"]] = row["ok"]
     signs = {True: "yes", False: "no", None: ""}
     lines = [f"| client | version | {' | '.join(CAPABILITIES)} |", "|---" * (len(CAPABILITIES) + 2) + "|"]
-    for (client, version), works in known.items():
-        lines.append(f"| {client} | {version} | {' | '.join(signs[works.get(name)] for name in CAPABILITIES)} |")
-    others = {client: [name for name in works if name not in CAPABILITIES] for (client, _), works in known.items()}
-    lines += ["", *(f"- {client} also: {', '.join(names)}." for client, names in others.items() if names)]
-    lines += [f"- {row['client']}, {row['capability']}: {row['detail']}" for row in record["rows"] if not row["ok"]]
-    return "\n".join([*lines, "", f"`make clients`, {record['date']}, commit {record['commit']}."])
+    others = []
+    for name, works in known.items():
+        if set(works) <= set(CAPABILITIES):
+            lines.append(f"| {name} | {' | '.join(signs[works.get(capability)] for capability in CAPABILITIES)} |")
+        else:
+            does = ", ".join(capability for capability, is_ok in works.items() if is_ok)
+            others.append(f"- {name.replace(' |', '')}: {does}")
+    fails = [f"- {row['client']}, {row['capability']}: {row['detail']}" for row in record["rows"] if not row["ok"]]
+    if fails:
+        fails = ["", "What does not work:", "", *fails]
+    basis = f"`make clients`, {record['date']}, commit {record['commit']}."
+    return "\n".join([*lines, "", "Programs that measure:", "", *others, *fails, "", basis])
 
 
 def fill(text: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from langchain_core.exceptions import ContextOverflowError
-from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from schemas import Parent, is_ada
 
-from report import FAMILY, HELLO, KEY, MODEL, RAIN, SYSTEM, TOO_LONG, URL, WEATHER, Report, refused
+from report import FAMILY, HELLO, KEY, MODEL, RAIN, SUM, SYSTEM, THINKING_URL, TOO_LONG, URL, WEATHER, Report, refused
 
 report = Report("langchain-openai", "langchain-openai")
 
@@ -79,6 +79,16 @@ def _():
     keys = "Answer with a JSON object of the keys name, age, address (city, postcode) and children (an empty list). "
     assert model().with_structured_output(None, method="json_mode").invoke(keys + FAMILY)
     return is_ada(model().with_structured_output(Parent, method="json_schema", strict=True).invoke(FAMILY))
+
+
+@report.capability("reasoning")
+def _():
+    # Its chat completions leave thoughts out: only the responses API has them.
+    thinking = model(base_url=THINKING_URL, use_responses_api=True, reasoning={"summary": "auto"}, max_tokens=60)
+    for answer in (thinking.invoke(SUM), sum(thinking.stream(SUM), start=AIMessageChunk(""))):
+        (block,) = (block for block in answer.content_blocks if block["type"] == "reasoning")
+        assert "5" in block["reasoning"], answer
+    return block["reasoning"]
 
 
 @report.capability("errors")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from schemas import Parent, is_ada
 
-from report import FAMILY, HELLO, KEY, MODEL, SYSTEM, TOO_LONG, URL, WEATHER, Report
+from report import FAMILY, HELLO, KEY, MODEL, SUM, SYSTEM, THINKING_URL, TOO_LONG, URL, WEATHER, Report
 
 report = Report("llm", "llm")
 home = Path(tempfile.mkdtemp())
@@ -23,7 +23,12 @@ entry = {
     "supports_schema": True,
     "supports_tools": True,
 }
-others = [{**entry, "model_id": "unknown", "model_name": "x"}, {**entry, "model_id": "text", "completion": True}]
+others = [
+    {**entry, "model_id": "unknown", "model_name": "x"},
+    {**entry, "model_id": "text", "completion": True},
+    {**entry, "model_id": "responses", "responses": True},
+    {**entry, "model_id": "thinking", "responses": True, "reasoning": True, "api_base": THINKING_URL},
+]
 (home / "extra-openai-models.yaml").write_text(json.dumps([entry, *others]))
 (home / "keys.json").write_text(json.dumps({"served": KEY}))
 WEATHER_TOOL = """
@@ -33,16 +38,16 @@ def get_weather(city: str) -> dict:
 """
 
 
-def llm(*args, fails=False):
-    """Run the command; return what it prints."""
+def llm(*args, fails=False, shows="stdout"):
+    """Run the command; return what it prints there, or why it failed."""
     command = [sys.executable, "-m", "llm", *args]
     done = subprocess.run(command, env={**os.environ, "LLM_USER_PATH": str(home)}, capture_output=True, text=True)
     assert bool(done.returncode) == fails, done.stderr
-    return (done.stderr if fails else done.stdout).strip()
+    return getattr(done, "stderr" if fails else shows).strip()
 
 
 def ask(*args, model="served", **options):
-    return llm("-m", model, *(["-o", "temperature", "0"] if model != "text" else []), *args, **options)
+    return llm("-m", model, "-o", "temperature", "0", *args, **options)
 
 
 @report.capability("chat")
@@ -60,15 +65,23 @@ def _():
 
 @report.capability("automatic tools")
 def _():
-    for stream in ([], ["--no-stream"]):
-        text = ask("--functions", WEATHER_TOOL, "-s", SYSTEM, *stream, WEATHER)
-        assert "12" in text, text
+    for model in ("served", "responses"):
+        for stream in ([], ["--no-stream"]):
+            text = ask("--functions", WEATHER_TOOL, "-s", SYSTEM, *stream, WEATHER, model=model)
+            assert "12" in text, text
     return text
 
 
 @report.capability("structured output")
 def _():
     return is_ada(Parent.model_validate_json(ask("--schema", json.dumps(Parent.model_json_schema()), FAMILY)))
+
+
+@report.capability("reasoning")
+def _():
+    thoughts = ask(SUM, model="thinking", shows="stderr")  # of the responses API alone
+    assert "5" in thoughts, thoughts
+    return thoughts
 
 
 @report.capability("errors")
