@@ -215,7 +215,7 @@ def test_a_prompt_longer_than_the_context(untouched):
     assert raw.json()["error"]["code"] == "context_length_exceeded"
     assert refused(raw) == (
         "This model's maximum context length is 384 tokens. However, you requested 404 tokens (403 in the messages, "
-        "1 in the completion). Please reduce the length of the messages."
+        "1 in the completion): the prompt is too long. Please reduce the length of the messages."
     )
     assert raw.json()["error"]["param"] == "messages"
     many = untouched.post("/v1/completions", {"prompt": [[1], [1] * 384]})

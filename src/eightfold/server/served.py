@@ -80,9 +80,11 @@ class Served:
             size = len(prompt)
             if not size:
                 raise bad_request(f"{field}: got no tokens, expected at least one", param=field)
-            if size >= most:  # in OpenAI's words, by which clients know this error
+            # In OpenAI's words, old and new: litellm, Pydantic AI and LangChain know this error by one or the other.
+            if size >= most:
                 message = (
                     f"This model's maximum context length is {most} tokens. However, you requested {size + 1} tokens "
-                    f"({size} in the {field}, 1 in the completion). Please reduce the length of the {field}."
+                    f"({size} in the {field}, 1 in the completion): the prompt is too long. "
+                    f"Please reduce the length of the {field}."
                 )
                 raise bad_request(message, param=field, code="context_length_exceeded")
