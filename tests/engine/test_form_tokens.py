@@ -7,13 +7,14 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from eightfold.engine.form_tokens import FormTokens, Vocabulary
+from eightfold.engine.form_tokens import FormTokens, Vocabulary, _without_added
 from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.structured import Grammar, GrammarCompiler, fill_masks
@@ -180,6 +181,21 @@ def test_what_leaves_no_choice_is_cut_as_the_model_knows_it(tmp_path):
     compiler = GrammarCompiler(tokenizer, vocab, frozenset({id_of(tokenizer, "</s>")}))
     ids = written(compiler.compile(StructuredOutput(choices=("the a</think> the",))), vocab, 0)
     assert [tokenizer.piece(token) for token in ids] == ["the", "Ġa", "</", "th", *"ink>", "Ġthe"]
+
+
+def test_a_long_text_is_cut_like_a_short_one(tmp_path, monkeypatch):
+    """Only its beginning is looked at for each token, or every token of 20,000 would cost as much as all of them."""
+    tokenizer = save(tmp_path, byte_level(inside=False))
+    vocab = tokenizer._fast.get_vocab_size()
+    compiler = GrammarCompiler(tokenizer, vocab, frozenset({id_of(tokenizer, "</s>")}))
+    text = "the ab</think> the a" * 400
+    sizes: list[int] = []
+    plain = compiler._tokens._plain
+    noted = mock.Mock(encode=lambda text, **how: sizes.append(len(text)) or plain.encode(text, **how))
+    monkeypatch.setattr(compiler._tokens, "_plain", noted)
+    ids = written(compiler.compile(StructuredOutput(choices=(text,))), vocab, 0)
+    assert ids == FastTokenizer.from_str(json.dumps(_without_added(json.loads(tokenizer.content)))).encode(text).ids
+    assert max(sizes) == 1024
 
 
 def test_ctrl_c_while_llguidance_asks_for_tokens_is_not_a_fault_of_the_form(tmp_path, monkeypatch):

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 _MARK = b"\xff"  # llguidance's, before the name of a token that is no text
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
+# Characters that are cut into tokens at a time; llguidance asks again with each token.
+_ENOUGH = 1024
+
 # Parts of a decoder that only change what lies between tokens or at the ends of a text.
 _BETWEEN = ("Fuse", "Strip")
 
@@ -85,6 +88,8 @@ class FormTokens:
             raise stop
 
     def _cut(self, text: str) -> list[int]:
+        # Of a long text only the first token counts, and what lies far behind does not change it.
+        text = text[: max(_ENOUGH, 8 * self._most_bytes)]
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         content = text.encode()
         if max(ids, default=0) < len(self.tokens) and b"".join([self.tokens[token] for token in ids]) == content:
@@ -95,7 +100,7 @@ class FormTokens:
         """Cut bytes into tokens that are as long as possible, from the left."""
         at = 0
         while at < len(content):
-            found = (end for end in range(min(len(content), at + self._most_bytes), at, -1))
+            found = range(min(len(content), at + self._most_bytes), at, -1)
             end = next((end for end in found if content[at:end] in self._ids), None)
             if end is None:  # no token has this byte; the grammar will say so
                 return
@@ -108,7 +113,8 @@ class FormTokens:
 
     @cached_property
     def _most_bytes(self) -> int:
-        return max(map(len, self._ids), default=0)
+        """Of a token, names of those that are no text included."""
+        return max(map(len, self.tokens), default=0)
 
 
 class _Spelling:
