@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, FIELDS, RESPONSES, TOKENIZE
 from eightfold.server.fields import ApiError, Fields
+from eightfold.server.requests import read_chat, read_completion
+from eightfold.server.served import Served
+from eightfold.tokenizer import Tokenizer
 from tests.server.running import eventually
 
 SCHEMA = {"type": "object", "properties": {"team": {"type": "string"}}}
@@ -57,6 +61,37 @@ def test_what_is_refused_passes_with_the_values_that_change_nothing(field):
         Fields({name: "strange", **beside}, path, within=within and f"{within}.").refuse_unsupported()
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, field.name, "unsupported_parameter")
     assert caught.value.message.startswith(f"{field.name} is not supported.")
+
+
+STRANGE = (
+    0, -1, 1, 2, 10**30, 1.5, True, False, "", "x", "none", "\ud800", [], ["a"], [[5, 1]], [[]], [None], {}, {"a": 1},
+    {"type": "json_schema"}, {"type": None}, {"type": ["text"]}, {"type": "grammar", "grammar": []},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_whatever_a_field_is_it_is_read_or_refused_by_name(model, path):
+    served = Served(Tokenizer(model), 256, ("tiny",))
+    read = read_chat if path == CHAT else read_completion
+    base: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "x"}
+    for field in FIELDS:
+        for name in (field.name, *field.also):
+            for value in STRANGE:
+                head, _, last = name.rpartition(".")
+                asked = {**base, head.partition(".")[0]: nested(head, last, value)} if head else {**base, name: value}
+                try:
+                    fields = served.fields(asked, path)
+                    read(fields, served)
+                except ApiError as error:
+                    assert error.status in (400, 404) and error.param, (name, value, error.message)
+
+
+def nested(head, last, value):
+    """Return the object in which a field stands, from the outermost on."""
+    found = {last: value}
+    for name in reversed(head.split(".")[1:]):
+        found = {name: found}
+    return found
 
 
 # ---- Other names.

@@ -308,14 +308,15 @@ FIELDS: tuple[Field, ...] = (
     Field("repeat_last_n", _ANYTHING, _PENALIZED, neutral=(-1,), is_refused=True, beside="repetition_penalty"),
 )  # fmt: skip
 
-_BY_NAME: dict[str, list[Field]] = {}
-for _each in FIELDS:
-    _BY_NAME.setdefault(_each.name, []).append(_each)
+# Endpoint, or none -> name -> field.
+_AT: dict[str, dict[str, Field]] = {
+    path: {each.name: each for each in reversed(FIELDS) if not path or path in each.paths} for path in ("", *ENDPOINTS)
+}
 
 
 def find(name: str, path: str) -> Field | None:
     """Return the field of a name at an endpoint, or at any if the endpoint is empty; None: there is none."""
-    return next((each for each in _BY_NAME.get(name, ()) if not path or path in each.paths), None)
+    return _AT[path].get(name)
 
 
 def canonical(name: str) -> str:
@@ -325,8 +326,8 @@ def canonical(name: str) -> str:
 
 def elsewhere(name: str) -> Field | None:
     """Return the field of a name that only another endpoint knows that generates; by any of its names."""
-    found = _BY_NAME.get(canonical(name), ())
-    return next((each for each in found if each.paths & GENERATING and not each.is_refused), None)
+    found = (_AT[path].get(canonical(name)) for path in sorted(GENERATING))
+    return next((each for each in found if each is not None and not each.is_refused), None)
 
 
 # Other name -> name.
