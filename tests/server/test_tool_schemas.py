@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from eightfold.server.fields import ApiError
 from eightfold.server.tool_schemas import NO_ARGUMENTS, arguments_schema
@@ -125,6 +127,8 @@ def test_a_chain_of_references_may_be_long():
         ({"properties": {"x": {"$ref": 1}}}, "got $ref 1, expected a text"),
         ({"$ref": "#"}, "got references that lead to no object's schema"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "got references"),
+        ({"properties": {"x": {"properties": []}}}, "got properties a list, expected schemas by name"),
+        ({"dependentSchemas": {"a": A}, "properties": None}, "got properties null"),
         ({"type": "string"}, "got type 'string', expected type \"object\""),
         ({"type": ["array", "null"]}, "got type a list"),
     ],
@@ -259,3 +263,27 @@ def test_a_union_of_models_may_refer_to_itself():
     parameters = {"$ref": "#/$defs/Pet", "$defs": {"Cat": cat, "Dog": dog, "Pet": pet}}
     values = [{"animal": {"kind": kind, "friend": {"animal": {"kind": "cat"}}}} for kind in ("dog", "cat")]
     assert takes(parameters, *values) == [True, False]
+
+
+KEYWORDS = st.sampled_from(
+    ["properties", "$ref", "$defs", "allOf", "anyOf", "oneOf", "items", "additionalProperties", "patternProperties",
+     "type", "required", "const", "enum", "not", "if", "$id", "$anchor", "dependentSchemas", "a", "title"]
+)  # fmt: skip
+VALUES = st.none() | st.booleans() | st.sampled_from(
+    ["#", "#/$defs/a", "#/properties/a", "#a", "a", "object", "urn:a", "#/allOf/0", "#/anyOf/-1", "//[", "#/%", "#/a~0"]
+)  # fmt: skip
+ANYTHING = st.recursive(
+    VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS, inner, max_size=5)
+)
+
+
+@given(st.dictionaries(KEYWORDS, ANYTHING, max_size=6))
+def test_whatever_is_given_is_a_schema_or_refused(parameters):
+    definitions: dict[str, Any] = {}
+    try:
+        found = arguments_schema(parameters, "tools[0].function.parameters", definitions)
+    except ApiError as error:
+        assert (error.status, error.param) == (400, "tools")
+    else:
+        assert isinstance(found, dict)
+        json.dumps([found, definitions])

@@ -142,7 +142,9 @@ class _Tool:
             within = _UNTOUCHED if key in _TESTS else parts if key in _IN_PLACE else _Way(way.below, way.below)
             if key == "$ref":
                 found[key] = self._hoisted(self._resolve(value, _Place(schema, base)), within)
-            elif key in _BY_NAME and isinstance(value, dict):
+            elif key in _BY_NAME:
+                if not isinstance(value, dict):
+                    raise self._wrong(f"{key} {shown_as_json(value)}", "schemas by name")
                 found[key] = {name: self._rewrite(_Place(inner, base), within) for name, inner in value.items()}
             elif key in _IN_LISTS and isinstance(value, list):
                 # With a discriminator one of them excludes the others, which llguidance does not see.
