@@ -158,7 +158,6 @@ def test_a_text_is_answered_with_a_message_and_what_was_asked(ask):
         (CALLS, TAGGED, {"tools": [WEATHER], "parallel_tool_calls": False}),
         (CALLS, TAGGED, {"tools": [WEATHER], "max_output_tokens": 40}),
         ("<think>\nHm.\n</think>\n\nYes.", MESSAGES, {}),
-        ("<think>\nHm.\n</think>\n\nYes.", MESSAGES, {"reasoning": {"summary": "auto", "effort": "low"}}),
         ("<think>\nHm.\n</think>\n\nYes.", MESSAGES, {"max_output_tokens": 10}),
         ("<think>Hm.</think>", MESSAGES, {}),
         (f"<think>\n{CALL}</think>{CALLS}", f"<think>{TAGGED}", {"tools": [WEATHER]}),
@@ -197,7 +196,7 @@ def test_how_an_answer_is_cut_makes_no_difference(family, text, kinds):
     for size in (1, 2, 3, 5, 8, 13, 1000):
         begin = {"id": "resp_1", "created_at": 1, "status": "in_progress", "output": []}
         said = Said(use, start, SamplingParams(), True)
-        answer = ResponseAnswer(begin, None, said, summarizes=False, shows_logprobs=False, keep=None)
+        answer = ResponseAnswer(begin, None, said, shows_logprobs=False, keep=None)
         produced = Produced()
         for at in range(0, len(text), size):
             produced.token_ids.append(at)
@@ -233,26 +232,22 @@ def test_an_answer_that_is_cut_short_is_incomplete(ask):
     assert found["completed_at"] is None
 
 
-def test_thoughts_are_an_item_of_their_own_as_text_or_as_a_summary(ask):
-    whole, _ = ask("<think>\nHm.\n</think>\n\nYes.", MESSAGES)
-    thought, message = whole()["output"]
-    assert (thought["type"], thought["summary"], thought["status"]) == ("reasoning", [], "completed")
-    assert thought["content"] == [{"type": "reasoning_text", "text": "Hm."}]
-    assert message["content"][0]["text"] == "Yes."
-    thought, _ = whole(reasoning={"summary": "auto"})["output"]
-    assert thought["summary"] == [{"type": "summary_text", "text": "Hm."}]
-    assert "content" not in thought
-
-
-def test_thoughts_go_on_with_the_conversation_from_either_place(ask):
+def test_thoughts_are_an_item_of_their_own(ask):
     whole, running = ask("<think>\nHm.\n</think>\n\nYes.", MESSAGES)
-    for fields in ({}, {"reasoning": {"summary": "auto"}}):
-        first = whole(**fields)
-        whole("Sure?", previous_response_id=first["id"])
-        expected = "user: Hi\nassistant: <think>Hm.</think>Yes.\nuser: Sure?\n"
-        assert prompt_of(running) == expected
-        whole([{"role": "user", "content": "Hi"}, *first["output"], {"role": "user", "content": "Sure?"}])
-        assert prompt_of(running) == expected
+    first = whole(reasoning={"summary": "auto", "effort": "low"})
+    thought, message = first["output"]
+    assert thought == {
+        "id": thought["id"], "type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}],
+        "status": "completed",
+    }  # fmt: skip
+    assert message["content"][0]["text"] == "Yes."
+    assert first["reasoning"] == {"effort": "low", "summary": "auto"}
+    assert [item["type"] for item in whole(include_reasoning=False)["output"]] == ["message"]
+    expected = "user: Hi\nassistant: <think>Hm.</think>Yes.\nuser: Sure?\n"
+    whole("Sure?", previous_response_id=first["id"])
+    assert prompt_of(running) == expected
+    whole([{"role": "user", "content": "Hi"}, *first["output"], {"role": "user", "content": "Sure?"}])
+    assert prompt_of(running) == expected
 
 
 def test_logprobs_are_those_of_the_text(ask):

@@ -1,6 +1,6 @@
 """Answers of the Responses API: items that begin, grow and close, as a stream of events or as what these add up to.
 
-The whole answer is made by the same steps, whose events nobody sees; so it is what the stream's last event holds.
+The whole answer is made by the same steps, whose events are not written; so it is what the stream's last event holds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class ResponseAnswer(AnswerWriter):
         response: what it says of the request, with its id.
         texts: of single tokens.
         said: what the request says of the answer.
-        summarizes: whether thoughts are told as a summary, which is where some clients look for them.
         shows_logprobs: whether texts have log-probabilities.
         keep: is given the complete response; None: nobody keeps it.
     """
@@ -59,14 +58,12 @@ class ResponseAnswer(AnswerWriter):
         texts: TokenTexts,
         said: Said,
         *,
-        summarizes: bool,
         shows_logprobs: bool,
         keep: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self._response, self._texts, self._start, self._keep = response, texts, said.start, keep
         self._parser = ChatParser(said.tools, said.start)
-        self._shows_reasoning, self._summarizes = said.shows_reasoning, summarizes
-        self._shows_logprobs = shows_logprobs
+        self._shows_reasoning, self._shows_logprobs = said.shows_reasoning, shows_logprobs
         self._output = list[Item]()  # that is complete
         self._open: _Open | None = None
         self._spaces = ""  # before a text that has not begun
@@ -76,8 +73,11 @@ class ResponseAnswer(AnswerWriter):
         self._is_long = False  # whether events have all log-probabilities
         self._reason: str | None = None  # why the answer ended
         self._thought_tokens = 0
+        self._is_behind_thought = False
+        self._streams = False
 
     def pieces(self, at: int, output: RequestOutput) -> bytes:
+        self._streams = True
         if not self._number:
             self._tell("response.created", response=self._response)
             self._tell("response.in_progress", response=self._response)
@@ -98,6 +98,7 @@ class ResponseAnswer(AnswerWriter):
 
     def failure(self, problem: ApiError) -> bytes:
         """Return an error in both of its shapes, the documented one and the one that clients look for, and the end."""
+        self._streams = True
         error = problem.body()["error"]
         told = {name: error[name] for name in ("code", "message", "param")}
         self._tell("error", **told, error=error)
@@ -107,6 +108,9 @@ class ResponseAnswer(AnswerWriter):
         return self._told()
 
     def _tell(self, kind: str, **fields: Any) -> None:
+        """Write an event; of a whole answer nobody sees any."""
+        if not self._streams:
+            return
         content: dict[str, Any] = {"type": kind, "sequence_number": self._number, **fields}
         body = b"".join(in_parts(content, _DEEP)) if self._is_long else to_json(content)
         self._events.append(b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n")
@@ -146,15 +150,12 @@ class ResponseAnswer(AnswerWriter):
         """Take more of the answer."""
         self._reason = answer.finish_reason
         if self._shows_logprobs and sampled:
-            ids = answer.token_ids
-            thought = self._start.tokens_of_thought(ids) or 0
-            said = sampled[max(thought - (len(ids) - len(sampled)), 0) :]
-            logprobs = self._texts.chat_logprobs(said)
-            self._logprobs += [_with_bytes(each) for each in logprobs["content"]] if logprobs else []
+            self._take_logprobs(answer, sampled)
         is_over = self._reason is not None
         reasoning, parts = self._parser.push_in_order(text, is_last=is_over)
         if reasoning and self._shows_reasoning:
             self._think(reasoning)
+        self._is_behind_thought |= any(parts)
         for part in parts:
             if isinstance(part, ToolCall):
                 self._call(part)
@@ -162,6 +163,15 @@ class ResponseAnswer(AnswerWriter):
                 self._say(part)
         if is_over:
             self._thought_tokens = self._start.tokens_of_thought(answer.token_ids) or 0
+
+    def _take_logprobs(self, answer: CompletionOutput, sampled: Sequence[Sampled]) -> None:
+        """Take log-probabilities of more tokens, but not of those of a thought."""
+        if not self._is_behind_thought:
+            ids = answer.token_ids
+            thought = self._start.tokens_of_thought(ids) or 0
+            sampled = sampled[max(thought - (len(ids) - len(sampled)), 0) :]
+        logprobs = self._texts.chat_logprobs(sampled)
+        self._logprobs += [_with_bytes(each) for each in logprobs["content"]] if logprobs else []
 
     def _finish(self) -> None:
         self._is_long = self._shows_logprobs
@@ -188,26 +198,11 @@ class ResponseAnswer(AnswerWriter):
     def _think(self, text: str) -> None:
         opened = self._grows("reasoning")
         if opened is None:
-            item: Item = {"type": "reasoning", "summary": []}
-            opened = self._begin(item if self._summarizes else {**item, "content": []})
-            self._tell(f"response.{self._part}.added", **self._of(opened.item), part=self._thought(""), **self._place)
+            opened = self._begin({"type": "reasoning", "summary": []})
+            told = self._of(opened.item, summary_index=0, part=_summary_text(""))
+            self._tell("response.reasoning_summary_part.added", **told)
         opened.texts.append(text)
-        self._tell(f"response.{self._stem}.delta", **self._of(opened.item), delta=text, **self._place)
-
-    def _thought(self, text: str) -> dict[str, str]:
-        return {"type": "summary_text" if self._summarizes else "reasoning_text", "text": text}
-
-    @property
-    def _part(self) -> str:
-        return "reasoning_summary_part" if self._summarizes else "content_part"
-
-    @property
-    def _stem(self) -> str:
-        return "reasoning_summary_text" if self._summarizes else "reasoning_text"
-
-    @property
-    def _place(self) -> dict[str, int]:
-        return {"summary_index" if self._summarizes else "content_index": 0}
+        self._tell("response.reasoning_summary_text.delta", **self._of(opened.item, summary_index=0, delta=text))
 
     def _begin_message(self) -> _Open:
         opened = self._begin({"type": "message", "role": "assistant", "content": []}, [])
@@ -257,10 +252,10 @@ class ResponseAnswer(AnswerWriter):
             self._tell("response.content_part.done", **told, part=part)
             item = {**item, "content": [part]}
         elif item["type"] == "reasoning":
-            told = self._of(item, **self._place)
-            self._tell(f"response.{self._stem}.done", **told, text=text)
-            self._tell(f"response.{self._part}.done", **told, part=self._thought(text))
-            item = {**item, "summary" if self._summarizes else "content": [self._thought(text)]}
+            told, part = self._of(item, summary_index=0), _summary_text(text)
+            self._tell("response.reasoning_summary_text.done", **told, text=text)
+            self._tell("response.reasoning_summary_part.done", **told, part=part)
+            item = {**item, "summary": [part]}
         else:
             told = self._of(item, name=item["name"], arguments=text)
             self._tell("response.function_call_arguments.done", **told)
@@ -274,6 +269,11 @@ def _with_bytes(logprob: dict[str, Any]) -> dict[str, Any]:
     """Return a log-probability as this API has it: where a chat's bytes are null, there are none."""
     named = {**logprob, "bytes": logprob["bytes"] or []}
     return named | ({"top_logprobs": list(map(_with_bytes, named["top_logprobs"]))} if "top_logprobs" in named else {})
+
+
+def _summary_text(text: str) -> dict[str, Any]:
+    """Return what a model thought as a summary that leaves nothing out: there is where clients look for it."""
+    return {"type": "summary_text", "text": text}
 
 
 def _output_text(text: str, logprobs: list[Any]) -> dict[str, Any]:

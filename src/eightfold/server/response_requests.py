@@ -129,7 +129,6 @@ class _Reader:
             response,
             self._served.texts,
             said,
-            summarizes=self._reasoning["summary"] is not None,
             shows_logprobs=self._shows_logprobs,
             keep=self._keep,
         )
