@@ -544,7 +544,7 @@ def test_however_an_answer_is_cut_its_lines_are_the_same_and_its_letters_stay(te
 
 
 def test_a_narrow_terminal_breaks_an_answer_between_words(typist, tmp_path):
-    person = typist("--max-new-tokens", 60, columns=30)
+    person = typist("--max-new-tokens", 60, columns=12)
     person.until(READY)
     shown = person.ask("hello").partition("\x1b[?2004l")[2].partition("\x1b[2m[")[0]
     assert shown.count("\r\n") > 1

@@ -77,6 +77,7 @@ def test_slow_and_large_inputs_are_failures(tmp_path, monkeypatch):
     run = driver.Run("config", tmp_path)
     monkeypatch.setattr(driver, "SECONDS", -1)
     monkeypatch.setattr(driver, "BYTES", 0)
+    run.peak_before = 0
     run.read = fails_as(None)
     run.one(b"input")
     assert [crash[0][:6] for crash in run.state["crashes"]] == ["takes ", "memory"]

@@ -78,7 +78,7 @@ def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
     assert shared.http.get("/health").json() == {"status": "ok"}  # and what ended before has been logged
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop runs as long, and nobody else's can
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     executable = next((path for path in map(shutil.which, BROWSERS) if path), None)
