@@ -270,7 +270,7 @@ def test_variables_that_the_template_does_not_know_are_in_the_log(serve, caplog)
 # ---- Forms.
 
 GBNF = 'root ::= "yes" | no\nno ::= "no" [0-9]{2}'
-LARK = 'start: "yes" | "no" /[0-9]{2}/'
+LARK = 'start: "yes ::=" | "no" /[0-9]{2}/'
 
 
 def form(**form):
@@ -284,6 +284,7 @@ def form(**form):
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, form(json_object=True)),
         ({"response_format": {"type": "json_object", "schema": SCHEMA}}, form(json_schema=SCHEMA)),
+        ({"response_format": {"type": "json_object", "schema": {}}}, form(json_object=True)),
         ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, form(json_schema=SCHEMA)),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, form(json_schema=SCHEMA)),
         ({"response_format": {"type": "json_schema", "value": {"name": "a", "schema": SCHEMA}}},
@@ -325,6 +326,7 @@ def test_a_grammar_may_be_written_as_llama_cpp_has_it(serve, field):
         (r'root ::= "\u0041" "\x42" "\U0001F600" [\u4e00-\u9fff]', ["AB\U0001f600\u4e2d"], ["AB"]),
         (r'root ::= "\"\\" [^"\\\x7F\u0000-\u001F\u005d]+', ['"\\a/b'], ['"\\a\n', '"\\]']),
         ('# a comment\nroot ::= item+ # another\nitem ::= "- " [^\\n]+ "\\n"', ["- a\n- b\n"], ["a\n"]),
+        ('root ::= start\nstart ::= "start" restart # start\nrestart ::= [start]+', ["startstars"], ["start"]),
         ("root ::= (a | b)* c?\na ::= [a-c]\nb ::= \"(\" root \")\"\nc-d ::= \"x\"\nc ::= c-d", ["a(bx)x"], ["(", ")"]),
     ],
 )  # fmt: skip

@@ -32,6 +32,9 @@ _TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "grammar": ("grammar", ("grammar", "value")),
 }
 
+_LARK = re.compile(r"^\s*(?:%llguidance\b|start\s*:(?!:=))", re.MULTILINE)  # GBNF has neither
+# A rule called start, but not in texts, classes of characters and comments: in Lark it is the first one.
+_START = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\n]*|(?<![\w-])(start)(?![\w-])', re.DOTALL)
 _ESCAPES = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|.)", re.DOTALL)
 
 
@@ -87,17 +90,21 @@ def form_of(form: dict[str, Any]) -> StructuredOutput:
 
 def _lark(field: str, text: Any) -> Any:
     """Return a grammar in llguidance's Lark, also one that is written in llama.cpp's GBNF."""
-    if not isinstance(text, str) or "::=" not in text or len(text) > MAX_SCHEMA_BYTES:
+    if not isinstance(text, str) or "::=" not in text or _LARK.search(text) or len(text) > MAX_SCHEMA_BYTES:
         return text
     if (rules := text.count("::=")) * len(text) > MAX_GBNF:
         got = f"{rules} rules in {len(text)} characters of GBNF"
         raise bad_request(f"{field}: got {got}, expected fewer. Send a smaller grammar, or one in Lark.", param=field)
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
-        return any_to_lark(_ESCAPES.sub(_plain, text))
+        return gbnf_to_lark(_ESCAPES.sub(_plain, _START.sub(_renamed, text)))
     except Exception as error:  # of any kind; the library's words say where
         raise bad_request(f"{field}: got {error}, expected a grammar in GBNF or Lark", param=field) from None
+
+
+def _renamed(match: re.Match[str]) -> str:
+    return "start-of-gbnf" if match[1] else match[0]
 
 
 def _plain(match: re.Match[str]) -> str:
@@ -121,6 +128,8 @@ def _response_format(fields: Fields) -> list[Form]:
     values = {name: given.read(name) for name in ("schema", "value", "pattern", "grammar")}
     if inner is not None:
         values["json_schema"] = _schema(inner)
+    if kind in ("json_object", "json"):  # of llama.cpp an empty schema says no more than the type
+        values = {name: value or None for name, value in values.items()}
     found = [(name, value) for name, value in values.items() if value is not None]
     for name, _ in found:
         if name not in allowed:
