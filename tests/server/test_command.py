@@ -133,6 +133,7 @@ def test_another_machines_address(cli, model):
     ("words", "message"),
     [
         (["--api-key", " "], "--api-key: got an empty text, expected a key. Leave it out to serve everybody."),
+        (["--tool-call-parser", "guess"], "--tool-call-parser: got guess, expected auto, hermes, "),
         (["--log-level", "loud"], "--log-level: got loud, expected debug, info, warning or error"),
         (["--kv-memory", "2 apples"], "--kv-memory: got 2 apples, expected a size such as 2GiB or 500MB"),
         (["--kv-memory", "10"], "key/value cache: got 10 bytes, expected at least "),
@@ -225,3 +226,9 @@ def test_the_help_has_an_example(cli):
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-coder", "Qwen3-Coder", "llama3_json", "none"])
+def test_parsers_of_calls_are_named_with_either_dash(cli, name):
+    result = cli("serve", "/nowhere", "--tool-call-parser", name)
+    assert result.err.startswith("eightfold: no directory /nowhere")

@@ -168,6 +168,7 @@ CALLS: list[Case] = [
     ("deepseek_v3", all_of(v3(), v3("now", "{}")).replace("<｜tool▁call▁begin｜>", "", 1), "", [F1, NOW]),
     ("qwen3_coder", f"So.\n{xml(('a', '1')).removeprefix('<tool_call>')}\nDone.", "So.\nDone.", [F1]),
     ("qwen3_coder", '<function=f>{"a": 1}</function>\n\nDone.', "Done.", [F1]),
+    ("xlam", f"[{CALL}, {CALL}]", "", [F1, F1]),
     ("nemotron_json", f"<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>", "", [F1, F1]),
     ("hermes", f"```xml\n{TAG}\n```", "", [F1]),
 ]  # fmt: skip

@@ -118,6 +118,7 @@ class ServeCommand:
         "In whose form the model's calls are recognised, by vLLM's names: auto goes by the chat template; none leaves "
         "them in the content.",
         metavar="NAME",
+        read=lambda text: next((name for name in tool_parsers.NAMES if _alike(name, text)), text),
     )
     add_bos: bool | None = add_bos()
     engine: dict[str, Any] = generating.engine(
@@ -161,6 +162,10 @@ class ServeCommand:
             serve(engine, settings, sock, lambda address: _announce(name, address, engine))
         finally:
             sock.close()
+
+
+def _alike(one: str, other: str) -> bool:
+    return one.lower().replace("-", "_") == other.lower().replace("-", "_")
 
 
 def _load(model: Path, template: str | None, add_bos: bool | None, config: EngineConfig) -> AsyncLLM:

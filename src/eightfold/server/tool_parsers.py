@@ -55,15 +55,19 @@ class Family:
         return re.compile("|".join(map(re.escape, sorted(self.readers, key=len, reverse=True))))
 
     @cached_property
-    def _beginnings(self) -> frozenset[str]:
-        return frozenset(marker[:size] for marker in self.readers for size in range(1, len(marker)))
+    def _beginnings(self) -> tuple[frozenset[str], int, frozenset[str]]:
+        """What markers begin with, the length of the longest, and with which characters they end."""
+        found = frozenset(marker[:size] for marker in self.readers for size in range(1, len(marker)))
+        return found, max(map(len, found)), frozenset(each[-1] for each in found)
 
     def end_of_text(self, text: str) -> int:
         """Return how much of a text is neither white space at its end nor the beginning of a marker."""
-        for size in range(min(max(map(len, self._beginnings), default=0), len(text)), 0, -1):
-            if text[-size:] in self._beginnings:
-                text = text[:-size]
-                break
+        beginnings, longest, ends = self._beginnings
+        if text[-1] in ends:
+            for size in range(min(longest, len(text)), 0, -1):
+                if text[-size:] in beginnings:
+                    text = text[:-size]
+                    break
         return len(text.rstrip())
 
     @property
@@ -103,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v31": _DEEPSEEK,
     "nemotron_json": _NEMOTRON,
+    "xlam": Family({**_TAG, "[TOOL_CALLS]": markup.mistral}, True, other_markers=("</tool_call>",)),
 }
 AUTO, NONE = "auto", "none"
 NAMES = (AUTO, *FAMILIES, NONE)
