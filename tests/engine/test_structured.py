@@ -445,6 +445,7 @@ IMPOSSIBLE: Sequence[dict[str, Any]] = [
     {"type": "object", "required": ["a"], "additionalProperties": False},
     {"type": "object", "required": ["a"], "properties": {"a": {"enum": []}}},
     {"$ref": "#"},
+    {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]},
     {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
 ]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eightfold.engine.form_tokens import Vocabulary
+from eightfold.engine.schema_ends import has_end
 from eightfold.errors import InputError, UnsupportedError
 from eightfold.machine import anonymous_bytes
 from eightfold.values import shorten
@@ -75,6 +76,8 @@ def build(library: Any, tokenizer: Any, name: str, value: Any) -> Built:
         ValueError: llguidance does not take it; its words say why.
     """
     before = anonymous_bytes() or 0
+    if name == "json_schema" and not has_end(json.loads(value)):
+        raise ValueError("Unsatisfiable schema: what it requires has no end")
     limits = library.LLParserLimits(max_lexer_states=_STATES, verbose_errors=False)
     while True:
         text = _source(library.LLMatcher, name, value)
