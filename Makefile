@@ -8,7 +8,7 @@ TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 CLIENTS = build/clients
 
-.PHONY: demo test fuzz sanitize lint env lock fidelity readme clients clean
+.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme clients clean
 
 env: $(STAMP)
 
@@ -39,7 +39,11 @@ demo: env
 	$(BIN)/python examples/demo.py --work build/demo
 
 test: env
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow and not browser" -n 2 --dist loadfile $(ARGS)
+
+# The tests of the chat page in a browser, which has to be there: apt-get install chromium.
+pages: env
+	$(BIN)/python -m pytest -q -m browser -n 2 --dist loadfile tests/server $(ARGS)
 
 # A million random files and requests for everything that reads them; ARGS='--seconds 60' for a minute of each.
 fuzz: env
