@@ -290,6 +290,19 @@ def test_a_named_function_ends_with_stop(talk):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("ask", [whole, streamed])
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_call_may_stand_behind_a_thought(talk, ask, separate):
+    call = f"<tool_call>{CALL}</tool_call>"
+    _, client = talk(TAGGED + "{# <think> #}", f"<think>I could {call}</think>\n\n{call}")
+    given = {"tools": [WEATHER], "extra_body": {"separate_reasoning": separate}}
+    found = [("weather", {"city": "Oslo"})]
+    if separate:
+        assert ask(client, **given) == ("", found, "tool_calls")
+    _, client = talk(TAGGED + "{# <think> #}", f"<think>I could {call}</think>\n\n{CALL}")
+    assert ask(client, **given, tool_choice="required") == ("", found, "tool_calls")
+
+
 def test_only_calls_leave_no_content(talk):
     running, _ = talk(TAGGED, f"\n<tool_call>{CALL}</tool_call>\n")
     message = running.chat(tools=[WEATHER]).json()["choices"][0]["message"]
