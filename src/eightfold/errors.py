@@ -60,6 +60,10 @@ class CapacityError(EightfoldError):
     """A request does not fit the model's context or the machine."""
 
 
+class BusyError(CapacityError):
+    """A request does not fit beside those that are answered now; later it may."""
+
+
 class InputError(EightfoldError):
     """A text or calibration file given by the user cannot be used."""
 

@@ -22,7 +22,7 @@ from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampler import Sampler, choose_all
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.structured import KEPT, Grammar, GrammarCompiler, fill_masks, mask_words
-from eightfold.errors import CapacityError, DependencyError, InputError, UnsupportedError
+from eightfold.errors import BusyError, DependencyError, InputError, UnsupportedError
 from eightfold.machine import anonymous_bytes
 from eightfold.tokenizer import Tokenizer
 from tests.conftest import write_tokenizer
@@ -630,7 +630,7 @@ def test_forms_in_use_are_bounded_too(tokenizer, monkeypatch):
     compiler = GrammarCompiler(tokenizer, VOCAB, frozenset({EOS}))
     fake_sizes(monkeypatch, iter([30 * 2**20] * 9 + [2**20, 30 * 2**20, 30 * 2**20]))
     held = [compiler.compile(StructuredOutput(regex=f"x{i}")) for i in range(10)]  # the last one is small
-    with pytest.raises(CapacityError) as caught:
+    with pytest.raises(BusyError) as caught:
         compiler.compile(StructuredOutput(regex="x10"))
     assert str(caught.value) == (
         "structured regex: got 30 MiB beside 271 MiB of forms in use, expected at most 256 MiB. "

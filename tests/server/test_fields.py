@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from eightfold.errors import BusyError, CapacityError
 from eightfold.server.field_table import CHAT, COMPLETIONS, DETOKENIZE, FIELDS, RESPONSES, TOKENIZE
-from eightfold.server.fields import ApiError, Fields
+from eightfold.server.fields import ApiError, Fields, refused
 from eightfold.server.requests import read_chat, read_completion
 from eightfold.server.served import Served
 from eightfold.tokenizer import Tokenizer
@@ -392,3 +393,14 @@ def test_forms_that_cannot_be_used_are_refused_by_their_field(serve, fields, par
     error = error_of(serve, **fields)
     assert error["message"].startswith(message)
     assert error["param"] == param
+
+
+def test_what_may_fit_later_is_not_the_clients_fault():
+    problem = refused(BusyError("structured regex", got="40 MiB", expected="less"))
+    assert (problem.status, problem.code, problem.body()["error"]["type"]) == (
+        429,
+        "too_many_requests",
+        "rate_limit_error",
+    )
+    assert "Retry-After" in problem.headers
+    assert refused(CapacityError("prompt", got="9 tokens", expected="8")).code == "context_length_exceeded"

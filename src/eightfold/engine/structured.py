@@ -18,7 +18,7 @@ import numpy as np
 from eightfold.engine.form_tokens import FormTokens, Vocabulary
 from eightfold.engine.forms import Trial, build, refusal, why
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.errors import CapacityError, DependencyError, InputError, UnsupportedError
+from eightfold.errors import BusyError, DependencyError, InputError, UnsupportedError
 from eightfold.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class GrammarCompiler:
             ignores_eos: whether the form goes on for as long as it can.
 
         Raises:
-            CapacityError: it is large, and those of answers that go on take too much already.
+            BusyError: it is large, and those of answers that go on take too much already.
             InputError: the schema, expression or grammar is wrong or too complex; llguidance's words say why.
         """
         form, opening, begin = self._form(*structured.given), None, list[int]()
@@ -252,7 +252,7 @@ class GrammarCompiler:
         with self._lock:
             used = sum(each.size for each in self._alive)
             if used > USED_BYTES and form.size > SMALL_BYTES:
-                raise CapacityError(
+                raise BusyError(
                     f"structured {name}",
                     got=f"{form.size / 2**20:.0f} MiB beside {used >> 20} MiB of forms in use",
                     expected=f"at most {USED_BYTES >> 20} MiB",

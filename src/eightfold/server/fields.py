@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from eightfold.errors import CapacityError, EightfoldError
+from eightfold.errors import BusyError, CapacityError, EightfoldError
 from eightfold.messages import MessageError
 from eightfold.server.field_table import ENDPOINTS, GENERATING, Field, canonical, elsewhere, find, same
 from eightfold.values import LIST, WHOLE, Kind, shorten, shown_as_json
@@ -70,7 +70,9 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
 
 
 def refused(error: EightfoldError, *, param: str | None = None) -> ApiError:
-    """Return the 400 for input that the engine, the tokenizer or the chat template refuses."""
+    """Return the 400 for input that the engine, the tokenizer or the template refuses; 429 if it may do so later."""
+    if isinstance(error, BusyError):
+        return ApiError(429, str(error), code="too_many_requests", param=param, headers={"Retry-After": "10"})
     code = "context_length_exceeded" if isinstance(error, CapacityError) else None
     if isinstance(error, MessageError) and error.is_media:
         code = "unsupported_content"
