@@ -12,6 +12,7 @@ from typing import Any
 from eightfold.engine.outputs import CompletionOutput, EngineStats, Produced, RequestOutput, Times
 from eightfold.engine.sampler import Sampled
 from eightfold.engine.sampling_params import SamplingParams
+from eightfold.engine.settings import EngineConfig
 from eightfold.tokenizer import Tokenizer
 
 
@@ -45,6 +46,7 @@ class FakeEngine:
     open: dict[str, asyncio.Event] = field(default_factory=dict)
     ended: Counter[str] = field(default_factory=Counter)
     preemptions: int = 0
+    config: EngineConfig = field(default_factory=EngineConfig)
 
     @property
     def engine(self) -> FakeEngine:

@@ -413,12 +413,13 @@ def test_who_leaves_while_waiting_ends_it(serve, caplog):
 
 
 @contextmanager
-def half_closed(running, content, *, version="1.1", path="/v1/completions"):
-    """Send a request on a connection of its own and close the sending side."""
+def half_closed(running, content, *, version="1.1", path="/v1/completions", waits=False):
+    """Send a request on a connection of its own and close the sending side, after the engine has it if it waits."""
     body = json.dumps(content).encode()
     with connect(running) as connection:
         head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert not waits or eventually(lambda: running.engine.open)
         connection.shutdown(socket.SHUT_WR)
         yield connection
 
@@ -455,8 +456,8 @@ def test_who_waits_longer_with_its_sending_side_closed_is_asked_to_go_on_waiting
 def test_who_closes_its_sending_side_and_then_leaves_ends_its_request(serve, monkeypatch, version, seconds):
     monkeypatch.setattr(f"eightfold.server.connections.{seconds}", 0.0)
     running = serve(stuck=True)
-    with half_closed(running, {"prompt": "x"}, version=version):
-        assert eventually(lambda: running.engine.open)
+    with half_closed(running, {"prompt": "x"}, version=version, waits=True):
+        pass
     assert eventually(lambda: not running.engine.open)
     assert running.engine.ended == {"aborted": 1}
 

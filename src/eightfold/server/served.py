@@ -29,6 +29,7 @@ class Served:
         template: the chat template's text; None: there is none.
         thinking: how the model thinks.
         texts: of single tokens.
+        arithmetic: options of the engine that change the numbers.
     """
 
     def __init__(
@@ -43,12 +44,13 @@ class Served:
         self.template = tokenizer.template_source() if tokenizer.has_chat_template else None
         self.thinking = Thinking(tokenizer, reasoning_parser)
         self.texts = TokenTexts(tokenizer)
+        self.arithmetic: tuple[str, ...] = ()
         self._tool_call_parser = tool_call_parser
 
     @cached_property
     def fingerprint(self) -> str:
         """A name for what answers."""
-        return fingerprint(self.tokenizer.directory, self.template)
+        return fingerprint(self.tokenizer.directory, self.template, *self.arithmetic)
 
     @property
     def tool_family(self) -> FamilyName | None:

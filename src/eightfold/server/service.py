@@ -222,6 +222,7 @@ class Service(Served):
         parsers = settings.reasoning_parser, settings.tool_call_parser
         super().__init__(ours.tokenizer, ours.max_model_len, settings.model_names, *parsers)
         self.engine, self.settings = engine, settings
+        self.arithmetic = (ours.config.attention_mode, ours.config.dynamic)
         self.hosts = Hosts("127.0.0.1", settings)  # until it is known where the server listens
         self.limiter = Limiter(settings)
         self.metrics = Metrics(settings.model_names[0], lambda: engine.stats)
