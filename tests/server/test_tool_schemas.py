@@ -116,6 +116,17 @@ def test_a_chain_of_references_may_be_long():
     assert len(document(parameters)["$defs"]) == 3001
 
 
+def test_schemas_that_apply_together_have_a_limit():
+    """Each of n properties consists of the same n schemas: n x n are looked into."""
+    every = {"allOf": [{"$ref": f"#/$defs/d{at}"} for at in range(200)]}
+    parameters = {
+        "properties": {f"p{at}": {"properties": {"x": {}}, **every} for at in range(200)},
+        "$defs": {f"d{at}": A for at in range(200)},
+    }
+    with pytest.raises(ApiError, match="got more than 20000 schemas that apply together"):
+        document(parameters)
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [

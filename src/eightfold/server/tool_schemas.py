@@ -16,6 +16,8 @@ from eightfold.values import shown_as_json
 
 Schema = dict[str, Any]
 
+MAX_PARTS = 20_000  # schemas that are looked into to close those that they are part of, for one tool
+
 NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 
 # Keywords (of all drafts) by what stands under them: schemas by name, schemas in a list, a schema. `items` may be both.
@@ -85,6 +87,7 @@ class _Tool:
         self._bases: dict[int, str] = {}
         self._root = _Place(schema, "")
         self._index()
+        self._parts = 0  # that were looked into
         self._names: dict[tuple[int, _Way], str] = {}  # of what has been referred to, in the definitions
         self._pending = list[tuple[str, _Place, _Way]]()
 
@@ -166,6 +169,9 @@ class _Tool:
             if not isinstance(schema, dict) or id(schema) in seen:
                 continue
             seen.add(id(schema))
+            self._parts += 1
+            if self._parts > MAX_PARTS:
+                raise self._wrong(f"more than {MAX_PARTS} schemas that apply together", "fewer")
             if schema.keys() & _SAYS:
                 return
             if isinstance(properties := schema.get("properties"), dict):
