@@ -29,6 +29,11 @@ def mutate_json(value: Any, rng: random.Random) -> Any:
     return value
 
 
+def _half(value: float) -> float:
+    """Return half of a number, which may be an integer larger than any float."""
+    return value / 2 if abs(value) < 2**1000 else value // 2
+
+
 def _once(value: Any, rng: random.Random) -> Any:
     places: list[tuple[Any, Any]] = []
     pending = [value]
@@ -52,7 +57,7 @@ def _once(value: Any, rng: random.Random) -> Any:
         other, there = rng.choice(places)
         holder[key] = json.loads(json.dumps(other.get(there) if isinstance(other, dict) else None))
     elif what == 4 and isinstance(holder[key], (int, float)):
-        holder[key] = rng.choice((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2, holder[key] / 2))
+        holder[key] = rng.choice((holder[key] + 1, holder[key] - 1, -holder[key], holder[key] * 2, _half(holder[key])))
     elif what == 5 and isinstance(holder[key], str):
         text = holder[key]
         at = rng.randrange(len(text) + 1)

@@ -357,14 +357,40 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"prompt": [[1, 2], [3]], "guided_regex": "[ab]+", "logit_bias": {"5": -1}, "min_tokens": 1, "cache_salt": "s"},
     {"prompt": ["a", "b"], "structured_outputs": {"choice": ["x", "y"]}, "stop_token_ids": [5], "best_of": 1},
     {"messages": MESSAGES, "n_predict": -1, "reasoning": {"effort": "low"}, "thinking": {"type": "disabled"}},
+    {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "a"}], "content": []},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"a": 1}'},
+            {"type": "function_call_output", "call_id": "1", "output": "b", "id": "c", "status": "completed"},
+            {
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "Hi"}, {"type": "refusal", "refusal": ""}],
+            },
+        ],
+        "instructions": "a",
+        "truncation": "auto",
+        "include": ["message.output_text.logprobs"],
+        "text": {"format": {"type": "json_schema", "name": "s", "schema": PARAMETERS}},
+    },
+    {
+        "input": "a",
+        "tools": [{"type": "function", "name": "f", "parameters": PARAMETERS}],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+        "max_output_tokens": 5,
+        "metadata": {"a": "b"},
+        "reasoning": {"effort": "low", "summary": "auto"},
+    },
     {"prompt": "a", "grammar": 'root ::= "a" | [b-d]+ "\\u0041"', "logit_bias": [[5, False]], "repeat_last_n": -1},
 )
 
 
 def requests(work: Path) -> Read:
-    from eightfold.server.field_table import CHAT, COMPLETIONS
+    from eightfold.server.field_table import CHAT, COMPLETIONS, RESPONSES
     from eightfold.server.fields import Fields, parse
     from eightfold.server.requests import read_chat, read_completion
+    from eightfold.server.response_items import read_items
+    from eightfold.server.response_requests import read_response
     from eightfold.server.served import Served
     from eightfold.tokenizer import Tokenizer
 
@@ -373,12 +399,18 @@ def requests(work: Path) -> Read:
 
     def read(data: bytes) -> object:
         values = parse(data)[0]
-        is_chat = values.get("messages") is not None
-        fields = Fields(values, CHAT if is_chat else COMPLETIONS)
+        names = {CHAT: "messages", RESPONSES: "input"}
+        path = next((path for path, name in names.items() if values.get(name) is not None), COMPLETIONS)
+        fields = Fields(values, path)
         fields.refuse_unsupported()
-        asked = read_chat(fields, service) if is_chat else read_completion(fields, service)
+        if path == CHAT:
+            asked = read_chat(fields, service)
+        elif path == RESPONSES:
+            asked = read_response(fields, service, read_items(fields.any("input"), lambda _: None), None)
+        else:
+            asked = read_completion(fields, service)
         assert fields.ignored is not None
-        return asked if is_chat or asked.prompts >= 50 else asked.encode(known)
+        return asked.encode(known) if path == COMPLETIONS and asked.prompts < 50 else asked
 
     return read
 

@@ -54,9 +54,9 @@ class ApiError(Exception):
         param: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
         self.message = shorten(" ".join(message.split()), MOST_CHARS)
+        super().__init__(self.message)
+        self.status, self.code, self.param = status, code, param
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:

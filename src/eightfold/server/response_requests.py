@@ -19,7 +19,7 @@ from eightfold.server.requests import Said, read_chat
 from eightfold.server.response_answers import ResponseAnswer
 from eightfold.server.response_items import Placed, Transcript, new_id
 from eightfold.server.tools import MAX_TOOLS
-from eightfold.values import LIST, OBJECT, STRING, Kind, choice, shorten
+from eightfold.values import OBJECT, STRING, choice, shorten
 
 if TYPE_CHECKING:
     from eightfold.messages import Message
@@ -38,13 +38,13 @@ _INCLUDED = choice(
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 )
-_CHOICE = Kind((dict,), "none, auto, required or an object")
 _SUMMARY = choice("auto", "concise", "detailed")
 _SHOWN = ("name", "description", "parameters", "strict")  # of a tool, to the model
 
 # What the chat's readers call it, at the beginning of an error -> what it is called here.
 _NAMES = {
     r"(tools\[\d+\])\.function\b": r"\1",
+    r"tool_choice\.allowed_tools\b": "tool_choice",
     r"messages\b": "input",
 }
 
@@ -94,10 +94,8 @@ class _Reader:
         self._truncates = fields.read("truncation") == "auto"
         self._shows_logprobs = _reads_logprobs(fields) or top > 0
         self._reasoning, text = _reasoning(fields), fields.read("text")
-        tools, tool_choice = _tools(fields)
         self._changed = {
-            "tools": tools,
-            "tool_choice": tool_choice,
+            "tools": [_tool(f"tools[{at}]", tool) for at, tool in enumerate(fields.items("tools", MAX_TOOLS))],
             "logprobs": self._shows_logprobs,
             "stream_options": None,  # what this endpoint knows changes nothing here
             **_form(fields),
@@ -227,28 +225,6 @@ def _form(fields: Fields) -> dict[str, Any]:
         return {"response_format": form}
     inner = {name: value for name, value in form.items() if name != "type"}
     return {"response_format": {"type": "json_schema", "json_schema": inner}}
-
-
-def _tools(fields: Fields) -> tuple[list[Any] | None, Any]:
-    """Return tools and tool_choice as a chat has them; tools that may not be called are not shown to the model."""
-    tools = [_tool(f"tools[{at}]", tool) for at, tool in enumerate(fields.items("tools", MAX_TOOLS))]
-    given = fields.any("tool_choice")
-    if given is None or isinstance(given, str):
-        return tools, given
-    kind = demand("tool_choice", given, _CHOICE).get("type")
-    if kind == "function":
-        return tools, {"type": "function", "function": {"name": given.get("name")}}
-    if kind != "allowed_tools":
-        raise wrong("tool_choice.type", kind, "function or allowed_tools")
-    mode = demand("tool_choice.mode", given.get("mode"), choice("auto", "required"))
-    names = set[str]()
-    for at, tool in enumerate(demand("tool_choice.tools", given.get("tools"), LIST)):
-        where = f"tool_choice.tools[{at}]"
-        name = demand(where, tool, OBJECT).get("name")
-        if name not in [each["function"].get("name") for each in tools]:
-            raise wrong(f"{where}.name", name, "the name of one of tools")
-        names.add(name)
-    return [tool for tool in tools if tool["function"].get("name") in names], mode
 
 
 def _tool(where: str, given: Any) -> dict[str, Any]:
