@@ -271,6 +271,10 @@ def test_the_schemas_of_all_tools_together_have_a_limit(talk):
     tools = [{"type": "function", "function": {"name": f"f{at}", "parameters": parameters}} for at in range(2)]
     error = running.chat(tools=tools, tool_choice="required").json()["error"]
     assert (error["param"], "more than 65536 bytes" in error["message"]) == ("tools", True)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"description": "x" * 2**18}}}]
+    error = running.chat(tools=tools, tool_choice="required").json()["error"]
+    assert error["message"].startswith("tools: got 262163 bytes of parameters, expected at most 262144 where a call is")
+    assert error["param"] == "tools"
 
 
 def test_a_reference_that_leads_nowhere_is_refused(talk):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from eightfold.values import LIST, OBJECT, SWITCH, shown_as_json
 __all__ = ["ToolCall", "ToolParser", "ToolUse", "read_tools"]
 
 MAX_TOOLS = 128
+MAX_PARAMETER_BYTES = 2**18  # of the tools of which one has to be called, descriptions included
 MAX_CALLS = 8  # of an answer that has to be several: a model may not find an end
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -125,6 +127,10 @@ def _forced(functions: Functions, *, several: bool) -> StructuredOutput:
 
     What llguidance does not know in a schema (uniqueItems, a format) is left to the client, unless the tool is strict.
     """
+    size = sum(len(json.dumps(function.get("parameters"))) for function in functions.values())
+    if size > MAX_PARAMETER_BYTES:
+        got, expected = f"{size} bytes of parameters", f"at most {MAX_PARAMETER_BYTES} where a call is forced"
+        raise bad_request(f"tools: got {got}, expected {expected}. Send fewer.", param="tools")
     definitions = dict[str, Any]()
     calls = [
         {
