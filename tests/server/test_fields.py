@@ -191,6 +191,21 @@ def test_names_in_objects_are_in_the_log_too(serve, caplog):
     assert caplog.records[-1].record.ignored == ignored
 
 
+def test_names_in_messages_that_nobody_reads_are_in_the_log_once(serve, caplog):
+    running = serve()
+    cached = {"cache_control": {"type": "ephemeral"}}
+    messages = [
+        {"role": "system", "content": "a"},
+        {"role": "user", "content": "b", "name": "x", **cached},
+        {"role": "assistant", "content": "c", "refusal": None, "annotations": [], "reasoning": "d"},
+        {"role": "user", "content": "e", **cached},
+    ]
+    with caplog.at_level("INFO", "eightfold.server"):
+        assert running.post("/v1/chat/completions", {"messages": messages}).status_code == 200
+        assert eventually(lambda: caplog.records)
+    assert caplog.records[-1].record.ignored == ["messages[1].cache_control"]
+
+
 # ---- Thinking.
 
 THINKS = "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}(no){% endif %}"

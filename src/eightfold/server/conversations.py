@@ -9,13 +9,14 @@ from eightfold.engine import conversation
 from eightfold.engine.conversation import Prompt
 from eightfold.engine.reasoning import Thinking
 from eightfold.errors import EightfoldError
-from eightfold.messages import MessageError, is_continued, read_messages
+from eightfold.messages import Message, MessageError, is_continued, read_messages
 from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.server.template_variables import template_variables
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import SWITCH
 
 MAX_MESSAGES = 4096
+_SAME_AS_OTHERS = {"prefix", "reasoning", "reasoning_content"}  # which messages that were read have by another name
 
 
 class Conversation(conversation.Conversation):
@@ -47,6 +48,7 @@ def read_conversation(fields: Fields, template: str | None, tools: Sequence[Any]
         messages = read_messages(given, None)
     except MessageError as error:
         raise refused(error, param="messages") from None
+    _note_ignored(fields, given, messages)
     continues = fields.read("continue_final_message", SWITCH, False) or is_continued(messages)
     opens_answer = fields.read("add_generation_prompt", SWITCH, not continues)
     if continues and opens_answer:
@@ -59,3 +61,14 @@ def read_conversation(fields: Fields, template: str | None, tools: Sequence[Any]
         continues=continues,
         variables=template_variables(fields, template),
     )
+
+
+def _note_ignored(fields: Fields, given: Sequence[Any], messages: Sequence[Message]) -> None:
+    """Take note of what messages have that nobody has read: each name once, where it is first."""
+    found: dict[str, int] = {}
+    for at, (message, read) in enumerate(zip(given, messages, strict=True)):
+        for name in message.keys() - read.keys() - _SAME_AS_OTHERS:
+            if message[name]:
+                found.setdefault(name, at)
+    for name, at in found.items():
+        fields.note_ignored(f"messages[{at}].{name}")

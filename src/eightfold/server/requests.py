@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from eightfold.engine.reasoning import Start
 from eightfold.engine.sampling_params import SamplingParams, biases_by_id
 from eightfold.errors import EightfoldError
-from eightfold.messages import as_text
+from eightfold.messages import words
 from eightfold.server.answers import AnswerWriter, ChatAnswer, CompletionAnswer, Echo
 from eightfold.server.conversations import read_conversation
 from eightfold.server.extras import Extras
@@ -58,7 +58,7 @@ def read_chat(fields: Fields, service: Served, write: Callable[[Said], AnswerWri
     conversation = read_conversation(fields, service.template, tools.shown)
     (streams, extras), (splits, shows_reasoning) = _read_extras(fields, service), _read_reasoning(fields)
     last = conversation.messages[-1]
-    echo = as_text(last) if fields.read("echo") and last["role"] == "assistant" else ""
+    echo = words(last) if fields.read("echo") and last["role"] == "assistant" else ""
 
     def write_chat(said: Said) -> AnswerWriter:
         return ChatAnswer(
