@@ -294,6 +294,36 @@ def test_items_are_the_messages_of_a_chat(ask):
     ]
 
 
+def test_the_last_message_can_be_continued(ask):
+    whole, running = ask("llo")
+    whole([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}], continue_final_message=True)
+    assert prompt_of(running) == "user: Hi\nassistant: He"
+
+
+def test_what_codex_sends(ask):
+    whole, running = ask()
+    texts = {role: [{"type": "input_text", "text": role}] for role in ("developer", "user")}
+    found = whole(
+        [{"type": "message", "role": role, "content": content} for role, content in texts.items()],
+        instructions="You are a coding agent", tools=[{**CLOCK, "strict": False}], tool_choice="auto", store=False,
+        parallel_tool_calls=False, reasoning={"effort": "medium", "summary": "auto"}, prompt_cache_key="a",
+        include=["reasoning.encrypted_content"], text={"verbosity": "medium"}, service_tier="auto",
+    )  # fmt: skip
+    assert prompt_of(running).endswith("system: You are a coding agent\ndeveloper\nuser: user\n")
+    assert found["store"] is False
+
+
+def test_a_real_engine_streams_what_it_answers_whole(real):
+    asked = {"input": "Hi", "max_output_tokens": 12, "temperature": 0, "top_logprobs": 2, "ignore_eos": True}
+    expected = real.post("/v1/responses", asked).json()
+    Response.model_validate(expected, strict=True)
+    events = events_of(real, "Hi", **{name: value for name, value in asked.items() if name != "input"})
+    assert essence(events[-1]["response"]) == essence(expected)
+    assert added_up(events) == events[-1]["response"]["output"]
+    (message,) = expected["output"]
+    assert len(message["content"][0]["logprobs"]) == 12
+
+
 def test_tools_are_shown_as_a_chat_shows_them(ask):
     whole, running = ask()
     whole(tools=[{**WEATHER, "strict": None}, CLOCK])
