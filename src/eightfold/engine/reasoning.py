@@ -52,21 +52,21 @@ class Start(NamedTuple):
         begins_inside: whether the prompt has opened the thought.
         delays_form: whether a form that the answer must have begins behind a thought.
         tags: the tokens that begin and end a thought; None where either is not a token of its own.
-        is_special: whether either is a special token, which texts leave out unless told otherwise.
+        special: those of their tokens that texts leave out unless told otherwise.
     """
 
     style: Style | None = None
     begins_inside: bool = False
     delays_form: bool = False
     tags: tuple[int, int] | None = None
-    is_special: bool = False
+    special: tuple[int, ...] = ()
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """Return parameters with which the text shows a thought, and a form begins behind it."""
         if self.style is None:
             return params
-        if self.is_special:
-            params = replace(params, skip_special_tokens=False)
+        if self.special:
+            params = replace(params, kept_special_ids=(*params.kept_special_ids, *self.special))
         if params.structured is not None and self.delays_form:
             begin = "" if self.begins_inside or self.style.is_silent else self.style.begin
             form = replace(params.structured, begins_after=self.style.end, opened_by=begin)
@@ -105,7 +105,7 @@ class Thinking:
         tags = self.style[:2] if self.style else ()
         ids = [tokenizer.encode(tag, special_tokens=False) for tag in tags]
         self._tags = (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
-        self._is_special = any(tokenizer.decode(each) == "" for each in ids)
+        self._special = tuple(token for each in ids if tokenizer.decode(each) == "" for token in each)
         # Without tokens for it, a model that is only known by its template may as well be one that need not think.
         self._delays_forms = name != "auto" or (self._tags is not None and any(tag in template for tag in tags))
 
@@ -132,7 +132,7 @@ class Thinking:
         if is_over:
             return prompt, Start(tags=self._tags)
         delays_form = begins_inside or self._delays_forms
-        return prompt, Start(style, begins_inside, delays_form, self._tags, self._is_special)
+        return prompt, Start(style, begins_inside, delays_form, self._tags, self._special)
 
     def _opened_once(self, prompt: str, said: str) -> str:
         """Return a prompt that ends with `said`, without the empty thought that templates put before it.
