@@ -62,6 +62,7 @@ lint: env
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/fill_readme.py --check
 	$(BIN)/python docs/make_format.py --check
+	$(BIN)/python docs/make_families.py --check
 
 fidelity: env
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)

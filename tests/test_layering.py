@@ -29,6 +29,7 @@ RANKS = {
     "config": 2,
     "files": 1,
     "families": 3,
+    "layouts": 3,
     "scheme": 3,
     "tokenizer": 3,
     "vocabulary": 2,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from eightfold.config import DType
 from eightfold.errors import CheckpointError
-from eightfold.format import checkpoint as checkpoint_module
+from eightfold.format import stored
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.scheme import QuantType
 from tests.conftest import FAMILIES, tiny_config, write_model
@@ -66,7 +66,7 @@ def test_opening_reads_no_weight(float_model, monkeypatch):
     def refuse(path: Path) -> None:
         raise AssertionError(f"{path} was mapped")
 
-    monkeypatch.setattr(checkpoint_module, "MappedFile", refuse)
+    monkeypatch.setattr(stored, "MappedFile", refuse)
     checkpoint = Checkpoint.open(float_model)
     with pytest.raises(AssertionError, match="was mapped"):
         checkpoint.array(f"{Q_PROJ}.weight")
@@ -351,7 +351,7 @@ def test_a_file_that_became_shorter_since_it_was_opened_is_named(float_model):
 
 def test_releasing_what_was_never_read_opens_nothing(float_model, monkeypatch):
     checkpoint = Checkpoint.open(float_model)
-    monkeypatch.setattr(checkpoint_module, "MappedFile", None)
+    monkeypatch.setattr(stored, "MappedFile", None)
     checkpoint.release(checkpoint.tensors)
 
 

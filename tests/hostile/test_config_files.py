@@ -15,7 +15,7 @@ from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, write_model
 from tests.hostile import EMBEDDING, NORM, Q_PROJ
-from tests.refusal import both_refused, quantize_refused
+from tests.refusal import both_refused, quantize_refused, refused
 
 # --- config.json
 
@@ -85,12 +85,23 @@ def test_an_odd_head_dim_is_refused(cli, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["MixtralForCausalLM", "LlamaModel", "llamaforcausallm", "x\ny"])
+@pytest.mark.parametrize("name", ["LlamaModel", "llamaforcausallm", "x\ny"])
 def test_an_unknown_architecture_is_refused_with_the_known_ones(cli, float_model, configure, name):
     configure(architectures=[name])
-    assert both_refused(cli, float_model) == (
-        f"architecture in {float_model / 'config.json'}: got {' '.join(name.split())}, "
-        "expected LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM"
+    begin = f"architecture in {float_model / 'config.json'}: got {' '.join(name.split())}, expected "
+    assert refused(cli, "inspect", float_model, within=float_model.parent) == (
+        f"{begin}LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM"
+    )
+    message = quantize_refused(cli, float_model)
+    assert message.startswith(f"{begin}one of a known family. Known are llama, mistral, qwen2, qwen3, phi3, glm, ")
+    assert message.endswith(", phimoe. --generic takes any other that is shaped like Llama.")
+
+
+def test_the_name_of_a_family_with_experts_over_weights_without_any(cli, float_model, configure):
+    configure(architectures=["MixtralForCausalLM"])
+    assert quantize_refused(cli, float_model) == (
+        f"experts in {float_model}: got none, expected block_sparse_moe.experts in some layers of mixtral. "
+        "config.json and the weights belong to different models."
     )
 
 
@@ -242,6 +253,9 @@ def test_a_description_beside_float_weights_is_refused(cli, float_model):
 def test_a_message_shows_no_more_than_the_beginning_of_a_value(cli, float_model, content):
     path = float_model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
-    message = both_refused(cli, float_model)
-    assert len(message) < 900 + len(str(float_model))
-    assert "..." in message
+    for message in (
+        refused(cli, "inspect", float_model, within=float_model.parent),
+        quantize_refused(cli, float_model),
+    ):
+        assert len(message) < 1200 + len(str(float_model))
+        assert "..." in message

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.parallel.ranks import Ranks
     from eightfold.quant.dataset import Row
+    from eightfold.quant.name_plan import NamePlan
     from eightfold.quant.outcome import Outcome
     from eightfold.tokenizer import Tokenizer
 
@@ -35,13 +36,16 @@ _CALIBRATION, _OUTPUT, _RUNNING = "Calibration data", "Output", "Running"  # hea
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeCommand:
-    """Turn a float Llama-family model into an 8-bit one.
+    """Turn a float model into an 8-bit one.
 
     Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
 
     One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C,
     the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
     and `eval` load it too, and `eightfold check` reports what those loaders would do with it.
+
+    Models that eightfold cannot run, such as mixtures of experts, take w8a8-dynamic and w8a16, which need no
+    calibration: their linears are known by name. docs/families.md lists the families and what stays float in each.
 
     Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
     """
@@ -59,6 +63,13 @@ class QuantizeCommand:
         "Read settings from a YAML file; options on the command line override them.",
         flag="--recipe",
         metavar="FILE",
+        group="Scheme",
+    )
+    generic: bool = setting(
+        False,
+        SWITCH,
+        "Quantize a model of an unknown family by the names of its tensors: every matrix of a layer but routers and "
+        "what --keep-float names. For w8a8-dynamic and w8a16.",
         group="Scheme",
     )
     save_recipe: Path | None = setting(
@@ -146,7 +157,7 @@ class QuantizeCommand:
                 if ranks.is_first:
                     self._show_plan()
                 return
-            outcome = self._quantize(ranks)
+            outcome = self._quantize_by_name(ranks) if self._goes_by_name else self._quantize(ranks)
             if ranks.is_first and self.save_recipe is not None:
                 _save(self.recipe, self.save_recipe)
             self._tell(outcome, ranks, started)
@@ -208,6 +219,52 @@ class QuantizeCommand:
             ranks=ranks,
         )
 
+    @cached_property
+    def _goes_by_name(self) -> bool:
+        """Whether the model is one that this program cannot run, so that only the names of its tensors are known."""
+        from eightfold.files import has_file, read_json
+        from eightfold.format.directory import CONFIG_NAME
+        from eightfold.layouts import has_engine
+
+        config = self.source / CONFIG_NAME
+        if self.generic or not has_file(config):
+            return self.generic
+        raw = read_json(config)
+        return bool(raw.get("architectures")) and not has_engine(raw)
+
+    @cached_property
+    def _name_plan(self) -> NamePlan:
+        """What a model is going to be by the names of its tensors. What does not go with it is refused."""
+        from eightfold.format.target import QUANTIZE, check_target
+        from eightfold.quant.name_plan import plan_by_name
+
+        found = plan_by_name(self.source, self.recipe, is_generic=self.generic)
+        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        return found
+
+    def _quantize_by_name(self, ranks: Ranks) -> Outcome:
+        """Quantize a model that this program cannot run."""
+        if ranks.size > 1:
+            raise ConfigError("processes", got=ranks.size, expected="one, for a model that is quantized by names")
+        for option in ("legacy_names",):
+            if getattr(self, option):
+                raise ConfigError(option, got="it", expected="a model that eightfold can run")
+        plan = self._name_plan
+        if given := [flag for flag, value in self._calibration_flags.items() if value]:
+            console.note(f"nothing here needs calibration data; {given[0]} changes nothing.")
+        console.require_torch("quantize")
+        self._tell_notes([*plan.stored.notes, *plan.notes])
+        from eightfold.quant.by_name import quantize_by_name
+
+        return quantize_by_name(
+            plan,
+            self.target,
+            overwrite=self.overwrite,
+            part_bytes=self.part_bytes,
+            memory=self.memory,
+            progress=console.bars,
+        )
+
     def _show_plan(self) -> None:
         checkpoint = self._checkpoint
         samples = self._samples(checkpoint)
@@ -253,14 +310,17 @@ class QuantizeCommand:
     def _told(self) -> set[str]:
         return set()
 
+    @property
+    def _calibration_flags(self) -> dict[str, Any]:
+        return {"--calib": self.calib, "--calib-texts": self.calib_texts, "--calib-ids": self.calib_ids}
+
     def _samples(self, checkpoint: Checkpoint) -> list[list[list[int]]]:
         """Return the samples for calibration and those for outlier suppression; none where none are used."""
         from eightfold.quant.dataset import read_rows
 
         recipe = self.recipe
         found: list[list[list[int]]] = [[], []]
-        given = {"--calib": self.calib, "--calib-texts": self.calib_texts, "--calib-ids": self.calib_ids}
-        sources = [flag for flag, value in given.items() if value]
+        sources = [flag for flag, value in self._calibration_flags.items() if value]
         if len(sources) > 1:
             raise ConfigError("calibration data", got=" and ".join(sources), expected="one of them")
         if self.anti_calib is not None:

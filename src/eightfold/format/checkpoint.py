@@ -15,9 +15,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eightfold.config import DType, ModelConfig, parse_config, require_architecture
+from eightfold.config import FAMILIES, DType, ModelConfig, parse_config, require_architecture
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
     ATTENTION,
@@ -39,7 +39,9 @@ from eightfold.format.directory import (
     unknown_tensors,
 )
 from eightfold.format.journal import require_finished
-from eightfold.format.safetensors import MappedFile, TensorInfo
+from eightfold.format.safetensors import TensorInfo
+from eightfold.format.stored import StoredTensors
+from eightfold.layouts import engine_names, has_engine, known
 from eightfold.scheme import (
     DESCRIPTION_VERSION,
     FA_TENSORS,
@@ -56,9 +58,6 @@ from eightfold.scheme import (
 )
 from eightfold.values import shorten, shown
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 SHORT_NAME = "quant_model_description.json"
 _PREFIX = "quant_model_description"
 
@@ -74,17 +73,13 @@ class Description:
     tags: Mapping[str, str]  # tensor name -> type, as written
 
 
-class Checkpoint:
+class Checkpoint(StoredTensors):
     """A checked model directory.
 
     Attributes:
-        directory: the folder.
-        config_raw: config.json as it stands.
-        config: the same, read.
+        config: config.json, read.
         dtype: the model's dtype: config.json's, else that of the weights.
-        tensors: every stored tensor by name.
         description: the description file; None for a float model.
-        notes: what a user should know of its files, one line each.
     """
 
     def __init__(
@@ -94,13 +89,9 @@ class Checkpoint:
         tensors: dict[str, TensorInfo],
         description: Description | None,
     ):
-        self.directory = directory
-        self.config_raw = config_raw
+        super().__init__(directory, config_raw, tensors)
         self.config: ModelConfig = parse_config(config_raw, directory / CONFIG_NAME)
-        self.tensors = tensors
         self.description = description
-        self.notes: list[str] = []
-        self._maps: dict[Path, MappedFile] = {}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -114,8 +105,10 @@ class Checkpoint:
         require_finished(directory)
         require_model(directory)
         config_raw = read_json(directory / CONFIG_NAME)
-        require_architecture(config_raw, directory / CONFIG_NAME)
         path = find_description(directory)
+        if path is not None:
+            _require_engine(config_raw, directory)
+        require_architecture(config_raw, directory / CONFIG_NAME)
         description = read_description(path) if path else None
         tensors, note = read_tensors(directory, config_raw, is_quantized=description is not None)
         checkpoint = cls(directory, config_raw, tensors, description)
@@ -198,25 +191,6 @@ class Checkpoint:
     def head_weight(self) -> str:
         """Return the name of the tensor that the output head reads: the embedding's, when the model is tied."""
         return weight_name(EMBEDDING) if self.config.tie_word_embeddings else weight_name(LM_HEAD)
-
-    def array(self, name: str) -> NDArray[Any]:
-        """Return a tensor as a view of the mapped file; BF16 as uint16 bit patterns."""
-        info = self.tensors[name]
-        mapped = self._maps.get(info.file)
-        if mapped is None:
-            mapped = self._maps[info.file] = MappedFile(info.file)
-        return mapped.array(info)
-
-    def release(self, names: Iterable[str]) -> None:
-        """Let go of the memory that reading these tensors took; they can be read again."""
-        for name in names:
-            self.release_part(name, 0, self.tensors[name].nbytes)
-
-    def release_part(self, name: str, begin: int, end: int) -> None:
-        """Let go of the memory that reading some bytes of a tensor took."""
-        info = self.tensors[name]
-        if info.file in self._maps:
-            self._maps[info.file].release(info.begin + begin, info.begin + end)
 
     def layer_tensors(self, prefix: str) -> list[str]:
         """Return the names of all stored tensors below a name prefix."""
@@ -337,6 +311,23 @@ class Checkpoint:
             action="Start from float weights (F32, F16 or BF16)."
             if self.description is None
             else "Write the directory again.",
+        )
+
+
+def _require_engine(raw: Mapping[str, Any], directory: Path) -> None:
+    """Refuse an 8-bit model of a family that this program quantizes and does not run.
+
+    Raises:
+        UnsupportedError: it is one; the engines that run it are named.
+    """
+    row = None if has_engine(raw) else known(raw)
+    if row is not None:
+        raise UnsupportedError(
+            "model",
+            where=directory,
+            got=f"an 8-bit {row.architecture}, which was made for other engines ({engine_names(row)})",
+            expected=one_of(FAMILIES),
+            action="eightfold checks it, and does not run it.",
         )
 
 

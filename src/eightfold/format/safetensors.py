@@ -191,7 +191,7 @@ class MappedFile:
             weakref.finalize(self._map, _tell, address, 0, "").atexit = False
 
     def array(self, info: TensorInfo) -> NDArray[Any]:
-        """Return a view of a tensor, in its shape; BF16 as uint16 bit patterns."""
+        """Return a view of a tensor, in its shape; BF16 as uint16 bit patterns, float8 and the like as uint8."""
         import numpy as np
 
         if info.end > self.nbytes:
@@ -231,7 +231,9 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
 @functools.cache
 def _stored_dtype(name: str) -> np.dtype[Any]:
-    return numpy_dtype(DType(name))
+    import numpy as np
+
+    return np.dtype("u1") if _ELEMENT_BYTES[name] == 1 and name != DType.I8.value else numpy_dtype(DType(name))
 
 
 _CHUNK_BYTES = 4 << 20  # what is read at a time where only a checksum is wanted

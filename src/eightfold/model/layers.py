@@ -21,6 +21,7 @@ from eightfold.config import DType, RopeParameters
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.families import ATTENTION, KEY, LM_HEAD, VALUE, LinearShape, layer_norms, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.stored import StoredTensors
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -225,7 +226,7 @@ def _flat(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     return _widened(checkpoint, name, checkpoint.array(name).reshape(-1))
 
 
-def require_finite(checkpoint: Checkpoint, name: str) -> None:
+def require_finite(checkpoint: StoredTensors, name: str) -> None:
     """Look through a float tensor for NaN and infinity, in slices that stay small.
 
     Raises:
@@ -246,7 +247,7 @@ def require_finite(checkpoint: Checkpoint, name: str) -> None:
             )
 
 
-def _widened(checkpoint: Checkpoint, name: str, array: NDArray[Any]) -> NDArray[Any]:
+def _widened(checkpoint: StoredTensors, name: str, array: NDArray[Any]) -> NDArray[Any]:
     """Return values of a tensor as a float32 copy."""
     if checkpoint.tensors[name].dtype == DType.BF16.value:
         return (array.astype(np.uint32) << 16).view(np.float32)

@@ -91,10 +91,15 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, anti_sa
     passed += sum(anti_lengths) if recipe.observes_float else 0
     proved = (anti_lengths or lengths)[0] if recipe.anti_outlier is not None else 0
     streams = passed + (sum(lengths) if recipe.calibrates else 0)
-    base = max(_BASE_BYTES, -(-(resident_bytes() or 0) // _BASE_STEP) * _BASE_STEP)
+    base = base_bytes()
     layer = max(_layer_bytes(checkpoint, recipe, each) for each in (lengths, anti_lengths))
     step = max(layer, _head_bytes(checkpoint, recipe))
     return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams, 4 * width * proved)
+
+
+def base_bytes() -> int:
+    """Return what this process has before the first step."""
+    return max(_BASE_BYTES, -(-(resident_bytes() or 0) // _BASE_STEP) * _BASE_STEP)
 
 
 def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:

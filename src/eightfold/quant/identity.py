@@ -29,11 +29,11 @@ from torch import Tensor
 from eightfold import __version__
 from eightfold.errors import shortlist
 from eightfold.files import open_regular, write_json
-from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.directory import CONFIG_NAME, list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
+from eightfold.format.stored import StoredTensors
 from eightfold.format.target import QUANTIZE
 from eightfold.quant.outcome import samples_facts
 from eightfold.quant.recipe import Recipe, Samples, recipe_content
@@ -49,7 +49,7 @@ _SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 
 
 
 def identity(
-    checkpoint: Checkpoint,
+    checkpoint: StoredTensors,
     recipe: Recipe,
     samples: Samples,
     anti_samples: Samples = (),
@@ -62,7 +62,7 @@ def identity(
         "format": FORMAT,
         "command": QUANTIZE,
         "eightfold": __version__,
-        "layers": checkpoint.config.num_layers,
+        "layers": checkpoint.num_layers,
         "recipe": recipe_content(recipe),
         "output": dict(layout),
         "device": device,
@@ -72,23 +72,23 @@ def identity(
     }
 
 
-def _is_large(checkpoint: Checkpoint) -> bool:
+def _is_large(checkpoint: StoredTensors) -> bool:
     return sum(path.stat().st_size for path in {info.file for info in checkpoint.tensors.values()}) > WHOLE_BYTES
 
 
-def source_files(checkpoint: Checkpoint) -> list[Path]:
+def source_files(checkpoint: StoredTensors) -> list[Path]:
     """Return the files of a model that a quantization reads, sorted by name."""
     found = {info.file for info in checkpoint.tensors.values()}
     _, modules, _ = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
     return sorted({checkpoint.directory / CONFIG_NAME, *found, *list_sidecars(checkpoint.directory), *modules})
 
 
-def _name_of(checkpoint: Checkpoint, path: Path) -> str:
+def _name_of(checkpoint: StoredTensors, path: Path) -> str:
     """Return a file's path inside the model, wherever that is: names alone may be the same in two folders."""
     return path.relative_to(checkpoint.directory).as_posix()
 
 
-def _file_identity(checkpoint: Checkpoint, path: Path) -> list[int]:
+def _file_identity(checkpoint: StoredTensors, path: Path) -> list[int]:
     """Return a file's size and the CRC-32 of what counts of it."""
     file = open_regular(path)
     try:
@@ -109,18 +109,18 @@ def _sampled_spans(infos: Sequence[TensorInfo]) -> Iterator[tuple[int, int]]:
             yield begin, min(begin + _SAMPLE_BYTES, info.end)
 
 
-def _file_times(checkpoint: Checkpoint) -> dict[str, int]:
+def _file_times(checkpoint: StoredTensors) -> dict[str, int]:
     """Return when the weight files of a large model, of which identity() sees samples, were last changed."""
     files = {info.file for info in checkpoint.tensors.values()} if _is_large(checkpoint) else set()
     return {_name_of(checkpoint, path): path.stat().st_mtime_ns for path in files}
 
 
-def keep_times(checkpoint: Checkpoint, output: Output) -> None:
+def keep_times(checkpoint: StoredTensors, output: Output) -> None:
     """Note for a new start of this run when the weight files were last changed."""
     write_json(output.work / _TIMES_NAME, _file_times(checkpoint))
 
 
-def require_same_times(checkpoint: Checkpoint, output: Output) -> None:
+def require_same_times(checkpoint: StoredTensors, output: Output) -> None:
     """Refuse a large weight file that has changed since the run began, or begin anew where that is wished.
 
     Raises:

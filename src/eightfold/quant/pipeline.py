@@ -10,7 +10,6 @@ A run that is killed has lost the layer it was in: started again, it goes on wit
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ from typing import Any
 import torch
 
 from eightfold.config import both_dialects
-from eightfold.errors import CheckpointError, ConfigError, OutputError, shortlist
+from eightfold.errors import CheckpointError, ConfigError, OutputError
 from eightfold.families import LM_HEAD
 from eightfold.files import write_json
 from eightfold.format.checkpoint import Checkpoint, render_description
-from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, resolve_auto_map
-from eightfold.format.journal import WORK_NAME, Entry, layers_done
+from eightfold.format.directory import CONFIG_NAME
+from eightfold.format.journal import WORK_NAME, layers_done
 from eightfold.format.output import Output
-from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.shards import total_bytes
 from eightfold.format.target import REPORT_NAME
-from eightfold.format.tokenizer_files import write_for_both
 from eightfold.model.reference.tensors import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
@@ -37,7 +35,8 @@ from eightfold.quant.identity import differences, float_facts, identity, keep_ti
 from eightfold.quant.outcome import Outcome, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
 from eightfold.quant.recipe import Recipe, Samples
-from eightfold.quant.run import Job, Notes, Run, TensorWriter
+from eightfold.quant.run import Job, Notes, Run
+from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 
 
@@ -126,10 +125,6 @@ def open_float(source: Path) -> Checkpoint:
     return checkpoint
 
 
-class _Damaged(Exception):
-    """What an earlier run has left is not what its journal says."""
-
-
 @dataclass(frozen=True)
 class _Job(Job):
     """A job, and how it is done."""
@@ -151,7 +146,7 @@ class _Job(Job):
             require_same_times(self.checkpoint, output)
         try:
             outcome = self._begin(output)
-        except _Damaged as damage:
+        except Damaged as damage:
             self.ranks.share(str(damage))
             output.restart()
             outcome = self._begin(output)
@@ -176,7 +171,7 @@ class _Job(Job):
         with BackgroundSync() as sync:
             run = Run(self, outcome, output.work, output.journal, sync)
             plan, checksums = self._take_steps(run, output)
-        _write_companions(self.checkpoint, plan, outcome, output.path)
+        _write_companions(self.checkpoint, plan, outcome, output)
         output.finish(checksums)
         return outcome
 
@@ -201,7 +196,7 @@ class _Job(Job):
                 with BackgroundSync() as sync:
                     self._help(Run(self, outcome, path / WORK_NAME, Notes(entries), sync))
                 break
-            except _Damaged:
+            except Damaged:
                 pass
         return outcome
 
@@ -217,10 +212,10 @@ class _Job(Job):
         """Hear from rank 0 whether what an earlier run has left is what its journal says.
 
         Raises:
-            _Damaged: it is not.
+            Damaged: it is not.
         """
         if damage := self.ranks.share(""):
-            raise _Damaged(damage)
+            raise Damaged(damage)
 
     def _plan(self, run: Run) -> OutputPlan:
         return OutputPlan(self.checkpoint, self.recipe, run.outcome.types, run.fa_layers, self.legacy_names)
@@ -228,7 +223,7 @@ class _Job(Job):
     def _take_steps(self, run: Run, output: Output) -> tuple[OutputPlan, dict[str, int]]:
         """Take all steps that are left; return the plan and the CRC-32 of every weight file."""
         if not run.resume():
-            raise _Damaged("hidden states")
+            raise Damaged("hidden states")
         self.ranks.share("")
         if self.recipe.decides_by_comparison:
             output.require_space(run.spilled_bytes)
@@ -236,59 +231,20 @@ class _Job(Job):
         plan = self._plan(run)
         planned = [tensor.planned for tensor in plan.tensors.values()]
         run.outcome.tensors, run.outcome.nbytes = len(planned), total_bytes(planned)
-        with self._writer(output, planned) as files:
+        with open_writer(output, weight_file_stem(self.recipe.scheme), planned, self.part_bytes) as files:
             writer = TensorWriter(self.checkpoint, plan.tensors, files)
-            written = self._take_over(output.journal.entries, writer)
+            written = take_over(output.journal.entries, writer, self.progress)
             self.ranks.share("")
             output.require_space(total_bytes(t for t in planned if t.name not in written) + run.spilled_bytes)
             run.write_all(plan, writer)
         return plan, files.file_checksums()
 
-    def _writer(self, output: Output, planned: list[PlannedTensor]) -> ShardedWriter:
-        """Return the writer of the weights: new, or where an earlier run has begun to write.
 
-        Raises:
-            _Damaged: the files of an earlier run are not what they were.
-        """
-        is_begun = any("tensors" in entry for entry in output.journal.entries)
-        stem = weight_file_stem(self.recipe.scheme)
-        for file in output.path.glob("*.safetensors*"):
-            if is_begun:
-                file.chmod(0o600)
-            else:
-                file.unlink()
-        try:
-            return ShardedWriter(output.path, stem, planned, part_bytes=self.part_bytes, resume=is_begun)
-        except OutputError as error:
-            raise _Damaged(str(error)) from None
-
-    def _take_over(self, entries: Sequence[Entry], writer: TensorWriter) -> set[str]:
-        """Leave what an earlier run has written; return the names of those tensors.
-
-        Raises:
-            _Damaged: some are not what it has written.
-        """
-        steps = [entry for entry in entries if "tensors" in entry]
-        if not steps:
-            return set()
-        with self.progress("verify", len(steps), "step") as task:
-            for entry in steps:
-                task.at(entry["step"])
-                if damaged := writer.take_over(entry["tensors"]):
-                    raise _Damaged(shortlist(damaged, 3))
-                task.advance()
-        return {name for entry in steps for name in entry["tensors"]}
-
-
-def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome, directory: Path) -> None:
+def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome, output: Output) -> None:
     """Write the files that are carried over, the description, the report, and last config.json."""
-    scheme = plan.recipe.scheme
-    raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
-    if note:
-        outcome.notes.append(note)
-    copy_files([*list_sidecars(checkpoint.directory), *modules], checkpoint.directory, directory)
-    if note := write_for_both(directory):
-        outcome.notes.append(note)
+    scheme, directory = plan.recipe.scheme, output.path
+    raw, notes = copy_companions(checkpoint, output)
+    outcome.notes += notes
     config: dict[str, Any] = both_dialects(raw, checkpoint.config, plan.recipe.dtype_of(checkpoint.dtype))
     if plan.legacy_names:
         config["quantize"] = scheme.value.lower()

@@ -19,7 +19,7 @@ import torch
 
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, ConfigError
-from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.stored import StoredTensors
 from eightfold.model import layers
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def _viewed(array: NDArray[Any]) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
-def mapped_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def mapped_tensor(checkpoint: StoredTensors, name: str) -> torch.Tensor:
     """Return a stored tensor in its own dtype and shape, as a view of the mapped file. Not to be modified."""
     return _viewed(checkpoint.array(name))
 
 
-def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def load_tensor(checkpoint: StoredTensors, name: str) -> torch.Tensor:
     """Return a stored tensor in its own dtype and shape, on the device in use. Not to be modified.
 
     On the CPU it is a view of the mapped file.
@@ -60,7 +60,7 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return as_tensor(checkpoint.array(name))
 
 
-def load_float32(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+def load_float32(checkpoint: StoredTensors, name: str) -> torch.Tensor:
     """Return a float tensor as a float32 copy.
 
     Raises:
@@ -71,7 +71,7 @@ def load_float32(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     return tensor
 
 
-def load_rows_float32(checkpoint: Checkpoint, name: str, begin: int, end: int) -> torch.Tensor:
+def load_rows_float32(checkpoint: StoredTensors, name: str, begin: int, end: int) -> torch.Tensor:
     """Return some rows of a float matrix, (end - begin, K), as a float32 copy.
 
     Raises:
@@ -84,7 +84,7 @@ def load_rows_float32(checkpoint: Checkpoint, name: str, begin: int, end: int) -
     return rows
 
 
-def require_finite(tensor: torch.Tensor, name: str, checkpoint: Checkpoint) -> None:
+def require_finite(tensor: torch.Tensor, name: str, checkpoint: StoredTensors) -> None:
     """Check a float tensor, as it is stored or widened, for NaN and infinity, in slices that stay small.
 
     Raises:

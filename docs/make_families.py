@@ -1,0 +1,106 @@
+"""Write the tables of docs/families.md, between `<!-- tables -->` and `<!-- /tables -->` from src/eightfold/layouts.py.
+
+    python docs/make_families.py
+
+`--check` writes nothing and fails when the page is not up to date with the table of the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from eightfold.config import FAMILIES
+from eightfold.layouts import ROWS, Layout, engine_names
+
+PAGE = Path(__file__).parent / "families.md"
+
+_MARKED = re.compile(r"(<!-- tables -->\n).*?(<!-- /tables -->)", re.DOTALL)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table and an empty one."""
+    cells = list(head)
+    yield f"| {' | '.join(cells)} |"
+    yield "|" + "---|" * len(cells)
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+    yield ""
+
+
+def names(row: Layout, *, stays_float: bool) -> str:
+    """Return the patterns of a row's linears that are quantized, or that stay float."""
+    return ", ".join(f"`{rule.pattern}`" for rule in row.rules if rule.stays_float is stays_float) or "-"
+
+
+def extras(row: Layout) -> str:
+    """Say what a row adds to the description and to config.json, and what it takes apart."""
+    found = [f"`{name}` into two" for name in row.halves or ()]
+    if row.experts is not None and row.experts.needs_entry:
+        found.append(f"entry `{row.experts.module}.weight`")
+    return ", ".join([*found, *(f"`{key}`" for key in row.mindie_keys)]) or "-"
+
+
+def tables() -> str:
+    """Return the families with an engine, the other dense ones, and those with experts."""
+    sections = (
+        ("Dense, also run by Eightfold", [row for row in ROWS if row.architecture in FAMILIES]),
+        ("Dense", [row for row in ROWS if row.experts is None and row.architecture not in FAMILIES]),
+        ("Mixtures of experts", [row for row in ROWS if row.experts is not None]),
+    )
+    lines: list[str] = []
+    head = ("`model_type`", "architecture", "int8", "stays float", "beside that", "loaders of W8A8_DYNAMIC")
+    for title, rows in sections:
+        lines += [f"### {title}", ""]
+        lines += table(
+            head,
+            (
+                (
+                    f"`{row.model_type}`",
+                    f"`{row.architecture}`",
+                    names(row, stays_float=False),
+                    names(row, stays_float=True),
+                    extras(row),
+                    engine_names(row),
+                )
+                for row in rows
+            ),
+        )
+    return "\n".join(lines)
+
+
+def fill(page: str) -> str:
+    """Return the page with the present tables.
+
+    Raises:
+        ValueError: the markers are not there once.
+    """
+    text, count = _MARKED.subn(lambda match: f"{match[1]}\n{tables()}{match[2]}", page)
+    if count != 1:
+        raise ValueError(f"marked place in the page: got {count}, expected 1")
+    return text
+
+
+def check(page: Path = PAGE) -> bool:
+    """Whether the page is up to date."""
+    text = page.read_text(encoding="utf-8")
+    return fill(text) == text
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        if check():
+            return 0
+        print(f"{PAGE} is not up to date; run: python docs/make_families.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

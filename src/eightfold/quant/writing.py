@@ -1,0 +1,150 @@
+"""What is written of an output, and what an earlier run has left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eightfold.errors import OutputError, shortlist
+from eightfold.format.directory import copy_files, list_sidecars, resolve_auto_map
+from eightfold.format.journal import Entry
+from eightfold.format.output import Output
+from eightfold.format.shards import PlannedTensor, ShardedWriter
+from eightfold.format.stored import StoredTensors
+from eightfold.format.tokenizer_files import write_for_both
+from eightfold.model.layers import is_parameter, require_parameters
+from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
+from eightfold.progress import Progress
+from eightfold.quant.plan import OutputTensor
+
+_DAMAGED = "Weights or activations are far too large: check the float model and the calibration data."
+_TOO_NARROW = "Store float32 (`save_float32`), or choose another `dtype`."
+
+# How much of a tensor that is only copied is looked at and written at a time, as it stays in the caches.
+_PIECE_BYTES = 2 << 20
+
+# How much of it may stay in memory before it is let go of.
+_RELEASE_BYTES = 32 << 20
+
+
+class Damaged(Exception):
+    """What an earlier run has left is not what its journal says."""
+
+
+class TensorWriter:
+    """Writes the planned tensors into files.
+
+    Attributes:
+        checksums: CRC-32 of the tensors that were written since it was last emptied, by name.
+    """
+
+    def __init__(self, checkpoint: StoredTensors, plan: dict[str, OutputTensor], writer: ShardedWriter) -> None:
+        self._checkpoint, self._plan, self._writer = checkpoint, plan, writer
+        self.checksums: dict[str, int] = {}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that was made, in the dtype of the plan."""
+        dtype = self._plan[name].planned.dtype
+        if tensor.is_floating_point() and tensor.dtype != TORCH_DTYPES[dtype]:
+            require_range(tensor, dtype, name, self._checkpoint.directory, _TOO_NARROW)
+        if is_parameter(name) and tensor.dtype != torch.int8:
+            stored = tensor.to(torch.int32).view(torch.float32) if tensor.dtype == torch.int64 else tensor
+            values = stored.to(TORCH_DTYPES[dtype] if dtype.is_float else stored.dtype).to(torch.float32)
+            require_parameters(name, values.cpu().numpy(), self._checkpoint.directory, _DAMAGED)
+        self._writer.write(name, to_array(tensor, dtype))
+        self.done(name)
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of a float tensor that comes in pieces."""
+        dtype = self._plan[name].planned.dtype
+        require_range(rows, dtype, name, self._checkpoint.directory, _TOO_NARROW)
+        self._writer.append(name, to_array(rows, dtype))
+
+    def done(self, name: str) -> None:
+        """Take note of a tensor whose last piece is written."""
+        self.checksums[name] = self._writer.checksums[name]
+
+    def copy(self, name: str, source: str | None = None) -> None:
+        """Write a float tensor as it is, or widened, piece by piece."""
+        source = source or name
+        dtype = self._plan[name].planned.dtype
+        whole = mapped_tensor(self._checkpoint, source)
+        rows = whole.reshape(whole.shape[0], -1) if whole.dim() else whole.reshape(1, 1)
+        row_bytes = max(1, rows.shape[1] * rows.element_size())
+        step, released = max(1, _PIECE_BYTES // row_bytes), 0
+        for at in range(0, len(rows), step):
+            piece = rows[at : at + step]
+            if not torch.isfinite(piece.sum(dtype=torch.float32)):
+                require_finite(whole, source, self._checkpoint)
+            if piece.dtype != TORCH_DTYPES[dtype]:
+                require_range(piece, dtype, name, self._checkpoint.directory, _TOO_NARROW)
+            self._writer.append(name, to_array(piece, dtype))
+            read = (at + len(piece)) * row_bytes
+            if read - released >= _RELEASE_BYTES or at + len(piece) == len(rows):
+                self._checkpoint.release_part(source, released, read)
+                released = read
+        self.done(name)
+
+    def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
+        """Write every planned tensor of a layer: as made, or as in the source."""
+        for name in (name for name in self._plan if name.startswith(prefix)):
+            if name in made:
+                self.write(name, made[name])
+            else:
+                self.copy(name)
+
+    def finished(self) -> dict[str, int]:
+        """Return the checksums of what was written since the last call, once it is safely on disk."""
+        self._writer.sync()
+        found, self.checksums = self.checksums, {}
+        return {name: found[name] for name in self._plan if name in found}
+
+    def take_over(self, checksums: dict[str, int]) -> Sequence[str]:
+        """Leave tensors as an earlier run wrote them; return those that are not what it wrote."""
+        return [name for name, checksum in checksums.items() if self._writer.take_over(name) != checksum]
+
+
+def open_writer(output: Output, stem: str, planned: list[PlannedTensor], part_bytes: int | None) -> ShardedWriter:
+    """Return the writer of the weights: new, or where an earlier run has begun to write.
+
+    Raises:
+        Damaged: the files of an earlier run are not what they were.
+    """
+    is_begun = any("tensors" in entry for entry in output.journal.entries)
+    for file in output.path.glob("*.safetensors*"):
+        if is_begun:
+            file.chmod(0o600)
+        else:
+            file.unlink()
+    try:
+        return ShardedWriter(output.path, stem, planned, part_bytes=part_bytes, resume=is_begun)
+    except OutputError as error:
+        raise Damaged(str(error)) from None
+
+
+def take_over(entries: Sequence[Entry], writer: TensorWriter, progress: Progress) -> set[str]:
+    """Leave what an earlier run has written; return the names of those tensors.
+
+    Raises:
+        Damaged: some are not what it has written.
+    """
+    steps = [entry for entry in entries if "tensors" in entry]
+    if not steps:
+        return set()
+    with progress("verify", len(steps), "step") as task:
+        for entry in steps:
+            task.at(entry["step"])
+            if damaged := writer.take_over(entry["tensors"]):
+                raise Damaged(shortlist(damaged, 3))
+            task.advance()
+    return {name for entry in steps for name in entry["tensors"]}
+
+
+def copy_companions(checkpoint: StoredTensors, output: Output) -> tuple[Mapping[str, Any], list[str]]:
+    """Copy the files that go with the weights; return the config to write, and notes for the user."""
+    raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
+    copy_files([*list_sidecars(checkpoint.directory), *modules], checkpoint.directory, output.path)
+    return raw, [text for text in (note, write_for_both(output.path)) if text]

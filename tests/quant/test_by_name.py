@@ -1,0 +1,507 @@
+"""Quantization by the names of tensors: every family's linears, their arithmetic, and what is no plain float matrix."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eightfold.config import DType
+from eightfold.errors import CapacityError, EightfoldError
+from eightfold.format.checkpoint import read_description
+from eightfold.quant.by_name import quantize_by_name
+from eightfold.quant.name_plan import plan_by_name
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.qparams import quantize_weight
+from eightfold.quant.recipe import Recipe
+from eightfold.scheme import QuantType
+from tests.conftest import tiny_config, write_model
+from tests.quant.families import SIZES, WRAPPED, random_model, save_random
+from tests.quant.killing import killed_after
+from tests.refusal import error_line, snapshot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DYNAMIC, W8A16 = QuantType.W8A8_DYNAMIC, QuantType.W8A16
+
+
+def quantize(source: Path, target: Path, scheme: QuantType = DYNAMIC, *, generic: bool = False, **options):
+    recipe = Recipe(scheme, **{key: options.pop(key) for key in ("keep_float", "modules") if key in options})
+    return quantize_by_name(plan_by_name(source, recipe, is_generic=generic), target, **options)
+
+
+def refusal(source: Path, **options) -> str:
+    with pytest.raises(EightfoldError) as error:
+        quantize(source, source.parent / "out", **options)
+    assert not (source.parent / "out").exists()
+    return str(error.value).replace(f"{source}/", "").replace(str(source), "DIR")
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def tags_of(path: Path) -> dict[str, str]:
+    return dict(read_description(path / "quant_model_description.json").tags)
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, object], parts: int = 1) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for file in path.glob("*.safetensors*"):
+        file.unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for part in range(parts):
+        name = "model.safetensors" if parts == 1 else f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        own = {key: tensors[key].clone().contiguous() for key in names[part::parts]}
+        save_file(own, path / name)
+        weight_map.update(dict.fromkeys(own, name))
+    if parts > 1:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def config_of(path: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((path / "config.json").read_text())
+    return content
+
+
+def change(path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
+    """Replace, add or remove tensors of a model."""
+    tensors = {**tensors_of(path), **changes}
+    return save(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, config_of(path))
+
+
+# --- names
+
+LLAMA = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+EXPERTS = {f"mlp.experts.#.{name}_proj" for name in ("gate", "up", "down")}
+SPARSE = {f"block_sparse_moe.experts.#.{name}" for name in ("w1", "w2", "w3")}
+QKV = LLAMA - {"self_attn.o_proj"}
+MLA = {f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")}
+SHARED = {f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
+DEEPSEEK = MLA | MLP | EXPERTS | SHARED
+FALCON = {f"self_attention.{n}" for n in ("query_key_value", "dense")} | {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}
+
+# What msModelSlim's recipe of the family, or the rule of most families, quantizes.
+QUANTIZED = {
+    **dict.fromkeys(SIZES, LLAMA | MLP),
+    "Phi3": {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"},
+    "Starcoder2": LLAMA | {"mlp.c_fc", "mlp.c_proj"},
+    "Falcon": FALCON,
+    "Qwen3Moe": LLAMA | MLP | EXPERTS,
+    "Qwen2Moe": LLAMA | EXPERTS | {name.replace("experts", "expert") for name in SHARED},
+    **dict.fromkeys(("Mixtral", "MiniMaxM2", "GraniteMoe", "Phimoe"), LLAMA | SPARSE),
+    "Qwen3Next": QKV | EXPERTS | {"linear_attn.in_proj_qkvz"},
+    "DeepseekV2": DEEPSEEK - {"self_attn.q_a_proj", "self_attn.q_b_proj"} | {"self_attn.q_proj"},
+    **dict.fromkeys(("DeepseekV3", "DeepseekV32", "Glm4MoeLite"), DEEPSEEK),
+    "GlmMoeDsa": DEEPSEEK | {"self_attn.indexer.wq_b"},
+    "Glm4Moe": LLAMA | EXPERTS,
+    "HunYuanMoEV1": LLAMA | EXPERTS | {name.replace("shared_experts", "shared_mlp") for name in SHARED},
+    "Ernie4_5_Moe": LLAMA | MLP | EXPERTS | SHARED,
+    "GptOss": LLAMA | EXPERTS,
+    "Qwen3_5": LLAMA | MLP,
+    "Qwen3_5Moe": QKV | EXPERTS,
+}
+
+# Families that vllm-ascend has no row for: it looks this up.
+WITH_ENTRY = {"Qwen2Moe", "Mixtral", "HunYuanMoEV1", "Ernie4_5_Moe", "Qwen3_5Moe", "GptOss", "GraniteMoe", "Phimoe"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function that saves a family's random model once."""
+    root = tmp_path_factory.mktemp("families")
+    return lambda name: root / name if (root / name).exists() else save_random(name, root / name)
+
+
+@pytest.mark.parametrize("name", [*SIZES, *WRAPPED])
+def test_every_family_has_the_linears_of_its_recipe_and_a_key_for_every_tensor(tmp_path, saved, name):
+    source, out = saved(name), tmp_path / "out"
+    quantize(source, out)
+    tensors, tags = tensors_of(out), tags_of(out)
+    int8 = {key.removesuffix(".weight") for key, tensor in tensors.items() if tensor.dtype == torch.int8}
+    inner = {re.sub(r"\.\d+\.", ".#.", re.sub(r"^.*?\.\d+\.", "", module)) for module in int8}
+    assert inner == QUANTIZED[name]
+    for module in int8:
+        n = len(tensors[f"{module}.weight"])
+        for suffix in ("weight_scale", "weight_offset"):
+            parameter = tensors[f"{module}.{suffix}"]
+            assert (parameter.dtype, tuple(parameter.shape)) == (torch.float32, (n, 1))
+        assert {tags[f"{module}.{s}"] for s in ("weight", "weight_scale", "weight_offset")} == {"W8A8_DYNAMIC"}
+    entries = tags.keys() - tensors.keys()
+    assert tensors.keys() <= tags.keys()
+    assert {key for key in entries if key != "lm_head.weight"} == {
+        key for key in entries if key.endswith("experts.weight") and tags[key] == "W8A8_DYNAMIC"
+    }
+    assert (name in WITH_ENTRY) == any(key.endswith("experts.weight") for key in entries)
+    assert tags["lm_head.weight"] == "FLOAT"
+    floats = {key for key, tensor in tensors.items() if tensor.dtype != torch.int8 and key.endswith(".weight")}
+    assert {tags[key] for key in floats} == {"FLOAT"}
+
+
+def test_the_engine_s_families_become_the_same_bytes_by_name(tmp_path):
+    for architecture, scheme in (("LlamaForCausalLM", DYNAMIC), ("Qwen2ForCausalLM", W8A16)):
+        source = write_model(tmp_path / architecture, tiny_config(architecture))
+        quantize_checkpoint(source, tmp_path / "engine", Recipe(scheme), overwrite=True)
+        quantize(source, tmp_path / "names", scheme, overwrite=True)
+        ours, theirs = tensors_of(tmp_path / "names"), tensors_of(tmp_path / "engine")
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
+        assert tags_of(tmp_path / "names") == tags_of(tmp_path / "engine")
+
+
+# --- experts in one tensor
+
+STACKED = [
+    "Qwen3Moe",
+    "Mixtral",
+    "Qwen2Moe",
+    "MiniMaxM2",
+    "Qwen3_5Moe",
+    "DeepseekV3",
+    "Ernie4_5_Moe",
+    "Glm4Moe",
+    "GraniteMoe",
+    "Phimoe",
+]
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_stacked_experts_become_what_single_ones_do(tmp_path, saved, name):
+    source = saved(name)
+    raw = dict(random_model(name).state_dict())
+    assert any(tensor.dim() == 3 and "experts" in key for key, tensor in raw.items())
+    stacked = save(tmp_path / "stacked", raw, config_of(source))
+    quantize(source, tmp_path / "a")
+    quantize(stacked, tmp_path / "b")
+    single, split = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert {k for k in single if "experts" in k} == {k for k in split if "experts" in k}
+    assert all(single[key].equal(split[key]) for key in single)
+
+
+def test_gate_and_up_in_turn_and_input_major(tmp_path, saved):
+    source = saved("GptOss")
+    quantize(source, tmp_path / "out")
+    stored, made = tensors_of(source), tensors_of(tmp_path / "out")
+    at = "model.layers.1.mlp.experts"
+    joined, bias = stored[f"{at}.gate_up_proj"], stored[f"{at}.gate_up_proj_bias"]
+    for first, last in ((0, "gate_proj"), (1, "up_proj")):
+        expected = quantize_weight(joined[2].T[first::2].float(), is_symmetric=True)
+        assert made[f"{at}.2.{last}.weight"].equal(expected.values)
+        assert made[f"{at}.2.{last}.weight_scale"].equal(expected.scale)
+        assert made[f"{at}.2.{last}.bias"].equal(bias[2][first::2])
+    expected = quantize_weight(stored[f"{at}.down_proj"][3].T.float(), is_symmetric=True)
+    assert made[f"{at}.3.down_proj.weight"].equal(expected.values)
+
+
+def test_a_joined_gate_and_up_are_two_linears_for_loaders_of_glm4(tmp_path, saved):
+    source = saved("Glm4")
+    quantize(source, tmp_path / "out")
+    at = "model.layers.0.mlp"
+    joined, made = tensors_of(source)[f"{at}.gate_up_proj.weight"], tensors_of(tmp_path / "out")
+    halves = torch.cat([made[f"{at}.gate_proj.weight"], made[f"{at}.up_proj.weight"]])
+    assert halves.equal(quantize_weight(joined.float(), is_symmetric=True).values)
+
+
+# --- sources that are quantized
+
+
+def fp8_blocks(weight: torch.Tensor, size: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a weight as float8 with a scale for each block, the scales, and what they mean in float32."""
+    n, k = weight.shape
+    grid = (-(-n // size), -(-k // size))
+    padded = torch.zeros(grid[0] * size, grid[1] * size)
+    padded[:n, :k] = weight.float()
+    blocks = padded.view(grid[0], size, grid[1], size)
+    scale = blocks.abs().amax((1, 3)) / 448
+    stored = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    wide = (stored.float() * scale[:, None, :, None]).view_as(padded)[:n, :k].contiguous()
+    return stored.view(torch.float8_e4m3fn).reshape(padded.shape)[:n, :k].contiguous(), scale, wide
+
+
+@pytest.fixture
+def fp8(tmp_path, saved):
+    """A DeepSeek in float8, sides no multiples of the blocks, scales in other files; and its wide float32 weights."""
+    tensors, wide = {}, {}
+    for name, tensor in tensors_of(saved("DeepseekV3")).items():
+        is_linear = tensor.dim() == 2 and "layers" in name and not name.endswith("mlp.gate.weight")
+        if is_linear:
+            stored, scale, wide[name] = fp8_blocks(tensor, 20)
+            tensors.update({name: stored, name + "_scale_inv": scale})
+        else:
+            tensors[name] = tensor
+    config = {
+        **config_of(saved("DeepseekV3")),
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [20, 20]},
+    }
+    return save(tmp_path / "fp8", tensors, config, parts=3), wide
+
+
+def test_float8_blocks_are_widened_in_float32(tmp_path, fp8):
+    source, wide = fp8
+    quantize(source, tmp_path / "out")
+    made, tags = tensors_of(tmp_path / "out"), tags_of(tmp_path / "out")
+    assert not [name for name in made if name.endswith("_scale_inv")]
+    assert Counter(tensor.dtype for tensor in made.values()).keys() == {torch.int8, torch.float32, torch.bfloat16}
+    for name, weight in wide.items():
+        if tags[name] == "FLOAT":
+            assert name.endswith("kv_b_proj.weight")
+            assert made[name].equal(weight.to(torch.bfloat16))
+        else:
+            assert made[name].equal(quantize_weight(weight, is_symmetric=True).values)
+    assert "quantization_config" not in config_of(tmp_path / "out")
+
+
+def test_power_of_two_scales(tmp_path, saved):
+    source, at = saved("Glm4Moe"), "model.layers.0.self_attn.o_proj.weight"
+    tensors = tensors_of(source)
+    exponents = torch.tensor([[120], [131]], dtype=torch.uint8)
+    stored = torch.randn(32, 32).to(torch.float8_e4m3fn)
+    config = {**config_of(source), "quantization_config": {"weight_block_size": [16, 32]}}
+    save(tmp_path / "m", {**tensors, at: stored, at + "_scale_inv": exponents}, config)
+    quantize(tmp_path / "m", tmp_path / "out")
+    scale = torch.tensor([2.0**-7, 2.0**4]).repeat_interleave(16)[:, None]
+    expected = quantize_weight(stored.float() * scale, is_symmetric=True)
+    assert tensors_of(tmp_path / "out")[at].equal(expected.values)
+
+
+def test_a_scale_for_each_channel_and_one_for_all(tmp_path, saved):
+    source, at = saved("Glm4Moe"), "model.layers.0.self_attn"
+    stored, scale = torch.randn(32, 32).to(torch.float8_e4m3fn), torch.rand(32, 1) + 0.5
+    changes = {
+        f"{at}.o_proj.weight": stored,
+        f"{at}.o_proj.weight_scale": scale.to(torch.bfloat16),
+        f"{at}.q_proj.weight": stored,
+        f"{at}.q_proj.weight_scale": torch.tensor(0.25),
+    }
+    save(tmp_path / "m", {**tensors_of(source), **changes}, config_of(source))
+    quantize(tmp_path / "m", tmp_path / "out")
+    made = tensors_of(tmp_path / "out")
+    for name, factor in (("o_proj", scale.to(torch.bfloat16).float()), ("q_proj", 0.25)):
+        assert made[f"{at}.{name}.weight"].equal(quantize_weight(stored.float() * factor, is_symmetric=True).values)
+
+
+def test_int8_weights_are_taken_over_as_they_are(tmp_path, saved):
+    source, changes = saved("DeepseekV3"), {}
+    stored, scale = torch.randint(-128, 128, (16, 32), dtype=torch.int8), torch.rand(16, 1).to(torch.bfloat16)
+    at = "model.layers.0.self_attn"
+    changes = {f"{at}.q_a_proj.weight": stored, f"{at}.q_a_proj.weight_scale": scale}
+    kv = torch.randint(-128, 128, (64, 16), dtype=torch.int8)
+    changes |= {f"{at}.kv_b_proj.weight": kv, f"{at}.kv_b_proj.weight_scale": torch.full((64, 1), 0.5)}
+    save(tmp_path / "m", {**tensors_of(source), **changes}, config_of(source))
+    quantize(tmp_path / "m", tmp_path / "out")
+    made = tensors_of(tmp_path / "out")
+    assert made[f"{at}.q_a_proj.weight"].equal(stored)
+    assert made[f"{at}.q_a_proj.weight_scale"].equal(scale.float())
+    assert not made[f"{at}.q_a_proj.weight_offset"].any()
+    assert made[f"{at}.kv_b_proj.weight"].equal((kv * 0.5).to(torch.bfloat16))
+
+
+# --- what is not a linear of a layer
+
+
+def test_layers_behind_the_last_and_pictures_are_copied_with_keys(tmp_path, saved):
+    source, extra = saved("DeepseekV3"), {}
+    for name, tensor in tensors_of(source).items():
+        if name.startswith("model.layers.1."):
+            extra[name.replace("layers.1.", "layers.2.")] = tensor
+    extra["model.layers.2.eh_proj.weight"] = torch.randn(32, 64).to(torch.bfloat16)
+    extra["model.layers.2.shared_head.head.weight"] = torch.randn(64, 32).to(torch.bfloat16)
+    extra["visual.blocks.0.attn.qkv.weight"] = torch.randn(96, 32).to(torch.bfloat16)
+    save(tmp_path / "m", {**tensors_of(source), **extra}, config_of(source))
+    quantize(tmp_path / "m", tmp_path / "out")
+    made, tags = tensors_of(tmp_path / "out"), tags_of(tmp_path / "out")
+    assert all(made[name].equal(tensor) and tags[name] == "FLOAT" for name, tensor in extra.items())
+
+
+def test_nested_parts_of_the_config_survive_without_the_source_s_quantization(tmp_path, saved):
+    flat = config_of(saved("Qwen3_5Moe"))
+    text = {**flat, "quantization_config": {"quant_method": "fp8"}}
+    config = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": text,
+        "vision_config": {"depth": 2},
+        "quantization_config": {"quant_method": "fp8"},
+    }
+    tensors = {k.replace("model.", "model.language_model.", 1): v for k, v in tensors_of(saved("Qwen3_5Moe")).items()}
+    save(tmp_path / "m", tensors, config)
+    quantize(tmp_path / "m", tmp_path / "out")
+    made = config_of(tmp_path / "out")
+    assert made["vision_config"] == {"depth": 2}
+    assert "quantization_config" not in made
+    inner = made["text_config"]
+    assert isinstance(inner, dict)
+    assert "quantization_config" not in inner
+    assert inner["num_experts"] == 4
+    assert inner["hidden_size"] == 32
+    name = "model.language_model.layers.0.mlp.experts.3.up_proj.weight"
+    assert tags_of(tmp_path / "out")[name] == "W8A8_DYNAMIC"
+
+
+def test_mindie_is_told_how_attention_is_quantized_and_how_many_experts_there_are(tmp_path, saved):
+    config = config_of(saved("Qwen3Moe"))
+    assert "num_experts" not in config or "num_local_experts" not in config
+    quantize(saved("Qwen3Moe"), tmp_path / "out")
+    made = config_of(tmp_path / "out")
+    assert (made["quantize"], made["attn_quantize"], made["num_experts"]) == ("w8a8_dynamic", "w8a8_dynamic", 4)
+    quantize(saved("DeepseekV3"), tmp_path / "deep")
+    assert config_of(tmp_path / "deep")["mla_quantize"] == "w8a8_dynamic"
+
+
+def test_w8a16_keeps_experts_dynamic_and_says_why(tmp_path, saved):
+    outcome = quantize(saved("Qwen3Moe"), tmp_path / "out", W8A16)
+    assert outcome.notes[0].startswith("experts are W8A8_DYNAMIC: only MindIE's ATB models load W8A16 experts.")
+    tags = tags_of(tmp_path / "out")
+    assert tags["model.layers.1.self_attn.q_proj.weight"] == "W8A16"
+    assert tags["model.layers.1.mlp.experts.0.up_proj.weight"] == "W8A8_DYNAMIC"
+    outcome = quantize(saved("Qwen3Moe"), tmp_path / "all", W8A16, modules=(("*.experts.*", W8A16),))
+    assert outcome.notes[0].startswith("experts are W8A16, which only MindIE's ATB models load")
+    assert tags_of(tmp_path / "all")["model.layers.1.mlp.experts.0.up_proj.weight"] == "W8A16"
+
+
+def test_an_unknown_family_by_generic(tmp_path, saved):
+    source = tmp_path / "m"
+    save(source, tensors_of(saved("Qwen3Moe")), {**config_of(saved("Qwen3Moe")), "architectures": ["NewForCausalLM"]})
+    assert refusal(source).endswith("`generic` takes any other that is shaped like Llama.")
+    quantize(source, tmp_path / "out", generic=True, keep_float=("*.o_proj",))
+    quantize(saved("Qwen3Moe"), tmp_path / "known", keep_float=("*.o_proj",))
+    generic, known = tags_of(tmp_path / "out"), tags_of(tmp_path / "known")
+    assert {key: generic[key] for key in known} == known
+    assert generic.keys() - known.keys() == {"model.layers.1.mlp.experts.weight"}
+    assert known["model.layers.0.self_attn.o_proj.weight"] == "FLOAT"
+
+
+# --- running
+
+
+@pytest.mark.parametrize("operations", [12, 40, 70])
+def test_a_killed_run_goes_on_with_the_same_bytes(tmp_path, saved, monkeypatch, operations):
+    source, out = saved("Mixtral"), tmp_path / "out"
+    quantize(source, tmp_path / "whole")
+    with killed_after(operations, monkeypatch):
+        quantize(source, out)
+    assert not out.exists()
+    quantize(source, out)
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def test_parts_and_budget(tmp_path, saved):
+    quantize(saved("Mixtral"), tmp_path / "parts", part_bytes=20_000)
+    quantize(saved("Mixtral"), tmp_path / "whole")
+    parts, whole = tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    assert all(parts[name].equal(whole[name]) for name in whole)
+    with pytest.raises(CapacityError, match="memory budget"):
+        quantize(saved("Mixtral"), tmp_path / "small", memory=64 << 20)
+
+
+def test_the_commands(cli, tmp_path, saved):
+    source, out = saved("Qwen3Moe"), tmp_path / "out"
+    done = cli("quantize", source, out, "--scheme", "w8a8-dynamic", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["types"] == {"W8A8_DYNAMIC": 23, "FLOAT": 1}
+    assert "OUT is for other engines (MindIE, MindIE (aclgraph), vllm-ascend, SGLang)" in done.err
+    for command in ("run", "eval"):
+        assert error_line(cli(command, out, *(["--prompt", "x"] if command == "run" else []))) == (
+            f"model in {out}: got an 8-bit Qwen3MoeForCausalLM, which was made for other engines (MindIE, "
+            "MindIE (aclgraph), vllm-ascend, SGLang), expected LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM "
+            "or Qwen3ForCausalLM. eightfold checks it, and does not run it."
+        )
+    assert error_line(cli("quantize", source, tmp_path / "other", "--scheme", "w8a8")) == (
+        "--scheme: got W8A8 for Qwen3MoeForCausalLM, expected W8A8_DYNAMIC or W8A16, which need no calibration. "
+        "eightfold cannot run this family."
+    )
+
+
+# --- bad input
+
+MIXTRAL = "model.layers.1.block_sparse_moe"
+
+
+@pytest.fixture
+def mixtral(tmp_path, saved):
+    source = saved("Mixtral")
+    return save(tmp_path / "m", tensors_of(source), config_of(source))
+
+
+def test_a_missing_expert(mixtral):
+    assert refusal(change(mixtral, {f"{MIXTRAL}.experts.2.w3.weight": None})) == (
+        f"experts of {MIXTRAL}.experts in DIR: got no 2.w3, expected 4 experts with w1, w3, w2. "
+        "Fetch the model again, with all of its files."
+    )
+
+
+def test_an_expert_twice(mixtral):
+    joined = torch.zeros(4, 96, 32, dtype=torch.bfloat16)
+    assert refusal(change(mixtral, {f"{MIXTRAL}.experts.gate_up_proj": joined})).startswith(
+        f"{MIXTRAL}.experts.0.w1.weight in DIR: got it in "
+    )
+
+
+def test_experts_of_different_shapes(mixtral):
+    assert refusal(change(mixtral, {f"{MIXTRAL}.experts.3.w2.weight": torch.zeros(32, 40)})) == (
+        f"shape of {MIXTRAL}.experts.3.w2 in DIR: got [32, 40], expected [32, 48], as expert 0 has"
+    )
+
+
+def test_a_router_with_the_wrong_width(mixtral):
+    assert refusal(change(mixtral, {f"{MIXTRAL}.gate.weight": torch.zeros(5, 32)})) == (
+        f"shape of {MIXTRAL}.gate.weight in DIR: got [5, 32], expected [4, 32], one row for each of 4 experts"
+    )
+    assert refusal(change(mixtral, {f"{MIXTRAL}.gate.weight": None})) == (
+        f"router in DIR: got no {MIXTRAL}.gate.weight, expected the router of {MIXTRAL}.experts"
+    )
+
+
+def test_no_number_in_a_weight(mixtral):
+    name = f"{MIXTRAL}.experts.1.w1.weight"
+    weight = tensors_of(mixtral)[name]
+    weight[5, 7] = torch.nan
+    assert refusal(change(mixtral, {name: weight})) == (
+        f"{name}[5, 7] in model.safetensors: got nan, expected a finite number. "
+        "The weights are damaged; fetch the model again."
+    )
+
+
+def test_scales_that_are_missing_zero_or_too_few(fp8):
+    source, _ = fp8
+    name = "model.layers.0.self_attn.q_a_proj.weight"
+    scale = tensors_of(source)[f"{name}_scale_inv"]
+    assert refusal(change(source, {f"{name}_scale_inv": None})).startswith(
+        f"scales of {name} in model.safetensors: got none, expected a tensor {name}_scale_inv or "
+    )
+    assert refusal(change(source, {f"{name}_scale_inv": scale * 0})) == (
+        f"values of {name}_scale_inv in model.safetensors: got 0, expected finite scales above 0. "
+        "The weights are damaged; fetch the model again."
+    )
+    assert refusal(change(source, {f"{name}_scale_inv": scale[:, :1].clone()})).startswith(
+        f"shape of {name}_scale_inv in model.safetensors: got [1, 1], expected "
+    )
+
+
+def test_a_layer_or_a_linear_that_is_missing(mixtral):
+    assert refusal(change(mixtral, {"model.layers.0.self_attn.k_proj.weight": None})).startswith(
+        "linears of model.layers.0.self_attn in DIR: got no model.layers.0.self_attn.k_proj, expected "
+    )
+    (mixtral / "config.json").write_text(json.dumps({**config_of(mixtral), "num_hidden_layers": 3}))
+    assert refusal(change(mixtral, {})).startswith("layers in DIR: got no weights of layer 2, expected all 3 of ")
+
+
+def test_weights_of_other_tools(mixtral):
+    packed = torch.zeros(4, 4, dtype=torch.int32)
+    assert "weights that another tool has quantized" in refusal(change(mixtral, {f"{MIXTRAL}.x.qweight": packed}))
+    assert "4-bit weights" in refusal(change(mixtral, {f"{MIXTRAL}.x.qweight": None, f"{MIXTRAL}.y_blocks": packed}))
+
+
+def test_the_dtype_of_the_model(saved):
+    assert plan_by_name(saved("Mixtral"), Recipe(DYNAMIC)).dtype is DType.BF16
