@@ -119,6 +119,9 @@ GROUPS = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
+# A linear of one expert, by its full name: the module of all, the index, and the linear.
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
+
 _LAYERS = COUNT._replace(most=MAX_LAYERS)
 
 EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")

@@ -130,13 +130,20 @@ def test_a_config_without_sizes(cli, tmp_path):
 
 def test_an_architecture_without_names(cli, tmp_path):
     toy = Toy(tmp_path).configure(architectures=["BertModel"])
+    for path in toy.path.glob("quant_model_description*"):
+        path.unlink()
     message = error_line(cli("check", toy.path))
-    assert message.startswith(f"architecture in {toy.path / 'config.json'}: got BertModel, expected Llama")
+    assert message.startswith(
+        f"architecture in {toy.path / 'config.json'}: got BertModel, expected one of a known family. Known are llama, "
+    )
 
 
 def test_an_unknown_loader(cli, tmp_path):
     message = error_line(cli("check", tmp_path, "--for", "vllm"))
-    assert message == "--for: got vllm, expected mindie, vllm-ascend or all. Try: eightfold check --help"
+    assert (
+        message
+        == "--for: got vllm, expected mindie, mindie-aclgraph, vllm-ascend, sglang or all. Try: eightfold check --help"
+    )
 
 
 # --- directories that the rest of the program refuses

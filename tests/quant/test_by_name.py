@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eightfold.check import by_name
 from eightfold.config import DType
 from eightfold.errors import CapacityError, EightfoldError
 from eightfold.format.checkpoint import read_description
@@ -144,6 +145,9 @@ def test_every_family_has_the_linears_of_its_recipe_and_a_key_for_every_tensor(t
     }
     assert (name in WITH_ENTRY) == any(key.endswith("experts.weight") for key in entries)
     assert tags["lm_head.weight"] == "FLOAT"
+    directory = by_name.NamedDirectory.open(out)
+    refused = {loader: by_name.check(directory, loader).findings for loader in directory.layout.engines}
+    assert {f.rule for findings in refused.values() for f in findings if not f.verdict.is_harmless} == set()
     floats = {key for key, tensor in tensors.items() if tensor.dtype != torch.int8 and key.endswith(".weight")}
     assert {tags[key] for key in floats} == {"FLOAT"}
 

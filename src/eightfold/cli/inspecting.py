@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_NOT_SERVED = 1
 
-_LOADERS = Kind((tuple,), "loaders", each=choice("mindie", "vllm-ascend", "all"))
+_LOADERS = Kind((tuple,), "loaders", each=choice("mindie", "mindie-aclgraph", "vllm-ascend", "sglang", "all"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +92,22 @@ def _print_native(native: Native) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCommand:
-    """Report what MindIE or vllm-ascend would do with a model directory. Reads headers and small tensors only.
+    """Report what MindIE, vllm-ascend or SGLang would do with a model directory. Reads headers and small tensors only.
 
     Example: eightfold check Llama-3.2-1B-w8a8 --for mindie
+
+    Of families that eightfold does not run, and for mindie-aclgraph and sglang, it goes by names, types and shapes.
 
     The exit code is 1 if one of them refuses the directory or would compute something wrong.
     """
 
     model: Path = argument("DIR", "A model directory, quantized or float.")
-    loaders: tuple[str, ...] = setting(("all",), _LOADERS, "Loader whose rules to apply. Default: all.", flag="--for")
+    loaders: tuple[str, ...] = setting(
+        ("all",),
+        _LOADERS,
+        "Loader whose rules to apply. Default: all of them, or mindie and vllm-ascend for a model that eightfold runs.",
+        flag="--for",
+    )
     verify: bool = setting(False, SWITCH, "Compare all files with the checksums in the journal, too.")
     as_json: bool = as_json()
 
@@ -124,12 +131,24 @@ class CheckCommand:
         return verify_files(self.model, console.bars) if self.verify else []
 
     def _reports(self) -> list[Report]:
-        from eightfold.check import mindie, vllm_ascend
+        from eightfold.check import by_name, mindie, vllm_ascend
         from eightfold.check.directory import RawDirectory
+        from eightfold.files import has_file, read_json
+        from eightfold.format.directory import CONFIG_NAME
+        from eightfold.layouts import has_engine
 
-        directory = RawDirectory.open(self.model)
-        checks = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check}
-        return [check(directory) for name, check in checks.items() if {name, "all"} & {*self.loaders}]
+        config, asked = self.model / CONFIG_NAME, {*self.loaders}
+        runs_here = not has_file(config) or has_engine(read_json(config))
+        whole = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check} if runs_here else {}
+        asked |= {*whole} or {*by_name.LOADERS} if "all" in asked else set()
+        reports = []
+        if own := [name for name in whole if name in asked]:
+            directory = RawDirectory.open(self.model)
+            reports += [whole[name](directory) for name in own]
+        if others := [name for name in by_name.LOADERS if name in asked and name not in whole]:
+            named = by_name.NamedDirectory.open(self.model)
+            reports += [by_name.check(named, name) for name in others]
+        return reports
 
 
 def _document(reports: list[Report]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from eightfold.format.safetensors import TensorInfo
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors
 from eightfold.layouts import (
+    EXPERT,
     GROUPS,
     Layout,
     Part,
@@ -55,7 +56,6 @@ _ZERO_POINT = ".weight_zero_point"
 _OUTSIDE = "others"  # the step of what is in no layer
 
 _NEXT = re.compile(r"mtp\.layers\.\d+\.")  # layers that predict further tokens, of families that name them so
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -410,7 +410,7 @@ class NamePlan:
                 members = [f"{parent}.{name}" for name in group]
                 absent = [name for name in members if name not in self._found]
                 has_some = any(name in self._found for name in members[1:])
-                if has_some and absent and not _EXPERT.fullmatch(members[0]):
+                if has_some and absent and not EXPERT.fullmatch(members[0]):
                     raise CheckpointError(
                         f"linears of {parent}",
                         where=self.stored.directory,
@@ -423,7 +423,7 @@ class NamePlan:
         """Refuse layers whose experts are not all there, or not of one shape, or whose router is for others."""
         layers: dict[str, dict[int, dict[str, Source]]] = {}
         for name, found in self._found.items():
-            if (match := _EXPERT.fullmatch(name)) and found.rule.part is Part.EXPERT:
+            if (match := EXPERT.fullmatch(name)) and found.rule.part is Part.EXPERT:
                 layers.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = found.source
         if not layers and self.layout.experts is not None and not self.layout.takes_any:
             expected = f"{self.layout.experts.module} in some layers of {self.layout.model_type}"
@@ -529,7 +529,7 @@ class NamePlan:
         """Add what loaders look up without there being such a tensor."""
         if self.layout.experts is not None and self.layout.experts.needs_entry:
             for name, kind in self.types.items():
-                if (match := _EXPERT.fullmatch(name)) and self.parts[name] is Part.EXPERT:
+                if (match := EXPERT.fullmatch(name)) and self.parts[name] is Part.EXPERT:
                     self.entries.setdefault(weight_name(match[1]), kind)
         if not any(name.endswith(("lm_head.weight", "output.weight", "output_layer.weight")) for name in self.tensors):
             outer = "language_model." if self._prefix.startswith("language_model.model.") else ""
@@ -562,7 +562,7 @@ class NamePlan:
         groups: dict[str, set[QuantType]] = {}
         for name, kind in self.types.items():
             parent, _, last = name.rpartition(".")
-            if match := _EXPERT.fullmatch(name):
+            if match := EXPERT.fullmatch(name):
                 groups.setdefault(match[1], set()).add(kind)
             else:
                 group = next((group for group in GROUPS if last in group), None)

@@ -1,0 +1,305 @@
+"""What loaders do with a directory of any family, by the names in it: description, groups, experts, registries.
+
+For families of which only names are known. Sources: vllm_ascend/quantization/modelslim_config.py and methods (0.18.0
+and main), sglang's modelslim.py, MindIE-LLM atb_llm/models and mindie_llm/runtime.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from eightfold.check import Finding, Report, Rules, Summary, Verdict
+from eightfold.config import DType
+from eightfold.errors import CheckpointError, one_of
+from eightfold.files import read_json
+from eightfold.format.checkpoint import SHORT_NAME, find_description, read_description
+from eightfold.format.directory import CONFIG_NAME, read_tensors
+from eightfold.format.journal import require_finished
+from eightfold.format.safetensors import TensorInfo
+from eightfold.layouts import EXPERT, GROUPS, Layout, layout_of, text_config
+from eightfold.scheme import LINEAR_TENSORS, WEIGHT, QuantType, linear_tensors, weight_name
+
+_FLOAT = QuantType.FLOAT.value
+_INT8 = DType.I8.value
+_KINDS = {kind.value: kind for kind in LINEAR_TENSORS}
+
+LOADERS = ("mindie", "mindie-aclgraph", "vllm-ascend", "sglang")
+
+# What each has for a linear, and for experts.
+LINEARS = {
+    "mindie": ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16"),
+    "mindie-aclgraph": ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX"),
+    "vllm-ascend": ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16"),
+    "sglang": ("W8A8", "W8A8_DYNAMIC"),
+}
+EXPERTS = {
+    "mindie": (_FLOAT, "W8A8", "W8A8_DYNAMIC", "W8A16"),
+    "mindie-aclgraph": (_FLOAT, "W8A8_DYNAMIC"),
+    "vllm-ascend": (_FLOAT, "W8A8_DYNAMIC"),
+    "sglang": ("W8A8_DYNAMIC",),
+}
+
+_NORM_BIAS = "norm.bias"  # in any key: SGLang and vllm-ascend then give norms a bias
+
+_REFUSES = {
+    "description": f"knows the description by the name {SHORT_NAME} alone: got {{got}}. Rename it.",
+    "quantization-config": "takes quantization_config of config.json for the description. Remove it, "
+    "in text_config too.",
+    "label-missing": "raises KeyError: the description has no entry for these. Add the entries.",
+    "mixed-group": "raises ValueError: linears that become one have different labels: got {got}. Give them one type.",
+    "missing-tensor": "raises KeyError: an int8 linear needs these. Write the directory again.",
+    "shape": "raises AssertionError on parameters of another shape than one value for each row",
+}
+_COMMON: dict[Verdict, dict[str, str]] = {
+    Verdict.MISDECODES: {
+        "mixed-experts": "reads the label of expert 0 and takes all experts of the layer for that: got {got}. "
+        "Give all experts of a layer one type.",
+        "label-and-weight": "casts the weight to the type its label asks for: got {got}. Write the directory again.",
+    },
+    Verdict.WARNS: {
+        "family": "has no model of this family, by its sources: got {got}",
+    },
+    Verdict.IGNORES: {
+        "entry-without-tensor": "does not compare the description with the files: these entries have no tensor",
+    },
+}
+
+
+def _rules(loader: str, **others: dict[str, str]) -> Rules:
+    linears, experts = one_of((_FLOAT, *LINEARS[loader])), one_of(EXPERTS[loader])
+    refuses = {
+        **_REFUSES,
+        "scheme": f"has no such scheme for linears: got {{got}}, expected {linears}",
+        "scheme-experts": f"has no such scheme for experts: got {{got}}, expected {experts}. "
+        "Quantize them as W8A8_DYNAMIC.",
+    }
+    texts: dict[Verdict, Mapping[str, str]] = {Verdict.REFUSES: refuses, **_COMMON}
+    for verdict, own in others.items():
+        texts[Verdict(verdict)] = {**texts.get(Verdict(verdict), {}), **own}
+    return Rules(loader, texts)
+
+
+_NORMS = {
+    "norm-bias": f"gives norms a bias, as keys contain {_NORM_BIAS!r}; where the model has none, it does not load"
+}
+
+RULES = {
+    "vllm-ascend": _rules(
+        "vllm-ascend",
+        refuses={
+            "experts-entry": "has no row for this family and looks this entry up: KeyError. "
+            "Add it, with the experts' type.",
+            "kv-b": "raises AssertionError: latent attention takes kv_b_proj apart as a float matrix. Keep it float.",
+            "joined": "looks gate and up up by their own names: KeyError. Quantize again: they are split.",
+        },
+        warns={
+            **_NORMS,
+            "head-entry": "looks this up where it builds a head of its own for a tied model. Add it as FLOAT.",
+        },
+    ),
+    "sglang": _rules("sglang", warns=_NORMS),
+    "mindie": _rules(
+        "mindie",
+        misdecodes={
+            "config-key": "takes attention or experts for another scheme without this key of config.json: got {got}, "
+            "expected {expected}. Add it.",
+            "one-scheme": "reads every int8 linear by the one scheme that `quantize` names: got {got}",
+        },
+    ),
+    "mindie-aclgraph": _rules(
+        "mindie-aclgraph",
+        misdecodes={"scheme/float": "takes int8 of a scheme that it has not for float, with a warning: got {got}"},
+    ),
+}
+
+
+@dataclass
+class NamedDirectory:
+    """A directory of which only names, types and shapes are known.
+
+    Attributes:
+        path: the folder.
+        config: config.json as it stands.
+        layout: the row of the family.
+        description: the name of its description; empty for a float model.
+        labels: its entries.
+        tensors: every stored tensor by name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    layout: Layout
+    description: str
+    labels: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> NamedDirectory:
+        """Gather a directory.
+
+        Raises:
+            CheckpointError: no directory, an unfinished one, or one whose files are missing or damaged.
+            UnsupportedError: an architecture that is not known, over weights without a description.
+        """
+        require_finished(path)
+        if not path.is_dir():
+            raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
+        config = read_json(path / CONFIG_NAME)
+        found = find_description(path)
+        layout = layout_of(config, path / CONFIG_NAME, is_generic=found is not None)
+        tensors, _ = read_tensors(path, config, is_quantized=found is not None)
+        labels = read_description(found).tags if found else {}
+        return cls(path, config, layout, found.name if found else "", labels, tensors)
+
+    @cached_property
+    def linears(self) -> dict[str, str]:
+        """The linears of the layers by module -> label, without routers and what no layer has."""
+        prefix = next((each for each in self.layout.layers if any(n.startswith(each) for n in self.tensors)), "\0")
+        layer = re.compile(re.escape(prefix) + r"\d+\.(.+)")
+        found = {}
+        for name, info in self.tensors.items():
+            module, _, last = name.rpartition(".")
+            inner = layer.fullmatch(module)
+            is_known = inner is not None and (self.layout.takes_any or self.layout.rule_of(inner[1]) is not None)
+            if last == WEIGHT and len(info.shape) == 2 and (is_known or info.dtype == _INT8):
+                found[module] = self.labels.get(name, _FLOAT)
+        return found
+
+    @cached_property
+    def experts(self) -> dict[str, Counter[str]]:
+        """The experts of each layer: module of all -> how many of its linears have each label."""
+        found: dict[str, Counter[str]] = {}
+        for module, label in self.linears.items():
+            if match := EXPERT.fullmatch(module):
+                found.setdefault(match[1], Counter())[label] += 1
+        return found
+
+    @cached_property
+    def groups(self) -> dict[str, set[str]]:
+        """What loaders join, outside of experts and in each: modules -> labels."""
+        found: dict[str, set[str]] = {}
+        for module, label in self.linears.items():
+            parent, _, last = module.rpartition(".")
+            for group in GROUPS:
+                if last in group:
+                    found.setdefault(f"{parent}.{{{','.join(group)}}}", set()).add(label)
+        return found
+
+
+def check(d: NamedDirectory, loader: str) -> Report:
+    """Run the rules of one loader over a directory."""
+    return Report.of(loader, str(d.path), _Check(d, loader).findings() if d.description else (), _summary(d))
+
+
+def _summary(d: NamedDirectory) -> Summary:
+    text = text_config(d.config)
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or d.config.get("torch_dtype") or "unknown")
+    others = [label for module, label in d.linears.items() if not EXPERT.fullmatch(module)]
+    kinds = Counter(next(iter(labels)) if len(labels) == 1 else "mixed" for labels in d.experts.values())
+    packs = {"experts": dict(kinds)} if kinds else {}
+    return Summary(dtype, dict(Counter(others)), packs, "float", "float", 0)
+
+
+class _Check:
+    """The rules of one loader on one directory."""
+
+    def __init__(self, d: NamedDirectory, loader: str) -> None:
+        self._d, self._loader, self._rules = d, loader, RULES[loader]
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield what every rule finds."""
+        d, found = self._d, self._rules.found
+        if self._loader != "mindie" and d.description != SHORT_NAME:
+            yield from found("description", [d.description], got=d.description)
+        if self._loader != "mindie":
+            nested = [
+                name for name, part in d.config.items() if isinstance(part, dict) and "quantization_config" in part
+            ]
+            top = ["quantization_config"] if "quantization_config" in d.config else []
+            yield from found("quantization-config", [*top, *(f"{name}.quantization_config" for name in nested)])
+        if not d.layout.takes_any and self._loader not in d.layout.engines:
+            yield from found("family", [CONFIG_NAME], got=d.layout.model_type)
+        yield from self._entries()
+        yield from self._types()
+        yield from self._tensors()
+        yield from getattr(self, f"_{self._loader.replace('-', '_')}")()
+
+    def _entries(self) -> Iterator[Finding]:
+        d = self._d
+        yield from self._rules.found("label-missing", [name for name in d.tensors if name not in d.labels])
+        known = {weight_name(module) for module in d.experts}
+        extra = [name for name in d.labels if name not in d.tensors and name not in known]
+        extra = [name for name in extra if not name.endswith("lm_head.weight")]
+        yield from self._rules.found("entry-without-tensor", extra)
+
+    def _types(self) -> Iterator[Finding]:
+        d, found = self._d, self._rules.found
+        mixed = {name: labels for name, labels in d.groups.items() if len(labels) > 1}
+        yield from found("mixed-group", mixed, got=set().union(*mixed.values()))
+        mixed_experts = {name: labels for name, labels in d.experts.items() if len(labels) > 1}
+        yield from found("mixed-experts", mixed_experts, got={label for c in mixed_experts.values() for label in c})
+        known = (_FLOAT, *LINEARS[self._loader])
+        strange = {m: label for m, label in d.linears.items() if label not in known and not EXPERT.fullmatch(m)}
+        rule = "scheme/float" if self._loader == "mindie-aclgraph" else "scheme"
+        yield from found(rule, strange, got=set(strange.values()))
+        wrong = {name: labels for name, labels in d.experts.items() if not labels.keys() <= {*EXPERTS[self._loader]}}
+        got = {label for labels in wrong.values() for label in labels} - {*EXPERTS[self._loader]}
+        yield from found("scheme-experts", wrong, got=got)
+
+    def _tensors(self) -> Iterator[Finding]:
+        d = self._d
+        missing, odd, misfit, kinds = [], [], [], set()
+        for module, label in d.linears.items():
+            info = d.tensors[weight_name(module)]
+            if (info.dtype == _INT8) != (label != _FLOAT):
+                misfit.append(module)
+                kinds.add(f"{info.dtype} under {label}")
+            if label not in _KINDS or label == _FLOAT:
+                continue
+            for spec in linear_tensors(_KINDS[label], has_bias=False):
+                name, shape = f"{module}.{spec.suffix}", spec.shape_for(N=info.shape[0], K=info.shape[1])
+                if name not in d.tensors:
+                    missing += [] if spec.optional else [name]
+                elif d.tensors[name].shape not in (shape, tuple(side for side in shape if side != 1)):
+                    odd.append(name)
+        yield from self._rules.found("missing-tensor", missing)
+        yield from self._rules.found("shape", odd)
+        yield from self._rules.found("label-and-weight", misfit, got=kinds)
+
+    def _norm_biases(self) -> Iterator[Finding]:
+        yield from self._rules.found("norm-bias", [name for name in self._d.labels if _NORM_BIAS in name])
+
+    def _vllm_ascend(self) -> Iterator[Finding]:
+        d, found = self._d, self._rules.found
+        needed = d.layout.takes_any or (d.layout.experts is not None and d.layout.experts.needs_entry)
+        entries = [weight_name(module) for module in d.experts if needed]
+        yield from found("experts-entry", [name for name in entries if name not in d.labels])
+        latent = [module for module, label in d.linears.items() if module.endswith(".kv_b_proj") and label != _FLOAT]
+        yield from found("kv-b", latent)
+        ends = tuple(f".{name}.{WEIGHT}" for name in d.layout.halves or ()) or ("\0",)
+        yield from found("joined", [name for name in d.labels if name.endswith(ends)])
+        heads = [name for name in d.labels if name.endswith(("lm_head.weight", "output.weight", "output_layer.weight"))]
+        yield from found("head-entry", [] if heads else ["lm_head.weight"])
+        yield from self._norm_biases()
+
+    def _sglang(self) -> Iterator[Finding]:
+        yield from self._norm_biases()
+
+    def _mindie(self) -> Iterator[Finding]:
+        d, found = self._d, self._rules.found
+        labels = {label for label in d.linears.values() if label != _FLOAT}
+        expected = one_of(sorted(label.lower() for label in labels)) if labels else ""
+        if labels:
+            keys = [key for key in d.layout.mindie_keys if d.config.get(key) not in {each.lower() for each in labels}]
+            got = {str(d.config.get(key, "nothing")) for key in keys}
+            yield from found("config-key", keys, got=got, expected=expected)
+        yield from found("one-scheme", [CONFIG_NAME] if len(labels) > 1 else [], got=labels)
+
+    def _mindie_aclgraph(self) -> Iterator[Finding]:
+        return iter(())
