@@ -171,6 +171,14 @@ CALLS: list[Case] = [
     ("xlam", f"[{CALL}, {CALL}]", "", [F1, F1]),
     ("nemotron_json", f"<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>", "", [F1, F1]),
     ("hermes", f"```xml\n{TAG}\n```", "", [F1]),
+    ("hermes", f"So: <function_call>{CALL}</function_call>", "So:", [F1]),
+    ("hermes", f"<tool>{CALL}</tool>", "", [F1]),
+    ("hermes", f"<json>\n{CALL}\n</json>", "", [F1]),
+    ("hermes", f"```xml\n<response>\n{CALL}\n</response>\n```", "", [F1]),
+    ("hermes", '<function=f>{"a": 1}</function>', "", [F1]),
+    ("hermes", '<function name="f">\n{"a": 1}\n</function>', "", [F1]),
+    ("hermes", '<tool_call>{"name":"now","arguments":"null"}</tool_call>', "", [NOW]),
+    ("hermes", '<tool_call>{"name":"f","arguments":{"a":"\\ud83d"}}</tool_call>', "", [("f", {"a": "\ud83d"})]),
 ]  # fmt: skip
 
 # Family and answer: all of it is text.
@@ -205,6 +213,8 @@ TEXTS: list[tuple[str, str]] = [
     ("hermes", f"```json\n{CALL}\n```\nis JSON"),
     ("hermes", f"```python\n{CALL}\n```"),
     ("hermes", '{"name": "f"}'),
+    ("hermes", '{"name": "f", "arguments": "null"}'),
+    ("hermes", 'The <function name="f"> of <json>{"a": 1}</json> and <xml>'),
     ("hermes", '{"name": "f", "arguments": {}, "why": 1}'),
     ("hermes", '{"name": "rm", "arguments": {}}'),
     ("hermes", '{"answer": {"name": "f", "arguments": {}}}'),
@@ -336,6 +346,11 @@ def test_text_is_not_held_back_longer_than_it_may_be_a_call():
 def test_a_call_is_told_as_soon_as_it_is_complete():
     parser = ToolParser(ToolUse([TOOL], NAMES, "hermes"))
     assert len(parser.push(TAG)[1]) == 1
+
+
+def test_arguments_can_be_sent_whatever_a_model_escapes():
+    (call,) = ToolParser(ToolUse([], NAMES, "hermes")).push(TAG.replace("1", '"\\ud83d é"'))[1]
+    assert json.dumps(call.as_json(), ensure_ascii=False).encode()
 
 
 def test_mistral_has_ids_that_its_templates_take():

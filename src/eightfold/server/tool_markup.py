@@ -19,6 +19,7 @@ from eightfold.server.tool_source import Reading, Source
 _NAME = re.compile(r"[A-Za-z0-9_.-]*")
 _WORD = re.compile(r"\w*")
 _IDENTIFIER = re.compile(r"[\w.]*")
+_HALF = re.compile("[\ud800-\udfff]")
 _PARAMETER = re.compile(r"[^<>\n]*")
 _MOST_NAME = 256  # characters of a name
 
@@ -115,6 +116,8 @@ def _call(value: Any, *, plain: bool) -> Found | None:
     if isinstance(inner, dict):
         return _call(inner, plain=plain)
     arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str) and arguments.strip() == "null":
+        arguments = None
     if isinstance(arguments, str):
         arguments = _parsed(arguments) if arguments.strip() else {}
     elif arguments is None and not plain:
@@ -126,7 +129,9 @@ def _made(name: Any, arguments: Any) -> Found | None:
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
     try:
-        return Found(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        # Half of a surrogate pair, which models write as \ud83d, can be sent only so.
+        return Found(name, json.dumps(arguments) if _HALF.search(text) else text)
     except (ValueError, RecursionError):
         return None
 
@@ -154,12 +159,16 @@ def between(begin: str, end: str, *, plain: bool = False) -> Reader:
     return read
 
 
+# In place of <tool_call> smaller models write these, as llama.cpp has found; they mean something else at times.
+OTHER_TAGS = ("<tools>", "<tool>", "<function_call>", "<response>", "<json>", "<JSON>", "<xml>")
+
+
 def fenced(source: Source, schemas: Schemas) -> Reading[Calls | None]:
     """Read calls in a block of code."""
     if (yield from source.run(_WORD)).lower() not in ("", "json", "xml", "tool_call"):
         return None
     if (yield from source.peek()) == "<":
-        tag = yield from source.take("<tool_call>", "<tools>")
+        tag = yield from source.take("<tool_call>", *OTHER_TAGS)
         found = (yield from between(tag, tag.replace("<", "</"), plain=True)(source, schemas)) if tag else None
     else:
         found = yield from json_calls(source, plain=True)
@@ -195,9 +204,14 @@ def function(source: Source, schemas: Schemas) -> Reading[Calls | None]:
     return found
 
 
-def _function(source: Source, schemas: Schemas) -> Reading[Calls | None]:
+def function_name(source: Source, schemas: Schemas) -> Reading[Calls | None]:
+    """Read the same where it begins with <function name="NAME">, as smaller models write it."""
+    return (yield from _function(source, schemas, '">'))
+
+
+def _function(source: Source, schemas: Schemas, end: str = ">") -> Reading[Calls | None]:
     name = yield from source.run(_NAME)
-    if not name or len(name) > _MOST_NAME or not (yield from source.take(">")):
+    if not name or len(name) > _MOST_NAME or not (yield from source.take(end)):
         return None
     if (yield from source.peek()) == "{":
         text = yield from source.bracketed('"')

@@ -77,9 +77,12 @@ class Family:
 
 
 _TAG = {"<tool_call>": markup.between("<tool_call>", "</tool_call>")}
-_TOOLS = {"<tools>": markup.between("<tools>", "</tools>", plain=True)}
+_OTHER_TAGS = {tag: markup.between(tag, tag.replace("<", "</"), plain=True) for tag in markup.OTHER_TAGS}
 _FUNCTION = {"<function=": markup.function}
-_HERMES = Family({**_TAG, **_TOOLS}, other_markers=("</tool_call>", "</tools>"))
+_HERMES = Family(
+    {**_TAG, **_OTHER_TAGS, **_FUNCTION, '<function name="': markup.function_name},
+    other_markers=("</tool_call>", "</tools>"),
+)
 _QWEN3_CODER = Family({**_TAG, **_FUNCTION}, other_markers=("</tool_call>", "</function>"))
 _LLAMA = Family(
     {"<|python_tag|>": markup.python_tag, **_FUNCTION}, answers_in_json=True, other_markers=("</function>",)
