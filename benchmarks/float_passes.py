@@ -40,7 +40,7 @@ def float_pass(checkpoint: Checkpoint, samples: list[list[int]]) -> float:
     began = time.perf_counter()
     with torch.inference_mode():
         states = [decoder.embed([token for sample in batch for token in sample]) for batch in batches]
-        layouts = [Batch.of([len(sample) for sample in batch], decoder.inv_freq) for batch in batches]
+        layouts = [Batch.of([len(sample) for sample in batch], decoder.turns()) for batch in batches]
         for layer_idx in range(checkpoint.config.num_layers):
             block = decoder.block(layer_idx, groups=_widened(decoder, layer_idx))
             states = [block(state, layout) for state, layout in zip(states, layouts, strict=True)]

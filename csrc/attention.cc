@@ -149,8 +149,8 @@ void Attention::find_angles(const Batch& batch, int t) {
     const int half = config_.shape.head_dim / 2;
     for (int i = 0; i < half; i++) {
         const float angle = static_cast<float>(batch.positions[t]) * config_.inv_freq[i];
-        cos_[static_cast<size_t>(t) * half + i] = std::cos(angle);
-        sin_[static_cast<size_t>(t) * half + i] = std::sin(angle);
+        cos_[static_cast<size_t>(t) * half + i] = std::cos(angle) * rope_scale_;
+        sin_[static_cast<size_t>(t) * half + i] = std::sin(angle) * rope_scale_;
     }
 }
 

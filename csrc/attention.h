@@ -65,6 +65,8 @@ public:
     bool hands_heads(const Group& o, int tokens) const {
         return config_.shape.head_dim % 4 == 0 && products_.takes_handed(o, tokens);
     }
+    // Before the first step: what cosines and sines are multiplied by, so that scores grow by its square.
+    void set_rope_scale(float scale) { rope_scale_ = scale; }
     // Inside a phase before the first layer: cosine and sine of a token's position.
     void find_angles(const Batch& batch, int t);
     // Phases of a layer; see Pool::Walk::phase. `o`: what reads the heads.
@@ -131,6 +133,7 @@ private:
     std::vector<int> fresh_page_;  // (S): first page of each sequence in fresh_
     std::vector<int> sequence_of_;  // (T)
     Lines<float> qkv_, heads_, cos_, sin_;
+    float rope_scale_ = 1;
     Lines<int8_t> q8_;  // (T, H, planes, Dq)
     std::vector<int32_t> q_sum_;  // (T, H, planes)
     Lines<float> q_scale_, qf_;  // (T, H), (T, H, Dq)

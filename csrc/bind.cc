@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -276,6 +277,11 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
     new (self) Bound{{std::move(config), kernels_for(isa), threads}, vocab.back(), ranks, {}, {}};
 }
 
+void set_rope_scale(Bound& self, float scale) {
+    require(std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0");
+    self.model.set_rope_scale(scale);
+}
+
 void set_embedding(Bound& self, Weight weight) {
     require_size(weight);
     Linear& embedding = self.model.weights.embedding;
@@ -330,6 +336,7 @@ NB_MODULE(_core, m) {
              "post_bias"_a)
         .def("set_attention", &set_attention, "layer"_a, "kind"_a, nb::kw_only(), "window"_a, "query_norm"_a,
              "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a)
+        .def("set_rope_scale", &set_rope_scale, "scale"_a)
         .def("set_embedding", &set_embedding, "weight"_a)
         .def("set_final_norm", &set_final_norm, "gain"_a, "bias"_a)
         .def("finish", &finish, "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())

@@ -30,6 +30,7 @@ public:
     // Lets finish() return soon, with a model that cannot be used.
     void abandon() { is_abandoned_ = true; }
     void set_exchange(std::unique_ptr<Exchange> exchange) { share_.set_exchange(std::move(exchange)); }
+    void set_rope_scale(float scale) { attention_.set_rope_scale(scale); }
     void allocate_cache(int pages) { attention_.allocate_cache(pages); }
     void forward(const Batch& batch) { step_.run(batch); }
 

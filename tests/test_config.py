@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from eightfold.config import DType, ModelConfig, RopeParameters, both_dialects, parse_config
+from eightfold.config import DType, ModelConfig, both_dialects, parse_config
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.files import read_json
+from eightfold.rope import RopeParameters
 from tests.conftest import FAMILIES, tiny_config
 
 WHERE = Path("m/config.json")
@@ -25,6 +26,20 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
     "rope_type": "llama3",
+}
+
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 16.0,
+    "truncate": False,
+}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [1.0 + i for i in range(8)],
+    "original_max_position_embeddings": 32,
 }
 
 # The same rotary embedding as transformers 4 and 5 write it.
@@ -44,8 +59,30 @@ ROPE_DIALECTS: list[tuple[dict[str, Any], dict[str, Any], RopeParameters]] = [
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}},
         RopeParameters(rope_theta=1e4, rope_type="linear", factor=4.0),
     ),
+    (
+        {"rope_theta": 1e6, "rope_scaling": YARN},
+        {"rope_parameters": {"rope_theta": 1e6, **YARN}},
+        RopeParameters(rope_theta=1e6, **YARN),
+    ),
+    (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}},
+        RopeParameters(rope_type="dynamic", factor=4.0, original_max_position_embeddings=128),  # the context
+    ),
+    (
+        {"rope_theta": 1e4, "rope_scaling": LONGROPE},
+        {"rope_parameters": {"rope_theta": 1e4, **LONGROPE}},
+        RopeParameters(
+            rope_type="longrope",
+            factor=4.0,  # max_position_embeddings / the original ones
+            original_max_position_embeddings=32,
+            short_factor=tuple(LONGROPE["short_factor"]),
+            long_factor=tuple(LONGROPE["long_factor"]),
+        ),
+    ),
 ]
-ROPE_IDS = ["default", "llama3", "linear"]
+ROPE_IDS = ["default", "llama3", "linear", "yarn", "dynamic", "longrope"]
+ROPE_TYPES = "default, linear, dynamic, yarn, longrope or llama3"
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -290,9 +327,9 @@ def test_rope_parameters_that_make_no_sense_are_named(rope, message):
         ({"torch_dtype": ["x"]}, '"torch_dtype"', "['x']", "float32, float16 or bfloat16"),
         ({"hidden_act": "gelu"}, '"hidden_act"', "gelu", "silu"),
         ({"hidden_act": " ge\n\r\u2028lu"}, '"hidden_act"', "ge lu", "silu"),  # a message is one line
-        ({"rope_scaling": {"type": "yarn"}}, "rope type", "yarn", "default, linear or llama3"),
-        ({"rope_scaling": {"type": ["x"]}}, "rope type", "['x']", "default, linear or llama3"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type", "dynamic", "default, linear or llama3"),
+        ({"rope_scaling": {"type": "mrope"}}, "rope type", "mrope", ROPE_TYPES),
+        ({"rope_scaling": {"type": ["x"]}}, "rope type", "['x']", ROPE_TYPES),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope type", "ntk", ROPE_TYPES),
     ],
 )
 def test_what_is_sound_but_unknown_is_named_with_what_is_known(changes, what, got, expected):
@@ -368,6 +405,9 @@ def test_what_an_older_quantization_said_is_dropped():
         ({"type": "linear", "rope_type": "llama3", "factor": 2.0}, "got 'linear' and 'llama3', expected one"),
         ({"rope_type": "linear"}, "rope scaling linear in .*: got no factor, expected a number"),
         ({"rope_type": "llama3", "factor": 8.0}, "got no low_freq_factor, high_freq_factor, original_max_position"),
+        ({"rope_type": "yarn", "factor": 4}, "yarn in .*: got no original_max_position_embeddings, expected a number"),
+        ({"type": "dynamic"}, "rope scaling dynamic in .*: got no factor, expected a number"),
+        ({**LONGROPE, "long_factor": None}, "longrope in .*: got no long_factor, expected a list of numbers"),
     ],
 )
 def test_half_said_rope_scaling_is_refused(rope, text):
@@ -396,7 +436,7 @@ def test_partial_rotation_is_refused(key, value):
             UnsupportedError,
             "got settings for full_attention, expected the same for all layers",
         ),
-        ({"factor": 4}, ConfigError, "got factor without a rope_type, expected one of default, linear or llama3"),
+        ({"factor": 4}, ConfigError, f"got factor without a rope_type, expected one of {ROPE_TYPES}"),
         (
             {"rope_type": "default", "factor": 4},
             UnsupportedError,
@@ -430,6 +470,86 @@ def test_the_base_inside_rope_scaling_is_compared(base):
 def test_an_empty_band_of_llama3_is_refused():
     message = refusal(with_rope({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}))
     assert message == '"high_freq_factor" in m/config.json: got 1, expected more than low_freq_factor 1'
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({**YARN, "factor": 0.5}, '"factor" in m/config.json: got 0.5, expected at least 1, for rope type yarn'),
+        ({**YARN, "factor": "4"}, "\"factor\" in m/config.json: got '4', expected a valid number"),
+        (
+            {**YARN, "factor": 1e12},
+            '"factor" in m/config.json: got 1e+12 times 32 positions, expected at most 1000000000',
+        ),
+        ({**YARN, "original_max_position_embeddings": 0}, "expected greater than 0"),
+        ({**YARN, "attention_factor": 0}, '"attention_factor" in m/config.json: got 0, expected greater than 0'),
+        ({**YARN, "beta_slow": 17}, '"beta_fast" in m/config.json: got 16, expected at least beta_slow, 17'),
+        ({**YARN, "truncate": 1}, '"truncate" in m/config.json: got 1, expected a valid boolean'),
+        ({**YARN, "mscale": -1}, "expected greater than or equal to 0"),
+        ({**YARN, "rope_theta": 1}, '"rope_theta" in m/config.json: got 1, expected more than 1, for rope type yarn'),
+        ({**YARN, "finetuned": True}, "got finetuned, expected rope_type, rope_theta, factor, original_max_position"),
+        ({"type": "dynamic", "factor": 0.99}, "got 0.99, expected at least 1, for rope type dynamic"),
+        ({"type": "dynamic", "factor": 2, "original_max_position_embeddings": 32}, "which are all that dynamic has"),
+        ({**LONGROPE, "long_factor": [1, 2, 3]}, "got 3 numbers, expected 8, one for each pair of a head's channels"),
+        (
+            {**LONGROPE, "short_factor": [1] * 7 + [0]},
+            '"short_factor" in m/config.json: got 0, expected greater than 0',
+        ),
+        ({**LONGROPE, "short_factor": 1.0}, '"short_factor" in m/config.json: got 1.0, expected a list of numbers'),
+        ({**LONGROPE, "factor": 0.5}, "got 0.5, expected at least 1, for rope type longrope"),
+        ({**LONGROPE, "original_max_position_embeddings": 1}, "got 1, expected at least 2, for rope type longrope"),
+    ],
+)
+def test_wrong_values_of_longer_contexts_are_refused(rope, message):
+    assert message in refusal(with_rope({"rope_scaling": rope}), EightfoldError)  # type: ignore[type-abstract]
+
+
+def test_dynamic_scaling_needs_two_pairs_of_channels():
+    raw = with_rope({"rope_scaling": {"type": "dynamic", "factor": 2}}, head_dim=2)
+    assert refusal(raw) == '"head_dim" in m/config.json: got 2, expected at least 4, for rope type dynamic'
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "llama3"])
+def test_the_original_context_may_stand_beside_the_settings(kind):
+    rope = {"yarn": YARN, "longrope": LONGROPE, "llama3": LLAMA3}[kind]
+    beside = {"original_max_position_embeddings": rope["original_max_position_embeddings"]}
+    without = {name: value for name, value in rope.items() if name not in beside}
+    assert parse(with_rope({"rope_scaling": without, **beside})) == parse(with_rope({"rope_scaling": rope}))
+    message = refusal(with_rope({"rope_scaling": rope, "original_max_position_embeddings": 77}))
+    assert "got 77, and " in message
+    assert "expected the same" in message
+
+
+@pytest.mark.parametrize(
+    ("rope", "position_embeddings", "context", "reach"),
+    [
+        (None, 128, 128, 128),
+        ({"type": "linear", "factor": 4.0}, 128, 128, 128),
+        (YARN, 32, 128, 128),  # as Qwen2.5 says it
+        (YARN, 128, 128, 128),
+        ({**YARN, "factor": 3.97}, 32, 127, 127),
+        ({"type": "dynamic", "factor": 4.0}, 32, 32, 128),
+        (LONGROPE, 128, 128, 128),
+    ],
+)
+def test_how_far_a_model_looks_back(rope, position_embeddings, context, reach):
+    found = parse(with_rope({"rope_scaling": rope}, max_position_embeddings=position_embeddings))
+    assert (found.context, found.reach) == (context, reach)
+
+
+@pytest.mark.parametrize(
+    ("rope", "names"),
+    [(YARN, {"type", "rope_type"}), ({"type": "dynamic", "factor": 2.0}, {"type", "rope_type"}), (LONGROPE, {"type"})],
+)
+def test_longer_contexts_are_written_as_they_were_said(rope, names):
+    """And where the file has no older dialect, by every name that its readers know."""
+    kind = rope.get("type") or rope["rope_type"]
+    settings = {name: value for name, value in rope.items() if name not in ("type", "rope_type")}
+    for said in ({"type": kind}, {"rope_type": kind}, {"type": kind, "rope_type": kind}):
+        raw = with_rope({"rope_scaling": {**said, **settings}})
+        assert both_dialects(raw, parse(raw), DType.BF16)["rope_scaling"] == {**said, **settings}
+    raw = with_rope({"rope_parameters": {"rope_type": kind, **settings}})
+    assert both_dialects(raw, parse(raw), DType.BF16)["rope_scaling"] == {**dict.fromkeys(names, kind), **settings}
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"rope_type": None, "factor": None}])

@@ -9,7 +9,6 @@ Letters: H query heads, G key/value heads, D head_dim, E hidden size, F intermed
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -18,7 +17,8 @@ from typing import Any, Literal
 
 from eightfold.errors import ConfigError, InputError, UnsupportedError, one_of
 from eightfold.files import read_json as load_json_object  # noqa: F401  (the name by which programs know it)
-from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, optional, require, shorten, shown
+from eightfold.rope import MAX_SIZE, RopeParameters, fit_rope, in_both_dialects, read_rope
+from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, optional, require, shorten
 
 
 class DType(str, Enum):
@@ -45,18 +45,10 @@ class DType(str, Enum):
 # The names under which config.json knows the float types.
 CONFIG_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 
-# What rope types consist of, besides the base.
-_ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _LEFT_OUT = ("quantization_config", "quantize", "transformers_weights")
 
 MAX_LAYERS = 10_000  # tensor names are listed for each
-MAX_SIZE = 10**9  # of anything that is counted: places in it fit 32 bits
 
 BiasRule = Literal["never", "qkv", "config"]  # config: `attention_bias` puts one on q, k, v and o
 WindowRule = Literal["never", "all", "flagged"]  # flagged: `use_sliding_window`, from `max_window_layers` on
@@ -96,18 +88,6 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class RopeParameters:
-    """Rotary embedding: base and, for long contexts, how frequencies are stretched."""
-
-    rope_theta: float = 10000.0
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """What config.json says about a Llama-family decoder, with every default filled in."""
 
@@ -141,6 +121,16 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Columns of all key (or value) heads, G * D."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence unless more are asked for."""
+        return self.rope.context(self.max_position_embeddings)
+
+    @property
+    def reach(self) -> int:
+        """Positions of a sequence at most: with YaRN and dynamic scaling, its factor times the original context."""
+        return self.rope.reach(self.max_position_embeddings)
 
     def require_ids(self, token_ids: Sequence[int]) -> None:
         """Check token ids against the vocabulary.
@@ -200,7 +190,7 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     said = _with_defaults(raw, family, where)
     if _has_no_window(raw, family):
         said["sliding_window"] = None
-    rope, dtype = _rope_parameters(raw, where), _dtype(raw, where)
+    rope, dtype = read_rope(raw, where), _dtype(raw, where)
     sizes = {ours: require(kind, said.get(theirs), theirs, where) for ours, (theirs, kind) in _SIZES.items()}
     options = checked(said, _OPTIONS, where)
     config = ModelConfig(architecture=family.architecture, dtype=dtype, rope=rope, **sizes, **options)
@@ -219,7 +209,7 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     if config.hidden_act not in ("silu", "swish"):
         raise UnsupportedError('"hidden_act"', where=where, got=shorten(config.hidden_act), expected="silu")
     _require_layer_types(config, family, where)
-    return config
+    return replace(config, rope=fit_rope(rope, config.head_dim, config.max_position_embeddings, where))
 
 
 def _require_layer_types(config: ModelConfig, family: Family, where: Path) -> None:
@@ -262,19 +252,6 @@ _OPTIONS = {
     "use_sliding_window": FLAG,
     "max_window_layers": INTEGER,
     "layer_types": TEXTS,
-}
-
-# What float32 can hold, and its reciprocal and square too.
-_ROPE_NUMBER = POSITIVE._replace(least=1e-15, most=1e15)
-
-_BASE = _ROPE_NUMBER._replace(name="a number")
-
-_ROPE_FIELDS = {
-    "rope_type": TEXT,
-    "factor": _ROPE_NUMBER,
-    "low_freq_factor": _ROPE_NUMBER,
-    "high_freq_factor": _ROPE_NUMBER,
-    "original_max_position_embeddings": _SIZE,
 }
 
 
@@ -323,94 +300,12 @@ def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
     return None
 
 
-def _rope_parameters(raw: Mapping[str, Any], where: Path) -> RopeParameters:
-    """Read the rotary embedding: what a file says of it is obeyed, or refused."""
-    dialects = {key: _rope_object(raw, key, where) for key in ("rope_scaling", "rope_parameters")}
-    said = {key: rope for key, rope in dialects.items() if rope is not None}
-    bases = {"rope_theta": raw.get("rope_theta")}
-    bases.update({f"{key}.rope_theta": rope.pop("rope_theta", None) for key, rope in said.items()})
-    thetas = {name: require(_BASE, value, name, where) for name, value in bases.items() if value is not None}
-    _require_agreement(thetas, "the same base", where)
-    _require_agreement(said, "the same scaling", where)
-    whole = raw.get("partial_rotary_factor")
-    if whole not in (None, 1):
-        raise UnsupportedError('"partial_rotary_factor"', where=where, got=shown(whole), expected="1")
-    rope = RopeParameters(**next(iter(said.values()), {}))
-    return replace(rope, rope_theta=next(iter(thetas.values()), rope.rope_theta))
-
-
-def _require_agreement(said: Mapping[str, Any], expected: str, where: Path) -> None:
-    """Compare what several keys of a file say of one thing.
-
-    Raises:
-        ConfigError: they contradict each other.
-    """
-    for one, other in itertools.pairwise(said):
-        if said[one] != said[other]:
-            values = [f"{value:g}" if isinstance(value, float) else str(value) for value in (said[one], said[other])]
-            got = " and ".join(shorten(value, 140) for value in values)
-            what = f'"{one}" and "{other}"'
-            raise ConfigError(what, where=where, got=got, expected=expected, action="Remove the wrong one.")
-
-
-def _rope_object(raw: Mapping[str, Any], key: str, where: Path) -> dict[str, Any] | None:
-    """Return one dialect's rope settings, with a `rope_type`; None where the file does not have them.
-
-    Raises:
-        ConfigError: something that the type needs is absent, or the type itself.
-        UnsupportedError: an unknown type, settings by the type of layer, or some that the type does not have.
-    """
-    value = raw.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ConfigError(f'"{key}"', where=where, got=shown(value), expected="an object or null")
-    rope = {name: setting for name, setting in value.items() if setting is not None}
-    nested = [name for name, setting in rope.items() if isinstance(setting, dict)]
-    if nested:
-        got = f"settings for {shorten(', '.join(nested), 200)}"
-        raise UnsupportedError(f'"{key}"', where=where, got=got, expected="the same for all layers")
-    old_name, new_name = rope.pop("type", None), rope.get("rope_type")
-    if None not in (old_name, new_name) and old_name != new_name:
-        got = f"{shown(old_name)} and {shown(new_name)}"
-        raise ConfigError(f'"type" and "rope_type" of {key}', where=where, got=got, expected="one")
-    kind = old_name if new_name is None else new_name
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    others = [name for name in rope if name not in ("rope_type", "rope_theta")]
-    if kind is None and others:
-        got = f"{shorten(', '.join(others), 200)} without a rope_type"
-        raise ConfigError(f'"{key}"', where=where, got=got, expected=f"one of {one_of(_ROPE_NEEDS)}")
-    kind = "default" if kind is None else kind
-    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
-        raise UnsupportedError(
-            "rope type", where=where, got=shorten(str(kind)) or "an empty text", expected=one_of(_ROPE_NEEDS)
-        )
-    absent = [name for name in _ROPE_NEEDS[kind] if name not in rope]
-    if absent:
-        raise ConfigError(f"rope scaling {kind}", where=where, got=f"no {', '.join(absent)}", expected="a number")
-    unread = [name for name in others if name not in _ROPE_NEEDS[kind]]
-    if unread:
-        raise UnsupportedError(
-            f'"{key}"',
-            where=where,
-            got=shorten(", ".join(unread), 200),
-            expected=f"{', '.join(('rope_type', 'rope_theta', *_ROPE_NEEDS[kind]))}, which are all that {kind} has",
-        )
-    rope.update(checked({**rope, "rope_type": kind}, _ROPE_FIELDS, where))
-    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        expected = f"more than low_freq_factor {rope['low_freq_factor']:g}"
-        raise ConfigError('"high_freq_factor"', where=where, got=f"{rope['high_freq_factor']:g}", expected=expected)
-    return rope
-
-
 def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
     """Return config.json's object with dtype and rope in both dialects, and with what loaders cannot guess.
 
     Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
     description file from the loaders, or contradict it. And except `transformers_weights`, a name of the source's file.
     """
-    rope = {name: getattr(config.rope, name) for name in ("rope_type", *_ROPE_NEEDS[config.rope.rope_type])}
     out = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
     out["model_type"] = FAMILIES[config.architecture].model_type
     out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
@@ -420,17 +315,4 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
         out["num_key_value_heads"] = config.num_kv_heads
     if family.head_dim is not None and raw.get("head_dim") is None:
         out["head_dim"] = config.head_dim
-    out["rope_theta"] = config.rope.rope_theta
-    out["rope_scaling"] = _old_scaling(rope)
-    out["rope_parameters"] = {"rope_theta": config.rope.rope_theta, **rope}
-    return out
-
-
-def _old_scaling(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """Return `rope_scaling` by the names that all its readers take.
-
-    Linear scaling is older than `rope_type`: MindIE refuses it by that name, transformers 4 and vLLM take `type` too.
-    """
-    if rope["rope_type"] == "default":
-        return None
-    return {"type": "linear", "factor": rope["factor"]} if rope["rope_type"] == "linear" else rope
+    return out | in_both_dialects(raw, config.rope, Path("config.json"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.reference.attention import inverse_frequencies
+from eightfold.model.layers import inverse_frequencies
 from eightfold.model.reference.load import Decoder
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 from tests.conftest import random_tensors, write_model
@@ -224,7 +224,7 @@ def test_rope_freqs_become_llama3_parameters(tmp_path, head_dim, factor):
     assert raw["rope_parameters"] == {"rope_theta": 500000.0, **scaling}
     # The rule gives the file's divisors back: both are float32, each with a few roundings.
     plain = 500000.0 ** -(torch.arange(0, head_dim, 2).double() / head_dim)
-    stretched = inverse_frequencies(config.rope, head_dim).double()
+    stretched = torch.from_numpy(inverse_frequencies(config.rope, head_dim, 0)).double()
     torch.testing.assert_close(plain / torch.from_numpy(factors).double(), stretched, rtol=2**-20, atol=0)
     assert_same_tensors(tmp_path / "out", made.expected, torch.bfloat16)  # rope_freqs is no weight
 

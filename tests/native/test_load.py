@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eightfold.config import RopeParameters
 from eightfold.errors import CapacityError, CheckpointError, ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
@@ -26,6 +25,7 @@ from eightfold.model.native.load import _finish, load_model
 from eightfold.model.native.model import PAGE, Chunk
 from eightfold.model.reference import attention as reference_attention
 from eightfold.model.reference.load import Decoder
+from eightfold.rope import RopeParameters
 from tests.conftest import FAMILIES, tiny_config, token_samples, write_model
 from tests.native import NAME
 from tests.native.models import (
@@ -222,14 +222,20 @@ ROPES = {
         original_max_position_embeddings=8192,
     ),
     "llama3 short": RopeParameters(rope_type="llama3", factor=32.0, original_max_position_embeddings=64),
+    "yarn": RopeParameters(rope_theta=1e6, rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
+    "yarn short": RopeParameters(
+        rope_type="yarn", factor=40.0, original_max_position_embeddings=64, beta_fast=4.0, truncate=False,
+    ),
+    "dynamic": RopeParameters(rope_type="dynamic", factor=4.0, original_max_position_embeddings=64),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("head_dim", [2, 6, 16, 64, 80, 128, 256])
-def test_rotary_frequencies_are_the_references(rope, head_dim):
-    found = inverse_frequencies(ROPES[rope], head_dim)
-    expected = reference_attention.inverse_frequencies(ROPES[rope], head_dim).numpy()
+@pytest.mark.parametrize("head_dim", [4, 6, 16, 64, 80, 128, 256])
+@pytest.mark.parametrize("longest", [64, 256])
+def test_rotary_frequencies_are_the_references(rope, head_dim, longest):
+    found = inverse_frequencies(ROPES[rope], head_dim, longest)
+    expected = reference_attention.rotation(ROPES[rope], head_dim, longest).inv_freq.numpy()
     assert (found.dtype, found.shape) == (np.float32, (head_dim // 2,))
     # A power, which libraries round in their last bit, and up to four more roundings on either side.
     np.testing.assert_allclose(found, expected, rtol=12 * 2.0**-24, atol=0)

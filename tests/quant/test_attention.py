@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from eightfold.model.reference.attention import apply_rope, rope_tables
+from eightfold.model.reference.attention import Rotation, apply_rope, rope_tables
 from eightfold.quant.attention import (
     HEADROOM,
     FAQuantObserver,
@@ -174,7 +174,7 @@ def test_the_range_holds_the_calibration_keys_at_every_position():
     context_len, heads = 300, 2
     inv_freq = torch.tensor([1.0, 0.1, 0.01, 0.001])
     k_SGD = normal(20, heads, 8) + 3 * normal(heads, 8, seed=1)
-    cos, sin = rope_tables(torch.arange(context_len), inv_freq)
+    cos, sin = rope_tables(torch.arange(context_len), Rotation(inv_freq))
     found = TurnedRange(inv_freq, context_len)
     found.see(apply_rope(k_SGD, cos[:20], sin[:20]))
     moved = [apply_rope(k_SGD, cos[p].expand(20, 8), sin[p].expand(20, 8)) for p in range(context_len)]

@@ -62,7 +62,7 @@ def naive_parameters(checkpoint, samples):
     with torch.inference_mode():
         for sample in samples:
             x = decoder.embed(sample)
-            batch = Batch.of([len(sample)], decoder.inv_freq)
+            batch = Batch.of([len(sample)], decoder.turns())
             for layer_idx, groups in enumerate(layers):
                 block = decoder.block(layer_idx)
                 names = ("qkv", "o", "gate_up", "down")  # type: ignore[assignment]

@@ -43,7 +43,7 @@ def test_all_of_a_layer_is_on_the_device(name, float_model, tmp_path, monkeypatc
     for origin in ("prompt", "generated"):
         with use(torch.device("meta")):
             hidden = decoder.embed(SAMPLES[0])
-            apply_block_(decoder.block(0), hidden, [len(SAMPLES[0])], decoder.inv_freq, origin)
+            apply_block_(decoder.block(0), hidden, [len(SAMPLES[0])], decoder.turns(), origin)
         assert hidden.device.type == "meta"
 
 

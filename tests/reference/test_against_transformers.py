@@ -131,6 +131,49 @@ def test_stretched_positions_beyond_the_original_context(tmp_path, architecture,
     assert_same_logits(tmp_path, config)
 
 
+# Of 8 pairs: YaRN keeps the first ones and stretches the last.
+ORIGINAL = LENGTH // 4
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [1.0 + i for i in range(8)],
+    "original_max_position_embeddings": ORIGINAL,
+}
+STRETCHED = {
+    "yarn": (YARN, ORIGINAL),
+    "yarn, base 100": ({**YARN, "rope_theta": 100.0}, LENGTH),
+    "yarn, betas": ({**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}, LENGTH),
+    "yarn, one place": ({**YARN, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False}, LENGTH),
+    "yarn, mscales": ({**YARN, "factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.3}, LENGTH),
+    "yarn, one mscale": ({**YARN, "mscale": 0.7, "mscale_all_dim": 0.0}, LENGTH),
+    "yarn, attention": ({**YARN, "attention_factor": 1.5}, LENGTH),
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, ORIGINAL),
+    "longrope": (LONGROPE, LENGTH),
+    "longrope, factor": ({**LONGROPE, "factor": 9.0}, LENGTH),
+    "longrope, attention": ({**LONGROPE, "attention_factor": 1.5}, LENGTH),
+}
+
+
+@pytest.mark.parametrize("length", [ORIGINAL, ORIGINAL + 1, LENGTH])
+@pytest.mark.parametrize("scaling", STRETCHED)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_four_times_the_original_context(tmp_path, architecture, scaling, length):
+    rope, positions = STRETCHED[scaling]
+    config = tiny_config(architecture, rope_scaling=rope, max_position_embeddings=positions)
+    config["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
+    assert_same_logits(tmp_path, config, text(length))
+
+
+@pytest.mark.parametrize("scaling", ["yarn", "yarn, attention", "dynamic", "longrope"])
+def test_what_is_compared_at_four_times_the_original_context_matters(tmp_path, scaling):
+    rope, positions = STRETCHED[scaling]
+    stretched = write_model(tmp_path / "a", tiny_config(rope_scaling=rope, max_position_embeddings=positions))
+    plain = write_model(tmp_path / "b", tiny_config(max_position_embeddings=positions))
+    ours, theirs = our_logits(plain, text()), their_logits(stretched, text())
+    assert float((ours - theirs).abs().max()) > 1000 * rounding(theirs, tiny_config())
+
+
 @pytest.mark.parametrize("changes", [{"rope_theta": 500000.0}, {"rope_theta": 100}, {"rms_norm_eps": 0.5}])
 def test_rotary_base_and_norm_epsilon(tmp_path, changes):
     assert_same_logits(tmp_path, tiny_config(**changes))

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from eightfold.config import RopeParameters
 from eightfold.errors import CheckpointError, InputError
 from eightfold.format.checkpoint import Checkpoint
-from eightfold.model.reference.attention import KVCache, attend, inverse_frequencies, visible
+from eightfold.model.reference.attention import KVCache, attend, rotation, visible
 from eightfold.model.reference.decoder import Batch, apply_block_, rms_norm, token_batches
 from eightfold.model.reference.load import Decoder
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
+from eightfold.rope import RopeParameters
 from eightfold.scheme import QuantType
 from tests.conftest import random_tensors, tiny_config, token_samples, write_model
 
@@ -72,7 +72,7 @@ def test_the_cut_into_batches_changes_nothing(tmp_path, max_tokens):
     hidden = decoder.embed([token for sample in SAMPLES for token in sample])
     for layer_idx in range(2):
         lengths = [len(sample) for sample in SAMPLES]
-        apply_block_(decoder.block(layer_idx), hidden, lengths, decoder.inv_freq, max_tokens)
+        apply_block_(decoder.block(layer_idx), hidden, lengths, decoder.turns(), max_tokens)
     torch.testing.assert_close(hidden, whole, rtol=0, atol=rounding(whole))
 
 
@@ -117,7 +117,7 @@ def cached_logits(decoder: Decoder, sample: list[int], pieces: list[int]) -> tor
     for length in pieces:
         x_TE = decoder.embed(sample[at : at + length])
         for block, cache in zip(blocks, caches, strict=True):
-            x_TE = block(x_TE, Batch.of([length], decoder.inv_freq, first_position=at), [cache])
+            x_TE = block(x_TE, Batch.of([length], decoder.turns(), first_position=at), [cache])
         found.append(decoder.head()(x_TE))
         at += length
     assert all(cache.context_len == len(sample) for cache in caches)
@@ -130,11 +130,11 @@ def test_a_batch_of_caches_is_one_cache_for_each_sequence(tmp_path):
     block = decoder.block(0)
     caches = [KVCache(8, config.num_kv_heads, config.head_dim) for _ in range(2)]
     for at in range(8):
-        batch = Batch.of([1, 1], decoder.inv_freq, first_position=at)
+        batch = Batch.of([1, 1], decoder.turns(), first_position=at)
         together = block(decoder.embed([first[at], second[at]]), batch, caches)
     for row, sample in enumerate((first, second)):
         hidden = decoder.embed(sample)
-        apply_block_(block, hidden, [8], decoder.inv_freq)
+        apply_block_(block, hidden, [8], decoder.turns())
         torch.testing.assert_close(together[row], hidden[-1], rtol=0, atol=rounding(hidden))
 
 
@@ -196,8 +196,8 @@ def test_token_batches(lengths, max_tokens, groups):
 
 
 def test_a_batch_lays_sequences_one_after_the_other():
-    inv_freq = inverse_frequencies(RopeParameters(), 4)
-    batch = Batch.of([2, 3], inv_freq, first_position=7)
+    turns = rotation(RopeParameters(), 4, 0)
+    batch = Batch.of([2, 3], turns, first_position=7)
     assert batch.spans == [(0, 2), (2, 5)]
     angles = torch.tensor([7.0, 8.0, 7.0, 8.0, 9.0])
     # inv_freq[0] is 1: the first column is the position itself; the tables are those very roundings.

@@ -107,7 +107,7 @@ def test_hidden_states_stay_sane_and_outliers_stand_out(tmp_path, dtype):
         # Planted between 20 and 100. Two of 128 channels being LOUD = 6 lowers the others by (1 + 2 * 35 / 128)**0.5
         # and moves nothing relative to them; the rest is chance: 256 tokens, gains of 10 %, few rows.
         assert 10 < float(read.max() / read.median()) < 200
-        apply_block_(block, hidden, [256], decoder.inv_freq)
+        apply_block_(block, hidden, [256], decoder.turns())
     # About 1 by design, times 1.24 for the two LOUD channels of 128; what it must not do is vanish or explode.
     assert 0.2 < float(hidden.std()) < 5
     logits = decoder.head()(hidden)

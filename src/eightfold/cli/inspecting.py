@@ -254,7 +254,7 @@ class EvaluateCommand:
         if len(pieces) < self.chunks and self.text is not None:
             found = f"{len(pieces)} chunks of {self.chunk_len}, not {self.chunks}"
             console.note(f"the text has {len(token_ids)} tokens: {found}.")
-        if self.chunk_len > (context := checkpoints[0].config.max_position_embeddings):
+        if self.chunk_len > (context := checkpoints[0].config.reach):
             console.note(f"chunks are longer than the model's context of {context} tokens.")
         backend = generating.resolve_backend(self.backend)
         result, ppl_mindie = self._measure(checkpoints, pieces, backend)
@@ -301,14 +301,16 @@ class EvaluateCommand:
         from eightfold.evaluate import evaluate_native
         from eightfold.model.native.load import load_model
 
-        load = lambda checkpoint, config: load_model(checkpoint, **config.computing)  # noqa: E731
+        load = lambda checkpoint, config: load_model(checkpoint, **{**config.computing, "longest": self.chunk_len})  # noqa: E731
         return load, partial(evaluate_native, generated=self.tokens_as == "generated")
 
     def _reference(self) -> tuple[Callable[..., Any], Callable[..., Evaluation]]:
         from eightfold.evaluate import evaluate_reference
         from eightfold.model.reference.load import Decoder
 
-        load = lambda checkpoint, config: Decoder(checkpoint, config.dynamic, config.attention_mode)  # noqa: E731
+        load = lambda checkpoint, config: Decoder(  # noqa: E731
+            checkpoint, config.dynamic, config.attention_mode, self.chunk_len
+        )
         return load, partial(evaluate_reference, origin=self.tokens_as)
 
 

@@ -357,7 +357,7 @@ class QuantizeCommand:
 
         # That a base model has no template for those of ours that are chats is nothing to note.
         tell = console.note if where is not None or self._tokenizer.has_chat_template else dataset.silent
-        vocab_size, context = checkpoint.config.vocab_size, checkpoint.config.max_position_embeddings
+        vocab_size, context = checkpoint.config.vocab_size, checkpoint.config.context
         samples = dataset.tokenize(rows, self._tokenizer, tell, where=where, vocab_size=vocab_size, context=context)
         return self._cut(samples, checkpoint)
 
@@ -374,7 +374,7 @@ class QuantizeCommand:
         """Cut samples to the model's context."""
         from eightfold.quant import dataset
 
-        context = checkpoint.config.max_position_embeddings
+        context = checkpoint.config.context
         samples, cut = dataset.truncate(samples, context)
         if cut:
             console.note(

@@ -204,7 +204,7 @@ class RunCommand:
         if not ids:
             action = "Give some text with --prompt."
             raise CapacityError("prompt", got="no tokens", expected="at least one", action=action)
-        if len(ids) + self.max_new_tokens > (context := checkpoint.config.max_position_embeddings):
+        if len(ids) + self.max_new_tokens > (context := checkpoint.config.context):
             raise CapacityError(
                 "prompt",
                 got=f"{len(ids)} tokens and {self.max_new_tokens} new ones",

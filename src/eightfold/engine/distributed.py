@@ -259,7 +259,7 @@ def _setup(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> 
         "eightfold": __version__,
         "checkpoint": fingerprint(checkpoint),
         "isa": core.choose_isa(),
-        "options": f"{options['dynamic']}, {options['attention']}",
+        "options": f"{options['dynamic']}, {options['attention']}, {options['longest'] or 'any'} positions",
         "processes": world.size,
     }
 

@@ -188,7 +188,7 @@ class Engine:
         if not prompt_len:
             raise CapacityError("prompt", got="no tokens", expected="at least one")
         if prompt_len >= self.max_model_len:
-            can_grow = self.max_model_len < self.model_config.max_position_embeddings
+            can_grow = self.max_model_len < self.model_config.reach
             way_out = " or raise `max_model_len`." if can_grow else ": the model cannot look back on more."
             raise CapacityError(
                 "prompt",
@@ -389,8 +389,8 @@ def _longest_context(model: NativeModel, config: EngineConfig) -> int:
     Raises:
         ConfigError: more are asked for than the model knows.
     """
-    most = model.config.max_position_embeddings
-    wanted = config.max_model_len or most
+    most = model.config.reach
+    wanted = config.max_model_len or model.config.context
     if wanted > most:
         raise ConfigError(
             "max_model_len", got=wanted, expected=f"at most {most}, which is all this model can look back on"

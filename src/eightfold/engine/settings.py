@@ -84,7 +84,12 @@ class EngineConfig:
     @property
     def computing(self) -> dict[str, Any]:
         """The options of native.load.load_model."""
-        return {"threads": self.threads, "dynamic": self.dynamic, "attention": self.attention_mode}
+        return {
+            "threads": self.threads,
+            "dynamic": self.dynamic,
+            "attention": self.attention_mode,
+            "longest": self.max_model_len,
+        }
 
 
 def load_model(checkpoint: Checkpoint, config: EngineConfig, beside: Callable[[], object] | None = None) -> NativeModel:

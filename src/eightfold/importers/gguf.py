@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, RopeParameters, both_dialects, parse_config
+from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, both_dialects, parse_config
 from eightfold.errors import CheckpointError, DependencyError, OutputError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, layer_prefix
 from eightfold.files import write_json
@@ -29,9 +29,10 @@ from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
 from eightfold.format.tokenizer_files import write_for_both
 from eightfold.importers.container import StoredTensor, read_container
-from eightfold.model.reference.attention import inverse_frequencies
+from eightfold.model.layers import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
+from eightfold.rope import RopeParameters
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 from eightfold.values import COUNT, POSITIVE, require, shorten
 
@@ -215,8 +216,9 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
 def _are_llama3(factors: torch.Tensor, rope: dict[str, Any], head_dim: int) -> bool:
     if factors.shape != (head_dim // 2,) or not ((factors > 0) & factors.isfinite()).all():
         return False
-    plain = inverse_frequencies(RopeParameters(**{**rope, "rope_type": "default"}), head_dim)
-    return torch.allclose(plain / inverse_frequencies(RopeParameters(**rope), head_dim), factors, rtol=1e-3)
+    plain = inverse_frequencies(RopeParameters(**{**rope, "rope_type": "default"}), head_dim, 0)
+    stretched = inverse_frequencies(RopeParameters(**rope), head_dim, 0)
+    return torch.allclose(torch.from_numpy(plain / stretched), factors, rtol=1e-3)
 
 
 def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:

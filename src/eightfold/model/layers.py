@@ -5,8 +5,9 @@ them looks for damaged numbers. All other tensors are small: flat float32 copies
 
 Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim, V vocabulary, E hidden size.
 
-Source of the rotary frequencies: RoFormer, Su et al. 2021, arXiv:2104.09864; the llama3 stretching is that of the Llama
-3.1 model card.
+Sources of the rotary frequencies: RoFormer, Su et al. 2021, arXiv:2104.09864; YaRN, Peng et al. 2023,
+arXiv:2309.00071; LongRoPE, Ding et al. 2024, arXiv:2402.13753; the llama3 stretching is that of the Llama 3.1 model
+card, dynamic scaling, and what follows from settings that a file leaves out, transformers'.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from eightfold.config import DType, RopeParameters
+from eightfold.config import DType
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.families import ATTENTION, KEY, LM_HEAD, VALUE, LinearShape, layer_norms, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.stored import StoredTensors
+from eightfold.rope import RopeParameters
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -188,18 +190,55 @@ def read_attention(checkpoint: Checkpoint, layer_idx: int) -> Attention:
     return Attention(kind, key, value, query_scale.reshape(checkpoint.config.num_heads, -1)[:, 0])
 
 
-def inverse_frequencies(rope: RopeParameters, head_dim: int) -> NDArray[Any]:
-    """Return f_i = theta**(-2 i / D) for i < D/2, stretched for long contexts: float32 angles for one position."""
+def rope_scale(rope: RopeParameters) -> float:
+    """Return what cosines and sines are multiplied by: 1 but with YaRN and longrope, whose longer contexts need it."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.rope_type == "longrope" and rope.factor > 1:
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
+    if rope.rope_type != "yarn":
+        return 1.0
+    growth = 0.1 * math.log(rope.factor)
+    if rope.mscale and rope.mscale_all_dim:
+        return (growth * rope.mscale + 1) / (growth * rope.mscale_all_dim + 1)
+    return growth + 1
+
+
+def rope_base(rope: RopeParameters, head_dim: int, longest: int) -> float:
+    """Return theta: dynamic scaling has a larger one for sequences longer than the original context."""
+    context = rope.original_max_position_embeddings
+    if rope.rope_type != "dynamic" or longest <= context:
+        return rope.rope_theta
+    growth = rope.factor * longest / context - (rope.factor - 1)
+    return float(rope.rope_theta * growth ** (head_dim / (head_dim - 2)))
+
+
+def inverse_frequencies(rope: RopeParameters, head_dim: int, longest: int) -> NDArray[Any]:
+    """Return f_i = theta**(-2 i / D) for i < D/2, stretched for long contexts: float32 angles for one position.
+
+    Args:
+        rope: the settings.
+        head_dim: D.
+        longest: positions of the longest sequence, by which dynamic scaling and longrope choose: as in vLLM for all
+            sequences alike, since keys are cached as they were turned.
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return stretch_frequencies(np.float32(1.0) / np.power(np.float32(rope.rope_theta), exponents), rope)
+    return stretch_frequencies(np.power(np.float32(rope_base(rope, head_dim, longest)), exponents), rope, longest)
 
 
-def stretch_frequencies(inv_freq: NDArray[Any], rope: RopeParameters) -> NDArray[Any]:
-    """Stretch plain rotary frequencies, (D/2,) float32, as the model's long context wants it."""
+def stretch_frequencies(periods: NDArray[Any], rope: RopeParameters, longest: int) -> NDArray[Any]:
+    """Return the frequencies 1 / periods, (D/2,) float32, stretched as the model's long context wants it."""
+    inv_freq = np.float32(1.0) / periods
     if rope.rope_type == "linear":
         return np.asarray(inv_freq / np.float32(rope.factor))
+    if rope.rope_type == "yarn":
+        return _stretch_by_turns(periods, rope)
+    if rope.rope_type == "longrope":
+        is_long = longest > rope.original_max_position_embeddings
+        factors = np.array(rope.long_factor if is_long else rope.short_factor, np.float32)
+        return np.asarray(np.float32(1.0) / (factors * periods))
     if rope.rope_type != "llama3":
-        return inv_freq
+        return np.asarray(inv_freq)
     # Long waves are stretched by `factor`, short ones kept, those between blended.
     old_context = rope.original_max_position_embeddings
     wavelength = np.float32(2 * math.pi) / inv_freq
@@ -208,6 +247,27 @@ def stretch_frequencies(inv_freq: NDArray[Any], rope: RopeParameters) -> NDArray
     stretched = np.where(wavelength > old_context / rope.low_freq_factor, inv_freq / rope.factor, blended)
     kept = np.where(wavelength < old_context / rope.high_freq_factor, inv_freq, stretched)
     return np.ascontiguousarray(kept, dtype=np.float32)
+
+
+def _stretch_by_turns(periods: NDArray[Any], rope: RopeParameters) -> NDArray[Any]:
+    """Return YaRN's frequencies: those that turn often in the original context kept, rare ones stretched."""
+    pairs = len(periods)
+
+    def place(turns: float) -> float:  # of the pair that turns so often there
+        return (
+            pairs * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(rope.rope_theta)
+        )
+
+    first, last = place(rope.beta_fast), place(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    if first == last:
+        last += 0.001
+    stretched = np.clip((np.arange(pairs, dtype=np.float32) - np.float32(first)) / np.float32(last - first), 0, 1)
+    kept = np.float32(1) - stretched
+    slow = np.float32(1) / (np.float32(rope.factor) * periods)
+    return np.asarray(slow * (1 - kept) + np.float32(1) / periods * kept, dtype=np.float32)
 
 
 def read_values(checkpoint: Checkpoint, name: str) -> NDArray[Any]:

@@ -117,8 +117,8 @@ class FloatPass:
     @torch.inference_mode()
     def layer(self, layer_idx: int) -> LayerStatistics:
         """Move all samples through one layer and return what was seen, the same in all ranks."""
-        recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.max_position_embeddings
-        kv = KVObserver(recipe.kv_observe, self._decoder.inv_freq, context_len) if recipe.kv_int8 else None
+        recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.context
+        kv = KVObserver(recipe.kv_observe, self._decoder.turns().inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers = self._pass(self.hidden, layer_idx, kv, stretch)
         smoothing = watchers if self.anti is self.hidden else self._pass(self.anti, layer_idx)

@@ -209,7 +209,7 @@ class HiddenStates:
         self.layer_idx, self.checksum = self.layer_idx + 1, None
 
     def _move(self, batch: int, block: Block, file: int) -> None:
-        work = Batch.of(self._sizes(batch), self._decoder.inv_freq)
+        work = Batch.of(self._sizes(batch), self._decoder.turns())
         states = block(self._states(batch), work)
         if not torch.isfinite(states.sum()):  # or it overflows
             ends = [torch.stack(torch.aminmax(states[begin:end])) for begin, end in work.spans]

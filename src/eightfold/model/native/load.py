@@ -52,6 +52,7 @@ def load_model(
     threads: int | None = None,
     dynamic: Literal["asymmetric", "symmetric"] = "asymmetric",
     attention: Literal["cache", "mindie"] = "cache",
+    longest: int | None = None,
     share: Share = WHOLE,
     neighbours: int = 1,
     beside: Callable[[], object] | None = None,
@@ -64,6 +65,8 @@ def load_model(
         dynamic: how W8A8_DYNAMIC quantizes a token.
         attention: what a prompt's tokens attend over when keys and values are int8: what the cache holds, or the fresh
             keys and values (in bfloat16); prompts then have to run whole.
+        longest: positions of the longest sequence, by which dynamic scaling and longrope turn keys; None: the model's
+            context.
         share: what of the model; anything but the whole has to meet the others before it can run.
         neighbours: processes of this host that load a share of it, this one included.
         beside: is called while the weights are made ready; what it raises ends that. By how much loading has made the
@@ -92,8 +95,10 @@ def load_model(
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
         symmetric_tokens=dynamic == "symmetric",
-        inv_freq=layers.inverse_frequencies(config.rope, config.head_dim),
+        inv_freq=layers.inverse_frequencies(config.rope, config.head_dim, longest or config.context),
     )
+    if (scale := layers.rope_scale(config.rope)) != 1:
+        model.set_rope_scale(scale)
     loader = _Loader(checkpoint, model, share)
     for layer_idx in range(config.num_layers):
         loader.add_layer(layer_idx)

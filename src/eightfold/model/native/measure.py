@@ -70,11 +70,11 @@ class Workload:
         Raises:
             CapacityError: a sequence is longer.
         """
-        if self.context > config.max_position_embeddings:
+        if self.context > config.context:
             raise CapacityError(
                 "context",
                 got=f"{self.prompt_len} tokens in and {self.new_tokens} out",
-                expected=f"at most {config.max_position_embeddings} together, which is all this model can look back on",
+                expected=f"at most {config.context} together, which is all this model can look back on",
                 action="Lower `prompt_len` or `new_tokens`.",
             )
 

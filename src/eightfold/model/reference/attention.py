@@ -25,14 +25,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from eightfold.config import RopeParameters
-from eightfold.model.layers import stretch_frequencies
+from eightfold.model.layers import rope_base, rope_scale, stretch_frequencies
 from eightfold.model.reference.linear import Q_MAX, to_int8_
+from eightfold.rope import RopeParameters
 
 AttentionMode = Literal["cache", "mindie"]
 
@@ -43,19 +43,27 @@ BLOCK = 128
 _QUERY_ROWS = 256
 
 
-def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Tensor:
-    """Return (D/2,) float32 angles for one position, after stretching for long contexts."""
+class Rotation(NamedTuple):
+    """How positions turn keys and queries: (D/2,) float32 angles for one of them, and what the turned grow by."""
+
+    inv_freq: Tensor
+    scale: float = 1.0
+
+
+def rotation(rope: RopeParameters, head_dim: int, longest: int) -> Rotation:
+    """Return the rotation of a model whose longest sequence has so many positions; see layers.inverse_frequencies."""
     # torch and numpy round powers differently in their last bit, so each backend takes its own.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / head_dim
-    plain = 1.0 / (rope.rope_theta**exponents)
-    return torch.from_numpy(stretch_frequencies(plain.numpy(), rope)).to(torch.get_default_device())
+    periods = rope_base(rope, head_dim, longest) ** exponents
+    inv_freq = torch.from_numpy(stretch_frequencies(periods.numpy(), rope, longest))
+    return Rotation(inv_freq.to(torch.get_default_device()), rope_scale(rope))
 
 
-def rope_tables(positions_T: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(positions_T: Tensor, turns: Rotation) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each (T, D) float32, for int64 positions (T,)."""
-    angles = positions_T.to(torch.float32)[:, None] * inv_freq[None, :]
+    angles = positions_T.to(torch.float32)[:, None] * turns.inv_freq[None, :]
     doubled = torch.cat((angles, angles), dim=-1)
-    return doubled.cos(), doubled.sin()
+    return doubled.cos() * turns.scale, doubled.sin() * turns.scale
 
 
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:

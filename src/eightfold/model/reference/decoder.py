@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.model.reference.attention import Attention, KVCache, apply_rope, rope_tables
+from eightfold.model.reference.attention import Attention, KVCache, Rotation, apply_rope, rope_tables
 from eightfold.model.reference.linear import Linear, W8A8MixLinear
 
 # Where tokens come from; what reads a prompt and what generates may compute differently.
@@ -47,7 +47,7 @@ class Batch:
     def of(
         cls,
         lengths: Sequence[int],
-        inv_freq: Tensor,
+        turns: Rotation,
         first_position: int = 0,
         prompt_lens: Sequence[int] | None = None,
     ) -> Batch:
@@ -57,7 +57,7 @@ class Batch:
         """
         spans = spans_of(lengths)
         positions = torch.cat([torch.arange(first_position, first_position + length) for length in lengths])
-        return cls(spans, lengths if prompt_lens is None else prompt_lens, *rope_tables(positions, inv_freq))
+        return cls(spans, lengths if prompt_lens is None else prompt_lens, *rope_tables(positions, turns))
 
     def generated_T(self) -> Tensor:
         generated = torch.zeros(self.spans[-1][1] if self.spans else 0, dtype=torch.bool)
@@ -155,7 +155,7 @@ def apply_block_(
     block: Block,
     hidden_TE: Tensor,
     lengths: Sequence[int],
-    inv_freq: Tensor,
+    turns: Rotation,
     origin: Origin = "prompt",
     max_tokens: int = 2048,
 ) -> None:
@@ -168,6 +168,6 @@ def apply_block_(
     for group in token_batches(lengths, max_tokens):
         sizes = [lengths[index] for index in group]
         piece = hidden_TE[at : at + sum(sizes)]
-        batch = Batch.of(sizes, inv_freq, prompt_lens=None if origin == "prompt" else [0] * len(sizes))
+        batch = Batch.of(sizes, turns, prompt_lens=None if origin == "prompt" else [0] * len(sizes))
         piece.copy_(block(piece, batch))
         at += sum(sizes)

@@ -20,7 +20,8 @@ from eightfold.model.reference.attention import (
     FAQuantAttention,
     FloatAttention,
     KVCache,
-    inverse_frequencies,
+    Rotation,
+    rotation,
 )
 from eightfold.model.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
 from eightfold.model.reference.linear import (
@@ -62,15 +63,19 @@ class Decoder:
         checkpoint: where the tensors come from.
         dynamic: how W8A8_DYNAMIC quantizes a token.
         attention: what a prompt's tokens attend over when keys and values are quantized; see attention.py.
+        longest: positions of the longest sequence, by which dynamic scaling and longrope turn keys; None: of those that
+            are computed together, as in transformers, and the model's context where more may come.
     """
 
     checkpoint: Checkpoint
     dynamic: DynamicMode = "asymmetric"
     attention: AttentionMode = "cache"
+    longest: int | None = None
 
-    @property
-    def inv_freq(self) -> Tensor:
-        return inverse_frequencies(self.checkpoint.config.rope, self.checkpoint.config.head_dim)
+    def turns(self, together: int | None = None) -> Rotation:
+        """Return how positions turn keys where sequences of up to so many positions are computed together."""
+        config = self.checkpoint.config
+        return rotation(config.rope, config.head_dim, self.longest or together or config.context)
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """Return the embedding rows of token ids, (T, E) float32; only those rows are read.
@@ -189,9 +194,9 @@ class Decoder:
         """
         hidden = self.embed([token for sequence in sequences for token in sequence])
         lengths = [len(sequence) for sequence in sequences]
-        inv_freq = self.inv_freq
+        turns = self.turns(max(lengths, default=None))
         for layer_idx in range(self.checkpoint.config.num_layers):
-            apply_block_(self.block(layer_idx), hidden, lengths, inv_freq, origin)
+            apply_block_(self.block(layer_idx), hidden, lengths, turns, origin)
             self.release_block(layer_idx)
             on_layer()
         return hidden
@@ -203,7 +208,7 @@ class Decoder:
         Raises:
             InputError: an id is outside the vocabulary.
         """
-        config, head, inv_freq = self.checkpoint.config, self.head(), self.inv_freq
+        config, head, turns = self.checkpoint.config, self.head(), self.turns()
         blocks = [self.block(layer_idx) for layer_idx in range(config.num_layers)]
         sizes = (len(prompt_ids) + max_new_tokens, config.num_kv_heads, config.head_dim)
         caches = [KVCache(*sizes, block.attention.cache_dtype) for block in blocks]
@@ -211,7 +216,7 @@ class Decoder:
         origin: Origin = "prompt"
         for _ in range(max_new_tokens):
             prompt_len = len(step_ids) if origin == "prompt" else 0
-            batch = Batch.of([len(step_ids)], inv_freq, caches[0].context_len, [prompt_len])
+            batch = Batch.of([len(step_ids)], turns, caches[0].context_len, [prompt_len])
             x_TE = self.embed(step_ids)
             for block, cache in zip(blocks, caches, strict=True):
                 x_TE = block(x_TE, batch, [cache])
