@@ -183,6 +183,7 @@ def test_what_are_no_messages(untouched, messages, message):
 def test_fields_that_make_no_sense(untouched, field, value, message):
     raw = untouched.post("/v1/chat/completions", {**ASKED, field: value})
     assert refused(raw).startswith(message)
+    assert raw.json()["error"]["param"].partition(".")[0] == field
 
 
 @pytest.mark.parametrize(

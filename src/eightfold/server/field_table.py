@@ -5,7 +5,7 @@ something else's dialect stands here if it would change an answer: as another na
 refused. What is not here changes nothing and is ignored: hints, and numbers that only matter beside a refused field.
 
 Sources: OpenAI's API reference; the request models of vLLM, SGLang and llama-cpp-python; the page of llama.cpp's
-server; the parameters of TGI, Ollama and text-generation-webui.
+server; the parameters of TGI, Ollama, transformers and text-generation-webui.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "min_tokens": ("min_new_tokens",),
     "n": ("n_cmpl", "num_return_sequences"),
     "repetition_penalty": ("repeat_penalty",),
-    "seed": ("sampling_seed",),
-    "stop": ("stop_sequences",),
+    "seed": ("sampling_seed", "random_seed"),
+    "stop": ("stop_sequences", "stop_strings"),
     "include_stop_str_in_output": ("no_stop_trim",),
 }
 
@@ -169,7 +169,7 @@ _OWN = (
     Field("json_schema", _SCHEMA, "A JSON schema that the answer matches.", None, ("guided_json",), neutral=("",)),
     Field("regex", STRING, "A regular expression that the answer matches.", None, ("guided_regex",), neutral=("",)),
     Field("grammar", _FORM, "A grammar of the answer, in llguidance's Lark or in llama.cpp's GBNF.",
-          also=("guided_grammar", "ebnf"), neutral=("",)),
+          also=("guided_grammar", "ebnf", "grammar_string"), neutral=("",)),
     Field("guided_choice", _TEXTS, "Texts of which the answer is one."),
     Field("structured_outputs", OBJECT, "The form of the answer, as vLLM has it."),
     Field("structured_outputs.json", _SCHEMA, "A JSON schema."),
@@ -215,9 +215,12 @@ _OF_RESPONSES = (
 # Advice -> fields that are refused, with the values that change nothing.
 _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "": {
-        "adaptive_target": (-1,), "custom_logit_processor": (), "custom_params": ({},), "diversity_penalty": (0,),
+        "adaptive_target": (-1,), "constraints": (), "custom_logit_processor": (), "custom_params": ({},),
+        "diversity_penalty": (0,),
         "dry_multiplier": (0,), "dynamic_temperature": (False,), "dynatemp_range": (0,), "ec_transfer_params": ({},),
-        "encoder_repetition_penalty": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "grammar_lazy": (False,),
+        "encoder_repetition_penalty": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+        "exponential_decay_length_penalty": (), "forced_bos_token_id": (),
+        "forced_eos_token_id": (), "grammar_lazy": (False,),
         "grammar_triggers": ([],), "guidance_scale": (1,), "kv_transfer_params": ({},), "logits_processors": ([],),
         "min_keep": (0, 1), "mirostat": (0,), "mirostat_mode": (0,), "n_indent": (0,), "negative_prompt": ("",),
         "no_repeat_ngram_size": (0,), "nsigma": (0,), "penalty_alpha": (0,), "repetition_detection": (),
@@ -225,9 +228,10 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "return_prompt_text": (False,), "return_routed_experts": (False,), "return_sampling_mask": (False,),
         "return_tokens_as_token_ids": (False,), "sampler_order": ([],), "sampler_priority": ([],), "samplers": ([],),
         "session_params": ({},), "skew": (0,), "smoothing_factor": (0,), "spaces_between_special_tokens": (True,),
-        "structural_tag": (), "task": (), "temperature_last": (False,), "tfs": (1,), "tfs_z": (1,), "top_a": (0,),
+        "structural_tag": (), "task": (), "temperature_last": (False,), "tfs": (1,), "tfs_z": (1,),
+        "token_healing": (False,), "top_a": (0,),
         "top_n_sigma": (-1, 0), "typ_p": (1,), "typical": (1,), "typical_p": (1,), "vllm_xargs": ({},),
-        "watermark": (False,), "watermarking": (False,), "xtc_probability": (0,),
+        "watermark": (False,), "watermarking": (False,), "watermarking_config": ({},), "xtc_probability": (0,),
     },
     "Ask for tokens with logprobs.": {
         "decoder_input_details": (False,), "details": (False,), "logprob_token_ids": ([],), "n_probs": (0,),
@@ -235,8 +239,13 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "Only text is generated.": {"audio": (), "modalities": (["text"],)},
     "Only text is read.": {"image_data": ([],), "images": ([],), "mm_processor_kwargs": ({},)},
-    "Put it into a message.": {"documents": ([],), "guideline": ("",), "system": ("",), "system_prompt": ("",)},
-    "Put its fields beside the others.": {"extra_body": ({},), "options": ({},), "parameters": ({},)},
+    "Put it into a message.": {
+        "custom_system_message": ("",), "documents": ([],), "guideline": ("",), "safe_prompt": (False,),
+        "system": ("",), "system_prompt": ("",),
+    },
+    "Put its fields beside the others.": {
+        "extra_body": ({},), "options": ({},), "parameters": ({},), "sampling_params": ({},),
+    },
     "Put what comes after into the prompt.": {
         "input_extra": ([],), "input_prefix": ("",), "input_suffix": ("",), "suffix": ("",),
     },
@@ -246,7 +255,9 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "context": ([],), "input_embeds": ([],), "input_ids": ([],), "prompt_embeds": ([],),
     },
     "The template is chosen when the server starts: --chat-template.": {
-        "chat_template": (), "raw": (False,), "template": ("",), "tool_prompt": ("",),
+        "character": (), "chat_template": (), "chat_template_str": ("",), "instruction_template": (),
+        "instruction_template_str": ("",), "mode": ("instruct",), "raw": (False,), "template": ("",),
+        "tool_prompt": ("",),
     },
     "There are no adapters.": {
         "adapter_id": ("",), "adapters": ([],), "lora": ([],), "lora_name": ("",), "lora_path": ("",),
@@ -255,22 +266,25 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "early_stopping": (False,), "length_penalty": (0, 1), "num_beam_groups": (1,), "num_beams": (1,),
         "use_beam_search": (False,),
     },
-    "There is no web search.": {"web_search_options": ()},
-    "Use continue_final_message.": {"generation_prompt": ("",)},
+    "There is no web search.": {"plugins": ([],), "web_search_options": ()},
+    "Use add_special_tokens.": {"add_bos_token": (True,)},
+    "Use continue_final_message.": {"continue_": (False,), "generation_prompt": ("",)},
     "Use echo.": {"return_full_text": (False,)},
     "Use include_usage of stream_options, and --report-cached-tokens.": {"return_cached_tokens_details": (False,)},
-    "Use logit_bias or a grammar.": {"allowed_token_ids": ([],)},
+    "Use logit_bias or a grammar.": {"allowed_token_ids": ([],), "force_words_ids": ([],)},
     "Use logit_bias with token ids.": {"logit_bias_type": ("input_ids",)},
     "Use logit_bias.": {
-        "bad_words": ([],), "ban_eos_token": (False,), "banned_strings": ([],), "banned_tokens": ([],),
-        "custom_token_bans": ("",),
+        "bad_words": ([],), "bad_words_ids": ([],), "begin_suppress_tokens": ([],), "ban_eos_token": (False,),
+        "banned_strings": ([],), "banned_tokens": ([],),
+        "custom_token_bans": ("",), "sequence_bias": ({}, []), "suppress_tokens": ([],),
     },
-    "Use max_tokens.": {"max_length": (), "t_max_predict_ms": (-1, 0)},
+    "Use max_tokens.": {"auto_max_new_tokens": (False,), "max_length": (), "max_time": (), "t_max_predict_ms": (-1, 0)},
     "Use min_tokens.": {"min_length": (0,)},
     "Use response_format.": {"format": ("",)},
     "Use return_token_ids.": {
         "return_prompt_token_ids": (False,), "return_tokens": (False,), "response_fields": ([],),
     },
+    "Use stop_token_ids.": {"eos_token_id": ()},
     "Use stop.": {"stop_regex": ("", [])},
     "Use temperature 0 for the likeliest tokens.": {"do_sample": (True,)},
     "Use tools and tool_choice.": {"function_call": ("none",), "functions": ([],)},
@@ -281,7 +295,7 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "thinking_token_budget": (-1,),
     },
     "Use include_reasoning or separate_reasoning.": {
-        "reasoning.exclude": (False,),
+        "reasoning.exclude": (False,), "reasoning_in_content": (False,),
         "reasoning_format": ("auto", "deepseek"), "stream_reasoning": (True,),
     },
     "White space is chosen by the server.": {
@@ -306,6 +320,10 @@ FIELDS: tuple[Field, ...] = (
     Field("add_special_tokens", _ANYTHING, "The chat template puts them.", paths=_only(CHAT, RESPONSES),
           neutral=(False,), is_refused=True),
     Field("repeat_last_n", _ANYTHING, _PENALIZED, neutral=(-1,), is_refused=True, beside="repetition_penalty"),
+    *(
+        Field(name, _ANYTHING, _PENALIZED, neutral=(True,), is_refused=True, beside="repetition_penalty")
+        for name in ("penalize_nl", "penalize_newline")
+    ),
 )  # fmt: skip
 
 # Endpoint, or none -> name -> field.

@@ -163,7 +163,7 @@ def _structured_outputs(fields: Fields) -> list[Form]:
     if given is None:
         return []
     forms = [Form(f"structured_outputs.{theirs}", ours, given.read(theirs)) for theirs, ours in _VLLM.items()]
-    if not any(form.value for form in forms):
+    if all(form.value in (None, False, "", []) for form in forms):
         message = f"structured_outputs: expected one of {one_of(_VLLM)}"
         raise bad_request(message, param="structured_outputs")
     return forms

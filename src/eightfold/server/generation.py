@@ -287,9 +287,21 @@ async def _give_up(record: Record, answer: AnswerWriter, send: Send, problem: Ap
     await _event(send, answer.failure(problem), more=False)
 
 
+# How errors begin about fields that only the engine can check, and the fields.
+_CHECKED = (
+    ("logit_bias", "logit_bias"),
+    ("stop_token_ids", "stop_token_ids"),
+    ("prompt token id", "prompt"),
+    ("prompt_logprobs", "prompt_logprobs"),
+)
+
+
 def _problem(error: Exception, asked: Asked) -> ApiError:
     if isinstance(error, EightfoldError):
-        return refused(error, param=asked.form_field if str(error).startswith("structured ") else None)
+        found = (
+            field for begin, field in (("structured ", asked.form_field), *_CHECKED) if str(error).startswith(begin)
+        )
+        return refused(error, param=next(found, None))
     if isinstance(error, Aborted):
         return draining()
     return ApiError(503, "the engine has stopped: the server's log has the details", code="engine_stopped")

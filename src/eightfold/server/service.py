@@ -85,6 +85,15 @@ def _is_address(text: str) -> bool:
     return True
 
 
+def _is_loopback(address: str) -> bool:
+    """Return whether a host is an address of the loopback interface, which no owner of a name can choose."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+
+
 class Hosts:
     """By which names requests may call this server.
 
@@ -101,7 +110,7 @@ class Hosts:
         is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         given = frozenset(map(host_name, settings.allowed_hosts))
         self._are_checked = "*" not in given and bool(given or (is_loopback and not settings.api_keys))
-        self._names = given | {"localhost", "127.0.0.1", "::1", address}
+        self._names = given | {"localhost", address}
         self._origins = frozenset(settings.cors_origins)
 
     def require(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
@@ -124,7 +133,8 @@ class Hosts:
                 self._require_ours("Origin", match[1] if match else origin)
 
     def _require_ours(self, header: str, name: str) -> None:
-        if name.strip("[]").removesuffix(".").lower() in self._names:
+        name_or_address = name.strip("[]").removesuffix(".").lower()
+        if name_or_address in self._names or _is_loopback(name_or_address):
             return
         option = "--allowed-host" if header == "Host" else "--cors-origin"
         message = f"{header}: got {shown_as_json(name)}, which this server does not answer to. Start it with {option}."
