@@ -156,6 +156,52 @@ def test_a_call_that_must_come_is_a_form_of_the_answer(talk, choice):
         assert calls[1]["properties"]["arguments"] == {"type": "object", "properties": {}, **closed}
 
 
+NODE = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+    "required": ["name", "next"],
+}
+NODE_FORMAT = {"type": "json_schema", "json_schema": {"name": "node", "schema": NODE}}
+
+
+def test_a_model_may_call_a_tool_where_its_answer_has_a_form(talk):
+    llguidance = pytest.importorskip("llguidance")
+    running, client = talk(TAGGED, CALL)
+    assert whole(client, tools=[WEATHER, CLOCK], response_format=NODE_FORMAT)[1] == [("weather", {"city": "Oslo"})]
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(running.engine.last[1].structured.json_schema)
+
+    def fits(answer):
+        matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar)
+        assert not matcher.is_error(), matcher.get_error()
+        return matcher.consume_tokens(list(answer.encode())) and matcher.is_accepting()
+
+    assert fits(CALL) and fits('{"name": "clock", "arguments": {}}')
+    assert fits('{"name": "a", "next": {"name": "weather", "next": null}}')
+    assert not fits('{"name": "weather"}') and not fits('{"name": "other", "arguments": {}}') and not fits("Hello")
+
+
+@pytest.mark.parametrize(("template", "choice"), [(TAGGED, "none"), ("{{ messages[0].content }}", "auto")])
+def test_an_answer_keeps_its_form_alone_where_nothing_is_a_call(talk, template, choice):
+    running, client = talk(template, '{"name": "a", "next": null}')
+    whole(client, tools=[WEATHER], tool_choice=choice, response_format=NODE_FORMAT)
+    assert json.loads(running.engine.last[1].structured.json_schema) == NODE
+
+
+def test_a_forced_call_has_no_content_that_could_have_a_form(talk):
+    running, client = talk(TAGGED, CALL)
+    assert whole(client, tools=[WEATHER], tool_choice="required", response_format=NODE_FORMAT)[1]
+    assert forced_names(running) == (["weather"], False)
+    raw = running.chat(tools=[WEATHER], tool_choice="required", guided_json=NODE)
+    assert raw.json()["error"]["message"] == "tool_choice: got one that asks for a call beside guided_json"
+
+
+def test_a_reference_of_an_answers_form_that_leads_nowhere_is_refused(talk):
+    running, _ = talk(TAGGED, CALL)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/$defs/x"}}}
+    raw = running.chat(tools=[WEATHER], response_format=form)
+    assert (raw.status_code, raw.json()["error"]["param"]) == (400, "response_format")
+
+
 def forced_names(running):
     """Return the functions that the last answer could call, and whether it could call several."""
     schema = json.loads(running.engine.last[1].structured.json_schema)

@@ -18,7 +18,7 @@ from eightfold.server.fields import Fields, bad_request, refused
 from eightfold.server.forms import structured_output
 from eightfold.server.generation import Asked, Encoded
 from eightfold.server.served import Served
-from eightfold.server.tools import ToolUse, read_tools
+from eightfold.server.tools import ToolUse, answer_or_call, read_tools
 from eightfold.tokenizer import Tokenizer
 from eightfold.values import SWITCH, WHOLE, is_token_ids, shown_as_json
 
@@ -97,8 +97,11 @@ def _read_reasoning(fields: Fields) -> tuple[bool, bool]:
 def _params(fields: Fields, service: Served) -> tuple[SamplingParams, ToolUse, str]:
     """Return how tokens are chosen, what the request says about tools, and where the answer's form stands."""
     tools, (form, field) = read_tools(fields, service.tool_family), structured_output(fields)
+    if form is not None and field is not None and field.startswith("response_format"):
+        # Says what content looks like, and not that there is some, as clients of OpenAI's expect.
+        form = answer_or_call(form, tools) if tools.forced is None else None
     if tools.forced is not None and form is not None:
-        raise bad_request("tool_choice: got one that asks for a call beside response_format", param="tool_choice")
+        raise bad_request(f"tool_choice: got one that asks for a call beside {field}", param="tool_choice")
     wanted, top = fields.read("logprobs"), fields.read("top_logprobs")
     if top and not wanted:
         raise bad_request('top_logprobs: expected "logprobs": true beside it', param="top_logprobs")

@@ -77,6 +77,20 @@ def arguments_schema(parameters: Schema | None, where: str, definitions: dict[st
     return _Tool(parameters or {}, where, definitions).arguments()
 
 
+def beside_others(schema: Schema, where: str, definitions: dict[str, Any]) -> Schema:
+    """Return a schema that can stand in a document with others, and lets the same values pass.
+
+    Args:
+        schema: a document of its own.
+        where: names it in errors.
+        definitions: what references lead to is added here, for `$defs` of the document.
+
+    Raises:
+        ApiError: 400 for a reference that leads nowhere.
+    """
+    return _Tool(schema, where, definitions).unchanged()
+
+
 class _Tool:
     """One tool's schema, and where its references lead."""
 
@@ -116,11 +130,19 @@ class _Tool:
             return dict(NO_ARGUMENTS)
         if not self._is_object(place.schema):
             raise self._wrong(f"type {shown_as_json(place.schema['type'])}", 'type "object"')
-        found = self._rewrite(place, _CLOSED)
-        while self._pending:  # and not by recursion: references may be a long chain
-            name, inner, way = self._pending.pop()
-            self._definitions[name] = self._rewrite(inner, way)
+        found = self._whole(place, _CLOSED)
         return found if "$ref" in found else {**found, "type": "object"}
+
+    def unchanged(self) -> Schema:
+        return self._whole(self._root, _UNTOUCHED)
+
+    def _whole(self, place: _Place, way: _Way) -> Schema:
+        """Return a schema rewritten, and put what its references lead to among the definitions."""
+        found: Schema = self._rewrite(place, way)
+        while self._pending:  # and not by recursion: references may be a long chain
+            name, inner, other = self._pending.pop()
+            self._definitions[name] = self._rewrite(inner, other)
+        return found
 
     @staticmethod
     def _is_object(schema: Schema) -> bool:

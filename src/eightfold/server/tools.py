@@ -10,10 +10,10 @@ from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.server.fields import ApiError, Fields, bad_request, wrong
 from eightfold.server.forms import form_of
 from eightfold.server.tool_parsers import FamilyName, ToolCall, ToolParser, ToolUse
-from eightfold.server.tool_schemas import arguments_schema
+from eightfold.server.tool_schemas import arguments_schema, beside_others
 from eightfold.values import LIST, OBJECT, SWITCH, shown_as_json
 
-__all__ = ["ToolCall", "ToolParser", "ToolUse", "read_tools"]
+__all__ = ["ToolCall", "ToolParser", "ToolUse", "answer_or_call", "read_tools"]
 
 MAX_TOOLS = 128
 MAX_PARAMETER_BYTES = 2**18  # of the tools of which one has to be called, descriptions included
@@ -155,3 +155,25 @@ def _forced(functions: Functions, *, several: bool) -> StructuredOutput:
         return form_of({"json_schema": schema})
     except ApiError as error:
         raise bad_request(error.message, param="tools") from None
+
+
+def answer_or_call(form: StructuredOutput, tools: ToolUse) -> StructuredOutput:
+    """Return the form of an answer that has a form of its own, or calls one of the tools: the model chooses.
+
+    Such a call is bare JSON, with arguments that no schema holds, as when there is no form at all.
+    """
+    answer = json.loads(form.json_schema or "null")
+    if tools.family is None or not isinstance(answer, dict):
+        return form
+    definitions = dict[str, Any]()
+    call = {
+        "type": "object",
+        "properties": {"name": {"enum": sorted(tools.names)}, "arguments": {"type": "object"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
+    try:
+        schema = {"anyOf": [beside_others(answer, "response_format", definitions), call]}
+    except ApiError as error:
+        raise bad_request(error.message, param="response_format") from None
+    return form_of({"json_schema": schema | ({"$defs": definitions} if definitions else {})})
