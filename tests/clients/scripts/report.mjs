@@ -14,6 +14,7 @@ export const SUM = "What is 2 + 3?";
 export const SYSTEM =
   "You are a helpful assistant. If you see a tool response, do not call the function again: " +
   "answer the question with a sentence.";
+export const SYSTEM_IN_JSON = SYSTEM.replace("with a sentence", 'in JSON, such as {"answer": "It is sunny."}');
 export const WEATHER = "What is the weather in Paris?";
 export const RAIN = { weather: "rain", degrees: 12 };
 export const FAMILY =

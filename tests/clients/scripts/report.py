@@ -27,6 +27,7 @@ SYSTEM = (
     "You are a helpful assistant. If you see a tool response, do not call the function again: "
     "answer the question with a sentence."
 )
+SYSTEM_IN_JSON = SYSTEM.replace("with a sentence", 'in JSON, such as {"answer": "It is sunny."}')
 WEATHER = "What is the weather in Paris?"
 RAIN = '{"weather": "rain", "degrees": 12}'
 FAMILY = (

@@ -38,6 +38,12 @@ class Parent(BaseModel):
     children: list[Child] = Field(max_length=2)
 
 
+class Answer(BaseModel):
+    """An answer to a question."""
+
+    answer: str = Field(max_length=60)
+
+
 def is_ada(parent: Parent) -> str:
     """Require what the text says of Ada and return it."""
     assert isinstance(parent, Parent), parent

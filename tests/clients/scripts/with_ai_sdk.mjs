@@ -4,7 +4,7 @@ import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { APICallError, Output, embed, generateText, isStepCount, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 import {
-  FAMILY, HELLO, KEY, MODEL, Parent, RAIN, SUM, SYSTEM, THINKING_URL, TOO_LONG, URL_, WEATHER,
+  FAMILY, HELLO, KEY, MODEL, Parent, RAIN, SUM, SYSTEM, SYSTEM_IN_JSON, THINKING_URL, TOO_LONG, URL_, WEATHER,
   check, isAda, refused, run,
 } from "./report.mjs";
 
@@ -14,7 +14,7 @@ const getWeather = tool({
   execute: async ({ city }) => (city === "Paris" ? RAIN : "unknown"),
 });
 const remember = tool({ description: "Remember a person.", inputSchema: Parent, execute: async (person) => isAda(person) });
-const loop = { system: SYSTEM, prompt: WEATHER, tools: { get_weather: getWeather }, stopWhen: (stepCountIs ?? isStepCount)(3) };
+const loop = { system: SYSTEM, SYSTEM_IN_JSON, prompt: WEATHER, tools: { get_weather: getWeather }, stopWhen: (stepCountIs ?? isStepCount)(3) };
 
 function capabilities(provider, thinking = { temperature: 0 }) {
   const model = (url = URL_, name = MODEL, key = KEY) => provider(url, key)(name);
@@ -53,8 +53,12 @@ function capabilities(provider, thinking = { temperature: 0 }) {
       check(answer.text.includes("12"), answer.text);
       return answer.text;
     },
-    "structured output": async () =>
-      isAda((await generateText(asked({ prompt: FAMILY, output: Output.object({ schema: Parent }) }))).output),
+    "structured output": async () => {
+      const output = Output.object({ schema: z.object({ answer: z.string().max(60) }) });
+      const found = (await generateText(asked({ ...loop, system: SYSTEM_IN_JSON, output }))).output;
+      check(found.answer.includes("rain"), found); // which only the tool could tell
+      return isAda((await generateText(asked({ prompt: FAMILY, output: Output.object({ schema: Parent }) }))).output);
+    },
     reasoning: async () => {
       const answer = await generateText(asked({ model: model(THINKING_URL), prompt: SUM, ...thinking }));
       check(answer.reasoningText, answer.content);

@@ -11,9 +11,24 @@ from agents import (
     function_tool,
     set_tracing_disabled,
 )
-from schemas import Parent, is_ada
+from schemas import Answer, Parent, is_ada
 
-from report import FAMILY, HELLO, KEY, MODEL, RAIN, SUM, SYSTEM, THINKING_URL, TOO_LONG, URL, WEATHER, Report, refused
+from report import (
+    FAMILY,
+    HELLO,
+    KEY,
+    MODEL,
+    RAIN,
+    SUM,
+    SYSTEM,
+    SYSTEM_IN_JSON,
+    THINKING_URL,
+    TOO_LONG,
+    URL,
+    WEATHER,
+    Report,
+    refused,
+)
 
 set_tracing_disabled(True)
 report = Report("openai-agents", "openai-agents")
@@ -79,6 +94,8 @@ def _():
 
 @report.capability("structured output")
 def _():
+    run = Runner.run_sync(agent(instructions=SYSTEM_IN_JSON, tools=[get_weather], output_type=Answer), WEATHER)
+    assert "rain" in run.final_output.answer, run.final_output  # which only the tool could tell
     return is_ada(Runner.run_sync(agent(output_type=Parent), FAMILY).final_output)
 
 

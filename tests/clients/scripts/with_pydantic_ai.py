@@ -9,9 +9,22 @@ from pydantic_ai.exceptions import ModelAuthenticationError, ModelContextWindowE
 from pydantic_ai.messages import ThinkingPart
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from schemas import Parent, is_ada
+from schemas import Answer, Parent, is_ada
 
-from report import FAMILY, HELLO, KEY, MODEL, SYSTEM, THINKING_URL, TOO_LONG, URL, WEATHER, Report, refused
+from report import (
+    FAMILY,
+    HELLO,
+    KEY,
+    MODEL,
+    SYSTEM,
+    SYSTEM_IN_JSON,
+    THINKING_URL,
+    TOO_LONG,
+    URL,
+    WEATHER,
+    Report,
+    refused,
+)
 
 is_chat = sys.argv[1:] == ["chat"]
 report = Report("pydantic-ai, chat" if is_chat else "pydantic-ai", "pydantic-ai-slim")
@@ -26,8 +39,8 @@ def agent(served=None, **settings):
     return Agent(served or model(), model_settings={"temperature": 0, "max_tokens": 200}, **settings)
 
 
-def weather_agent():
-    found = agent(system_prompt=SYSTEM)
+def weather_agent(system=SYSTEM, **settings):
+    found = agent(system_prompt=system, **settings)
 
     @found.tool_plain
     def get_weather(city: str) -> dict:
@@ -79,6 +92,8 @@ def _():
 @report.capability("structured output")
 def _():
     is_ada(agent(output_type=PromptedOutput(Parent)).run_sync(FAMILY).output)
+    found = weather_agent(SYSTEM_IN_JSON, output_type=NativeOutput(Answer)).run_sync(WEATHER).output
+    assert "rain" in found.answer, found  # which only the tool could tell
     return is_ada(agent(output_type=NativeOutput(Parent)).run_sync(FAMILY).output)
 
 
