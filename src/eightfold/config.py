@@ -30,11 +30,12 @@ class DType(str, Enum):
     I64 = "I64"
     I32 = "I32"
     I8 = "I8"
+    F8_E4M3 = "F8_E4M3"  # of weights that come with a scale for each block, which only quantize reads
 
     @property
     def itemsize(self) -> int:
         """Bytes of one element."""
-        return {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}[self.value]
+        return {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "F8_E4M3": 1}[self.value]
 
     @property
     def is_float(self) -> bool:

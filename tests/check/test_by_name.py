@@ -134,7 +134,7 @@ def test_the_config(made):
     out = made("Qwen3Moe")
     out.configure(attn_quantize=None)
     assert out.rules("mindie") == {"config-key": "misdecodes"}
-    out.configure(attn_quantize="w8a8_dynamic", text_config={"quantization_config": {}})
+    out.configure(attn_quantize="w8a8_dynamic", vision_config={"quantization_config": {}})
     assert out.rules("vllm-ascend") == {"quantization-config": "refuses"}
     (out.path / DESCRIPTION).rename(out.path / "quant_model_description_w8a8_dynamic.json")
     assert "description" in out.rules("sglang")

@@ -27,6 +27,7 @@ TORCH = {
     DType.I64: torch.int64,
     DType.I32: torch.int32,
     DType.I8: torch.int8,
+    DType.F8_E4M3: torch.float8_e4m3fn,
 }
 
 # The property test of the container: name, dtype, shape, and a seed for the bytes.

@@ -62,7 +62,7 @@ def test_a_shard_ends_before_the_tensor_that_would_reach_the_limit(sizes, part_b
 
 def test_total_bytes_adds_up_the_data_of_all_dtypes():
     plan = [PlannedTensor(dtype.value, dtype, (2, 3)) for dtype in DType]
-    assert total_bytes(plan) == 6 * (4 + 2 + 2 + 8 + 4 + 1)
+    assert total_bytes(plan) == 6 * (4 + 2 + 2 + 8 + 4 + 1 + 1)
 
 
 def write_sharded(directory: Path, sizes: dict[str, int], part_bytes: int | None) -> None:

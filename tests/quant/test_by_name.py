@@ -409,6 +409,19 @@ def test_parts_and_budget(tmp_path, saved):
         quantize(saved("Mixtral"), tmp_path / "small", memory=64 << 20)
 
 
+def test_the_plan_is_exact_in_bytes_and_leaves_nothing(cli, tmp_path, saved):
+    source = tmp_path / "m"
+    save(source, tensors_of(saved("DeepseekV3")), config_of(saved("DeepseekV3")))
+    before = snapshot(tmp_path)
+    done = cli("quantize", source, tmp_path / "out", "--scheme", "w8a8-dynamic", "--plan", "--json")
+    assert (done.code, snapshot(tmp_path)) == (0, before)
+    planned = json.loads(done.out)
+    made = cli("quantize", source, tmp_path / "out", "--scheme", "w8a8-dynamic", "--json")
+    assert planned["output_bytes"] == json.loads(made.out)["nbytes"]
+    assert planned["fits_memory"]
+    assert "tensors of the model, in " in cli("quantize", source, tmp_path / "b", "--scheme", "w8a16", "--plan").out
+
+
 def test_the_commands(cli, tmp_path, saved):
     source, out = saved("Qwen3Moe"), tmp_path / "out"
     done = cli("quantize", source, out, "--scheme", "w8a8-dynamic", "--json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 from collections import namedtuple
@@ -20,8 +21,10 @@ from eightfold.format.shards import ShardedWriter
 from eightfold.model.reference.decoder import apply_block_
 from eightfold.model.reference.load import Decoder
 from eightfold.synth import checkpoint as synth_checkpoint
-from eightfold.synth import shapes
-from eightfold.synth.checkpoint import RandomModel, RandomTensor, synthesize
+from eightfold.synth import shapes, tensors
+from eightfold.synth.checkpoint import RandomModel, synthesize
+from eightfold.synth.named import NamedModel
+from eightfold.synth.tensors import RandomTensor
 from eightfold.tokenizer import Tokenizer
 from tests.refusal import error_line, quantize_refused
 
@@ -45,7 +48,7 @@ def small(monkeypatch):
     monkeypatch.setitem(shapes.MODELS, "llama3.2-1b", SMALL)
     untied = {**shapes.MODELS["qwen2-7b"], **{key: SMALL[key] for key in SMALL if key.endswith(("size", "heads"))}}
     monkeypatch.setitem(shapes.MODELS, "qwen2-7b", {**untied, "bos_token_id": 300, "eos_token_id": 300})
-    monkeypatch.setattr(synth_checkpoint, "PIECE", 1 << 12)
+    monkeypatch.setattr(tensors, "PIECE", 1 << 12)
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -116,7 +119,7 @@ def test_hidden_states_stay_sane_and_outliers_stand_out(tmp_path, dtype):
 
 
 def test_ordinary_values_are_normal():
-    table = synth_checkpoint._quantiles()
+    table = tensors._quantiles()
     assert np.array_equal(np.sort(table), -np.sort(table)[::-1])
     # 65,536 midpoints miss the tails beyond 4.3 deviations: 1e-4 of the variance at most.
     assert abs(float(table.std(dtype=np.float64)) - 1) < 1e-4
@@ -138,7 +141,7 @@ def test_rounding_is_that_of_torch():
     tie = np.array([1 + 2**-8, 1 + 3 * 2**-8], np.float32)  # halfway between bfloat16 numbers
     values = np.concatenate([values, tie])
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
-    assert np.array_equal(synth_checkpoint.stored(values, DType.BF16), expected)
+    assert np.array_equal(tensors.stored(values, DType.BF16), expected)
 
 
 def test_the_tokenizer_takes_every_byte_and_fills_the_vocabulary(tmp_path):
@@ -163,7 +166,7 @@ def test_too_many_layers_are_refused(tmp_path):
 
 
 def test_unknown_models_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^like: got gpt-2, expected llama3-70b, llama3-8b, llama3.2-1b or qwen"):
+    with pytest.raises(ConfigError, match=r"^like: got gpt-2, expected llama3-70b, llama3-8b, llama3.2-1b, qwen2-7b, "):
         synthesize("gpt-2", tmp_path / "out")
 
 
@@ -209,3 +212,65 @@ def test_nothing_is_left_of_a_run_that_fails(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         synthesize("llama3.2-1b", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# --- families that are only quantized
+
+NARROW = {
+    "vocab_size": 400,
+    "hidden_size": 144,
+    "intermediate_size": 160,
+    "moe_intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "bos_token_id": 300,
+    "eos_token_id": 301,
+    "num_experts_per_tok": 2,
+}
+NARROW_OF = {
+    "qwen3-30b-a3b": {"num_experts": 4},
+    "deepseek-v3": {"n_routed_experts": 4, "q_lora_rank": 48, "kv_lora_rank": 32, "first_k_dense_replace": 1},
+    "glm-4.5-air": {"n_routed_experts": 4},
+    "qwen3.5-35b-a3b": {"num_experts": 4, "shared_expert_intermediate_size": 40, "linear_num_key_heads": 2},
+}
+
+
+@pytest.mark.parametrize("name", NARROW_OF)
+def test_families_that_are_only_quantized_have_their_names(cli, tmp_path, monkeypatch, name):
+    raw = shapes.MODELS[name]
+    small = {**raw.get("text_config", raw), **NARROW, **NARROW_OF[name]}
+    monkeypatch.setitem(shapes.MODELS, name, {**raw, "text_config": small} if "text_config" in raw else small)
+    layers = 4 if "text_config" in raw else 2
+    made = synthesize(name, tmp_path / "m", layers=layers)
+    assert made.layers == layers
+    assert (cli("quantize", tmp_path / "m", tmp_path / "out", "--scheme", "w8a8-dynamic").code) == 0
+    done = cli("check", tmp_path / "out", "--json")
+    assert done.code == 0
+    reports = {report["loader"]: report for report in json.loads(done.out)["reports"]}
+    rules = {finding["rule"] for finding in reports["vllm-ascend"]["findings"]}
+    assert rules == set()
+    counted = sum(reports["vllm-ascend"]["summary"]["packs"]["experts"].values())
+    assert counted == layers - (name in ("deepseek-v3", "glm-4.5-air"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # as published; of DeepSeek without its scales, and with the layer behind the last
+    [
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("deepseek-v3", 684_489_845_504),
+        ("glm-4.5-air", 110_468_824_832),
+    ],
+)
+def test_shapes_of_families_that_are_only_quantized_are_the_real_ones(name, parameters):
+    made = NamedModel(shapes.MODELS[name], 0).tensors()
+    assert sum(math.prod(t.shape) for t in made if not t.name.endswith("_scale_inv")) == parameters
+
+
+def test_float8_is_that_of_torch():
+    values = np.linspace(-448, 448, 100_003, dtype=np.float32)
+    expected = torch.from_numpy(values).to(torch.float8_e4m3fn)
+    found = torch.from_numpy(tensors.stored(values, DType.F8_E4M3)).view(torch.float8_e4m3fn)
+    assert (
+        (found.float() - torch.from_numpy(values)).abs().le((expected.float() - torch.from_numpy(values)).abs()).all()
+    )

@@ -22,7 +22,7 @@ from eightfold.format.checkpoint import SHORT_NAME, find_description, read_descr
 from eightfold.format.directory import CONFIG_NAME, read_tensors
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import TensorInfo
-from eightfold.layouts import EXPERT, GROUPS, Layout, layout_of, text_config
+from eightfold.layouts import EXPERT, GROUPS, Layout, layer_count, layout_of, text_config
 from eightfold.scheme import LINEAR_TENSORS, WEIGHT, QuantType, linear_tensors, weight_name
 
 _FLOAT = QuantType.FLOAT.value
@@ -159,15 +159,17 @@ class NamedDirectory:
 
     @cached_property
     def linears(self) -> dict[str, str]:
-        """The linears of the layers by module -> label, without routers and what no layer has."""
+        """The linears of the layers by module -> label; those of layers behind the last only where they are int8."""
         prefix = next((each for each in self.layout.layers if any(n.startswith(each) for n in self.tensors)), "\0")
-        layer = re.compile(re.escape(prefix) + r"\d+\.(.+)")
+        layer = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
+        count = layer_count(self.config, self.path / CONFIG_NAME)
         found = {}
         for name, info in self.tensors.items():
             module, _, last = name.rpartition(".")
             inner = layer.fullmatch(module)
-            is_known = inner is not None and (self.layout.takes_any or self.layout.rule_of(inner[1]) is not None)
-            if last == WEIGHT and len(info.shape) == 2 and (is_known or info.dtype == _INT8):
+            is_inside = inner is not None and int(inner[1]) < count
+            is_known = inner is not None and (self.layout.takes_any or self.layout.rule_of(inner[2]) is not None)
+            if last == WEIGHT and len(info.shape) == 2 and ((is_inside and is_known) or info.dtype == _INT8):
                 found[module] = self.labels.get(name, _FLOAT)
         return found
 

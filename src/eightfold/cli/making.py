@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.parallel.ranks import Ranks
     from eightfold.quant.dataset import Row
+    from eightfold.quant.estimate import Estimate
     from eightfold.quant.name_plan import NamePlan
     from eightfold.quant.outcome import Outcome
     from eightfold.tokenizer import Tokenizer
@@ -142,8 +143,8 @@ class QuantizeCommand:
     plan: bool = setting(
         False,
         SWITCH,
-        "Only report what the run would take: memory, disk, bytes to read and write, time. Quantizes three layers for "
-        "a trial, and leaves nothing behind.",
+        "Only report what the run would take: memory, disk, bytes to read and write, time. Quantizes three layers, or "
+        "some tensors, for a trial, and leaves nothing behind.",
         group=_RUNNING,
     )
     as_json: bool = as_json(_RUNNING)
@@ -246,9 +247,8 @@ class QuantizeCommand:
         """Quantize a model that this program cannot run."""
         if ranks.size > 1:
             raise ConfigError("processes", got=ranks.size, expected="one, for a model that is quantized by names")
-        for option in ("legacy_names",):
-            if getattr(self, option):
-                raise ConfigError(option, got="it", expected="a model that eightfold can run")
+        if self.legacy_names:
+            raise ConfigError("legacy_names", got="it", expected="it left out, as eightfold cannot run this family")
         plan = self._name_plan
         if given := [flag for flag, value in self._calibration_flags.items() if value]:
             console.note(f"nothing here needs calibration data; {given[0]} changes nothing.")
@@ -266,6 +266,9 @@ class QuantizeCommand:
         )
 
     def _show_plan(self) -> None:
+        if self._goes_by_name:
+            self._show_name_plan()
+            return
         checkpoint = self._checkpoint
         samples = self._samples(checkpoint)
         console.require_torch("quantize --plan")
@@ -275,6 +278,17 @@ class QuantizeCommand:
         found = estimate_run(
             checkpoint, self.recipe, *samples, target=self.target, memory=self.memory, progress=console.bars
         )
+        self._print_plan(found)
+
+    def _show_name_plan(self) -> None:
+        plan = self._name_plan
+        console.require_torch("quantize --plan")
+        self._tell_notes([*plan.stored.notes, *plan.notes])
+        from eightfold.quant.name_estimate import estimate_by_name
+
+        self._print_plan(estimate_by_name(plan, target=self.target, memory=self.memory))
+
+    def _print_plan(self, found: Estimate) -> None:
         if self.as_json:
             console.print_json(found.as_json())
         else:
@@ -541,7 +555,7 @@ class SynthCommand:
         )
         seconds = time.monotonic() - started
         size = size_text(made.nbytes)
-        print(f"{self.target}: {made.config.num_layers} layers like {self.like}, {self.dtype}, {size}, {seconds:.1f} s")
+        print(f"{self.target}: {made.layers} layers like {self.like}, {self.dtype}, {size}, {seconds:.1f} s")
 
 
 def _dtype(name: str) -> DType:

@@ -222,10 +222,10 @@ class MappedFile:
 
 
 def numpy_dtype(dtype: DType) -> np.dtype[Any]:
-    """Return the little-endian numpy type; uint16 for BF16."""
+    """Return the little-endian numpy type; uint16 for BF16, uint8 for F8_E4M3."""
     import numpy as np
 
-    codes = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1"}
+    codes = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I8": "i1", "F8_E4M3": "u1"}
     return np.dtype(codes[dtype.value])
 
 
@@ -233,7 +233,7 @@ def numpy_dtype(dtype: DType) -> np.dtype[Any]:
 def _stored_dtype(name: str) -> np.dtype[Any]:
     import numpy as np
 
-    return np.dtype("u1") if _ELEMENT_BYTES[name] == 1 and name != DType.I8.value else numpy_dtype(DType(name))
+    return np.dtype("u1") if name in ("BOOL", "U8", "F8_E5M2", "F8_E8M0") else numpy_dtype(DType(name))
 
 
 _CHUNK_BYTES = 4 << 20  # what is read at a time where only a checksum is wanted

@@ -121,7 +121,7 @@ class _Job:
 
     @torch.inference_mode()
     def _take_steps(self, output: Output, writer: TensorWriter) -> None:
-        plan, converter = self.plan, _Converter(self.plan, writer)
+        plan, converter = self.plan, Converter(self.plan, writer)
         units: dict[str, list[Unit]] = {step: [] for step in plan.steps}
         for unit in plan.units:
             units[unit.step].append(unit)
@@ -172,7 +172,7 @@ def _for_loaders(raw: dict[str, Any], layout: Layout, dtype: DType) -> dict[str,
     return out
 
 
-class _Converter:
+class Converter:
     """Makes what is planned of what is stored."""
 
     def __init__(self, plan: NamePlan, writer: TensorWriter) -> None:

@@ -39,7 +39,7 @@ from eightfold.values import size_text
 _MIB = 1 << 20
 
 # Journal, description, tokenizer, rounding up to blocks of the file system.
-_COMPANION_BYTES = 64 * _MIB
+COMPANION_BYTES = 64 * _MIB
 
 _TRIAL_LAYERS = 3
 
@@ -76,6 +76,7 @@ class Estimate:
         trial_seconds: how long measuring took.
         refusal: why a run with this budget would be refused; empty when it would not.
         notes: what the estimate leaves out.
+        measured: what was tried.
     """
 
     phases: tuple[Phase, ...]
@@ -88,6 +89,7 @@ class Estimate:
     trial_seconds: float
     refusal: str = ""
     notes: tuple[str, ...] = ()
+    measured: str = f"{_TRIAL_LAYERS} layers of the model"
 
     def total(self, what: str) -> Any:
         """Return the sum over all phases of `seconds`, `read_bytes` or `written_bytes`."""
@@ -141,7 +143,7 @@ class Estimate:
             f"{size_text(self.free_bytes)} free: {'fits' if self.fits_disk else 'DOES NOT FIT'}",
             f"memory    {-(-self.peak_bytes // _MIB)} MiB at most, {memory} available: "
             f"{'fits' if self.fits_memory else 'DOES NOT FIT'}; hidden states {states}",
-            f"measured  {_TRIAL_LAYERS} layers of the model, in {self.trial_seconds:.1f} s",
+            f"measured  {self.measured}, in {self.trial_seconds:.1f} s",
             *([f"refused: {self.refusal}"] if self.refusal else []),
             *(f"note: {note}" for note in self.notes),
         ]
@@ -187,7 +189,7 @@ def estimate_run(
         phases=(Phase("start", started), *phases),
         peak_bytes=budget.needed + (0 if spills else budget.states),
         output_bytes=output_bytes,
-        disk_bytes=output_bytes + spilled + _COMPANION_BYTES,
+        disk_bytes=output_bytes + spilled + COMPANION_BYTES,
         free_bytes=disk_usage(folder).free,
         memory_bytes=memory if memory is not None else available_bytes(),
         spills=spills,
@@ -253,7 +255,7 @@ def _try(
     trials: list[_Trial] = []
     with progress("time three layers", len(rounds), "trial") as task:
         for trial in rounds:
-            with _place(place) as out:
+            with trial_place(place) as out:
                 times = _Times()
                 quantize_checkpoint(model, out, shortened, *trial, progress=times)
                 times.mark("done")
@@ -263,7 +265,7 @@ def _try(
 
 
 @contextmanager
-def _place(path: Path) -> Iterator[Path]:
+def trial_place(path: Path) -> Iterator[Path]:
     """Make a folder for a trial's output, which goes away again; what a killed plan has left there is removed.
 
     Raises:

@@ -512,6 +512,12 @@ class NamePlan:
                 dtype = spec.dtype.resolve(self.dtype, self._float_dtype(source) if source else None)
                 self._add(f"{unit.name}.{spec.suffix}", dtype, spec.shape_for(**sizes), spec.tag)
 
+    def names_of(self, unit: Unit) -> list[str]:
+        """Return the names of the tensors that a unit becomes."""
+        if not unit.is_linear:
+            return [unit.name]
+        return [f"{unit.name}.{spec.suffix}" for spec in linear_tensors(unit.kind, unit.bias is not None)]
+
     @property
     def steps(self) -> list[str]:
         """The steps of the journal, in order."""

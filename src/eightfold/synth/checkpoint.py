@@ -17,15 +17,12 @@ Letters: E hidden size, K inputs, L layers, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import json
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,10 +43,13 @@ from eightfold.files import write_json
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
-from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
+from eightfold.format.shards import ShardedWriter, total_bytes
+from eightfold.layouts import has_engine, layer_count, text_config
 from eightfold.progress import Progress, silent
 from eightfold.scheme import bias_name, weight_name
+from eightfold.synth.named import NamedModel
 from eightfold.synth.shapes import model_config
+from eightfold.synth.tensors import RandomTensor, RandomValues
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,43 +68,17 @@ EMBEDDING_STD, BIAS_STD, GAIN_STD = 0.02, 0.5, 0.1
 LOUD, SPIKE = 6.0, 10.0
 OUTLIERS = (20.0, 100.0)
 
-# Elements of a piece, and how many are looked up at a time: their indices then stay in the first caches.
-PIECE, _RUN = 1 << 22, 1 << 15
-
 # The norm that a group of linears reads.
 _NORM_OF = {pair.group: pair.source for pair in SMOOTH_PAIRS if pair.source_is_norm}
 
 
-@dataclass(frozen=True)
-class RandomTensor:
-    """One tensor to be made.
-
-    Attributes:
-        name: its name in the file.
-        shape: a matrix's, or a vector's.
-        std: deviation of an ordinary element.
-        mean: mean of a vector's elements.
-        rows: rows of a matrix that are larger, and by what factor.
-        columns: its columns that are larger or smaller; of a vector, the elements that are set, and to what.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    std: float
-    mean: float = 0.0
-    rows: Mapping[int, float] = field(default_factory=dict)
-    columns: Mapping[int, float] = field(default_factory=dict)
-
-
-class RandomModel:
-    """All tensors of a model; what they hold is decided by its configuration and a seed alone."""
+class RandomModel(RandomValues):
+    """All tensors of a model that this program runs; what they hold follows from its configuration and a seed."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._config, self._seed = config, seed
+        super().__init__(seed)
+        self._config = config
         self._loud = self._channels(config.hidden_size, "hidden states")
-
-    def _generator(self, what: str, piece: int = 0) -> np.random.Generator:
-        return np.random.Generator(np.random.SFC64([self._seed, zlib.crc32(what.encode()), piece]))
 
     def _channels(self, size: int, what: str) -> list[int]:
         """Return the channels of `size` that stand out: one in 512, at least two."""
@@ -147,72 +121,12 @@ class RandomModel:
         columns = {channel: outlier**-0.5 for channel, outlier in read.items()}
         return RandomTensor(name, (linear.n, linear.k), std, rows=dict.fromkeys(spikes, SPIKE), columns=columns)
 
-    def pieces(self, tensor: RandomTensor) -> list[range]:
-        """Return the rows of a tensor's pieces, in order; a vector is one piece."""
-        rows = tensor.shape[0]
-        step = max(1, PIECE // tensor.shape[1]) if len(tensor.shape) > 1 else rows
-        return [range(at, min(rows, at + step)) for at in range(0, rows, step)]
-
-    def values(self, tensor: RandomTensor, rows: range, dtype: DType) -> NDArray[Any]:
-        """Return a piece, (rows, K) or a whole vector, in a dtype on disk; BF16 as uint16 bit patterns."""
-        generator = self._generator(tensor.name, rows.start)
-        if len(tensor.shape) == 1:
-            vector = tensor.mean + tensor.std * generator.standard_normal(tensor.shape[0])
-            vector[list(tensor.columns)] = list(tensor.columns.values())
-            return stored(vector.astype(np.float32), dtype)
-        shape = (len(rows), tensor.shape[1])
-        bits = generator.integers(0, 1 << 64, -(-shape[0] * shape[1] // 4), np.uint64).view(np.uint16)
-        bits = bits[: shape[0] * shape[1]]
-        values = _look_up(_table(tensor.std, dtype), bits).reshape(shape)
-        _plant(values, bits.reshape(shape), tensor, rows, dtype)
-        return values
-
-
-def _plant(values: NDArray[Any], bits: NDArray[np.uint16], tensor: RandomTensor, rows: range, dtype: DType) -> None:
-    """Scale what stands out. Where a row and a column meet, the row decides."""
-    for column, factor in tensor.columns.items():
-        values[:, column] = _table(tensor.std * factor, dtype)[bits[:, column]]
-    for row, factor in tensor.rows.items():
-        if row in rows:
-            values[row - rows.start] = _table(tensor.std * factor, dtype)[bits[row - rows.start]]
-
-
-def _look_up(table: NDArray[Any], bits: NDArray[np.uint16]) -> NDArray[Any]:
-    out = np.empty(len(bits), table.dtype)
-    for at in range(0, len(bits), _RUN):
-        # No index can be out of range; mode "wrap" spares the check.
-        np.take(table, bits[at : at + _RUN], out=out[at : at + _RUN], mode="wrap")
-    return out
-
-
-@functools.cache
-def _quantiles() -> NDArray[np.float32]:
-    """Return 65,536 quantiles of a normal distribution, each as likely as the others."""
-    normal = NormalDist()
-    half = np.array([normal.inv_cdf((i + 0.5) / 65536) for i in range(32768)], np.float32)
-    return np.concatenate([half, -half])
-
-
-@functools.lru_cache(maxsize=64)
-def _table(std: float, dtype: DType) -> NDArray[Any]:
-    return stored(_quantiles() * np.float32(std), dtype)
-
-
-def stored(values: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
-    """Return finite float32 values in a dtype on disk, rounded to nearest even; BF16 as uint16 bit patterns."""
-    if dtype is DType.F16:
-        return values.astype(np.float16)
-    if dtype is DType.F32:
-        return values
-    bits = values.view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-
 
 @dataclass(frozen=True)
 class Synthesized:
     """What was made."""
 
-    config: ModelConfig
+    layers: int
     tensors: int
     nbytes: int  # of tensor data
 
@@ -235,7 +149,7 @@ def synthesize(
         target: the directory to make; it appears when everything is written.
         layers: how many; None for as many as that model has.
         seed: not negative. The same seed gives the same bytes, whatever the number of threads.
-        dtype: BF16 or F16.
+        dtype: BF16 or F16; what a family is published with in float8 is float8 all the same.
         threads: how many compute values.
         overwrite: replace what synth has written at `target` before.
         progress: who is told.
@@ -245,14 +159,14 @@ def synthesize(
         OutputError: the directory cannot be written, or the disk is too small.
     """
     raw = model_config(like, layers, dtype)
-    config = parse_config(raw, Path(CONFIG_NAME))
-    model = RandomModel(config, seed)
+    runs_here = has_engine(raw)
+    model = RandomModel(parse_config(raw, Path(CONFIG_NAME)), seed) if runs_here else NamedModel(raw, seed)
     tensors = list(model.tensors())
-    planned = [PlannedTensor(tensor.name, dtype, tensor.shape) for tensor in tensors]
+    planned = [tensor.planned(dtype) for tensor in tensors]
     nbytes = total_bytes(planned)
     with Output(target, {"format": FORMAT, "command": "synth"}, overwrite=overwrite) as output:
         output.require_space(nbytes)
-        write_tokenizer(output.path, config, raw)
+        write_tokenizer(output.path, text_config(raw))
         part_bytes = SHARD_BYTES if nbytes > SHARD_BYTES else None
         with (
             ShardedWriter(output.path, "model", planned, part_bytes=part_bytes, metadata={"format": "pt"}) as writer,
@@ -265,11 +179,11 @@ def synthesize(
                     task.advance()
         write_json(output.path / CONFIG_NAME, raw)
         output.finish(writer.file_checksums())
-    return Synthesized(config, len(tensors), nbytes)
+    return Synthesized(layer_count(raw, Path(CONFIG_NAME)), len(tensors), nbytes)
 
 
 def _values(
-    model: RandomModel, tensors: list[RandomTensor], dtype: DType, threads: int
+    model: RandomValues, tensors: list[RandomTensor], dtype: DType, threads: int
 ) -> Iterator[tuple[RandomTensor, bool, NDArray[Any]]]:
     """Yield all pieces of all tensors in order, computed by threads a few pieces ahead; and whether one is the last."""
     waiting: deque[tuple[RandomTensor, bool, Future[NDArray[Any]]]] = deque()
@@ -278,7 +192,7 @@ def _values(
             for tensor in tensors:
                 pieces = model.pieces(tensor)
                 for rows in pieces:
-                    future = pool.submit(model.values, tensor, rows, dtype)
+                    future = pool.submit(model.values, tensor, rows, tensor.dtype or dtype)
                     waiting.append((tensor, rows is pieces[-1], future))
                     if len(waiting) > 2 * threads:
                         done, is_last, values = waiting.popleft()
@@ -289,7 +203,7 @@ def _values(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def write_tokenizer(directory: Path, config: ModelConfig, raw: dict[str, Any]) -> None:
+def write_tokenizer(directory: Path, raw: Mapping[str, Any]) -> None:
     """Write a tokenizer without training data, and a chat template.
 
     It has one token for each byte, and names up to the size of the vocabulary. bos_token_id and eos_token_id are those
@@ -298,13 +212,13 @@ def write_tokenizer(directory: Path, config: ModelConfig, raw: dict[str, Any]) -
     bos, eos = raw["bos_token_id"], raw["eos_token_id"]
     special = {bos: "<|begin_of_text|>", eos: "<|end_of_text|>"}
     special.update({max(bos, eos) + 1 + i: role for i, role in enumerate(_ROLES)})
-    text = _tokenizer(config.vocab_size, special, bos).to_str(pretty=True)
+    text = _tokenizer(raw["vocab_size"], special, bos).to_str(pretty=True)
     (directory / "tokenizer.json").write_text(text, encoding="utf-8")  # its own save() hides a full disk's errno
     settings = {
         "bos_token": special[bos],
         "eos_token": special[eos],
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": raw["max_position_embeddings"],
     }
     _write_json(directory / "tokenizer_config.json", settings)
     _write_json(directory / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
