@@ -247,6 +247,12 @@ def test_a_message_of_parts_is_continued_behind_the_last(template, expected):
     assert opening.cut(render_template(template, {"messages": opening.messages})) == expected
 
 
+def test_a_message_with_calls_is_not_continued():
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    with pytest.raises(MessageError, match=r"^messages\[-1\]\.tool_calls: got .*, expected none in a message that"):
+        Opening([USER, {"role": "assistant", "content": "a", "tool_calls": calls}])
+
+
 def test_a_template_is_tried_only_where_that_matters():
     template = "{{ raise_exception('never rendered') }}"
     assert read_messages([USER], template) == [USER]

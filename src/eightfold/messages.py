@@ -289,6 +289,8 @@ class Opening:
         last = given[-1] if given else {}
         if last.get("role") != "assistant":
             raise _wrong("messages[-1].role", last.get("role"), "assistant, whose message is to be continued")
+        if last.get("tool_calls"):  # they stand behind the words, where they would be cut off
+            raise _wrong("messages[-1].tool_calls", last["tool_calls"], "none in a message that is to be continued")
         name = "content" if last.get("content") or not last.get("reasoning_content") else "reasoning_content"
         said: Any = last.get(name) or ""
         before = said[:-1] if isinstance(said, list) else None
