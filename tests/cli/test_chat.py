@@ -344,7 +344,7 @@ class Typist:
     ) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-        variables = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        variables = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
         with contextlib.ExitStack() as files:
             output = slave if stdout is None else files.enter_context(stdout.open("wb"))
             self.process = subprocess.Popen(

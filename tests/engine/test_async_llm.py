@@ -121,7 +121,7 @@ def test_a_slow_reader_gets_more_at_a_time(small):
                     logprobs[each.index] += each.delta_logprobs
                 while count == 3 and llm.engine.has_unfinished:
                     await asyncio.sleep(0.001)
-            assert count == 4
+            assert count <= 4  # what came meanwhile came at once
             assert [each.token_ids for each in output.outputs] == ids
             assert [each.logprobs for each in output.outputs] == logprobs
             assert [len(each) for each in ids] == [100] * 3

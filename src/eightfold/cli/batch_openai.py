@@ -97,6 +97,7 @@ class OpenAiBatch:
 
     def open(self, engine: Engine, setup: str) -> None:
         self._served, self._setup = Served(engine.tokenizer, engine.max_model_len, self._names), setup
+        self._served.arithmetic = (engine.config.attention_mode, engine.config.dynamic)
 
     def start(self, index: int) -> Started:
         _, path, body = self._requests[index]
