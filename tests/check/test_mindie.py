@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,8 @@ def report(path: Path) -> Report:
 
 ROW = (48,)
 SUFFIXED = "quant_model_description_w8a8.json"
+YARN: dict[str, Any] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE: dict[str, Any] = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 8.0}
 
 
@@ -160,6 +163,25 @@ CONFIG_CASES = [
         "scaling in rope_parameters only",
         lambda t: t.configure(rope_parameters={"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}),
         "rope-dialect misdecodes",
+    ),
+    case("yarn", lambda t: t.configure(rope_scaling=YARN, rope_parameters=...)),
+    case("yarn by its newer name", lambda t: t.configure(rope_scaling={**YARN, "type": None, "rope_type": "yarn"})),
+    case(
+        "a setting of yarn that it does not know",
+        lambda t: t.configure(rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+        "rope-scaling refuses",
+    ),
+    case(
+        "an attention factor",
+        lambda t: t.configure(rope_scaling={**YARN, "attention_factor": 1.5}),
+        "rope-attention misdecodes",
+    ),
+    case("dynamic", lambda t: t.configure(rope_scaling={"type": "dynamic", "factor": 2.0})),
+    case("longrope", lambda t: t.configure(rope_scaling={"type": "longrope", **LONGROPE})),
+    case(
+        "longrope by its newer name",
+        lambda t: t.configure(rope_scaling={"rope_type": "longrope", **LONGROPE}),
+        "rope-scaling refuses",
     ),
     case("an unknown rope type", lambda t: t.configure(rope_scaling={"rope_type": "ntk"}), "rope-scaling refuses"),
     case("an unknown rope key", lambda t: t.configure(rope_scaling={"stretch": 2.0}), "rope-scaling refuses"),

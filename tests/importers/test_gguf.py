@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eightfold.config import DType
+from eightfold.config import DType, ModelConfig
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.layers import inverse_frequencies
 from eightfold.model.reference.load import Decoder
+from eightfold.rope import RopeParameters
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 from tests.conftest import random_tensors, write_model
 
@@ -267,11 +268,116 @@ def test_no_scaling_may_be_said_too(tmp_path):
     assert config.rope.rope_type == "default"
 
 
-@pytest.mark.parametrize("kind", ["YARN", "LONGROPE"])
-def test_other_scalings_are_refused(tmp_path, kind):
+def scaled(tmp_path, metadata: dict[str, Any], divisors: dict[str, Any] | None = None, **changes: Any) -> ModelConfig:
+    """Import a file with `rope.scaling` settings, by the names of gguf's writer, and tensors."""
+    made = Source(float_config(**changes))
+
+    def add(writer: Any) -> None:
+        for name, value in metadata.items():
+            getattr(writer, f"add_rope_scaling_{name}")(value)
+
+    made.metadata = [add]
+    for name, values in (divisors or {}).items():
+        made.extra[f"rope_factors_{name}.weight"] = (np.asarray(values, dtype=np.float32), F32)
+    return import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", DType.BF16)
+
+
+YARN, LONGROPE = gguf.RopeScalingType.YARN, gguf.RopeScalingType.LONGROPE
+SHORT, LONG = [1.0 + i / 16 for i in range(16)], [1.0 + i for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "more"),
+    [
+        ({}, {}),
+        (
+            {"yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "yarn_attn_factor": 1.25, "finetuned": True},
+            {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.25},
+        ),
+        ({"attn_factors": 1.0, "yarn_ext_factor": 1.0, "yarn_log_mul": 0.0}, {}),  # what is done without them
+    ],
+)
+def test_yarn_scaling(tmp_path, metadata, more):
+    metadata = {"type": YARN, "factor": 4.0, "orig_ctx_len": 32, **metadata}
+    config = scaled(tmp_path, metadata, max_position_embeddings=32)
+    settings = {"factor": 4.0, "original_max_position_embeddings": 32, **more}
+    assert config.rope == RopeParameters(rope_type="yarn", **settings)
+    assert config.context == 128
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["rope_scaling"] == {"type": "yarn", "rope_type": "yarn", **settings}
+    assert raw["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "yarn", **settings}
+
+
+def test_yarn_without_an_original_context_has_the_files_own(tmp_path):
+    rope = scaled(tmp_path, {"type": YARN, "factor": 4.0}, max_position_embeddings=96).rope
+    assert rope.original_max_position_embeddings == 96
+
+
+@pytest.mark.parametrize("kind", [{}, {"type": LONGROPE}])
+@pytest.mark.parametrize("attention", [{}, {"attn_factors": 1.25}])
+def test_longrope_factors(tmp_path, kind, attention):
+    divisors = {"short": SHORT, "long": LONG}
+    config = scaled(tmp_path, {"orig_ctx_len": 32, **kind, **attention}, divisors, max_position_embeddings=128)
+    assert config.rope == RopeParameters(
+        rope_type="longrope",
+        factor=4.0,
+        original_max_position_embeddings=32,
+        short_factor=tuple(SHORT),
+        long_factor=tuple(LONG),
+        attention_factor=attention.get("attn_factors"),
+    )
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["rope_parameters"]["long_factor"] == LONG
+    assert not any("rope" in name for name in Checkpoint.open(tmp_path / "out").tensors)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "divisors", "message"),
+    [
+        ({"type": YARN}, {}, r'"rope\.scaling\.factor" in .*: got nothing'),
+        ({"type": YARN, "factor": 0.5}, {}, r'"factor" in .*: got 0\.5, expected at least 1, for rope type yarn'),
+        (
+            {"type": YARN, "factor": 4.0, "attn_factors": 2.0},
+            {},
+            r"rope\.scaling\.attn_factor in .*got 2\.0, expected 1",
+        ),
+        ({"type": YARN, "factor": 4.0, "yarn_ext_factor": 0.5}, {}, r"yarn_ext_factor in .*: got 0\.5, expected 1"),
+        ({"type": YARN, "factor": 4.0, "yarn_log_mul": 0.5}, {}, r"yarn_log_multiplier in .*: got 0\.5, expected 0"),
+        (
+            {"type": YARN, "factor": 4.0},
+            {"long": LONG},
+            r"rope scaling in .*: got yarn beside rope_factors_long\.weight",
+        ),
+        ({"type": LONGROPE}, {}, r"rope scaling longrope in .*: got no short_factor, long_factor"),
+        ({}, {"long": LONG}, r"rope scaling longrope in .*: got no short_factor, expected a list of numbers"),
+        (
+            {},
+            {"long": LONG, "short": SHORT[:8]},
+            r'"short_factor" in .*: got 8 numbers, expected 16, one for each pair',
+        ),
+        ({}, {"long": LONG, "short": [0.0] * 16}, r'"short_factor" in .*: got 0\.0, expected greater than 0'),
+    ],
+)
+def test_scalings_that_are_half_said_or_unknown_are_refused(tmp_path, metadata, divisors, message):
+    with pytest.raises(EightfoldError, match=message):
+        scaled(tmp_path, metadata, divisors)
+
+
+def test_a_scaling_beside_rope_freqs_is_refused(tmp_path):
+    made = Source(float_config(rope_theta=500000.0))
+    made.extra["rope_freqs.weight"] = (llama3_factors(500000.0, 32, 8.0), F32)
+    made.metadata = [
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+        lambda writer: writer.add_rope_scaling_factor(4.0),
+    ]
+    with pytest.raises(UnsupportedError, match=r"rope scaling in .*: got rope_freqs\.weight beside linear"):
+        import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", DType.BF16)
+
+
+def test_other_scalings_are_refused(tmp_path):
     made = Source(float_config())
-    made.metadata = [lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType[kind])]
-    with pytest.raises(UnsupportedError, match=rf"rope scaling in .*got {kind.lower()}, expected none or linear"):
+    made.metadata = [lambda writer: writer.add_string("llama.rope.scaling.type", "su")]
+    with pytest.raises(UnsupportedError, match=r"rope scaling in .*got su, expected none, linear, yarn or longrope"):
         import_gguf(made.write(tmp_path / "tiny.gguf"), tmp_path / "out", DType.BF16)
 
 

@@ -321,3 +321,30 @@ def test_env_prints_and_gives_json(cli):
     document = cli("env", "--json").json()
     assert document.keys() == machine.environment().keys()
     assert document["eightfold"] == __version__
+
+
+@pytest.mark.parametrize(
+    ("rope", "note"),
+    [
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100},
+            "positions: 400, which yarn makes of 100",
+        ),
+        (
+            {"type": "dynamic", "factor": 4.0},
+            "positions: 128, and by dynamic scaling up to 512 with --max-model-len",
+        ),
+        (
+            {
+                "type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 100,
+            },
+            "positions: 128 by longrope, with other factors where --max-model-len is at most 100",
+        ),
+    ],
+)
+def test_how_far_a_model_looks_back_by_its_rope_type(tmp_path, rope, note):
+    model = write_model(tmp_path / "m", tiny_config(rope_scaling=rope), tokenizer=False)
+    assert note in describe(Checkpoint.open(model)).notes

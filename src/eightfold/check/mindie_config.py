@@ -108,6 +108,8 @@ RULES = Rules(
             f"Name it {SHORT_NAME}, or set quantize in config.json.",
             "rope-dialect": "does not read rope_parameters and rotates by the default, base 10000 without scaling: "
             "got {got}. Say it in both dialects.",
+            "rope-attention": "multiplies yarn's attention_factor by 0.1 ln(factor) + 1, in whose place it stands: "
+            "got {got}",
             "bos": "puts BOS before a text, which tokenizer.json does not, unless add_bos_token is false: got {got}. "
             "Add it to tokenizer_config.json.",
             "head-dim": "takes hidden_size // num_attention_heads for the size of a head and does not read head_dim: "
@@ -291,6 +293,8 @@ class MindIE:
             if value is not None and not (isinstance(value, (int, float)) and 1 <= value <= 4):
                 bad.append(key)
         yield from RULES.found("rope-scaling", [f"rope_scaling.{key}" for key in bad], got=old)
+        if "yarn" in (old.get("type"), old.get("rope_type")) and (own := old.get("attention_factor")) not in (None, 1):
+            yield from RULES.found("rope-attention", ["rope_scaling.attention_factor"], got=own)
 
     def _tokenizer(self) -> Iterator[Finding]:
         """transformers 4.43 with tokenizers 0.19 loads the tokenizer (requirements.txt), and config.json's class."""

@@ -34,7 +34,7 @@ from eightfold.model.reference.tensors import require_range, to_array
 from eightfold.progress import Progress, silent
 from eightfold.rope import RopeParameters
 from eightfold.scheme import BIAS, WEIGHT, weight_name
-from eightfold.values import COUNT, POSITIVE, require, shorten
+from eightfold.values import COUNT, POSITIVE, require, shorten, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +61,8 @@ _LAYER_NAME = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
 
 # Holds how Llama 3.1 stretches its rotary frequencies; no weight.
 _ROPE_FACTORS = "rope_freqs.weight"
+_DIVISORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+_NO_WEIGHTS = (_ROPE_FACTORS, *_DIVISORS.values())
 
 
 @dataclass(frozen=True)
@@ -192,13 +194,12 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
     if rotated != head_dim:
         raise UnsupportedError("rotated dimensions", where=file.path, got=rotated, expected=f"head_dim {head_dim}")
     rope: dict[str, Any] = {"rope_theta": file.number("rope.freq_base", 10000.0), "rope_type": "default"}
-    scaling = file.field("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise UnsupportedError("rope scaling", where=file.path, got=scaling, expected="none or linear")
-    if scaling == "linear":
-        rope.update(rope_type="linear", factor=file.number("rope.scaling.factor"))
+    rope.update(_scaling(file))
     if _ROPE_FACTORS not in file.tensors:
         return rope
+    if rope["rope_type"] != "default":
+        got = f"{_ROPE_FACTORS} beside {rope['rope_type']}"
+        raise UnsupportedError("rope scaling", where=file.path, got=got, expected="one of them")
     # Llama 3.1 and later: the file holds the divisor of each frequency, model directories the rule behind them.
     factors = file.tensor(_ROPE_FACTORS)
     llama3 = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -210,6 +211,39 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
             got="a rule that is not Llama 3's",
             expected="that of Llama 3.1",
         )
+    return rope
+
+
+def _scaling(file: _GgufFile) -> dict[str, Any]:
+    """Return how a file stretches positions, in the words of config.json; longrope is there by its tensors alone."""
+    divisors = {key: name for key, name in _DIVISORS.items() if name in file.tensors}
+    scaling = file.field("rope.scaling.type", "none")
+    kind = "longrope" if divisors and scaling == "none" else scaling
+    if kind not in ("none", "linear", "yarn", "longrope") or (divisors and kind != "longrope"):
+        got = f"{shorten(str(kind))}{f' beside {next(iter(divisors.values()))}' if divisors else ''}"
+        raise UnsupportedError("rope scaling", where=file.path, got=got, expected="none, linear, yarn or longrope")
+    if kind == "none":
+        return {}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": file.number("rope.scaling.factor")}
+    context = file.count("rope.scaling.original_context_length", file.count("context_length"))
+    rope: dict[str, Any] = {"rope_type": kind, "original_max_position_embeddings": context}
+    if kind == "longrope":
+        # Where the file lacks a factor of attention, it follows from how much longer contexts become.
+        rope.update({key: file.tensor(name).flatten().tolist() for key, name in divisors.items()})
+        numbers = {"factor": "factor", "attention_factor": "attn_factor"}
+    else:
+        for key, nothing in {"attn_factor": 1, "yarn_ext_factor": 1, "yarn_log_multiplier": 0}.items():
+            if (found := file.field(f"rope.scaling.{key}", nothing)) != nothing:
+                raise UnsupportedError(f"rope.scaling.{key}", where=file.path, got=shown(found), expected=nothing)
+        rope["factor"] = file.number("rope.scaling.factor")
+        numbers = {
+            "attention_factor": "yarn_attn_factor",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+    said = {name: f"rope.scaling.{key}" for name, key in numbers.items()}
+    rope.update({name: file.number(key) for name, key in said.items() if file.field(key) is not None})
     return rope
 
 
@@ -235,7 +269,7 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
             if linear.has_bias:
                 expected[f"{module}.{BIAS}"] = (linear.n,)
     missing, foreign = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
-    unknown = [name for name in file.tensors if _directory_name(name) is None and name != _ROPE_FACTORS]
+    unknown = [name for name in file.tensors if _directory_name(name) is None and name not in _NO_WEIGHTS]
     if missing or foreign or unknown:
         raise CheckpointError(
             f"tensors of {config.architecture}",

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from eightfold.config import ModelConfig
 from eightfold.errors import UnsupportedError
 from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, input_groups, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
@@ -134,9 +135,21 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         )
         if bare:
             notes.append(f"{bare} quantized linears come without {WEIGHT_OFFSET}: symmetric")
+    notes += _positions(config)
     if config.tie_word_embeddings and weight_name(LM_HEAD) in checkpoint.tensors:
         notes.append("lm_head is tied to the embedding; its copy on disk is there for other readers and counted once")
     return notes
+
+
+def _positions(config: ModelConfig) -> list[str]:
+    """Say how far a model looks back whose rope type is made for more than it was trained on."""
+    original = config.rope.original_max_position_embeddings
+    known = {
+        "yarn": f"{config.context}, which yarn makes of {original}",
+        "dynamic": f"{config.context}, and by dynamic scaling up to {config.reach} with --max-model-len",
+        "longrope": f"{config.context} by longrope, with other factors where --max-model-len is at most {original}",
+    }
+    return [f"positions: {known[config.rope.rope_type]}"] if config.rope.rope_type in known else []
 
 
 def ranges(numbers: list[int]) -> str:
