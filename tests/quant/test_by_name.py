@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from eightfold.check import by_name
 from eightfold.config import DType
 from eightfold.errors import CapacityError, EightfoldError
-from eightfold.format.checkpoint import read_description
+from eightfold.format.checkpoint import Checkpoint, read_description
 from eightfold.quant.by_name import quantize_by_name
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -152,15 +152,101 @@ def test_every_family_has_the_linears_of_its_recipe_and_a_key_for_every_tensor(t
     assert {tags[key] for key in floats} == {"FLOAT"}
 
 
+# Families without a class in transformers here, or whose class has other names than the published files: a layer's
+# linears that are quantized, and some that stay float; the prefix of the layers is that of the published files.
+NAMED = {
+    "InternLM2ForCausalLM internlm2 model.layers.": (
+        ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"],
+        [],
+    ),
+    "InternLM3ForCausalLM internlm3 model.layers.": (sorted(LLAMA | MLP), []),
+    "BaichuanForCausalLM baichuan model.layers.": (["self_attn.W_pack", "self_attn.o_proj", *sorted(MLP)], []),
+    "ChatGLMModel chatglm transformer.encoder.layers.": (
+        [
+            "self_attention.query_key_value",
+            "self_attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        ],
+        [],
+    ),
+    "Gemma3ForConditionalGeneration gemma3 model.language_model.layers.": (sorted(LLAMA | MLP), []),
+    "Gemma3ForConditionalGeneration gemma3 language_model.model.layers.": (sorted(LLAMA | MLP), []),
+    "Mistral3ForConditionalGeneration mistral3 language_model.model.layers.": (sorted(LLAMA | MLP), []),
+    "Qwen2_5_VLForConditionalGeneration qwen2_5_vl model.layers.": (sorted(LLAMA | MLP), []),
+    "KimiK25ForConditionalGeneration kimi_k25 language_model.model.layers.": (
+        [
+            *sorted(DEEPSEEK - EXPERTS),
+            *(f"mlp.experts.{i}.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")),
+        ],
+        ["self_attn.kv_b_proj", "mlp.gate"],
+    ),
+    "DeepseekV3ForCausalLM kimi_k2 model.layers.": (
+        [
+            *sorted(DEEPSEEK - EXPERTS),
+            *(f"mlp.experts.{i}.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")),
+        ],
+        ["self_attn.kv_b_proj", "mlp.gate"],
+    ),
+    "DeepseekV4ForCausalLM deepseek_v4 layers.": (
+        [
+            *(f"attn.{name}" for name in ("wq_a", "wq_b", "wkv", "indexer.wq_b")),
+            *(f"ffn.experts.{i}.{name}" for i in (0, 1) for name in ("w1", "w2", "w3")),
+            *(f"ffn.shared_experts.{name}" for name in ("w1", "w2", "w3")),
+        ],
+        ["attn.wo_a", "attn.wo_b", "attn.compressor.wkv", "attn.indexer.weights_proj", "ffn.gate"],
+    ),
+    "Llama4ForConditionalGeneration llama4 language_model.model.layers.": (
+        [*sorted(LLAMA), *(f"feed_forward.shared_expert.{name}_proj" for name in ("gate", "up", "down"))],
+        ["feed_forward.router"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_families_by_their_published_names(tmp_path, name):
+    architecture, model_type, prefix = name.split()
+    quantized, floats = NAMED[name]
+    tensors = {
+        f"{prefix}{layer}.{module}.weight": torch.randn(2 if module.endswith(("gate", "router")) else 8, 8)
+        for layer in (0, 1)
+        for module in (*quantized, *floats)
+    }
+    outside = {"vision_tower.x.weight": torch.randn(4, 4), f"{prefix}0.input_norm.weight": torch.ones(8)}
+    text = {"num_hidden_layers": 2, "hidden_size": 8, "num_local_experts": 2, "dtype": "float32"}
+    if model_type == "llama4":
+        for layer in (0, 1):
+            at = f"{prefix}{layer}.feed_forward.experts"
+            outside[f"{at}.gate_up_proj"], outside[f"{at}.down_proj"] = torch.randn(2, 8, 12), torch.randn(2, 6, 8)
+    config = {"architectures": [architecture], "model_type": model_type, "text_config": text}
+    source = save(tmp_path / "m", {**tensors, **outside}, config)
+    outcome = quantize(source, tmp_path / "out")
+    made, tags = tensors_of(tmp_path / "out"), tags_of(tmp_path / "out")
+    int8 = {key.removesuffix(".weight") for key, tensor in made.items() if tensor.dtype == torch.int8}
+    experts = {f"feed_forward.experts.{i}.{n}_proj" for i in (0, 1) for n in ("gate", "up", "down")}
+    expected = {*quantized, *(experts if model_type == "llama4" else ())}
+    assert int8 == {f"{prefix}{layer}.{module}" for layer in (0, 1) for module in expected}
+    assert made["vision_tower.x.weight"].equal(outside["vision_tower.x.weight"])
+    assert made.keys() <= tags.keys()
+    assert not [note for note in outcome.notes if "not known" in note]
+    if model_type == "llama4":
+        joined = outside[f"{prefix}1.feed_forward.experts.gate_up_proj"][1].T
+        values = quantize_weight(joined.contiguous(), is_symmetric=True).values
+        at = f"{prefix}1.feed_forward.experts.1"
+        assert torch.cat([made[f"{at}.gate_proj.weight"], made[f"{at}.up_proj.weight"]]).equal(values)
+
+
 def test_the_engine_s_families_become_the_same_bytes_by_name(tmp_path):
     for architecture, scheme in (("LlamaForCausalLM", DYNAMIC), ("Qwen2ForCausalLM", W8A16)):
-        source = write_model(tmp_path / architecture, tiny_config(architecture))
+        config = tiny_config(architecture, tie_word_embeddings=scheme is W8A16)
+        source = write_model(tmp_path / architecture, config)
         quantize_checkpoint(source, tmp_path / "engine", Recipe(scheme), overwrite=True)
         quantize(source, tmp_path / "names", scheme, overwrite=True)
         ours, theirs = tensors_of(tmp_path / "names"), tensors_of(tmp_path / "engine")
         assert ours.keys() == theirs.keys()
         assert all(ours[name].equal(theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
         assert tags_of(tmp_path / "names") == tags_of(tmp_path / "engine")
+        assert config_of(tmp_path / "names") == config_of(tmp_path / "engine")
 
 
 # --- experts in one tensor
@@ -263,6 +349,24 @@ def test_float8_blocks_are_widened_in_float32(tmp_path, fp8):
         else:
             assert made[name].equal(quantize_weight(weight, is_symmetric=True).values)
     assert "quantization_config" not in config_of(tmp_path / "out")
+
+
+def test_a_family_with_an_engine_in_float8_can_run(cli, tmp_path):
+    config = {
+        **tiny_config("Qwen3ForCausalLM"),
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]},
+    }
+    source = write_model(tmp_path / "m", config)
+    tensors = tensors_of(source)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name], tensors[f"{name}_scale_inv"], _ = fp8_blocks(tensors[name], 32)
+    save(source, tensors, config)
+    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a8-dynamic").code == 0
+    assert Checkpoint.open(tmp_path / "out").quant_type("model.layers.1.mlp.up_proj") is DYNAMIC
+    done = cli("run", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 3, "--backend", "reference")
+    assert done.code == 0
+    assert "3 tokens" in done.err
+    assert "quantization_config" in error_line(cli("quantize", source, tmp_path / "b", "--scheme", "w8a8"))
 
 
 def test_power_of_two_scales(tmp_path, saved):
@@ -436,7 +540,7 @@ def test_the_commands(cli, tmp_path, saved):
         )
     assert error_line(cli("quantize", source, tmp_path / "other", "--scheme", "w8a8")) == (
         "--scheme: got W8A8 for Qwen3MoeForCausalLM, expected W8A8_DYNAMIC or W8A16, which need no calibration. "
-        "eightfold cannot run this family."
+        "eightfold does not run this model."
     )
 
 

@@ -222,7 +222,7 @@ class QuantizeCommand:
 
     @cached_property
     def _goes_by_name(self) -> bool:
-        """Whether the model is one that this program cannot run, so that only the names of its tensors are known."""
+        """Whether the model cannot run here, or not as it is stored: then only the names of its tensors are known."""
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
         from eightfold.layouts import has_engine
@@ -231,6 +231,10 @@ class QuantizeCommand:
         if self.generic or not has_file(config):
             return self.generic
         raw = read_json(config)
+        if has_engine(raw) and raw.get("quantization_config"):
+            from eightfold.quant.name_plan import DATA_FREE, is_quantized_elsewhere
+
+            return self.recipe.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
         return bool(raw.get("architectures")) and not has_engine(raw)
 
     @cached_property
@@ -248,7 +252,7 @@ class QuantizeCommand:
         if ranks.size > 1:
             raise ConfigError("processes", got=ranks.size, expected="one, for a model that is quantized by names")
         if self.legacy_names:
-            raise ConfigError("legacy_names", got="it", expected="it left out, as eightfold cannot run this family")
+            raise ConfigError("legacy_names", got="it", expected="it left out, as the model is known by its names only")
         plan = self._name_plan
         if given := [flag for flag, value in self._calibration_flags.items() if value]:
             console.note(f"nothing here needs calibration data; {given[0]} changes nothing.")

@@ -18,6 +18,8 @@ from typing import Any
 
 from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import CheckpointError, ConfigError, UnsupportedError, one_of, shortlist
+from eightfold.families import EMBEDDING, LM_HEAD
+from eightfold.files import read_json
 from eightfold.format.checkpoint import find_description
 from eightfold.format.directory import CONFIG_NAME, explain_names
 from eightfold.format.safetensors import TensorInfo
@@ -155,6 +157,7 @@ class NamePlan:
         self.dtype = self._model_dtype()
         for info in self.stored.tensors.values():
             self._place(info)
+        self._copy_tied_head()
         self._require_experts()
         self._require_layers()
         self._assign_types()
@@ -286,6 +289,13 @@ class NamePlan:
             self._place_in_layer(info, found[0], _OUTSIDE)
         else:
             self._copied.append((_OUTSIDE, name, self._source(info)))
+
+    def _copy_tied_head(self) -> None:
+        """Write the head of a tied model that can run here, as pipeline.py does."""
+        raw, embedding = self.stored.config_raw, self.stored.tensors.get(weight_name(EMBEDDING))
+        head = weight_name(LM_HEAD)
+        if has_engine(raw) and embedding is not None and head not in self.stored.tensors:
+            self._copied.append((_OUTSIDE, head, self._source(embedding)))
 
     def _place_in_layer(self, info: TensorInfo, prefix: str, step: str) -> None:
         inner = info.name.removeprefix(prefix)
@@ -586,7 +596,7 @@ def require_data_free(recipe: Recipe, raw: Mapping[str, Any]) -> None:
     kinds = {recipe.scheme, *(kind for _, kind in recipe.modules)} - {*DATA_FREE, QuantType.FLOAT}
     got = f"{', '.join(sorted(kind.value for kind in kinds))} for {named}"
     expected = f"{one_of(kind.value for kind in DATA_FREE)}, which need no calibration"
-    require(not kinds, "scheme", got, expected, "eightfold cannot run this family.")
+    require(not kinds, "scheme", got, expected, "eightfold does not run this model.")
     unusual = {
         "anti_outlier": recipe.anti_outlier,
         "fa_quant": recipe.fa_quant,
@@ -597,7 +607,26 @@ def require_data_free(recipe: Recipe, raw: Mapping[str, Any]) -> None:
         "save_float32": recipe.save_float32,
     }
     for option, value in unusual.items():
-        require(not value, option, f"it for {named}", "it left out, as eightfold cannot run this family")
+        require(not value, option, f"it for {named}", "it left out, as the model is known by its names only")
+
+
+def is_quantized_elsewhere(source: Path) -> bool:
+    """Whether a model that can run here has weights in float8 or int8 with scales: what is read by name alone.
+
+    Raises:
+        CheckpointError: no model directory.
+    """
+    raw = read_json(source / CONFIG_NAME)
+    if not raw.get("quantization_config") or find_description(source) is not None:
+        return False
+    tensors = StoredTensors.read(source).tensors
+    integers = [name for name, info in tensors.items() if info.dtype in (*FLOAT8, DType.I8.value)]
+    return any(f"{name}{_INVERSE}" in tensors or _scale_beside(name) in tensors for name in integers)
+
+
+def _scale_beside(weight: str) -> str:
+    """Return what compressed-tensors calls the scales of a weight."""
+    return f"{weight.removesuffix(f'.{WEIGHT}')}.{WEIGHT_SCALE}"
 
 
 def plan_by_name(source: Path, recipe: Recipe, *, is_generic: bool = False) -> NamePlan:
