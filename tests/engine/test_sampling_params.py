@@ -190,6 +190,11 @@ def test_forms_of_the_wrong_type(fields, start):
     assert structured_refusal(**fields).startswith(start)
 
 
+def test_arguments_that_nobody_knows():
+    assert refusal(structured_outputs={}).startswith("SamplingParams: got the argument structured_outputs, which it ")
+    assert refusal(max_token=5, n="x").endswith("does not know. Did you mean `max_tokens`?")
+
+
 def test_what_a_form_begins_after_is_no_form():
     found = StructuredOutput(regex="a", begins_after="</think>")
     assert (found.given, found.begins_after) == (("regex", "a"), "</think>")

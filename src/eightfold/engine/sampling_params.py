@@ -5,6 +5,7 @@ Names, ranges and defaults are vLLM's, which are OpenAI's where OpenAI has one.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -93,7 +94,7 @@ class SamplingParams:
     of each has its `kind` (values.Kind, with the range) and a `help` of one sentence.
 
     Raises:
-        InputError: a value has the wrong type or is out of its range.
+        InputError: an argument is unknown, or a value has the wrong type or is out of its range.
     """
 
     n: int = field(default=1, metadata=_row(whole(1, 128), "Answers to give, each with its own randomness."))
@@ -170,6 +171,12 @@ class SamplingParams:
         metadata=_row(Kind((StructuredOutput,), "a StructuredOutput", is_optional=True), "The answer's form."),
     )
 
+    def __new__(cls, **given: Any) -> SamplingParams:
+        """Return the object that __init__ fills; what vLLM has beside these fields is not known."""
+        for name in filter(lambda name: name not in cls.__dataclass_fields__, given):
+            raise InputError(f"SamplingParams: got the argument {name}, which it does not know", action=_near(name))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
@@ -202,6 +209,11 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """The stop strings: `stop`, known to be a tuple."""
         return self.stop if isinstance(self.stop, tuple) else (self.stop,)
+
+
+def _near(name: str) -> str:
+    found = difflib.get_close_matches(name, SamplingParams.__dataclass_fields__, 1)
+    return f"Did you mean `{found[0]}`?" if found else ""
 
 
 def _require(name: str, value: Any, kind: Kind) -> None:
