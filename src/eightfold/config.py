@@ -141,7 +141,7 @@ class ModelConfig:
         """
         outside = [token for token in token_ids if not 0 <= token < self.vocab_size]
         if outside:
-            raise InputError("prompt token id", got=outside[0], expected=f"0 to {self.vocab_size - 1}")
+            raise InputError("token id", got=outside[0], expected=f"0 to {self.vocab_size - 1}")
 
 
 def require_architecture(raw: Mapping[str, Any], where: Path) -> Family:

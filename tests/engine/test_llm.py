@@ -186,8 +186,8 @@ ONE = "a text, a list of token ids, or an object with prompt or prompt_token_ids
         ({"promt": "a"}, "prompts: got 'promt', expected an object with prompt, prompt_token_ids or cache_salt"),
         ({"prompt": "a", "cache_salt": 5}, "prompts.cache_salt: got 5, expected a text that is not empty"),
         (["\ud800"], "prompts[0]: text: got character 0 that is not Unicode, expected text that UTF-8 can hold"),
-        ([[-1]], "prompt token id: got -1, expected 0 to 319"),
-        ([[10**30]], f"prompt token id: got {10**30}, expected 0 to 319"),
+        ([[-1]], "token id: got -1, expected 0 to 319"),
+        ([[10**30]], f"token id: got {10**30}, expected 0 to 319"),
     ],
 )
 def test_what_is_no_prompt_is_named(llm, prompts, message):

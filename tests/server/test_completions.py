@@ -90,7 +90,7 @@ def test_what_is_no_prompt_is_refused(real, prompt):
 def test_ids_outside_the_vocabulary_are_refused(real, ids):
     raw = real.post("/v1/completions", {"prompt": ids, "echo": True})
     assert raw.status_code == 400
-    assert raw.json()["error"]["message"].startswith("prompt token id: got ")
+    assert raw.json()["error"]["message"].startswith("token id: got ")
     assert raw.json()["error"]["param"] == "prompt"
 
 

@@ -291,7 +291,7 @@ async def _give_up(record: Record, answer: AnswerWriter, send: Send, problem: Ap
 _CHECKED = (
     ("logit_bias", "logit_bias"),
     ("stop_token_ids", "stop_token_ids"),
-    ("prompt token id", "prompt"),
+    ("token id", "prompt"),
     ("prompt_logprobs", "prompt_logprobs"),
 )
 
