@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from eightfold.engine.sampling_params import StructuredOutput, schema_text
 from eightfold.errors import EightfoldError, one_of
 from eightfold.server.fields import ApiError, Fields, bad_request, refused, wrong
+from eightfold.server.tool_schemas import beside_others
 
 MAX_SCHEMA_BYTES = 64 * 2**10  # of a JSON schema, regex or grammar, as text
 
@@ -79,13 +80,30 @@ def asked_form(fields: Fields) -> Form | None:
 
 def form_of(form: dict[str, Any]) -> StructuredOutput:
     """Return one form; a schema may be an object or its text."""
-    values = {name: schema_text(value) if name == "json_schema" else value for name, value in form.items()}
+    values = {
+        name: schema_text(_plain_union(value)) if name == "json_schema" else value for name, value in form.items()
+    }
     if len(json.dumps(values)) > MAX_SCHEMA_BYTES:
         raise bad_request(f"structured output: got a form of more than {MAX_SCHEMA_BYTES} bytes. Send a smaller one.")
     try:
         return StructuredOutput(**values)
     except EightfoldError as error:
         raise refused(error) from None
+
+
+def _plain_union(schema: Any) -> Any:
+    """Return a schema with anyOf where a discriminator, as Pydantic writes it, says that only one can apply.
+
+    llguidance does not know the keyword, and refuses what stands beside a reference that leads back to itself.
+    """
+    if not isinstance(schema, dict) or "x-guidance" in schema:
+        return schema
+    text = json.dumps(schema)
+    if '"discriminator"' not in text or len(text) > MAX_SCHEMA_BYTES:
+        return schema
+    definitions = dict[str, Any]()
+    found = beside_others(schema, "schema", definitions)
+    return {**found, "$defs": definitions} if definitions else found
 
 
 def _lark(field: str, text: Any) -> Any:
