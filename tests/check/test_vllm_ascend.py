@@ -40,6 +40,7 @@ def report(path: Path) -> Report:
     return vllm_ascend.check(RawDirectory.open(path))
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 ROW = (48,)
 SUFFIXED = "quant_model_description_w8a8.json"
 FLOAT_INDEX = '{"weight_map": {"model.norm.weight": "model.safetensors"}}'
@@ -109,6 +110,17 @@ DESCRIPTION_CASES = [
     ),
     case("float32", lambda t: t.configure(torch_dtype="float32", dtype="float32"), "torch-dtype warns"),
     case("only dtype", lambda t: t.configure(torch_dtype=..., dtype="float16")),
+    case(
+        "yarn with an attention factor",
+        lambda t: t.configure(rope_scaling={**YARN, "attention_factor": 1.5}, rope_parameters=...),
+        "rope-attention misdecodes",
+    ),
+    case(
+        "dynamic scaling",
+        lambda t: t.configure(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=...),
+        "rope-dynamic warns",
+    ),
+    case("a rope type that is not known", lambda t: t.configure(rope_scaling={"type": "x"}, rope_parameters=...)),
     case("only rope_parameters", lambda t: t.configure(rope_theta=..., rope_parameters={"rope_theta": 5e5})),
 ]
 
@@ -297,3 +309,32 @@ def test_mixed_labels_are_named(tmp_path):
         "raises ValueError: q, k, v (or gate, up) have different labels: got FLOAT and W8A8. "
         "Keep all of them float, or none."
     )
+
+
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0] * 6,
+    "long_factor": [2.0] * 6,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "found"),
+    [
+        (YARN, []),
+        ({**YARN, "beta_fast": 16, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.0}, []),
+        ({**YARN, "attention_factor": 1.5}, ["rope-attention misdecodes"]),
+        ({**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}, ["rope-attention misdecodes"]),
+        (LONGROPE, []),
+        ({**LONGROPE, "factor": 4.0}, []),  # max_position_embeddings / the original ones
+        ({**LONGROPE, "factor": 9.0}, ["rope-attention misdecodes"]),
+        ({**LONGROPE, "attention_factor": 1.5}, ["rope-attention misdecodes"]),
+        ({"type": "dynamic", "factor": 2.0}, ["rope-dynamic warns"]),
+        ({"type": "linear", "factor": 2.0}, []),
+    ],
+)
+def test_longer_contexts(tmp_path, rope, found):
+    config = tiny_config(head_dim=12, torch_dtype="float16", rope_scaling=rope)
+    path = write_model(tmp_path / "m", config)
+    assert [name for name in sorted(findings(report(path))) if name.startswith("rope")] == found

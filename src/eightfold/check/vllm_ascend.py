@@ -11,8 +11,10 @@ patch/worker; vllm/model_executor: models/llama.py, layers/linear.py, model_load
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +26,10 @@ from eightfold.errors import EightfoldError, one_of
 from eightfold.families import EMBEDDING, KEY, LM_HEAD, layer_of
 from eightfold.files import read_json
 from eightfold.format.checkpoint import SHORT_NAME
+from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.tokenizer_files import SETTINGS
+from eightfold.model.layers import rope_scale
+from eightfold.rope import fit_rope, read_rope
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -115,6 +120,8 @@ RULES = Rules(
             "got values other than zero",
             "linear-bias": "passes over a bias that this architecture and config.json do not have: "
             "got values other than zero. config.json may lack a setting such as attention_bias.",
+            "rope-attention": "multiplies cosines and sines by what follows from how much longer contexts become, and "
+            "reads neither attention_factor nor mscale, nor longrope's factor: got {got}",
             "kv-scale": "quantizes the cache of these layers by a scale of 1. Write scales for k and v.",
             "kv-offset": "leaves cache offsets out when it generates: got values other than zero. "
             "Quantize the cache symmetrically.",
@@ -135,6 +142,8 @@ RULES = Rules(
             "tokenizer-dialect": "reads this in releases with transformers 5; those with 4 refuse it: got {got}. "
             "Write the directory again for both.",
             "unchecked-scheme": "has this scheme, but its parameters are not among the rules here: got {got}",
+            "rope-dynamic": "stretches dynamic rope scaling for factor times the context at every length, where "
+            "transformers and eightfold are plain within it: got {got}",
             "torch-dtype": "runs in float16 or bfloat16, and which one it chooses here decides how deq_scale is read: "
             "got {got}. Serve with --dtype.",
             "duplicate-tensor": "copies a tensor that two files have twice, and keeps that of the last file: "
@@ -256,6 +265,25 @@ class _VllmAscend:
             yield from RULES.found("bos", [SETTINGS])
         new = {got for rule, got in d.tokenizer.gaps().items() if rule in ("tokenizer-class", "extra-tokens")}
         yield from RULES.found("tokenizer-dialect", [SETTINGS] if new else [], got=new)
+        yield from self._rope()
+
+    def _rope(self) -> Iterator[Finding]:
+        """Of yarn it reads neither attention_factor nor mscale; of longrope it knows lengths and divisors only."""
+        config, where = self.d.model, self.d.path / CONFIG_NAME
+        try:
+            rope = fit_rope(read_rope(self.d.config, where), config.head_dim, config.max_position_embeddings, where)
+        except EightfoldError:  # what vLLM makes of that is not known here
+            return
+        if rope.rope_type == "dynamic":
+            yield from RULES.found("rope-dynamic", ["rope_parameters"], got=f"factor {rope.factor:g}")
+        if rope.rope_type not in ("yarn", "longrope"):
+            return
+        growth = config.max_position_embeddings / rope.original_max_position_embeddings
+        factor = rope.factor if rope.rope_type == "yarn" else growth
+        theirs = replace(rope, attention_factor=None, mscale=0.0, mscale_all_dim=0.0, factor=factor)
+        if not math.isclose(rope_scale(rope), rope_scale(theirs), rel_tol=1e-6):
+            got = f"{rope_scale(rope):.6g}, expected {rope_scale(theirs):.6g}"
+            yield from RULES.found("rope-attention", ["rope_parameters"], got=got)
 
     def _schemes(self) -> Iterator[Finding]:
         """Each module's weight is looked up: q, k, v, gate, up one by one, embedding and head too."""
