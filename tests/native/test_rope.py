@@ -12,6 +12,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
 from eightfold.model.layers import read_attention
 from eightfold.model.native.load import load_model
+from eightfold.model.native.model import Chunk
 from eightfold.model.reference.load import Decoder
 from eightfold.quant.recipe import Recipe
 from tests.conftest import FAMILIES, tiny_config
@@ -26,6 +27,7 @@ from tests.native.models import (
     write_variant,
 )
 from tests.native.test_model import ROUNDING, STEP, relative
+from tests.native.test_share import Team
 
 ORIGINAL = 32
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL, "beta_fast": 8.0}
@@ -80,6 +82,16 @@ def test_any_cut_company_and_instruction_set_gives_the_same_bits_as_before(made,
         whole = logits_of(model, TOKENS)
         np.testing.assert_array_equal(logits_of(model, TOKENS, [1, 30, 33, 99, 127]), whole)
         np.testing.assert_array_equal(logits_of(model, TOKENS[:50]), whole[:50])  # of shorter ones, too
+
+
+@pytest.mark.parametrize("name", ["yarn, attention", "dynamic", "longrope"])
+def test_ranks_turn_their_heads_as_one_process_does(made, name):
+    checkpoint = made(name, recipe=Recipe(W8A8, fa_quant=True))
+    whole = logits_of(load_model(checkpoint, threads=1, longest=LENGTHS[-1]), TOKENS)
+    team = Team(checkpoint, 2, threads=1, longest=LENGTHS[-1])
+    found, _ = team.forward([Chunk(TOKENS, 0, range(1), len(TOKENS), wants_all=True)])
+    np.testing.assert_array_equal(found, whole)
+    team.close()
 
 
 @pytest.mark.parametrize("recipe", [Recipe(W8A8, fa_quant=True), Recipe(W8A8, kv_int8=True)])
