@@ -426,7 +426,8 @@ def test_layers_behind_the_last_and_pictures_are_copied_with_keys(tmp_path, save
     extra["model.layers.2.shared_head.head.weight"] = torch.randn(64, 32).to(torch.bfloat16)
     extra["visual.blocks.0.attn.qkv.weight"] = torch.randn(96, 32).to(torch.bfloat16)
     save(tmp_path / "m", {**tensors_of(source), **extra}, config_of(source))
-    quantize(tmp_path / "m", tmp_path / "out")
+    outcome = quantize(tmp_path / "m", tmp_path / "out")
+    assert outcome.notes[0].startswith("behind the 2 layers of config.json lie others (2): they ")
     made, tags = tensors_of(tmp_path / "out"), tags_of(tmp_path / "out")
     assert all(made[name].equal(tensor) and tags[name] == "FLOAT" for name, tensor in extra.items())
 

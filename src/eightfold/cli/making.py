@@ -232,7 +232,8 @@ class QuantizeCommand:
             return self.generic
         raw = read_json(config)
         if has_engine(raw) and raw.get("quantization_config"):
-            from eightfold.quant.name_plan import DATA_FREE, is_quantized_elsewhere
+            from eightfold.quant.name_plan import DATA_FREE
+            from eightfold.quant.name_sources import is_quantized_elsewhere
 
             return self.recipe.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
         return bool(raw.get("architectures")) and not has_engine(raw)

@@ -31,7 +31,8 @@ from eightfold.model.reference.tensors import mapped_tensor
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import Budget, base_bytes
 from eightfold.quant.identity import differences, identity, keep_times, require_same_times
-from eightfold.quant.name_plan import FLOAT8, NamePlan, Source, Unit
+from eightfold.quant.name_plan import NamePlan, Unit
+from eightfold.quant.name_sources import FLOAT8, Source
 from eightfold.quant.outcome import Outcome
 from eightfold.quant.qparams import QuantizedWeight, quantize_rows
 from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over

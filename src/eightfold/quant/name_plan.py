@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.config import CONFIG_DTYPES, DType
-from eightfold.errors import CheckpointError, ConfigError, UnsupportedError, one_of, shortlist
+from eightfold.errors import CheckpointError, one_of, shortlist
 from eightfold.families import EMBEDDING, LM_HEAD
-from eightfold.files import read_json
 from eightfold.format.checkpoint import find_description
-from eightfold.format.directory import CONFIG_NAME, explain_names
+from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors
@@ -38,55 +37,17 @@ from eightfold.layouts import (
     layout_of,
     text_config,
 )
+from eightfold.quant.name_sources import FLOATS, UNREAD, Source, Sources
 from eightfold.quant.plan import OutputTensor
 from eightfold.quant.recipe import Recipe, require
-from eightfold.scheme import BIAS, INPUT_SCALE, WEIGHT, WEIGHT_SCALE, QuantType, linear_tensors, weight_name
+from eightfold.scheme import BIAS, WEIGHT, QuantType, linear_tensors, weight_name
 from eightfold.values import shown
 
 DATA_FREE = (QuantType.W8A8_DYNAMIC, QuantType.W8A16)
 
-FLOAT8 = ("F8_E4M3", "F8_E5M2")
-
-_FLOATS = {kind.value: kind for kind in DType if kind.is_float}
-_INVERSE = "_scale_inv"  # of DeepSeek's float8, which despite its name is multiplied
-_SCALES = (f".{WEIGHT_SCALE}", ".scale")
-_UNREAD = (f".{INPUT_SCALE}", ".input_zero_point", ".rotary_emb.inv_freq")  # of static inputs; of older writers
-_FOREIGN = (".qweight", ".weight_packed", ".SCB", ".absmax", ".quant_map")
-_MXFP4 = ("_blocks", "_scales")
-_ZERO_POINT = ".weight_zero_point"
-
 _OUTSIDE = "others"  # the step of what is in no layer
 
 _NEXT = re.compile(r"mtp\.layers\.\d+\.")  # layers that predict further tokens, of families that name them so
-
-
-@dataclass(frozen=True)
-class Source:
-    """A matrix (N, K) or a vector (N,), or some rows of one, where it lies.
-
-    Attributes:
-        tensor: its name there.
-        shape: as it is read.
-        expert: of a stacked tensor, the index.
-        is_input_major: the tensor, or the expert's part of it, is (K, N).
-        begin: the first row.
-        step: between two rows.
-        scale: the tensor of scales of an integer or float8 matrix.
-        block: rows and columns that share a scale; (1, K) where each row has its own.
-    """
-
-    tensor: str
-    shape: tuple[int, ...]
-    expert: int | None = None
-    is_input_major: bool = False
-    begin: int = 0
-    step: int = 1
-    scale: str = ""
-    block: tuple[int, int] = (1, 1)
-
-    def part(self, begin: int, count: int, step: int = 1) -> Source:
-        """Return some of its rows."""
-        return replace(self, shape=(count, *self.shape[1:]), begin=begin, step=step)
 
 
 @dataclass(frozen=True)
@@ -151,9 +112,10 @@ class NamePlan:
         self._found: dict[str, _Found] = {}
         self._copied: list[tuple[str, str, Source]] = []
         self._unknown: list[str] = []
+        self._beyond: set[int] = set()
         self._prefix = self._layer_prefix()
         self._in_layer = re.compile(re.escape(self._prefix) + r"(\d+)\.")
-        self._companions = self._scales_of()
+        self._sources = Sources(self.stored)
         self.dtype = self._model_dtype()
         for info in self.stored.tensors.values():
             self._place(info)
@@ -180,33 +142,6 @@ class NamePlan:
             action="config.json and the weights belong to different models.",
         )
 
-    def _scales_of(self) -> dict[str, str]:
-        """Return weight -> its scales; what belongs to other tools' formats is refused."""
-        names = self.stored.tensors
-        if foreign := [name for name in names if name.endswith(_FOREIGN)]:
-            raise explain_names(self.stored.directory, foreign) or AssertionError(foreign)
-        if packed := [name for name in names if name.endswith(_MXFP4)]:
-            raise CheckpointError(
-                "tensor names",
-                where=self.stored.directory,
-                got=f"4-bit weights ({shortlist(packed, 2)})",
-                expected="bfloat16, float8 or int8 weights",
-                action="Load it with transformers and dequantize=True, and write it with save_pretrained.",
-            )
-        found: dict[str, str] = {}
-        for name in names:
-            base = name.removesuffix(_INVERSE)
-            for suffix in _SCALES:
-                if name.endswith(suffix) and weight_name(name.removesuffix(suffix)) in names:
-                    base = weight_name(name.removesuffix(suffix))
-            if base != name and base in names:
-                found[base] = name
-            elif base != name:
-                raise CheckpointError(
-                    name, where=self.stored.directory, got=f"no {base}", expected="the weight that it scales"
-                )
-        return found
-
     def _model_dtype(self) -> DType:
         raw = self.stored.config_raw
         said = [part.get(key) for part in (text_config(raw), raw) for key in ("dtype", "torch_dtype")]
@@ -214,71 +149,14 @@ class NamePlan:
         dtype = CONFIG_DTYPES.get(named)
         if dtype in (DType.BF16, DType.F16):
             return dtype
-        kinds = [info.dtype for info in self.stored.tensors.values() if len(info.shape) > 1 and info.dtype in _FLOATS]
-        return _FLOATS[kinds[0]] if kinds else DType.BF16
-
-    def _source(self, info: TensorInfo) -> Source:
-        """Return a tensor as it is read, with its scales.
-
-        Raises:
-            CheckpointError: it has none and needs some, or they do not fit it.
-            UnsupportedError: a type of element that is not read.
-        """
-        scale, shape = self._companions.get(info.name, ""), info.shape
-        if info.dtype not in (*FLOAT8, DType.I8.value):
-            if info.dtype not in {kind.value for kind in DType} or scale:
-                got = f"{info.dtype} with scales" if scale else info.dtype
-                expected = "F32, F16 or BF16, or F8_E4M3 or I8 with scales"
-                raise UnsupportedError(f"dtype of {info.name}", where=info.file, got=got, expected=expected)
-            return Source(info.name, shape)
-        if not scale and info.dtype == DType.I8.value and len(shape) < 2:
-            return Source(info.name, shape)
-        if not scale or len(shape) != 2:
-            raise CheckpointError(
-                f"scales of {info.name}",
-                where=info.file,
-                got="none" if not scale else f"a weight of shape {list(shape)}",
-                expected=f"a tensor {info.name}{_INVERSE} or {info.name.removesuffix(WEIGHT)}{WEIGHT_SCALE}",
-                action="Fetch the model again, with all of its files.",
-            )
-        if info.name.removesuffix(f".{WEIGHT}") + _ZERO_POINT in self.stored.tensors:
-            raise UnsupportedError(
-                f"{info.name.removesuffix(WEIGHT)}{_ZERO_POINT[1:]}",
-                where=info.file,
-                got="an offset of int8 weights",
-                expected="symmetric weights",
-            )
-        return Source(info.name, shape, scale=scale, block=self._block(info, self.stored.tensors[scale]))
-
-    def _block(self, info: TensorInfo, scale: TensorInfo) -> tuple[int, int]:
-        n, k = info.shape
-        if scale.shape in ((n, 1), (n,)):
-            return 1, k
-        if scale.shape in ((), (1,)) or (scale.shape == (1, 1) and not scale.name.endswith(_INVERSE)):
-            return n, k
-        method = self.stored.config_raw.get("quantization_config")
-        method = method if isinstance(method, dict) else text_config(self.stored.config_raw).get("quantization_config")
-        size = method.get("weight_block_size") if isinstance(method, dict) else None
-        size = [128, 128] if size is None else size
-        is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-        if not is_size:
-            got = shown(size)
-            raise ConfigError('"weight_block_size"', where=self._where, got=got, expected="two positive numbers")
-        expected = (-(-n // size[0]), -(-k // size[1]))
-        if scale.shape != expected:
-            raise CheckpointError(
-                f"shape of {scale.name}",
-                where=scale.file,
-                got=list(scale.shape),
-                expected=f"{list(expected)} for blocks of {size[0]} x {size[1]}, or [{n}, 1]",
-            )
-        return size[0], size[1]
+        kinds = [info.dtype for info in self.stored.tensors.values() if len(info.shape) > 1 and info.dtype in FLOATS]
+        return FLOATS[kinds[0]] if kinds else DType.BF16
 
     # --- what each tensor becomes
 
     def _place(self, info: TensorInfo) -> None:
         name = info.name
-        if name.endswith(_UNREAD) or name in self._companions.values():
+        if name.endswith(UNREAD) or self._sources.is_scale(name):
             return
         found, next_found = self._in_layer.match(name), _NEXT.match(name)
         if next_found:
@@ -286,16 +164,17 @@ class NamePlan:
         elif found and int(found[1]) < self.num_layers:
             self._place_in_layer(info, found[0], f"layer {int(found[1])}")
         elif found:
+            self._beyond.add(int(found[1]))
             self._place_in_layer(info, found[0], _OUTSIDE)
         else:
-            self._copied.append((_OUTSIDE, name, self._source(info)))
+            self._copied.append((_OUTSIDE, name, self._sources.of(info)))
 
     def _copy_tied_head(self) -> None:
         """Write the head of a tied model that can run here, as pipeline.py does."""
         raw, embedding = self.stored.config_raw, self.stored.tensors.get(weight_name(EMBEDDING))
         head = weight_name(LM_HEAD)
         if has_engine(raw) and embedding is not None and head not in self.stored.tensors:
-            self._copied.append((_OUTSIDE, head, self._source(embedding)))
+            self._copied.append((_OUTSIDE, head, self._sources.of(embedding)))
 
     def _place_in_layer(self, info: TensorInfo, prefix: str, step: str) -> None:
         inner = info.name.removeprefix(prefix)
@@ -309,10 +188,10 @@ class NamePlan:
         if last == BIAS and weight is not None and len(weight.shape) == 2:
             return  # goes with its weight
         if last != WEIGHT or len(info.shape) != 2:
-            self._copied.append((step, prefix + inner, self._source(info)))
+            self._copied.append((step, prefix + inner, self._sources.of(info)))
             return
         bias = self.stored.tensors.get(info.name.removesuffix(WEIGHT) + BIAS)
-        source, of_bias = self._source(info), None if bias is None else self._source(bias)
+        source, of_bias = self._sources.of(info), None if bias is None else self._sources.of(bias)
         for own, half in self._halves(module, info.shape[0]):
             at = source if half is None else source.part(*half)
             its_bias = of_bias if half is None or of_bias is None else of_bias.part(*half)
@@ -330,7 +209,7 @@ class NamePlan:
         rule = generic_rule(module) if self.layout.takes_any else self.layout.rule_of(module)
         name = prefix + module
         if rule is None or step == _OUTSIDE:
-            if rule is None:
+            if step != _OUTSIDE:
                 self._unknown.append(name)
             rule = Rule(module, Part.OTHER if rule is None else rule.part, stays_float=True)
         if name in self._found:
@@ -366,7 +245,7 @@ class NamePlan:
         is_input_major = self._is_input_major(info, is_joined)
         rows, columns = info.shape[1:]
         n, k = (columns, rows) if is_input_major else (rows, columns)
-        whole = replace(self._source_of_stack(info), shape=(n, k), expert=expert, is_input_major=is_input_major)
+        whole = replace(self._sources.of_stack(info), shape=(n, k), expert=expert, is_input_major=is_input_major)
         biases = self.stored.tensors.get(f"{info.name.removesuffix(f'.{WEIGHT}')}_{BIAS}")
         bias = None if biases is None else Source(biases.name, (n,), expert=expert)
         if not is_joined:
@@ -379,17 +258,6 @@ class NamePlan:
         for i, last in enumerate((experts.gate, experts.up)):
             begin = i if experts.is_interleaved else i * half
             yield last, whole.part(begin, half, step), None if bias is None else bias.part(begin, half, step)
-
-    def _source_of_stack(self, info: TensorInfo) -> Source:
-        if info.dtype not in _FLOATS or info.name in self._companions:
-            raise UnsupportedError(
-                f"dtype of {info.name}",
-                where=info.file,
-                got=info.dtype,
-                expected="F32, F16 or BF16 for experts in one tensor",
-                action="Start from the model's unquantized weights.",
-            )
-        return Source(info.name, info.shape[1:])
 
     def _is_input_major(self, info: TensorInfo, is_joined: bool) -> bool:
         """Decide by the sizes of config.json how an expert's part of a stacked tensor lies; else by the family."""
@@ -570,6 +438,14 @@ class NamePlan:
         if self._unknown:
             count, names = len(self._unknown), shortlist(self._unknown, 2)
             self.notes.append(f"{count} weights that this family is not known to have stay float ({names}).")
+        if self._beyond:
+            others = shortlist(sorted(self._beyond), 4)
+            self.notes.append(
+                f"behind the {self.num_layers} layers of config.json lie others ({others}): they predict further "
+                "tokens, and stay float."
+            )
+        if self.dtype is DType.F32:
+            self.notes.append("OUT is a float32 model, which MindIE refuses: save the source in bfloat16 first.")
         if not has_engine(self.stored.config_raw):
             loaders = "loaders of Llama-shaped models" if self.layout.takes_any else engine_names(self.layout)
             self.notes.append(f"OUT is for other engines ({loaders}): eightfold itself does not run this family.")
@@ -608,25 +484,6 @@ def require_data_free(recipe: Recipe, raw: Mapping[str, Any]) -> None:
     }
     for option, value in unusual.items():
         require(not value, option, f"it for {named}", "it left out, as the model is known by its names only")
-
-
-def is_quantized_elsewhere(source: Path) -> bool:
-    """Whether a model that can run here has weights in float8 or int8 with scales: what is read by name alone.
-
-    Raises:
-        CheckpointError: no model directory.
-    """
-    raw = read_json(source / CONFIG_NAME)
-    if not raw.get("quantization_config") or find_description(source) is not None:
-        return False
-    tensors = StoredTensors.read(source).tensors
-    integers = [name for name, info in tensors.items() if info.dtype in (*FLOAT8, DType.I8.value)]
-    return any(f"{name}{_INVERSE}" in tensors or _scale_beside(name) in tensors for name in integers)
-
-
-def _scale_beside(weight: str) -> str:
-    """Return what compressed-tensors calls the scales of a weight."""
-    return f"{weight.removesuffix(f'.{WEIGHT}')}.{WEIGHT_SCALE}"
 
 
 def plan_by_name(source: Path, recipe: Recipe, *, is_generic: bool = False) -> NamePlan:
