@@ -80,6 +80,7 @@ def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
         yield start
     assert eventually(lambda: not (shared.engine.open or service.limiter.inside or service.limiter.held_bytes))
     service.tokenizer, service.template, service.thinking = usual
+    service.__dict__.pop("fingerprint", None)  # which may be that of the test's template
     shared.engine.__init__(service.tokenizer)
     assert shared.http.get("/health").json() == {"status": "ok"}  # and what ended before has been logged
 
