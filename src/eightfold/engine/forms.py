@@ -48,7 +48,8 @@ _VALUES = ("const", "enum", "default", "example", "examples")  # keys of a schem
 _OF_SWITCHES = {"true": "{}", "false": '{"allOf": [false]}'}  # schemas that are no objects: anything, nothing
 
 # JSON has at most so much space between two symbols, or a small model may go on with spaces for ever.
-_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# Where llguidance cannot tell that only one schema of a `oneOf` applies, any of them may.
+_JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "coerce_one_of": True}
 
 
 class Built(NamedTuple):
