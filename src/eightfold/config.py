@@ -144,6 +144,12 @@ class ModelConfig:
             raise InputError("token id", got=outside[0], expected=f"0 to {self.vocab_size - 1}")
 
 
+def has_engine(raw: Mapping[str, Any]) -> bool:
+    """Whether this program can run the architecture that a config.json names."""
+    named = raw.get("architectures")
+    return isinstance(named, list) and bool(named) and named[0] in FAMILIES
+
+
 def require_architecture(raw: Mapping[str, Any], where: Path) -> Family:
     """Return the row of a config.json's architecture: what is looked at before anything else.
 

@@ -26,7 +26,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import FAMILIES, MAX_LAYERS
+from eightfold.config import MAX_LAYERS
 from eightfold.errors import ConfigError, UnsupportedError
 from eightfold.values import COUNT, require, shorten
 
@@ -357,12 +357,6 @@ def known(raw: Mapping[str, Any]) -> Layout | None:
     name = named[0] if isinstance(named, list) and named else None
     rows = [row for row in ROWS if row.architecture == name]
     return next((row for row in rows if row.model_type == model_type), rows[0] if rows else None)
-
-
-def has_engine(raw: Mapping[str, Any]) -> bool:
-    """Whether this program can run the architecture that a config.json names."""
-    named = raw.get("architectures")
-    return isinstance(named, list) and bool(named) and named[0] in FAMILIES
 
 
 def layout_of(raw: Mapping[str, Any], where: Path, *, is_generic: bool = False) -> Layout:

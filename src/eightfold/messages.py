@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -256,6 +255,8 @@ def _fitting_id(name: str, form: CallForm) -> str:
 
 def _nine_of(name: str) -> str:
     """Return nine letters and digits that stand for an identifier, always the same ones."""
+    import hashlib  # loads OpenSSL, which takes 3 ms that most programs need not spend
+
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass")).hexdigest()[:9]
 
 

@@ -9,14 +9,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eightfold import vocabulary
 from eightfold.errors import CheckpointError, InputError, one_of
 from eightfold.files import has_file, read_file, read_json
-from eightfold.messages import Message, Opening
 from eightfold.template import TemplateError, compile_template, render_template
 from eightfold.values import TEXT, WHOLE, shown
+
+if TYPE_CHECKING:
+    from eightfold.messages import Message
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -205,6 +207,8 @@ class Tokenizer:
             CheckpointError: the model has no chat template, or one that takes too long or too much memory.
             InputError: the template refuses these messages, or does not show the last one as it is.
         """
+        from eightfold.messages import Opening
+
         opening = Opening(messages) if continue_final_message else None
         given = {
             **(variables or {}),

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from eightfold.engine import structured
+from eightfold.engine import forms, structured
 from eightfold.engine.forms import MAX_REASON, Trial, build
 from eightfold.engine.outputs import Detokenizer
 from eightfold.engine.sampler import Sampler, choose_all
@@ -625,7 +625,7 @@ def test_without_a_helper_there_is_one_line(compiler, monkeypatch):
 def fake_sizes(monkeypatch: pytest.MonkeyPatch, sizes: Iterator[int]) -> None:
     """Let forms take so many bytes, one after the other."""
     monkeypatch.setattr(Trial, "require", lambda *_: next(sizes))
-    monkeypatch.setattr(structured, "build", lambda *_: mock.MagicMock())
+    monkeypatch.setattr(forms, "build", lambda *_: mock.MagicMock())
 
 
 def test_forms_are_kept_up_to_a_number_of_bytes(tokenizer, monkeypatch):

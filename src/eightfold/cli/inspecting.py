@@ -133,9 +133,9 @@ class CheckCommand:
     def _reports(self) -> list[Report]:
         from eightfold.check import by_name, mindie, vllm_ascend
         from eightfold.check.directory import RawDirectory
+        from eightfold.config import has_engine
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
-        from eightfold.layouts import has_engine
 
         config, asked = self.model / CONFIG_NAME, {*self.loaders}
         runs_here = not has_file(config) or has_engine(read_json(config))

@@ -223,9 +223,9 @@ class QuantizeCommand:
     @cached_property
     def _goes_by_name(self) -> bool:
         """Whether the model cannot run here, or not as it is stored: then only the names of its tensors are known."""
+        from eightfold.config import has_engine
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
-        from eightfold.layouts import has_engine
 
         config = self.source / CONFIG_NAME
         if self.generic or not has_file(config):

@@ -189,7 +189,6 @@ class RunCommand:
         Raises:
             CapacityError: the prompt is empty, or it and its answer do not fit the model's context.
         """
-        from eightfold.messages import read_messages
         from eightfold.tokenizer import Tokenizer
 
         assert self.prompt is not None
@@ -197,6 +196,8 @@ class RunCommand:
         for note in tokenizer.notes:
             console.note(note)
         if self.chat:
+            from eightfold.messages import read_messages
+
             messages = read_messages([{"role": "user", "content": self.prompt}], tokenizer.template_source())
             ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
         else:

@@ -5,7 +5,6 @@ Names, ranges and defaults are vLLM's, which are OpenAI's where OpenAI has one.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -212,6 +211,8 @@ class SamplingParams:
 
 
 def _near(name: str) -> str:
+    import difflib
+
     found = difflib.get_close_matches(name, SamplingParams.__dataclass_fields__, 1)
     return f"Did you mean `{found[0]}`?" if found else ""
 

@@ -15,14 +15,14 @@ from weakref import WeakMethod, WeakSet
 
 import numpy as np
 
-from eightfold.engine.form_tokens import FormTokens, Vocabulary
-from eightfold.engine.forms import Trial, build, refusal, why
 from eightfold.engine.sampling_params import StructuredOutput
 from eightfold.errors import BusyError, DependencyError, InputError, UnsupportedError
 from eightfold.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from eightfold.engine.form_tokens import FormTokens
 
 # Compiled forms are kept up to these numbers, and until nobody has asked for them for a while.
 KEPT, KEPT_BYTES, IDLE_SECONDS = 64, 64 * 2**20, 300.0
@@ -140,6 +140,8 @@ class Grammar:
         """Notice that llguidance has given up, or was interrupted."""
         self._form.tokens.raise_stopped()
         if self.failure is None and self._matcher.is_error():
+            from eightfold.engine.forms import refusal, why
+
             self.failure = str(refusal(self._form.name, why(self._matcher), "one that can be kept to until it ends"))
 
     @property
@@ -162,6 +164,9 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> None:
+        from eightfold.engine.form_tokens import Vocabulary
+        from eightfold.engine.forms import Trial
+
         self._library = _library()
         self._model_tokenizer, self._vocab_size, self._stop_ids = tokenizer, vocab_size, stop_ids
         vocabulary = Vocabulary(tokenizer.content.decode(), vocab_size, sorted(stop_ids))
@@ -236,6 +241,8 @@ class GrammarCompiler:
             self._watch()
 
     def _compile(self, name: str, value: Any) -> Form:
+        from eightfold.engine.forms import build, refusal
+
         try:
             size = self._trial.require(name, value)
             form = Form(name, build(self._library, self._tokenizer, name, value).matcher, self._tokens, size)

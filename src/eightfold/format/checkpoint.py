@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import FAMILIES, DType, ModelConfig, parse_config, require_architecture
+from eightfold.config import FAMILIES, DType, ModelConfig, has_engine, parse_config, require_architecture
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
     ATTENTION,
@@ -41,7 +41,6 @@ from eightfold.format.directory import (
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.stored import StoredTensors
-from eightfold.layouts import engine_names, has_engine, known
 from eightfold.scheme import (
     DESCRIPTION_VERSION,
     FA_TENSORS,
@@ -320,7 +319,11 @@ def _require_engine(raw: Mapping[str, Any], directory: Path) -> None:
     Raises:
         UnsupportedError: it is one; the engines that run it are named.
     """
-    row = None if has_engine(raw) else known(raw)
+    if has_engine(raw):
+        return
+    from eightfold.layouts import engine_names, known
+
+    row = known(raw)
     if row is not None:
         raise UnsupportedError(
             "model",

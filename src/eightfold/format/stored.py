@@ -10,7 +10,6 @@ from eightfold.files import read_json
 from eightfold.format.directory import CONFIG_NAME, read_tensors, require_model
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo
-from eightfold.layouts import layer_count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,6 +50,8 @@ class StoredTensors:
     @property
     def num_layers(self) -> int:
         """How many decoder layers config.json says that the model has."""
+        from eightfold.layouts import layer_count
+
         return layer_count(self.config_raw, self.directory / CONFIG_NAME)
 
     def array(self, name: str) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eightfold.config import CONFIG_DTYPES, DType, both_dialects, parse_config
+from eightfold.config import CONFIG_DTYPES, DType, both_dialects, has_engine, parse_config
 from eightfold.errors import CheckpointError
 from eightfold.files import write_json
 from eightfold.format.checkpoint import render_description
@@ -25,7 +25,7 @@ from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
 from eightfold.format.stored import StoredTensors
 from eightfold.format.target import REPORT_NAME
-from eightfold.layouts import EXPERT_KEYS, Layout, has_engine
+from eightfold.layouts import EXPERT_KEYS, Layout
 from eightfold.model.reference.linear import row_pieces
 from eightfold.model.reference.tensors import mapped_tensor
 from eightfold.progress import Progress, silent

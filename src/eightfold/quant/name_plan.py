@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import CONFIG_DTYPES, DType
+from eightfold.config import CONFIG_DTYPES, DType, has_engine
 from eightfold.errors import CheckpointError, one_of, shortlist
 from eightfold.families import EMBEDDING, LM_HEAD
 from eightfold.format.checkpoint import find_description
@@ -33,7 +33,6 @@ from eightfold.layouts import (
     engine_names,
     expert_count,
     generic_rule,
-    has_engine,
     layout_of,
     text_config,
 )

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eightfold.config import DType, ModelConfig, parse_config
+from eightfold.config import DType, ModelConfig, has_engine, parse_config
 from eightfold.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -44,7 +44,7 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import ShardedWriter, total_bytes
-from eightfold.layouts import has_engine, layer_count, text_config
+from eightfold.layouts import layer_count, text_config
 from eightfold.progress import Progress, silent
 from eightfold.scheme import bias_name, weight_name
 from eightfold.synth.named import NamedModel
