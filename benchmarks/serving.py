@@ -295,8 +295,9 @@ def _alternate(setup: Setup, native: NativeModel, port: int, shape: Shape, count
     for _ in range(count):
         prompt = setup.random.integers(FIRST_ID, LAST_ID, shape.prompt_len).tolist()
         found["serve"].append(complete(port, prompt, shape.new_tokens))
-        timing = bench.once()
-        seconds = timing.prefill_s, timing.prefill_s + timing.decode_s
+        rates = bench.once()
+        first = shape.batch * shape.prompt_len / rates.prefill_tok_s
+        seconds = first, first + shape.batch * (shape.new_tokens - 1) / rates.decode_tok_s
         found["bench"].append(Answer(*seconds, shape.new_tokens, shape.prompt_len, 0, ""))
     return found
 
