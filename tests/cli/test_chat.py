@@ -234,6 +234,12 @@ def test_a_conversation_is_saved_for_run_and_nothing_is_overwritten(chat, cli, t
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_was_not_said_is_not_saved(chat, tmp_path):
+    result = chat(f"/save {tmp_path}/talk\n")
+    assert result.err == "There is no message yet.\n"
+    assert not (tmp_path / "talk").exists()
+
+
 def test_the_oldest_turns_are_forgotten_when_the_context_is_full(chat):
     lines = "".join(f"{letter * 60}\n" for letter in "abcdef")
     result = chat(lines, "--max-model-len", 300, "--max-new-tokens", 60)

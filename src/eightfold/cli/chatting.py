@@ -320,6 +320,9 @@ class Talk:
         if path.name == "":
             self._screen.note("/save FILE")
             return
+        if not self._conversation.messages():
+            self._screen.note("There is no message yet.")
+            return
         content = json.dumps({"messages": self._conversation.messages()}, ensure_ascii=False) + "\n"
         try:
             raw = content.encode("utf-8", "backslashreplace")
