@@ -7,11 +7,11 @@ import re
 from typing import Any, NamedTuple
 
 from eightfold.engine.sampling_params import StructuredOutput
-from eightfold.server.fields import ApiError, Fields, bad_request, wrong
+from eightfold.server.fields import ApiError, Fields, bad_request, demand, wrong
 from eightfold.server.forms import form_of
 from eightfold.server.tool_parsers import FamilyName, ToolCall, ToolParser, ToolUse
 from eightfold.server.tool_schemas import arguments_schema, beside_others
-from eightfold.values import LIST, OBJECT, SWITCH, shown_as_json
+from eightfold.values import LIST, OBJECT, STRING, SWITCH, shown_as_json
 
 __all__ = ["ToolCall", "ToolParser", "ToolUse", "answer_or_call", "read_tools"]
 
@@ -74,6 +74,9 @@ def _function(at: int, tool: Any) -> tuple[str, dict[str, Any]]:
         raise wrong(f"{where}.function.name", name, "1 to 64 letters, digits, dots, dashes and underscores")
     if parameters is not None and not isinstance(parameters, dict):
         raise wrong(f"{where}.function.parameters", parameters, "a JSON schema")
+    for key, kind in (("description", STRING), ("strict", SWITCH)):
+        if function.get(key) is not None:
+            demand(f"{where}.function.{key}", function[key], kind)
     return name, {**function, "where": f"{where}.function.parameters"}
 
 
