@@ -44,7 +44,7 @@ class Run:
         self._seen: set[str] = set()
         self.written = 0.0
         self._peak = peak_resident_bytes
-        self.peak_before = self._peak() or 0  # of a process that tests run in, it may be large
+        self.peak_before = 0  # what others have taken of this process's memory
 
     def one(self, data: bytes) -> None:
         """Give one input to the reader."""
@@ -86,7 +86,7 @@ class Run:
         self.written = time.monotonic()
         faulthandler.dump_traceback_later(40)  # tells in the log where it hangs
         self.state["peak"] = peak = self._peak() or 0
-        if peak > max(BYTES, self.peak_before) and "memory" not in self._seen:
+        if peak - self.peak_before > BYTES and "memory" not in self._seen:
             self._seen.add("memory")
             self.state["crashes"].append([f"memory: {peak >> 20} MiB", ""])
         (self.out / "state.new").write_text(json.dumps(self.state))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 from eightfold.errors import InputError
+from eightfold.machine import peak_resident_bytes
 from tests.fuzz import driver
 from tests.fuzz.__main__ import main
 from tests.fuzz.mutate import mutate, mutate_bytes
@@ -26,11 +28,18 @@ def test_seeds_are_read(tmp_path, name):
         read(seed)
 
 
+def run_of(name: str, folder: Path) -> driver.Run:
+    """Return a reader's run in this process, which other tests have made large."""
+    (folder / "work").mkdir()
+    run = driver.Run(name, folder)
+    run.peak_before = peak_resident_bytes() or 0
+    return run
+
+
 @pytest.mark.parametrize("name", sorted(TARGETS.keys() - SLOW))
 def test_a_few_mutated_inputs(tmp_path, name):
     """Always the same ones; `python -m tests.fuzz` tries others."""
-    (tmp_path / "work").mkdir()
-    run = driver.Run(name, tmp_path)
+    run = run_of(name, tmp_path)
     driver.without_atheris(run, 0, 100, seed=1)
     assert run.state["crashes"] == []
     assert run.state["read"] < run.state["inputs"] == 100
@@ -63,8 +72,7 @@ def fails_as(what):
     ],
 )
 def test_what_counts_as_a_failure(tmp_path, what, found):
-    (tmp_path / "work").mkdir()
-    run = driver.Run("config", tmp_path)
+    run = run_of("config", tmp_path)
     run.read = fails_as(what)
     run.one(b"input")
     crashes = run.state["crashes"]
@@ -77,7 +85,6 @@ def test_slow_and_large_inputs_are_failures(tmp_path, monkeypatch):
     run = driver.Run("config", tmp_path)
     monkeypatch.setattr(driver, "SECONDS", -1)
     monkeypatch.setattr(driver, "BYTES", 0)
-    run.peak_before = 0
     run.read = fails_as(None)
     run.one(b"input")
     assert [crash[0][:6] for crash in run.state["crashes"]] == ["takes ", "memory"]
