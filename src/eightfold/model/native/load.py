@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from eightfold.config import ModelConfig
 from eightfold.errors import UnsupportedError
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, input_groups, layer_prefix, sliding_window
 from eightfold.format.checkpoint import Checkpoint
@@ -82,23 +83,7 @@ def load_model(
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
     isa = core.choose_isa()
-    model = core.extension.Model(
-        isa=isa,
-        threads=core.choose_threads(threads),
-        num_layers=config.num_layers,
-        hidden=cuts(config.hidden_size, share.size),
-        intermediate=cuts(config.intermediate_size, share.size),
-        vocab=cuts(config.vocab_size, share.size),
-        rank=share.rank,
-        heads=_length(share.heads(config)),
-        kv_heads=_length(share.kv_heads(config)),
-        head_dim=config.head_dim,
-        eps=config.rms_norm_eps,
-        symmetric_tokens=dynamic == "symmetric",
-        inv_freq=layers.inverse_frequencies(config.rope, config.head_dim, longest or config.context),
-    )
-    if (scale := layers.rope_scale(config.rope)) != 1:
-        model.set_rope_scale(scale)
+    model = _empty_model(config, share, isa, core.choose_threads(threads), dynamic, longest or config.context)
     loader = _Loader(checkpoint, model, share)
     for layer_idx in range(config.num_layers):
         loader.add_layer(layer_idx)
@@ -111,6 +96,28 @@ def load_model(
     if beside is None:
         loaded.resident_weights = (max((resident_bytes() or 0) - resident, 0),)
     return loaded
+
+
+def _empty_model(config: ModelConfig, share: Share, isa: str, threads: int, dynamic: str, longest: int) -> Model:
+    """Return a model that has its sizes, and no weights yet."""
+    model = core.extension.Model(
+        isa=isa,
+        threads=threads,
+        num_layers=config.num_layers,
+        hidden=cuts(config.hidden_size, share.size),
+        intermediate=cuts(config.intermediate_size, share.size),
+        vocab=cuts(config.vocab_size, share.size),
+        rank=share.rank,
+        heads=_length(share.heads(config)),
+        kv_heads=_length(share.kv_heads(config)),
+        head_dim=config.head_dim,
+        eps=config.rms_norm_eps,
+        symmetric_tokens=dynamic == "symmetric",
+        inv_freq=layers.inverse_frequencies(config.rope, config.head_dim, longest),
+    )
+    if (scale := layers.rope_scale(config.rope)) != 1:
+        model.set_rope_scale(scale)
+    return model
 
 
 def _finish(model: Model, beside: Callable[[], object] | None) -> int:
