@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from eightfold.errors import InputError
-from eightfold.machine import peak_resident_bytes
 from tests.fuzz import driver
 from tests.fuzz.__main__ import main
 from tests.fuzz.mutate import mutate, mutate_bytes
@@ -28,18 +26,11 @@ def test_seeds_are_read(tmp_path, name):
         read(seed)
 
 
-def run_of(name: str, folder: Path) -> driver.Run:
-    """Return a reader's run in this process, which other tests have made large."""
-    (folder / "work").mkdir()
-    run = driver.Run(name, folder)
-    run.peak_before = peak_resident_bytes() or 0
-    return run
-
-
 @pytest.mark.parametrize("name", sorted(TARGETS.keys() - SLOW))
 def test_a_few_mutated_inputs(tmp_path, name):
     """Always the same ones; `python -m tests.fuzz` tries others."""
-    run = run_of(name, tmp_path)
+    (tmp_path / "work").mkdir()
+    run = driver.Run(name, tmp_path)
     driver.without_atheris(run, 0, 100, seed=1)
     assert run.state["crashes"] == []
     assert run.state["read"] < run.state["inputs"] == 100
@@ -72,7 +63,8 @@ def fails_as(what):
     ],
 )
 def test_what_counts_as_a_failure(tmp_path, what, found):
-    run = run_of("config", tmp_path)
+    (tmp_path / "work").mkdir()
+    run = driver.Run("config", tmp_path)
     run.read = fails_as(what)
     run.one(b"input")
     crashes = run.state["crashes"]
@@ -84,10 +76,23 @@ def test_slow_and_large_inputs_are_failures(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     run = driver.Run("config", tmp_path)
     monkeypatch.setattr(driver, "SECONDS", -1)
-    monkeypatch.setattr(driver, "BYTES", 0)
+    monkeypatch.setattr(driver, "BYTES", -1)
     run.read = fails_as(None)
     run.one(b"input")
     assert [crash[0][:6] for crash in run.state["crashes"]] == ["takes ", "memory"]
+
+
+def test_memory_is_what_a_reader_takes_for_its_inputs(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    run = driver.Run("config", tmp_path)
+    peaks = iter((100, 130, 5000, 5000, 6000, 6010))
+    monkeypatch.setattr(driver, "_peak_bytes", lambda: next(peaks))
+    run.read = fails_as(None)
+    before = run.state["peak"] or run._before
+    for _ in range(3):
+        run.one(b"input")
+    run.write()
+    assert run.state["peak"] == before + 30 + 0 + 10
 
 
 def test_mutations_differ_and_repeat():
