@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eightfold.config import DType, ModelConfig, both_dialects, parse_config
+from eightfold.config import DType, ModelConfig, both_dialects, has_engine, parse_config
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.files import read_json
 from eightfold.rope import RopeParameters
@@ -742,3 +742,8 @@ def test_what_is_no_json_is_refused(tmp_path, content):
     message = json_refusal(tmp_path / "f.json")
     assert message.startswith(f"JSON in {tmp_path}/f.json: got ")
     assert message.endswith(", expected a JSON object. Fetch the file again.")
+
+
+@pytest.mark.parametrize("named", [None, 5, [], [5], [["LlamaForCausalLM"]], {"a": 1}, "LlamaForCausalLM"])
+def test_what_names_no_architecture_has_no_engine(named):
+    assert has_engine({"architectures": named}) is False

@@ -147,7 +147,7 @@ class ModelConfig:
 def has_engine(raw: Mapping[str, Any]) -> bool:
     """Whether this program can run the architecture that a config.json names."""
     named = raw.get("architectures")
-    return isinstance(named, list) and bool(named) and named[0] in FAMILIES
+    return isinstance(named, list) and bool(named) and isinstance(named[0], str) and named[0] in FAMILIES
 
 
 def require_architecture(raw: Mapping[str, Any], where: Path) -> Family:

@@ -32,6 +32,14 @@ class Target:
     refusals: tuple[type[BaseException], ...] = (EightfoldError,)
 
 
+FAMILY_CONFIGS: tuple[dict[str, Any], ...] = (
+    {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 4},
+    {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": {"num_hidden_layers": 2, "num_experts": [4, 8]},
+    },
+)
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "vocab_size": 320,
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -112,6 +120,15 @@ def config(path: Path) -> object:
 
     raw = read_json(path)
     return both_dialects(raw, parse_config(raw, path), DType.BF16)
+
+
+def family(path: Path) -> object:
+    from eightfold.config import has_engine
+    from eightfold.files import read_json
+    from eightfold.layouts import expert_count, layer_count, layout_of
+
+    raw = read_json(path)
+    return has_engine(raw), layout_of(raw, path, is_generic=True), layer_count(raw, path), expert_count(raw, 0)
 
 
 def description(path: Path) -> object:
@@ -528,6 +545,7 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(lambda _: [header(TENSORS), header({})], of_file("a.safetensors", safetensors), 14),
     "safetensors-header": Target(lambda _: dumped(TENSORS), of_file("b.safetensors", safetensors_header), 14),
     "config": Target(lambda _: dumped(CONFIG), of_file("config.json", config), 14),
+    "family": Target(lambda _: dumped(*FAMILY_CONFIGS), of_file("config.json", family), 6),
     "description": Target(lambda _: dumped(DESCRIPTION), of_file("quant_model_description.json", description), 14),
     "journal": Target(lambda _: [journal_seed()], of_file("eightfold_journal.jsonl", journal), 12),
     "recipe": Target(lambda _: list(RECIPES), of_file("recipe.yaml", recipe), 4),
