@@ -334,6 +334,17 @@ def _require_engine(raw: Mapping[str, Any], directory: Path) -> None:
         )
 
 
+def quantized_already(source: Path) -> CheckpointError:
+    """Return the error of a model that is to be quantized and was."""
+    return CheckpointError(
+        "model",
+        where=source,
+        got="a quantized one",
+        expected="float weights",
+        action="Start from its float original.",
+    )
+
+
 @dataclass(frozen=True)
 class _Expectation:
     """Shape and dtype that a tensor must have, whoever wrote it."""

@@ -19,7 +19,7 @@ from typing import Any
 from eightfold.config import CONFIG_DTYPES, DType, has_engine
 from eightfold.errors import CheckpointError, one_of, shortlist
 from eightfold.families import EMBEDDING, LM_HEAD
-from eightfold.format.checkpoint import find_description
+from eightfold.format.checkpoint import find_description, quantized_already
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.shards import PlannedTensor
@@ -501,11 +501,5 @@ def plan_by_name(source: Path, recipe: Recipe, *, is_generic: bool = False) -> N
     stored = StoredTensors.read(source)
     layout = layout_of(stored.config_raw, source / CONFIG_NAME, is_generic=is_generic)
     if find_description(source) is not None:
-        raise CheckpointError(
-            "model",
-            where=source,
-            got="a quantized one",
-            expected="float weights",
-            action="Start from its float original.",
-        )
+        raise quantized_already(source)
     return NamePlan(stored, recipe, layout)

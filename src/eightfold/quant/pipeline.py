@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from eightfold.config import both_dialects
-from eightfold.errors import CheckpointError, ConfigError, OutputError
+from eightfold.errors import ConfigError, OutputError
 from eightfold.families import LM_HEAD
 from eightfold.files import write_json
-from eightfold.format.checkpoint import Checkpoint, render_description
+from eightfold.format.checkpoint import Checkpoint, quantized_already, render_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import WORK_NAME, layers_done
 from eightfold.format.output import Output
@@ -115,13 +115,7 @@ def open_float(source: Path) -> Checkpoint:
     """
     checkpoint = Checkpoint.open(source)
     if checkpoint.is_quantized:
-        raise CheckpointError(
-            "model",
-            where=source,
-            got="a quantized one",
-            expected="float weights",
-            action="Start from its float original.",
-        )
+        raise quantized_already(source)
     return checkpoint
 
 
