@@ -7,27 +7,13 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from pages import Page, table
 
 from eightfold.config import FAMILIES
 from eightfold.layouts import ROWS, Layout, engine_names
-
-PAGE = Path(__file__).parent / "families.md"
-
-_MARKED = re.compile(r"(<!-- tables -->\n).*?(<!-- /tables -->)", re.DOTALL)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table and an empty one."""
-    cells = list(head)
-    yield f"| {' | '.join(cells)} |"
-    yield "|" + "---|" * len(cells)
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-    yield ""
 
 
 def names(row: Layout, *, stays_float: bool) -> str:
@@ -71,36 +57,7 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-def fill(page: str) -> str:
-    """Return the page with the present tables.
-
-    Raises:
-        ValueError: the markers are not there once.
-    """
-    text, count = _MARKED.subn(lambda match: f"{match[1]}\n{tables()}{match[2]}", page)
-    if count != 1:
-        raise ValueError(f"marked place in the page: got {count}, expected 1")
-    return text
-
-
-def check(page: Path = PAGE) -> bool:
-    """Whether the page is up to date."""
-    text = page.read_text(encoding="utf-8")
-    return fill(text) == text
-
-
-def main() -> int:
-    """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    if parser.parse_args().check:
-        if check():
-            return 0
-        print(f"{PAGE} is not up to date; run: python docs/make_families.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
-
+PAGE = Page(Path(__file__).parent / "families.md", tables)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(PAGE.main(str(__doc__)))

@@ -7,11 +7,11 @@
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from pages import Page, table
 
 from eightfold.scheme import (
     BIAS,
@@ -29,19 +29,6 @@ from eightfold.scheme import (
     legacy_norm,
     weight_file_stem,
 )
-
-PAGE = Path(__file__).parent / "format.md"
-
-_MARKED = re.compile(r"(<!-- tables -->\n).*?(<!-- /tables -->)", re.DOTALL)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    """Yield the lines of a Markdown table and an empty one."""
-    cells = list(head)
-    yield f"| {' | '.join(cells)} |"
-    yield "|" + "---|" * len(cells)
-    yield from (f"| {' | '.join(row)} |" for row in rows)
-    yield ""
 
 
 def presence(spec: TensorSpec) -> str:
@@ -97,33 +84,7 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-def fill(text: str) -> str:
-    """Return the page with its tables made anew.
-
-    Raises:
-        ValueError: the page has not exactly one marked place.
-    """
-    filled, places = _MARKED.subn(lambda match: f"{match[1]}\n{tables()}\n{match[2]}", text)
-    if places != 1:
-        raise ValueError(f"marked places in {PAGE.name}: got {places}, expected 1")
-    return filled
-
-
-def check(page: Path = PAGE) -> bool:
-    """Return whether the page is up to date."""
-    text = page.read_text(encoding="utf-8")
-    return fill(text) == text
-
-
-def main() -> int:
-    """Write the page, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when the page is out of date")
-    if parser.parse_args().check:
-        return int(not check())
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0
-
+PAGE = Page(Path(__file__).parent / "format.md", tables)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(PAGE.main(str(__doc__)))
