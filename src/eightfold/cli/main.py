@@ -31,7 +31,7 @@ START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfol
 # Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
     "import-gguf": ("making", "ImportGgufCommand"),
-    "quantize": ("making", "QuantizeCommand"),
+    "quantize": ("quantizing", "QuantizeCommand"),
     "synth": ("making", "SynthCommand"),
     "check": ("inspecting", "CheckCommand"),
     "inspect": ("inspecting", "InspectCommand"),

@@ -1,0 +1,440 @@
+"""`eightfold quantize`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eightfold.cli import console
+from eightfold.cli.calibrating import Calibration
+from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, settings
+from eightfold.errors import ConfigError, OutputError
+from eightfold.files import write_whole
+from eightfold.machine import peak_resident_bytes
+from eightfold.parallel.world import World
+from eightfold.quant.recipe import Recipe
+from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, size_text, whole
+
+if TYPE_CHECKING:
+    import torch
+
+    from eightfold.format.checkpoint import Checkpoint
+    from eightfold.parallel.ranks import Ranks
+    from eightfold.quant.estimate import Estimate
+    from eightfold.quant.name_plan import NamePlan
+    from eightfold.quant.outcome import Outcome
+
+_CALIBRATION, _OUTPUT, _RUNNING = "Calibration data", "Output", "Running"  # headings in the help
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeCommand:
+    """Turn a float model into an 8-bit one.
+
+    Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
+
+    One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C,
+    the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
+    and `eval` load it too, and `eightfold check` reports what those loaders would do with it.
+
+    Models that eightfold cannot run, such as mixtures of experts, take w8a8-dynamic and w8a16, which need no
+    calibration: their linears are known by name. docs/families.md lists the families and what stays float in each.
+
+    Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
+    """
+
+    source: Path = argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
+    target: Path = argument("OUT", "The directory to make. It appears when it is complete.")
+    choices: dict[str, Any] = settings(
+        Recipe, "scheme", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
+        "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "dtype",
+        "save_float32",
+    )  # fmt: skip
+    recipe_file: Path | None = setting(
+        None,
+        PATH,
+        "Read settings from a YAML file; options on the command line override them.",
+        flag="--recipe",
+        metavar="FILE",
+        group="Scheme",
+    )
+    generic: bool = setting(
+        False,
+        SWITCH,
+        "Quantize a model of an unknown family by the names of its tensors: every matrix of a layer but routers and "
+        "what --keep-float names. For w8a8-dynamic and w8a16.",
+        group="Scheme",
+    )
+    save_recipe: Path | None = setting(
+        None, PATH, "Write the settings of this run to such a file.", metavar="FILE", group="Scheme"
+    )
+    calib: Path | None = setting(
+        None,
+        PATH,
+        "Calibration texts: a JSON list, JSON on each line, or plain text on each line. A row of JSON is a text, or an "
+        "object with inputs_pretokenized, text, prompt, messages, conversations or instruction. Default: a mixed set "
+        "of 64.",
+        metavar="FILE",
+        group=_CALIBRATION,
+    )
+    calib_limit: int | None = setting(None, whole(1), "Use only the first N calibration rows.", group=_CALIBRATION)
+    calib_texts: tuple[str, ...] = setting((), TEXTS, "A calibration text.", group=_CALIBRATION)
+    calib_ids: Path | None = setting(
+        None,
+        PATH,
+        "Calibration samples as token ids: JSON lists, one on each line or in a list; no tokenizer is needed.",
+        metavar="FILE",
+        group=_CALIBRATION,
+    )
+    anti_calib: Path | None = setting(
+        None,
+        PATH,
+        "Texts from which --anti-outlier takes its scales, as --calib. Default: the calibration texts.",
+        metavar="FILE",
+        group=_CALIBRATION,
+    )
+    add_bos: bool | None = add_bos(_CALIBRATION)
+    part_bytes: int | None = setting(
+        None,
+        Kind((int,), "a finite number above 0", least=1, outside="a finite number above 0"),
+        "Split the weights into files of this size (GiB).",
+        flag="--part-size-gb",
+        metavar="GB",
+        group=_OUTPUT,
+        read=lambda text: round(float(text) * 2**30),
+    )
+    legacy_names: bool = setting(
+        False,
+        SWITCH,
+        "Use the layout of older MindIE releases: the description also under its suffixed name, `quantize` in "
+        "config.json, and smoothed norms as .module.weight and .module.bias.",
+        group=_OUTPUT,
+    )
+    overwrite: bool = setting(
+        False,
+        SWITCH,
+        "Replace OUT if quantize has written it. The old model stays until the new one is complete.",
+        group=_OUTPUT,
+    )
+    device: str = setting(
+        "cpu",
+        choice("cpu", "cuda", "npu"),
+        "Compute on cpu, cuda or npu; npu needs torch_npu, and without it the CPU is used.",
+        metavar="DEVICE",
+        group=_RUNNING,
+    )
+    memory: int | None = setting(
+        None,
+        BYTES,
+        "Use at most this much memory, such as 8GiB. What does not fit is kept in files beside OUT; the result is the "
+        "same. Default: half of the free memory.",
+        metavar="SIZE",
+        group=_RUNNING,
+        read=parse_size,
+    )
+    plan: bool = setting(
+        False,
+        SWITCH,
+        "Only report what the run would take: memory, disk, bytes to read and write, time. Quantizes three layers, or "
+        "some tensors, for a trial, and leaves nothing behind.",
+        group=_RUNNING,
+    )
+    as_json: bool = as_json(_RUNNING)
+
+    def execute(self) -> None:
+        started = time.monotonic()
+        with self._recipe_named():
+            _ = self.recipe  # is refused before anything else happens
+        with _ranks_of_environment() as ranks, self._recipe_named():
+            if self.plan:
+                if ranks.is_first:
+                    self._show_plan()
+                return
+            outcome = self._quantize_by_name(ranks) if self._goes_by_name else self._quantize(ranks)
+            if ranks.is_first and self.save_recipe is not None:
+                _save(self.recipe, self.save_recipe)
+            self._tell(outcome, ranks, started)
+
+    @contextmanager
+    def _recipe_named(self) -> Iterator[None]:
+        """Let an error about a setting of the recipe file name the file, and not an option that nobody has given."""
+        try:
+            yield
+        except ConfigError as error:
+            if self.recipe_file is None:
+                raise
+            names = [name for name in self._settings_of_file if name not in self.choices]
+            named = {f"`{name}`": f"{name} of {self.recipe_file}" for name in names}
+            raise ConfigError(in_flags(error, {**named, **{n: f"{n} in {self.recipe_file}" for n in names}})) from None
+
+    @cached_property
+    def _settings_of_file(self) -> dict[str, Any]:
+        from eightfold.quant.recipe import read_recipe
+
+        return {} if self.recipe_file is None else read_recipe(self.recipe_file)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        from eightfold.quant.recipe import act_method_name, make_recipe, parse_level
+        from eightfold.scheme import SCHEMES
+
+        meanings: dict[str, Callable[[Any], Any]] = {
+            "scheme": SCHEMES.__getitem__,
+            "act_method": act_method_name,
+            "disable_level": parse_level,
+            "save_float32": lambda name: name == "float32",
+        }
+        choices = {name: meanings.get(name, lambda value: value)(value) for name, value in self.choices.items()}
+        return make_recipe({**self._settings_of_file, **choices}, str(self.recipe_file or "the command line"))
+
+    def _quantize(self, ranks: Ranks) -> Outcome:
+        """Quantize. The texts are read and tokenized by one process."""
+        # What can be refused is refused before torch is loaded and texts are tokenized.
+        samples = self._calibration.samples(self._checkpoint) if ranks.is_first else []
+        samples = ranks.share(samples)
+        console.require_torch("quantize")
+        if ranks.is_first:
+            self._tell_what_is_known()
+        from eightfold.progress import silent
+        from eightfold.quant.pipeline import quantize_checkpoint
+
+        return quantize_checkpoint(
+            self.source,
+            self.target,
+            self.recipe,
+            *samples,
+            overwrite=self.overwrite,
+            part_bytes=self.part_bytes,
+            legacy_names=self.legacy_names,
+            device=self._torch_device(ranks),
+            memory=self.memory,
+            progress=console.bars if ranks.is_first else silent,
+            ranks=ranks,
+        )
+
+    @cached_property
+    def _goes_by_name(self) -> bool:
+        """Whether the model cannot run here, or not as it is stored: then only the names of its tensors are known."""
+        from eightfold.config import has_engine
+        from eightfold.files import has_file, read_json
+        from eightfold.format.directory import CONFIG_NAME
+
+        config = self.source / CONFIG_NAME
+        if self.generic or not has_file(config):
+            return self.generic
+        raw = read_json(config)
+        if has_engine(raw) and raw.get("quantization_config"):
+            from eightfold.quant.name_plan import DATA_FREE
+            from eightfold.quant.name_sources import is_quantized_elsewhere
+
+            return self.recipe.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
+        return bool(raw.get("architectures")) and not has_engine(raw)
+
+    @cached_property
+    def _name_plan(self) -> NamePlan:
+        """What a model is going to be by the names of its tensors. What does not go with it is refused."""
+        from eightfold.format.target import QUANTIZE, check_target
+        from eightfold.quant.name_plan import plan_by_name
+
+        found = plan_by_name(self.source, self.recipe, is_generic=self.generic)
+        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        return found
+
+    def _quantize_by_name(self, ranks: Ranks) -> Outcome:
+        """Quantize a model that this program cannot run."""
+        if ranks.size > 1:
+            raise ConfigError("processes", got=ranks.size, expected="one, for a model that is quantized by names")
+        if self.legacy_names:
+            raise ConfigError("legacy_names", got="it", expected="it left out, as the model is known by its names only")
+        plan = self._name_plan
+        if given := self._calibration.given:
+            console.note(f"nothing here needs calibration data; {given[0]} changes nothing.")
+        console.require_torch("quantize")
+        self._tell_notes([*plan.stored.notes, *plan.notes])
+        from eightfold.quant.by_name import quantize_by_name
+
+        return quantize_by_name(
+            plan,
+            self.target,
+            overwrite=self.overwrite,
+            part_bytes=self.part_bytes,
+            memory=self.memory,
+            progress=console.bars,
+        )
+
+    def _show_plan(self) -> None:
+        if self._goes_by_name:
+            self._show_name_plan()
+            return
+        checkpoint = self._checkpoint
+        samples = self._calibration.samples(checkpoint)
+        console.require_torch("quantize --plan")
+        self._tell_what_is_known()
+        from eightfold.quant.estimate import estimate_run
+
+        found = estimate_run(
+            checkpoint, self.recipe, *samples, target=self.target, memory=self.memory, progress=console.bars
+        )
+        self._print_plan(found)
+
+    def _show_name_plan(self) -> None:
+        plan = self._name_plan
+        console.require_torch("quantize --plan")
+        self._tell_notes([*plan.stored.notes, *plan.notes])
+        from eightfold.quant.name_estimate import estimate_by_name
+
+        self._print_plan(estimate_by_name(plan, target=self.target, memory=self.memory))
+
+    def _print_plan(self, found: Estimate) -> None:
+        if self.as_json:
+            console.print_json(found.as_json())
+        else:
+            print("\n".join(found.render()))
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        """The float model. A recipe or an output directory that does not go with it is refused."""
+        from eightfold.format.target import QUANTIZE, check_target
+        from eightfold.quant.plan import assign_types, require_level
+
+        checkpoint = console.opened(self.source)
+        require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
+        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        return checkpoint
+
+    def _tell_what_is_known(self) -> None:
+        """Tell what a recipe on this model leads to, before the work."""
+        from eightfold.quant.outcome import notes_for
+        from eightfold.quant.plan import assign_types
+
+        types = assign_types(self._checkpoint.config, self.recipe)
+        self._tell_notes(notes_for(self._checkpoint, self.recipe, types))
+
+    def _tell_notes(self, notes: list[str]) -> None:
+        """Tell those that were not told yet."""
+        for text in notes:
+            if text not in self._told:
+                console.note(text)
+                self._told.add(text)
+
+    @cached_property
+    def _told(self) -> set[str]:
+        return set()
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        return Calibration(
+            source=self.source,
+            recipe=self.recipe,
+            file=self.calib,
+            limit=self.calib_limit,
+            texts=self.calib_texts,
+            ids=self.calib_ids,
+            anti_file=self.anti_calib,
+            add_bos=self.add_bos,
+            names_act_method="act_method" in self.choices,
+        )
+
+    def _torch_device(self, ranks: Ranks) -> torch.device:
+        from eightfold.model.reference.tensors import find_device
+
+        if ranks.size > 1 and self.device != "cpu":
+            raise ConfigError("device", got=self.device, expected=f"cpu, for {ranks.size} processes")
+        found, remark = find_device(self.device)
+        if remark:
+            console.note(in_flags(remark, flags_of(QuantizeCommand)))
+        return found
+
+    def _tell(self, outcome: Outcome, ranks: Ranks, started: float) -> None:
+        seconds = time.monotonic() - started
+        peaks = ranks.gather(peak_resident_bytes())
+        if not ranks.is_first:
+            return
+        if self.as_json:
+            console.print_json(_document(outcome, seconds, peaks))
+        elif outcome.already_complete:
+            print(f"{self.target}: already complete")
+        else:
+            _report(outcome)
+            self._tell_notes(outcome.notes)
+            print(f"{self.target}: {_summary(outcome)}, {seconds:.1f} s")
+
+
+@contextmanager
+def _ranks_of_environment() -> Iterator[Ranks]:
+    """The processes that torchrun has started; an error of one ends all."""
+    from eightfold.parallel.ranks import Ranks
+
+    world = World.of_environment()
+    if world.size > 1:
+        console.require_torch("quantize")
+    ranks = Ranks(world)
+    try:
+        yield ranks
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    ranks.end()
+
+
+def _save(recipe: Recipe, path: Path) -> None:
+    from eightfold.quant.recipe import render_recipe
+
+    try:
+        write_whole(path, render_recipe(recipe).encode())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
+
+
+def _document(outcome: Outcome, seconds: float, peaks: list[int | None]) -> dict[str, Any]:
+    """Return what --json prints; `peaks` are bytes of each process."""
+    resident = [None if peak is None else round(peak / 2**20, 1) for peak in peaks]
+    return {
+        "layers": outcome.layers,
+        "layers_resumed": outcome.layers_resumed,
+        "already_complete": outcome.already_complete,
+        "seconds": round(seconds, 3),
+        "peak_rss_mib": resident[0],
+        "world_size": len(resident),
+        "ranks_peak_rss_mib": resident,
+        "scheme": outcome.recipe.scheme.value,
+        "quantized": outcome.quantized,
+        "types": outcome.counts,
+        "nbytes": outcome.nbytes,
+        "restarted": outcome.restarted or None,
+        "notes": outcome.notes,
+    }
+
+
+def _report(outcome: Outcome) -> None:
+    """Tell what was decided on the way."""
+    if outcome.smoothing is not None:
+        proof = outcome.smoothing
+        print(
+            f"outlier suppression {outcome.recipe.anti_outlier.value if outcome.recipe.anti_outlier else ''}: "
+            f"{len(proof.choices)} groups; the float model's logits move by {proof.max_logit_difference:.2g} at most "
+            f"(largest {proof.max_logit:.3g})"
+        )
+    if outcome.rolled_back:
+        rows = [
+            [row.module, f"{row.range_param:.2f}", "shares the input of one above" if row.of_group else "widest inputs"]
+            for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
+        ]
+        print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
+    if outcome.restarted:
+        console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
+    elif outcome.layers_resumed:
+        console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
+
+
+def _summary(outcome: Outcome) -> str:
+    counts = outcome.counts
+    first, *others = [kind for kind in counts if kind != "FLOAT"] or [outcome.recipe.scheme.value]
+    parts = [f"{counts.get(first, 0)} linears as {first}", *(f"{counts[kind]} as {kind}" for kind in others)]
+    parts += [f"{len(outcome.kept_float)} kept float"] if outcome.kept_float else []
+    return f"{', '.join(parts)}, {size_text(outcome.nbytes)}"
