@@ -9,19 +9,16 @@ No torch: a command line is checked before that is loaded.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from eightfold.config import CONFIG_DTYPES, DType, has_engine
 from eightfold.errors import CheckpointError, one_of, shortlist
-from eightfold.families import EMBEDDING, LM_HEAD
 from eightfold.format.checkpoint import find_description, quantized_already
 from eightfold.format.directory import CONFIG_NAME
-from eightfold.format.safetensors import TensorInfo
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors
 from eightfold.layouts import (
@@ -31,22 +28,18 @@ from eightfold.layouts import (
     Part,
     Rule,
     engine_names,
-    expert_count,
-    generic_rule,
     layout_of,
     text_config,
 )
-from eightfold.quant.name_sources import FLOATS, UNREAD, Source, Sources
+from eightfold.quant.name_checks import require_complete
+from eightfold.quant.name_linears import OUTSIDE, FoundTensors
+from eightfold.quant.name_sources import FLOATS, Source
 from eightfold.quant.plan import OutputTensor
 from eightfold.quant.recipe import Recipe, require
-from eightfold.scheme import BIAS, WEIGHT, QuantType, linear_tensors, weight_name
+from eightfold.scheme import BIAS, QuantType, linear_tensors, weight_name
 from eightfold.values import shown
 
 DATA_FREE = (QuantType.W8A8_DYNAMIC, QuantType.W8A16)
-
-_OUTSIDE = "others"  # the step of what is in no layer
-
-_NEXT = re.compile(r"mtp\.layers\.\d+\.")  # layers that predict further tokens, of families that name them so
 
 
 @dataclass(frozen=True)
@@ -68,17 +61,6 @@ class Unit:
     source: Source
     bias: Source | None = None
     is_linear: bool = True
-
-
-@dataclass
-class _Found:
-    """A linear that could be quantized."""
-
-    step: str
-    module: str
-    rule: Rule
-    source: Source
-    bias: Source | None = None
 
 
 @dataclass
@@ -107,39 +89,13 @@ class NamePlan:
     def __post_init__(self) -> None:
         require_data_free(self.recipe, self.stored.config_raw)
         self.num_layers = self.stored.num_layers
-        self._where = self.stored.directory / CONFIG_NAME
-        self._found: dict[str, _Found] = {}
-        self._copied: list[tuple[str, str, Source]] = []
-        self._unknown: list[str] = []
-        self._beyond: set[int] = set()
-        self._prefix = self._layer_prefix()
-        self._in_layer = re.compile(re.escape(self._prefix) + r"(\d+)\.")
-        self._sources = Sources(self.stored)
         self.dtype = self._model_dtype()
-        for info in self.stored.tensors.values():
-            self._place(info)
-        self._copy_tied_head()
-        self._require_experts()
-        self._require_layers()
+        self._found = FoundTensors(self.stored, self.layout)
+        require_complete(self._found)
         self._assign_types()
         self._build()
         self._add_entries()
         self._take_notes()
-
-    # --- where the layers are, and what goes with a weight
-
-    def _layer_prefix(self) -> str:
-        names = self.stored.tensors
-        for prefix in self.layout.layers:
-            if any(name.startswith(prefix) and name[len(prefix) : len(prefix) + 1].isdigit() for name in names):
-                return prefix
-        raise CheckpointError(
-            "tensor names",
-            where=self.stored.directory,
-            got=shortlist(names, 2) or "none",
-            expected=f"layers below {one_of(self.layout.layers)}",
-            action="config.json and the weights belong to different models.",
-        )
 
     def _model_dtype(self) -> DType:
         raw = self.stored.config_raw
@@ -151,209 +107,10 @@ class NamePlan:
         kinds = [info.dtype for info in self.stored.tensors.values() if len(info.shape) > 1 and info.dtype in FLOATS]
         return FLOATS[kinds[0]] if kinds else DType.BF16
 
-    # --- what each tensor becomes
-
-    def _place(self, info: TensorInfo) -> None:
-        name = info.name
-        if name.endswith(UNREAD) or self._sources.is_scale(name):
-            return
-        found, next_found = self._in_layer.match(name), _NEXT.match(name)
-        if next_found:
-            self._place_in_layer(info, next_found[0], _OUTSIDE)
-        elif found and int(found[1]) < self.num_layers:
-            self._place_in_layer(info, found[0], f"layer {int(found[1])}")
-        elif found:
-            self._beyond.add(int(found[1]))
-            self._place_in_layer(info, found[0], _OUTSIDE)
-        else:
-            self._copied.append((_OUTSIDE, name, self._sources.of(info)))
-
-    def _copy_tied_head(self) -> None:
-        """Write the head of a tied model that can run here, as pipeline.py does."""
-        raw, embedding = self.stored.config_raw, self.stored.tensors.get(weight_name(EMBEDDING))
-        head = weight_name(LM_HEAD)
-        if has_engine(raw) and embedding is not None and head not in self.stored.tensors:
-            self._copied.append((_OUTSIDE, head, self._sources.of(embedding)))
-
-    def _place_in_layer(self, info: TensorInfo, prefix: str, step: str) -> None:
-        inner = info.name.removeprefix(prefix)
-        for before, after in (self.layout.renames or {}).items():
-            if inner.startswith(before):
-                inner = after + inner.removeprefix(before)
-        if self._place_stacked(info, prefix, inner, step):
-            return
-        module, _, last = inner.rpartition(".")
-        weight = self.stored.tensors.get(info.name.removesuffix(BIAS) + WEIGHT)
-        if last == BIAS and weight is not None and len(weight.shape) == 2:
-            return  # goes with its weight
-        if last != WEIGHT or len(info.shape) != 2:
-            self._copied.append((step, prefix + inner, self._sources.of(info)))
-            return
-        bias = self.stored.tensors.get(info.name.removesuffix(WEIGHT) + BIAS)
-        source, of_bias = self._sources.of(info), None if bias is None else self._sources.of(bias)
-        for own, half in self._halves(module, info.shape[0]):
-            at = source if half is None else source.part(*half)
-            its_bias = of_bias if half is None or of_bias is None else of_bias.part(*half)
-            self._add_found(step, prefix, own, at, its_bias)
-
-    def _halves(self, module: str, n: int) -> Iterator[tuple[str, tuple[int, int] | None]]:
-        pair = (self.layout.halves or {}).get(module)
-        if pair is None or n % 2:
-            yield module, None
-            return
-        for i, half in enumerate(pair):
-            yield half, (i * (n // 2), n // 2)
-
-    def _add_found(self, step: str, prefix: str, module: str, source: Source, bias: Source | None) -> None:
-        rule = generic_rule(module) if self.layout.takes_any else self.layout.rule_of(module)
-        name = prefix + module
-        if rule is None or step == _OUTSIDE:
-            if step != _OUTSIDE:
-                self._unknown.append(name)
-            rule = Rule(module, Part.OTHER if rule is None else rule.part, stays_float=True)
-        if name in self._found:
-            raise CheckpointError(
-                weight_name(name),
-                where=self.stored.directory,
-                got=f"it in {self._found[name].source.tensor} and in {source.tensor}",
-                expected="it once",
-                action="Remove the one that does not belong to this model.",
-            )
-        self._found[name] = _Found(step, name, rule, source, bias)
-
-    def _place_stacked(self, info: TensorInfo, prefix: str, inner: str, step: str) -> bool:
-        """Take a tensor of all experts of a layer apart; return whether it is one."""
-        experts = self.layout.experts
-        if experts is None:
-            return False
-        base = inner.removesuffix(f".{WEIGHT}")
-        for joined, down in experts.stacked:
-            if base in (joined, down) and len(info.shape) == 3:
-                for expert in range(info.shape[0]):
-                    for last, source, bias in self._slices(info, base == joined, expert):
-                        self._add_found(step, prefix, f"{experts.module}.{expert}.{last}", source, bias)
-                return True
-            if base in (f"{joined}_{BIAS}", f"{down}_{BIAS}"):
-                return True  # goes with its weight
-        return False
-
-    def _slices(self, info: TensorInfo, is_joined: bool, expert: int) -> Iterator[tuple[str, Source, Source | None]]:
-        """Yield the linears that one expert has in a stacked tensor: the last part of the name, weight and bias."""
-        experts = self.layout.experts
-        assert experts is not None
-        is_input_major = self._is_input_major(info, is_joined)
-        rows, columns = info.shape[1:]
-        n, k = (columns, rows) if is_input_major else (rows, columns)
-        whole = replace(self._sources.of_stack(info), shape=(n, k), expert=expert, is_input_major=is_input_major)
-        biases = self.stored.tensors.get(f"{info.name.removesuffix(f'.{WEIGHT}')}_{BIAS}")
-        bias = None if biases is None else Source(biases.name, (n,), expert=expert)
-        if not is_joined:
-            yield experts.down, whole, bias
-            return
-        if n % 2:
-            got, expected = f"{n} rows of gate and up", "an even number"
-            raise CheckpointError(f"shape of {info.name}", where=info.file, got=got, expected=expected)
-        half, step = n // 2, 2 if experts.is_interleaved else 1
-        for i, last in enumerate((experts.gate, experts.up)):
-            begin = i if experts.is_interleaved else i * half
-            yield last, whole.part(begin, half, step), None if bias is None else bias.part(begin, half, step)
-
-    def _is_input_major(self, info: TensorInfo, is_joined: bool) -> bool:
-        """Decide by the sizes of config.json how an expert's part of a stacked tensor lies; else by the family."""
-        experts, text = self.layout.experts, text_config(self.stored.config_raw)
-        assert experts is not None
-        hidden, (rows, columns) = text.get("hidden_size"), info.shape[1:]
-        if rows == columns or hidden not in (rows, columns):
-            return experts.is_input_major
-        is_output_first = columns == hidden if is_joined else rows == hidden
-        return not is_output_first
-
-    # --- what must be there
-
-    def _require_layers(self) -> None:
-        steps = {found.step for found in self._found.values()}
-        absent = [f"layer {i}" for i in range(self.num_layers) if f"layer {i}" not in steps]
-        if absent:
-            raise CheckpointError(
-                "layers",
-                where=self.stored.directory,
-                got=f"no weights of {shortlist(absent, 3)}",
-                expected=f"all {self.num_layers} of config.json",
-                action="Fetch the missing files, or correct config.json.",
-            )
-        present = {name.rpartition(".")[0] for name in self._found}
-        for parent in present:
-            for group in GROUPS[:3]:
-                members = [f"{parent}.{name}" for name in group]
-                absent = [name for name in members if name not in self._found]
-                has_some = any(name in self._found for name in members[1:])
-                if has_some and absent and not EXPERT.fullmatch(members[0]):
-                    raise CheckpointError(
-                        f"linears of {parent}",
-                        where=self.stored.directory,
-                        got=f"no {shortlist(absent)}",
-                        expected=shortlist(members),
-                        action="Fetch the model again, with all of its files.",
-                    )
-
-    def _require_experts(self) -> None:
-        """Refuse layers whose experts are not all there, or not of one shape, or whose router is for others."""
-        layers: dict[str, dict[int, dict[str, Source]]] = {}
-        for name, found in self._found.items():
-            if (match := EXPERT.fullmatch(name)) and found.rule.part is Part.EXPERT:
-                layers.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = found.source
-        if not layers and self.layout.experts is not None and not self.layout.takes_any:
-            expected = f"{self.layout.experts.module} in some layers of {self.layout.model_type}"
-            action = "config.json and the weights belong to different models."
-            raise CheckpointError("experts", where=self.stored.directory, got="none", expected=expected, action=action)
-        for module, experts in layers.items():
-            self._require_whole(module, experts)
-            self._require_router(module, len(experts))
-
-    def _require_whole(self, module: str, experts: Mapping[int, Mapping[str, Source]]) -> None:
-        given, own = self._in_layer.match(module + "."), self.layout.experts
-        said = expert_count(self.stored.config_raw, int(given[1])) if given else None
-        count = max(max(experts) + 1, said or 0)
-        names = own.names if own is not None and not self.layout.takes_any else tuple(next(iter(experts.values())))
-        missing = [f"{i}.{name}" for i in range(count) for name in names if name not in experts.get(i, {})]
-        where = self.stored.directory
-        if missing or (said is not None and count != said):
-            got = f"no {shortlist(missing, 4)}" if missing else f"{count} of them"
-            expected = f"{said or count} experts with {', '.join(names)}"
-            action = "Fetch the model again, with all of its files."
-            raise CheckpointError(f"experts of {module}", where=where, got=got, expected=expected, action=action)
-        for name in names:
-            shape = experts[0][name].shape
-            for i, other in experts.items():
-                if other[name].shape != shape:
-                    got, expected = f"{list(other[name].shape)}", f"{list(shape)}, as expert 0 has"
-                    raise CheckpointError(f"shape of {module}.{i}.{name}", where=where, got=got, expected=expected)
-
-    def _require_router(self, module: str, count: int) -> None:
-        own = self.layout.experts
-        if own is None or self.layout.takes_any or not module.endswith(own.module):
-            return
-        name = module.removesuffix(own.module) + own.router
-        router = self._found.get(name)
-        if router is None:
-            got, expected = f"no {weight_name(name)}", f"the router of {module}"
-            raise CheckpointError("router", where=self.stored.directory, got=got, expected=expected)
-        hidden = text_config(self.stored.config_raw).get("hidden_size")
-        expected_shape = (count, hidden if isinstance(hidden, int) else router.source.shape[1])
-        if router.source.shape != expected_shape:
-            raise CheckpointError(
-                f"shape of {weight_name(name)}",
-                where=self.stored.directory,
-                got=list(router.source.shape),
-                expected=f"{list(expected_shape)}, one row for each of {count} experts",
-            )
-
-    # --- how each is stored
-
     def _assign_types(self) -> None:
-        names = [name for name, found in self._found.items() if found.step != _OUTSIDE]
-        self.parts = {name: self._found[name].rule.part for name in names}
-        self.types = {name: self._default(self._found[name].rule) for name in names}
+        names = [name for name, found in self._found.linears.items() if found.step != OUTSIDE]
+        self.parts = {name: self._found.linears[name].rule.part for name in names}
+        self.types = {name: self._default(self._found.linears[name].rule) for name in names}
         for option, patterns in (
             ("modules", self.recipe.modules),
             ("keep_float", [(pattern, QuantType.FLOAT) for pattern in self.recipe.keep_float]),
@@ -374,9 +131,11 @@ class NamePlan:
     def _build(self) -> None:
         units = [
             Unit(found.step, name, self.types.get(name, QuantType.FLOAT), found.source, found.bias)
-            for name, found in self._found.items()
+            for name, found in self._found.linears.items()
         ]
-        units += [Unit(step, name, QuantType.FLOAT, source, is_linear=False) for step, name, source in self._copied]
+        units += [
+            Unit(step, name, QuantType.FLOAT, source, is_linear=False) for step, name, source in self._found.copied
+        ]
         order = {step: i for i, step in enumerate(self.steps)}
         self.units = sorted(units, key=lambda unit: order[unit.step])
         for unit in self.units:
@@ -398,7 +157,7 @@ class NamePlan:
     @property
     def steps(self) -> list[str]:
         """The steps of the journal, in order."""
-        return [*(f"layer {i}" for i in range(self.num_layers)), _OUTSIDE]
+        return [*(f"layer {i}" for i in range(self.num_layers)), OUTSIDE]
 
     def _float_dtype(self, source: Source) -> DType:
         return self.dtype if source.scale else DType(self.stored.tensors[source.tensor].dtype)
@@ -415,7 +174,7 @@ class NamePlan:
                 if (match := EXPERT.fullmatch(name)) and self.parts[name] is Part.EXPERT:
                     self.entries.setdefault(weight_name(match[1]), kind)
         if not any(name.endswith(("lm_head.weight", "output.weight", "output_layer.weight")) for name in self.tensors):
-            outer = "language_model." if self._prefix.startswith("language_model.model.") else ""
+            outer = "language_model." if self._found.prefix.startswith("language_model.model.") else ""
             self.entries[f"{outer}lm_head.weight"] = QuantType.FLOAT
 
     def _take_notes(self) -> None:
@@ -434,11 +193,11 @@ class NamePlan:
             )
         if all(kind is QuantType.FLOAT for kind in self.types.values()):
             self.notes.append("every linear is kept float: nothing is quantized.")
-        if self._unknown:
-            count, names = len(self._unknown), shortlist(self._unknown, 2)
+        if self._found.unknown:
+            count, names = len(self._found.unknown), shortlist(self._found.unknown, 2)
             self.notes.append(f"{count} weights that this family is not known to have stay float ({names}).")
-        if self._beyond:
-            others = shortlist(sorted(self._beyond), 4)
+        if self._found.beyond:
+            others = shortlist(sorted(self._found.beyond), 4)
             self.notes.append(
                 f"behind the {self.num_layers} layers of config.json lie others ({others}): they predict further "
                 "tokens, and stay float."

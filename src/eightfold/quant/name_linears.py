@@ -1,0 +1,202 @@
+"""What each tensor of a source is, by its name: one linear of a layer, several, or something that is copied.
+
+one            a matrix in a layer, with its bias
+several        experts in one tensor, a joined gate and up
+copied         what is no matrix of a layer, and what is in none
+none           scales, which go with a weight, and what readers do without
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from eightfold.config import has_engine
+from eightfold.errors import CheckpointError, one_of, shortlist
+from eightfold.families import EMBEDDING, LM_HEAD
+from eightfold.format.safetensors import TensorInfo
+from eightfold.format.stored import StoredTensors
+from eightfold.layouts import Layout, Part, Rule, generic_rule, text_config
+from eightfold.quant.name_sources import UNREAD, Source, Sources
+from eightfold.scheme import BIAS, WEIGHT, weight_name
+
+OUTSIDE = "others"  # the step of what is in no layer
+
+_NEXT = re.compile(r"mtp\.layers\.\d+\.")  # layers that predict further tokens, of families that name them so
+
+
+@dataclass
+class Found:
+    """A linear of a layer.
+
+    Attributes:
+        step: of the journal: its layer.
+        module: its full name in the output.
+        rule: what it is; of a layer behind the last, that it stays float.
+        source: its weight.
+        bias: its bias.
+    """
+
+    step: str
+    module: str
+    rule: Rule
+    source: Source
+    bias: Source | None = None
+
+
+class FoundTensors:
+    """All tensors of a source.
+
+    Attributes:
+        linears: by their full names in the output.
+        copied: (step, name in the output, source) of everything else that is written.
+        unknown: linears of a layer that no rule of the family names.
+        beyond: the indices of layers behind the last.
+        prefix: before the index of a layer.
+
+    Raises:
+        CheckpointError: no layers where the family has them, or a linear twice, or of a shape that cannot be.
+        UnsupportedError: a type of weights that is not read.
+    """
+
+    def __init__(self, stored: StoredTensors, layout: Layout) -> None:
+        self.stored, self.layout = stored, layout
+        self.linears: dict[str, Found] = {}
+        self.copied: list[tuple[str, str, Source]] = []
+        self.unknown: list[str] = []
+        self.beyond: set[int] = set()
+        self.prefix = self._layer_prefix()
+        self.in_layer = re.compile(re.escape(self.prefix) + r"(\d+)\.")
+        self._sources = Sources(stored)
+        for info in stored.tensors.values():
+            self._place(info)
+        self._copy_tied_head()
+
+    def _layer_prefix(self) -> str:
+        names = self.stored.tensors
+        for prefix in self.layout.layers:
+            if any(name.startswith(prefix) and name[len(prefix) : len(prefix) + 1].isdigit() for name in names):
+                return prefix
+        raise CheckpointError(
+            "tensor names",
+            where=self.stored.directory,
+            got=shortlist(names, 2) or "none",
+            expected=f"layers below {one_of(self.layout.layers)}",
+            action="config.json and the weights belong to different models.",
+        )
+
+    def _place(self, info: TensorInfo) -> None:
+        name = info.name
+        if name.endswith(UNREAD) or self._sources.is_scale(name):
+            return
+        found, next_found = self.in_layer.match(name), _NEXT.match(name)
+        if next_found:
+            self._place_in_layer(info, next_found[0], OUTSIDE)
+        elif found and int(found[1]) < self.stored.num_layers:
+            self._place_in_layer(info, found[0], f"layer {int(found[1])}")
+        elif found:
+            self.beyond.add(int(found[1]))
+            self._place_in_layer(info, found[0], OUTSIDE)
+        else:
+            self.copied.append((OUTSIDE, name, self._sources.of(info)))
+
+    def _copy_tied_head(self) -> None:
+        """Write the head of a tied model that can run here, as pipeline.py does."""
+        raw, embedding = self.stored.config_raw, self.stored.tensors.get(weight_name(EMBEDDING))
+        head = weight_name(LM_HEAD)
+        if has_engine(raw) and embedding is not None and head not in self.stored.tensors:
+            self.copied.append((OUTSIDE, head, self._sources.of(embedding)))
+
+    def _place_in_layer(self, info: TensorInfo, prefix: str, step: str) -> None:
+        inner = info.name.removeprefix(prefix)
+        for before, after in (self.layout.renames or {}).items():
+            if inner.startswith(before):
+                inner = after + inner.removeprefix(before)
+        if self._place_stacked(info, prefix, inner, step):
+            return
+        module, _, last = inner.rpartition(".")
+        weight = self.stored.tensors.get(info.name.removesuffix(BIAS) + WEIGHT)
+        if last == BIAS and weight is not None and len(weight.shape) == 2:
+            return  # goes with its weight
+        if last != WEIGHT or len(info.shape) != 2:
+            self.copied.append((step, prefix + inner, self._sources.of(info)))
+            return
+        bias = self.stored.tensors.get(info.name.removesuffix(WEIGHT) + BIAS)
+        source, of_bias = self._sources.of(info), None if bias is None else self._sources.of(bias)
+        for own, half in self._halves(module, info.shape[0]):
+            at = source if half is None else source.part(*half)
+            its_bias = of_bias if half is None or of_bias is None else of_bias.part(*half)
+            self._add_found(step, prefix, own, at, its_bias)
+
+    def _halves(self, module: str, n: int) -> Iterator[tuple[str, tuple[int, int] | None]]:
+        pair = (self.layout.halves or {}).get(module)
+        if pair is None or n % 2:
+            yield module, None
+            return
+        for i, half in enumerate(pair):
+            yield half, (i * (n // 2), n // 2)
+
+    def _add_found(self, step: str, prefix: str, module: str, source: Source, bias: Source | None) -> None:
+        rule = generic_rule(module) if self.layout.takes_any else self.layout.rule_of(module)
+        name = prefix + module
+        if rule is None or step == OUTSIDE:
+            if step != OUTSIDE:
+                self.unknown.append(name)
+            rule = Rule(module, Part.OTHER if rule is None else rule.part, stays_float=True)
+        if name in self.linears:
+            raise CheckpointError(
+                weight_name(name),
+                where=self.stored.directory,
+                got=f"it in {self.linears[name].source.tensor} and in {source.tensor}",
+                expected="it once",
+                action="Remove the one that does not belong to this model.",
+            )
+        self.linears[name] = Found(step, name, rule, source, bias)
+
+    def _place_stacked(self, info: TensorInfo, prefix: str, inner: str, step: str) -> bool:
+        """Take a tensor of all experts of a layer apart; return whether it is one."""
+        experts = self.layout.experts
+        if experts is None:
+            return False
+        base = inner.removesuffix(f".{WEIGHT}")
+        for joined, down in experts.stacked:
+            if base in (joined, down) and len(info.shape) == 3:
+                for expert in range(info.shape[0]):
+                    for last, source, bias in self._slices(info, base == joined, expert):
+                        self._add_found(step, prefix, f"{experts.module}.{expert}.{last}", source, bias)
+                return True
+            if base in (f"{joined}_{BIAS}", f"{down}_{BIAS}"):
+                return True  # goes with its weight
+        return False
+
+    def _slices(self, info: TensorInfo, is_joined: bool, expert: int) -> Iterator[tuple[str, Source, Source | None]]:
+        """Yield the linears that one expert has in a stacked tensor: the last part of the name, weight and bias."""
+        experts = self.layout.experts
+        assert experts is not None
+        is_input_major = self._is_input_major(info, is_joined)
+        rows, columns = info.shape[1:]
+        n, k = (columns, rows) if is_input_major else (rows, columns)
+        whole = replace(self._sources.of_stack(info), shape=(n, k), expert=expert, is_input_major=is_input_major)
+        biases = self.stored.tensors.get(f"{info.name.removesuffix(f'.{WEIGHT}')}_{BIAS}")
+        bias = None if biases is None else Source(biases.name, (n,), expert=expert)
+        if not is_joined:
+            yield experts.down, whole, bias
+            return
+        if n % 2:
+            got, expected = f"{n} rows of gate and up", "an even number"
+            raise CheckpointError(f"shape of {info.name}", where=info.file, got=got, expected=expected)
+        half, step = n // 2, 2 if experts.is_interleaved else 1
+        for i, last in enumerate((experts.gate, experts.up)):
+            begin = i if experts.is_interleaved else i * half
+            yield last, whole.part(begin, half, step), None if bias is None else bias.part(begin, half, step)
+
+    def _is_input_major(self, info: TensorInfo, is_joined: bool) -> bool:
+        """Decide by the sizes of config.json how an expert's part of a stacked tensor lies; else by the family."""
+        experts, text = self.layout.experts, text_config(self.stored.config_raw)
+        assert experts is not None
+        hidden, (rows, columns) = text.get("hidden_size"), info.shape[1:]
+        if rows == columns or hidden not in (rows, columns):
+            return experts.is_input_major
+        is_output_first = columns == hidden if is_joined else rows == hidden
+        return not is_output_first
