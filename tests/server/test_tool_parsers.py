@@ -179,6 +179,12 @@ CALLS: list[Case] = [
     ("hermes", '<function name="f">\n{"a": 1}\n</function>', "", [F1]),
     ("hermes", '<tool_call>{"name":"now","arguments":"null"}</tool_call>', "", [NOW]),
     ("hermes", '<tool_call>{"name":"f","arguments":{"a":"\\ud83d"}}</tool_call>', "", [("f", {"a": "\ud83d"})]),
+    ("hermes", f"<tool_call>{TAG}", "", [F1]),
+    ("hermes", f"So.\n<tool_call>\n{TAG}\n</tool_call>\n", "So.", [F1]),
+    ("hermes", f"{TAG}</tool_call>\n</tool_call>{TAG} Done.", "Done.", [F1, F1]),
+    ("hermes", f"{TAG} So </tool_call>", "So </tool_call>", [F1]),
+    ("qwen3_coder", f"<tool_call>\n{xml(('a', '1'))}\n</tool_call>", "", [F1]),
+    ("xlam", f"<tool_call>{TAG}", "", [F1]),
 ]  # fmt: skip
 
 # Family and answer: all of it is text.
@@ -204,6 +210,10 @@ TEXTS: list[tuple[str, str]] = [
     ("hermes", '<tool_call>{"name":"f","arguments":{"a":' + "[" * 80 + "]" * 80 + "}}</tool_call>"),
     ("hermes", '<tool_call>{"name":"f","arguments":{"a":' + "1" * 5000 + "}}</tool_call>"),
     ("hermes", "<tool_call></tool_call>"),
+    ("hermes", "</tool_call>"),
+    ("hermes", "It writes </tool_call>\n"),
+    ("hermes", "<tool_call><tool_call></tool_call>"),
+    ("hermes", "<tool_call><tool_call>nonsense</tool_call></tool_call>"),
     ("hermes", "<tools>" + json.dumps(TOOL) + "</tools>"),
     ("hermes", "<tools>" + json.dumps({"type": "function", "function": {"name": "now"}}) + "</tools>"),
     ("hermes", "<tool_call>" + json.dumps(TOOL["function"]) + "</tool_call>"),
@@ -291,6 +301,7 @@ def test_the_pieces_make_no_difference(form, answer, cuts, one_only):
     [
         ("hermes", '<tool_call>{\\"'),
         ("hermes", "<tool_call>x"),
+        ("hermes", "<tool_call>"),
         ("hermes", '<tool_call>{"a": "'),
         ("qwen3_coder", "<function=f><parameter=a>"),
         ("qwen3_coder", "</parameter>"),

@@ -139,10 +139,19 @@ def _made(name: Any, arguments: Any) -> Found | None:
 # --- between two markers
 
 
+_MOST_REPEATS = 2  # of a marker: an answer of nothing else must not be read as often as it has markers
+
+
 def between(begin: str, end: str, *, plain: bool = False) -> Reader:
-    """Return the reader of calls between two markers, the first of which has been read. The second may be missing."""
+    """Return the reader of calls between two markers, the first of which has been read.
+
+    The second may be missing, and small models write the first twice at times.
+    """
 
     def read(source: Source, schemas: Schemas) -> Reading[Calls | None]:
+        for _ in range(_MOST_REPEATS):
+            if (yield from source.peek()) != "<" or not (yield from source.take(begin)):
+                break
         if (yield from source.peek()) == "<":
             found = yield from _functions(source, schemas)
         else:
@@ -157,6 +166,12 @@ def between(begin: str, end: str, *, plain: bool = False) -> Reader:
         return found if another else None
 
     return read
+
+
+def nothing(source: Source, schemas: Schemas) -> Reading[Calls | None]:
+    """Read a marker that ends calls, where those in front of it have ended: there are no more in it."""
+    yield from ()
+    return Calls()
 
 
 # In place of <tool_call> smaller models write these, as llama.cpp has found; they mean something else at times.

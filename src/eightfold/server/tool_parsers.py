@@ -76,14 +76,14 @@ class Family:
         return (*self.readers, *self.other_markers)
 
 
-_TAG = {"<tool_call>": markup.between("<tool_call>", "</tool_call>")}
+_TAG = {"<tool_call>": markup.between("<tool_call>", "</tool_call>"), "</tool_call>": markup.nothing}
 _OTHER_TAGS = {tag: markup.between(tag, tag.replace("<", "</"), plain=True) for tag in markup.OTHER_TAGS}
 _FUNCTION = {"<function=": markup.function}
 _HERMES = Family(
     {**_TAG, **_OTHER_TAGS, **_FUNCTION, '<function name="': markup.function_name},
-    other_markers=("</tool_call>", "</tools>"),
+    other_markers=("</tools>",),
 )
-_QWEN3_CODER = Family({**_TAG, **_FUNCTION}, other_markers=("</tool_call>", "</function>"))
+_QWEN3_CODER = Family({**_TAG, **_FUNCTION}, other_markers=("</function>",))
 _LLAMA = Family(
     {"<|python_tag|>": markup.python_tag, **_FUNCTION}, answers_in_json=True, other_markers=("</function>",)
 )
@@ -110,7 +110,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v31": _DEEPSEEK,
     "nemotron_json": _NEMOTRON,
-    "xlam": Family({**_TAG, "[TOOL_CALLS]": markup.mistral}, True, other_markers=("</tool_call>",)),
+    "xlam": Family({**_TAG, "[TOOL_CALLS]": markup.mistral}, True),
 }
 AUTO, NONE = "auto", "none"
 NAMES = (AUTO, *FAMILIES, NONE)
@@ -225,6 +225,7 @@ class ToolParser:
         self._marker = 0  # where the text begins that is left if they are none
         self._is_fresh = True  # there was nothing but white space
         self._has_text = False
+        self._is_behind_call = False  # there was nothing but white space since
         self._open = 0  # markers behind which the text ended
         self.calls = 0
 
@@ -309,7 +310,7 @@ class ToolParser:
             return False
         self._reading = None
         self._open += found is None and source.has_ended
-        if isinstance(found, list) and self._use.offers(found):
+        if isinstance(found, list) and self._use.offers(found) and (found or self._is_behind_call):
             certain += self._accept(found)
         else:
             # What is no call is text, and so is all of one that calls what was not offered. What stands behind a
@@ -320,6 +321,7 @@ class ToolParser:
         return True
 
     def _accept(self, found: Calls) -> list[ToolCall]:
+        self._is_behind_call = True
         if self._use.one_only:
             found = found[: max(1 - self.calls, 0)]
         self.calls += len(found)
@@ -334,7 +336,7 @@ class ToolParser:
         if self.calls and not self._has_text:
             text = text.lstrip()
         if text:
-            self._has_text = True
+            self._has_text, self._is_behind_call = True, False
             certain.append(text)
 
 
