@@ -540,7 +540,7 @@ def test_texts_that_are_being_read_are_limited_too(serve, monkeypatch):
 
 
 def test_a_stream_that_has_to_wait_begins_with_comments(serve, monkeypatch):
-    monkeypatch.setattr("eightfold.server.generation.FIRST_SIGN_SECONDS", 0.02)
+    monkeypatch.setattr("eightfold.server.generation.SIGN_SECONDS", 0.02)
     running = serve(stuck=True)
     with running.http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as raw:
         lines = raw.iter_lines()
@@ -548,6 +548,18 @@ def test_a_stream_that_has_to_wait_begins_with_comments(serve, monkeypatch):
         running.engine.stuck = False
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]"
+
+
+def test_a_stream_has_comments_while_it_has_nothing_to_say(serve, monkeypatch):
+    monkeypatch.setattr("eightfold.server.generation.SIGN_SECONDS", -1)  # always over
+    call = '{"name": "f", "arguments": {}}'
+    running = serve(template="{% if tools %}<tool_call>{% endif %}{{ messages[0].content }}", answer=call)
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    with running.http.stream("POST", "/v1/chat/completions", json={**asked, "stream": True}) as raw:
+        lines = [line for line in raw.iter_lines() if line]
+    role, called = (next(at for at, line in enumerate(lines) if f'"{word}"' in line) for word in ("role", "tool_calls"))
+    assert set(lines[role + 1 : called]) == {": waiting"} and called - role > 10
+    assert lines[-1] == "data: [DONE]"
 
 
 # ---- The end.
@@ -779,6 +791,9 @@ def test_tokenize_and_detokenize_are_each_others_inverse(serve):
     assert running.post("/detokenize", {"tokens": chat.json()["tokens"]}).json() == {"prompt": "<|user|>a</s>"}
     for content in ({}, {"tokens": [-1]}, {"tokens": ["a"]}, {"tokens": [True]}, {"tokens": [2**31]}):
         assert running.post("/detokenize", content).status_code == 400
+    for strange in (300, 320, 2**31 - 1):  # the model has 320 ids, but the tokenizer no token for all of them
+        error = error_of(running.post("/detokenize", {"tokens": [0, strange]}))
+        assert (error["message"], error["param"]) == (f"tokens[1]: got {strange}, expected the id of a token", "tokens")
     assert running.post("/tokenize", {}).status_code == 400
 
 

@@ -38,7 +38,7 @@ log = logging.getLogger("eightfold.server")
 _PROMPTS = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input"}  # where each endpoint finds a prompt
 _VERSION = "/v1"  # before paths of OpenAI's API, and left out by clients whose base URL has none
 _OPEN = frozenset({"/", "/health"})  # what needs no key: the page asks for it
-_TOKEN = Kind((int,), "a token id", least=0, most=2**31 - 1, outside="a token id")
+_TOKEN = Kind((int,), "the id of a token", least=0, most=2**31 - 1, outside="the id of a token")
 
 
 class Generating:
@@ -124,10 +124,11 @@ class Endpoints:
         if fields.any("tokens") is None:
             raise bad_request("tokens: expected a list of token ids", param="tokens")
         ids, keep = fields.items("tokens", 2**18), not fields.read("skip_special_tokens", SWITCH, False)
+        tokenizer = self._service.tokenizer
         for at, token in enumerate(ids):
-            if not _TOKEN.fits(token):
+            if not _TOKEN.fits(token) or tokenizer.piece(token) is None:  # the library would leave it out in silence
                 raise wrong(f"tokens[{at}]", token, _TOKEN.name)
-        return {"prompt": self._service.tokenizer.decode(ids, keep_special=keep)}
+        return {"prompt": tokenizer.decode(ids, keep_special=keep)}
 
     async def tokenizer_info(self, request: Request) -> Response:
         service = self._service

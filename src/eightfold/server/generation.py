@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("eightfold.server")
 
-FIRST_SIGN_SECONDS = 10.0  # a stream that has to wait longer begins with comments, so that nobody gives it up
+SIGN_SECONDS = 10.0  # a stream that has nothing to say for so long has a comment, so that nobody gives it up
+_WAITING = b": waiting\n\n"
 
 MANY_ENTRIES = 2_000  # log-probabilities that are written in a thread
 
@@ -240,10 +241,13 @@ async def answer_stream(prompts: InFlight, answer: AnswerWriter, receive: Receiv
             await _begin(record, send)
             # With the first piece may come the log-probabilities of a whole prompt.
             await _event(send, await _written(prompts, partial(answer.pieces, at, output)))
+            last = time.monotonic()
             async for at, output in outputs:
                 piece = answer.pieces(at, output)
-                if piece:
-                    await _event(send, piece)
+                now = time.monotonic()
+                if piece or now - last > SIGN_SECONDS:  # a call is told when it is complete
+                    await _event(send, piece or _WAITING)
+                    last = now
             await _event(send, await _written(prompts, partial(answer.end, record)), more=False)
         except _ENDS as error:
             if record.status == 0:
@@ -263,9 +267,9 @@ async def _first(
     """Wait for the first output, with a sign of life now and then."""
     first = asyncio.ensure_future(anext(outputs))
     try:
-        while not (await asyncio.wait({first}, timeout=FIRST_SIGN_SECONDS))[0]:
+        while not (await asyncio.wait({first}, timeout=SIGN_SECONDS))[0]:
             await _begin(record, send)
-            await _event(send, b": waiting\n\n")
+            await _event(send, _WAITING)
         return first.result()
     finally:
         if first.cancel():
