@@ -176,6 +176,8 @@ def test_what_are_no_messages(untouched, messages, message):
          "tools[0].function.strict: got 'x', expected true or false"),
         ("tools", [{"type": "function", "function": {"name": "f", "description": 5}}],
          "tools[0].function.description: got 5, expected a text"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}] * 2,
+         "tools[1].function.name: got 'f', expected a name that no tool before it has"),
         ("tool_choice", "required", "tool_choice: got required, expected tools to choose from"),
         ("tool_choice", {"type": "function", "function": {"name": "g"}}, "tool_choice: got 'g', expected one of tools"),
         ("chat_template", "{{ messages }}", "chat_template is not supported."),

@@ -566,6 +566,7 @@ USER = {"role": "user", "content": "a"}
         ({"tools": ["a"]}, "tools", "tools[0]: got 'a', expected an object"),
         ({"tools": [{"type": "web_search"}]}, "tools", "tools[0].type: got 'web_search', expected function"),
         ({"tools": [CLOCK, {"type": "function", "function": {"name": "f"}}]}, "tools", "tools[1].name: got null"),
+        ({"tools": [CLOCK, CLOCK]}, "tools", "tools[1].name: got 'clock', expected a name that no tool before it has"),
         ({"tools": [{**CLOCK, "parameters": 5}]}, "tools", "tools[0].parameters: got 5, expected a JSON schema"),
         ({"tool_choice": "sometimes", "tools": [CLOCK]}, "tool_choice", "tool_choice: got 'sometimes', expected none"),
         ({"tool_choice": 5, "tools": [CLOCK]}, "tool_choice", "tool_choice: got 5, expected none, auto, required"),

@@ -52,7 +52,12 @@ def read_tools(fields: Fields, family: FamilyName | None) -> ToolUse:
     parallel = fields.read("parallel_tool_calls", SWITCH)
     given = fields.any("tool_choice")
     tools = fields.items("tools", MAX_TOOLS)
-    functions = dict(_function(at, tool) for at, tool in enumerate(tools))
+    functions: Functions = {}
+    for at, tool in enumerate(tools):
+        name, function = _function(at, tool)
+        if name in functions:  # a template would show both, and nobody could say which of them a call means
+            raise wrong(f"tools[{at}].function.name", name, "a name that no tool before it has")
+        functions[name] = function
     choice = _read_choice("auto" if given is None else given, functions)
     if not choice.names:
         return ToolUse()
