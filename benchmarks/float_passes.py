@@ -51,7 +51,7 @@ def float_pass(checkpoint: Checkpoint, samples: list[list[int]]) -> float:
 def _widened(decoder: Decoder, layer_idx: int) -> list[LinearGroup]:
     """Return a layer's linears with float32 weights."""
     found = []
-    for group in input_groups(decoder.checkpoint.config):
+    for group in input_groups(decoder.checkpoint.config, layer_idx):
         linears = [decoder.linear(layer_prefix(layer_idx), linear) for linear in group.linears]
         assert all(isinstance(linear, FloatLinear) for linear in linears)
         found.append(LinearGroup(tuple(replace(linear, weight=linear.weight.float()) for linear in linears)))

@@ -31,10 +31,12 @@ def extras(row: Layout) -> str:
 
 def tables() -> str:
     """Return the families with an engine, the other dense ones, and those with experts."""
+    dense, sparse = ([row for row in ROWS if (row.experts is None) is is_dense] for is_dense in (True, False))
     sections = (
-        ("Dense, also run by Eightfold", [row for row in ROWS if row.architecture in FAMILIES]),
-        ("Dense", [row for row in ROWS if row.experts is None and row.architecture not in FAMILIES]),
-        ("Mixtures of experts", [row for row in ROWS if row.experts is not None]),
+        ("Dense, also run by Eightfold", [row for row in dense if row.architecture in FAMILIES]),
+        ("Dense", [row for row in dense if row.architecture not in FAMILIES]),
+        ("Mixtures of experts, also run by Eightfold", [row for row in sparse if row.architecture in FAMILIES]),
+        ("Mixtures of experts", [row for row in sparse if row.architecture not in FAMILIES]),
     )
     lines: list[str] = []
     head = ("`model_type`", "architecture", "int8", "stays float", "beside that", "loaders of W8A8_DYNAMIC")

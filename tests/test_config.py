@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from eightfold.config import FAMILIES as ROWS
 from eightfold.config import DType, ModelConfig, both_dialects, has_engine, parse_config
-from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
+from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError, brief, one_of
 from eightfold.files import read_json
 from eightfold.rope import RopeParameters
 from tests.conftest import FAMILIES, tiny_config
@@ -18,7 +19,7 @@ WHERE = Path("m/config.json")
 
 PARTIAL = "partial_rotary_factor"
 
-SUPPORTED = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM"
+SUPPORTED = brief(one_of(ROWS))
 
 LLAMA3: dict[str, Any] = {
     "factor": 32.0,
@@ -564,7 +565,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": {"model_type": "deepseek_v3", "rope_scaling": {"type": "yarn", "factor": 40}},
     "Llama4ForConditionalGeneration": {"model_type": "llama4", "text_config": {"hidden_size": 5120}},
     "Qwen2_5_VLForConditionalGeneration": {"model_type": "qwen2_5_vl", "vision_config": {}},
-    "Qwen3MoeForCausalLM": {"model_type": "qwen3_moe", "num_experts": 128},
+    "Glm4MoeForCausalLM": {"model_type": "glm4_moe", "n_routed_experts": 128},
     "Qwen3NextForCausalLM": {"model_type": "qwen3_next", "layer_types": ["linear_attention"]},
     "Gemma3ForCausalLM": {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"},
     "Glm4ForCausalLM": {"model_type": "glm4", "partial_rotary_factor": 0.5},

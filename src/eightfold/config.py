@@ -18,7 +18,7 @@ from typing import Any, Literal
 from eightfold.errors import ConfigError, InputError, UnsupportedError, one_of
 from eightfold.files import read_json as load_json_object  # noqa: F401  (the name by which programs know it)
 from eightfold.rope import MAX_SIZE, RopeParameters, fit_rope, in_both_dialects, read_rope
-from eightfold.values import COUNT, FLAG, INTEGER, POSITIVE, TEXT, TEXTS, checked, optional, require, shorten
+from eightfold.values import COUNT, FLAG, INTEGER, INTEGERS, POSITIVE, TEXT, TEXTS, checked, optional, require, shorten
 
 
 class DType(str, Enum):
@@ -51,8 +51,28 @@ _LEFT_OUT = ("quantization_config", "quantize", "transformers_weights")
 
 MAX_LAYERS = 10_000  # tensor names are listed for each
 
-BiasRule = Literal["never", "qkv", "config"]  # config: `attention_bias` puts one on q, k, v and o
-WindowRule = Literal["never", "all", "flagged"]  # flagged: `use_sliding_window`, from `max_window_layers` on
+MAX_EXPERTS = 10_000  # of a layer: their names are listed too
+
+# Under which config.json says how many experts a layer has.
+EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+# config: `attention_bias` puts one on q, k, v and o; flagged: `qkv_bias` on q, k and v.
+BiasRule = Literal["never", "qkv", "flagged", "config"]
+# The last three with `use_sliding_window`: from `max_window_layers` on, all, or every other one up to there.
+WindowRule = Literal["never", "all", "flagged", "flagged all", "flagged even"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer that has them, and which layers do."""
+
+    count: int
+    per_token: int  # how many of them a token passes through
+    intermediate_size: int  # of one expert
+    normalizes: bool  # whether the weights of a token's experts are divided by their sum
+    shared_size: int = 0  # intermediate size of the expert of all tokens, with a sigmoid gate; 0: there is none
+    every: int = 1  # layers `every - 1`, `2 * every - 1` ... have experts
+    dense_layers: tuple[int, ...] = ()  # but for these
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,10 @@ class Family:
     context: int  # max_position_embeddings
     kv_heads: int | None = None  # None: as many as query heads, which null means in all of them
     head_dim: int | None = None  # None: hidden size / query heads
+    sliding_window: int | None = 4096
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    experts: Experts | None = None  # of width 0: as wide as intermediate_size says, always normalized, in all layers
 
 
 FAMILIES: dict[str, Family] = {
@@ -83,6 +107,18 @@ FAMILIES: dict[str, Family] = {
         Family(
             "Qwen3ForCausalLM", "qwen3", "config", False, qk_norm=True, window="flagged", context=32768, kv_heads=32,
             head_dim=128,
+        ),
+        Family(
+            "Qwen3MoeForCausalLM", "qwen3_moe", "config", False, qk_norm=True, window="flagged all", context=32768,
+            kv_heads=4, experts=Experts(128, 8, 768, normalizes=False),
+        ),
+        Family(
+            "Qwen2MoeForCausalLM", "qwen2_moe", "flagged", False, qk_norm=False, window="flagged even", context=32768,
+            kv_heads=16, experts=Experts(60, 4, 1408, normalizes=False, shared_size=5632),
+        ),
+        Family(
+            "MixtralForCausalLM", "mixtral", "never", False, qk_norm=False, window="all", context=131072, kv_heads=8,
+            sliding_window=None, rope_theta=1e6, rms_norm_eps=1e-5, experts=Experts(8, 2, 0, normalizes=True),
         ),
     )
 }  # fmt: skip
@@ -106,12 +142,21 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    qkv_bias: bool = True
     hidden_act: str = "silu"
     rope: RopeParameters = RopeParameters()
     sliding_window: int | None = 4096  # defaults as transformers has them for Mistral and Qwen; null is none
     use_sliding_window: bool | None = None  # None: the family decides
     max_window_layers: int = 28
     layer_types: tuple[str, ...] | None = None
+    experts: Experts | None = None  # None: a dense model
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Return whether a layer has experts; the others have one MLP of the intermediate size."""
+        experts = self.experts
+        if experts is None or layer_idx in experts.dense_layers:
+            return False
+        return (layer_idx + 1) % experts.every == 0
 
     @property
     def q_size(self) -> int:
@@ -148,6 +193,11 @@ def has_engine(raw: Mapping[str, Any]) -> bool:
     """Whether this program can run the architecture that a config.json names."""
     named = raw.get("architectures")
     return isinstance(named, list) and bool(named) and isinstance(named[0], str) and named[0] in FAMILIES
+
+
+def has_experts(raw: Mapping[str, Any]) -> bool:
+    """Whether this program can run the architecture that a config.json names, and it is a mixture of experts."""
+    return has_engine(raw) and FAMILIES[raw["architectures"][0]].experts is not None
 
 
 def require_architecture(raw: Mapping[str, Any], where: Path) -> Family:
@@ -197,10 +247,11 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     said = _with_defaults(raw, family, where)
     if _has_no_window(raw, family):
         said["sliding_window"] = None
-    rope, dtype = read_rope(raw, where), _dtype(raw, where)
+    rope, dtype = read_rope(raw, where, family.rope_theta), _dtype(raw, where)
     sizes = {ours: require(kind, said.get(theirs), theirs, where) for ours, (theirs, kind) in _SIZES.items()}
     options = checked(said, _OPTIONS, where)
-    config = ModelConfig(architecture=family.architecture, dtype=dtype, rope=rope, **sizes, **options)
+    experts = _read_experts(said, family, where)
+    config = ModelConfig(architecture=family.architecture, dtype=dtype, rope=rope, experts=experts, **sizes, **options)
     if config.num_heads % config.num_kv_heads:
         absent = "" if "num_key_value_heads" in raw else f", which {family.architecture} has where nothing is said"
         raise ConfigError(
@@ -219,6 +270,33 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     return replace(config, rope=fit_rope(rope, config.head_dim, config.max_position_embeddings, where))
 
 
+def _read_experts(said: Mapping[str, Any], family: Family, where: Path) -> Experts | None:
+    """Read what a file says about experts; what it leaves out, the family's class knows.
+
+    Raises:
+        ConfigError: a value is of the wrong type, or they contradict each other.
+    """
+    if family.experts is None:
+        return None
+    counts = {key: require(_EXPERTS, said[key], key, where) for key in EXPERT_KEYS if key in said}
+    if len(set(counts.values())) > 1:
+        what, got = " and ".join(f'"{key}"' for key in counts), " and ".join(map(str, counts.values()))
+        raise ConfigError(what, where=where, got=got, expected="the same number", action="Remove the wrong one.")
+    kinds = _EXPERT_OPTIONS if family.experts.intermediate_size else {"per_token": _EXPERT_OPTIONS["per_token"]}
+    given = {
+        ours: require(kind, said[key], key, where)
+        for ours, (key, kind) in kinds.items()
+        if key in said and (ours != "shared_size" or family.experts.shared_size)
+    }
+    if not family.experts.intermediate_size:
+        given["intermediate_size"] = said.get("intermediate_size")
+    experts = replace(family.experts, count=next(iter(counts.values()), family.experts.count), **given)
+    if experts.per_token > experts.count:
+        expected = f"at most {experts.count}, as there are no more experts"
+        raise ConfigError('"num_experts_per_tok"', where=where, got=experts.per_token, expected=expected)
+    return experts
+
+
 def _require_layer_types(config: ModelConfig, family: Family, where: Path) -> None:
     types = config.layer_types
     if types is None:
@@ -229,7 +307,7 @@ def _require_layer_types(config: ModelConfig, family: Family, where: Path) -> No
     for name in types:
         if name not in LAYER_TYPES:
             raise UnsupportedError('"layer_types"', where=where, got=shorten(name), expected=one_of(LAYER_TYPES))
-    if family.window == "flagged" and not config.use_sliding_window and LAYER_TYPES[1] in types:
+    if family.window.startswith("flagged") and not config.use_sliding_window and LAYER_TYPES[1] in types:
         expected = "full_attention alone, as use_sliding_window is not true"
         raise ConfigError('"layer_types"', where=where, got=LAYER_TYPES[1], expected=expected)
 
@@ -247,6 +325,18 @@ _SIZES = {
     "head_dim": ("head_dim", _SIZE),
 }
 
+_EXPERTS = COUNT._replace(most=MAX_EXPERTS)
+
+# Of Experts, likewise; all of them may be absent.
+_EXPERT_OPTIONS = {
+    "per_token": ("num_experts_per_tok", _EXPERTS),
+    "intermediate_size": ("moe_intermediate_size", _SIZE),
+    "normalizes": ("norm_topk_prob", FLAG),
+    "shared_size": ("shared_expert_intermediate_size", _SIZE),
+    "every": ("decoder_sparse_step", COUNT),
+    "dense_layers": ("mlp_only_layers", INTEGERS),
+}
+
 # What may be absent, by the same name in both.
 _OPTIONS = {
     "rms_norm_eps": POSITIVE._replace(most=1),
@@ -254,6 +344,7 @@ _OPTIONS = {
     "tie_word_embeddings": FLAG,
     "attention_bias": FLAG,
     "mlp_bias": FLAG,
+    "qkv_bias": FLAG,
     "hidden_act": TEXT,
     "sliding_window": optional(_SIZE),
     "use_sliding_window": FLAG,
@@ -279,13 +370,14 @@ def _with_defaults(raw: Mapping[str, Any], family: Family, where: Path) -> dict[
         said["head_dim"] = hidden // heads
     said.setdefault("num_key_value_heads", heads if "num_key_value_heads" in raw else family.kv_heads or heads)
     said.setdefault("max_position_embeddings", family.context)
+    said.setdefault("rms_norm_eps", family.rms_norm_eps)
     return said
 
 
 def _has_no_window(raw: Mapping[str, Any], family: Family) -> bool:
     """Return whether `sliding_window` says that there is none: by null, and by 0 where the model would not use one."""
-    slides = family.window == "all" or (family.window == "flagged" and raw.get("use_sliding_window"))
-    return raw.get("sliding_window", ...) in ((None,) if slides else (None, 0))
+    slides = family.window == "all" or (family.window != "never" and raw.get("use_sliding_window"))
+    return raw.get("sliding_window", family.sliding_window) in ((None,) if slides else (None, 0))
 
 
 def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
@@ -322,4 +414,6 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
         out["num_key_value_heads"] = config.num_kv_heads
     if family.head_dim is not None and raw.get("head_dim") is None:
         out["head_dim"] = config.head_dim
+    if config.experts is not None:  # by one name or the other
+        out["num_experts"] = out["num_local_experts"] = config.experts.count
     return out | in_both_dialects(raw, config.rope, Path("config.json"))

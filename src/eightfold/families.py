@@ -3,15 +3,22 @@
     layer:  x += o_proj(attention(rope(q_proj(n), k_proj(n)), v_proj(n)))     n = input_layernorm(x)
             x += down_proj(silu(gate_proj(m)) * up_proj(m))                   m = post_attention_layernorm(x)
 
+In a layer with experts the last line has several of them in place of one (model/reference/experts.py); what their
+modules are called, the family's row of layouts.py says.
+
 Letters: E hidden size, F intermediate size, H query heads, G key/value heads, D head_dim. A linear is (N, K).
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from eightfold.config import FAMILIES, LAYER_TYPES, ModelConfig
+from eightfold.layouts import ROWS, Layout
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
@@ -36,12 +43,19 @@ class InputGroup:
     linears: tuple[LinearShape, ...]
 
 
-def input_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
-    """Return the four groups of linears of one layer, in the order in which data flows."""
+def input_groups(config: ModelConfig, layer_idx: int) -> tuple[InputGroup, ...]:
+    """Return the groups of linears of one layer, in the order in which data flows: four, or two before experts."""
+    groups = dense_groups(config)
+    return groups[:2] if config.is_sparse(layer_idx) else groups
+
+
+def dense_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
+    """Return the four groups of linears of a layer without experts."""
     family = FAMILIES[config.architecture]
     hidden, wide = config.hidden_size, config.intermediate_size
     from_config = family.attention_bias == "config" and config.attention_bias
-    qkv_bias = from_config or family.attention_bias == "qkv"
+    flagged = family.attention_bias == "flagged" and config.qkv_bias
+    qkv_bias = from_config or flagged or family.attention_bias == "qkv"
     mlp_bias = family.mlp_bias and config.mlp_bias
     return (
         InputGroup(
@@ -62,6 +76,82 @@ def input_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
         ),
         InputGroup("down", (LinearShape("mlp.down_proj", hidden, wide, mlp_bias),)),
     )
+
+
+class ExpertShapes(NamedTuple):
+    """The linears of one expert."""
+
+    gate: LinearShape
+    up: LinearShape
+    down: LinearShape
+
+
+@dataclass(frozen=True)
+class ExpertBlock:
+    """What stands in a layer with experts in place of gate_up and down; there are no biases.
+
+    Attributes:
+        router: (experts, E), float: which of them a token passes through.
+        experts: by their index.
+        shared: the expert that all tokens pass through; None where there is none.
+        shared_gate: (1, E), float: how much of its output counts.
+    """
+
+    router: LinearShape
+    experts: tuple[ExpertShapes, ...]
+    shared: ExpertShapes | None = None
+    shared_gate: LinearShape | None = None
+
+    @property
+    def routers(self) -> tuple[LinearShape, ...]:
+        """The linears that stay float."""
+        return (self.router,) if self.shared_gate is None else (self.router, self.shared_gate)
+
+    @property
+    def linears(self) -> Iterator[LinearShape]:
+        """All of them."""
+        yield self.router
+        for expert in self.experts:
+            yield from expert
+        yield from self.shared or ()
+        yield from self.routers[1:]
+
+
+def expert_block(config: ModelConfig, layer_idx: int) -> ExpertBlock | None:
+    """Return names and shapes of a layer's experts; None for a layer without."""
+    return _expert_block(config) if config.is_sparse(layer_idx) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _expert_block(config: ModelConfig) -> ExpertBlock | None:
+    sizes, names, hidden = config.experts, _layout(config).experts, config.hidden_size
+    if sizes is None or names is None:
+        return None
+
+    def expert(module: str, wide: int) -> ExpertShapes:
+        return ExpertShapes(
+            LinearShape(f"{module}.{names.gate}", wide, hidden, False),
+            LinearShape(f"{module}.{names.up}", wide, hidden, False),
+            LinearShape(f"{module}.{names.down}", hidden, wide, False),
+        )
+
+    return ExpertBlock(
+        LinearShape(names.router, sizes.count, hidden, False),
+        tuple(expert(f"{names.module}.{i}", sizes.intermediate_size) for i in range(sizes.count)),
+        expert(names.shared, sizes.shared_size) if sizes.shared_size else None,
+        LinearShape(names.shared_gate, 1, hidden, False) if sizes.shared_size else None,
+    )
+
+
+def _layout(config: ModelConfig) -> Layout:
+    return next(row for row in ROWS if row.architecture == config.architecture)
+
+
+def layer_linears(config: ModelConfig, layer_idx: int) -> tuple[LinearShape, ...]:
+    """Return every linear of one layer: attention's first, experts and their routers included."""
+    block = expert_block(config, layer_idx)
+    found = [linear for group in input_groups(config, layer_idx) for linear in group.linears]
+    return tuple(found) if block is None else (*found, *block.linears)
 
 
 @dataclass(frozen=True)
@@ -107,9 +197,12 @@ def layer_of(tensor: str) -> int | None:
 
 
 def all_linears(config: ModelConfig) -> dict[str, LinearShape]:
-    """Return every linear of the model by full module name, in module order, lm_head last."""
-    layer = [linear for group in input_groups(config) for linear in group.linears]
-    linears = {layer_prefix(idx) + linear.name: linear for idx in range(config.num_layers) for linear in layer}
+    """Return every linear of the model by full module name, in module order, lm_head last; experts and routers too."""
+    linears = {
+        layer_prefix(layer_idx) + linear.name: linear
+        for layer_idx in range(config.num_layers)
+        for linear in layer_linears(config, layer_idx)
+    }
     linears[LM_HEAD] = LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False)
     return linears
 
@@ -129,7 +222,11 @@ def sliding_window(config: ModelConfig, layer_idx: int) -> int | None:
         return None
     if config.layer_types is not None:
         return config.sliding_window if config.layer_types[layer_idx] == LAYER_TYPES[1] else None
-    if rule == "all":
-        return config.sliding_window
-    slides = bool(config.use_sliding_window) and layer_idx >= config.max_window_layers
+    chosen = {
+        "all": True,
+        "flagged": layer_idx >= config.max_window_layers,
+        "flagged all": True,
+        "flagged even": layer_idx % 2 == 0 and layer_idx < config.max_window_layers,
+    }
+    slides = chosen[rule] and (rule == "all" or bool(config.use_sliding_window))
     return config.sliding_window if slides else None

@@ -1,8 +1,8 @@
 """Families as data: what each weight of a checkpoint is, by its name alone.
 
 A row says where the layers are, which of their linears are quantized, which stay float as in msModelSlim's recipe for
-that family, how its experts lie, and what its loaders want beside that. Data-free schemes need no more. The four
-families with an engine (config.FAMILIES) are rows too.
+that family, how its experts lie, and what its loaders want beside that. Data-free schemes need no more. The families
+with an engine (config.FAMILIES) are rows too.
 
     {a,b}    either of them            #    an index
     halves   a matrix that is stored as two on top of each other: gate first
@@ -26,7 +26,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import MAX_LAYERS
+from eightfold.config import EXPERT_KEYS, MAX_LAYERS
 from eightfold.errors import ConfigError, UnsupportedError
 from eightfold.values import COUNT, require, shorten
 
@@ -74,6 +74,8 @@ class Experts:
     up: str = "up_proj"
     down: str = "down_proj"
     router: str = "mlp.gate"
+    shared: str = "mlp.shared_expert"  # where the family has one with a gate, which families.py names by this
+    shared_gate: str = "mlp.shared_expert_gate"
     stacked: tuple[tuple[str, str], ...] = (("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),)
     is_input_major: bool = False  # what a stacked tensor is where its shape leaves both
     is_interleaved: bool = False
@@ -123,8 +125,6 @@ GROUPS = (
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 _LAYERS = COUNT._replace(most=MAX_LAYERS)
-
-EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 _A, _F = Part.ATTENTION, Part.FFN
 
@@ -291,7 +291,7 @@ ROWS: tuple[Layout, ...] = (
             Rule("ffn.shared_experts.{w1,w2,w3}", Part.SHARED),
             Rule("ffn.gate", Part.ROUTER, stays_float=True),
         ),
-        experts=Experts("ffn.experts", "w1", "w3", "w2", "ffn.gate", ()),
+        experts=Experts("ffn.experts", "w1", "w3", "w2", "ffn.gate", stacked=()),
         layers=("layers.", "model.layers."),
         expert_key="n_routed_experts",
     ),

@@ -111,8 +111,8 @@ _FIELDS = {
 }
 
 
-def read_rope(raw: Mapping[str, Any], where: Path) -> RopeParameters:
-    """Read the rotary embedding: what a file says of it is obeyed, or refused.
+def read_rope(raw: Mapping[str, Any], where: Path, theta: float = RopeParameters.rope_theta) -> RopeParameters:
+    """Read the rotary embedding: what a file says of it is obeyed, or refused. `theta`: where it names no base.
 
     Raises:
         ConfigError: a value is missing or wrong, or the two dialects contradict each other.
@@ -128,7 +128,7 @@ def read_rope(raw: Mapping[str, Any], where: Path) -> RopeParameters:
     if whole not in (None, 1):
         raise UnsupportedError('"partial_rotary_factor"', where=where, got=shown(whole), expected="1")
     rope = RopeParameters(**next(iter(said.values()), {}))
-    return replace(rope, rope_theta=next(iter(thetas.values()), rope.rope_theta))
+    return replace(rope, rope_theta=next(iter(thetas.values()), theta))
 
 
 def fit_rope(rope: RopeParameters, head_dim: int, max_position_embeddings: int, where: Path) -> RopeParameters:

@@ -119,6 +119,7 @@ POSITIVE = Kind((int, float), "a valid number", above=0)
 FLAG = Kind((bool,), "a valid boolean")
 TEXT = Kind((str,), "a valid string")
 TEXTS = Kind((list, tuple), "a list of strings", each=TEXT)
+INTEGERS = Kind((list, tuple), "a list of integers", each=INTEGER)
 
 # In the words of the command line.
 PATH = Kind((Path,), "a path")

@@ -47,7 +47,7 @@ def naive_parameters(checkpoint, samples):
     layers = []
     for layer_idx in range(checkpoint.config.num_layers):
         groups = []
-        for group in input_groups(checkpoint.config):
+        for group in input_groups(checkpoint.config, layer_idx):
             names = [f"model.layers.{layer_idx}.{linear.name}" for linear in group.linears]
             quantized = [
                 quantize_weight(load_float32(checkpoint, f"{name}.weight"), is_symmetric=True) for name in names
@@ -67,7 +67,7 @@ def naive_parameters(checkpoint, samples):
                 block = decoder.block(layer_idx)
                 names = ("qkv", "o", "gate_up", "down")  # type: ignore[assignment]
                 for name, group in zip(names, groups, strict=True):  # type: ignore[assignment]
-                    object.__setattr__(block, name, group)
+                    object.__setattr__(block if hasattr(block, name) else block.mlp, name, group)
                 x = block(x, batch)
     return [[group.params() for group in groups] for groups in layers]
 
@@ -80,7 +80,7 @@ def test_layer_by_layer_equals_sample_by_sample(tmp_path, architecture):
     quantize_checkpoint(source, tmp_path / "out", recipe, samples)
     made, naive = Checkpoint.open(tmp_path / "out"), naive_parameters(Checkpoint.open(source), samples)
     for layer_idx, groups in enumerate(naive):
-        for group, (scale, offset) in zip(input_groups(made.config), groups, strict=True):
+        for group, (scale, offset) in zip(input_groups(made.config, layer_idx), groups, strict=True):
             for linear in group.linears:
                 module = f"model.layers.{layer_idx}.{linear.name}"
                 # Integer sums against float32 ones differ by 1e-6, which can flip the rounding of single values:

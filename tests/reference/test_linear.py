@@ -207,7 +207,7 @@ def test_the_reciprocal_is_taken_once_at_load_in_float32(tmp_path):
     quantize_checkpoint(source, tmp_path / "out", Recipe(QuantType.W8A8), token_samples())
     checkpoint = Checkpoint.open(tmp_path / "out")
     stored = load_float32(checkpoint, "model.layers.0.mlp.down_proj.input_scale")
-    loaded = Decoder(checkpoint).block(0).down.linears[0]  # type: ignore[attr-defined]
+    loaded = Decoder(checkpoint).block(0).mlp.down.linears[0]  # type: ignore[attr-defined]
     assert loaded.inv_input_scale.dtype == torch.float32
     assert torch.equal(loaded.inv_input_scale, 1 / stored)
 

@@ -24,7 +24,7 @@ from examples.convert.model_slim import quantifier
 
 from eightfold.cli import console
 from eightfold.config import DType, ModelConfig, parse_config
-from eightfold.families import LM_HEAD, input_groups, layer_prefix
+from eightfold.families import LM_HEAD, dense_groups, layer_prefix
 from eightfold.files import read_json
 
 # Llama 3 70B: its width, the context by which 3.1 is told from 3, and the layers that stay float.
@@ -35,7 +35,7 @@ FIRST_LAYERS = 5
 
 def built_in_names(config: ModelConfig, a_bit: int) -> list[str]:
     """Return the linears that the original script keeps float, lm_head last; none for a small W8A16 model."""
-    groups = {group.title: group.linears for group in input_groups(config)}
+    groups = {group.title: group.linears for group in dense_groups(config)}
     down = groups.pop("down")
     others = [linear for linears in groups.values() for linear in linears]
     down_layers, other_layers = _layers(config, a_bit)

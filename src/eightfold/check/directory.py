@@ -266,7 +266,7 @@ def _packed(model: ModelConfig) -> Iterator[Packed]:
     norms = {pair.group: pair.source for pair in SMOOTH_PAIRS if pair.source_is_norm}
     for layer_idx in range(model.num_layers):
         prefix = layer_prefix(layer_idx)
-        for group in input_groups(model):
+        for group in input_groups(model, layer_idx):
             if group.title in norms:
                 members = tuple(prefix + linear.name for linear in group.linears)
                 yield Packed(group.title, members, prefix + norms[group.title])

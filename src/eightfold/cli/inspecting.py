@@ -133,13 +133,14 @@ class CheckCommand:
     def _reports(self) -> list[Report]:
         from eightfold.check import by_name, mindie, vllm_ascend
         from eightfold.check.directory import RawDirectory
-        from eightfold.config import has_engine
+        from eightfold.config import has_engine, has_experts
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
 
         config, asked = self.model / CONFIG_NAME, {*self.loaders}
-        runs_here = not has_file(config) or has_engine(read_json(config))
-        whole = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check} if runs_here else {}
+        raw = read_json(config) if has_file(config) else None
+        is_dense = raw is None or (has_engine(raw) and not has_experts(raw))
+        whole = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check} if is_dense else {}
         asked |= {*whole} or {*by_name.LOADERS} if "all" in asked else set()
         reports = []
         if own := [name for name in whole if name in asked]:

@@ -219,8 +219,8 @@ class QuantizeCommand:
 
     @cached_property
     def _goes_by_name(self) -> bool:
-        """Whether the model cannot run here, or not as it is stored: then only the names of its tensors are known."""
-        from eightfold.config import has_engine
+        """Whether the model has experts, or cannot run here as it is stored: it goes by the names of its tensors."""
+        from eightfold.config import has_engine, has_experts
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
 
@@ -228,12 +228,12 @@ class QuantizeCommand:
         if self.generic or not has_file(config):
             return self.generic
         raw = read_json(config)
-        if has_engine(raw) and raw.get("quantization_config"):
+        if has_engine(raw) and not has_experts(raw) and raw.get("quantization_config"):
             from eightfold.quant.name_plan import DATA_FREE
             from eightfold.quant.name_sources import is_quantized_elsewhere
 
             return self.recipe.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
-        return bool(raw.get("architectures")) and not has_engine(raw)
+        return bool(raw.get("architectures")) and (not has_engine(raw) or has_experts(raw))
 
     @cached_property
     def _name_plan(self) -> NamePlan:

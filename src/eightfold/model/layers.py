@@ -3,7 +3,8 @@
 Weights stay views of the mapped files, in the dtype they are stored in (BF16 as uint16 bit patterns); who computes with
 them looks for damaged numbers. All other tensors are small: flat float32 copies, checked here.
 
-Letters: N outputs, K inputs, H query heads, G key/value heads, D head_dim, V vocabulary, E hidden size.
+Letters: N outputs, K inputs, I width of an expert, H query heads, G key/value heads, D head_dim, V vocabulary,
+E hidden size.
 
 Sources of the rotary frequencies: RoFormer, Su et al. 2021, arXiv:2104.09864; YaRN, Peng et al. 2023,
 arXiv:2309.00071; LongRoPE, Ding et al. 2024, arXiv:2402.13753; the llama3 stretching is that of the Llama 3.1 model
@@ -20,7 +21,17 @@ import numpy as np
 
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, UnsupportedError
-from eightfold.families import ATTENTION, KEY, LM_HEAD, VALUE, LinearShape, layer_norms, layer_prefix
+from eightfold.families import (
+    ATTENTION,
+    KEY,
+    LM_HEAD,
+    VALUE,
+    ExpertShapes,
+    LinearShape,
+    expert_block,
+    layer_norms,
+    layer_prefix,
+)
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.stored import StoredTensors
 from eightfold.rope import RopeParameters
@@ -86,6 +97,31 @@ class Linear:
     quant_bias: NDArray[Any] | None = None
 
 
+class Expert(NamedTuple):
+    """One expert: gate and up are (I, E), down is (E, I)."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer.
+
+    Attributes:
+        router: (experts, E) float.
+        experts: by their index.
+        shared: the expert of all tokens; None where there is none.
+        shared_gate: (1, E) float, of the shared expert.
+    """
+
+    router: Linear
+    experts: tuple[Expert, ...]
+    shared: Expert | None = None
+    shared_gate: Linear | None = None
+
+
 class Norm(NamedTuple):
     """The gain of an RMS norm and what is added behind it: None where a file has none, or zeros."""
 
@@ -137,6 +173,30 @@ def read_linear(checkpoint: Checkpoint, module: str, shape: LinearShape) -> Line
         input_offset=_read_offset(checkpoint, f"{module}.{INPUT_OFFSET}"),
         deq_scale=_read_scale(checkpoint, f"{module}.{DEQ_SCALE}"),
         quant_bias=np.ascontiguousarray(checkpoint.array(f"{module}.{QUANT_BIAS}").reshape(-1), dtype=np.int32),
+    )
+
+
+def read_experts(checkpoint: Checkpoint, layer_idx: int) -> Experts | None:
+    """Read the experts of a layer; None of a layer that has none.
+
+    Raises:
+        CheckpointError: a scale is not a finite number above 0, or an offset outside int8.
+    """
+    block, prefix = expert_block(checkpoint.config, layer_idx), layer_prefix(layer_idx)
+    if block is None:
+        return None
+
+    def linear(shape: LinearShape) -> Linear:
+        return read_linear(checkpoint, prefix + shape.name, shape)
+
+    def expert(shapes: ExpertShapes) -> Expert:
+        return Expert(*map(linear, shapes))
+
+    return Experts(
+        linear(block.router),
+        tuple(map(expert, block.experts)),
+        None if block.shared is None else expert(block.shared),
+        None if block.shared_gate is None else linear(block.shared_gate),
     )
 
 

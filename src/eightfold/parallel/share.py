@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from eightfold.config import ModelConfig
 from eightfold.errors import ConfigError, one_of
-from eightfold.families import KEY, LM_HEAD, VALUE, input_groups
+from eightfold.families import KEY, LM_HEAD, VALUE, dense_groups
 
 # Where intermediate size and vocabulary are cut: at cache lines, where there are enough of them.
 _UNITS = (64, 16, 4, 1)
@@ -89,7 +89,7 @@ class Share:
         """
         if name == LM_HEAD:
             return Cut(self.part(config.vocab_size), None, True)
-        (group,) = (group.title for group in input_groups(config) for linear in group.linears if linear.name == name)
+        (group,) = (group.title for group in dense_groups(config) for linear in group.linears if linear.name == name)
         if group in _ROW_PARALLEL and is_float:
             return Cut(self.part(config.hidden_size), None, True)
         inner = self._inner(config, name, group)

@@ -105,7 +105,7 @@ def base_bytes() -> int:
 def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:
     """Return what a layer takes: the stored weights are mapped all the while, integers from when they are made."""
     config = checkpoint.config
-    groups = [[linear.n * linear.k for linear in group.linears] for group in input_groups(config)]
+    groups = [[linear.n * linear.k for linear in group.linears] for group in input_groups(config, 0)]
     total, largest = sum(map(sum, groups)), max(map(max, groups))
     stored = total * checkpoint.dtype.itemsize
     passing = _sample_bytes(checkpoint, recipe, lengths) if lengths else 0

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eightfold.config import CONFIG_DTYPES, DType, both_dialects, has_engine, parse_config
+from eightfold.config import CONFIG_DTYPES, EXPERT_KEYS, DType, both_dialects, has_engine, parse_config
 from eightfold.errors import CheckpointError
 from eightfold.files import write_json
 from eightfold.format.checkpoint import render_description
@@ -25,7 +25,7 @@ from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
 from eightfold.format.stored import StoredTensors
 from eightfold.format.target import REPORT_NAME
-from eightfold.layouts import EXPERT_KEYS, Layout
+from eightfold.layouts import Layout
 from eightfold.model.reference.linear import row_pieces
 from eightfold.model.reference.tensors import mapped_tensor
 from eightfold.progress import Progress, silent
@@ -156,9 +156,12 @@ def config_for(raw: dict[str, Any], layout: Layout, scheme: QuantType, dtype: DT
     Everything is kept, also what is nested, but what the source says of its own quantization: it would hide the
     description. The dtype is written in both dialects, and the number of experts by the family's own name too.
     """
-    if has_engine(raw):
-        return both_dialects(raw, parse_config(raw, Path(CONFIG_NAME)), dtype)
-    out = _for_loaders(raw, layout, dtype)
+    runs_here = has_engine(raw)
+    out = (
+        both_dialects(raw, parse_config(raw, Path(CONFIG_NAME)), dtype)
+        if runs_here
+        else _for_loaders(raw, layout, dtype)
+    )
     if isinstance(out.get("text_config"), dict):
         out["text_config"] = _for_loaders(out["text_config"], layout, dtype)
     out.update(dict.fromkeys(layout.mindie_keys, scheme.value.lower()))

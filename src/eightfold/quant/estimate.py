@@ -23,7 +23,7 @@ from shutil import disk_usage, rmtree
 from typing import Any
 
 from eightfold.errors import CapacityError, OutputError, remember_kept
-from eightfold.families import EMBEDDING, all_linears, input_groups, layer_of, layer_prefix
+from eightfold.families import EMBEDDING, all_linears, layer_linears, layer_of, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import partial_path
 from eightfold.machine import available_bytes
@@ -247,7 +247,7 @@ def _try(
     began = time.perf_counter()
     model = checkpoint.first_layers(min(_TRIAL_LAYERS, checkpoint.config.num_layers))
     shortened = _for_layers(model, recipe)
-    products = sum(linear.n * linear.k for group in input_groups(model.config) for linear in group.linears)
+    products = sum(linear.n * linear.k for linear in layer_linears(model.config, 0))
     most = int(min(max(_TRIAL_PRODUCTS / products, _LEAST_TOKENS), _MOST_TOKENS))
     chosen = [_spread(each, most) for each in samples]
     is_all = list(map(len, chosen)) == list(map(len, samples))

@@ -111,13 +111,13 @@ class FloatPass:
         self._ranks = ranks or Ranks()
         self._decoder, self._recipe, self.hidden, self.anti = decoder, recipe, hidden, anti or hidden
         self._config = decoder.checkpoint.config
-        self._groups = input_groups(self._config)
         self._smoothed = smoothed_groups(recipe.anti_outlier)
 
     @torch.inference_mode()
     def layer(self, layer_idx: int) -> LayerStatistics:
         """Move all samples through one layer and return what was seen, the same in all ranks."""
         recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.context
+        self._groups = input_groups(self._config, layer_idx)
         kv = KVObserver(recipe.kv_observe, self._decoder.turns().inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers = self._pass(self.hidden, layer_idx, kv, stretch)

@@ -91,7 +91,7 @@ class SmoothedLayer:
         else:
             sharing = head_sharing(self._config, pair.group)
             self._rows[pair.source] = scale_K if sharing is None else source_scale(scale_K, sharing)
-        for group in input_groups(self._config):
+        for group in input_groups(self._config, self._idx):
             if group.title == pair.group:
                 self._columns.update({linear.name: scale_K for linear in group.linears})
 
@@ -126,7 +126,7 @@ class SmoothedLayer:
         """Return the whole float layer; its weights are made one at a time, when they are called."""
         groups: list[GroupCall] = [
             LinearGroup(tuple(self._made_when_called(linear) for linear in group.linears))
-            for group in input_groups(self._config)
+            for group in input_groups(self._config, self._idx)
         ]
         return self._decoder.block(self._idx, groups, norms=self.norms)
 
@@ -172,7 +172,8 @@ class QuantizedLayer:
         release_widened()  # the float pass is over
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.statistics.scales, self.stored_dtype)
         self.attention = FAQuantObserver() if self.has_fa else None
-        self._linears = [linear for group in input_groups(self._config) for linear in group.linears]
+        self._groups = input_groups(self._config, self.layer_idx)
+        self._linears = [linear for group in self._groups for linear in group.linears]
         for linear in [linear for linear in self._linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
             self.weights[linear.name] = self._quantize(linear)
 
@@ -191,7 +192,7 @@ class QuantizedLayer:
         """Return the layer with its linears quantized and what they and attention read observed."""
         window = sliding_window(self._config, self.layer_idx)
         attention = WatchedAttention(FloatAttention(window), () if self.attention is None else (self.attention,))
-        groups = [self._observed_group(group) for group in input_groups(self._config)]
+        groups = [self._observed_group(group) for group in self._groups]
         return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms)
 
     def _observed_group(self, group: InputGroup) -> GroupCall:

@@ -230,7 +230,10 @@ def require_data_free(recipe: Recipe, raw: Mapping[str, Any]) -> None:
     kinds = {recipe.scheme, *(kind for _, kind in recipe.modules)} - {*DATA_FREE, QuantType.FLOAT}
     got = f"{', '.join(sorted(kind.value for kind in kinds))} for {named}"
     expected = f"{one_of(kind.value for kind in DATA_FREE)}, which need no calibration"
-    require(not kinds, "scheme", got, expected, "eightfold does not run this model.")
+    why = (
+        "eightfold does not calibrate models with experts." if has_engine(raw) else "eightfold does not run this model."
+    )
+    require(not kinds, "scheme", got, expected, why)
     unusual = {
         "anti_outlier": recipe.anti_outlier,
         "fa_quant": recipe.fa_quant,

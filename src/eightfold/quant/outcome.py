@@ -154,6 +154,6 @@ def _split_groups(config: ModelConfig, types: Mapping[str, QuantType]) -> list[s
     return [
         f"layer {layer_idx}: {', '.join(linear.name for linear in group.linears)}"
         for layer_idx in range(config.num_layers)
-        for group in input_groups(config)
+        for group in input_groups(config, layer_idx)
         if len({types[layer_prefix(layer_idx) + linear.name] for linear in group.linears}) > 1
     ]

@@ -70,7 +70,7 @@ def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfi
     names = list(names)
     found = {name for name in names if fnmatchcase(name, pattern)}
     near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5) if not found else []
-    example = near[0] if near else f"*.{input_groups(config)[-1].linears[0].name}"
+    example = near[0] if near else f"*.{input_groups(config, 0)[-1].linears[0].name}"
     got = f"{shown(pattern)}, which matches no linear"
     require(bool(found), option, got, f"a name or pattern such as {example!r}")
     return found
@@ -141,7 +141,7 @@ def _input_group_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Return for every linear of the layers the linears that read the same input, itself included."""
     groups: dict[str, tuple[str, ...]] = {}
     for layer_idx in range(config.num_layers):
-        for group in input_groups(config):
+        for group in input_groups(config, layer_idx):
             members = tuple(layer_prefix(layer_idx) + linear.name for linear in group.linears)
             groups.update(dict.fromkeys(members, members))
     return groups
@@ -186,7 +186,7 @@ class OutputPlan:
         if layer_idx in self.fa_layers:
             for spec in FA_TENSORS:
                 self._add(prefix + ATTENTION, spec, spec.shape_for(H=config.num_heads, G=config.num_kv_heads))
-        for group in input_groups(config):
+        for group in input_groups(config, layer_idx):
             for linear in group.linears:
                 if self.recipe.kv_int8 and linear.name in (KEY, VALUE):
                     for spec in KV_TENSORS:

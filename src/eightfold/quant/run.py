@@ -184,7 +184,7 @@ class Run:
         found = {
             layer_prefix(layer_idx) + linear.name: statistics.range_params[group.title]
             for layer_idx, statistics in enumerate(layers)
-            for group in input_groups(self.checkpoint.config)
+            for group in input_groups(self.checkpoint.config, layer_idx)
             for linear in group.linears
         }
         if self.recipe.quantize_lm_head:

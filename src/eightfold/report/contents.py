@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eightfold.config import ModelConfig
 from eightfold.errors import UnsupportedError
-from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, input_groups, layer_prefix
+from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, layer_linears, layer_prefix
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
 from eightfold.model.native.model import PAGE
@@ -17,6 +18,9 @@ from eightfold.scheme import WEIGHT_OFFSET, QuantType, linear_tensors, weight_na
 
 if TYPE_CHECKING:
     from eightfold.model.native._core import Isa
+
+
+_ONE_EXPERT = re.compile(r"\.\d+\.")  # in the name of a module inside its layer
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,15 @@ def _parameters(checkpoint: Checkpoint) -> int:
 def _parts(checkpoint: Checkpoint) -> list[Part]:
     config = checkpoint.config
     parts = [_part(checkpoint, "embed_tokens", [EMBEDDING], "")]
-    for group in input_groups(config):
-        for linear in group.linears:
-            by_scheme: dict[QuantType, list[int]] = {}
-            for layer_idx in range(config.num_layers):
-                kind = checkpoint.quant_type(layer_prefix(layer_idx) + linear.name)
-                by_scheme.setdefault(kind, []).append(layer_idx)
-            for layers in by_scheme.values():
-                modules = [layer_prefix(layer_idx) + linear.name for layer_idx in layers]
-                parts.append(_part(checkpoint, linear.name, modules, ranges(layers)))
+    alike: dict[str, dict[QuantType, dict[str, int]]] = {}
+    for layer_idx in range(config.num_layers):
+        for linear in layer_linears(config, layer_idx):
+            module = layer_prefix(layer_idx) + linear.name
+            by_scheme = alike.setdefault(_ONE_EXPERT.sub(".#.", linear.name), {})
+            by_scheme.setdefault(checkpoint.quant_type(module), {})[module] = layer_idx
+    for name, by_scheme in alike.items():
+        for modules in by_scheme.values():
+            parts.append(_part(checkpoint, name, [*modules], ranges(sorted({*modules.values()}))))
     norms = list(all_norms(config))
     parts.append(_part(checkpoint, "norms", norms, ""))
     if not config.tie_word_embeddings:
@@ -104,8 +108,7 @@ def _parts(checkpoint: Checkpoint) -> list[Part]:
 
 def _part(checkpoint: Checkpoint, name: str, modules: list[str], layers: str) -> Part:
     first = checkpoint.tensors[weight_name(modules[0])]
-    is_linear = modules[0] in all_linears(checkpoint.config)
-    scheme = checkpoint.quant_type(modules[0]) if is_linear else QuantType.FLOAT
+    scheme = QuantType.FLOAT if name in ("embed_tokens", "norms") else checkpoint.quant_type(modules[0])
     suffixes = {spec.suffix for spec in linear_tensors(scheme, has_bias=True)}
     nbytes = sum(
         checkpoint.tensors[f"{module}.{suffix}"].nbytes

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eightfold.config import DType, ModelConfig, has_engine, parse_config
+from eightfold.config import DType, ModelConfig, has_engine, has_experts, parse_config
 from eightfold.families import (
     EMBEDDING,
     FINAL_NORM,
@@ -89,17 +89,18 @@ class RandomModel(RandomValues):
         shape = (config.vocab_size, config.hidden_size)
         yield RandomTensor(weight_name(EMBEDDING), shape, EMBEDDING_STD, columns=dict.fromkeys(self._loud, LOUD))
         for layer_idx in range(config.num_layers):
-            yield from self._layer(layer_prefix(layer_idx))
+            yield from self._layer(layer_idx)
         yield RandomTensor(weight_name(FINAL_NORM), (config.hidden_size,), GAIN_STD, mean=1.0)
         if not config.tie_word_embeddings:
             yield RandomTensor(weight_name(LM_HEAD), shape, config.hidden_size**-0.5)
 
-    def _layer(self, prefix: str) -> Iterator[RandomTensor]:
+    def _layer(self, layer_idx: int) -> Iterator[RandomTensor]:
+        prefix = layer_prefix(layer_idx)
         outliers = {name: self._outliers(prefix + name) for name in _NORM_OF.values()}
         for name, size in layer_norms(self._config).items():
             gains = {channel: outlier / LOUD for channel, outlier in outliers.get(name, {}).items()}
             yield RandomTensor(weight_name(prefix + name), (size,), GAIN_STD, mean=1.0, columns=gains)
-        for group in input_groups(self._config):
+        for group in input_groups(self._config, layer_idx):
             read = outliers.get(_NORM_OF.get(group.title, ""), {})
             for linear in group.linears:
                 yield self._weight(prefix, group, linear, read)
@@ -159,7 +160,7 @@ def synthesize(
         OutputError: the directory cannot be written, or the disk is too small.
     """
     raw = model_config(like, layers, dtype)
-    runs_here = has_engine(raw)
+    runs_here = has_engine(raw) and not has_experts(raw)
     model = RandomModel(parse_config(raw, Path(CONFIG_NAME)), seed) if runs_here else NamedModel(raw, seed)
     tensors = list(model.tensors())
     planned = [tensor.planned(dtype) for tensor in tensors]

@@ -164,6 +164,11 @@ def _finish(model: Model, beside: Callable[[], object] | None) -> int:
 
 def _require_shapes(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
+    if config.experts is not None:
+        raise UnsupportedError(
+            "experts", where=checkpoint.directory, got=f"{config.experts.count} in a layer", expected="a dense model",
+            action="Use --backend reference.",
+        )  # fmt: skip
     widest = max(linear.k for linear in all_linears(config).values())
     limits = (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512))
     for what, got, most in (*limits, ("num_attention_heads", config.num_heads, 65536)):
@@ -186,7 +191,7 @@ class _Loader:
 
     def add_layer(self, layer_idx: int) -> None:
         prefix = layer_prefix(layer_idx)
-        for group in input_groups(self.config):
+        for group in input_groups(self.config, layer_idx):
             for shape in group.linears:
                 linear = layers.read_linear(self.checkpoint, prefix + shape.name, shape)
                 self._add_linear(layer_idx, group.title, shape.name, linear)

@@ -1,7 +1,7 @@
 """One decoder layer over a flattened batch, float32, whatever the linears store.
 
     x += o(attention(rope(q(n)), rope(k(n)), v(n)))      n = rms_norm(x) * g
-    x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'
+    x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'; or several of them: experts.py
 
 A layer's linears are called in groups that read the same input, so that calibration can watch an input once.
 
@@ -59,6 +59,16 @@ class Batch:
         positions = torch.cat([torch.arange(first_position, first_position + length) for length in lengths])
         return cls(spans, lengths if prompt_lens is None else prompt_lens, *rope_tables(positions, turns))
 
+    def pick(self, rows_R: Tensor) -> Batch:
+        """Return the batch of some of its tokens, whose indices are in ascending order."""
+        spans, prompt_lens = [], []
+        for (begin, end), prompt_len in zip(self.spans, self.prompt_lens, strict=True):
+            bounds = torch.tensor([begin, begin + prompt_len, end], device=rows_R.device)
+            first, generated, last = torch.searchsorted(rows_R, bounds).tolist()
+            spans.append((first, last))
+            prompt_lens.append(generated - first)
+        return Batch(spans, prompt_lens, self.cos_TD[rows_R], self.sin_TD[rows_R])
+
     def generated_T(self) -> Tensor:
         generated = torch.zeros(self.spans[-1][1] if self.spans else 0, dtype=torch.bool)
         for (begin, end), prompt_len in zip(self.spans, self.prompt_lens, strict=True):
@@ -96,6 +106,23 @@ class Norm:
         return y if self.bias is None else y + self.bias
 
 
+# Reads (T, E), returns (T, E).
+MLP = Callable[[Tensor, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, SwiGLU)."""
+
+    gate_up: GroupCall
+    down: GroupCall
+
+    def __call__(self, x_TE: Tensor, batch: Batch) -> Tensor:
+        gate, up = self.gate_up(x_TE, batch)
+        (down,) = self.down(torch.nn.functional.silu(gate, inplace=True).mul_(up), batch)
+        return down
+
+
 @dataclass(frozen=True)
 class Block:
     """One decoder layer."""
@@ -108,15 +135,12 @@ class Block:
     qkv: GroupCall
     attention: Attention
     o: GroupCall
-    gate_up: GroupCall
-    down: GroupCall
+    mlp: MLP
 
     def __call__(self, x_TE: Tensor, batch: Batch, caches: Sequence[KVCache] | None = None) -> Tensor:
         """Return the layer's output, (T, E). `caches`: one for each sequence, which must then be one token run each."""
         x_TE = x_TE + self._attend(self.input_norm(x_TE), batch, caches)
-        gate, up = self.gate_up(self.post_norm(x_TE), batch)
-        (down,) = self.down(torch.nn.functional.silu(gate, inplace=True).mul_(up), batch)
-        return x_TE + down
+        return x_TE + self.mlp(self.post_norm(x_TE), batch)
 
     def _attend(self, n_TE: Tensor, batch: Batch, caches: Sequence[KVCache] | None) -> Tensor:
         dim = self.config.head_dim

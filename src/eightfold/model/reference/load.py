@@ -23,7 +23,18 @@ from eightfold.model.reference.attention import (
     Rotation,
     rotation,
 )
-from eightfold.model.reference.decoder import Batch, Block, GroupCall, LinearGroup, Norm, Origin, apply_block_
+from eightfold.model.reference.decoder import (
+    MLP,
+    Batch,
+    Block,
+    GatedMLP,
+    GroupCall,
+    LinearGroup,
+    Norm,
+    Origin,
+    apply_block_,
+)
+from eightfold.model.reference.experts import Router, SharedExpert, SparseMLP
 from eightfold.model.reference.linear import (
     DynamicMode,
     FloatLinear,
@@ -97,11 +108,20 @@ class Decoder:
         groups: Sequence[GroupCall] | None = None,
         attention: Attention | None = None,
         norms: Mapping[str, Norm] | None = None,
+        mlp: MLP | None = None,
     ) -> Block:
-        """Build one layer: as the checkpoint stores it, or with other parts in their place."""
-        qkv, o, gate_up, down = groups or [
+        """Build one layer: as the checkpoint stores it, or with other parts in their place.
+
+        Args:
+            layer_idx: which.
+            groups: calls of its linears, as input_groups() has them: those of a layer with experts are two.
+            attention: what is between.
+            norms: by name inside the layer.
+            mlp: its MLP, or its experts, in place of what `groups` or the checkpoint has.
+        """
+        qkv, o, *own = groups or [
             LinearGroup(tuple(self.linear(layer_prefix(layer_idx), linear) for linear in group.linears))
-            for group in input_groups(self.checkpoint.config)
+            for group in input_groups(self.checkpoint.config, layer_idx)
         ]
         norms = norms or self.norms(layer_idx)
         return Block(
@@ -113,9 +133,22 @@ class Decoder:
             qkv,
             attention or self.attend(layer_idx),
             o,
-            gate_up,
-            down,
+            mlp or (GatedMLP(*own) if own else self.sparse_mlp(layer_idx)),
         )
+
+    def sparse_mlp(self, layer_idx: int) -> SparseMLP:
+        """Build one layer's experts as the checkpoint stores them."""
+        read, sizes = layers.read_experts(self.checkpoint, layer_idx), self.checkpoint.config.experts
+        assert read is not None and sizes is not None, "the layer has experts"
+        router = Router(self._linear(read.router), sizes.per_token, sizes.normalizes)
+        shared = None
+        if read.shared is not None and read.shared_gate is not None:
+            shared = SharedExpert(self._expert(read.shared), self._linear(read.shared_gate))
+        return SparseMLP(router, [self._expert(expert) for expert in read.experts], shared)
+
+    def _expert(self, read: layers.Expert) -> GatedMLP:
+        gate, up, down = map(self._linear, read)
+        return GatedMLP(LinearGroup((gate, up)), LinearGroup((down,)))
 
     def norms(self, layer_idx: int) -> dict[str, Norm]:
         return {name: self._norm(read) for name, read in layers.read_norms(self.checkpoint, layer_idx).items()}
