@@ -280,7 +280,10 @@ _REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "Use max_tokens.": {"auto_max_new_tokens": (False,), "max_length": (), "max_time": (), "t_max_predict_ms": (-1, 0)},
     "Use min_tokens.": {"min_length": (0,)},
-    "Use response_format.": {"format": ("",)},
+    "Use response_format.": {
+        "format": ("",), "guided_decoding": (), "guided_json_object": (False,), "json_mode": (False,),
+        "output_format": (), "response_schema": (),
+    },
     "Use return_token_ids.": {
         "return_prompt_token_ids": (False,), "return_tokens": (False,), "response_fields": ([],),
     },
