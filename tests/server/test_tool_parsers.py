@@ -185,6 +185,14 @@ CALLS: list[Case] = [
     ("hermes", f"{TAG} So </tool_call>", "So </tool_call>", [F1]),
     ("qwen3_coder", f"<tool_call>\n{xml(('a', '1'))}\n</tool_call>", "", [F1]),
     ("xlam", f"<tool_call>{TAG}", "", [F1]),
+    ("mistral", f"[TOOL_CALLS][TOOL_CALLS] [{CALL}]", "", [F1]),
+    ("llama3_json", f"<|python_tag|>\n<|python_tag|>{CALL}", "", [F1]),
+    ("deepseek_v3", "<｜tool▁calls▁begin｜>" + all_of(v3()) + "<｜tool▁calls▁end｜>", "", [F1]),
+    ("hermes", f"So.<tool_call>{CALL}<tool_call>", "So.", [F1]),
+    ("hermes", TAG.removesuffix("_call>"), "", [F1]),
+    ("hermes", f"```json\n{CALL}\n`", "", [F1]),
+    ("qwen3_coder", '<function=f>{"a": 1}</func', "", [F1]),
+    ("qwen3_coder", "<function=f>\n<parameter=a>\n1\n</parameter>\n<", "", [F1]),
 ]  # fmt: skip
 
 # Family and answer: all of it is text.
@@ -212,6 +220,8 @@ TEXTS: list[tuple[str, str]] = [
     ("hermes", "<tool_call></tool_call>"),
     ("hermes", "</tool_call>"),
     ("hermes", "It writes </tool_call>\n"),
+    ("hermes", "It writes <tool_call>\n"),
+    ("hermes", f"<tool_call>{CALL}</tull"),
     ("hermes", "<tool_call><tool_call></tool_call>"),
     ("hermes", "<tool_call><tool_call>nonsense</tool_call></tool_call>"),
     ("hermes", "<tools>" + json.dumps(TOOL) + "</tools>"),

@@ -142,23 +142,36 @@ def _made(name: Any, arguments: Any) -> Found | None:
 _MOST_REPEATS = 2  # of a marker: an answer of nothing else must not be read as often as it has markers
 
 
-def between(begin: str, end: str, *, plain: bool = False) -> Reader:
-    """Return the reader of calls between two markers, the first of which has been read.
+def repeated(marker: str, reader: Reader) -> Reader:
+    """Return the reader of what stands behind a marker that has been read: small models write it twice at times.
 
-    The second may be missing, and small models write the first twice at times.
+    A marker with nothing behind it is one that ends calls, if it is anything.
     """
 
     def read(source: Source, schemas: Schemas) -> Reading[Calls | None]:
         for _ in range(_MOST_REPEATS):
-            if (yield from source.peek()) != "<" or not (yield from source.take(begin)):
+            here = source.at
+            if not (yield from source.peek()):
+                return Calls()
+            if not (yield from source.take(marker)):
+                source.at = here
                 break
+        return (yield from reader(source, schemas))
+
+    return read
+
+
+def between(begin: str, end: str, *, plain: bool = False) -> Reader:
+    """Return the reader of calls between two markers, the first of which has been read. The second may be missing."""
+
+    def read(source: Source, schemas: Schemas) -> Reading[Calls | None]:
         if (yield from source.peek()) == "<":
             found = yield from _functions(source, schemas)
         else:
             found = yield from json_calls(source, plain=plain)
         if found is None:
             return None
-        if not (yield from source.peek()) or (yield from source.take(end)):
+        if (yield from source.ends(end)):
             return found
         here = source.at
         another = yield from source.take(begin)
@@ -189,8 +202,7 @@ def fenced(source: Source, schemas: Schemas) -> Reading[Calls | None]:
         found = yield from json_calls(source, plain=True)
     if found is None:
         return None
-    closed = not (yield from source.peek()) or (yield from source.take("```"))
-    return found if closed else None
+    return found if (yield from source.ends("```")) else None
 
 
 # --- XML, as Qwen3-Coder writes it; Llama 3.1 puts JSON in place of the parameters
@@ -234,9 +246,7 @@ def _function(source: Source, schemas: Schemas, end: str = ">") -> Reading[Calls
     else:
         arguments = yield from _parameters(source, _properties(schemas.get(name)))
     call = _made(name, arguments)
-    if call is None or ((yield from source.peek()) and not (yield from source.take("</function>"))):
-        return None
-    return [call]
+    return [call] if call is not None and (yield from source.ends("</function>")) else None
 
 
 def _parameters(source: Source, properties: Mapping[str, Any]) -> Reading[dict[str, Any] | None]:
@@ -250,9 +260,9 @@ def _parameters(source: Source, properties: Mapping[str, Any]) -> Reading[dict[s
             if (yield from source.until("</parameter>")) is None:
                 return None
             end = source.at - len("</parameter>")
-            behind = yield from source.peek()
+            yield from source.peek()
             here = source.at
-            if not behind or (yield from source.take("<parameter=", "</function>")):
+            if (yield from source.take("<parameter=")) or (yield from source.ends("</function>")):
                 source.at = here
                 break
         text = source.text[begin:end]

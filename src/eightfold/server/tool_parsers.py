@@ -92,7 +92,11 @@ _PYTHONIC = Family(
 )
 _NEMOTRON = Family({"<TOOLCALL>": markup.between("<TOOLCALL>", "</TOOLCALL>")}, other_markers=("</TOOLCALL>",))
 _DEEPSEEK = Family(
-    {**dict.fromkeys(markup.DEEPSEEK_BEGINS, markup.deepseek), markup.DEEPSEEK[2]: markup.deepseek_call},
+    {
+        **dict.fromkeys(markup.DEEPSEEK_BEGINS, markup.deepseek),
+        markup.DEEPSEEK[2]: markup.deepseek_call,
+        markup.DEEPSEEK[1]: markup.nothing,
+    },
     other_markers=markup.DEEPSEEK,
 )
 
@@ -289,7 +293,8 @@ class ToolParser:
             text = source.text[: match.start()].rstrip()
             self._say(text, certain)
             source.text, size = source.text[len(text) :], match.end() - len(text)
-            self._begin(size, size, family.readers[match[0]](source, self._use.schemas))
+            reader = markup.repeated(match[0], family.readers[match[0]])
+            self._begin(size, size, reader(source, self._use.schemas))
             return True
         cut = len(source.text) if source.has_ended else family.end_of_text(source.text)
         text = source.text[:cut]

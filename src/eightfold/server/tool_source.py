@@ -55,6 +55,14 @@ class Source:
             self.at += len(found)
             return found
 
+    def ends(self, marker: str) -> Reading[bool]:
+        """Go past a marker behind white space; return whether it stands here, or no more of the text than begins it."""
+        if not (yield from self.peek()) or (yield from self.take(marker)):
+            return True
+        is_cut = self.has_ended and marker.startswith(self.text[self.at :])
+        self.at = len(self.text) if is_cut else self.at
+        return is_cut
+
     def until(self, marker: str) -> Reading[str | None]:
         """Go past the next marker; return what stands before it, or None where there is none."""
         begin = look = self.at
