@@ -1,6 +1,6 @@
 // Attention of a few query rows over a run of cached positions: softmax by pages, each with its own maximum.
 //
-//   S = q . k * q_scale          m_b = max of S over page b
+//   S = q . k * q_scale          m_b = max of S over page b          or S = c tanh((q . k * q_scale - q_shift) / c)
 //   int8     p = rne(127 exp(S - m_b))      int8x2   p = rne(65535 exp(S - m_b)), as two bytes      bf16   p = exp(S - m_b)
 //   acc = sum_b e^(m_b - m) p . v           sum = sum_b e^(m_b - m) sum p
 //
@@ -250,6 +250,16 @@ inline void score_page(const AttnRows& in, const uint8_t* keys, int columns, Ahe
     });
 }
 
+// Scores of a row as they are compared.
+inline void soften_scores(const AttnRows& in, int r, int columns, Page& page) {
+    float* s = page.real + r * kPage;
+    if (in.kind == CacheKind::int8x2) {
+        const F shift = f_set(in.q_shift[r]);
+        for (int i = 0; i < columns; i += W) f_store(s + i, f_sub(f_load(s + i), shift));
+    }
+    soften(s, columns, in.softcap);
+}
+
 // Integer products of a row to scores.
 inline void finish_scores(const AttnRows& in, int r, int columns, Page& page) {
     const int planes = in.kind == CacheKind::int8x2 ? 2 : 1;
@@ -289,15 +299,17 @@ inline void normalize_whole(const AttnRows& in, int r, Page& page) {
 
 // Softmax numerators of a page, quantized as the cache's kind has it, and their sums.
 inline void normalize_page(const AttnRows& in, int first, int columns, Ahead& ahead, Page& page) {
+    const bool softens = in.softcap > 0;
     for (int r = 0; r < in.rows; r++) {
         ahead.ask<kRowLines>();
         const Visible see = visible(in, r, first);
-        if (in.kind == CacheKind::int8 && see.begin == 0 && see.end == kPage) {
+        if (in.kind == CacheKind::int8 && !softens && see.begin == 0 && see.end == kPage) {
             normalize_whole(in, r, page);
             ahead.ask<kRowLines>();
             continue;
         }
         if (in.kind != CacheKind::bf16) finish_scores(in, r, columns, page);
+        if (softens) soften_scores(in, r, columns, page);
         float* s = page.real + r * kPage;
         if (in.kind == CacheKind::bf16) {
             page.max[r] = exponentials<1>(s, see, columns);

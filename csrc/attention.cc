@@ -16,6 +16,15 @@ constexpr int kMostTurn = 8;
 constexpr int kStoreTokens = 8;
 constexpr int kMostDim = 512;
 
+// As kernels' rope, of pairs that are neighbours.
+void turn_neighbours(const float* x, int pairs, const float* cos, const float* sin, float* y) {
+    for (int i = 0; i < pairs; i++) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        y[2 * i] = a * cos[i] - b * sin[i];
+        y[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+}
+
 // A state in memory of kMaxAttnRows * (2 + value_dim) floats.
 AttnState state_at(float* memory) { return {memory, memory + kMaxAttnRows, memory + 2 * kMaxAttnRows}; }
 
@@ -39,11 +48,12 @@ void Attention::reserve_tokens(int tokens) {
     sequence_of_.resize(n);
     qkv_.resize(n * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
     heads_.resize(heads * shape.head_dim);
-    cos_.resize(n * shape.head_dim / 2);
-    sin_.resize(n * shape.head_dim / 2);
+    cos_.resize(n * ropes_.size() * config_.inv_freq.size());
+    sin_.resize(cos_.size());
     q8_.resize(heads * 2 * shape.query_dim());
     q_sum_.resize(heads * 2);
     q_scale_.resize(heads);
+    q_shift_.resize(heads);
     qf_.resize(heads * shape.query_dim());
 }
 
@@ -146,18 +156,24 @@ void Attention::begin(const Batch& batch) {
 }
 
 void Attention::find_angles(const Batch& batch, int t) {
-    const int half = config_.shape.head_dim / 2;
-    for (int i = 0; i < half; i++) {
-        const float angle = static_cast<float>(batch.positions[t]) * config_.inv_freq[i];
-        cos_[static_cast<size_t>(t) * half + i] = std::cos(angle) * rope_scale_;
-        sin_[static_cast<size_t>(t) * half + i] = std::sin(angle) * rope_scale_;
-    }
+    size_t at = t * ropes_.size() * config_.inv_freq.size();
+    for (const Rope& rope : ropes_)
+        for (const float frequency : rope.inv_freq) {
+            const float angle = static_cast<float>(batch.positions[t]) * frequency;
+            cos_[at] = std::cos(angle) * rope.scale;
+            sin_[at++] = std::sin(angle) * rope.scale;
+        }
 }
 
 bool Attention::attend_all(Pool::Walk& walk, const Batch& batch, const AttentionPlan& plan, int layer, const Group& o) {
     const Place of{batch, plan, layer, o};
     const int tokens = batch.tokens;
     const auto store = [&](int i) { rotate_and_store(of, i * kStoreTokens, std::min(tokens, (i + 1) * kStoreTokens)); };
+    const size_t dim = config_.shape.head_dim;
+    if (std::max(layers_[layer].query_norm.size(), layers_[layer].key_norm.size()) > dim &&
+        !walk.phase(tokens, [&](int t) { norm_all_heads(layer, t); })) {
+        return false;
+    }
     if (!plan.single && !walk.phase(chunk_count(tokens, kStoreTokens), store)) return false;
     const int units = static_cast<int>(plan.units.size());
     return walk.phase(
@@ -188,7 +204,8 @@ void Attention::rotate_and_store(const Place& of, int begin, int end) {
 
 Attention::Query Attention::query_at(int t, int head) {
     const size_t at = static_cast<size_t>(t) * config_.shape.heads + head, dq = config_.shape.query_dim();
-    return {q8_.data() + at * 2 * dq, q_sum_.data() + at * 2, q_scale_.data() + at, qf_.data() + at * dq};
+    return {q8_.data() + at * 2 * dq, q_sum_.data() + at * 2, q_scale_.data() + at, q_shift_.data() + at,
+            qf_.data() + at * dq};
 }
 
 const float* Attention::row_of(int t, int head) const {  // queries first, then keys, then values
@@ -197,22 +214,39 @@ const float* Attention::row_of(int t, int head) const {  // queries first, then 
     return qkv_.data() + (static_cast<size_t>(t) * all + head) * shape.head_dim;
 }
 
+// Norms a token's queries as one row, and its keys, where their norms are of all heads.
+void Attention::norm_all_heads(int layer, int t) {
+    const Shape& shape = config_.shape;
+    const auto norm = [&](const std::vector<float>& gain, int head, int heads) {
+        if (gain.size() <= static_cast<size_t>(shape.head_dim)) return;
+        float* row = qkv_.data() + (row_of(t, head) - qkv_.data());
+        kernels_.rms_norm(row, heads * shape.head_dim, gain.data(), nullptr, config_.eps, row);
+    };
+    norm(layers_[layer].query_norm, 0, shape.heads);
+    norm(layers_[layer].key_norm, shape.heads, shape.kv_heads);
+}
+
 // Writes a head's row of a token, normed where the family does, and turned by its position.
 void Attention::rotate(int layer, int t, int head, float* to) const {
     const Shape& shape = config_.shape;
-    const size_t at = static_cast<size_t>(t) * shape.head_dim / 2;
-    const std::vector<float>& gain = head < shape.heads ? layers_[layer].query_norm : layers_[layer].key_norm;
-    const float* row = row_of(t, head);
-    if (!gain.empty()) {
+    const AttentionParams& params = layers_[layer];
+    const int pairs = static_cast<int>(config_.inv_freq.size());
+    const size_t at = (t * ropes_.size() + (params.is_local ? 1 : 0)) * pairs;
+    const float *cos = cos_.data() + at, *sin = sin_.data() + at, *row = row_of(t, head);
+    const std::vector<float>& gain = head < shape.heads ? params.query_norm : params.key_norm;
+    if (gain.size() == static_cast<size_t>(shape.head_dim)) {
         kernels_.rms_norm(row, shape.head_dim, gain.data(), nullptr, config_.eps, to);
         row = to;
     }
-    kernels_.rope(row, shape.head_dim, cos_.data() + at, sin_.data() + at, to);
+    if (config_.switches.interleaved) turn_neighbours(row, pairs, cos, sin, to);
+    else kernels_.rope(row, 2 * pairs, cos, sin, to);
+    if (row != to) std::copy(row + 2 * pairs, row + shape.head_dim, to + 2 * pairs);
 }
 
 void Attention::rotate_query(const Place& of, int t, int head, const Query& to) const {
     float row[kMostDim];
     rotate(of.layer, t, head, row);
+    *to.shift = 0;
     quantize_query(is_fresh(of, t) ? fresh_params_[0] : layers_[of.layer], head, row, to);
 }
 
@@ -242,7 +276,8 @@ void Attention::rotate_and_store_keys(const Place& of, int t, int count, int kv_
 void Attention::quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const {
     const Shape& shape = config_.shape;
     const int dim = shape.head_dim, dq = shape.query_dim();
-    const float root = 1.0f / std::sqrt(static_cast<float>(dim));
+    const float given = config_.switches.score_multiplier;
+    const float root = given != 0 ? given : 1.0f / std::sqrt(static_cast<float>(dim));
     if (params.kind == CacheKind::bf16) {
         for (int d = 0; d < dim; d++) to.real[d] = q[d] * root;
         std::fill(to.real + dim, to.real + dq, 0.0f);
@@ -254,13 +289,17 @@ void Attention::quantize_query(const AttentionParams& params, int head, const fl
         *to.scale = params.score_scale[head];
         return;
     }
-    // 16 bit of q * key_scale: high and low half, both signed. Key offsets move all scores alike: softmax forgets them.
+    // 16 bit of q * key_scale: high and low half, both signed. Key offsets move all scores alike: softmax forgets them,
+    // unless they are softened before.
     const float* key_scale = params.key_scale.data() + head / shape.queries_per_kv() * dim;
+    const float* key_offset = params.key_offset.data() + head / shape.queries_per_kv() * dim;
+    const bool softens = config_.switches.attention_softcap > 0;
     float largest = 1e-30f;
     for (int d = 0; d < dim; d++) largest = std::max(largest, std::fabs(q[d] * key_scale[d]));
     constexpr float most = 32639.0f;  // 127 * 256 + 127
     const float scale = largest / most;
     int32_t high_sum = 0, low_sum = 0;
+    double moved = 0;
     for (int d = 0; d < dq; d++) {
         const float real = d < dim ? q[d] * key_scale[d] / scale : 0.0f;
         // Bounded, for NaN too: no sum of these may leave 32 bits.
@@ -270,10 +309,12 @@ void Attention::quantize_query(const AttentionParams& params, int head, const fl
         to.q8[dq + d] = static_cast<int8_t>(low);
         high_sum += high;
         low_sum += low;
+        if (softens && d < dim) moved += static_cast<double>(value) * key_offset[d];
     }
     to.sum[0] = high_sum;
     to.sum[1] = low_sum;
     *to.scale = scale * root;
+    *to.shift = static_cast<float>(moved) * *to.scale;
 }
 
 // Puts a unit's query rows one below the other.
@@ -283,11 +324,12 @@ void Attention::gather_queries(const Place& of, const Unit& unit, CacheKind kind
     rows.qf.resize(static_cast<size_t>(count) * dq);
     rows.q_sum.resize(count * planes);
     rows.q_scale.resize(count);
+    rows.q_shift.resize(count);
     rows.last.resize(count);
     for (int r = 0; r < count; r++) {
         const int t = unit.first_token + r / unit.heads, head = unit.head + r % unit.heads;
         const Query to{rows.q8.data() + static_cast<size_t>(r) * planes * dq, rows.q_sum.data() + r * planes,
-                       rows.q_scale.data() + r, rows.qf.data() + static_cast<size_t>(r) * dq};
+                       rows.q_scale.data() + r, rows.q_shift.data() + r, rows.qf.data() + static_cast<size_t>(r) * dq};
         rows.last[r] = of.batch.positions[t];
         if (of.plan.single) {
             rotate_query(of, t, head, to);
@@ -300,6 +342,7 @@ void Attention::gather_queries(const Place& of, const Unit& unit, CacheKind kind
             std::copy_n(from.q8, planes * dq, to.q8);
             std::copy_n(from.sum, planes, to.sum);
             *to.scale = *from.scale;
+            *to.shift = *from.shift;
         }
     }
 }
@@ -375,6 +418,8 @@ void Attention::attend(const Place& of, const Unit& unit, const Unit* next, Rows
                 rows.qf.data(),
                 rows.q_sum.data(),
                 rows.q_scale.data(),
+                rows.q_shift.data(),
+                config_.switches.attention_softcap,
                 rows.last.data(),
                 params.window,
                 rows.keys.data(),

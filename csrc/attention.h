@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "batch.h"
@@ -45,7 +46,8 @@ public:
           kernels_(kernels),
           pool_(pool),
           products_(products),
-          scratch_(pool.threads()) {}
+          scratch_(pool.threads()),
+          ropes_{{config.inv_freq, 1}} {}
 
     // Between steps.
     void allocate_cache(int pages);
@@ -66,7 +68,10 @@ public:
         return config_.shape.head_dim % 4 == 0 && products_.takes_handed(o, tokens);
     }
     // Before the first step: what cosines and sines are multiplied by, so that scores grow by its square.
-    void set_rope_scale(float scale) { rope_scale_ = scale; }
+    void set_rope_scale(float scale) { ropes_[0].scale = scale; }
+    // And how layers turn that have another rope: as many channels.
+    void set_local_rope(std::vector<float> inv_freq, float scale) { ropes_.push_back({std::move(inv_freq), scale}); }
+    int ropes() const { return static_cast<int>(ropes_.size()); }
     // Inside a phase before the first layer: cosine and sine of a token's position.
     void find_angles(const Batch& batch, int t);
     // Phases of a layer; see Pool::Walk::phase. `o`: what reads the heads.
@@ -79,13 +84,17 @@ private:
     struct alignas(kAlign) Rows {  // what one thread has gathered of a unit
         Lines<int8_t> q8;  // query rows, one below the other
         std::vector<int32_t> q_sum, last;
-        Lines<float> qf, q_scale, states;
+        Lines<float> qf, q_scale, q_shift, states;
         std::vector<const uint8_t*> keys, values;
     };
     struct Query {  // where a quantized query goes
         int8_t* q8;
         int32_t* sum;
-        float *scale, *real;
+        float *scale, *shift, *real;
+    };
+    struct Rope {
+        std::vector<float> inv_freq;
+        float scale;
     };
     struct Place {  // what a phase of a layer works on
         const Batch& batch;
@@ -104,6 +113,7 @@ private:
     }
     Query query_at(int t, int head);
     const float* row_of(int t, int head) const;
+    void norm_all_heads(int layer, int t);
     void rotate(int layer, int t, int head, float* to) const;
     void rotate_query(const Place& of, int t, int head, const Query& to) const;
     void quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const;
@@ -132,11 +142,12 @@ private:
     std::unique_ptr<Cache> fresh_;  // of one layer at a time: keys and values of whole prompts
     std::vector<int> fresh_page_;  // (S): first page of each sequence in fresh_
     std::vector<int> sequence_of_;  // (T)
-    Lines<float> qkv_, heads_, cos_, sin_;
-    float rope_scale_ = 1;
+    Lines<float> qkv_, heads_;
+    std::vector<Rope> ropes_;  // and a local one, if there is one
+    Lines<float> cos_, sin_;  // (T, ropes, pairs)
     Lines<int8_t> q8_;  // (T, H, planes, Dq)
     std::vector<int32_t> q_sum_;  // (T, H, planes)
-    Lines<float> q_scale_, qf_;  // (T, H), (T, H, Dq)
+    Lines<float> q_scale_, q_shift_, qf_;  // (T, H), (T, H), (T, H, Dq)
     Lines<float> partial_;  // states of units that share a tile
     size_t state_size_ = 0;  // numbers of a state
     std::unique_ptr<std::atomic<int>[]> parts_done_;  // of each tile

@@ -127,13 +127,24 @@ void set_norms(Bound& self, int layer, const Vector<float>& input_gain, const Ve
     to.post_bias = floats(post_bias);
 }
 
+void set_term_norms(Bound& self, int layer, const Vector<float>& o_gain, const Vector<float>& o_bias,
+                    const Vector<float>& down_gain, const Vector<float>& down_bias) {
+    Layer& to = self.model.weights.layers.at(layer);
+    to.o_gain = floats(o_gain);
+    to.o_bias = floats(o_bias);
+    to.down_gain = floats(down_gain);
+    to.down_bias = floats(down_bias);
+}
+
 void set_attention(Bound& self, int layer, const std::string& kind, int window, const Vector<float>& query_norm,
                    const Vector<float>& key_norm, const Vector<float>& query_inv, const Vector<float>& score_scale,
-                   const std::vector<Floats>& key, const std::vector<Floats>& value) {
+                   const std::vector<Floats>& key, const std::vector<Floats>& value, bool is_local) {
     AttentionParams& to = self.model.weights.attention.at(layer);
     require(kind == "bf16" || kind == "int8" || kind == "int8x2", "kind of cache: expected bf16, int8 or int8x2");
     to.kind = kind == "bf16" ? CacheKind::bf16 : kind == "int8" ? CacheKind::int8 : CacheKind::int8x2;
     to.window = window;
+    to.is_local = is_local;
+    require(!is_local || self.model.has_local_rope(), "is_local: expected set_local_rope before");
     to.query_norm = floats(query_norm);
     to.key_norm = floats(key_norm);
     to.query_inv = floats(query_inv);
@@ -259,7 +270,8 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
     require(kv_heads >= 1 && heads >= kv_heads && heads <= kMaxHeads && heads % kv_heads == 0,
             "heads: expected a multiple of kv_heads, up to 65536");
     require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= 512, "head_dim: expected an even number from 2 to 512");
-    require(static_cast<int>(inv_freq.size()) == head_dim / 2, "inv_freq: expected one for each pair of channels");
+    require(inv_freq.size() >= 1 && static_cast<int>(inv_freq.size()) <= head_dim / 2,
+            "inv_freq: expected one for each pair of channels that is turned");
     const auto own = [&](const std::vector<int>& cuts) { return cuts[rank + 1] - cuts[rank]; };
     ModelConfig config;
     config.layers = num_layers;
@@ -277,9 +289,42 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
     new (self) Bound{{std::move(config), kernels_for(isa), threads}, vocab.back(), ranks, {}, {}};
 }
 
+bool is_scale(float x) { return std::isfinite(x) && x > 0; }
+
 void set_rope_scale(Bound& self, float scale) {
-    require(std::isfinite(scale) && scale > 0, "scale: expected a finite number above 0");
+    require(is_scale(scale), "scale: expected a finite number above 0");
     self.model.set_rope_scale(scale);
+}
+
+void set_local_rope(Bound& self, const Vector<float>& inv_freq, float scale) {
+    require(is_scale(scale), "scale: expected a finite number above 0");
+    require(!self.model.has_local_rope(), "local rope: it is set already");
+    require(inv_freq.size() == self.model.rope_pairs(), "inv_freq: expected as many as of the other rope");
+    self.model.set_local_rope(floats(inv_freq), scale);
+}
+
+// Where a family differs from Llama. Multipliers of 1 and soft caps of 0 change nothing; a score_multiplier of 0 is
+// 1 / sqrt(head_dim).
+void set_switches(Bound& self, const std::string& activation, bool interleaved, float embedding_multiplier,
+                  float residual_multiplier, float score_multiplier, float logits_multiplier, float attention_softcap,
+                  float logits_softcap) {
+    require(activation == "silu" || activation == "gelu_tanh", "activation: expected silu or gelu_tanh");
+    for (const float x : {embedding_multiplier, residual_multiplier, logits_multiplier}) {
+        require(is_scale(x), "multipliers: expected finite numbers above 0");
+    }
+    for (const float x : {score_multiplier, attention_softcap, logits_softcap}) {
+        require(x == 0 || is_scale(x), "score_multiplier, soft caps: expected finite numbers above 0, or 0");
+    }
+    Switches switches;
+    switches.activation = activation == "silu" ? Activation::silu : Activation::gelu;
+    switches.interleaved = interleaved;
+    switches.embedding_multiplier = embedding_multiplier;
+    switches.residual_multiplier = residual_multiplier;
+    switches.score_multiplier = score_multiplier;
+    switches.logits_multiplier = logits_multiplier;
+    switches.attention_softcap = attention_softcap;
+    switches.logits_softcap = logits_softcap;
+    self.model.set_switches(switches);
 }
 
 void set_embedding(Bound& self, Weight weight) {
@@ -334,9 +379,15 @@ NB_MODULE(_core, m) {
              "offset"_a, "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
         .def("set_norms", &set_norms, "layer"_a, nb::kw_only(), "input_gain"_a, "input_bias"_a, "post_gain"_a,
              "post_bias"_a)
+        .def("set_term_norms", &set_term_norms, "layer"_a, nb::kw_only(), "o_gain"_a, "o_bias"_a, "down_gain"_a,
+             "down_bias"_a)
         .def("set_attention", &set_attention, "layer"_a, "kind"_a, nb::kw_only(), "window"_a, "query_norm"_a,
-             "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a)
+             "key_norm"_a, "query_inv"_a, "score_scale"_a, "key"_a, "value"_a, "is_local"_a = false)
         .def("set_rope_scale", &set_rope_scale, "scale"_a)
+        .def("set_local_rope", &set_local_rope, "inv_freq"_a, "scale"_a)
+        .def("set_switches", &set_switches, nb::kw_only(), "activation"_a, "interleaved"_a, "embedding_multiplier"_a,
+             "residual_multiplier"_a, "score_multiplier"_a, "logits_multiplier"_a, "attention_softcap"_a,
+             "logits_softcap"_a)
         .def("set_embedding", &set_embedding, "weight"_a)
         .def("set_final_norm", &set_final_norm, "gain"_a, "bias"_a)
         .def("finish", &finish, "forgets_head"_a = false, nb::call_guard<nb::gil_scoped_release>())

@@ -100,22 +100,24 @@ void packed_16(const std::string& isa, In<int8_t, 2> weight, In<uint8_t, 2> high
                       packed_input(packed, high), params.data(), {y.data(), weight.shape(0), adds});
 }
 
+Activation activation_of(bool gelu) { return gelu ? Activation::gelu : Activation::silu; }
+
 // Two linears (2, N, K); out (blocks, N in fours, kLanes, 4).
 void gated_static(const std::string& isa, In<int8_t, 3> weight, In<uint8_t, 2> x, In<int32_t, 2> bias,
-                  In<float, 2> deq_scale, float inv_scale, float offset, Out<uint8_t> out) {
+                  In<float, 2> deq_scale, float inv_scale, float offset, Out<uint8_t> out, bool gelu) {
     const Kernels& kernels = kernels_for(isa);
     const Prepared packed = packed_blocks(kernels, {x});
     const size_t rows = weight.shape(1), inputs = weight.shape(2);
     const auto of = [&](size_t i) -> StaticRows {
         return {weight.data() + i * rows * inputs, bias.data() + i * rows, deq_scale.data() + i * rows};
     };
-    kernels.gated_static(of(0), of(1), inputs, static_cast<int>(rows), packed_input(packed, x),
+    kernels.gated_static(activation_of(gelu), of(0), of(1), inputs, static_cast<int>(rows), packed_input(packed, x),
                          {out.data(), out.size() / out.shape(0), inv_scale, offset});
 }
 
 void gated_16(const std::string& isa, In<int8_t, 3> weight, In<uint8_t, 2> high, In<uint8_t, 2> low,
               In<int32_t, 2> weight_sum, In<float, 2> weight_scale, In<float, 2> weight_offset, In<float, 2> bias,
-              In<float, 1> scale, In<int32_t, 1> sum, Out<float> y) {
+              In<float, 1> scale, In<int32_t, 1> sum, Out<float> y, bool gelu) {
     const Kernels& kernels = kernels_for(isa);
     const Prepared packed = packed_blocks(kernels, {high, low});
     const size_t rows = weight.shape(1), inputs = weight.shape(2);
@@ -124,7 +126,7 @@ void gated_16(const std::string& isa, In<int8_t, 3> weight, In<uint8_t, 2> high,
         return {weight.data() + i * rows * inputs,
                 {weight_sum.data() + i * rows, weight_scale.data() + i * rows, some(weight_offset, i), some(bias, i)}};
     };
-    kernels.gated_16(of(0), of(1), inputs, static_cast<int>(rows), packed_input(packed, high),
+    kernels.gated_16(activation_of(gelu), of(0), of(1), inputs, static_cast<int>(rows), packed_input(packed, high),
                      params_16(scale, sum).data(), {y.data(), rows, false});
 }
 
@@ -202,8 +204,12 @@ void rms_norm(const std::string& isa, In<float, 1> x, In<float, 1> gain, In<floa
     kernels_for(isa).rms_norm(x.data(), static_cast<int>(x.size()), or_null(gain), or_null(bias), eps, y.data());
 }
 
-void silu_mul(const std::string& isa, In<float, 1> gate, In<float, 1> up, Out<float> y) {
-    kernels_for(isa).silu_mul(gate.data(), up.data(), static_cast<int>(gate.size()), y.data());
+void gate_mul(const std::string& isa, In<float, 1> gate, In<float, 1> up, Out<float> y, bool gelu) {
+    kernels_for(isa).gate_mul(activation_of(gelu), gate.data(), up.data(), static_cast<int>(gate.size()), y.data());
+}
+
+void soften(const std::string& isa, Out<float> x, float cap) {
+    kernels_for(isa).soften(x.data(), static_cast<int>(x.size()), cap);
 }
 
 void rope(const std::string& isa, In<float, 1> x, In<float, 1> cos, In<float, 1> sin, Out<float> y) {
@@ -229,8 +235,8 @@ std::vector<T> padded_heads(const In<T, 2>& q, int width) {
 
 // k and v (C, D) go through a cache of one head with scales of one, its pages in reverse order.
 void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf, In<float, 1> q_scale,
-            In<int32_t, 1> last, int window, In<float, 2> k, In<float, 2> v, int first, int end, Out<float> max,
-            Out<float> sum, Out<float> acc) {
+            In<float, 1> q_shift, float softcap, In<int32_t, 1> last, int window, In<float, 2> k, In<float, 2> v,
+            int first, int end, Out<float> max, Out<float> sum, Out<float> acc) {
     const int context = static_cast<int>(k.shape(0)), dim = static_cast<int>(k.shape(1));
     const int pages = (context + kPage - 1) / kPage, rows = static_cast<int>(last.size());
     AttentionParams params;
@@ -255,9 +261,24 @@ void attend(const std::string& isa, int kind, In<int8_t, 2> q8, In<float, 2> qf,
     for (size_t r = 0; r < q8.shape(0); r++) {
         sums[r] = std::accumulate(q8.data() + r * dim, q8.data() + (r + 1) * dim, 0);
     }
-    const AttnRows in{params.kind, rows,   dim,         integers.data(), reals.data(), sums.data(), q_scale.data(),
-                      last.data(), window, keys.data(), values.data(),   first,        end,         end,
-                      nullptr,     0};
+    const AttnRows in{params.kind,
+                      rows,
+                      dim,
+                      integers.data(),
+                      reals.data(),
+                      sums.data(),
+                      q_scale.data(),
+                      q_shift.data(),
+                      softcap,
+                      last.data(),
+                      window,
+                      keys.data(),
+                      values.data(),
+                      first,
+                      end,
+                      end,
+                      nullptr,
+                      0};
     kernels.attend(in, {max.data(), sum.data(), acc.data()});
 }
 
@@ -319,9 +340,9 @@ NB_MODULE(_core_test, kernels) {
     kernels.def("packed_16", &packed_16, "isa"_a, "weight"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
                 "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a, "adds"_a = false);
     kernels.def("gated_static", &gated_static, "isa"_a, "weight"_a, "x"_a, "bias"_a, "deq_scale"_a, "inv_scale"_a,
-                "offset"_a, "out"_a);
+                "offset"_a, "out"_a, "gelu"_a = false);
     kernels.def("gated_16", &gated_16, "isa"_a, "weight"_a, "high"_a, "low"_a, "weight_sum"_a, "weight_scale"_a,
-                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a);
+                "weight_offset"_a, "bias"_a, "scale"_a, "sum"_a, "y"_a, "gelu"_a = false);
     kernels.def("gemm_float", &gemm_float, "isa"_a, "weight"_a, "dtype"_a, "x"_a, "out"_a);
     kernels.def("row_sums", &row_sums, "isa"_a, "weight"_a, "out"_a);
     kernels.def("quantize_static", &quantize_static, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
@@ -336,12 +357,13 @@ NB_MODULE(_core_test, kernels) {
     kernels.def("quantize_heads", &quantize_heads, "isa"_a, "x"_a, "inv_scale"_a, "offset"_a, "out"_a);
     kernels.def("scale_heads", &scale_heads, "isa"_a, "acc"_a, "inverse"_a, "offset"_a, "scale"_a, "y"_a);
     kernels.def("rms_norm", &rms_norm, "isa"_a, "x"_a, "gain"_a, "bias"_a, "eps"_a, "y"_a);
-    kernels.def("silu_mul", &silu_mul, "isa"_a, "gate"_a, "up"_a, "y"_a);
+    kernels.def("gate_mul", &gate_mul, "isa"_a, "gate"_a, "up"_a, "y"_a, "gelu"_a = false);
+    kernels.def("soften", &soften, "isa"_a, "x"_a, "cap"_a);
     kernels.def("rope", &rope, "isa"_a, "x"_a, "cos"_a, "sin"_a, "y"_a);
     kernels.def("widen", &widen, "isa"_a, "x"_a, "dtype"_a, "y"_a);
     kernels.def("argmax", &argmax, "isa"_a, "x"_a);
-    kernels.def("attend", &attend, "isa"_a, "kind"_a, "q8"_a, "qf"_a, "q_scale"_a, "last"_a, "window"_a, "k"_a, "v"_a,
-                "first"_a, "end"_a, "max"_a, "sum"_a, "acc"_a);
+    kernels.def("attend", &attend, "isa"_a, "kind"_a, "q8"_a, "qf"_a, "q_scale"_a, "q_shift"_a, "softcap"_a, "last"_a,
+                "window"_a, "k"_a, "v"_a, "first"_a, "end"_a, "max"_a, "sum"_a, "acc"_a);
     kernels.def("merge", &merge, "isa"_a, "max"_a, "sum"_a, "acc"_a, "from_max"_a, "from_sum"_a, "from_acc"_a);
     kernels.def("pool_runs", &pool_runs, "threads"_a, "chunks"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -13,12 +13,14 @@ namespace eightfold {
 struct AttentionParams {
     CacheKind kind = CacheKind::bf16;
     int window = 0;
+    bool is_local = false;  // turns queries and keys as Attention::set_local_rope says
     // int8: one scale for each head. int8x2: one for each channel, with offsets. Products of reals and reciprocals.
-    std::vector<float> query_inv;                      // (H)
-    std::vector<float> score_scale;                    // (H): q_scale * k_scale / sqrt(D)
-    std::vector<float> key_scale, key_inv, key_offset;       // (G, D)
-    std::vector<float> value_scale, value_inv, value_offset; // (G, D)
-    std::vector<float> query_norm, key_norm;           // (D) or empty
+    std::vector<float> query_inv;  // (H)
+    std::vector<float> score_scale;  // (H): q_scale * k_scale * score multiplier
+    std::vector<float> key_scale, key_inv, key_offset;  // (G, D)
+    std::vector<float> value_scale, value_inv, value_offset;  // (G, D)
+    // Empty, (D) where each head is normed by itself, or of all heads: (H, D) and (G, D).
+    std::vector<float> query_norm, key_norm;
 };
 
 struct Shape {

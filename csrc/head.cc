@@ -24,6 +24,13 @@ void forget(const void* at, size_t bytes) {
 
 }  // namespace
 
+void finish_logits(const Kernels& kernels, const Switches& switches, float* logits, int vocab, int32_t& best) {
+    best = kernels.argmax(logits, vocab);
+    const float multiplier = switches.logits_multiplier, cap = switches.logits_softcap;
+    if (multiplier != 1) kernels.scale_heads(logits, vocab, multiplier, nullptr, nullptr, logits);
+    if (cap != 0) kernels.soften(logits, vocab, cap);
+}
+
 void Head::make_shadow() {
     const Linear& from = group_.linears.front();
     if (group_.linears.size() != 1 || from.kind != LinearKind::floating || !from.bias.empty()) return;
@@ -90,8 +97,9 @@ bool Head::find_logits(Pool::Walk& walk, const Run& run, const float* x) {
     const size_t ld = config_.vocab;
     if (!products_.multiply(walk, run, input, {logits, ld, false}, [] {})) return false;
     if (is_shared) return share_.gather_logits(walk, run);
-    return walk.phase(batch.logit_rows,
-                      [&](int row) { batch.best[row] = kernels_.argmax(logits + row * ld, config_.vocab); });
+    return walk.phase(batch.logit_rows, [&](int row) {
+        finish_logits(kernels_, config_.switches, logits + row * ld, config_.vocab, batch.best[row]);
+    });
 }
 
 bool Head::find_choices(Pool::Walk& walk, const Run& run, const float* x) {

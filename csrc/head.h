@@ -24,6 +24,9 @@ namespace eightfold {
 // What becomes of a float head's pages after its shadow was made: those of a mapped file need not stay in memory.
 enum class HeadPages { kept, released };
 
+// Of a row of all logits: notes the likeliest token, then multiplies and softens them, which changes no order.
+void finish_logits(const Kernels& kernels, const Switches& switches, float* logits, int vocab, int32_t& best);
+
 class Head {
 public:
     Head(const ModelConfig& config, const Group& group, const Kernels& kernels, Pool& pool, Products& products,

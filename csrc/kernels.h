@@ -45,6 +45,8 @@ struct AttnRows {
     const float* qf;        // bf16: (rows, Dq), already times 1 / sqrt(D)
     const int32_t* q_sum;   // sum of q8, for each row (and half)
     const float* q_scale;   // from integer products to scores, for each row
+    const float* q_shift;   // what is taken from such a score, where scores are softened
+    float softcap;          // scores s become softcap tanh(s / softcap) before they are compared; 0: they stay
     const int32_t* last;    // the last position a row sees
     int window;             // how many positions a row sees; 0 for all
     const uint8_t* const* keys;    // pages of this head, by position / kPage
@@ -69,6 +71,9 @@ struct RowParams {   // of one quantized row of activations
     int32_t sum;     // of 16-bit activations
     float norm;      // |x|, where a group asks for it
 };
+
+// What a gate goes through before it meets what lies beside it.
+enum class Activation : int { silu, gelu };  // gelu: by tanh
 
 struct PackedInput {  // blocks of kLanes tokens each, see gemm_packed; of two planes, the blocks of both alternate
     const uint8_t* blocks;
@@ -129,9 +134,11 @@ struct Kernels {
     // The same and finish_static, or finish_16 of two planes, for each token.
     void (*packed_static)(StaticRows w, size_t ldw, int rows, PackedInput x, Output out);
     void (*packed_16)(Rows16 w, size_t ldw, int rows, PackedInput x, const RowParams* params, Output out);
-    // silu_mul of two such products. Quantized rows of a block come in fours: the last may be followed by anything.
-    void (*gated_static)(StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x, PackedOutput out);
-    void (*gated_16)(Rows16 gate, Rows16 up, size_t ldw, int rows, PackedInput x, const RowParams* params, Output out);
+    // gate_mul of two such products. Quantized rows of a block come in fours: the last may be followed by anything.
+    void (*gated_static)(Activation activation, StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x,
+                         PackedOutput out);
+    void (*gated_16)(Activation activation, Rows16 gate, Rows16 up, size_t ldw, int rows, PackedInput x,
+                     const RowParams* params, Output out);
     // kLanes rows of ld bytes, a multiple of kAlign, to a block.
     void (*pack)(const uint8_t* rows, size_t ld, uint8_t* block);
     void (*gemm_float)(const void* w, DType type, size_t ldw, int rows, const float* x, size_t ldx, int xrows,
@@ -159,7 +166,10 @@ struct Kernels {
                       float* y);
 
     void (*add)(float* x, const float* y, int n);
-    void (*silu_mul)(const float* gate, const float* up, int n, float* y);
+    // y = activation(gate) * up.
+    void (*gate_mul)(Activation activation, const float* gate, const float* up, int n, float* y);
+    // x = cap tanh(x / cap); NaN becomes -cap.
+    void (*soften)(float* x, int n, float cap);
     // Rotates halves: (a, b) -> (a cos - b sin, b cos + a sin); cos and sin (n / 2). y may be x.
     void (*rope)(const float* x, int n, const float* cos, const float* sin, float* y);
     // int8 with one scale for each element, or one for all when step is 0: clamp(rne(x * inv + offset)). Returns their

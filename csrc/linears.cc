@@ -223,13 +223,13 @@ void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<P
     const int n = piece.begin;
     const size_t block = kLanes * row_bytes(next.inputs());
     uint8_t* to = handed.bytes.data() + piece.t0 / kLanes * block + static_cast<size_t>(n) * kLanes;
-    kernels.gated_static(linears[0].static_rows(n), linears[1].static_rows(n), inputs(), piece.count,
+    kernels.gated_static(activation, linears[0].static_rows(n), linears[1].static_rows(n), inputs(), piece.count,
                          packed_input(piece, prepared), {to, block, next.forms[0].inv_scale, next.forms[0].offset});
 }
 
 void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, Output out) const {
-    kernels.gated_16(linears[0].rows_16(piece.begin), linears[1].rows_16(piece.begin), inputs(), piece.count,
-                     packed_input(piece, prepared), prepared[0].params.data() + piece.t0, out);
+    kernels.gated_16(activation, linears[0].rows_16(piece.begin), linears[1].rows_16(piece.begin), inputs(),
+                     piece.count, packed_input(piece, prepared), prepared[0].params.data() + piece.t0, out);
 }
 
 void Group::multiply(const Kernels& kernels, const Piece& piece, const Source& from, Output out,

@@ -152,6 +152,7 @@ struct Group {
     float eps = 0;
     bool symmetric_tokens = false;  // how dynamic linears quantize a token
     bool wants_norm = false;        // of 16-bit inputs
+    Activation activation = Activation::silu;  // of the first of a pair
     Cut cut = Cut::each;
     std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
 
@@ -177,7 +178,7 @@ struct Group {
                  Scratch& scratch) const;
     void pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const;
 
-    // silu_mul of both linears for packed tokens, where gates(): a part of the input of `next`, in packed blocks, or
+    // gate_mul of both linears for packed tokens, where gates(): a part of the input of `next`, in packed blocks, or
     // floats if there is no `next`. The piece's linear does not matter.
     bool gates(const Group* next) const;
     void gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, const Group& next,

@@ -32,7 +32,7 @@ std::vector<Linear*> Model::take_groups() {
         for (Linear& linear : group.linears) linears.push_back(&linear);
     };
     const auto take_normed = [&](Group& group, const std::vector<float>& gain, const std::vector<float>& bias) {
-        group.gain = gain.data();
+        group.gain = gain.empty() ? nullptr : gain.data();
         group.norm_bias = bias.empty() ? nullptr : bias.data();
         take(group);
     };
@@ -40,6 +40,7 @@ std::vector<Linear*> Model::take_groups() {
         take_normed(layer.qkv, layer.input_gain, layer.input_bias);
         take(layer.o);
         layer.gate_up.cut = Cut::pairs;
+        layer.gate_up.activation = config_.switches.activation;
         take_normed(layer.gate_up, layer.post_gain, layer.post_bias);
         take(layer.down);
         for (Group* group : {&layer.o, &layer.down}) share_.take(*group);

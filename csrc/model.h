@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "attention.h"
 #include "batch.h"
@@ -31,6 +33,13 @@ public:
     void abandon() { is_abandoned_ = true; }
     void set_exchange(std::unique_ptr<Exchange> exchange) { share_.set_exchange(std::move(exchange)); }
     void set_rope_scale(float scale) { attention_.set_rope_scale(scale); }
+    // Of the layers whose attention says so.
+    void set_local_rope(std::vector<float> inv_freq, float scale) {
+        attention_.set_local_rope(std::move(inv_freq), scale);
+    }
+    bool has_local_rope() const { return attention_.ropes() > 1; }
+    size_t rope_pairs() const { return config_.inv_freq.size(); }
+    void set_switches(const Switches& switches) { config_.switches = switches; }
     void allocate_cache(int pages) { attention_.allocate_cache(pages); }
     void forward(const Batch& batch) { step_.run(batch); }
 
@@ -49,7 +58,7 @@ private:
     std::vector<Linear*> take_groups();
     int prepare(const std::vector<Rows>& all, HeadPages pages);
 
-    const ModelConfig config_;
+    ModelConfig config_;
     const Kernels& kernels_;
     std::atomic<bool> left_alone_{false}, is_abandoned_{false};
     Pool pool_;

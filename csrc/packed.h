@@ -240,7 +240,8 @@ inline void packed_16(Rows16 w, size_t ldw, int rows, PackedInput x, const RowPa
 }
 
 // Values are quantized where tokens are lanes, and stay there. Four bytes are a sum, 128 is added to all at once.
-inline void gated_static(StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x, PackedOutput out) {
+template <Activation kActivation>
+inline void gated_static_by(StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x, PackedOutput out) {
     const F inverse = f_set(out.inv_scale), offset = f_set(out.offset);
     alignas(64) int32_t sums[2][kPackedRows * kMostBlocks * kLanes];
     by_blocks<kMostBlocks>(blocks_of(x.tokens), [&]<int B>(int b) {
@@ -253,7 +254,7 @@ inline void gated_static(StaticRows gate, StaticRows up, size_t ldw, int rows, P
                                    f_set(of.deq_scale[first + n]));
             };
             const auto value = [&](int n, int lane) {
-                const F gated = silu_times(real(gate, sums[0], n, lane), real(up, sums[1], n, lane));
+                const F gated = gate_times<kActivation>(real(gate, sums[0], n, lane), real(up, sums[1], n, lane));
                 return to_int8(f_mul(gated, inverse), offset);
             };
             for (int n = 0; n < count; n += 4)
@@ -270,18 +271,32 @@ inline void gated_static(StaticRows gate, StaticRows up, size_t ldw, int rows, P
     });
 }
 
-inline void gated_16(Rows16 gate, Rows16 up, size_t ldw, int rows, PackedInput x, const RowParams* params, Output out) {
+inline void gated_static(Activation activation, StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x,
+                         PackedOutput out) {
+    by_activation(activation,
+                  [=]<Activation kActivation>() { gated_static_by<kActivation>(gate, up, ldw, rows, x, out); });
+}
+
+template <Activation kActivation>
+inline void gated_16_by(Rows16 gate, Rows16 up, size_t ldw, int rows, PackedInput x, const RowParams* params,
+                        Output out) {
     by_blocks<kMostPairs>(blocks_of(x.tokens), [&]<int P>(int b) {
         const Tokens16<P> tokens(params, b, x.tokens);
         by_packed_rows(rows, [&](int first, int count) {
             const Sums16<P> gates(gate.weight + first * ldw, ldw, count, x, b);
             const Sums16<P> ups(up.weight + first * ldw, ldw, count, x, b);
             put_turned<P>(b, x.tokens, first, count, out, [&](int n, int lane) {
-                return silu_times(tokens.real(gates, n, lane, gate.scales, first + n),
-                                  tokens.real(ups, n, lane, up.scales, first + n));
+                return gate_times<kActivation>(tokens.real(gates, n, lane, gate.scales, first + n),
+                                               tokens.real(ups, n, lane, up.scales, first + n));
             });
         });
     });
+}
+
+inline void gated_16(Activation activation, Rows16 gate, Rows16 up, size_t ldw, int rows, PackedInput x,
+                     const RowParams* params, Output out) {
+    by_activation(activation,
+                  [=]<Activation kActivation>() { gated_16_by<kActivation>(gate, up, ldw, rows, x, params, out); });
 }
 
 // A block from kLanes rows of ld bytes, a multiple of kAlign.

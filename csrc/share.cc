@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "head.h"
+
 namespace eightfold {
 
 namespace {
@@ -130,11 +132,12 @@ void Share::prepare(const Group& group, Token token, Layout layout, std::vector<
     if (many == 2) std::copy_n(low, ld, to + (packed ? kLanes : 1) * ld);
 }
 
-bool Share::add_sums(Pool::Walk& walk, const Run& run, const Group& group, const Prepared& prepared, float* x) {
+bool Share::take_sums(Pool::Walk& walk, const Run& run, const Group& group, const Prepared& prepared, Output out) {
     const Linear& linear = group.linears.front();
     if (!meet(walk, run, run.batch.tokens * part_width(linear) * sizeof(float))) return false;
-    return walk.phase(run.batch.tokens,
-                      [&](int t) { add_row(linear, run.batch.origin(t), summed_params(linear, prepared, t), t, x); });
+    return walk.phase(run.batch.tokens, [&](int t) {
+        take_row(linear, run.batch.origin(t), summed_params(linear, prepared, t), t, out);
+    });
 }
 
 // Of a row of the input of all ranks.
@@ -156,24 +159,24 @@ void Share::sum_terms(size_t from, int count, int32_t* to) const {
     }
 }
 
-void Share::add_row(const Linear& linear, Origin origin, RowParams params, int t, float* x) const {
+void Share::take_row(const Linear& linear, Origin origin, RowParams params, int t, Output out) const {
     static const std::vector<int32_t> zeros(kColumns);
     const size_t row = t * part_width(linear);
-    float* to = x + static_cast<size_t>(t) * linear.outputs;
+    float* to = out.y + static_cast<size_t>(t) * out.ld;
     alignas(kAlign) int32_t sums[kColumns], low[kColumns];
     for (int n = 0; n < linear.outputs; n += kColumns) {
         const int count = std::min(kColumns, linear.outputs - n);
         sum_terms(row + n, count, sums);
         if (linear.reads_static(origin)) {
-            kernels_.finish_static(sums, count, zeros.data(), linear.deq_scale.data() + n, true, to + n);
+            kernels_.finish_static(sums, count, zeros.data(), linear.deq_scale.data() + n, out.adds, to + n);
         } else if (linear.kind == LinearKind::w8a16) {
             sum_terms(row + linear.outputs + n, count, low);
             const float* offset = linear.offset.empty() ? nullptr : linear.offset.data() + n;
             const Scales16 scales{zeros.data(), linear.scale.data() + n, offset, linear.bias_at(n)};
-            kernels_.finish_16(sums, low, count, scales, params, true, to + n);
+            kernels_.finish_16(sums, low, count, scales, params, out.adds, to + n);
         } else {
-            kernels_.finish_token(sums, count, zeros.data(), linear.scale.data() + n, linear.bias_at(n), params, true,
-                                  to + n);
+            kernels_.finish_token(sums, count, zeros.data(), linear.scale.data() + n, linear.bias_at(n), params,
+                                  out.adds, to + n);
         }
     }
 }
@@ -200,13 +203,15 @@ bool Share::gather_inputs(Pool::Walk& walk, const Run& run, const float* x, cons
     });
 }
 
-bool Share::add_outputs(Pool::Walk& walk, const Run& run, float* x) {
+bool Share::take_outputs(Pool::Walk& walk, const Run& run, Output out) {
     const std::vector<int>& cuts = config_.hidden_cuts;
-    const size_t tokens = run.batch.tokens, hidden = config_.hidden;
+    const size_t tokens = run.batch.tokens;
     if (!meet(walk, run, tokens * widest(cuts) * sizeof(float))) return false;
     return walk.phase(run.batch.tokens, [&](size_t t) {
         each_part(cuts, t, [&](size_t at, const float* from, size_t count) {
-            kernels_.add(x + t * hidden + at, from, static_cast<int>(count));
+            float* to = out.y + t * out.ld + at;
+            if (out.adds) kernels_.add(to, from, static_cast<int>(count));
+            else std::copy_n(from, count, to);
         });
     });
 }
@@ -220,7 +225,7 @@ bool Share::gather_logits(Pool::Walk& walk, const Run& run) {
     return walk.phase(batch.logit_rows, [&](int row) {
         float* to = batch.logits + row * all;
         each_part(cuts, row, [&](size_t at, const float* from, size_t count) { std::copy_n(from, count, to + at); });
-        batch.best[row] = kernels_.argmax(to, static_cast<int>(all));
+        finish_logits(kernels_, config_.switches, to, static_cast<int>(all), batch.best[row]);
     });
 }
 

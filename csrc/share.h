@@ -54,12 +54,12 @@ public:
     bool gather_embedding(Pool::Walk& walk, const Run& run, float* x);
     // Shows the ranges of a group's input x (T, K).
     bool meet_ranges(Pool::Walk& walk, const Run& run, const Group& group, const float* x);
-    // x += the sum of all ranks' terms of a group whose products are kept as sums. `prepared`: its input.
-    bool add_sums(Pool::Walk& walk, const Run& run, const Group& group, const Prepared& prepared, float* x);
-    // Of an input x (T, K) cut at `cuts`, all ranks' into inputs(); and all ranks' outputs of it, added to x (T, E).
+    // The sum of all ranks' terms of a group whose products are kept as sums, to `out`. `prepared`: its input.
+    bool take_sums(Pool::Walk& walk, const Run& run, const Group& group, const Prepared& prepared, Output out);
+    // Of an input x (T, K) cut at `cuts`, all ranks' into inputs(); and all ranks' outputs of it, (T, E), to `out`.
     bool gather_inputs(Pool::Walk& walk, const Run& run, const float* x, const std::vector<int>& cuts);
     const float* inputs() const { return gathered_.data(); }
-    bool add_outputs(Pool::Walk& walk, const Run& run, float* x);
+    bool take_outputs(Pool::Walk& walk, const Run& run, Output out);
     // Rank 0 puts together the logits, or the choices, that ranks have written to their parts.
     bool gather_logits(Pool::Walk& walk, const Run& run);
     bool gather_choices(Pool::Walk& walk, const Run& run);
@@ -90,7 +90,7 @@ private:
     void each_part(const std::vector<int>& cuts, size_t t, Take take) const;
     RowParams summed_params(const Linear& linear, const Prepared& prepared, int t) const;
     void sum_terms(size_t from, int count, int32_t* to) const;
-    void add_row(const Linear& linear, Origin origin, RowParams params, int t, float* x) const;
+    void take_row(const Linear& linear, Origin origin, RowParams params, int t, Output out) const;
 
     const ModelConfig& config_;
     const Kernels& kernels_;

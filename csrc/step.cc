@@ -7,7 +7,7 @@ namespace eightfold {
 
 namespace {
 
-constexpr int kPhasesOfLayer = 10, kOtherPhases = 7;
+constexpr int kPhasesOfLayer = 13, kOtherPhases = 7;
 
 // And where several ranks meet: two for every meeting.
 constexpr int kMeetingsOfLayer = 5, kOtherMeetings = 3;
@@ -51,6 +51,7 @@ void Step::reserve_tokens(int tokens) {
     capacity_ = tokens;
     x_.resize(static_cast<size_t>(tokens) * config_.hidden);
     gated_.resize(static_cast<size_t>(tokens) * config_.intermediate);
+    term_.resize(static_cast<size_t>(tokens) * config_.hidden);
     parts_.attention.reserve_tokens(tokens);
     parts_.products.reserve_tokens(tokens);
     parts_.share.reserve_tokens(tokens);
@@ -85,10 +86,16 @@ bool Step::layer_phases(Pool::Walk& walk, const Slot& slot, int i, const Group& 
     const auto ask_for_keys = [&] { attention.prefetch(slot.attention, i, walk.thread()); };
     const Output qkv{.y = attention.qkv(), .ld = static_cast<size_t>(layer.qkv.outputs()), .adds = false};
     const bool hands_heads = attention.hands_heads(layer.o, tokens), hands = hands_gated(layer, tokens);
-    const Term o{
-        {.group = layer.o, .x = attention.heads(), .tokens = tokens, .handed = hands_heads}, head_cuts_, layer.gate_up};
-    const Term down{
-        {.group = layer.down, .x = gated_.data(), .tokens = tokens, .handed = hands}, config_.intermediate_cuts, after};
+    const Term o{{.group = layer.o, .x = attention.heads(), .tokens = tokens, .handed = hands_heads},
+                 head_cuts_,
+                 layer.gate_up,
+                 layer.o_gain,
+                 layer.o_bias};
+    const Term down{{.group = layer.down, .x = gated_.data(), .tokens = tokens, .handed = hands},
+                    config_.intermediate_cuts,
+                    after,
+                    layer.down_gain,
+                    layer.down_bias};
     return parts_.products.multiply(walk, run, {layer.qkv, x_.data(), tokens}, qkv, ask_for_keys) &&
            attention.attend_all(walk, run.batch, slot.attention, i, layer.o) && add(walk, run, o) &&
            gate(walk, run, layer) && add(walk, run, down);
@@ -101,14 +108,38 @@ void Step::embed(const Run& run, int t) {
     if (!config_.is_shared() || owner == parts_.share.rank()) {
         const size_t row = static_cast<size_t>(token - config_.vocab_cuts[owner]) * size;
         const size_t bytes = embedding.dtype == DType::f32 ? 4 : 2;
-        float* to = config_.is_shared() ? parts_.share.part() : x_.data();
-        kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, config_.hidden,
-                       to + static_cast<size_t>(t) * size);
+        float* to = (config_.is_shared() ? parts_.share.part() : x_.data()) + static_cast<size_t>(t) * size;
+        kernels_.widen(static_cast<const char*>(embedding.weight) + row * bytes, embedding.dtype, config_.hidden, to);
+        const float multiplier = config_.switches.embedding_multiplier;
+        if (multiplier != 1) kernels_.scale_heads(to, config_.hidden, multiplier, nullptr, nullptr, to);
     }
     parts_.attention.find_angles(run.batch, t);
 }
 
 bool Step::add(Pool::Walk& walk, const Run& run, const Term& term) {
+    const size_t ld = config_.hidden;
+    if (!is_finished(term)) return multiply(walk, run, term, {.y = x_.data(), .ld = ld, .adds = true});
+    const int tokens = run.batch.tokens;
+    return multiply(walk, run, term, {.y = term_.data(), .ld = ld, .adds = false}) &&
+           walk.phase(chunk_count(tokens, kRowsOfChunk), [&](int i) {
+               for (int t = i * kRowsOfChunk; t < std::min(tokens, (i + 1) * kRowsOfChunk); t++) finish(term, t);
+           });
+}
+
+// Of a token: norm, multiplier and sum.
+void Step::finish(const Term& term, int t) {
+    const int size = config_.hidden;
+    const size_t at = static_cast<size_t>(t) * size;
+    const float multiplier = config_.switches.residual_multiplier;
+    float* row = term_.data() + at;
+    const float* bias = term.bias.empty() ? nullptr : term.bias.data();
+    if (!term.gain.empty()) kernels_.rms_norm(row, size, term.gain.data(), bias, config_.eps, row);
+    if (multiplier != 1) kernels_.scale_heads(row, size, multiplier, nullptr, nullptr, row);
+    kernels_.add(x_.data() + at, row, size);
+}
+
+// out = a term, or out += it.
+bool Step::multiply(Pool::Walk& walk, const Run& run, const Term& term, Output out) {
     const Input& input = term.input;
     const Group& group = input.group;
     const Linear& linear = group.linears.front();
@@ -116,21 +147,19 @@ bool Step::add(Pool::Walk& walk, const Run& run, const Term& term) {
     Share& share = parts_.share;
     const auto ask_for_weights = [&] { term.next.prefetch(input.tokens, walk.thread()); };
     if (!config_.is_shared()) {
-        return products.multiply(walk, run, input,
-                                 {.y = x_.data(), .ld = static_cast<size_t>(linear.outputs), .adds = true},
-                                 ask_for_weights);
+        return products.multiply(walk, run, input, out, ask_for_weights);
     }
     if (group.has_floating()) {
         return share.gather_inputs(walk, run, input.x, term.cuts) &&
                products.multiply(walk, run, {group, share.inputs(), input.tokens},
                                  {.y = share.part(), .ld = static_cast<size_t>(linear.outputs), .adds = false},
                                  ask_for_weights) &&
-               share.add_outputs(walk, run, x_.data());
+               share.take_outputs(walk, run, out);
     }
     if (share.needs_ranges(group) && !share.meet_ranges(walk, run, group, input.x)) return false;
     return products.multiply(walk, run, input, {.y = share.part(), .ld = share.part_width(linear), .adds = false},
                              ask_for_weights) &&
-           share.add_sums(walk, run, group, products.prepared()[0], x_.data());
+           share.take_sums(walk, run, group, products.prepared()[0], out);
 }
 
 // Whether what comes out of the gate is quantized and packed at once.
@@ -179,7 +208,7 @@ void Step::gate_piece(const Source& from, const Layer& layer, const Piece& piece
     }
     for (int t = 0; t < piece.t1 - piece.t0; t++) {
         float* to = hands ? gate + t * count : out + t * ld;
-        kernels_.silu_mul(gate + t * count, up + t * count, count, to);
+        kernels_.gate_mul(group.activation, gate + t * count, up + t * count, count, to);
     }
     if (hands) products.hand_block(layer.down, piece, gate, thread);
 }

@@ -3,6 +3,8 @@
 //   x += o(attention(rope(q(n)), rope(k(n)), v(n)))      n = rms_norm(x) * g
 //   x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'
 //
+// Some families have no such norms, or further ones of what is added, or multiply that: see Switches.
+//
 // Letters: T tokens, E hidden size, F intermediate size.
 #pragma once
 
@@ -47,6 +49,7 @@ private:
         Input input;
         const std::vector<int>& cuts;  // of the inputs, between ranks
         const Group& next;             // is read afterwards
+        const std::vector<float>&gain, &bias;  // of its norm; empty: it has none
     };
 
     static void program(void* step, Pool::Walk& walk);
@@ -54,7 +57,11 @@ private:
     void walk_through(Pool::Walk& walk, const Slot& slot);
     bool layer_phases(Pool::Walk& walk, const Slot& slot, int layer, const Group& after);
     void embed(const Run& run, int t);
+    // Whether what is added is made apart, and finished before.
+    bool is_finished(const Term& term) const { return !term.gain.empty() || config_.switches.residual_multiplier != 1; }
     bool add(Pool::Walk& walk, const Run& run, const Term& term);
+    bool multiply(Pool::Walk& walk, const Run& run, const Term& term, Output out);
+    void finish(const Term& term, int t);
     bool hands_gated(const Layer& layer, int tokens) const;
     bool gate(Pool::Walk& walk, const Run& run, const Layer& layer);
     void gate_piece(const Source& from, const Layer& layer, const Piece& piece, bool hands, int thread);
@@ -71,6 +78,7 @@ private:
     int capacity_ = 0;    // tokens
     Lines<float> x_;      // (T, E)
     Lines<float> gated_;  // (T, F)
+    Lines<float> term_;   // (T, E): what is finished before it is added to x
 };
 
 }  // namespace eightfold

@@ -14,7 +14,8 @@ import pytest
 
 from eightfold.model import native as core
 
-ISA = pytest.mark.parametrize("isa", core.extension.available_isas())
+ISAS = core.extension.available_isas()
+ISA = pytest.mark.parametrize("isa", ISAS)
 
 INPUTS = (1, 3, 63, 64, 65, 576, 8193)  # K
 NOTHING = np.zeros(0, np.float32)

@@ -3,6 +3,8 @@
     S = q . k * q_scale      m_b = max of S over page b      p = e^(S - m_b), rounded to LEVELS where integers are kept
     sum = sum_b e^(m_b - m) sum p                            acc = sum_b e^(m_b - m) p . v
 
+Softened: S = c tanh((q . k * q_scale - q_shift) / c).
+
 Letters: R query rows, C cached positions, D head_dim. U = 2**-24 is half a unit in the last place, relative.
 """
 
@@ -38,6 +40,8 @@ class Case:
     last: np.ndarray  # (R,)
     k: np.ndarray  # (C, D)
     v: np.ndarray  # (C, D)
+    q_shift: np.ndarray  # (R,), which only softened int8x2 scores have
+    softcap: float = 0.0
 
     @property
     def q(self) -> np.ndarray:
@@ -63,7 +67,7 @@ def case_of(kind: str, rows: int, context: int, dim: int, seed: int = 0) -> Case
         k, v = (rng.integers(-128, 128, (context, dim)).astype(np.float32) for _ in "kv")  # type: ignore[assignment]
     qf = (rng.normal(0, 3, (rows, dim)) / np.sqrt(dim)).astype(np.float32)
     last = np.sort(rng.integers(0, context, rows)).astype(np.int32)
-    return Case(kind, q8, qf, q_scale, last, k, v)
+    return Case(kind, q8, qf, q_scale, last, k, v, rng.normal(0, 1, rows).astype(np.float32))
 
 
 State = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -75,8 +79,8 @@ def run(isa: str, case: Case, first: int, end: int, window: int = 0) -> State:
     top, total = np.full(rows, 77, np.float32), np.full(rows, 77, np.float32)
     acc = np.full((rows, -(-dim // 16) * 16), 77, np.float32)
     KERNELS.attend(
-        isa, KINDS[case.kind], case.q8, case.qf, case.q_scale, case.last, window, case.k, case.v, first, end, top,
-        total, acc,
+        isa, KINDS[case.kind], case.q8, case.qf, case.q_scale, case.q_shift, case.softcap, case.last, window, case.k,
+        case.v, first, end, top, total, acc,
     )  # fmt: skip
     return top, total, acc[:, :dim]
 
@@ -95,6 +99,11 @@ def check(case: Case, found: State, first: int, end: int, window: int = 0) -> No
         scores = products.sum(1) * scale
         # Float scores: D fused products, each with one rounding. Integer ones: the two halves' sum and the scale.
         noise = U * (dim * np.abs(products).sum(1) if case.kind == "bf16" else 2 * np.abs(scores))
+        if case.softcap:
+            shift = float(case.q_shift[r]) if case.kind == "int8x2" else 0.0
+            noise += U * np.abs(scores - shift)
+            scores = case.softcap * np.tanh((scores - shift) / case.softcap)
+            noise += 10 * U * np.abs(scores)  # tanh is within 7 units; two products
         best = scores[begin:stop].max()
         assert abs(top - best) <= noise[begin:stop].max()
         expected_sum, expected_acc = 0.0, np.zeros(dim)
@@ -171,14 +180,26 @@ def test_a_row_that_sees_nothing_is_empty(isa, kind):
 
 @ISA
 @KIND
-def test_a_row_has_the_same_bits_whatever_other_rows_are_there(isa, kind):
-    case = case_of(kind, 24, 300, 20)
+@each(("softcap", "context", "window"), [(0.5, 300, 0), (2.0, 129, 60), (50.0, 257, 0), (1e9, 5, 0)])
+def test_softened_scores(isa, kind, softcap, context, window):
+    case = replace(case_of(kind, 7, context, 16), softcap=softcap)
+    found, plain = run(isa, case, 0, context, window), run(isa, replace(case, softcap=0.0), 0, context, window)
+    check(case, found, 0, context, window)
+    assert softcap > 10 or not np.allclose(found[0], plain[0], rtol=1e-3)
+
+
+@ISA
+@KIND
+@each("softcap", [0.0, 1.5])
+def test_a_row_has_the_same_bits_whatever_other_rows_are_there(isa, kind, softcap):
+    case = replace(case_of(kind, 24, 300, 20), softcap=softcap)
     planes = len(case.q8) // 24
     whole = run(isa, case, 0, 300)
     for begin, end in ((0, 1), (1, 3), (2, 5), (5, 9), (7, 24), (23, 24)):
         part = Case(
             kind, case.q8[begin * planes : end * planes].copy(), case.qf[begin:end].copy(),
-            case.q_scale[begin:end].copy(), case.last[begin:end].copy(), case.k, case.v,
+            case.q_scale[begin:end].copy(), case.last[begin:end].copy(), case.k, case.v, case.q_shift[begin:end].copy(),
+            softcap,
         )  # fmt: skip
         for found, expected in zip(run(isa, part, 0, 300), whole, strict=True):
             np.testing.assert_array_equal(found, expected[begin:end])

@@ -11,9 +11,10 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.native import KERNELS
-from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, each, exact_product, reals, rng, sums_of
+from tests.native.operands import INPUTS, ISA, ISAS, NOTHING, at_page_end, each, exact_product, reals, rng, sums_of
 
 F32, F16, BF16 = 0, 1, 2
 U = 2.0**-24
@@ -323,15 +324,66 @@ def test_rms_norm_in_place_is_the_same(isa):
 
 @ISA
 @each("size", [1, 15, 16, 17, 1000])
-def test_silu_mul(isa, size):
+def test_gate_mul_with_silu(isa, size):
     gate = at_page_end(np.linspace(-100, 100, size, dtype=np.float32) if size > 1 else reals(1, 1))
     up, y = at_page_end(reals(size, 2)), np.empty(size, np.float32)
-    KERNELS.silu_mul(isa, gate, up, y)
+    KERNELS.gate_mul(isa, gate, up, y)
     g = gate.astype(np.float64)
     expected = g / (1 + np.exp(-g)) * up
     # exp is within 2.5e-7 (4.2 U); a sum, a quotient and a product are rounded. Below -88 exp(-g) is held at e**88,
     # so what is left is at most 100 e**-88 |up|.
     assert (np.abs(y - expected) <= 8 * U * np.abs(expected) + 100 * np.exp(-88.0) * np.abs(up)).all()
+
+
+@ISA
+@each("size", [1, 15, 16, 17, 1000])
+@each("most", [0.01, 1, 6, 100])
+def test_gate_mul_with_gelu(isa, size, most):
+    gate = at_page_end(np.linspace(-most, most, size, dtype=np.float32) if size > 1 else reals(1, 1))
+    up, y = at_page_end(reals(size, 2)), np.empty(size, np.float32)
+    KERNELS.gate_mul(isa, gate, up, y, gelu=True)
+    g = gate.astype(np.float64)
+    z = 2 * np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)  # 0.5 (1 + tanh(z / 2)) = 1 / (1 + e**-z), without cancellation
+    expected = g / (1 + np.exp(-np.clip(z, -700, 700))) * up
+    # As silu, and e**-z is off by what four roundings make of z, as far as it weighs.
+    slope = np.abs(z) / (1 + np.exp(np.clip(z, -700, 700)))
+    assert (np.abs(y - expected) <= (8 + 4 * slope) * U * np.abs(expected) + 100 * np.exp(-88.0) * np.abs(up)).all()
+
+
+@ISA
+def test_gates_of_any_size_and_what_is_no_number(isa):
+    gate = np.array([1e30, -1e30, np.inf, np.nan, 0.0, -0.0], np.float32)
+    y = np.empty(6, np.float32)
+    for gelu in (False, True):
+        KERNELS.gate_mul(isa, gate, np.ones(6, np.float32), y, gelu=gelu)
+        assert y[0] == gate[0] and y[2] == np.inf and np.isnan(y[3]) and not y[4:].any()
+        assert abs(y[1]) < 1e-7 if gelu else np.isfinite(y[1])
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gates_have_the_same_bits_on_every_instruction_set(gelu):
+    gate, up = reals(1000, 1) * 5, reals(1000, 2)
+    found = [np.empty(1000, np.float32) for _ in ISAS]
+    for isa, y in zip(ISAS, found, strict=True):
+        KERNELS.gate_mul(isa, gate, up, y, gelu=gelu)
+        np.testing.assert_array_equal(y, found[0])
+
+
+@ISA
+@each("size", [1, 15, 16, 17, 1000])
+@each("cap", [0.5, 30.0, 50.0, 1e6])
+def test_soften(isa, size, cap):
+    for most in (1e-6 * cap, 0.2 * cap, 2 * cap, 30 * cap):
+        x = np.linspace(-most, most, size, dtype=np.float32) if size > 1 else np.full(1, most, np.float32)
+        y = at_page_end(x)
+        KERNELS.soften(isa, y, cap)
+        expected = cap * np.tanh(x.astype(np.float64) / np.float32(cap))
+        # A quotient by its reciprocal, tanh (an exponential within 2.5 units, whose error the quotient e / (e + 2)
+        # carries at most twice, and three sums and products), a product.
+        assert (np.abs(y - expected) <= 10 * U * np.abs(expected)).all()
+    x = np.array([np.inf, -np.inf, np.nan, 0.0], np.float32)
+    KERNELS.soften(isa, x, cap)
+    assert x.tolist() == [np.float32(cap), -np.float32(cap), -np.float32(cap), 0]
 
 
 @ISA

@@ -65,21 +65,22 @@ def pairs(make, outputs: int, seed: int, *more: float) -> np.ndarray:
 
 @ISA
 @PACKED
-def test_gated_static_is_two_products_their_silu_mul_and_its_quantization(isa, tokens, inputs, outputs):
+@each("gelu", [False, True])
+def test_gated_static_is_two_products_their_gate_mul_and_its_quantization(isa, tokens, inputs, outputs, gelu):
     weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
     x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
     bias, deq_scale = pairs(sums_of, outputs, 1, 2**12), pairs(reals, outputs, 3) / np.float32(2**14)
     inv_scale, offset = 3.7, -5.0
     blocks, fours = -(-tokens // LANES), -(-outputs // 4)
     made = np.full((blocks, fours, LANES, 4), 77, np.uint8)
-    KERNELS.gated_static(isa, weight, x, bias, deq_scale, inv_scale, offset, made)
+    KERNELS.gated_static(isa, weight, x, bias, deq_scale, inv_scale, offset, made, gelu)
     found = made.transpose(0, 2, 1, 3).reshape(blocks * LANES, 4 * fours)[:tokens, :outputs]
     expected = np.empty((tokens, outputs), np.uint8)
     gated = np.empty((2, outputs), np.float32)
     for t, (gate, up) in enumerate(zip(exact_product(weight[0], x), exact_product(weight[1], x), strict=True)):
         for i, acc in enumerate((gate, up)):
             KERNELS.finish_static(isa, acc, bias[i], deq_scale[i], gated[i])
-        KERNELS.silu_mul(isa, gated[0], gated[1], gated[0])
+        KERNELS.gate_mul(isa, gated[0], gated[1], gated[0], gelu)
         KERNELS.quantize_static(isa, gated[0], inv_scale, offset, expected[t])
     assert len(np.unique(expected)) > min(expected.size, 40) // 4  # neither all clipped nor all the same
     np.testing.assert_array_equal(found, expected)
@@ -88,7 +89,8 @@ def test_gated_static_is_two_products_their_silu_mul_and_its_quantization(isa, t
 @ISA
 @PACKED
 @each("full", [False, True])
-def test_gated_16_is_silu_mul_of_two_products(isa, tokens, inputs, outputs, full):
+@each("gelu", [False, True])
+def test_gated_16_is_gate_mul_of_two_products(isa, tokens, inputs, outputs, full, gelu):
     weight = at_page_end(rng(inputs, outputs).integers(-128, 128, (2, outputs, inputs), np.int8))
     high, low = (rng(outputs, i).integers(0, 256, (tokens, inputs), np.uint8) for i in (1, 2))
     weight_sum, weight_scale = pairs(sums_of, outputs, 1, 2**16), pairs(reals, outputs, 3) / np.float32(2**22)
@@ -100,6 +102,6 @@ def test_gated_16_is_silu_mul_of_two_products(isa, tokens, inputs, outputs, full
         some = (offset[i], bias[i]) if full else (NOTHING, NOTHING)
         KERNELS.packed_16(isa, weight[i], high, low, weight_sum[i], weight_scale[i], *some, scale, total, gated[i])
     for t in range(tokens):
-        KERNELS.silu_mul(isa, gated[0, t], gated[1, t], expected[t])
-    KERNELS.gated_16(isa, weight, high, low, weight_sum, weight_scale, offset, bias, scale, total, y)
+        KERNELS.gate_mul(isa, gated[0, t], gated[1, t], expected[t], gelu)
+    KERNELS.gated_16(isa, weight, high, low, weight_sum, weight_scale, offset, bias, scale, total, y, gelu)
     np.testing.assert_array_equal(y, expected)
