@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -348,6 +350,13 @@ int finish(Bound& self, bool forgets_head) {
     return self.model.finish(forgets_head ? HeadPages::released : HeadPages::kept);
 }
 
+// Writes a byte that wakes whoever polls the other end. Python's own writes let go of the interpreter, which the woken
+// thread would then take, and the caller wait for it; this one keeps it.
+void wake(int descriptor) {
+    const char byte = 0;
+    [[maybe_unused]] const auto written = ::write(descriptor, &byte, 1);  // a full pipe wakes as well
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -364,6 +373,7 @@ NB_MODULE(_core, m) {
     m.def("isas", &isas);
     m.def("available_isas", &available_isas);
     m.def("usable_cpus", &usable_cpus);
+    m.def("wake", &wake, "descriptor"_a);
     m.def("watch_mapping", &watch_mapping, "begin"_a, "nbytes"_a, "name"_a);
     m.attr("PAGE") = kPage;
     m.attr("FEW_TOKENS") = kFewTokens;

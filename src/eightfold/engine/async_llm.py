@@ -1,8 +1,8 @@
 """The engine for servers: one thread runs it, and an asyncio loop never waits for a step.
 
 What goes in (requests, aborts) lies in a queue that the engine's thread empties between steps. What comes out of a step
-goes to the event loop in one call, which hands every reader its output. What a slow reader has not read becomes part of
-its next output, so nothing piles up. A reader that is cancelled, or that stops reading, aborts its request.
+goes to the event loop in one call, which hands every reader its output while the next step computes. What a slow reader
+has not read becomes part of its next output, so nothing piles up. A reader that is cancelled, or that stops reading, aborts its request.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import itertools
+import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -23,6 +24,7 @@ from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.sequence import Request
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import InputError
+from eightfold.model import native as core
 
 # To check and hash more tokens than these, all answers together, is left to a thread: the event loop goes on.
 QUICK_TOKENS = 16_384
@@ -32,6 +34,9 @@ FORM_THREADS = 3
 
 # Between two looks at whether all is answered, in a shutdown.
 LOOK_SECONDS = 0.02
+
+
+_MOST_RINGS = 4096  # that are heard at once
 
 
 class EngineStoppedError(RuntimeError):
@@ -67,6 +72,46 @@ class _Reader:
         return output
 
 
+class _Bell:
+    """Wakes an event loop from another thread, as its `call_soon_threadsafe` does, but leaves that thread the interpreter.
+
+    A socket's `send` lets go of the interpreter. The loop that it wakes would take it, and the ringing thread, which is
+    about to compute, would wait until the loop has written its answers.
+    """
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._heard, self._rung = os.pipe()
+        for descriptor in (self._heard, self._rung):
+            os.set_blocking(descriptor, False)
+
+    def hang(self, loop: asyncio.AbstractEventLoop, hear: Callable[[], None]) -> None:
+        """Let the running loop call `hear` after each ring, or after several."""
+        self._leave()
+        self._loop = loop
+
+        def called() -> None:
+            os.read(self._heard, _MOST_RINGS)
+            hear()
+
+        loop.add_reader(self._heard, called)
+
+    def ring(self) -> None:
+        core.extension.wake(self._rung)
+
+    def close(self) -> None:
+        """Let go of the loop; nobody rings any more."""
+        if self._rung >= 0:
+            self._leave()
+            os.close(self._heard)
+            os.close(self._rung)
+            self._heard = self._rung = -1
+
+    def _leave(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._heard)
+
+
 class AsyncLLM:
     """An engine in a thread of its own. Its methods are called from one event loop.
 
@@ -82,6 +127,8 @@ class AsyncLLM:
         self._readers: dict[str, _Reader] = {}  # of the event loop
         self._orders: deque[Callable[[], object]] = deque()  # to the engine's thread
         self._ordered = threading.Condition()
+        self._news: deque[Callable[[], None]] = deque()  # from it, to the event loop
+        self._bell = _Bell()
         self._refuses = self._stops = False
         self._forms = ThreadPoolExecutor(FORM_THREADS, "eightfold-form")
         self.failure: BaseException | None = None
@@ -167,6 +214,8 @@ class AsyncLLM:
         while self._readers and self._thread.is_alive() and asyncio.get_running_loop().time() < ends:
             await asyncio.sleep(LOOK_SECONDS)
         await asyncio.to_thread(self._end)
+        self._hear()
+        self._bell.close()
 
     def _end(self) -> None:
         """End what is going on, and the thread."""
@@ -183,6 +232,7 @@ class AsyncLLM:
         if self._loop is not loop:
             if self._readers:
                 raise RuntimeError("AsyncLLM: another event loop than that of the requests that are being answered")
+            self._bell.hang(loop, self._hear)
             self._loop = loop
         if request_id in self._readers:
             raise InputError("request id", got=request_id, expected="one that no unfinished request has")
@@ -238,12 +288,15 @@ class AsyncLLM:
 
     def _call(self, function: Callable[[], None]) -> bool:
         """Let the event loop call a function; return whether there is one."""
-        try:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(function)
-        except RuntimeError:  # it is closed
-            return False
+        if self._loop is None or self._loop.is_closed():
+            return self._loop is None
+        self._news.append(function)
+        self._bell.ring()
         return True
+
+    def _hear(self) -> None:
+        while self._news:
+            self._news.popleft()()
 
     def _hand_out(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
