@@ -51,6 +51,7 @@ public:
 
     // Between steps.
     void allocate_cache(int pages);
+    bool populate_cache(int layer, int page) const { return cache_->populate(layer, page); }
     int cache_pages() const { return cache_ ? cache_->pages() : 0; }
     size_t page_bytes() const;  // of all layers
     void reserve_tokens(int tokens);

@@ -237,6 +237,14 @@ void allocate_cache(Bound& self, int pages) {
     self.model.allocate_cache(pages);
 }
 
+bool populate_cache(Bound& self, int layer, int page) {
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(self.mutex);
+    const int layers = static_cast<int>(self.model.weights.layers.size());
+    require(layer >= 0 && layer < layers && page >= 0 && page < self.model.cache_pages(), "no such page of a layer");
+    return self.model.populate_cache(layer, page);
+}
+
 // Steps are shared with other processes of this host, through files in memory.
 void share_memory(Bound& self, int rank, int counters, const std::vector<int>& places) {
     const size_t ranks = places.size() / 2;
@@ -407,6 +415,7 @@ NB_MODULE(_core, m) {
         .def("share_memory", &share_memory, "rank"_a, "counters"_a, "places"_a)
         .def("share_by_call", &share_by_call, "rank"_a, "meet"_a)
         .def("allocate_cache", &allocate_cache, "pages"_a)
+        .def("populate_cache", &populate_cache, "layer"_a, "page"_a)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
              "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "choice_tokens"_a, "choices"_a.noconvert(),
              "float_prompts"_a = false)

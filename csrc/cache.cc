@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -118,6 +119,19 @@ void Cache::store_run(const Kernels& kernels, int layer, int page, int at, int h
                                v8[i]);
     }
     put_values(v8, dim, values(layer, page, head) + static_cast<size_t>(at) * shape_.value_dim());
+}
+
+bool Cache::populate(int layer, int page) const {
+#ifdef MADV_POPULATE_WRITE
+    constexpr uintptr_t unit = 4096;
+    const auto first = reinterpret_cast<uintptr_t>(keys(layer, page, 0)) / unit * unit;
+    const size_t bytes = page_bytes(shape_, layers_[layer].kind) + unit;
+    const size_t left = reinterpret_cast<uintptr_t>(memory_) + bytes_ - first;
+    return madvise(reinterpret_cast<void*>(first), std::min(bytes, left), MADV_POPULATE_WRITE) == 0;
+#else
+    (void)layer, (void)page;
+    return false;
+#endif
 }
 
 void Cache::prefetch(int layer, int page, int head) const {

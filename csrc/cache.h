@@ -51,6 +51,9 @@ public:
     static constexpr int kStored = 4;
     void store_run(const Kernels& kernels, int layer, int page, int at, int head, const float* k, size_t ldk,
                    const float* v, size_t ldv) const;
+    // Takes memory from the system for what one layer has of a page, which changes nothing in it. False: the system
+    // cannot, and gives memory when it is written.
+    bool populate(int layer, int page) const;
     // Asks for a page of one head.
     void prefetch(int layer, int page, int head) const;
     // Asks for the memory that `store` will write.

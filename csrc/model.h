@@ -41,6 +41,7 @@ public:
     size_t rope_pairs() const { return config_.inv_freq.size(); }
     void set_switches(const Switches& switches) { config_.switches = switches; }
     void allocate_cache(int pages) { attention_.allocate_cache(pages); }
+    bool populate_cache(int layer, int page) const { return attention_.populate_cache(layer, page); }
     void forward(const Batch& batch) { step_.run(batch); }
 
     bool is_joined() const { return share_.is_joined(); }

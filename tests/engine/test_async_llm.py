@@ -129,6 +129,29 @@ def test_a_slow_reader_gets_more_at_a_time(small):
     run_in_loop(test)
 
 
+def test_an_idle_engine_takes_the_memory_of_the_blocks_that_come_next(small, monkeypatch):
+    model, rng = small("faquant"), random.Random(7)
+    monkeypatch.setattr("eightfold.engine.engine.AHEAD_BYTES", 2 * model.page_bytes)
+
+    async def populated(llm: AsyncLLM, blocks: int) -> None:
+        while llm.engine._populated < blocks:
+            await asyncio.sleep(0.001)
+        assert llm.engine._populated == blocks
+
+    async def test() -> None:
+        async with running(model, kv_memory=6 * model.page_bytes) as llm:
+            await populated(llm, 2)
+            prompt = tokens(rng, 300)
+            assert (await answer(llm, prompt, greedy(20))).outputs[0].token_ids == model.answer(prompt, 20)
+            await populated(llm, 5)
+            await answer(llm, tokens(rng, 400), greedy(2))
+            await populated(llm, 6)  # there are no more
+            with pytest.raises(ValueError, match="no such page"):
+                llm.engine.model._model.populate_cache(0, 6)
+
+    run_in_loop(test)
+
+
 def test_a_reader_may_want_nothing_but_the_end(small):
     async def test() -> None:
         async with running(small("w8a8")) as llm:

@@ -2,7 +2,8 @@
 
 What goes in (requests, aborts) lies in a queue that the engine's thread empties between steps. What comes out of a step
 goes to the event loop in one call, which hands every reader its output while the next step computes. What a slow reader
-has not read becomes part of its next output, so nothing piles up. A reader that is cancelled, or that stops reading, aborts its request.
+has not read becomes part of its next output, so nothing piles up. A reader that is cancelled, or that stops reading,
+aborts its request.
 """
 
 from __future__ import annotations
@@ -49,31 +50,35 @@ class _Reader:
     def __init__(self) -> None:
         self._output: RequestOutput | None = None
         self._error: EngineStoppedError | None = None
-        self._ready = asyncio.Event()
+        self._awaited: asyncio.Future[None] | None = None  # while the reader waits
 
     def put(self, output: RequestOutput) -> None:
         if self._output is not None:
             output.begin_with(self._output)
         self._output = output
-        self._ready.set()
+        self._wake()
 
     def fail(self, error: EngineStoppedError) -> None:
         self._error = error
-        self._ready.set()
+        self._wake()
 
     async def get(self) -> RequestOutput:
-        await self._ready.wait()
+        if self._output is None and self._error is None:
+            self._awaited = asyncio.get_running_loop().create_future()
+            await self._awaited
         output, self._output = self._output, None
         if output is None:
             assert self._error is not None
             raise self._error
-        if self._error is None:
-            self._ready.clear()
         return output
+
+    def _wake(self) -> None:
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
 
 
 class _Bell:
-    """Wakes an event loop from another thread, as its `call_soon_threadsafe` does, but leaves that thread the interpreter.
+    """Wakes an event loop from another thread, as its `call_soon_threadsafe` does, but keeps the interpreter there.
 
     A socket's `send` lets go of the interpreter. The loop that it wakes would take it, and the ringing thread, which is
     about to compute, would wait until the loop has written its answers.
@@ -261,6 +266,9 @@ class AsyncLLM:
         try:
             while not self._stops:
                 if not self._orders and not self.engine.has_unfinished:
+                    for _ in self.engine.populate_cache():
+                        if self._orders:
+                            break
                     with self._ordered:
                         self._ordered.wait_for(lambda: self._orders)
                 while self._orders:

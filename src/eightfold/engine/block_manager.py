@@ -52,10 +52,12 @@ class BlockManager:
 
     Attributes:
         total: how many blocks there are.
+        begun: how many have ever been taken; they are the first ones.
     """
 
     def __init__(self, total: int) -> None:
         self.total = total
+        self.begun = 0
         self._free = list(range(total - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._holders = [0] * total
@@ -98,6 +100,7 @@ class BlockManager:
         """Return a block for new content, held once; `available` says whether there is one."""
         if self._free:
             block = self._free.pop()
+            self.begun = max(self.begun, block + 1)
         else:
             block, _ = self._cached.popitem(last=False)
             self._forget(block)

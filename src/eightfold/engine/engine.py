@@ -10,7 +10,7 @@ Letters: R rows after which a token is chosen, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
+
+# Memory of the cache that is taken from the system before it is needed, while there is nothing else to do.
+AHEAD_BYTES = 64 << 20
 
 WHOLE_PROMPTS_NOTE = "Attention mode mindie runs every prompt whole: chunked prefill and prefix caching are off."
 
@@ -91,6 +94,7 @@ class Engine:
         self._layout = Layout(self.scheduler.tables)
         self._tells_prompts = tells_prompts
         self._requests: dict[str, Request] = {}
+        self._populated = 0  # blocks
         self.notes = (*tokenizer.notes, *([WHOLE_PROMPTS_NOTE] if model.float_prompts else []))
 
     @classmethod
@@ -274,6 +278,13 @@ class Engine:
         moved = self._advance(plan, logits)
         self._choose(moved, logits, best)
         return self._outputs(moved)
+
+    def populate_cache(self) -> Iterator[None]:
+        """Make the blocks ready that the next prompts will take, a bit with each step of the iterator."""
+        ahead = max(1, AHEAD_BYTES // self.model.page_bytes)
+        while self._populated < min(self.blocks.begun + ahead, self.blocks.total):
+            yield from self.model.populate_cache(self._populated)
+            self._populated += 1
 
     def check_integrity(self) -> None:
         """Prove that every block is accounted for and every sequence is where it says it is."""

@@ -198,6 +198,11 @@ class ChoicesWriter(AnswerWriter):
         raise NotImplementedError
 
 
+def _or_null(value: Any) -> str:
+    """Return JSON of what most events of a stream leave out."""
+    return "null" if value is None else _encode(value)
+
+
 def _members(values: dict[str, Any]) -> str:
     """Return what goes on in a JSON object that has members already."""
     return "".join(f',"{name}":{_encode(value)}' for name, value in values.items())
@@ -391,8 +396,8 @@ class CompletionAnswer(ChoicesWriter):
         if reason is not None:
             self._ended.add(index)
         return self._choice(
-            f'{{"index":{index},"text":{_encode(text)},"logprobs":{_encode(logprobs)},'
-            f'"finish_reason":{_encode(reason)},"stop_reason":{_encode(answer.stop_reason)}}}'
+            f'{{"index":{index},"text":{_encode(text)},"logprobs":{_or_null(logprobs)},'
+            f'"finish_reason":{_or_null(reason)},"stop_reason":{_or_null(answer.stop_reason)}}}'
         )
 
     def _text(self, index: int, text: str, *, is_first: bool) -> str:

@@ -6,7 +6,7 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +151,16 @@ class NativeModel:
             )
         self._model.allocate_cache(pages)
         self.pages = pages
+
+    def populate_cache(self, page: int) -> Iterator[None]:
+        """Take the memory of a page of the cache from the system, a bit with each step of the iterator.
+
+        Memory that is written for the first time is slow, above all on a virtual machine, whose host has to find it.
+        """
+        for layer in range(self.config.num_layers):
+            if not self._model.populate_cache(layer, page):
+                return
+            yield
 
     def forward(self, chunks: Sequence[Chunk]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Run one step.
