@@ -4,80 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from eightfold.check import by_name
 from eightfold.config import FAMILIES, DType
-from eightfold.errors import CapacityError, EightfoldError, brief, one_of
-from eightfold.format.checkpoint import Checkpoint, read_description
-from eightfold.quant.by_name import quantize_by_name
+from eightfold.errors import CapacityError, brief, one_of
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import Recipe
-from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, write_model
-from tests.quant.families import SIZES, WRAPPED, random_model, save_random
+from tests.quant.families import SIZES, WRAPPED, random_model
 from tests.quant.killing import killed_after
+from tests.quant.named import DYNAMIC, W8A16, change, config_of, quantize, refusal, save, tags_of, tensors_of
 from tests.refusal import error_line, snapshot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DYNAMIC, W8A16 = QuantType.W8A8_DYNAMIC, QuantType.W8A16
-
-
-def quantize(source: Path, target: Path, scheme: QuantType = DYNAMIC, *, generic: bool = False, **options):
-    recipe = Recipe(scheme, **{key: options.pop(key) for key in ("keep_float", "modules") if key in options})
-    return quantize_by_name(plan_by_name(source, recipe, is_generic=generic), target, **options)
-
-
-def refusal(source: Path, **options) -> str:
-    with pytest.raises(EightfoldError) as error:
-        quantize(source, source.parent / "out", **options)
-    assert not (source.parent / "out").exists()
-    return str(error.value).replace(f"{source}/", "").replace(str(source), "DIR")
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def tags_of(path: Path) -> dict[str, str]:
-    return dict(read_description(path / "quant_model_description.json").tags)
-
-
-def save(path: Path, tensors: dict[str, torch.Tensor], config: Mapping[str, object], parts: int = 1) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    for file in path.glob("*.safetensors*"):
-        file.unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for part in range(parts):
-        name = "model.safetensors" if parts == 1 else f"model-{part + 1:05d}-of-{parts:05d}.safetensors"
-        own = {key: tensors[key].clone().contiguous() for key in names[part::parts]}
-        save_file(own, path / name)
-        weight_map.update(dict.fromkeys(own, name))
-    if parts > 1:
-        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def config_of(path: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads((path / "config.json").read_text())
-    return content
-
-
-def change(path: Path, changes: dict[str, torch.Tensor | None]) -> Path:
-    """Replace, add or remove tensors of a model."""
-    tensors = {**tensors_of(path), **changes}
-    return save(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, config_of(path))
 
 
 # --- names
@@ -115,13 +59,6 @@ QUANTIZED = {
 
 # Families that vllm-ascend has no row for: it looks this up.
 WITH_ENTRY = {"Qwen2Moe", "Mixtral", "HunYuanMoEV1", "Ernie4_5_Moe", "Qwen3_5Moe", "GptOss", "GraniteMoe", "Phimoe"}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A function that saves a family's random model once."""
-    root = tmp_path_factory.mktemp("families")
-    return lambda name: root / name if (root / name).exists() else save_random(name, root / name)
 
 
 @pytest.mark.parametrize("name", [*SIZES, *WRAPPED])
@@ -300,118 +237,6 @@ def test_a_joined_gate_and_up_are_two_linears_for_loaders_of_glm4(tmp_path, save
     joined, made = tensors_of(source)[f"{at}.gate_up_proj.weight"], tensors_of(tmp_path / "out")
     halves = torch.cat([made[f"{at}.gate_proj.weight"], made[f"{at}.up_proj.weight"]])
     assert halves.equal(quantize_weight(joined.float(), is_symmetric=True).values)
-
-
-# --- sources that are quantized
-
-
-def fp8_blocks(weight: torch.Tensor, size: int = 128) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a weight as float8 with a scale for each block, the scales, and what they mean in float32."""
-    n, k = weight.shape
-    grid = (-(-n // size), -(-k // size))
-    padded = torch.zeros(grid[0] * size, grid[1] * size)
-    padded[:n, :k] = weight.float()
-    blocks = padded.view(grid[0], size, grid[1], size)
-    scale = blocks.abs().amax((1, 3)) / 448
-    stored = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    wide = (stored.float() * scale[:, None, :, None]).view_as(padded)[:n, :k].contiguous()
-    return stored.view(torch.float8_e4m3fn).reshape(padded.shape)[:n, :k].contiguous(), scale, wide
-
-
-@pytest.fixture
-def fp8(tmp_path, saved):
-    """A DeepSeek in float8, sides no multiples of the blocks, scales in other files; and its wide float32 weights."""
-    tensors, wide = {}, {}
-    for name, tensor in tensors_of(saved("DeepseekV3")).items():
-        is_linear = tensor.dim() == 2 and "layers" in name and not name.endswith("mlp.gate.weight")
-        if is_linear:
-            stored, scale, wide[name] = fp8_blocks(tensor, 20)
-            tensors.update({name: stored, name + "_scale_inv": scale})
-        else:
-            tensors[name] = tensor
-    config = {
-        **config_of(saved("DeepseekV3")),
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [20, 20]},
-    }
-    return save(tmp_path / "fp8", tensors, config, parts=3), wide
-
-
-def test_float8_blocks_are_widened_in_float32(tmp_path, fp8):
-    source, wide = fp8
-    quantize(source, tmp_path / "out")
-    made, tags = tensors_of(tmp_path / "out"), tags_of(tmp_path / "out")
-    assert not [name for name in made if name.endswith("_scale_inv")]
-    assert Counter(tensor.dtype for tensor in made.values()).keys() == {torch.int8, torch.float32, torch.bfloat16}
-    for name, weight in wide.items():
-        if tags[name] == "FLOAT":
-            assert name.endswith("kv_b_proj.weight")
-            assert made[name].equal(weight.to(torch.bfloat16))
-        else:
-            assert made[name].equal(quantize_weight(weight, is_symmetric=True).values)
-    assert "quantization_config" not in config_of(tmp_path / "out")
-
-
-def test_a_family_with_an_engine_in_float8_can_run(cli, tmp_path):
-    config = {
-        **tiny_config("Qwen3ForCausalLM"),
-        "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]},
-    }
-    source = write_model(tmp_path / "m", config)
-    tensors = tensors_of(source)
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        tensors[name], tensors[f"{name}_scale_inv"], _ = fp8_blocks(tensors[name], 32)
-    save(source, tensors, config)
-    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a8-dynamic").code == 0
-    assert Checkpoint.open(tmp_path / "out").quant_type("model.layers.1.mlp.up_proj") is DYNAMIC
-    done = cli("run", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 3, "--backend", "reference")
-    assert done.code == 0
-    assert "3 tokens" in done.err
-    assert "quantization_config" in error_line(cli("quantize", source, tmp_path / "b", "--scheme", "w8a8"))
-
-
-def test_power_of_two_scales(tmp_path, saved):
-    source, at = saved("Glm4Moe"), "model.layers.0.self_attn.o_proj.weight"
-    tensors = tensors_of(source)
-    exponents = torch.tensor([[120], [131]], dtype=torch.uint8)
-    stored = torch.randn(32, 32).to(torch.float8_e4m3fn)
-    config = {**config_of(source), "quantization_config": {"weight_block_size": [16, 32]}}
-    save(tmp_path / "m", {**tensors, at: stored, at + "_scale_inv": exponents}, config)
-    quantize(tmp_path / "m", tmp_path / "out")
-    scale = torch.tensor([2.0**-7, 2.0**4]).repeat_interleave(16)[:, None]
-    expected = quantize_weight(stored.float() * scale, is_symmetric=True)
-    assert tensors_of(tmp_path / "out")[at].equal(expected.values)
-
-
-def test_a_scale_for_each_channel_and_one_for_all(tmp_path, saved):
-    source, at = saved("Glm4Moe"), "model.layers.0.self_attn"
-    stored, scale = torch.randn(32, 32).to(torch.float8_e4m3fn), torch.rand(32, 1) + 0.5
-    changes = {
-        f"{at}.o_proj.weight": stored,
-        f"{at}.o_proj.weight_scale": scale.to(torch.bfloat16),
-        f"{at}.q_proj.weight": stored,
-        f"{at}.q_proj.weight_scale": torch.tensor(0.25),
-    }
-    save(tmp_path / "m", {**tensors_of(source), **changes}, config_of(source))
-    quantize(tmp_path / "m", tmp_path / "out")
-    made = tensors_of(tmp_path / "out")
-    for name, factor in (("o_proj", scale.to(torch.bfloat16).float()), ("q_proj", 0.25)):
-        assert made[f"{at}.{name}.weight"].equal(quantize_weight(stored.float() * factor, is_symmetric=True).values)
-
-
-def test_int8_weights_are_taken_over_as_they_are(tmp_path, saved):
-    source, changes = saved("DeepseekV3"), {}
-    stored, scale = torch.randint(-128, 128, (16, 32), dtype=torch.int8), torch.rand(16, 1).to(torch.bfloat16)
-    at = "model.layers.0.self_attn"
-    changes = {f"{at}.q_a_proj.weight": stored, f"{at}.q_a_proj.weight_scale": scale}
-    kv = torch.randint(-128, 128, (64, 16), dtype=torch.int8)
-    changes |= {f"{at}.kv_b_proj.weight": kv, f"{at}.kv_b_proj.weight_scale": torch.full((64, 1), 0.5)}
-    save(tmp_path / "m", {**tensors_of(source), **changes}, config_of(source))
-    quantize(tmp_path / "m", tmp_path / "out")
-    made = tensors_of(tmp_path / "out")
-    assert made[f"{at}.q_a_proj.weight"].equal(stored)
-    assert made[f"{at}.q_a_proj.weight_scale"].equal(scale.float())
-    assert not made[f"{at}.q_a_proj.weight_offset"].any()
-    assert made[f"{at}.kv_b_proj.weight"].equal((kv * 0.5).to(torch.bfloat16))
 
 
 # --- what is not a linear of a layer
@@ -594,34 +419,12 @@ def test_no_number_in_a_weight(mixtral):
     )
 
 
-def test_scales_that_are_missing_zero_or_too_few(fp8):
-    source, _ = fp8
-    name = "model.layers.0.self_attn.q_a_proj.weight"
-    scale = tensors_of(source)[f"{name}_scale_inv"]
-    assert refusal(change(source, {f"{name}_scale_inv": None})).startswith(
-        f"scales of {name} in model.safetensors: got none, expected a tensor {name}_scale_inv or "
-    )
-    assert refusal(change(source, {f"{name}_scale_inv": scale * 0})) == (
-        f"values of {name}_scale_inv in model.safetensors: got 0, expected finite scales above 0. "
-        "The weights are damaged; fetch the model again."
-    )
-    assert refusal(change(source, {f"{name}_scale_inv": scale[:, :1].clone()})).startswith(
-        f"shape of {name}_scale_inv in model.safetensors: got [1, 1], expected "
-    )
-
-
 def test_a_layer_or_a_linear_that_is_missing(mixtral):
     assert refusal(change(mixtral, {"model.layers.0.self_attn.k_proj.weight": None})).startswith(
         "linears of model.layers.0.self_attn in DIR: got no model.layers.0.self_attn.k_proj, expected "
     )
     (mixtral / "config.json").write_text(json.dumps({**config_of(mixtral), "num_hidden_layers": 3}))
     assert refusal(change(mixtral, {})).startswith("layers in DIR: got no weights of layer 2, expected all 3 of ")
-
-
-def test_weights_of_other_tools(mixtral):
-    packed = torch.zeros(4, 4, dtype=torch.int32)
-    assert "weights that another tool has quantized" in refusal(change(mixtral, {f"{MIXTRAL}.x.qweight": packed}))
-    assert "4-bit weights" in refusal(change(mixtral, {f"{MIXTRAL}.x.qweight": None, f"{MIXTRAL}.y_blocks": packed}))
 
 
 def test_the_dtype_of_the_model(saved):

@@ -13,33 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eightfold.config import CONFIG_DTYPES, EXPERT_KEYS, DType, both_dialects, has_engine, parse_config
-from eightfold.errors import CheckpointError
 from eightfold.files import write_json
 from eightfold.format.checkpoint import render_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import layers_done
 from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
-from eightfold.format.stored import StoredTensors
 from eightfold.format.target import REPORT_NAME
 from eightfold.layouts import Layout
 from eightfold.model.reference.linear import row_pieces
-from eightfold.model.reference.tensors import mapped_tensor
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import Budget, base_bytes
 from eightfold.quant.identity import differences, identity, keep_times, require_same_times
 from eightfold.quant.name_plan import NamePlan, Unit
-from eightfold.quant.name_sources import FLOAT8, Source
+from eightfold.quant.name_rows import Rows
+from eightfold.quant.name_sources import Source
 from eightfold.quant.outcome import Outcome
-from eightfold.quant.qparams import QuantizedWeight, quantize_rows
+from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over
 from eightfold.scheme import BIAS, WEIGHT, WEIGHT_OFFSET, WEIGHT_SCALE, QuantType, description_names, weight_file_stem
 from eightfold.scheme import linear_tensors as tensors_of
 
-_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _REDUNDANT = ("quantization_config", "compression_config", "quantize", "transformers_weights")
 _SLACK_BYTES = 256 << 20
 
@@ -194,11 +190,11 @@ class Converter:
         else:
             self._writer.copy(unit.name, source.tensor)
         if unit.bias is not None:
-            self._writer.write(f"{unit.name}.{BIAS}", _Rows(self._stored, unit.bias).all())
+            self._writer.write(f"{unit.name}.{BIAS}", Rows(self._stored, unit.bias).all())
         self._release(source)
 
     def _write_quantized(self, unit: Unit) -> None:
-        rows = _Rows(self._stored, unit.source)
+        rows = Rows(self._stored, unit.source)
         n, k = unit.source.shape
         is_symmetric = unit.kind is not QuantType.W8A16 or self._plan.recipe.weight_symmetric
         made = rows.integers() or quantize_rows(n, k, rows, is_symmetric=is_symmetric)
@@ -210,7 +206,7 @@ class Converter:
         if not source.scale and source.expert is None and source.shape == self._stored.tensors[source.tensor].shape:
             self._writer.copy(name, source.tensor)
         else:
-            rows = _Rows(self._stored, source)
+            rows = Rows(self._stored, source)
             for piece in row_pieces(torch.empty(1).expand(source.shape)):
                 self._writer.append(name, rows(piece.start, piece.stop))
             self._writer.done(name)
@@ -221,80 +217,3 @@ class Converter:
         each = info.nbytes // max(1, count)
         begin = each * (source.expert or 0)
         self._stored.release_part(source.tensor, begin, begin + each)
-
-
-class _Rows:
-    """Reads rows of a source as float32: whatever it is stored in, wherever its scales lie."""
-
-    def __init__(self, stored: StoredTensors, source: Source) -> None:
-        self._stored, self._source = stored, source
-        info = stored.tensors[source.tensor]
-        self._info, whole = info, mapped_tensor(stored, source.tensor)
-        whole = whole if source.expert is None else whole[source.expert]
-        self._whole = whole.view(_FLOAT8[info.dtype]) if info.dtype in FLOAT8 else whole
-        self._scale = self._read_scale() if source.scale else None
-
-    def __call__(self, begin: int, end: int) -> Tensor:
-        """Return rows `begin` to `end`, made anew, finite."""
-        source = self._source
-        at = slice(source.begin + begin * source.step, source.begin + (end - 1) * source.step + 1, source.step)
-        rows = self._whole[:, at].T if source.is_input_major else self._whole[at]
-        found = rows.to(torch.float32, copy=True).contiguous()
-        if self._scale is not None:
-            self._multiply(found, begin)
-        if not torch.isfinite(found.sum()):
-            self._require_finite(found, begin)
-        return found
-
-    def all(self) -> Tensor:
-        return self(0, self._source.shape[0])
-
-    def integers(self) -> QuantizedWeight | None:
-        """Return what is stored in int8 with a scale for each row, as it is; None for anything else."""
-        n, k = self._source.shape
-        if self._info.dtype != DType.I8.value or self._scale is None or self._source.block[1] < k:
-            return None
-        scale = self._scale.reshape(-1, 1)
-        scale = scale if len(scale) == n else scale.expand(n, 1)
-        return QuantizedWeight(self._whole, scale.contiguous(), torch.zeros(n, 1))
-
-    def _multiply(self, rows: Tensor, begin: int) -> None:
-        assert self._scale is not None
-        height, width = self._source.block
-        of_row = (torch.arange(begin, begin + len(rows)) // height).clamp(max=len(self._scale) - 1)
-        scale = self._scale[of_row]
-        if scale.shape[1] > 1:
-            scale = scale.repeat_interleave(width, 1)[:, : rows.shape[1]]
-        rows.mul_(scale)
-
-    def _read_scale(self) -> Tensor:
-        """Return the scales, (blocks of rows, blocks of columns) float32."""
-        name = self._source.scale
-        info, found = self._stored.tensors[name], mapped_tensor(self._stored, name)
-        if info.dtype in ("F8_E8M0", "U8"):
-            found = torch.ldexp(torch.ones(found.shape), found.to(torch.int32) - 127)
-        elif info.dtype not in ("F32", "F16", "BF16"):
-            raise CheckpointError(f"dtype of {name}", where=info.file, got=info.dtype, expected="F32, BF16 or F8_E8M0")
-        scale = found.to(torch.float32)
-        bad = ~(torch.isfinite(scale) & (scale > 0))
-        if bad.any():
-            raise CheckpointError(
-                f"values of {name}",
-                where=info.file,
-                got=f"{float(scale[bad][0]):g}",
-                expected="finite scales above 0",
-                action="The weights are damaged; fetch the model again.",
-            )
-        return scale.reshape(-1, 1) if scale.dim() < 2 else scale
-
-    def _require_finite(self, rows: Tensor, begin: int) -> None:
-        flat = rows.reshape(len(rows), -1)
-        for row, column in (~torch.isfinite(flat)).nonzero()[:1].tolist():
-            place = f"expert {self._source.expert}, " if self._source.expert is not None else ""
-            raise CheckpointError(
-                f"{self._source.tensor}[{place}{self._source.begin + (begin + row) * self._source.step}, {column}]",
-                where=self._info.file,
-                got=float(flat[row, column]),
-                expected="a finite number",
-                action="The weights are damaged; fetch the model again.",
-            )

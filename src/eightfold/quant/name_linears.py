@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from eightfold.config import has_engine
-from eightfold.errors import CheckpointError, one_of, shortlist
+from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
 from eightfold.families import EMBEDDING, LM_HEAD
-from eightfold.format.safetensors import TensorInfo
 from eightfold.format.stored import StoredTensors
 from eightfold.layouts import Layout, Part, Rule, generic_rule, text_config
-from eightfold.quant.name_sources import UNREAD, Source, Sources
+from eightfold.quant.name_sources import Coding, Source, Sources
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 
 OUTSIDE = "others"  # the step of what is in no layer
@@ -69,8 +68,8 @@ class FoundTensors:
         self.prefix = self._layer_prefix()
         self.in_layer = re.compile(re.escape(self.prefix) + r"(\d+)\.")
         self._sources = Sources(stored)
-        for info in stored.tensors.values():
-            self._place(info)
+        for name, source in self._sources.items():
+            self._place(name, source)
         self._copy_tied_head()
 
     def _layer_prefix(self) -> str:
@@ -86,47 +85,49 @@ class FoundTensors:
             action="config.json and the weights belong to different models.",
         )
 
-    def _place(self, info: TensorInfo) -> None:
-        name = info.name
-        if name.endswith(UNREAD) or self._sources.is_scale(name):
-            return
+    def _place(self, name: str, source: Source) -> None:
         found, next_found = self.in_layer.match(name), _NEXT.match(name)
         if next_found:
-            self._place_in_layer(info, next_found[0], OUTSIDE)
+            self._place_in_layer(name, source, next_found[0], OUTSIDE)
         elif found and int(found[1]) < self.stored.num_layers:
-            self._place_in_layer(info, found[0], f"layer {int(found[1])}")
+            self._place_in_layer(name, source, found[0], f"layer {int(found[1])}")
         elif found:
             self.beyond.add(int(found[1]))
-            self._place_in_layer(info, found[0], OUTSIDE)
+            self._place_in_layer(name, source, found[0], OUTSIDE)
         else:
-            self.copied.append((OUTSIDE, name, self._sources.of(info)))
+            self._copy(OUTSIDE, name, source)
+
+    def _copy(self, step: str, name: str, source: Source) -> None:
+        if source.scale and len(source.shape) != 2:
+            info = self._sources.info(source)
+            got, expected = f"{info.dtype} {list(info.shape)}", "a matrix, or experts that this family is known to have"
+            raise UnsupportedError(f"shape of {info.name}", where=info.file, got=got, expected=expected)
+        self.copied.append((step, name, source))
 
     def _copy_tied_head(self) -> None:
         """Write the head of a tied model that can run here, as pipeline.py does."""
-        raw, embedding = self.stored.config_raw, self.stored.tensors.get(weight_name(EMBEDDING))
-        head = weight_name(LM_HEAD)
-        if has_engine(raw) and embedding is not None and head not in self.stored.tensors:
-            self.copied.append((OUTSIDE, head, self._sources.of(embedding)))
+        embedding, head = self._sources.get(weight_name(EMBEDDING)), weight_name(LM_HEAD)
+        if has_engine(self.stored.config_raw) and embedding is not None and head not in self._sources:
+            self._copy(OUTSIDE, head, embedding)
 
-    def _place_in_layer(self, info: TensorInfo, prefix: str, step: str) -> None:
-        inner = info.name.removeprefix(prefix)
+    def _place_in_layer(self, name: str, source: Source, prefix: str, step: str) -> None:
+        inner = name.removeprefix(prefix)
         for before, after in (self.layout.renames or {}).items():
             if inner.startswith(before):
                 inner = after + inner.removeprefix(before)
-        if self._place_stacked(info, prefix, inner, step):
+        if self._place_stacked(name, source, prefix, inner, step):
             return
         module, _, last = inner.rpartition(".")
-        weight = self.stored.tensors.get(info.name.removesuffix(BIAS) + WEIGHT)
+        weight = self._sources.get(name.removesuffix(BIAS) + WEIGHT)
         if last == BIAS and weight is not None and len(weight.shape) == 2:
             return  # goes with its weight
-        if last != WEIGHT or len(info.shape) != 2:
-            self.copied.append((step, prefix + inner, self._sources.of(info)))
+        if last != WEIGHT or len(source.shape) != 2:
+            self._copy(step, prefix + inner, source)
             return
-        bias = self.stored.tensors.get(info.name.removesuffix(WEIGHT) + BIAS)
-        source, of_bias = self._sources.of(info), None if bias is None else self._sources.of(bias)
-        for own, half in self._halves(module, info.shape[0]):
+        bias = self._sources.get(name.removesuffix(WEIGHT) + BIAS)
+        for own, half in self._halves(module, source.shape[0]):
             at = source if half is None else source.part(*half)
-            its_bias = of_bias if half is None or of_bias is None else of_bias.part(*half)
+            its_bias = bias if half is None or bias is None else bias.part(*half)
             self._add_found(step, prefix, own, at, its_bias)
 
     def _halves(self, module: str, n: int) -> Iterator[tuple[str, tuple[int, int] | None]]:
@@ -154,48 +155,52 @@ class FoundTensors:
             )
         self.linears[name] = Found(step, name, rule, source, bias)
 
-    def _place_stacked(self, info: TensorInfo, prefix: str, inner: str, step: str) -> bool:
+    def _place_stacked(self, name: str, source: Source, prefix: str, inner: str, step: str) -> bool:
         """Take a tensor of all experts of a layer apart; return whether it is one."""
         experts = self.layout.experts
         if experts is None:
             return False
         base = inner.removesuffix(f".{WEIGHT}")
         for joined, down in experts.stacked:
-            if base in (joined, down) and len(info.shape) == 3:
-                for expert in range(info.shape[0]):
-                    for last, source, bias in self._slices(info, base == joined, expert):
-                        self._add_found(step, prefix, f"{experts.module}.{expert}.{last}", source, bias)
+            if base in (joined, down) and len(source.shape) == 3:
+                bias = self._sources.get(f"{name.removesuffix(f'.{WEIGHT}')}_{BIAS}")
+                is_input_major = self._is_input_major(source, base == joined)
+                for expert in range(source.shape[0]):
+                    own = source.of_expert(expert, is_input_major=is_input_major)
+                    its_bias = None if bias is None else bias.of_expert(expert, is_input_major=False)
+                    for last, weight, part in self._parts(own, its_bias, base == joined):
+                        self._add_found(step, prefix, f"{experts.module}.{expert}.{last}", weight, part)
                 return True
             if base in (f"{joined}_{BIAS}", f"{down}_{BIAS}"):
                 return True  # goes with its weight
         return False
 
-    def _slices(self, info: TensorInfo, is_joined: bool, expert: int) -> Iterator[tuple[str, Source, Source | None]]:
+    def _parts(
+        self, source: Source, bias: Source | None, is_joined: bool
+    ) -> Iterator[tuple[str, Source, Source | None]]:
         """Yield the linears that one expert has in a stacked tensor: the last part of the name, weight and bias."""
         experts = self.layout.experts
         assert experts is not None
-        is_input_major = self._is_input_major(info, is_joined)
-        rows, columns = info.shape[1:]
-        n, k = (columns, rows) if is_input_major else (rows, columns)
-        whole = replace(self._sources.of_stack(info), shape=(n, k), expert=expert, is_input_major=is_input_major)
-        biases = self.stored.tensors.get(f"{info.name.removesuffix(f'.{WEIGHT}')}_{BIAS}")
-        bias = None if biases is None else Source(biases.name, (n,), expert=expert)
         if not is_joined:
-            yield experts.down, whole, bias
+            yield experts.down, source, bias
             return
+        n = source.shape[0]
         if n % 2:
+            info = self._sources.info(source)
             got, expected = f"{n} rows of gate and up", "an even number"
             raise CheckpointError(f"shape of {info.name}", where=info.file, got=got, expected=expected)
         half, step = n // 2, 2 if experts.is_interleaved else 1
         for i, last in enumerate((experts.gate, experts.up)):
             begin = i if experts.is_interleaved else i * half
-            yield last, whole.part(begin, half, step), None if bias is None else bias.part(begin, half, step)
+            yield last, source.part(begin, half, step), None if bias is None else bias.part(begin, half, step)
 
-    def _is_input_major(self, info: TensorInfo, is_joined: bool) -> bool:
+    def _is_input_major(self, source: Source, is_joined: bool) -> bool:
         """Decide by the sizes of config.json how an expert's part of a stacked tensor lies; else by the family."""
         experts, text = self.layout.experts, text_config(self.stored.config_raw)
         assert experts is not None
-        hidden, (rows, columns) = text.get("hidden_size"), info.shape[1:]
+        if source.coding is not Coding.PLAIN:
+            return False  # what is packed lies along K
+        hidden, (rows, columns) = text.get("hidden_size"), source.shape[1:]
         if rows == columns or hidden not in (rows, columns):
             return experts.is_input_major
         is_output_first = columns == hidden if is_joined else rows == hidden
