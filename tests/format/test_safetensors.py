@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from eightfold import machine
 from eightfold.config import DType
 from eightfold.errors import CheckpointError
 from eightfold.format.safetensors import MappedFile, numpy_dtype, read_header
@@ -234,3 +235,10 @@ def test_tensors_come_in_the_order_of_the_header(tmp_path):
     infos = read_header(tmp_path / "f.safetensors")
     assert list(infos) == ["z", "a"]
     assert [info.begin - 8 - len(blob) for info in infos.values()] == [1, 0]
+
+
+def test_a_file_larger_than_all_memory_is_mapped(tmp_path):
+    path, size = tmp_path / "f", 4 * (machine.total_bytes() or 1 << 34)
+    with path.open("wb") as file:
+        file.truncate(size)  # it takes no room on the disk
+    assert MappedFile(path).raw(size - 2, size).tolist() == [0, 0]

@@ -16,6 +16,7 @@ import functools
 import math
 import mmap
 import os
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -176,6 +177,10 @@ def tell_of_mappings(tell: Callable[[int, int, str], object] | None) -> None:
     _tell = tell
 
 
+# Python names it from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
 class MappedFile:
     """One file in memory, by pages as they are touched."""
 
@@ -184,7 +189,9 @@ class MappedFile:
         weakref.finalize(self, os.close, self._file)
         self.nbytes = os.fstat(self._file).st_size
         # Copy-on-write: arrays come out writable, as torch wants them, while nothing can reach the file.
-        self._map = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY) if self.nbytes else b""
+        # The system need not set memory aside for copies that nobody makes: a file may be larger than all of it.
+        flags, pages = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        self._map = mmap.mmap(self._file, 0, flags, pages) if self.nbytes else b""
         if _tell is not None and self.nbytes:
             address = self.raw(0, 1).__array_interface__["data"][0]
             _tell(address, self.nbytes, " ".join(printable(str(path)).split()))
