@@ -57,6 +57,8 @@ class InspectCommand:
 def _print_contents(contents: Contents) -> None:
     size = size_text
     millions = f"{contents.parameters / 1e6:,.1f} M parameters"
+    if contents.active_parameters != contents.parameters:
+        millions += f" ({contents.active_parameters / 1e6:,.1f} M active)"
     share = f"{contents.nbytes / contents.float_bytes:.0%} of the {contents.dtype} model"
     files = "1 file" if contents.files == 1 else f"{contents.files} files"
     print(contents.directory)

@@ -46,6 +46,7 @@ class Contents:
     scheme: str
     num_layers: int
     parameters: int  # the float model's, a tied head not counted
+    active_parameters: int  # those that a token meets: all but the experts that it does not pass through
     files: int
     nbytes: int  # all tensors, a tied head not counted
     disk_bytes: int  # all weight files
@@ -68,6 +69,7 @@ def describe(checkpoint: Checkpoint) -> Contents:
         scheme=description.model_quant_type if description else QuantType.FLOAT.value,
         num_layers=config.num_layers,
         parameters=parameters,
+        active_parameters=parameters - _idle(config),
         files=len(files),
         nbytes=checkpoint.resident_bytes(),
         disk_bytes=sum(path.stat().st_size for path in files),
@@ -85,6 +87,19 @@ def _parameters(checkpoint: Checkpoint) -> int:
         linears.pop(LM_HEAD)
     counts = [linear.n * linear.k + (linear.n if linear.has_bias else 0) for linear in linears.values()]
     return sum(counts) + config.vocab_size * config.hidden_size + sum(all_norms(config).values())
+
+
+def _idle(config: ModelConfig) -> int:
+    """Return how many parameters are of experts that a token does not pass through."""
+    experts = config.experts
+    if experts is None:
+        return 0
+    each = 3 * config.hidden_size * experts.intermediate_size
+    return (experts.count - experts.per_token) * each * len(_sparse_layers(config))
+
+
+def _sparse_layers(config: ModelConfig) -> list[int]:
+    return [layer_idx for layer_idx in range(config.num_layers) if config.is_sparse(layer_idx)]
 
 
 def _parts(checkpoint: Checkpoint) -> list[Part]:
@@ -138,6 +153,10 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         )
         if bare:
             notes.append(f"{bare} quantized linears come without {WEIGHT_OFFSET}: symmetric")
+    if config.experts is not None:
+        experts, shared = config.experts, " and one for all tokens" if config.experts.shared_size else ""
+        where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)}" if (layers := _sparse_layers(config)) else "no layer"
+        notes.append(f"experts: {experts.count}{shared} in {where}; a token passes through {experts.per_token} of them")
     notes += _positions(config)
     if config.tie_word_embeddings and weight_name(LM_HEAD) in checkpoint.tensors:
         notes.append("lm_head is tied to the embedding; its copy on disk is there for other readers and counted once")
