@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eightfold.config import FAMILIES as ROWS
 from eightfold.config import parse_config
 from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms
 
@@ -25,6 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+# Those with experts.
+SPARSE = ("Qwen3MoeForCausalLM", "Qwen2MoeForCausalLM", "MixtralForCausalLM")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -36,7 +40,7 @@ def tiny_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[
     """Return a config.json object of a two-layer model; head_dim is not hidden / heads."""
     config: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": ROWS[architecture].model_type,
         "torch_dtype": "bfloat16",
         "vocab_size": 320,
         "hidden_size": 48,
@@ -54,7 +58,18 @@ def tiny_config(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[
         "bos_token_id": 256,
         "eos_token_id": 257,
     }
+    if architecture in SPARSE:
+        config.update(_EXPERTS)
     return {**config, **changes}
+
+
+_EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -32,7 +32,8 @@ class LinearShape:
     name: str  # inside the layer, such as self_attn.q_proj
     n: int
     k: int
-    has_bias: bool
+    has_bias: bool = False
+    is_router: bool = False  # a router or the gate of a shared expert, which stay float
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,18 @@ class ExpertBlock:
     """What stands in a layer with experts in place of gate_up and down; there are no biases.
 
     Attributes:
+        module: what the names of the experts begin with.
         router: (experts, E), float: which of them a token passes through.
         experts: by their index.
         shared: the expert that all tokens pass through; None where there is none.
         shared_gate: (1, E), float: how much of its output counts.
     """
 
+    module: str
     router: LinearShape
     experts: tuple[ExpertShapes, ...]
     shared: ExpertShapes | None = None
     shared_gate: LinearShape | None = None
-
-    @property
-    def routers(self) -> tuple[LinearShape, ...]:
-        """The linears that stay float."""
-        return (self.router,) if self.shared_gate is None else (self.router, self.shared_gate)
 
     @property
     def linears(self) -> Iterator[LinearShape]:
@@ -114,7 +112,8 @@ class ExpertBlock:
         for expert in self.experts:
             yield from expert
         yield from self.shared or ()
-        yield from self.routers[1:]
+        if self.shared_gate is not None:
+            yield self.shared_gate
 
 
 def expert_block(config: ModelConfig, layer_idx: int) -> ExpertBlock | None:
@@ -130,16 +129,17 @@ def _expert_block(config: ModelConfig) -> ExpertBlock | None:
 
     def expert(module: str, wide: int) -> ExpertShapes:
         return ExpertShapes(
-            LinearShape(f"{module}.{names.gate}", wide, hidden, False),
-            LinearShape(f"{module}.{names.up}", wide, hidden, False),
-            LinearShape(f"{module}.{names.down}", hidden, wide, False),
+            LinearShape(f"{module}.{names.gate}", wide, hidden),
+            LinearShape(f"{module}.{names.up}", wide, hidden),
+            LinearShape(f"{module}.{names.down}", hidden, wide),
         )
 
     return ExpertBlock(
-        LinearShape(names.router, sizes.count, hidden, False),
+        names.module,
+        LinearShape(names.router, sizes.count, hidden, is_router=True),
         tuple(expert(f"{names.module}.{i}", sizes.intermediate_size) for i in range(sizes.count)),
         expert(names.shared, sizes.shared_size) if sizes.shared_size else None,
-        LinearShape(names.shared_gate, 1, hidden, False) if sizes.shared_size else None,
+        LinearShape(names.shared_gate, 1, hidden, is_router=True) if sizes.shared_size else None,
     )
 
 

@@ -121,6 +121,8 @@ GROUPS = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
+EXPERTS_PART = "experts"  # of the names of all of them, stacked or not
+
 # A linear of one expert, by its full name: the module of all, the index, and the linear.
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import FAMILIES, DType, ModelConfig, has_engine, parse_config, require_architecture
+from eightfold.config import DType, ModelConfig, parse_config, require_architecture
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
     ATTENTION,
@@ -27,6 +27,7 @@ from eightfold.families import (
     VALUE,
     all_linears,
     all_norms,
+    expert_block,
     layer_of,
     layer_prefix,
 )
@@ -38,6 +39,7 @@ from eightfold.format.directory import (
     require_model,
     unknown_tensors,
 )
+from eightfold.format.engines import explain_stacked, require_engine
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.stored import StoredTensors
@@ -105,8 +107,7 @@ class Checkpoint(StoredTensors):
         require_model(directory)
         config_raw = read_json(directory / CONFIG_NAME)
         path = find_description(directory)
-        if path is not None:
-            _require_engine(config_raw, directory)
+        require_engine(config_raw, directory, is_quantized=path is not None)
         require_architecture(config_raw, directory / CONFIG_NAME)
         description = read_description(path) if path else None
         tensors, note = read_tensors(directory, config_raw, is_quantized=description is not None)
@@ -159,6 +160,13 @@ class Checkpoint(StoredTensors):
             known = one_of(kind.value for kind in LINEAR_TENSORS)
             raise UnsupportedError(f"type of {name}", where=self.description.path, got=tag, expected=known)
         return QuantType(tag)
+
+    def _float_type(self, router: str) -> QuantType:
+        kind = self.quant_type(router)
+        if kind is not QuantType.FLOAT:
+            where, expected = self.description and self.description.path, f"{QuantType.FLOAT.value}, as routers stay"
+            raise UnsupportedError(f"type of {weight_name(router)}", where=where, got=kind.value, expected=expected)
+        return kind
 
     def attention_type(self, layer_idx: int) -> QuantType:
         """Return how a layer's attention is quantized, by the tensors it has: FLOAT, C8 or FAQUANT.
@@ -223,12 +231,17 @@ class Checkpoint(StoredTensors):
         expected = dict(self._expected())
         missing = [name for name, spec in expected.items() if name not in self.tensors and not spec.optional]
         if missing:
-            raise explain_names(self.directory, self.tensors) or CheckpointError(
-                f"{plural(len(missing), 'tensor')} missing",
-                where=self.directory,
-                got=f"no {shortlist(missing, 12)}",
-                expected=f"all {len(expected)} of {self.config.architecture}",
-                action=" ".join(["Fetch or write the directory again.", *self.notes]),
+            stacked = explain_stacked(self.config_raw, self.directory, self.tensors.values())
+            raise (
+                stacked
+                or explain_names(self.directory, self.tensors)
+                or CheckpointError(
+                    f"{plural(len(missing), 'tensor')} missing",
+                    where=self.directory,
+                    got=f"no {shortlist(missing, 12)}",
+                    expected=f"all {len(expected)} of {self.config.architecture}",
+                    action=" ".join(["Fetch or write the directory again.", *self.notes]),
+                )
             )
         beyond = [name for name in self.tensors if (layer_of(name) or 0) >= self.config.num_layers]
         if beyond:
@@ -241,7 +254,7 @@ class Checkpoint(StoredTensors):
             )
         # First, because a weight without an entry would look like a float one of the wrong dtype.
         if self.description is not None:
-            check_entries(self.description, self.tensors)
+            check_entries(self.description, [*self.tensors, *self._entries_of_experts()])
         for name, spec in expected.items():
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
@@ -256,6 +269,14 @@ class Checkpoint(StoredTensors):
             known = f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}"
             raise explain_names(self.directory, unknown) or unknown_tensors(self.directory, unknown, known)
 
+    def _entries_of_experts(self) -> Iterator[str]:
+        """Yield the entries that name no tensor: vllm-ascend looks for them in some families."""
+        for layer_idx in range(self.config.num_layers):
+            if (block := expert_block(self.config, layer_idx)) is not None:
+                entry = weight_name(layer_prefix(layer_idx) + block.module)
+                if self.description is not None and entry in self.description.tags:
+                    yield entry
+
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
         yield weight_name(EMBEDDING), _Expectation((config.vocab_size, config.hidden_size), DTypeRule.SOURCE)
@@ -264,7 +285,8 @@ class Checkpoint(StoredTensors):
         for name, linear in all_linears(config).items():
             if name == LM_HEAD and config.tie_word_embeddings:
                 continue
-            for spec in linear_tensors(self.quant_type(name), linear.has_bias):
+            kind = self._float_type(name) if linear.is_router else self.quant_type(name)
+            for spec in linear_tensors(kind, linear.has_bias):
                 yield f"{name}.{spec.suffix}", _Expectation.of(spec, N=linear.n, K=linear.k)
         if self.is_quantized:
             for layer_idx in range(config.num_layers):
@@ -310,27 +332,6 @@ class Checkpoint(StoredTensors):
             action="Start from float weights (F32, F16 or BF16)."
             if self.description is None
             else "Write the directory again.",
-        )
-
-
-def _require_engine(raw: Mapping[str, Any], directory: Path) -> None:
-    """Refuse an 8-bit model of a family that this program quantizes and does not run.
-
-    Raises:
-        UnsupportedError: it is one; the engines that run it are named.
-    """
-    if has_engine(raw):
-        return
-    from eightfold.layouts import engine_names, known
-
-    row = known(raw)
-    if row is not None:
-        raise UnsupportedError(
-            "model",
-            where=directory,
-            got=f"an 8-bit {row.architecture}, which was made for other engines ({engine_names(row)})",
-            expected=one_of(FAMILIES),
-            action="eightfold checks it, and does not run it.",
         )
 
 

@@ -1,0 +1,50 @@
+"""Models of known families that this program does not read: those without an engine, and stacked experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eightfold.config import FAMILIES, has_engine, has_experts
+from eightfold.errors import EightfoldError, UnsupportedError, one_of, shortlist
+from eightfold.format.safetensors import TensorInfo
+from eightfold.layouts import EXPERTS_PART, engine_names, known
+
+
+def require_engine(raw: Mapping[str, Any], directory: Path, *, is_quantized: bool) -> None:
+    """Refuse a model of a family that this program quantizes and does not run.
+
+    Raises:
+        UnsupportedError: it is one; the engines that run it are named.
+    """
+    row = None if has_engine(raw) else known(raw)
+    if row is None:
+        return
+    got, action = f"a {row.architecture}, which runs in other engines ({engine_names(row)})", "quantizes it for these"
+    if is_quantized:
+        got, action = (
+            f"an 8-bit {row.architecture}, which was made for other engines ({engine_names(row)})",
+            "checks it",
+        )
+    raise UnsupportedError(
+        "model",
+        where=directory,
+        got=got,
+        expected=one_of(FAMILIES),
+        action=f"eightfold {action}, and does not run it.",
+    )
+
+
+def explain_stacked(raw: Mapping[str, Any], directory: Path, tensors: Iterable[TensorInfo]) -> EightfoldError | None:
+    """Return what to say of a model whose experts lie in one tensor; None where they are not the reason."""
+    found = [info.name for info in tensors if len(info.shape) == 3 and EXPERTS_PART in info.name.split(".")]
+    if not found or not has_experts(raw):
+        return None
+    return UnsupportedError(
+        "experts",
+        where=directory,
+        got=f"all of a layer in one tensor ({shortlist(found, 2)})",
+        expected="a matrix for each",
+        action="`eightfold quantize --scheme w8a8-dynamic` takes them apart; so does transformers' save_pretrained().",
+    )
