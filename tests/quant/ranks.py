@@ -48,6 +48,16 @@ RECIPES = {
         disable_level=2,
         quantize_lm_head=True,
     ),
+    "smooth extremes fa": Recipe(
+        QuantType.W8A8, anti_outlier=AntiOutlier.SMOOTH, act_method=ActMethod.EXTREMES, fa_quant=True
+    ),
+    "smooth head": Recipe(
+        QuantType.W8A8,
+        anti_outlier=AntiOutlier.SMOOTH,
+        act_method=ActMethod.EXTREMES,
+        quantize_lm_head=True,
+        disable_level=1,
+    ),
     "w8a16": Recipe(QuantType.W8A16, weight_symmetric=False),
     "m3 mix kv": Recipe(QuantType.W8A8_MIX, anti_outlier=AntiOutlier.M3, kv_int8=True),
     "m2 auto anti": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M2, act_method=ActMethod.AUTO, kv_int8=True),

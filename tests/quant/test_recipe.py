@@ -115,7 +115,7 @@ FLAGS = "true or false"
 COUNT = "a whole number"
 PATTERNS = """a list of patterns, such as ['*.down_proj']"""
 MODULES = "pattern: type"
-METHODS = "'m1', 'm2', 'm3', 'm4', 'm5' or 'm6'"
+METHODS = "'m1', 'm2', 'm3', 'm4', 'm5', 'm6' or 'smooth'"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ METHODS = "'m1', 'm2', 'm3', 'm4', 'm5' or 'm6'"
         ("modules", "{'*': null}", "null", "w8a8, w8a8-dynamic, w8a8-mix, w8a16 or float"),
         ("anti_outlier", "4", "4", METHODS),
         ("anti_outlier", "false", "false", METHODS),
-        ("act_method", "null", "null", "'minmax', 'histogram' or 'auto'"),
-        ("act_method", "true", "true", "'minmax', 'histogram' or 'auto'"),
+        ("act_method", "null", "null", "'minmax', 'histogram', 'auto' or 'extremes'"),
+        ("act_method", "true", "true", "'minmax', 'histogram', 'auto' or 'extremes'"),
         ("kv_observe", "null", "null", "'post-rope' or 'pre-rope'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The six formulas of outlier suppression, written out once more in float64, and what all of them must keep."""
+"""The formulas of outlier suppression, written out once more in float64, and what all of them must keep."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from eightfold.quant.recipe import AntiOutlier
-from eightfold.quant.smooth import HeadSharing, search_exponents, smooth_scale, source_scale
+from eightfold.quant.smooth import EXPONENTS, SINK_ROOM, HeadSharing, search_exponents, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher
+from eightfold.scheme import QuantType
 
 K = 12
 LENGTHS = (9, 5, 7)
@@ -340,6 +341,44 @@ def test_m6_applies_the_exponents_it_found():
     assert found.note == f"alpha {alpha:.2f}, beta {beta:.2f}"
 
 
+# smooth: fixed exponents, and room for sinks.
+
+
+@pytest.mark.parametrize("kind", EXPONENTS)
+def test_smooth_goes_by_how_an_input_is_quantized(kind):
+    xs, weights = samples(), linears(6, 4)
+    a, w = largest(xs, weights)
+    alpha, beta = EXPONENTS[kind][0]
+    found = smooth_scale(AntiOutlier.SMOOTH, statistics(xs), weights, kind=kind)
+    require_close(found.scale, a**alpha / w**beta)
+    assert found.note == f"alpha {alpha}, beta {beta}"
+
+
+@pytest.mark.parametrize("kind", EXPONENTS)
+@pytest.mark.parametrize(("loud", "sinks"), [(50_000.0, 1), (1.5, 0)])
+def test_smooth_divides_the_channels_of_sinks_until_they_fit(kind, loud, sinks):
+    xs, weights = samples(), linears(6, 4)
+    xs[1][0, 8] = loud  # the loudest token, or one among others
+    x = np.concatenate([array(each) for each in xs])
+    ordinary = np.abs(np.delete(x, np.abs(x).max(1).argmax(), axis=0)).max(0)
+    a, w = largest(xs, weights)
+    alpha, beta = EXPONENTS[kind][1]
+    plain = ordinary**alpha / w**beta
+    limit = (ordinary / plain).max()
+    found = smooth_scale(AntiOutlier.SMOOTH, statistics(xs, num_loud=1), weights, kind=kind, is_product=True)
+    require_close(found.scale, np.maximum(plain, a / (SINK_ROOM * limit)))
+    assert (np.abs(x / array(found.scale)).max(0) <= SINK_ROOM * limit * (1 + CLOSE)).all()
+    assert ("1 channels of sinks" in found.note) == bool(sinks)
+    assert (array(found.scale) > plain * (1 + CLOSE)).sum() == sinks
+
+
+def test_smooth_of_an_input_that_is_zero_but_for_sinks_stays_finite():
+    x = torch.zeros(5, K)
+    x[2, 3] = 700.0
+    scale = smooth_scale(AntiOutlier.SMOOTH, statistics([x], num_loud=1), linears(4), is_product=True).scale
+    assert torch.isfinite(scale).all() and (scale > 0).all()
+
+
 # Value heads that several query heads share.
 
 
@@ -370,9 +409,16 @@ def test_m6_takes_the_largest_of_the_heads_that_share():
     require_close(found, shared(a, np.max) ** alpha / shared(w, np.max) ** beta)
 
 
+def test_smooth_takes_the_largest_of_the_heads_that_share():
+    xs, weights = samples(2), linears(6, seed=2)
+    a, w = largest(xs, weights)
+    found = smooth_scale(AntiOutlier.SMOOTH, statistics(xs), weights, SHARING, kind=QuantType.W8A8_DYNAMIC).scale
+    require_close(found, shared(a, np.max) ** 0.5 / shared(w, np.max) ** 0.1)
+
+
 def test_sharing_by_one_query_head_each_is_no_sharing():
     alone, stats, weights = HeadSharing(3, 1, 4), statistics(samples()), linears(6)
-    for method in (AntiOutlier.M4, AntiOutlier.M6):
+    for method in (AntiOutlier.M4, AntiOutlier.M6, AntiOutlier.SMOOTH):
         found, plain = (smooth_scale(method, stats, weights, sharing) for sharing in (alone, None))
         assert torch.equal(found.scale, plain.scale)
         assert torch.equal(source_scale(found.scale, alone), plain.scale)
@@ -410,7 +456,7 @@ def test_the_float_product_is_unchanged(method):
             assert (np.abs(smoothed - exact) <= bound).all()
 
 
-@pytest.mark.parametrize("method", [AntiOutlier.M4, AntiOutlier.M6])
+@pytest.mark.parametrize("method", [AntiOutlier.M4, AntiOutlier.M6, AntiOutlier.SMOOTH])
 def test_the_product_through_shared_heads_is_unchanged(method):
     generator = torch.Generator().manual_seed(4)
     v_weight = torch.randn(4, 5, generator=generator) * torch.tensor([[1.0], [9.0], [0.2], [30.0]])

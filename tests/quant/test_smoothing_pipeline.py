@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from eightfold.errors import ConfigError, UnsupportedError
-from eightfold.families import all_norms
+from eightfold.families import all_norms, input_groups
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.decoder import Batch, LinearGroup
+from eightfold.model.reference.linear import asymmetric
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_tensor
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -96,6 +98,51 @@ def test_legacy_names_repeat_smoothed_norms(quantized, method):
         assert torch.equal(load_tensor(legacy, f"{norm}.module.weight"), gain)
         assert torch.equal(gain, load_tensor(plain, f"{norm}.weight"))
     assert torch.equal(logits(plain), logits(legacy))
+
+
+def test_smooth_leaves_inputs_alone_that_stay_float(quantized):
+    kinds = (("*.down_proj", QuantType.FLOAT), ("*.o_proj", QuantType.W8A16), ("*.0.self_attn.k_proj", QuantType.FLOAT))
+    out = quantized(anti_outlier=AntiOutlier.SMOOTH, act_method=ActMethod.EXTREMES, modules=kinds)
+    choices = report(out)["anti_outlier"]["choices"]
+    assert choices == {f"{layer}.{group}": "alpha 0.9, beta 0.1" for layer in LAYERS for group in ("qkv", "gate_up")}
+
+
+def inputs_seen(checkpoint):
+    """Return the input of each group of linears in the float model, (T, K) of all samples."""
+    decoder, states, found = Decoder(checkpoint), [], {}
+    with torch.inference_mode():
+        states = [decoder.embed(sample) for sample in SAMPLES]
+        for layer_idx, layer in enumerate(LAYERS):
+            groups = []
+            for group in input_groups(checkpoint.config, layer_idx):
+                linears = LinearGroup(tuple(decoder.linear(f"{layer}.", linear) for linear in group.linears))
+                seen = found[layer, group.title] = []
+                groups.append(lambda x, batch, linears=linears, seen=seen: (seen.append(x), linears(x, batch))[1])
+            block = decoder.block(layer_idx, groups)
+            states = [block(x, Batch.of([len(x)], decoder.turns())) for x in states]
+    return {name: torch.cat(seen) for name, seen in found.items()}
+
+
+# A norm's linears, and what its stored gain says its output was divided by. Nothing is said of o and down.
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [None, AntiOutlier.M4, AntiOutlier.SMOOTH])
+def test_extremes_are_those_of_the_smoothed_float_model(models, quantized, family, method):
+    source = Checkpoint.open(models[family])
+    out = quantized(family, anti_outlier=method, act_method=ActMethod.EXTREMES, quantize_lm_head=True)
+    linears = {"qkv": ("input_layernorm", "self_attn.q_proj"), "gate_up": ("post_attention_layernorm", "mlp.up_proj")}
+    if method is None:
+        linears |= {"o": ("", "self_attn.o_proj"), "down": ("", "mlp.down_proj")}
+    for (layer, title), x in inputs_seen(source).items():
+        if title not in linears:
+            continue
+        norm, linear = linears[title]
+        gains = [load_tensor(each, f"{layer}.{norm}.weight").float() for each in (source, out)] if norm else [1, 1]
+        scaled = x * gains[1] / gains[0]
+        scale, offset = asymmetric(scaled.min()[None], scaled.max()[None])
+        found = [load_tensor(out, f"{layer}.{linear}.input_{part}").float() for part in ("scale", "offset")]
+        torch.testing.assert_close(found[0], scale, rtol=0.01, atol=0)  # it is stored in bfloat16
+        assert abs(float(found[1] - offset)) <= 1
+    assert error(logits(out), logits(source)) < 0.2
 
 
 ATTENTIONS = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eightfold.errors import InputError
-from eightfold.quant.statistics import InputWatcher, require_finite_samples
+from eightfold.quant.statistics import InputWatcher, loud_tokens, require_finite_samples
 
 LENGTHS = (4, 1, 6, 3, 2, 5, 7)  # two more samples than range_param looks at
 K = 6
@@ -42,6 +42,37 @@ def test_extremes_are_those_of_all_tokens(samples):
     assert torch.equal(stats.absmax, x.abs().amax(0))
     assert torch.equal(stats.lo, x.amin(0))
     assert torch.equal(stats.hi, x.amax(0))
+
+
+@pytest.mark.parametrize("calls", [((0, 7),), ((0, 3), (3, 7)), tuple((i, i + 1) for i in range(7))])
+@pytest.mark.parametrize("count", [1, 3, 14])
+def test_ordinary_tokens_are_all_but_the_loudest(samples, calls, count):
+    x = torch.cat(samples)
+    x[11, 2] = -900.0  # only its magnitude is loud
+    quiet = x[x.abs().amax(1).argsort(descending=True)[count:]]
+    stats = watch(list(x.split(LENGTHS)), calls, num_loud=count)
+    assert torch.equal(stats.ordinary, quiet.abs().amax(0))
+    assert torch.equal(stats.absmax, x.abs().amax(0))
+    assert torch.equal(watch(list(x.split(LENGTHS))).ordinary, stats.absmax)
+
+
+def test_a_watcher_of_every_second_call_keeps_what_one_of_all_keeps(samples):
+    # As two ranks do: each sees its calls, the first takes in what both have kept.
+    options, calls = {"num_loud": 4}, [(i, i + 1) for i in range(7)]
+    ranks = [InputWatcher("x", 28, place=lambda: (0, 0), **options) for _ in range(2)]  # type: ignore[arg-type]
+    for i in range(7):
+        ranks[i % 2].update(samples[i], spans_of([len(samples[i])]))
+    whole = InputWatcher("x", 28, **options)  # type: ignore[arg-type]
+    for i in range(7):
+        whole.take(ranks[i % 2].kept[i // 2])
+    assert torch.equal(whole.stats().ordinary, watch(samples, calls, **options).ordinary)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count"), [((1000, 1000), 30), ((1000, 1001), 31), ((20,) * 10, 10), ((1,) * 10, 5), ((1,), 0)]
+)
+def test_few_tokens_are_loud_and_one_of_each_short_sample(lengths, count):
+    assert loud_tokens(lengths) == count
 
 
 def test_the_first_sample_is_kept_whole_and_as_a_copy(samples):

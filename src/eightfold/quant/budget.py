@@ -22,6 +22,7 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
 from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe, Samples
+from eightfold.quant.statistics import loud_tokens
 from eightfold.scheme import QuantType
 from eightfold.values import mib
 
@@ -139,6 +140,8 @@ def _sample_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]
     found += 3 * 4 * min(max(lengths), _QUERY_ROWS) * max(lengths) * config.num_heads
     if recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3):
         found += lengths[0] * 4 * inputs
+    if recipe.anti_outlier is AntiOutlier.SMOOTH:
+        found += (max(batches) + 2 * loud_tokens(lengths)) * 4 * config.intermediate_size
     if recipe.anti_outlier is AntiOutlier.M6:
         found += min(sum(lengths), _KEPT_TOKENS) * 4 * inputs
     if recipe.kv_int8 and recipe.kv_observe is KVObserve.PRE_ROPE:

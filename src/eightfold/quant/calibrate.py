@@ -34,6 +34,9 @@ bit for bit, oddities included, as another range would be another checkpoint.
 Equality in bits is worth the trouble because of the first two: a range that ends at 2.999 or at 3.001 gives another
 histogram, and inputs that are quantized by it carry the difference through all later layers.
 
+Method extremes takes what the float pass has seen: all of it, as the smoothed input has it. Nothing has to run through
+the quantized layers then.
+
 Letters: T tokens of several samples, S of one, K inputs, N outputs, B bins, C candidate ranges.
 """
 
@@ -96,6 +99,8 @@ class Observer(Protocol):
 
 def observer_for(method: ActMethod, title: str, range_param: float | None, in_order: InOrder = unshared) -> Observer:
     """Return the observer of an input; AUTO looks at `range_param`, its largest value over its deviation."""
+    if method is ActMethod.EXTREMES:
+        return Extremes(title)
     if method is ActMethod.AUTO:
         assert range_param is not None
         method = ActMethod.HISTOGRAM if range_param <= AUTO_LIMIT else ActMethod.MINMAX
@@ -131,6 +136,29 @@ class MeanMinMax:
 
     def params(self) -> tuple[Tensor, Tensor]:
         return asymmetric(self._lo_B.mean()[None], self._hi_B.mean()[None])
+
+
+class Extremes:
+    """From the smallest to the largest value of all tokens, per-tensor and asymmetric."""
+
+    def __init__(self, title: str, known: tuple[Tensor, Tensor] | None = None) -> None:
+        """Start with nothing seen, or with a range, () float32 both, that holds whatever is going to be seen."""
+        self._title, self._is_known = title, known is not None
+        self._lo, self._hi = known or (torch.zeros(()), torch.zeros(()))
+        self._seen = 0
+
+    def update(self, x_TK: Tensor, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        if not self._is_known:
+            samples = [x_TK[begin:end] for begin, end in spans]
+            lo_B, hi_B = stacked([sample.min() for sample in samples]), stacked([sample.max() for sample in samples])
+            require_finite_samples(self._title, self._seen, lo_B, hi_B)
+            self._lo, self._hi = torch.minimum(self._lo, lo_B.min()), torch.maximum(self._hi, hi_B.max())
+            self._seen += len(spans)
+        scale, offset = self.params()
+        return scale.expand(len(x_TK))[:, None], offset.expand(len(x_TK))[:, None]
+
+    def params(self) -> tuple[Tensor, Tensor]:
+        return asymmetric(self._lo[None], self._hi[None])
 
 
 class StaticMember(W8A8DynamicLinear):

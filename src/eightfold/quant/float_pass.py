@@ -29,9 +29,11 @@ from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.recipe import AntiOutlier, Recipe
-from eightfold.quant.smooth import HeadSharing, SmoothScale, smooth_scale, source_scale
-from eightfold.quant.statistics import InputWatcher
+from eightfold.quant.smooth import EXPONENTS, HeadSharing, SmoothScale, smooth_scale, source_scale
+from eightfold.quant.statistics import InputWatcher, loud_tokens
 from eightfold.scheme import QuantType, bias_name, weight_name
+
+_PRODUCTS = "down"  # title of the group that reads them
 
 # So much of a layer may be in float32 while samples pass: little, beside all else.
 _WIDENED_BYTES = 64 << 20
@@ -43,6 +45,8 @@ class LayerStatistics:
 
     scales: Mapping[str, SmoothScale] = field(default_factory=dict)  # by title of the group that reads the input
     range_params: Mapping[str, float] = field(default_factory=dict)  # of the smoothed input, by title
+    # lo and hi of each channel of the input as it was, by title
+    extremes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kv: KVParams | None = None
     stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
 
@@ -50,7 +54,7 @@ class LayerStatistics:
         """Write a file, which is then safely on disk; return its CRC-32."""
         content, kv = io.BytesIO(), None if self.kv is None else vars(self.kv)
         scales = {title: (scale.scale, scale.note) for title, scale in self.scales.items()}
-        torch.save((scales, dict(self.range_params), kv, self.stretch), content)
+        torch.save((scales, dict(self.range_params), dict(self.extremes), kv, self.stretch), content)
         with path.open("wb") as file:
             file.write(content.getbuffer())
             file.flush()
@@ -60,9 +64,9 @@ class LayerStatistics:
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
         found = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
-        scales, range_params, kv, stretch = found
+        scales, range_params, extremes, kv, stretch = found
         scales = {title: SmoothScale(*scale) for title, scale in scales.items()}
-        return cls(scales, range_params, None if kv is None else KVParams(**kv), stretch)
+        return cls(scales, range_params, extremes, None if kv is None else KVParams(**kv), stretch)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class FloatPass:
         self,
         decoder: Decoder,
         recipe: Recipe,
+        types: Mapping[str, QuantType],
         hidden: HiddenStates,
         ranks: Ranks | None = None,
         anti: HiddenStates | None = None,
@@ -110,6 +115,7 @@ class FloatPass:
         """Start where the samples of recipe.float_samples() are, and those of `anti`, from which scales are taken."""
         self._ranks = ranks or Ranks()
         self._decoder, self._recipe, self.hidden, self.anti = decoder, recipe, hidden, anti or hidden
+        self._types = types
         self._config = decoder.checkpoint.config
         self._smoothed = smoothed_groups(recipe.anti_outlier)
 
@@ -142,7 +148,7 @@ class FloatPass:
         assert stream.layer_idx == layer_idx
         prefix = layer_prefix(layer_idx)
         titles = self._smoothed if stream is self.anti else set()
-        if stream is self.hidden and self._recipe.needs_range_params:
+        if stream is self.hidden and (self._recipe.needs_range_params or self._recipe.takes_extremes):
             titles = {group.title for group in self._groups}
         watchers = {
             group.title: self._watcher(stream, prefix, group.title) for group in self._groups if group.title in titles
@@ -170,6 +176,7 @@ class FloatPass:
             keep_tokens=method is AntiOutlier.M6,
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
+            num_loud=loud_tokens(stream.lengths) if method is AntiOutlier.SMOOTH and title == _PRODUCTS else 0,
             place=stream.place if self._ranks.size > 1 else None,
         )
 
@@ -201,36 +208,70 @@ class FloatPass:
         kv: KVObserver | None,
         stretch: StretchObserver | None,
     ) -> LayerStatistics:
-        scales = {
-            group.title: self._scale(prefix, group, smoothing[group.title])
-            for group in self._groups
-            if group.title in self._smoothed
-        }
+        scales = self._scales(prefix, smoothing)
         range_params: dict[str, float] = {}
         for title, watcher in watchers.items() if self._recipe.needs_range_params else ():
             range_params[title] = watcher.stats().range_param(scales[title].scale if title in scales else None)
-        return LayerStatistics(scales, range_params, self._kv(kv, scales), None if stretch is None else stretch.score)
+        takes_extremes, score = self._recipe.takes_extremes, None if stretch is None else stretch.score
+        seen = {title: watcher.stats() for title, watcher in watchers.items() if takes_extremes}
+        extremes = {title: (stats.lo, stats.hi) for title, stats in seen.items()}
+        return LayerStatistics(scales, range_params, extremes, self._kv(kv, scales), score)
 
-    def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher) -> SmoothScale:
+    def _scales(self, prefix: str, smoothing: Mapping[str, InputWatcher]) -> dict[str, SmoothScale]:
+        """Return the scale of each group; `smooth` takes v_proj and up_proj as those of o and down leave them."""
+        found: dict[str, SmoothScale] = {}
+        is_ours = self._recipe.anti_outlier is AntiOutlier.SMOOTH
+        groups = [group for group in self._groups if group.title in self._smoothed]
+        sources = {pair.source: pair.group for pair in SMOOTH_PAIRS if is_ours and not pair.source_is_norm}
+        for group in sorted(groups, key=lambda group: group.title not in sources.values()):
+            kind = self._kind(prefix, group)
+            if is_ours and kind not in EXPONENTS:
+                continue  # nothing to gain
+            rows = {
+                linear.name: self._source_scale(sources[linear.name], found[sources[linear.name]])
+                for linear in group.linears
+                if sources.get(linear.name) in found
+            }
+            found[group.title] = self._scale(prefix, group, smoothing[group.title], kind, rows)
+        return found
+
+    def _kind(self, prefix: str, group: InputGroup) -> QuantType:
+        """Return how a group's input is quantized, where linears differ in the way that asks for more."""
+        kinds = {self._types[prefix + linear.name] for linear in group.linears}
+        return next((kind for kind in EXPONENTS if kind in kinds), QuantType.FLOAT)
+
+    def _source_scale(self, title: str, scale: SmoothScale) -> Tensor:
+        sharing = head_sharing(self._config, title)
+        return scale.scale if sharing is None else source_scale(scale.scale, sharing)
+
+    def _scale(
+        self, prefix: str, group: InputGroup, watcher: InputWatcher, kind: QuantType, rows: Mapping[str, Tensor]
+    ) -> SmoothScale:
+        """Return a group's scale; `rows` of its linears, (N,) by name, are divided before."""
         assert self._recipe.anti_outlier is not None
         checkpoint, linears = self._decoder.checkpoint, group.linears
+        weights = [load_float32(checkpoint, weight_name(prefix + linear.name)) for linear in linears]
+        for linear, weight in zip(linears, weights, strict=True):
+            if linear.name in rows:
+                weight.div_(rows[linear.name][:, None])
         biases = [
             load_float32(checkpoint, bias_name(prefix + each.name)) if each.has_bias else None for each in linears
         ]
         return smooth_scale(
             self._recipe.anti_outlier,
             watcher.stats(),
-            [load_float32(checkpoint, weight_name(prefix + linear.name)) for linear in linears],
+            weights,
             head_sharing(self._config, group.title),
             biases=biases,
             weight_symmetric=self._recipe.weight_symmetric or self._recipe.scheme is not QuantType.W8A16,
+            kind=kind,
+            is_product=group.title == _PRODUCTS,
         )
 
     def _kv(self, observer: KVObserver | None, scales: Mapping[str, SmoothScale]) -> KVParams | None:
         if observer is None:
             return None
-        sharing = head_sharing(self._config, "o")
-        divisor = source_scale(scales["o"].scale, sharing) if "o" in scales and sharing is not None else None
+        divisor = self._source_scale("o", scales["o"]) if "o" in scales else None
         return observer.params(self._recipe.kv_symmetric, divisor)
 
     def head_range_param(self) -> float:

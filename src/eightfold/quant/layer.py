@@ -37,7 +37,7 @@ from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLin
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
-from eightfold.quant.calibrate import ObservedGroup, Observer, StaticMember, observer_for
+from eightfold.quant.calibrate import Extremes, ObservedGroup, Observer, StaticMember, observer_for
 from eightfold.quant.float_pass import LayerStatistics, head_sharing
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
@@ -97,6 +97,11 @@ class SmoothedLayer:
 
     def changes(self, linear: LinearShape) -> bool:
         return linear.name in self._columns or linear.name in self._rows
+
+    def range(self, group: InputGroup, lo_K: Tensor, hi_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends of a group's input, () both, whose channels had these before they were divided."""
+        scale_K = self._columns.get(group.linears[0].name, torch.ones_like(lo_K))
+        return (lo_K / scale_K).amin(), (hi_K / scale_K).amax()
 
     def weight(self, linear: LinearShape) -> Tensor:
         return self.rows(linear, 0, linear.n)
@@ -176,6 +181,16 @@ class QuantizedLayer:
         self._linears = [linear for group in self._groups for linear in group.linears]
         for linear in [linear for linear in self._linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
             self.weights[linear.name] = self._quantize(linear)
+        for group in self._groups:
+            static = [linear.name for linear in group.linears if self._type(linear) in NEEDS_CALIBRATION]
+            self._observers.update(dict.fromkeys(static, self._observer(group)) if static else {})
+
+    def _observer(self, group: InputGroup) -> Observer:
+        title = self._prefix + group.title
+        if not self.recipe.takes_extremes:
+            range_param = self.statistics.range_params.get(group.title)
+            return observer_for(self.recipe.act_method, title, range_param, self.in_order)
+        return Extremes(title, self.smoothed.range(group, *self.statistics.extremes[group.title]))
 
     def _quantize(self, linear: LinearShape) -> QuantizedWeight:
         return quantize_rows(
@@ -197,13 +212,8 @@ class QuantizedLayer:
 
     def _observed_group(self, group: InputGroup) -> GroupCall:
         members = tuple(self._member(linear) for linear in group.linears)
-        static = [linear for linear in group.linears if self._type(linear) in NEEDS_CALIBRATION]
-        if not static:
-            return LinearGroup(members)
-        range_param = self.statistics.range_params.get(group.title)
-        observer = observer_for(self.recipe.act_method, self._prefix + group.title, range_param, self.in_order)
-        self._observers.update({linear.name: observer for linear in static})
-        return ObservedGroup(observer, members)
+        observer = next((self._observers[each.name] for each in group.linears if each.name in self._observers), None)
+        return LinearGroup(members) if observer is None else ObservedGroup(observer, members)
 
     def _member(self, linear: LinearShape) -> Linear:
         kind = self._type(linear)

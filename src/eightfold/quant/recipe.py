@@ -48,16 +48,17 @@ class AntiOutlier(str, Enum):
     M4 = "m4"  # iterative smooth: also v -> o and up -> down
     M5 = "m5"  # CBQ
     M6 = "m6"  # flex smooth: as m4, exponents searched for each group
+    SMOOTH = "smooth"  # ours: by how each input is quantized, with room for the sink tokens of down_proj
 
     @property
     def smooths_linear_pairs(self) -> bool:
         """Whether v_proj -> o_proj and up_proj -> down_proj are smoothed too."""
-        return self in (AntiOutlier.M4, AntiOutlier.M6)
+        return self in (AntiOutlier.M4, AntiOutlier.M6, AntiOutlier.SMOOTH)
 
     @property
     def adds_norm_bias(self) -> bool:
         """Whether every norm is written with a bias (of zeros) afterwards."""
-        return self is not AntiOutlier.M6
+        return self not in (AntiOutlier.M6, AntiOutlier.SMOOTH)
 
 
 class ActMethod(str, Enum):
@@ -66,6 +67,7 @@ class ActMethod(str, Enum):
     MINMAX = "minmax"
     HISTOGRAM = "histogram"
     AUTO = "auto"  # histogram, or minmax for inputs with far outliers
+    EXTREMES = "extremes"  # all of what the float pass has seen
 
 
 class ModelDType(str, Enum):
@@ -120,14 +122,16 @@ class Recipe:
         None,
         choice(*(method.value for method in AntiOutlier)),
         "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
-        "(also o_proj and down_proj: the best for static w8a8), m5 CBQ, m6 searched (slow).",
+        "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; smooth: ours, by how each "
+        "input is quantized, the most accurate.",
         metavar="M",
         group="Activations and outliers",
     )
     act_method: ActMethod = setting(
         ActMethod.MINMAX,
         choice(*(method.value for method in ActMethod), "1", "2", "3"),
-        "Method for the range of a static input: minmax (1), histogram (2), or auto (3), which chooses by input.",
+        "Method for the range of a static input: minmax (1), histogram (2), auto (3), which chooses by input, or "
+        "extremes: all that the float model shows.",
         metavar="METHOD",
         group="Activations and outliers",
     )
@@ -223,7 +227,12 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether samples have to run through the layers while they are quantized."""
-        return self.fa_quant or self.has_static_inputs
+        return self.fa_quant or (self.has_static_inputs and not self.takes_extremes)
+
+    @property
+    def takes_extremes(self) -> bool:
+        """Whether the ranges of static inputs are those that the float pass sees."""
+        return self.has_static_inputs and self.act_method is ActMethod.EXTREMES
 
     @property
     def decides_by_comparison(self) -> bool:
@@ -238,7 +247,7 @@ class Recipe:
     @property
     def observes_float(self) -> bool:
         """Whether the float model shows more than what outlier suppression asks for."""
-        return self.kv_int8 or self.fa_amp > 0 or self.needs_range_params
+        return self.kv_int8 or self.fa_amp > 0 or self.needs_range_params or self.takes_extremes
 
     @property
     def needs_float_pass(self) -> bool:
@@ -252,7 +261,7 @@ class Recipe:
             samples: for calibration.
             anti_samples: for outlier suppression alone; where more is observed, they run through it too.
         """
-        if self.kv_int8 or (self.anti_outlier is not None and not anti_samples):
+        if self.kv_int8 or self.takes_extremes or (self.anti_outlier is not None and not anti_samples):
             return samples
         return samples[:RANGE_SAMPLES] if self.observes_float else anti_samples
 

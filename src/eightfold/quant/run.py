@@ -101,7 +101,7 @@ class Run:
             stream = self._stream("float", self.recipe.float_samples(job.samples, job.anti_samples))
             has_two = job.anti_samples and self.recipe.observes_float
             anti = self._stream("anti", job.anti_samples) if has_two else stream
-            self.float_pass = FloatPass(self.decoder, self.recipe, stream, self._ranks, anti)
+            self.float_pass = FloatPass(self.decoder, self.recipe, outcome.types, stream, self._ranks, anti)
         first = (job.anti_samples or job.samples)[:1]
         self.smoothed = self._stream("smoothed", first) if self.recipe.anti_outlier is not None else None
         self.calibrated = self._stream("quantized", job.samples) if self.recipe.calibrates else None
@@ -320,7 +320,10 @@ class Run:
         if kind is not QuantType.FLOAT:
             is_auto = kind in NEEDS_CALIBRATION and self.recipe.act_method is ActMethod.AUTO
             range_param = self.float_pass.head_range_param() if self.float_pass is not None and is_auto else None
-            made = head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, self.calibrated, range_param)
+            hidden = (
+                self.float_pass.hidden if self.calibrated is None and self.float_pass is not None else self.calibrated
+            )
+            made = head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, hidden, range_param)
             writer.write_below(LM_HEAD + ".", made)
 
     def _prove(self) -> tuple[float, float] | None:

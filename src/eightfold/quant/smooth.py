@@ -12,9 +12,12 @@
              err = rms(Qa(X / s) Qw(W s)^T - X W^T) / rms(X W^T)
              first    alpha in 0, 1/20 .. 1 with beta = 1 - alpha
              then     beta  in 0, 1/20 .. 1 with that alpha
+    smooth   s = a**alpha / w**beta, with alpha and beta by how the input is quantized (EXPONENTS)
+             products (down_proj's inputs): s = max(o**alpha / w**beta, a / (SINK_ROOM limit)),
+                 o: a of ordinary tokens;  limit: their largest input, max o / (o**alpha / w**beta)
 
-m1, m2, m4 and m6 keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized weights;
-both look at the first sample only. Of equal errors they take the first.
+m1, m2, m4, m6 and smooth keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized
+weights; both look at the first sample only. Of equal errors they take the first.
 
 m6: X are the kept tokens, W all linears of the group, one below the other. Qa: asymmetric, one scale for the whole
 input, whose range is that of all tokens, kept or not. Qw: symmetric, one scale for each row. Of equal errors the last
@@ -22,15 +25,22 @@ wins. A sum of squares only grows, so a candidate is dropped as soon as it is wo
 beginning with likely candidates, changes nothing in the result. The wheel multiplies dequantized float32 values, here
 the integers are multiplied.
 
-Where query heads share a value head, o_proj's channels share v_proj's rows: m4 averages s over those heads, m6 takes
-the largest a and the largest w.
+smooth: a static range has to hold every token, so it gains most by a large alpha; a range for each token has less to
+gain, and the weights as much to lose. A few tokens, mostly the first of a text, carry thousands in one or two channels
+of down_proj where all others stay near 1 (massive activations). To clip them ruins the model, and a range that holds
+them is too coarse for all else. So these channels, and no others, are divided until they stay within SINK_ROOM of the
+ordinary range: a few rows of up_proj become smaller and columns of down_proj larger, which costs nothing.
+
+Where query heads share a value head, o_proj's channels share v_proj's rows: m4 averages s over those heads, m6 and
+smooth take the largest a and the largest w.
 
 Letters: T tokens, K inputs, N outputs, n of one piece of the weights; G key/value heads, Q query heads sharing one,
 D head_dim.
 
 Sources: SmoothQuant, Xiao et al. 2023, arXiv:2211.10438 (m1); Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145
 (m2); AWQ, Lin et al. 2023, arXiv:2306.00978 (m3); CBQ, Ding et al. 2023, arXiv:2312.07950 (m5); all as the published
-msModelSlim wheel does them, its operations traced.
+msModelSlim wheel does them, its operations traced. smooth is ours; Massive Activations, Sun et al. 2024,
+arXiv:2402.17762, describes the sinks.
 """
 
 from __future__ import annotations
@@ -46,6 +56,16 @@ from eightfold.model.reference.linear import asymmetric, float_linear, int_matmu
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import AntiOutlier
 from eightfold.quant.statistics import InputStats
+from eightfold.scheme import QuantType
+
+# alpha and beta of `smooth` for a norm's output or attention's, and for the products that down_proj reads. Inputs that
+# stay float have nothing to gain.
+EXPONENTS = {
+    QuantType.W8A8: ((0.9, 0.1), (0.5, 0.0)),
+    QuantType.W8A8_MIX: ((0.9, 0.1), (0.5, 0.0)),
+    QuantType.W8A8_DYNAMIC: ((0.5, 0.1), (0.5, 0.0)),
+}
+SINK_ROOM = 2.0
 
 _THRESHOLDS = 100  # m2
 _RATIOS = 20  # m3
@@ -92,6 +112,8 @@ def smooth_scale(
     *,
     weight_symmetric: bool = True,
     biases: Sequence[Tensor | None] | None = None,
+    kind: QuantType = QuantType.W8A8,
+    is_product: bool = False,
 ) -> SmoothScale:
     """Return a group's scale by one of the methods.
 
@@ -102,7 +124,11 @@ def smooth_scale(
         sharing: for o_proj, how query heads share v_proj's; the scale is then the same for all heads that share.
         weight_symmetric: how weights will be quantized; m3 tries that.
         biases: (N,) float32 or None for each linear, for m2; None means that there are none.
+        kind: how the input is going to be quantized, one of EXPONENTS, for `smooth`.
+        is_product: whether the input may have sinks, for `smooth`; the statistics then have to know ordinary tokens.
     """
+    if method is AntiOutlier.SMOOTH:
+        return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], is_product)
     if method is AntiOutlier.M2:
         return _above_threshold(stats, weights, biases or [None] * len(weights))
     if method is AntiOutlier.M3:
@@ -119,6 +145,23 @@ def smooth_scale(
         scale = balance(stats.absmax, weight_absmax(weights), 0.9, 0.1)
         return SmoothScale(scale if sharing is None else sharing.expand(sharing.split(scale).mean(1)), "alpha 0.9")
     return SmoothScale(balance(stats.absmax, weight_absmax(weights), 0.5, 0.5), "alpha 0.5")
+
+
+def _with_room(
+    stats: InputStats, weight_max: Tensor, sharing: HeadSharing | None, exponents: tuple[float, float], has_sinks: bool
+) -> SmoothScale:
+    """smooth."""
+    absmax, ordinary = stats.absmax, stats.ordinary if has_sinks else stats.absmax
+    if sharing is not None:
+        absmax, ordinary, weight_max = (
+            sharing.expand(sharing.split(end).amax(1)) for end in (absmax, ordinary, weight_max)
+        )
+    scale, note = balance(ordinary, weight_max, *exponents), "alpha {}, beta {}".format(*exponents)
+    if has_sinks:
+        least = absmax / (SINK_ROOM * (ordinary / scale).amax()).clamp(min=SCALE_MIN)
+        scale, sinks = torch.maximum(scale, least), int((least > scale).sum())
+        note += f", {sinks} channels of sinks" if sinks else ""
+    return SmoothScale(scale, note)
 
 
 def source_scale(scale: Tensor, sharing: HeadSharing) -> Tensor:

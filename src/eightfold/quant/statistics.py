@@ -2,6 +2,7 @@
 
     absmax, lo, hi     of each channel, over all tokens
     reach, spread      max_b (max_t x - c_b), by channel, and max_b std(x - c_b);   c_b = (lo + hi) / 2 of samples 0..b
+    ordinary           of each channel, max |x| over all tokens but the loudest ones: those with the largest inputs
     range_param        max |x| / max_b std(x - d_b);   d_b = lo + hi of sample b alone; also of x / s for any scale s
 
 std is the unbiased deviation of a sample's whole (T_b, K) input, less a centre for each channel. That reach is
@@ -25,6 +26,10 @@ from eightfold.errors import InputError
 from eightfold.quant.recipe import RANGE_SAMPLES
 
 _TINY = 1e-300
+
+# So large a share of the tokens may be sinks, or one of each sample where that is more, but never half of all: a model
+# has few of them, most at the beginning of a text.
+_LOUD_SHARE = 0.015
 
 # Puts what was found of samples, (samples of this process, ...), in order with what other processes have found of
 # theirs at the same time: returns (samples of all, ...), and at which of them this process's begin.
@@ -79,6 +84,7 @@ class InputStats:
     reach: Tensor  # (K,) how far above its moving centre a channel went
     spread: float  # largest deviation around the moving centres
     samples: Sequence[SampleStats]  # the first RANGE_SAMPLES, where they were kept
+    ordinary: Tensor  # (K,) as absmax, less the loudest tokens where they were kept apart
 
     def range_param(self, scale: Tensor | None = None) -> float:
         """Return the largest magnitude of x / scale in deviations: how much of the range is there for outliers.
@@ -99,6 +105,7 @@ class Seen:
     samples: Sequence[SampleStats]
     first: Tensor | None  # (T0, K) all of the first sample of all
     tokens: Tensor | None  # evenly spaced ones
+    apart: tuple[Tensor, Tensor] | None  # (L, K) |x| of the loudest tokens, and (K,) max |x| of the others
 
 
 class InputWatcher:
@@ -117,6 +124,7 @@ class InputWatcher:
         keep_tokens: bool = True,
         keep_features: bool = True,
         keep_spread: bool = True,
+        num_loud: int = 0,
         place: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         """Start without samples.
@@ -129,6 +137,7 @@ class InputWatcher:
             keep_tokens: keep tokens.
             keep_features: keep what range_param needs.
             keep_spread: look at the deviation of all samples; otherwise `spread` is 0.
+            num_loud: how many tokens to keep apart from the ordinary ones, see loud_tokens().
             place: of a watcher of some samples only, which sample and which token the next ones begin with.
         """
         self.kept: list[Seen] = []
@@ -136,10 +145,12 @@ class InputWatcher:
         self._stride = max(1, math.ceil(total_tokens / max_tokens))
         self._keep_first, self._keep_tokens = keep_first, keep_tokens
         self._keep_features, self._keep_spread = keep_features, keep_spread
+        self._num_loud = num_loud
         self._num_samples = self._num_tokens = 0
         # Tensors of one element widen to (K,) with the first sample.
         self._lo, self._hi, self._reach = (torch.tensor(end) for end in (math.inf, -math.inf, -math.inf))
         self._spread = 0.0
+        self._loud, self._rest = torch.zeros(0, 1), torch.zeros(1)
         self._first: Tensor | None = None
         self._tokens: list[Tensor] = []
         self._samples: list[SampleStats] = []  # the first ones
@@ -165,6 +176,7 @@ class InputWatcher:
             samples,
             x_TK[slice(*spans[0])].clone() if self._keep_first and number == 0 else None,
             x_TK[-token % self._stride :: self._stride].clone() if self._keep_tokens else None,
+            _set_apart(x_TK, self._num_loud) if self._num_loud else None,
         )
         self._num_tokens += len(x_TK)
         if self._place is None:
@@ -189,12 +201,17 @@ class InputWatcher:
             self._first = seen.first
         if seen.tokens is not None:
             self._tokens.append(seen.tokens)
+        if seen.apart is not None:
+            loud, rest = seen.apart
+            self._loud, quieter = _set_apart(torch.cat([self._loud.expand(-1, len(rest)), loud]), self._num_loud)
+            self._rest = torch.stack([self._rest.expand_as(rest), rest, quieter]).amax(0)
 
     def stats(self) -> InputStats:
         """Return what has been seen; at least one sample must have been."""
         nothing = torch.zeros(0, len(self._lo))
+        absmax = torch.maximum(-self._lo, self._hi)
         return InputStats(
-            absmax=torch.maximum(-self._lo, self._hi),
+            absmax=absmax,
             lo=self._lo,
             hi=self._hi,
             first=nothing if self._first is None else self._first,
@@ -202,7 +219,26 @@ class InputWatcher:
             reach=self._reach,
             spread=self._spread,
             samples=self._samples,
+            ordinary=self._rest if self._num_loud else absmax,
         )
+
+
+def loud_tokens(lengths: Sequence[int]) -> int:
+    """Return how many tokens of samples of these lengths may be sinks."""
+    total = sum(lengths)
+    return min(max(math.ceil(_LOUD_SHARE * total), len(lengths)), total // 2)
+
+
+def _set_apart(x_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return |x| of the `count` tokens with the largest values, (L, K), and each channel's largest of the others."""
+    loudest = torch.topk(torch.maximum(-x_TK.amin(1), x_TK.amax(1)), min(count, len(x_TK))).indices
+    others = torch.ones(len(x_TK), dtype=torch.bool)
+    others[loudest] = False
+    rest = torch.zeros_like(x_TK[0])
+    if others.any():
+        quiet_TK = x_TK[others]
+        rest = torch.maximum(-quiet_TK.amin(0), quiet_TK.amax(0))
+    return x_TK[loudest].abs(), rest
 
 
 def require_finite_samples(title: str, seen: int, lo_B: Tensor, hi_B: Tensor) -> None:
