@@ -180,6 +180,12 @@ def test_what_a_share_holds(written):
     assert [share.page_bytes for share in shares] == [whole.page_bytes / 2] * 2
 
 
+EXPERTS = {
+    "architecture": "Qwen2MoeForCausalLM", "model_type": "qwen2_moe", "num_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 80,
+}  # fmt: skip
+
+
 def config_of(**changes: Any) -> ModelConfig:
     return parse_config(tiny_config(**changes), Path("config.json"))
 
@@ -209,6 +215,43 @@ def test_heads_of_every_rank():
         (slice(h, h + 1), slice(h // 2, h // 2 + 1)) for h in range(12)
     ]
     assert Share(1, 3).kv_heads(config) == slice(2, 4)
+
+
+def test_some_of_every_expert():
+    config = config_of(**EXPERTS)
+    of = [Share(rank, 3) for rank in range(3)]
+    assert [share.experts(8) for share in of] == [range(8)] * 3
+    assert of[0].expert_cuts(8) == []
+    for is_shared, size in ((False, 40), (True, 80)):
+        at = cuts(size, 3)
+        for part in ("gate", "up"):
+            rows = [share.of_expert(config, part, is_shared=is_shared) for share in of]
+            assert rows == [slice(*at[r : r + 2]) for r in range(3)]
+    at = cuts(48, 3)
+    assert [share.of_expert(config, "down", is_shared=False) for share in of] == [
+        slice(*at[r : r + 2]) for r in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "expected"),
+    [
+        (8, 2, [range(4), range(4, 8)]),
+        (8, 3, [range(2), range(2, 5), range(5, 8)]),
+        (2, 3, [range(0), range(1), range(1, 2)]),
+    ],
+)
+def test_all_of_some_experts(count, size, expected):
+    config = config_of(**EXPERTS)
+    of = [Share(rank, size, whole_experts=True) for rank in range(size)]
+    assert [share.experts(count) for share in of] == expected
+    assert [share.of_expert(config, "down", is_shared=False) for share in of] == [slice(None)] * size
+    assert of[0].of_expert(config, "up", is_shared=True) == slice(0, cuts(80, size)[1])
+
+
+def test_a_dense_model_has_no_experts_to_share_out():
+    with pytest.raises(ConfigError, match="expert_parallel in DIR: got a dense model, expected one with experts"):
+        Share(0, 2, whole_experts=True).require(config_of(), Path("DIR"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@
     o, down                columns: it multiplies what it has computed; the terms are summed (row parallel);
                            floating ones, whose sums depend on their order, rows: inputs are gathered before
     embedding, head        rows: some of the vocabulary
+    router                 all of it, on every rank: all know which experts a token goes through
+    experts                gate, up: rows, some channels of every expert. down: rows too, some outputs: what an expert
+                           computes in between is small, and gathered before; so no weight has to be copied
+                           expert parallel: all of some experts; what all tokens pass through is cut as above
 
 quant_bias of o and down is counted once: rank 0 has it. Their bias is added by all, to the sum.
 
@@ -43,17 +47,29 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """One of `size` parts of a model, that of `rank`."""
+    """One of `size` parts of a model, that of `rank`.
+
+    Attributes:
+        rank: whose part.
+        size: how many parts there are.
+        whole_experts: whether a rank has all of some experts, and not some of all.
+    """
 
     rank: int = 0
     size: int = 1
+    whole_experts: bool = False
 
     def require(self, config: ModelConfig, directory: Path) -> None:
-        """Check that every rank gets as much work in attention.
+        """Check that every rank gets as much work in attention, and that there are experts where they are shared out.
 
         Raises:
-            ConfigError: the heads are not a multiple of the ranks.
+            ConfigError: the heads are not a multiple of the ranks, or the model is dense.
         """
+        if self.whole_experts and config.experts is None:
+            raise ConfigError(
+                "expert_parallel", where=directory, got="a dense model", expected="one with experts",
+                action="Leave it out.",
+            )  # fmt: skip
         if self.size in (sizes := even_sizes(config)):
             return
         raise ConfigError(
@@ -96,6 +112,29 @@ class Share:
         if group in _ROW_PARALLEL:
             return Cut(slice(None), None if self.size == 1 else inner, self.rank == 0)
         return Cut(inner, None, True)
+
+    def experts(self, count: int) -> range:
+        """Return the experts of a layer of which the rank has something, by their index."""
+        at = self.expert_cuts(count)
+        return range(at[self.rank], at[self.rank + 1]) if at else range(count)
+
+    def expert_cuts(self, count: int) -> list[int]:
+        """Return where the experts of each rank begin, and their number; nothing where every rank has some of each."""
+        return [count * rank // self.size for rank in range(self.size + 1)] if self.whole_experts else []
+
+    def of_expert(self, config: ModelConfig, part: str, *, is_shared: bool) -> slice:
+        """Return which rows of an expert's linear the rank holds, if it has something of the expert.
+
+        Args:
+            config: of the model.
+            part: gate, up or down.
+            is_shared: whether all tokens pass through the expert.
+        """
+        if config.experts is None or (self.whole_experts and not is_shared):
+            return slice(None)
+        if part == "down":
+            return self.part(config.hidden_size)
+        return self.part(config.experts.shared_size if is_shared else config.experts.intermediate_size)
 
     def _inner(self, config: ModelConfig, name: str, group: str) -> slice:
         """Return the channels between the linears of a block that the rank computes."""
