@@ -15,8 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import CONFIG_DTYPES, DType, has_engine
+from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, has_engine, parse_config
 from eightfold.errors import CheckpointError, one_of, shortlist
+from eightfold.families import LM_HEAD, all_linears
 from eightfold.format.checkpoint import find_description, quantized_already
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.shards import PlannedTensor
@@ -264,4 +265,28 @@ def plan_by_name(source: Path, recipe: Recipe, *, is_generic: bool = False) -> N
     layout = layout_of(stored.config_raw, source / CONFIG_NAME, is_generic=is_generic)
     if find_description(source) is not None:
         raise quantized_already(source)
-    return NamePlan(stored, recipe, layout)
+    config = parse_config(stored.config_raw, source / CONFIG_NAME) if has_engine(stored.config_raw) else None
+    plan = NamePlan(stored, recipe, layout)
+    if config is not None and config.experts is not None:
+        _require_sizes(plan, config)
+    return plan
+
+
+def _require_sizes(plan: NamePlan, config: ModelConfig) -> None:
+    """Refuse a mixture of experts that runs here, but whose linears are not those of its config.json.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    for name, linear in all_linears(config).items():
+        planned, expected = plan.tensors.get(weight_name(name)), (linear.n, linear.k)
+        if planned is None and name == LM_HEAD and config.tie_word_embeddings:
+            continue
+        if planned is None or planned.planned.shape != expected:
+            raise CheckpointError(
+                f"shape of {weight_name(name)}",
+                where=plan.stored.directory,
+                got="no such tensor" if planned is None else list(planned.planned.shape),
+                expected=list(expected),
+                action="config.json and the weights belong to different models.",
+            )
