@@ -13,7 +13,7 @@ from eightfold.config import DType, ModelConfig, both_dialects, has_engine, pars
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError, brief, one_of
 from eightfold.files import read_json
 from eightfold.rope import RopeParameters
-from tests.conftest import FAMILIES, tiny_config
+from tests.conftest import FAMILIES, SPARSE, tiny_config
 
 WHERE = Path("m/config.json")
 
@@ -601,7 +601,7 @@ def test_a_model_type_of_another_family_is_refused():
 
 
 @pytest.mark.parametrize("absent", [..., None])
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", [*FAMILIES, *SPARSE])
 def test_absent_fields_have_the_defaults_of_their_class(architecture, absent):
     """Null counts as absent, but for key/value heads, of which it makes as many as query heads."""
     import transformers
@@ -615,9 +615,57 @@ def test_absent_fields_have_the_defaults_of_their_class(architecture, absent):
     for name in ("max_position_embeddings", "tie_word_embeddings", "rms_norm_eps"):
         assert getattr(parsed, name) == getattr(expected, name), name
     assert parsed.num_kv_heads == (expected.num_key_value_heads if absent is ... else 64)
-    assert parsed.head_dim == getattr(expected, "head_dim", 4)
+    assert parsed.head_dim == (getattr(expected, "head_dim", None) or 4)
     assert (parsed.attention_bias, parsed.mlp_bias) == (False, False)
     assert parsed.rope.rope_theta == expected.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("absent", [..., None])
+@pytest.mark.parametrize("architecture", SPARSE)
+def test_absent_settings_of_experts_have_the_defaults_of_their_class(architecture, absent):
+    import transformers
+
+    expected = getattr(transformers, f"{architecture.removesuffix('ForCausalLM')}Config")()
+    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+    found = parse(config(architecture=architecture, **dict.fromkeys((*names, "norm_topk_prob"), absent))).experts
+    assert found is not None
+    assert (found.count, found.per_token) == (expected.num_experts, expected.num_experts_per_tok)
+    # Mixtral has one width for all, and always normalizes.
+    assert found.intermediate_size == getattr(expected, "moe_intermediate_size", 80)
+    assert found.normalizes is getattr(expected, "norm_topk_prob", True)
+    assert found.shared_size == getattr(expected, "shared_expert_intermediate_size", 0)
+    assert (found.every, found.dense_layers) == (getattr(expected, "decoder_sparse_step", 1), ())
+    assert parse(config(num_experts=4)).experts is None  # of a family without them
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])
+@pytest.mark.parametrize("architecture", SPARSE)
+def test_the_number_of_experts_is_read_by_any_name_and_written_by_both(tmp_path, architecture, key):
+    from transformers import AutoConfig
+
+    raw = config(architecture=architecture, **{"num_experts": ..., key: 7})
+    parsed = parse(raw)
+    assert parsed.experts is not None
+    assert parsed.experts.count == 7
+    written = both_dialects(raw, parsed, DType.BF16)
+    assert (written["num_experts"], written["num_local_experts"]) == (7, 7)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.num_experts == 7
+    again = tmp_path / "again"
+    theirs.save_pretrained(again)
+    assert parse(read_json(again / "config.json")).experts == parsed.experts
+
+
+def test_which_layers_have_experts():
+    def sparse(**fields: Any) -> list[int]:
+        parsed = parse(config(architecture="Qwen3MoeForCausalLM", num_hidden_layers=8, **fields))
+        return [layer_idx for layer_idx in range(8) if parsed.is_sparse(layer_idx)]
+
+    assert sparse() == sparse(mlp_only_layers=None) == sparse(mlp_only_layers=[]) == [*range(8)]
+    assert sparse(decoder_sparse_step=3) == [2, 5]
+    assert sparse(decoder_sparse_step=9) == []
+    assert sparse(decoder_sparse_step=2, mlp_only_layers=[0, 3, 8]) == [1, 5, 7]
 
 
 def test_head_sizes_that_the_family_implies_are_written():

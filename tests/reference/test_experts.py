@@ -197,3 +197,17 @@ def test_what_is_quantized_by_names_is_close_to_the_float_model(tmp_path, archit
         assert isinstance(expert.down, LinearGroup)
         assert isinstance(expert.down.linears[0], kind)
     assert isinstance(found.router.linear, FloatLinear)
+
+
+def test_the_commands(cli, tmp_path):
+    source = write_model(tmp_path / "float", tiny_config(MIXTRAL))
+    made = cli("quantize", source, tmp_path / "out", "--scheme", "w8a8-dynamic")
+    assert made.code == 0, made.err
+    assert "eightfold itself does not run" not in made.err
+    words = ("--prompt", "hello", "--max-new-tokens", 3, "--backend", "reference", "--json")
+    done = cli("run", tmp_path / "out", *words)
+    assert (done.code, done.json()["backend"]) == (0, "reference")
+    measured = cli("eval", tmp_path / "out", "--against", source, "--chunks", 1, "--chunk-len", 60,
+                   "--backend", "reference", "--json")  # fmt: skip
+    assert measured.code == 0, measured.err
+    assert 0 < measured.json()["kl_mean"] < 0.01

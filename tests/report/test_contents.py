@@ -18,7 +18,7 @@ from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.report.contents import Contents, Part, describe, describe_native, ranges
 from eightfold.scheme import QuantType
-from tests.conftest import FAMILIES, random_tensors, tiny_config, token_samples, write_model
+from tests.conftest import FAMILIES, SPARSE, random_tensors, tiny_config, token_samples, write_model
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,6 +72,40 @@ def test_float_model(tmp_path, architecture, tied):
     expected = ["embed_tokens", *LINEARS, "norms", *(() if tied else ("lm_head",))]
     assert [p.name.rpartition(".")[2] for p in contents.parts] == expected
     assert {(p.layers, p.count) for p in contents.parts if p.name.endswith("_proj")} == {("0-1", 2)}
+
+
+@pytest.mark.parametrize("architecture", SPARSE)
+def test_experts_are_counted_and_those_that_a_token_meets(cli, tmp_path, architecture):
+    config = tiny_config(architecture, num_hidden_layers=3)
+    source, out = write_model(tmp_path / "m", config, tokenizer=False), tmp_path / "out"
+    contents = describe(Checkpoint.open(source))
+    sizes = {name: tensor.numel() for name, tensor in random_tensors(config).items()}
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    assert contents.parameters == sum(sizes.values())
+    assert contents.active_parameters == contents.parameters - of_experts * 3 // 5  # 2 of 5 for each token
+    shared = " and one for all tokens" if architecture == "Qwen2MoeForCausalLM" else ""
+    assert contents.notes == (f"experts: 5{shared} in layers 0-2; a token passes through 2 of them",)
+    assert_sizes_add_up(contents, source)
+    names = ("w1", "w3", "w2") if architecture == "MixtralForCausalLM" else ("gate_proj", "up_proj", "down_proj")
+    for name in names:
+        (found,) = [p for p in contents.parts if p.name.endswith(f".experts.#.{name}")]
+        assert (found.layers, found.count, found.scheme) == ("0-2", 15, "FLOAT")
+    made = cli("quantize", source, out, "--scheme", "w8a8-dynamic", "--keep-float", "*.1.*.experts.*")
+    assert made.code == 0, made.err
+    quantized = describe(Checkpoint.open(out))
+    assert_sizes_add_up(quantized, out)
+    assert quantized.active_parameters == contents.active_parameters
+    experts = [(p.layers, p.scheme, p.count) for p in quantized.parts if p.name.endswith(f".experts.#.{names[0]}")]
+    assert experts == [("0,2", "W8A8_DYNAMIC", 10), ("1", "FLOAT", 5)]
+    assert {p.scheme for p in quantized.parts if p.name.endswith(("mlp.gate", "moe.gate", "expert_gate"))} == {"FLOAT"}
+    lines = cli("inspect", out).out.splitlines()
+    active = f"{contents.active_parameters / 1e6:,.1f} M active"
+    assert lines[1].endswith(f"{contents.parameters / 1e6:,.1f} M parameters ({active}), BF16")
+
+
+def test_all_parameters_of_a_dense_model_are_active(float_model):
+    contents = describe(Checkpoint.open(float_model))
+    assert contents.active_parameters == contents.parameters
 
 
 @pytest.mark.parametrize(
