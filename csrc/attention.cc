@@ -48,6 +48,7 @@ void Attention::reserve_tokens(int tokens) {
     sequence_of_.resize(n);
     qkv_.resize(n * (shape.heads + 2 * shape.kv_heads) * shape.head_dim);
     heads_.resize(heads * shape.head_dim);
+    squares_.resize(n * (shape.heads + shape.kv_heads));
     cos_.resize(n * ropes_.size() * config_.inv_freq.size());
     sin_.resize(cos_.size());
     q8_.resize(heads * 2 * shape.query_dim());
@@ -165,15 +166,13 @@ void Attention::find_angles(const Batch& batch, int t) {
         }
 }
 
-bool Attention::attend_all(Pool::Walk& walk, const Batch& batch, const AttentionPlan& plan, int layer, const Group& o) {
+bool Attention::attend_all(Pool::Walk& walk, const Run& run, const AttentionPlan& plan, int layer, const Group& o) {
+    const Batch& batch = run.batch;
     const Place of{batch, plan, layer, o};
     const int tokens = batch.tokens;
     const auto store = [&](int i) { rotate_and_store(of, i * kStoreTokens, std::min(tokens, (i + 1) * kStoreTokens)); };
     const size_t dim = config_.shape.head_dim;
-    if (std::max(layers_[layer].query_norm.size(), layers_[layer].key_norm.size()) > dim &&
-        !walk.phase(tokens, [&](int t) { norm_all_heads(layer, t); })) {
-        return false;
-    }
+    if (layers_[layer].query_norm.size() > dim && !norm_all_heads(walk, run, layers_[layer])) return false;
     if (!plan.single && !walk.phase(chunk_count(tokens, kStoreTokens), store)) return false;
     const int units = static_cast<int>(plan.units.size());
     return walk.phase(
@@ -214,16 +213,42 @@ const float* Attention::row_of(int t, int head) const {  // queries first, then 
     return qkv_.data() + (static_cast<size_t>(t) * all + head) * shape.head_dim;
 }
 
-// Norms a token's queries as one row, and its keys, where their norms are of all heads.
-void Attention::norm_all_heads(int layer, int t) {
+// Norms each token's queries as one row, and its keys. Their squares are summed by heads, so that ranks, which have some
+// of them, find the same sums.
+bool Attention::norm_all_heads(Pool::Walk& walk, const Run& run, const AttentionParams& params) {
     const Shape& shape = config_.shape;
-    const auto norm = [&](const std::vector<float>& gain, int head, int heads) {
-        if (gain.size() <= static_cast<size_t>(shape.head_dim)) return;
-        float* row = qkv_.data() + (row_of(t, head) - qkv_.data());
-        kernels_.rms_norm(row, heads * shape.head_dim, gain.data(), nullptr, config_.eps, row);
+    const int heads = shape.heads, all = heads + shape.kv_heads;
+    const bool is_shared = config_.is_shared();
+    const auto measure = [&](int t) {
+        float* squares = is_shared ? share_.part() : squares_.data();
+        for (int h = 0; h < all; h++) {
+            squares[static_cast<size_t>(t) * all + h] = kernels_.squares(row_of(t, h), shape.head_dim);
+        }
     };
-    norm(layers_[layer].query_norm, 0, shape.heads);
-    norm(layers_[layer].key_norm, shape.heads, shape.kv_heads);
+    const auto norm = [&](int t) {
+        norm_heads(t, 0, heads, params.query_norm);
+        norm_heads(t, heads, shape.kv_heads, params.key_norm);
+    };
+    const int tokens = run.batch.tokens;
+    if (!is_shared) return walk.phase(tokens, [&](int t) { measure(t), norm(t); });
+    return walk.phase(tokens, measure) && share_.show(walk, run, all) && walk.phase(tokens, norm);
+}
+
+// `gain`: of all ranks' heads; several ranks may have the same ones.
+void Attention::norm_heads(int t, int head, int heads, const std::vector<float>& gain) {
+    const Shape& shape = config_.shape;
+    const int dim = shape.head_dim, ranks = config_.ranks(), size = heads * dim;
+    const int sharing = static_cast<int>(static_cast<size_t>(ranks) * size / gain.size());
+    const size_t at = static_cast<size_t>(t) * (shape.heads + shape.kv_heads) + head;
+    float sum = 0;
+    for (int r = 0; r < ranks; r += sharing) {
+        const float* squares = (config_.is_shared() ? share_.shown(r) : squares_.data()) + at;
+        for (int h = 0; h < heads; h++) sum += squares[h];
+    }
+    const float inverse = 1.0f / std::sqrt(sum / static_cast<float>(gain.size()) + config_.eps);
+    const float* of = gain.data() + (config_.is_shared() ? share_.rank() / sharing * size : 0);
+    float* row = qkv_.data() + (row_of(t, head) - qkv_.data());
+    for (int i = 0; i < size; i++) row[i] = row[i] * inverse * of[i];
 }
 
 // Writes a head's row of a token, normed where the family does, and turned by its position.
@@ -234,7 +259,7 @@ void Attention::rotate(int layer, int t, int head, float* to) const {
     const size_t at = (t * ropes_.size() + (params.is_local ? 1 : 0)) * pairs;
     const float *cos = cos_.data() + at, *sin = sin_.data() + at, *row = row_of(t, head);
     const std::vector<float>& gain = head < shape.heads ? params.query_norm : params.key_norm;
-    if (gain.size() == static_cast<size_t>(shape.head_dim)) {
+    if (!gain.empty() && params.query_norm.size() == static_cast<size_t>(shape.head_dim)) {
         kernels_.rms_norm(row, shape.head_dim, gain.data(), nullptr, config_.eps, to);
         row = to;
     }

@@ -16,6 +16,7 @@
 #include "cache.h"
 #include "pool.h"
 #include "products.h"
+#include "share.h"
 #include "weights.h"
 
 namespace eightfold {
@@ -40,12 +41,13 @@ struct AttentionPlan {
 class Attention {
 public:
     Attention(const ModelConfig& config, const std::vector<AttentionParams>& layers, const Kernels& kernels, Pool& pool,
-              Products& products)
+              Products& products, Share& share)
         : config_(config),
           layers_(layers),
           kernels_(kernels),
           pool_(pool),
           products_(products),
+          share_(share),
           scratch_(pool.threads()),
           ropes_{{config.inv_freq, 1}} {}
 
@@ -76,7 +78,7 @@ public:
     // Inside a phase before the first layer: cosine and sine of a token's position.
     void find_angles(const Batch& batch, int t);
     // Phases of a layer; see Pool::Walk::phase. `o`: what reads the heads.
-    bool attend_all(Pool::Walk& walk, const Batch& batch, const AttentionPlan& plan, int layer, const Group& o);
+    bool attend_all(Pool::Walk& walk, const Run& run, const AttentionPlan& plan, int layer, const Group& o);
     // Between phases: asks for what a thread is going to read first.
     void prefetch(const AttentionPlan& plan, int layer, int thread) const;
 
@@ -114,7 +116,8 @@ private:
     }
     Query query_at(int t, int head);
     const float* row_of(int t, int head) const;
-    void norm_all_heads(int layer, int t);
+    bool norm_all_heads(Pool::Walk& walk, const Run& run, const AttentionParams& params);
+    void norm_heads(int t, int head, int heads, const std::vector<float>& gain);
     void rotate(int layer, int t, int head, float* to) const;
     void rotate_query(const Place& of, int t, int head, const Query& to) const;
     void quantize_query(const AttentionParams& params, int head, const float* q, const Query& to) const;
@@ -137,6 +140,7 @@ private:
     const Kernels& kernels_;
     Pool& pool_;
     Products& products_;
+    Share& share_;
     std::vector<Rows> scratch_;  // of each thread
     std::unique_ptr<Cache> cache_;
     std::vector<AttentionParams> fresh_params_{1};  // bf16
@@ -144,6 +148,7 @@ private:
     std::vector<int> fresh_page_;  // (S): first page of each sequence in fresh_
     std::vector<int> sequence_of_;  // (T)
     Lines<float> qkv_, heads_;
+    Lines<float> squares_;  // (T, H + G): their sums, where all heads are normed as one row
     std::vector<Rope> ropes_;  // and a local one, if there is one
     Lines<float> cos_, sin_;  // (T, ropes, pairs)
     Lines<int8_t> q8_;  // (T, H, planes, Dq)

@@ -19,7 +19,7 @@ struct AttentionParams {
     std::vector<float> score_scale;  // (H): q_scale * k_scale * score multiplier
     std::vector<float> key_scale, key_inv, key_offset;  // (G, D)
     std::vector<float> value_scale, value_inv, value_offset;  // (G, D)
-    // Empty, (D) where each head is normed by itself, or of all heads: (H, D) and (G, D).
+    // Empty, (D) where each head is normed by itself, or of all ranks' heads, which are normed as one row.
     std::vector<float> query_norm, key_norm;
 };
 

@@ -38,7 +38,7 @@ constexpr Kernels kTable = {
     merge,
     argmax,
     shadow_row,
-    norm,
+    squares,
     bounds,
 };
 

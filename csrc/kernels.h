@@ -187,7 +187,7 @@ struct Kernels {
 
     // A row of a shadow; q (n).
     ShadowRow (*shadow_row)(const void* w, DType type, int n, int8_t* q);
-    float (*norm)(const float* x, int n);
+    float (*squares)(const float* x, int n);  // their sum
     // Of estimates y of w x: upper[i] = y[i] + error[i] x_norm + norm[i] x_error.
     Bounds (*bounds)(const float* y, int n, const float* error, const float* norm, float x_norm, float x_error,
                      float* upper);

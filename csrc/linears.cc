@@ -184,7 +184,7 @@ void Group::prepare(const Kernels& kernels, Token token, Layout layout, std::vec
             std::copy(x, x + width, to.real.data() + static_cast<size_t>(t) * width);
         } else if (form.kind == LinearKind::w8a16) {
             to.params[t] = kernels.quantize_16(x, width, out, out + (packed ? kLanes : 1) * ld);
-            if (wants_norm) to.params[t].norm = kernels.norm(x, width);
+            if (wants_norm) to.params[t].norm = std::sqrt(kernels.squares(x, width));
         } else if (form.kind == LinearKind::w8a8 ||
                    (form.kind == LinearKind::mix && token.origin == Origin::generated)) {
             kernels.quantize_static(x, width, form.inv_scale, form.offset, out);

@@ -17,7 +17,7 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       pool_(threads, Step::phases(config_)),
       share_(config_, kernels_, pool_),
       products_(config_, kernels_, pool_, share_),
-      attention_(config_, weights.attention, kernels_, pool_, products_),
+      attention_(config_, weights.attention, kernels_, pool_, products_, share_),
       head_(config_, weights.head, kernels_, pool_, products_, share_),
       step_(config_, weights, kernels_, pool_, {share_, products_, attention_, head_}) {
     weights.layers.resize(config_.layers);

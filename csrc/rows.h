@@ -53,13 +53,17 @@ inline F exp_levels(F x) {
     return scale_2n(exp2_rest<kLevels>(f_fms(x, log2_e, n)), n);
 }
 
-inline void rms_norm(const float* x, int n, const float* gain, const float* bias, float eps, float* y) {
-    F squares = f_set(0.0f);
+inline float squares(const float* x, int n) {
+    F sum = f_set(0.0f);
     lanes(n, [&](int i, int m) {
         const F v = get(x + i, m);
-        squares = f_fma(v, v, squares);
+        sum = f_fma(v, v, sum);
     });
-    const float mean = f_hsum(squares) / static_cast<float>(n);
+    return f_hsum(sum);
+}
+
+inline void rms_norm(const float* x, int n, const float* gain, const float* bias, float eps, float* y) {
+    const float mean = squares(x, n) / static_cast<float>(n);
     const F inverse = f_set(1.0f / std::sqrt(mean + eps));
     lanes(n, [&](int i, int m) {
         F v = f_mul(get(x + i, m), inverse);
@@ -283,15 +287,6 @@ inline int argmax(const float* x, int n) {
     });
     const float* at = std::find(x, x + n, f_hmax(best));
     return at == x + n ? 0 : static_cast<int>(at - x);
-}
-
-inline float norm(const float* x, int n) {
-    F squares = f_set(0.0f);
-    lanes(n, [&](int i, int m) {
-        const F v = get(x + i, m);
-        squares = f_fma(v, v, squares);
-    });
-    return std::sqrt(f_hsum(squares));
 }
 
 inline F get(const void* x, DType type, int i, int n) {

@@ -25,7 +25,8 @@ void Share::reserve_tokens(int tokens) {
 }
 
 void Share::reserve_parts(const Batch& batch) {
-    const size_t hidden = batch.tokens * std::max<size_t>(widest_part_, config_.hidden) * sizeof(float);
+    const size_t heads = config_.shape.heads + config_.shape.kv_heads;
+    const size_t hidden = batch.tokens * std::max({widest_part_, size_t(config_.hidden), heads}) * sizeof(float);
     const size_t logits = static_cast<size_t>(batch.logit_rows) * widest(config_.vocab_cuts) * sizeof(float);
     const size_t bytes = std::max({hidden, logits, batch.choice_rows * sizeof(Choice)});
     if (bytes <= exchange_->capacity()) return;

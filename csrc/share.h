@@ -60,6 +60,11 @@ public:
     bool gather_inputs(Pool::Walk& walk, const Run& run, const float* x, const std::vector<int>& cuts);
     const float* inputs() const { return gathered_.data(); }
     bool take_outputs(Pool::Walk& walk, const Run& run, Output out);
+    // Of `width` numbers a token in part(), which are all ranks' in shown(rank).
+    bool show(Pool::Walk& walk, const Run& run, int width) {
+        return meet(walk, run, static_cast<size_t>(run.batch.tokens) * width * sizeof(float));
+    }
+    const float* shown(int rank) const { return part_of<float>(rank); }
     // Rank 0 puts together the logits, or the choices, that ranks have written to their parts.
     bool gather_logits(Pool::Walk& walk, const Run& run);
     bool gather_choices(Pool::Walk& walk, const Run& run);

@@ -10,7 +10,7 @@ namespace {
 constexpr int kPhasesOfLayer = 13, kOtherPhases = 7;
 
 // And where several ranks meet: two for every meeting.
-constexpr int kMeetingsOfLayer = 5, kOtherMeetings = 3;
+constexpr int kMeetingsOfLayer = 6, kOtherMeetings = 3;
 
 // Up to so many tokens, each thread prepares the inputs of products itself: a phase of its own would take longer.
 constexpr int kAloneTokens = 2;
@@ -97,8 +97,8 @@ bool Step::layer_phases(Pool::Walk& walk, const Slot& slot, int i, const Group& 
                     layer.down_gain,
                     layer.down_bias};
     return parts_.products.multiply(walk, run, {layer.qkv, x_.data(), tokens}, qkv, ask_for_keys) &&
-           attention.attend_all(walk, run.batch, slot.attention, i, layer.o) && add(walk, run, o) &&
-           gate(walk, run, layer) && add(walk, run, down);
+           attention.attend_all(walk, run, slot.attention, i, layer.o) && add(walk, run, o) && gate(walk, run, layer) &&
+           add(walk, run, down);
 }
 
 void Step::embed(const Run& run, int t) {
