@@ -42,8 +42,8 @@ class QuantizeCommand:
     the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
     and `eval` load it too, and `eightfold check` reports what those loaders would do with it.
 
-    Models that eightfold cannot run, such as mixtures of experts, take w8a8-dynamic and w8a16, which need no
-    calibration: their linears are known by name. docs/families.md lists the families and what stays float in each.
+    Mixtures of experts, and models that eightfold cannot run, take w8a8-dynamic and w8a16, which need no calibration:
+    their linears are known by name. docs/families.md lists the families and what stays float in each.
 
     Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
     """

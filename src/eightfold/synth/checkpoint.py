@@ -3,9 +3,10 @@
     x   hidden states: deviation 0.02 after the embedding, about 1 after all layers, LOUD times that in some channels
     n = x / rms(x) * g      g = 1 +- 0.1; in those channels o / LOUD, so that n is there o times what it is elsewhere,
                             o between 20 and 100: what int8 activations suffer from
-    q, k, v, gate, up       deviation K**-0.5, and o**-0.5 times that in the columns that read such a channel
+    q, k, v, gate, up       deviation K**-0.5, and o**-0.5 times that in the columns that read such a channel;
+                            routers of experts too
     o, down                 deviation (2 L K)**-0.5, LOUD times that in the rows that write one
-    up                      a few rows SPIKE times as large: the outlier channels of down's input
+    up (not of experts)     a few rows SPIKE times as large: the outlier channels of down's input
 
 A branch so adds a variance of about 1 / (2 L), and the stream grows over the layers as a trained model's does.
 
@@ -27,14 +28,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eightfold.config import DType, ModelConfig, has_engine, has_experts, parse_config
+from eightfold.config import DType, ModelConfig, has_engine, parse_config
 from eightfold.families import (
     EMBEDDING,
     FINAL_NORM,
     LM_HEAD,
     SMOOTH_PAIRS,
+    ExpertBlock,
     InputGroup,
     LinearShape,
+    expert_block,
     input_groups,
     layer_norms,
     layer_prefix,
@@ -100,7 +103,8 @@ class RandomModel(RandomValues):
         for name, size in layer_norms(self._config).items():
             gains = {channel: outlier / LOUD for channel, outlier in outliers.get(name, {}).items()}
             yield RandomTensor(weight_name(prefix + name), (size,), GAIN_STD, mean=1.0, columns=gains)
-        for group in input_groups(self._config, layer_idx):
+        block = expert_block(self._config, layer_idx)
+        for group in (*input_groups(self._config, layer_idx), *(() if block is None else _expert_groups(block))):
             read = outliers.get(_NORM_OF.get(group.title, ""), {})
             for linear in group.linears:
                 yield self._weight(prefix, group, linear, read)
@@ -121,6 +125,13 @@ class RandomModel(RandomValues):
         spikes = self._channels(linear.n, name) if any(p.source == linear.name for p in SMOOTH_PAIRS[3:]) else []
         columns = {channel: outlier**-0.5 for channel, outlier in read.items()}
         return RandomTensor(name, (linear.n, linear.k), std, rows=dict.fromkeys(spikes, SPIKE), columns=columns)
+
+
+def _expert_groups(block: ExpertBlock) -> Iterator[InputGroup]:
+    """Yield the linears of experts one after the other, as what they are: those that read the norm, and the others."""
+    writes = {expert.down.name for expert in (*block.experts, *filter(None, [block.shared]))}
+    for linear in block.linears:
+        yield InputGroup("down" if linear.name in writes else "gate_up", (linear,))
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ def synthesize(
         OutputError: the directory cannot be written, or the disk is too small.
     """
     raw = model_config(like, layers, dtype)
-    runs_here = has_engine(raw) and not has_experts(raw)
+    runs_here = has_engine(raw)
     model = RandomModel(parse_config(raw, Path(CONFIG_NAME)), seed) if runs_here else NamedModel(raw, seed)
     tensors = list(model.tensors())
     planned = [tensor.planned(dtype) for tensor in tensors]

@@ -38,7 +38,7 @@ _LLAMA32_ROPE: dict[str, Any] = {
 
 _ENDS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-06, "tie_word_embeddings": False, "use_cache": True}
 
-# Of families that are only quantized here.
+# Of mixtures of experts; most are only quantized here.
 _NAMED: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {
         **_ENDS,
