@@ -26,6 +26,8 @@ def extras(row: Layout) -> str:
     found = [f"`{name}` into two" for name in row.halves or ()]
     if row.experts is not None and row.experts.needs_entry:
         found.append(f"entry `{row.experts.module}.weight`")
+    found += [f"entry `{name}.weight`" for name in row.joined or ()]
+    found += [f"architecture `{row.published}`"] if row.published not in ("", row.architecture) else []
     return ", ".join([*found, *(f"`{key}`" for key in row.mindie_keys)]) or "-"
 
 

@@ -97,7 +97,9 @@ class Layout:
     experts: Experts | None = None
     layers: tuple[str, ...] = ("model.layers.",)  # before a layer's index; the first that occurs is meant
     halves: Mapping[str, tuple[str, str]] | None = None  # stored as one here, read as two by the loaders
+    joined: Mapping[str, str] | None = None  # looked up as one by loaders: its name -> the first of its stored parts
     renames: Mapping[str, str] | None = None  # begins of names inside a layer, as dumped from memory -> as published
+    published: str = ""  # the architecture by the name that loaders know, where transformers has another
     expert_key: str = "num_experts"  # in config.json, by the family's own name
     mindie_keys: tuple[str, ...] = ()  # of config.json: without them MindIE takes attention or experts for another type
     engines: tuple[str, ...] = ("vllm-ascend", "sglang")
@@ -109,6 +111,16 @@ class Layout:
             if rule.regex.fullmatch(name):
                 return rule
         return None
+
+    def entry_of(self, module: str) -> str:
+        """Return the module under which loaders look a linear up that is stored in parts; empty for none."""
+        match = EXPERT.fullmatch(module)
+        if match and self.experts is not None and self.experts.needs_entry:
+            return match[1]
+        for whole, first in (self.joined or {}).items():
+            if module.endswith(f".{first}"):
+                return module.removesuffix(first) + whole
+        return ""
 
 
 # Linears of a layer that loaders join and that must be stored alike, by the last part of their names.
@@ -243,7 +255,12 @@ ROWS: tuple[Layout, ...] = (
     _causal("Cohere2", "cohere2"),
     _causal("Olmo2", "olmo2"),
     _causal("Granite", "granite"),
-    _causal("Starcoder2", "starcoder2", _rules(_ATTENTION, Rule("mlp.{c_fc,c_proj}", _F))),
+    _causal(
+        "Starcoder2",
+        "starcoder2",
+        _rules(_ATTENTION, Rule("mlp.{c_fc,c_proj}", _F)),
+        joined={"self_attn.qkv_proj": "self_attn.q_proj"},
+    ),
     _causal(
         "Falcon",
         "falcon",
@@ -327,8 +344,12 @@ ROWS: tuple[Layout, ...] = (
             ),
             renames={"block_sparse_moe.router.weight": "block_sparse_moe.router.layer.weight"},
             expert_key="num_local_experts"),
-    _causal("Phimoe", "phimoe", _rules(_ATTENTION, _SPARSE, _SPARSE_ROUTER),
-            experts=_sparse_experts(needs_entry=True), renames=_RENAMED, expert_key="num_local_experts"),
+    *(
+        _causal(name, "phimoe", _rules(_ATTENTION, _SPARSE, _SPARSE_ROUTER),
+                experts=_sparse_experts(needs_entry=True), renames=_RENAMED, expert_key="num_local_experts",
+                published="PhiMoEForCausalLM")
+        for name in ("PhiMoE", "Phimoe")
+    ),
 )  # fmt: skip
 
 

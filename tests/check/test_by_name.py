@@ -108,7 +108,7 @@ def test_groups_that_are_stored_in_two_ways(made):
 @pytest.mark.parametrize(
     ("name", "changes", "loader", "found"),
     [
-        ("Mixtral", {"experts__weight": None}, "vllm-ascend", {"experts-entry": "refuses"}),
+        ("Mixtral", {"experts__weight": None}, "vllm-ascend", {"entry": "refuses"}),
         ("Mixtral", {"experts__weight": None}, "sglang", {}),
         ("Mixtral", {"q_proj__weight_scale": None}, "sglang", {"label-missing": "refuses"}),
         ("Qwen3Moe", {"o_proj__weight": "FLOAT"}, "vllm-ascend", {"label-and-weight": "misdecodes"}),
@@ -165,5 +165,5 @@ def test_the_command(cli, made, saved):
     out.label(experts__weight=None)
     done = cli("check", out.path, "--for", "vllm-ascend")
     assert done.code == 1
-    assert "has no row for this family and looks this entry up" in done.out
+    assert "does not know of which parts this consists, and looks this entry up" in done.out
     assert cli("check", saved("Mixtral"), "--for", "sglang").code == 0

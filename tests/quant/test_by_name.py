@@ -18,6 +18,7 @@ from eightfold.quant.recipe import Recipe
 from tests.conftest import tiny_config, write_model
 from tests.quant.families import SIZES, WRAPPED, random_model
 from tests.quant.killing import killed_after
+from tests.quant.look_up import require_answers
 from tests.quant.named import DYNAMIC, W8A16, change, config_of, quantize, refusal, save, tags_of, tensors_of
 from tests.refusal import error_line, snapshot
 
@@ -77,16 +78,28 @@ def test_every_family_has_the_linears_of_its_recipe_and_a_key_for_every_tensor(t
         assert {tags[f"{module}.{s}"] for s in ("weight", "weight_scale", "weight_offset")} == {"W8A8_DYNAMIC"}
     entries = tags.keys() - tensors.keys()
     assert tensors.keys() <= tags.keys()
-    assert {key for key in entries if key != "lm_head.weight"} == {
-        key for key in entries if key.endswith("experts.weight") and tags[key] == "W8A8_DYNAMIC"
-    }
-    assert (name in WITH_ENTRY) == any(key.endswith("experts.weight") for key in entries)
+    ends = ("experts.weight",) if name in WITH_ENTRY else ("qkv_proj.weight",) if name == "Starcoder2" else ()
+    assert {tags[key] for key in entries if key.endswith(ends)} == ({"W8A8_DYNAMIC"} if ends else set())
+    assert all(key.endswith((*ends, "lm_head.weight")) for key in entries)
     assert tags["lm_head.weight"] == "FLOAT"
     directory = by_name.NamedDirectory.open(out)
     refused = {loader: by_name.check(directory, loader).findings for loader in directory.layout.engines}
     assert {f.rule for findings in refused.values() for f in findings if not f.verdict.is_harmless} == set()
+    require_answers(out)
     floats = {key for key, tensor in tensors.items() if tensor.dtype != torch.int8 and key.endswith(".weight")}
     assert {tags[key] for key in floats} == {"FLOAT"}
+
+
+@pytest.mark.parametrize(
+    ("end", "kind", "error"), [("experts.weight", None, KeyError), ("q_proj.weight", "W8A16", ValueError)]
+)
+def test_the_look_up_sees_what_is_not_right(tmp_path, saved, end, kind, error):
+    quantize(saved("Mixtral"), tmp_path / "out")
+    file = tmp_path / "out" / "quant_model_description.json"
+    tags = {key: (kind if key.endswith(end) else tag) for key, tag in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps({key: tag for key, tag in tags.items() if tag is not None}))
+    with pytest.raises(error):
+        require_answers(tmp_path / "out")
 
 
 # Families without a class in transformers here, or whose class has other names than the published files: a layer's
@@ -367,6 +380,14 @@ def test_the_commands(cli, tmp_path, saved):
         "--scheme: got W8A8 for Glm4MoeForCausalLM, expected W8A8_DYNAMIC or W8A16, which need no calibration. "
         "eightfold does not run this model."
     )
+
+
+def test_an_architecture_that_loaders_know_by_another_name(tmp_path, saved):
+    quantize(saved("Phimoe"), tmp_path / "out")
+    assert config_of(tmp_path / "out")["architectures"] == ["PhiMoEForCausalLM"]
+    published = {**config_of(saved("Phimoe")), "architectures": ["PhiMoEForCausalLM"]}
+    quantize(save(tmp_path / "m", tensors_of(saved("Phimoe")), published), tmp_path / "other")
+    assert tags_of(tmp_path / "other") == tags_of(tmp_path / "out")
 
 
 # --- bad input

@@ -93,8 +93,8 @@ RULES = {
     "vllm-ascend": _rules(
         "vllm-ascend",
         refuses={
-            "experts-entry": "has no row for this family and looks this entry up: KeyError. "
-            "Add it, with the experts' type.",
+            "entry": "does not know of which parts this consists, and looks this entry up: KeyError. "
+            "Add it, with their type.",
             "kv-b": "raises AssertionError: latent attention takes kv_b_proj apart as a float matrix. Keep it float.",
             "joined": "looks gate and up up by their own names: KeyError. Quantize again: they are split.",
         },
@@ -235,7 +235,7 @@ class _Check:
     def _entries(self) -> Iterator[Finding]:
         d = self._d
         yield from self._rules.found("label-missing", [name for name in d.tensors if name not in d.labels])
-        known = {weight_name(module) for module in d.experts}
+        known = {weight_name(module) for module in (*d.experts, *map(d.layout.entry_of, d.linears))}
         extra = [name for name in d.labels if name not in d.tensors and name not in known]
         extra = [name for name in extra if not name.endswith("lm_head.weight")]
         yield from self._rules.found("entry-without-tensor", extra)
@@ -279,9 +279,8 @@ class _Check:
 
     def _vllm_ascend(self) -> Iterator[Finding]:
         d, found = self._d, self._rules.found
-        needed = d.layout.takes_any or (d.layout.experts is not None and d.layout.experts.needs_entry)
-        entries = [weight_name(module) for module in d.experts if needed]
-        yield from found("experts-entry", [name for name in entries if name not in d.labels])
+        entries = {weight_name(entry) for module in d.linears if (entry := d.layout.entry_of(module))}
+        yield from found("entry", sorted(entries - d.labels.keys()))
         latent = [module for module, label in d.linears.items() if module.endswith(".kv_b_proj") and label != _FLOAT]
         yield from found("kv-b", latent)
         ends = tuple(f".{name}.{WEIGHT}" for name in d.layout.halves or ()) or ("\0",)

@@ -161,6 +161,8 @@ def config_for(raw: dict[str, Any], layout: Layout, scheme: QuantType, dtype: DT
     if isinstance(out.get("text_config"), dict):
         out["text_config"] = _for_loaders(out["text_config"], layout, dtype)
     out.update(dict.fromkeys(layout.mindie_keys, scheme.value.lower()))
+    if layout.published:
+        out["architectures"] = [layout.published]
     return out
 
 

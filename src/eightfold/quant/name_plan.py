@@ -170,10 +170,9 @@ class NamePlan:
 
     def _add_entries(self) -> None:
         """Add what loaders look up without there being such a tensor."""
-        if self.layout.experts is not None and self.layout.experts.needs_entry:
-            for name, kind in self.types.items():
-                if (match := EXPERT.fullmatch(name)) and self.parts[name] is Part.EXPERT:
-                    self.entries.setdefault(weight_name(match[1]), kind)
+        for name, kind in self.types.items():
+            if entry := self.layout.entry_of(name):
+                self.entries.setdefault(weight_name(entry), kind)
         if not any(name.endswith(("lm_head.weight", "output.weight", "output_layer.weight")) for name in self.tensors):
             outer = "language_model." if self._found.prefix.startswith("language_model.model.") else ""
             self.entries[f"{outer}lm_head.weight"] = QuantType.FLOAT
