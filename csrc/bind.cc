@@ -1,6 +1,7 @@
 // The border to Python: arrays are checked here, once; below are plain pointers.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -40,6 +42,7 @@ Floats floats(const Vector<float>& from) { return {from.data(), from.data() + fr
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxHeads = 65536;      // times head_dim is far below 2**31
+constexpr int kMaxExperts = 65536;
 constexpr size_t kMaxRows = 1 << 30;  // of a weight, and its columns
 
 void require(bool holds, const char* what) {
@@ -61,7 +64,8 @@ void require_size(const Weight& weight) {
 // Keeps the arrays alive that a model reads.
 struct Bound {
     Model model;
-    int vocab, ranks;
+    int vocab, ranks, hidden;
+    ExpertConfig experts;
     std::vector<nb::object> kept;
     std::mutex mutex;  // one step at a time
 };
@@ -87,10 +91,9 @@ Group& group_of(Model& model, int layer, const std::string& group) {
     throw std::invalid_argument("unknown group of linears: " + group);
 }
 
-void add_linear(Bound& self, int layer, const std::string& group, const std::string& kind, Weight weight,
-                const Vector<float>& scale, const Vector<float>& offset, const Vector<float>& bias,
-                const Vector<float>& deq_scale, const Vector<int32_t>& quant_bias, float inv_input_scale,
-                float input_offset) {
+Linear make_linear(Bound& self, const std::string& kind, Weight weight, const Vector<float>& scale,
+                   const Vector<float>& offset, const Vector<float>& bias, const Vector<float>& deq_scale,
+                   const Vector<int32_t>& quant_bias, float inv_input_scale, float input_offset) {
     require_size(weight);
     Linear linear;
     linear.kind = kind_of(kind);
@@ -117,7 +120,55 @@ void add_linear(Bound& self, int layer, const std::string& group, const std::str
     linear.input_offset = input_offset;
     linear.ordinal = static_cast<int>(self.kept.size());
     self.kept.push_back(nb::cast(weight));
-    group_of(self.model, layer, group).linears.push_back(std::move(linear));
+    return linear;
+}
+
+void add_linear(Bound& self, int layer, const std::string& group, const std::string& kind, Weight weight,
+                const Vector<float>& scale, const Vector<float>& offset, const Vector<float>& bias,
+                const Vector<float>& deq_scale, const Vector<int32_t>& quant_bias, float inv_input_scale,
+                float input_offset) {
+    std::vector<Linear>& to = group_of(self.model, layer, group).linears;
+    to.push_back(
+        make_linear(self, kind, weight, scale, offset, bias, deq_scale, quant_bias, inv_input_scale, input_offset));
+}
+
+// Rows are counted: a router's are the experts that it chooses.
+void add_router(Bound& self, int layer, Weight weight, std::optional<Weight> shared_gate) {
+    const auto& [count, per_token, size, shared_size, normalizes] = self.experts;
+    Group& to = self.model.weights.layers.at(layer).router;
+    require(count > 0, "router: the model has no experts");
+    require(to.linears.empty(), "router: expected one a layer");
+    require(shared_gate.has_value() == (shared_size > 0), "shared_gate: expected one where there is a shared expert");
+    const auto add = [&](const Weight& rows, int expected) {
+        require(static_cast<int>(rows.shape(0)) == expected && static_cast<int>(rows.shape(1)) == self.hidden,
+                "router: expected (experts, hidden size), and shared_gate (1, hidden size)");
+        to.linears.push_back(make_linear(self, "float", rows, {}, {}, {}, {}, {}, 0, 0));
+    };
+    add(weight, count);
+    if (shared_gate.has_value()) add(*shared_gate, 1);
+}
+
+// `expert`: its number; that of experts is the shared one's. Its parts come as gate, up, down.
+void add_expert(Bound& self, int layer, int expert, const std::string& part, const std::string& kind, Weight weight,
+                const Vector<float>& scale, const Vector<float>& offset, const Vector<float>& bias,
+                const Vector<float>& deq_scale, const Vector<int32_t>& quant_bias, float inv_input_scale,
+                float input_offset) {
+    const ExpertConfig& config = self.experts;
+    std::vector<Expert>& experts = self.model.weights.layers.at(layer).experts;
+    const bool is_shared = expert == config.count;
+    require(config.count > 0 && expert >= 0 && expert < config.count + (config.shared_size > 0 ? 1 : 0),
+            "expert: outside of the experts");
+    const int size = is_shared ? config.shared_size : config.size;
+    const bool is_down = part == "down";
+    require(is_down || part == "gate" || part == "up", "part: expected gate, up or down");
+    require(static_cast<int>(weight.shape(is_down)) == size && static_cast<int>(weight.shape(!is_down)) == self.hidden,
+            "expert: expected (intermediate size, hidden size), and the other way round for down");
+    experts.resize(config.count + (config.shared_size > 0 ? 1 : 0));
+    Expert& to = experts[expert];
+    std::vector<Linear>& linears = is_down ? to.down.linears : to.gate_up.linears;
+    require(linears.size() == (part == "up" ? 1 : 0), "expert: expected gate, up and down once each, in this order");
+    linears.push_back(
+        make_linear(self, kind, weight, scale, offset, bias, deq_scale, quant_bias, inv_input_scale, input_offset));
 }
 
 void set_norms(Bound& self, int layer, const Vector<float>& input_gain, const Vector<float>& input_bias,
@@ -265,10 +316,21 @@ void share_by_call(Bound& self, int rank, nb::callable meet) {
     self.model.set_exchange(std::make_unique<HookExchange>(rank, self.ranks, hook));
 }
 
+// How many experts there are, how many a token has, their intermediate size, the shared one's; nothing: there are none.
+ExpertConfig experts_of(const std::vector<int>& sizes, bool normalizes) {
+    if (sizes.empty()) return {};
+    require(sizes.size() == 4, "experts: expected how many, how many of a token, their size, and the shared one's");
+    require(sizes[0] >= 1 && sizes[0] <= kMaxExperts, "experts: expected 1 to 65536");
+    require(sizes[1] >= 1 && sizes[1] <= sizes[0], "experts of a token: expected 1 to all of them");
+    require(sizes[2] >= 1 && sizes[3] >= 0, "experts: expected a size of 1 or more, of the shared one 0 or more");
+    return {sizes[0], sizes[1], sizes[2], sizes[3], normalizes};
+}
+
 // `hidden`, `intermediate`, `vocab`: where each rank's share begins, and how many there are.
 void make_model(Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
                 const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads,
-                int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq) {
+                int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq,
+                const std::vector<int>& experts, bool normalizes_experts) {
     require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
     for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
         require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
@@ -295,8 +357,11 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
     config.vocab_cuts = vocab;
     config.intermediate_cuts = intermediate;
     config.hidden_cuts = hidden;
+    config.experts = experts_of(experts, normalizes_experts);
     const int ranks = config.ranks();
-    new (self) Bound{{std::move(config), kernels_for(isa), threads}, vocab.back(), ranks, {}, {}};
+    require(config.experts.count == 0 || ranks == 1, "experts: are not shared out between ranks");
+    const ExpertConfig kept = config.experts;
+    new (self) Bound{{std::move(config), kernels_for(isa), threads}, vocab.back(), ranks, hidden.back(), kept, {}, {}};
 }
 
 bool is_scale(float x) { return std::isfinite(x) && x > 0; }
@@ -355,6 +420,14 @@ void set_final_norm(Bound& self, const Vector<float>& gain, const Vector<float>&
 }
 
 int finish(Bound& self, bool forgets_head) {
+    for (const Layer& layer : self.model.weights.layers) {
+        require(layer.is_sparse() == !layer.router.linears.empty(), "router: expected one where there are experts");
+        require(!layer.is_sparse() || layer.down_gain.empty(), "norms of what is added: not of experts");
+        for (const Expert& expert : layer.experts) {
+            require(expert.gate_up.linears.size() == 2 && expert.down.linears.size() == 1,
+                    "experts: expected gate, up and down of each");
+        }
+    }
     return self.model.finish(forgets_head ? HeadPages::released : HeadPages::kept);
 }
 
@@ -392,8 +465,12 @@ NB_MODULE(_core, m) {
         .def("gb_s", &ReadProbe::gb_s, "passes"_a, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Bound>(m, "Model")
         .def("__init__", &make_model, nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a,
-             "vocab"_a, "rank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a)
+             "vocab"_a, "rank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a,
+             "experts"_a = std::vector<int>(), "normalizes_experts"_a = false)
         .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a,
+             "offset"_a, "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
+        .def("add_router", &add_router, "layer"_a, "weight"_a, "shared_gate"_a = nb::none())
+        .def("add_expert", &add_expert, "layer"_a, "expert"_a, "part"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a,
              "offset"_a, "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
         .def("set_norms", &set_norms, "layer"_a, nb::kw_only(), "input_gain"_a, "input_bias"_a, "post_gain"_a,
              "post_bias"_a)

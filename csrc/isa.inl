@@ -29,6 +29,7 @@ constexpr Kernels kTable = {
     finish_token,
     finish_16,
     add,
+    add_times,
     gate_mul,
     soften,
     rope,

@@ -166,6 +166,7 @@ struct Kernels {
                       float* y);
 
     void (*add)(float* x, const float* y, int n);
+    void (*add_times)(float* x, const float* y, float factor, int n);  // x += factor y, rounded twice
     // y = activation(gate) * up.
     void (*gate_mul)(Activation activation, const float* gate, const float* up, int n, float* y);
     // x = cap tanh(x / cap); NaN becomes -cap.

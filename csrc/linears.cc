@@ -62,6 +62,16 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
     return true;
 }
 
+void Linear::prepare_new(const Kernels& kernels, int begin, int count) {
+    if (kind == LinearKind::floating) return;
+    const int32_t *from = weight_sum.data() + begin, *end = from + count;
+    while ((from = std::find(from, end, kUnknownSum)) != end) {
+        const int32_t* known = std::find_if(from, end, [](int32_t sum) { return sum != kUnknownSum; });
+        (void)prepare(kernels, static_cast<int>(from - weight_sum.data()), static_cast<int>(known - weight_sum.data()));
+        from = known;
+    }
+}
+
 StaticRows Linear::static_rows(int n) const {
     const auto* rows = static_cast<const int8_t*>(weight) + static_cast<size_t>(n) * inputs;
     return {rows, quant_bias.data() + n, deq_scale.data() + n};
@@ -94,8 +104,8 @@ size_t in_blocks(int tokens) { return static_cast<size_t>(chunk_count(tokens, kL
 
 }  // namespace
 
-void Prepared::reserve(int tokens, int width) {
-    const size_t rows = in_blocks(tokens), size = 2 * row_bytes(width) * rows;
+void Prepared::reserve(int tokens, int width, int planes) {
+    const size_t rows = in_blocks(tokens), size = planes * row_bytes(width) * rows;
     if (bytes.size() < size) bytes.resize(size);
     if (params.size() < rows) params.resize(rows);
 }
@@ -108,6 +118,12 @@ void Prepared::reserve_real(int tokens, int width) {
 bool Group::has_floating() const {
     return std::any_of(linears.begin(), linears.end(),
                        [](const Linear& linear) { return linear.kind == LinearKind::floating; });
+}
+
+size_t Group::weight_bytes() const {
+    size_t total = 0;
+    for (const Linear& linear : linears) total += linear.weight_bytes();
+    return total;
 }
 
 int Group::outputs() const {
@@ -177,6 +193,7 @@ void Group::prepare(const Kernels& kernels, Token token, Layout layout, std::vec
     if (packed) scratch.rows.resize(forms.size() * 2 * kLanes * ld);
     for (size_t i = 0; i < forms.size(); i++) {
         const Form& form = forms[i];
+        if (form.kind == LinearKind::none) continue;
         Prepared& to = prepared[i];
         uint8_t* out = packed ? scratch.rows.data() + (2 * i * kLanes + t % kLanes) * ld
                               : to.bytes.data() + static_cast<size_t>(t) * planes(form.kind) * ld;
@@ -197,7 +214,7 @@ void Group::prepare(const Kernels& kernels, Token token, Layout layout, std::vec
 void Group::pack(const Kernels& kernels, int block, std::vector<Prepared>& prepared, const Scratch& scratch) const {
     const size_t ld = row_bytes(inputs()), size = kLanes * ld;
     for (size_t i = 0; i < forms.size(); i++) {
-        if (forms[i].kind == LinearKind::floating) continue;
+        if (forms[i].kind == LinearKind::floating || forms[i].kind == LinearKind::none) continue;
         const int count = planes(forms[i].kind);
         uint8_t* to = prepared[i].bytes.data() + static_cast<size_t>(block) * count * size;
         for (int plane = 0; plane < count; plane++) {
@@ -214,8 +231,8 @@ PackedInput Group::packed_input(const Piece& piece, const std::vector<Prepared>&
 }
 
 bool Group::gates(const Group* next) const {
-    if (linears.size() != 2 || forms.size() != 1) return false;
-    return forms[0].kind == (next != nullptr ? LinearKind::w8a8 : LinearKind::w8a16);
+    if (linears.size() != 2 || form_of[0] != form_of[1]) return false;
+    return forms[form_of[0]].kind == (next != nullptr ? LinearKind::w8a8 : LinearKind::w8a16);
 }
 
 void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, const Group& next,
@@ -229,7 +246,7 @@ void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<P
 
 void Group::gate(const Kernels& kernels, const Piece& piece, const std::vector<Prepared>& prepared, Output out) const {
     kernels.gated_16(activation, linears[0].rows_16(piece.begin), linears[1].rows_16(piece.begin), inputs(),
-                     piece.count, packed_input(piece, prepared), prepared[0].params.data() + piece.t0, out);
+                     piece.count, packed_input(piece, prepared), prepared[form_of[0]].params.data() + piece.t0, out);
 }
 
 void Group::multiply(const Kernels& kernels, const Piece& piece, const Source& from, Output out,

@@ -14,6 +14,8 @@ enum class Origin : uint8_t { prompt, generated };
 
 enum class LinearKind : int { none, floating, w8a8, dynamic, mix, w8a16 };
 
+constexpr int32_t kUnknownSum = INT32_MIN;  // no sum of up to 65793 bytes
+
 struct Linear {
     LinearKind kind = LinearKind::none;
     int outputs = 0, inputs = 0;  // N, K
@@ -25,7 +27,7 @@ struct Linear {
     std::vector<float> bias;      // (N) or empty
     std::vector<float> deq_scale; // (N)
     std::vector<int32_t> quant_bias;  // (N), less 128 times the weight sums
-    std::vector<int32_t> weight_sum;  // (N)
+    std::vector<int32_t> weight_sum;  // (N); kUnknownSum where prepare() has not been
     float inv_input_scale = 0, input_offset = 0;
     bool keeps_sums = false;      // a share of the inputs: products come out as int32, to be summed with the others'
 
@@ -47,6 +49,8 @@ struct Linear {
     // What an int8 kernel needs beside the file: sums of weight rows [begin, end). False: a floating weight of these
     // rows is not finite.
     bool prepare(const Kernels& kernels, int begin, int end);
+    // The same for those rows of [begin, begin + count) that were never prepared; nobody else may read them meanwhile.
+    void prepare_new(const Kernels& kernels, int begin, int count);
     const float* bias_at(int n) const { return bias.empty() ? nullptr : bias.data() + n; }
 };
 
@@ -63,7 +67,7 @@ struct Prepared {
     Lines<float> real;             // (T, inputs), floating only
     std::vector<RowParams> params; // (T)
     // Memory only grows.
-    void reserve(int tokens, int width);
+    void reserve(int tokens, int width, int planes = 2);
     void reserve_real(int tokens, int width);
 };
 
@@ -153,6 +157,7 @@ struct Group {
     bool symmetric_tokens = false;  // how dynamic linears quantize a token
     bool wants_norm = false;        // of 16-bit inputs
     Activation activation = Activation::silu;  // of the first of a pair
+    bool keeps_rows = false;        // its input is never packed
     Cut cut = Cut::each;
     std::vector<Chunk> few, many;  // how the work is cut for a few tokens and for many
 
@@ -161,6 +166,7 @@ struct Group {
     int inputs() const { return linears.front().inputs; }
     int outputs() const;
     bool has_floating() const;
+    size_t weight_bytes() const;
 
     const std::vector<Chunk>& chunks(int tokens) const { return tokens <= kFewTokens ? few : many; }
     // Chunks of so many tokens' product: those of a block of tokens, then those of the next.

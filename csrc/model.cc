@@ -18,8 +18,9 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       share_(config_, kernels_, pool_),
       products_(config_, kernels_, pool_, share_),
       attention_(config_, weights.attention, kernels_, pool_, products_, share_),
+      experts_(config_, weights.layers, kernels_, pool_, products_),
       head_(config_, weights.head, kernels_, pool_, products_, share_),
-      step_(config_, weights, kernels_, pool_, {share_, products_, attention_, head_}) {
+      step_(config_, weights, kernels_, pool_, {share_, products_, attention_, experts_, head_}) {
     weights.layers.resize(config_.layers);
     weights.attention.resize(config_.layers);
 }
@@ -39,11 +40,17 @@ std::vector<Linear*> Model::take_groups() {
     for (Layer& layer : weights.layers) {
         take_normed(layer.qkv, layer.input_gain, layer.input_bias);
         take(layer.o);
+        share_.take(layer.o);
+        if (layer.is_sparse()) {
+            experts_.take(layer);
+            take_normed(layer.router, layer.post_gain, layer.post_bias);
+            continue;
+        }
         layer.gate_up.cut = Cut::pairs;
         layer.gate_up.activation = config_.switches.activation;
         take_normed(layer.gate_up, layer.post_gain, layer.post_bias);
         take(layer.down);
-        for (Group* group : {&layer.o, &layer.down}) share_.take(*group);
+        share_.take(layer.down);
     }
     take_normed(weights.head, weights.final_gain, weights.final_bias);
     head_.make_shadow();
@@ -93,9 +100,12 @@ int Model::prepare(const std::vector<Rows>& all, HeadPages pages) {
 
 size_t Model::weight_bytes() const {
     size_t total = head_.weight_bytes();
-    for (const Layer& layer : weights.layers)
-        for (const Group* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down})
-            for (const Linear& linear : group->linears) total += linear.weight_bytes();
+    for (const Layer& layer : weights.layers) {
+        for (const Group* group : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down, &layer.router}) {
+            total += group->weight_bytes();
+        }
+        for (const Expert& expert : layer.experts) total += expert.gate_up.weight_bytes() + expert.down.weight_bytes();
+    }
     return total;
 }
 

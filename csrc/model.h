@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "batch.h"
+#include "experts.h"
 #include "head.h"
 #include "pool.h"
 #include "products.h"
@@ -48,7 +49,7 @@ public:
     int threads() const { return pool_.threads(); }
     int cache_pages() const { return attention_.cache_pages(); }
     size_t page_bytes() const { return attention_.page_bytes(); }  // of all layers
-    size_t weight_bytes() const;                                   // that a step of greedy decoding reads
+    size_t weight_bytes() const;                                   // that steps of greedy decoding read
 
 private:
     struct Rows {  // of a linear, that are made ready at a time
@@ -66,6 +67,7 @@ private:
     Share share_;
     Products products_;
     Attention attention_;
+    Experts experts_;
     Head head_;
     Step step_;
 };

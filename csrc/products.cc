@@ -37,7 +37,7 @@ Token Products::token_of(const Run& run, const Input& input, int t) const {
 bool Products::prepare(Pool::Walk& walk, const Run& run, const Input& input) {
     if (run.alone || input.handed) return true;
     const Group& group = input.group;
-    const Layout layout = layout_of(input.tokens);
+    const Layout layout = group.keeps_rows ? Layout::rows : layout_of(input.tokens);
     const bool of_share = group.linears.front().keeps_sums && share_.needs_ranges(group);
     const int size = layout == Layout::packed ? kLanes : 1;
     return walk.phase(chunk_count(input.tokens, size), [&](int i) {

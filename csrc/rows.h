@@ -200,6 +200,11 @@ inline void add(float* x, const float* y, int n) {
     lanes(n, [&](int i, int m) { set(x + i, f_add(get(x + i, m), get(y + i, m)), m); });
 }
 
+inline void add_times(float* x, const float* y, float factor, int n) {
+    const F times = f_set(factor);
+    lanes(n, [&](int i, int m) { set(x + i, f_add(get(x + i, m), f_mul(times, get(y + i, m))), m); });
+}
+
 // gate / (1 + e**-z) up. silu: z = gate; gelu: z = 2 sqrt(2 / pi) (gate + 0.044715 gate**3), which is
 // gate (1 + tanh(z / 2)) / 2 (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 template <Activation kActivation>

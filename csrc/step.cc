@@ -7,7 +7,7 @@ namespace eightfold {
 
 namespace {
 
-constexpr int kPhasesOfLayer = 13, kOtherPhases = 7;
+constexpr int kPhasesOfLayer = 8, kPhasesOfDense = 5, kOtherPhases = 7;
 
 // And where several ranks meet: two for every meeting.
 constexpr int kMeetingsOfLayer = 6, kOtherMeetings = 3;
@@ -27,7 +27,8 @@ Step::Step(const ModelConfig& config, const Weights& weights, const Kernels& ker
 }
 
 int Step::phases(const ModelConfig& config) {
-    const int alone = config.layers * kPhasesOfLayer + kOtherPhases;
+    const int feeding = config.experts.count > 0 ? Experts::kPhases : kPhasesOfDense;
+    const int alone = config.layers * (kPhasesOfLayer + feeding) + kOtherPhases;
     return config.is_shared() ? alone + 2 * (config.layers * kMeetingsOfLayer + kOtherMeetings) : alone;
 }
 
@@ -54,6 +55,7 @@ void Step::reserve_tokens(int tokens) {
     term_.resize(static_cast<size_t>(tokens) * config_.hidden);
     parts_.attention.reserve_tokens(tokens);
     parts_.products.reserve_tokens(tokens);
+    parts_.experts.reserve_tokens(tokens);
     parts_.share.reserve_tokens(tokens);
 }
 
@@ -85,20 +87,26 @@ bool Step::layer_phases(Pool::Walk& walk, const Slot& slot, int i, const Group& 
     Attention& attention = parts_.attention;
     const auto ask_for_keys = [&] { attention.prefetch(slot.attention, i, walk.thread()); };
     const Output qkv{.y = attention.qkv(), .ld = static_cast<size_t>(layer.qkv.outputs()), .adds = false};
-    const bool hands_heads = attention.hands_heads(layer.o, tokens), hands = hands_gated(layer, tokens);
+    const bool hands_heads = attention.hands_heads(layer.o, tokens);
     const Term o{{.group = layer.o, .x = attention.heads(), .tokens = tokens, .handed = hands_heads},
                  head_cuts_,
-                 layer.gate_up,
+                 layer.is_sparse() ? layer.router : layer.gate_up,
                  layer.o_gain,
                  layer.o_bias};
-    const Term down{{.group = layer.down, .x = gated_.data(), .tokens = tokens, .handed = hands},
-                    config_.intermediate_cuts,
-                    after,
-                    layer.down_gain,
-                    layer.down_bias};
     return parts_.products.multiply(walk, run, {layer.qkv, x_.data(), tokens}, qkv, ask_for_keys) &&
-           attention.attend_all(walk, run, slot.attention, i, layer.o) && add(walk, run, o) && gate(walk, run, layer) &&
-           add(walk, run, down);
+           attention.attend_all(walk, run, slot.attention, i, layer.o) && add(walk, run, o) &&
+           feed_forward(walk, run, i, after);
+}
+
+bool Step::feed_forward(Pool::Walk& walk, const Run& run, int i, const Group& after) {
+    const Layer& layer = weights_.layers[i];
+    const int tokens = run.batch.tokens;
+    if (layer.is_sparse()) {
+        return parts_.experts.add(walk, run, i, x_.data(), [&] { after.prefetch(tokens, walk.thread()); });
+    }
+    const Input input{.group = layer.down, .x = gated_.data(), .tokens = tokens, .handed = hands_gated(layer, tokens)};
+    return gate(walk, run, layer) &&
+           add(walk, run, {input, config_.intermediate_cuts, after, layer.down_gain, layer.down_bias});
 }
 
 void Step::embed(const Run& run, int t) {

@@ -1,7 +1,7 @@
 // A decoder step: the phases that all threads walk through.
 //
 //   x += o(attention(rope(q(n)), rope(k(n)), v(n)))      n = rms_norm(x) * g
-//   x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'
+//   x += down(silu(gate(m)) * up(m))                     m = rms_norm(x) * g'; or what experts make of it
 //
 // Some families have no such norms, or further ones of what is added, or multiply that: see Switches.
 //
@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "batch.h"
+#include "experts.h"
 #include "head.h"
 #include "pool.h"
 #include "products.h"
@@ -27,6 +28,7 @@ struct Parts {
     Share& share;
     Products& products;
     Attention& attention;
+    Experts& experts;
     Head& head;
 };
 
@@ -63,6 +65,7 @@ private:
     bool multiply(Pool::Walk& walk, const Run& run, const Term& term, Output out);
     void finish(const Term& term, int t);
     bool hands_gated(const Layer& layer, int tokens) const;
+    bool feed_forward(Pool::Walk& walk, const Run& run, int layer, const Group& after);
     bool gate(Pool::Walk& walk, const Run& run, const Layer& layer);
     void gate_piece(const Source& from, const Layer& layer, const Piece& piece, bool hands, int thread);
 

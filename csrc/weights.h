@@ -21,6 +21,13 @@ struct Switches {
     float attention_softcap = 0, logits_softcap = 0;  // x becomes cap tanh(x / cap); 0: it stays
 };
 
+// A layer's networks of which every token goes through a few.
+struct ExpertConfig {
+    int count = 0, per_token = 0;  // 0: every layer is dense
+    int size = 0, shared_size = 0;  // intermediate sizes of an expert, and of what all tokens go through; 0: nothing
+    bool normalizes = false;  // the weights of a token's experts, to a sum of 1
+};
+
 struct ModelConfig {
     int layers = 0, hidden = 0, intermediate = 0, vocab = 0;
     Shape shape;
@@ -30,13 +37,24 @@ struct ModelConfig {
     std::vector<int> vocab_cuts;  // (ranks + 1): rank r holds the tokens from vocab_cuts[r] on
     std::vector<int> intermediate_cuts, hidden_cuts;  // likewise
     Switches switches;
+    ExpertConfig experts;
 
     int ranks() const { return static_cast<int>(vocab_cuts.size()) - 1; }
     bool is_shared() const { return ranks() > 1; }
 };
 
+struct Expert {
+    Group gate_up, down;
+};
+
 struct Layer {
     Group qkv, o, gate_up, down;
+    // Of a sparse layer, instead of gate_up and down:
+    Group router;  // floating: a row for each expert, then the gate of the shared one
+    std::vector<Expert> experts;  // then the shared one, if there is one
+    bool reads_static = false;  // some of them quantize their input with scales of their own
+    bool is_sparse() const { return !experts.empty(); }
+
     std::vector<float> input_gain, input_bias, post_gain, post_bias;  // (E) or empty: of what qkv and gate_up read
     std::vector<float> o_gain, o_bias, down_gain, down_bias;  // likewise: of what these give, before it is added
 };

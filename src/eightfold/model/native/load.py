@@ -9,11 +9,12 @@ import _thread
 import contextlib
 import mmap
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eightfold.config import ModelConfig
+from eightfold.config import Experts, ModelConfig
 from eightfold.errors import UnsupportedError
 from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, input_groups, layer_prefix, sliding_window
 from eightfold.format.checkpoint import Checkpoint
@@ -82,6 +83,10 @@ def load_model(
     core.name_cut_files()
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
+    if config.experts is not None and share.size > 1:
+        raise UnsupportedError(
+            "experts on several processes", where=checkpoint.directory, got=f"{share.size}", expected="one process"
+        )
     isa = core.choose_isa()
     model = _empty_model(config, share, isa, core.choose_threads(threads), dynamic, longest or config.context)
     loader = _Loader(checkpoint, model, share)
@@ -114,10 +119,18 @@ def _empty_model(config: ModelConfig, share: Share, isa: str, threads: int, dyna
         eps=config.rms_norm_eps,
         symmetric_tokens=dynamic == "symmetric",
         inv_freq=layers.inverse_frequencies(config.rope, config.head_dim, longest),
+        experts=_expert_sizes(config.experts),
+        normalizes_experts=config.experts is not None and config.experts.normalizes,
     )
     if (scale := layers.rope_scale(config.rope)) != 1:
         model.set_rope_scale(scale)
     return model
+
+
+def _expert_sizes(experts: Experts | None) -> list[int]:
+    if experts is None:
+        return []
+    return [experts.count, experts.per_token, experts.intermediate_size, experts.shared_size]
 
 
 def _finish(model: Model, beside: Callable[[], object] | None) -> int:
@@ -164,11 +177,6 @@ def _finish(model: Model, beside: Callable[[], object] | None) -> int:
 
 def _require_shapes(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    if config.experts is not None:
-        raise UnsupportedError(
-            "experts", where=checkpoint.directory, got=f"{config.experts.count} in a layer", expected="a dense model",
-            action="Use --backend reference.",
-        )  # fmt: skip
     widest = max(linear.k for linear in all_linears(config).values())
     limits = (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512))
     for what, got, most in (*limits, ("num_attention_heads", config.num_heads, 65536)):
@@ -195,6 +203,8 @@ class _Loader:
             for shape in group.linears:
                 linear = layers.read_linear(self.checkpoint, prefix + shape.name, shape)
                 self._add_linear(layer_idx, group.title, shape.name, linear)
+        if (experts := layers.read_experts(self.checkpoint, layer_idx)) is not None:
+            self._add_experts(layer_idx, experts)
         norms = layers.read_norms(self.checkpoint, layer_idx)
         before, between = norms["input_layernorm"], norms["post_attention_layernorm"]
         self.model.set_norms(
@@ -224,26 +234,17 @@ class _Loader:
         """Hand over a linear, or what the rank has of it: `name` is its name inside the layer, or the head's."""
         cut = self.share.of_linear(self.config, name, is_float=linear.kind is QuantType.FLOAT)
         weight = linear.weight[cut.rows] if cut.columns is None else self._columns(linear, cut.columns)
-        offset, quant_bias = _given(linear.weight_offset, cut.rows), _NO_INTEGERS
-        if linear.quant_bias is not None:
-            quant_bias = linear.quant_bias[cut.rows] if cut.counts_bias else np.zeros(len(weight), np.int32)
-        scale = _given(linear.weight_scale, cut.rows)
-        if linear.kind is not QuantType.FLOAT and linear.weight_scale is None:
-            scale = np.ones(len(weight), np.float32)
         self.weights.append(linear.name)
-        self.model.add_linear(
-            layer_idx,
-            group,
-            KINDS[linear.kind],
-            weight,
-            scale=scale,
-            offset=offset if offset.any() else _NOTHING,
-            bias=_given(linear.bias, cut.rows),
-            deq_scale=_given(linear.deq_scale, cut.rows),
-            quant_bias=quant_bias,
-            inv_input_scale=0.0 if linear.input_scale is None else float(np.float32(1) / linear.input_scale[0]),
-            input_offset=0.0 if linear.input_offset is None else float(linear.input_offset[0]),
-        )
+        _hand_over(partial(self.model.add_linear, layer_idx, group), linear, weight, cut.rows, cut.counts_bias)
+
+    def _add_experts(self, layer_idx: int, read: layers.Experts) -> None:
+        routers = [read.router] if read.shared_gate is None else [read.router, read.shared_gate]
+        self.weights += [router.name for router in routers]
+        self.model.add_router(layer_idx, *(router.weight for router in routers))
+        for index, expert in enumerate((*read.experts, *filter(None, (read.shared,)))):
+            for part, linear in zip(expert._fields, expert, strict=True):
+                self.weights.append(linear.name)
+                _hand_over(partial(self.model.add_expert, layer_idx, index, part), linear)
 
     def _attention(self, read: layers.Attention) -> dict[str, Any]:
         """Return the kind of cache and its scales: (scale, reciprocal, offset) of keys and of values, (G * D,) each."""
@@ -278,6 +279,34 @@ class _Loader:
         copy[:] = share
         self.checkpoint.release([linear.name])
         return copy
+
+
+def _hand_over(
+    add: Callable[..., None],
+    linear: layers.Linear,
+    weight: NDArray[Any] | None = None,
+    rows: slice = slice(None),
+    counts_bias: bool = True,
+) -> None:
+    """Call the extension with a linear, or with some rows of it and what a rank has of their weight."""
+    weight = linear.weight if weight is None else weight
+    offset, quant_bias = _given(linear.weight_offset, rows), _NO_INTEGERS
+    if linear.quant_bias is not None:
+        quant_bias = linear.quant_bias[rows] if counts_bias else np.zeros(len(weight), np.int32)
+    scale = _given(linear.weight_scale, rows)
+    if linear.kind is not QuantType.FLOAT and linear.weight_scale is None:
+        scale = np.ones(len(weight), np.float32)
+    add(
+        KINDS[linear.kind],
+        weight,
+        scale=scale,
+        offset=offset if offset.any() else _NOTHING,
+        bias=_given(linear.bias, rows),
+        deq_scale=_given(linear.deq_scale, rows),
+        quant_bias=quant_bias,
+        inv_input_scale=0.0 if linear.input_scale is None else float(np.float32(1) / linear.input_scale[0]),
+        input_offset=0.0 if linear.input_offset is None else float(linear.input_offset[0]),
+    )
 
 
 def _given(values: NDArray[Any] | None, rows: slice = slice(None)) -> NDArray[Any]:

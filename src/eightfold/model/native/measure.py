@@ -18,12 +18,12 @@ import numpy as np
 
 from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
-from eightfold.families import LM_HEAD, all_linears, sliding_window
+from eightfold.families import LM_HEAD, all_linears, expert_block, layer_prefix, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, peak_resident_bytes
 from eightfold.model import native as core
 from eightfold.model.native.model import PAGE, Chunk, NativeModel
-from eightfold.scheme import QuantType
+from eightfold.scheme import QuantType, weight_name
 
 READ_BYTES = 1 << 30  # of the buffer that is read to measure the bandwidth
 PASSES = 3  # over it; the best counts
@@ -205,7 +205,8 @@ def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work
     bandwidth, tops = median(found.read_gb_s), median(found.int8_tops)
     mean_context = work.prompt_len + work.new_tokens / 2
     page_bytes = model.page_bytes * model.world_size
-    step_bytes = model.all_weight_bytes + work.batch * cache_bytes(checkpoint, page_bytes, mean_context)
+    weight_bytes = model.all_weight_bytes - unread_bytes(checkpoint, work.batch)
+    step_bytes = weight_bytes + work.batch * cache_bytes(checkpoint, page_bytes, mean_context)
     read_gb_s = step_bytes * decode / work.batch / 1e9
     return {
         "prefill_tok_s": prefill,
@@ -232,12 +233,34 @@ def summary(found: Measurement, checkpoint: Checkpoint, model: NativeModel, work
 
 
 def int8_elements(checkpoint: Checkpoint) -> int:
-    """Return how many int8 weights every token of a prompt meets: those of the layers, not the head's."""
-    return sum(
-        linear.n * linear.k
+    """Return how many int8 weights every token of a prompt meets: those of the layers, not the head's.
+
+    Of experts, those of as many as a token passes through.
+    """
+    sizes = {
+        name: linear.n * linear.k
         for name, linear in all_linears(checkpoint.config).items()
         if name != LM_HEAD and checkpoint.quant_type(name) is not QuantType.FLOAT
-    )
+    }
+    routed = sum(sizes.get(name, 0) for name in _routed(checkpoint.config))
+    experts = checkpoint.config.experts
+    return sum(sizes.values()) - (0 if experts is None else routed - routed * experts.per_token // experts.count)
+
+
+def _routed(config: ModelConfig) -> Iterator[str]:
+    """Yield the linears of the experts that a router chooses from."""
+    for layer_idx in range(config.num_layers):
+        if (block := expert_block(config, layer_idx)) is not None:
+            yield from (layer_prefix(layer_idx) + linear.name for expert in block.experts for linear in expert)
+
+
+def unread_bytes(checkpoint: Checkpoint, tokens: int) -> float:
+    """Return the bytes of experts that a step of so many tokens is not likely to choose, if it chooses evenly."""
+    experts = checkpoint.config.experts
+    if experts is None:
+        return 0.0
+    stored = sum(checkpoint.tensors[weight_name(name)].nbytes for name in _routed(checkpoint.config))
+    return stored * (1 - experts.per_token / experts.count) ** tokens
 
 
 def cache_bytes(checkpoint: Checkpoint, page_bytes: int, context: float) -> float:

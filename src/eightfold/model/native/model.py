@@ -104,7 +104,7 @@ class NativeModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a step reads, whatever its batch."""
+        """Bytes of weights that a step reads, whatever its batch; of experts, that steps may read."""
         return self._model.weight_bytes
 
     @property

@@ -1,0 +1,406 @@
+#include "experts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace eightfold {
+
+namespace {
+
+constexpr int kTokensOfChunk = 8;  // whose experts are chosen at a time
+constexpr int kTurns = 8;          // chunks of the products for each thread, at least
+
+int in_lanes(int places) { return chunk_count(places, kLanes) * kLanes; }
+
+}  // namespace
+
+// Threads and what they share out.
+
+int Experts::most_bunches(int tokens) const {
+    return std::min(config_.experts.count, tokens * config_.experts.per_token);
+}
+
+int Experts::most_places(int tokens) const {
+    const int pairs = tokens * config_.experts.per_token;
+    // Packed bunches begin and end with a block.
+    const int packed = std::min(config_.experts.count, pairs / (kFewTokens + 1));
+    return in_lanes(pairs + 2 * packed * kLanes);
+}
+
+int Experts::most_blocks(int tokens) const {
+    const int pairs = tokens * config_.experts.per_token;
+    return pairs / kLanes + most_bunches(tokens) + (has_shared() ? chunk_count(tokens, kLanes) : 0);
+}
+
+int Experts::gate_rows(int tokens) const {
+    const int size = config_.experts.size, bunches = most_bunches(tokens);
+    const int pieces = std::clamp(chunk_count(pool_.threads() * kTurns, bunches), 1, chunk_count(size, kManyRows));
+    return in_lanes(chunk_count(size, pieces));
+}
+
+int Experts::down_rows(int tokens) const {
+    const int rows = config_.hidden / (pool_.threads() * kTurns) / kLanes * kLanes;
+    return std::clamp(rows, kLanes, tokens > kFewTokens ? kManyRows : config_.hidden + kLanes);
+}
+
+// Before the first step.
+
+void Experts::take(Layer& layer) {
+    is_used_ = true;
+    for (Expert& expert : layer.experts) take(expert, layer);
+    Group& router = layer.router;
+    router.keeps_rows = true;
+    router.forms.assign(kWide + 1, {});
+    router.forms[kReal].kind = LinearKind::floating;
+    for (const Expert& expert : layer.experts) {
+        const std::vector<Form>& forms = expert.gate_up.forms;
+        for (const Slot slot : {kToken, kWide}) {
+            if (forms[slot].kind != LinearKind::none) router.forms[slot] = forms[slot];
+        }
+        for (const Slot slot : {kStatic, kOtherStatic}) {  // a prompt's tokens
+            if (forms[slot].kind == LinearKind::mix) router.forms[kToken].kind = LinearKind::dynamic;
+        }
+    }
+}
+
+void Experts::take(Expert& expert, Layer& layer) {
+    std::vector<Form>& forms = expert.gate_up.forms;
+    forms.assign(kSlots, {});
+    for (const Linear& linear : expert.gate_up.linears) {
+        Form form{linear.kind, 0, 0};
+        Slot slot = linear.kind == LinearKind::floating ? kReal : linear.kind == LinearKind::w8a16 ? kWide : kToken;
+        if (linear.is_static()) {
+            form = {linear.kind, linear.inv_input_scale, linear.input_offset};
+            slot = forms[kStatic].kind == LinearKind::none || forms[kStatic] == form ? kStatic : kOtherStatic;
+            layer.reads_static = true;
+        }
+        forms[slot] = form;
+        has_[slot] = true;
+    }
+    const Linear& down = expert.down.linears.front();
+    const MiddleSlot slot = down.kind == LinearKind::w8a16 ? kWideMiddle : kMiddle;
+    expert.down.forms.assign(kMiddleSlots, {});
+    expert.down.forms[slot] = {down.kind, 0, 0};
+    if (down.is_static()) expert.down.forms[slot] = {down.kind, down.inv_input_scale, down.input_offset};
+    if (down.kind == LinearKind::floating) has_real_middle_ = true;
+    else has_middle_[slot] = true;
+    for (Group* group : {&expert.gate_up, &expert.down}) {
+        group->activation = config_.switches.activation;
+        group->symmetric_tokens = config_.symmetric_tokens;
+        group->find_forms();
+        for (Linear& linear : group->linears) {
+            std::fill(linear.weight_sum.begin(), linear.weight_sum.end(), kUnknownSum);
+        }
+    }
+}
+
+void Experts::reserve_tokens(int tokens) {
+    if (!is_used_) return;
+    logits_.resize(static_cast<size_t>(tokens) * (config_.experts.count + 1));
+    sums_.resize(static_cast<size_t>(tokens) * config_.hidden);
+    gated_[0].resize(static_cast<size_t>(most_places(tokens)) * config_.experts.size);
+    gated_[1].resize(static_cast<size_t>(tokens) * config_.experts.shared_size);
+    reserve(plan_, tokens);
+    for (Own& own : own_) reserve(own.plan, std::min(tokens, kFewTokens));
+}
+
+void Experts::reserve(Plan& plan, int tokens) const {
+    plan.choices.resize(static_cast<size_t>(tokens) * config_.experts.per_token);
+    plan.shared.resize(tokens);
+    plan.counts.resize(config_.experts.count);
+    for (const bool is_shared : {false, true}) {
+        Room& room = plan.rooms[is_shared];
+        const int places = !is_shared ? most_places(tokens) : has_shared() ? in_lanes(tokens) : 0;
+        room.tokens.resize(places);
+        room.weights.resize(places);
+        room.generated.resize(places);
+        room.inputs.resize(kSlots);
+        for (int slot = 0; slot < kSlots; slot++) {
+            if (!has_[slot]) continue;
+            if (slot == kReal) room.inputs[slot].reserve_real(places, config_.hidden);
+            else room.inputs[slot].reserve(places, config_.hidden, slot == kWide ? 2 : 1);
+        }
+        room.middle.resize(kMiddleSlots);
+        const int size = size_of(is_shared);
+        if (has_real_middle_) room.middle[kMiddle].reserve_real(places, size);
+        for (int slot = 0; slot < kMiddleSlots; slot++) {
+            room.middle[slot].reserve(places, has_middle_[slot] ? size : 0, slot == kWideMiddle ? 2 : 1);
+        }
+    }
+}
+
+// Who goes where.
+
+void Experts::choose(const Place& of, int t, Plan& plan) const {
+    const int count = config_.experts.count, most = config_.experts.per_token;
+    const float* logits = logits_.data() + static_cast<size_t>(t) * of.layer.router.outputs();
+    Choice* chosen = plan.choices.data() + static_cast<size_t>(t) * most;
+    int found = 0;
+    for (int e = 0; e < count; e++) {  // falling by logit; NaN is chosen only where there is not enough else
+        int at = found;
+        while (at > 0 && chosen[at - 1].weight < logits[e]) at--;
+        if (at == most) continue;
+        if (found < most) found++;
+        std::copy_backward(chosen + at, chosen + found - 1, chosen + found);
+        chosen[at] = {e, logits[e]};
+    }
+    const float top = chosen[0].weight;
+    float all = 0;
+    for (int e = 0; e < count; e++) all += std::exp(logits[e] - top);
+    float total = 0;
+    for (int i = 0; i < most; i++) {
+        chosen[i].weight = std::exp(chosen[i].weight - top) / all;
+        total += chosen[i].weight;
+    }
+    for (int i = 0; config_.experts.normalizes && i < most; i++) chosen[i].weight /= total;
+    std::sort(chosen, chosen + most, [](const Choice& a, const Choice& b) { return a.expert < b.expert; });
+    if (has_shared()) plan.shared[t] = 1.0f / (1.0f + std::exp(-logits[count]));
+}
+
+void Experts::make_bunches(const Place& of, Plan& plan) const {
+    const Batch& batch = of.run.batch;
+    const int tokens = batch.tokens, most = config_.experts.per_token;
+    const bool alone = is_alone(of);
+    std::fill(plan.counts.begin(), plan.counts.end(), 0);
+    for (int i = 0; i < tokens * most; i++) plan.counts[plan.choices[i].expert]++;
+    plan.bunches.clear();
+    int place = 0;
+    for (int e = 0; e < config_.experts.count; e++) {
+        const int count = plan.counts[e];
+        if (count == 0) continue;
+        const bool packed = layout_of(count) == Layout::packed;
+        if (packed) place = in_lanes(place);
+        plan.bunches.push_back({e, place, count, place, false});
+        plan.counts[e] = place;  // from here on: where the next of its tokens goes
+        place += packed ? in_lanes(count) : count;
+    }
+    Room& room = plan.rooms[0];
+    for (int t = 0; t < tokens; t++)
+        for (int i = t * most; i < (t + 1) * most; i++) {
+            const Choice choice = plan.choices[i];
+            const int at = plan.counts[choice.expert]++;
+            room.tokens[at] = t;
+            room.weights[at] = choice.weight;
+            room.generated[at] = batch.generated[t];
+        }
+    // Few enough that those of a bunch lie one below the other.
+    if (alone)
+        for (Bunch& bunch : plan.bunches) bunch.input = room.tokens[bunch.begin];
+    plan.order.resize(plan.bunches.size());
+    std::iota(plan.order.begin(), plan.order.end(), 0);
+    if (tokens > kFewTokens) {
+        std::stable_sort(plan.order.begin(), plan.order.end(),
+                         [&](int a, int b) { return plan.bunches[a].count > plan.bunches[b].count; });
+    }
+    if (has_shared()) {
+        plan.bunches.push_back({config_.experts.count, 0, tokens, 0, true});
+        Room& all = plan.rooms[1];
+        std::iota(all.tokens.begin(), all.tokens.begin() + tokens, 0);
+        std::copy_n(plan.shared.begin(), tokens, all.weights.begin());
+        std::copy_n(batch.generated, tokens, all.generated.begin());
+    }
+    make_blocks(plan);
+}
+
+void Experts::make_blocks(Plan& plan) const {
+    plan.blocks.clear();
+    for (size_t i = 0; i < plan.bunches.size(); i++) {
+        const Bunch& bunch = plan.bunches[i];
+        for (int begin = 0; begin < bunch.count; begin += kLanes) {
+            plan.blocks.push_back({static_cast<int>(i), begin, std::min(kLanes, bunch.count - begin)});
+        }
+    }
+}
+
+// Inside a phase.
+Experts::Plan& Experts::plan_of(const Place& of, int thread) {
+    if (!is_alone(of)) return plan_;
+    Own& own = own_[thread];
+    if (own.run == of.run.id && own.layer == &of.layer) return own.plan;
+    own.run = of.run.id;
+    own.layer = &of.layer;
+    for (int t = 0; t < of.run.batch.tokens; t++) choose(of, t, own.plan);
+    make_bunches(of, own.plan);
+    return own.plan;
+}
+
+bool Experts::route(Pool::Walk& walk, const Place& of) {
+    const int tokens = of.run.batch.tokens;
+    const Output logits{.y = logits_.data(), .ld = static_cast<size_t>(of.layer.router.outputs()), .adds = false};
+    if (!products_.multiply(walk, of.run, input_of(of), logits, [] {})) return false;
+    if (is_alone(of)) return true;
+    const auto choose_some = [&](int i) {
+        for (int t = i * kTokensOfChunk; t < std::min(tokens, (i + 1) * kTokensOfChunk); t++) choose(of, t, plan_);
+    };
+    return walk.phase(chunk_count(tokens, kTokensOfChunk), choose_some) &&
+           walk.phase(1, [&](int) { make_bunches(of, plan_); }) && walk.phase(most_blocks(tokens), [&](int i) {
+               if (i < static_cast<int>(plan_.blocks.size())) gather(of, plan_.blocks[i], walk.thread());
+           });
+}
+
+// What an expert reads.
+
+void Experts::gather(const Place& of, const Block& block, int thread) {
+    const Bunch& bunch = plan_.bunches[block.bunch];
+    const Group& group = of.layer.experts[bunch.expert].gate_up;
+    const std::vector<Prepared>& from = products_.prepared(of.run, input_of(of), thread);
+    const Layout layout = layout_of(bunch.count);
+    Room& room = plan_.rooms[bunch.is_shared];
+    Scratch& scratch = products_.scratch(thread);
+    const int first = bunch.begin + block.begin;
+    for (int at = first; at < first + block.count; at++) {
+        gather_row(group, from, room.tokens[at], room, at, layout, scratch);
+    }
+    if (layout == Layout::packed) group.pack(kernels_, first / kLanes, room.inputs, scratch);
+}
+
+void Experts::gather_row(const Group& group, const std::vector<Prepared>& from, int t, Room& room, int at,
+                         Layout layout, Scratch& scratch) const {
+    const int width = config_.hidden;
+    const size_t ld = row_bytes(width);
+    const bool packed = layout == Layout::packed;
+    if (packed) scratch.rows.resize(std::max(scratch.rows.size(), kSlots * 2 * kLanes * ld));
+    const float* real = from[kReal].real.data() + static_cast<size_t>(t) * width;
+    for (int slot = 0; slot < kSlots; slot++) {
+        const Form& form = group.forms[slot];
+        if (form.kind == LinearKind::none) continue;
+        Prepared& to = room.inputs[slot];
+        if (slot == kReal) {
+            std::copy_n(real, width, to.real.data() + static_cast<size_t>(at) * width);
+            continue;
+        }
+        const int many = planes(form.kind);
+        uint8_t* out = packed ? scratch.rows.data() + (2 * slot * kLanes + at % kLanes) * ld
+                              : to.bytes.data() + static_cast<size_t>(at) * many * ld;
+        if (form.kind == LinearKind::w8a8 || (form.kind == LinearKind::mix && room.generated[at] != 0)) {
+            kernels_.quantize_static(real, width, form.inv_scale, form.offset, out);
+            continue;
+        }
+        const Prepared& source = from[form.kind == LinearKind::mix ? static_cast<int>(kToken) : slot];
+        to.params[at] = source.params[t];
+        for (int plane = 0; plane < many; plane++) {
+            std::memcpy(out + plane * (packed ? kLanes : 1) * ld,
+                        source.bytes.data() + (static_cast<size_t>(t) * many + plane) * ld, ld);
+        }
+    }
+}
+
+// Products.
+
+bool Experts::gate(Pool::Walk& walk, const Place& of) {
+    const int tokens = of.run.batch.tokens;
+    if (!walk.phase(gate_chunks(tokens), [&](int i) { gate_chunk(of, i, walk.thread()); })) return false;
+    if (is_alone(of)) return true;
+    return walk.phase(most_blocks(tokens), [&](int i) {
+        if (i < static_cast<int>(plan_.blocks.size())) quantize(of, plan_, plan_.blocks[i], walk.thread());
+    });
+}
+
+// The shared expert's, which has all tokens, before the others'.
+void Experts::gate_chunk(const Place& of, int chunk, int thread) {
+    const Plan& plan = plan_of(of, thread);
+    const int tokens = of.run.batch.tokens, rows = gate_rows(tokens);
+    const int first = gate_units(true, tokens), units = gate_units(false, tokens);
+    const bool is_shared = chunk < first;
+    const size_t index = (chunk - first) / units;
+    if (!is_shared && index >= plan.order.size()) return;
+    const Bunch& bunch = is_shared ? plan.bunches.back() : plan.bunches[plan.order[index]];
+    const int n = (is_shared ? chunk : (chunk - first) % units) * rows;
+    gate_bunch(of, plan, bunch, n, std::min(rows, size_of(is_shared) - n), thread);
+}
+
+void Experts::gate_bunch(const Place& of, const Plan& plan, const Bunch& bunch, int n, int count, int thread) {
+    Group& group = of.layer.experts[bunch.expert].gate_up;
+    for (Linear& linear : group.linears) linear.prepare_new(kernels_, n, count);
+    const Room& room = plan.rooms[bunch.is_shared];
+    const std::vector<Prepared>& inputs = is_alone(of) ? products_.prepared(of.run, input_of(of), thread) : room.inputs;
+    const Layout layout = layout_of(bunch.count);
+    const size_t ld = size_of(bunch.is_shared);
+    Scratch& scratch = products_.scratch(thread);
+    float *gate = scratch.first.data(), *up = scratch.second.data();
+    for (int t = 0; t < bunch.count; t += kTokenBlock) {
+        const int end = std::min(bunch.count, t + kTokenBlock);
+        const Source from{inputs, layout, room.generated.data() + bunch.begin + t};
+        by_rows({0, n, count}, bunch.count, [&](int begin, int rows) {
+            Piece piece{0, begin, rows, bunch.input + t, bunch.input + end};
+            float* out = gated_[bunch.is_shared].data() + (bunch.begin + t) * ld + begin;
+            if (layout == Layout::packed && group.gates(nullptr)) {
+                return group.gate(kernels_, piece, inputs, {.y = out, .ld = ld, .adds = false});
+            }
+            const size_t width = rows;
+            for (piece.linear = 0; piece.linear < 2; piece.linear++) {
+                group.multiply(kernels_, piece, from, {piece.linear == 0 ? gate : up, width, false}, scratch);
+            }
+            for (int i = 0; i < end - t; i++) {
+                kernels_.gate_mul(group.activation, gate + i * width, up + i * width, rows, out + i * ld);
+            }
+        });
+    }
+}
+
+// What an expert has gated, for its last product.
+void Experts::quantize(const Place& of, Plan& plan, const Block& block, int thread) {
+    const Bunch& bunch = plan.bunches[block.bunch];
+    const Group& group = of.layer.experts[bunch.expert].down;
+    const Layout layout = layout_of(bunch.count);
+    Room& room = plan.rooms[bunch.is_shared];
+    Scratch& scratch = products_.scratch(thread);
+    const size_t ld = size_of(bunch.is_shared);
+    const int first = bunch.begin + block.begin;
+    for (int at = first; at < first + block.count; at++) {
+        const Token token{gated_[bunch.is_shared].data() + at * ld, at,
+                          room.generated[at] != 0 ? Origin::generated : Origin::prompt};
+        group.prepare(kernels_, token, layout, room.middle, scratch);
+    }
+    if (layout == Layout::packed) group.pack(kernels_, first / kLanes, room.middle, scratch);
+}
+
+// Inside the last phase.
+const Experts::Plan& Experts::quantized_plan_of(const Place& of, int thread) {
+    Plan& plan = plan_of(of, thread);
+    Own& own = own_[thread];
+    if (!is_alone(of) || (own.middle_run == of.run.id && own.middle_layer == &of.layer)) return plan;
+    own.middle_run = of.run.id;
+    own.middle_layer = &of.layer;
+    for (const Block& block : plan.blocks) quantize(of, plan, block, thread);
+    return plan;
+}
+
+void Experts::down_chunk(const Place& of, int chunk, int thread) {
+    const Plan& plan = quantized_plan_of(of, thread);
+    const int tokens = of.run.batch.tokens, rows = down_rows(tokens), n = chunk * rows;
+    const int count = std::min(rows, config_.hidden - n);
+    const size_t ld = config_.hidden;
+    float* sums = sums_.data() + n;
+    for (int t = 0; t < tokens; t++) std::fill_n(sums + t * ld, count, 0.0f);
+    for (const Bunch& bunch : plan.bunches) add_bunch(of, plan, bunch, n, count, thread);
+    const float multiplier = config_.switches.residual_multiplier;
+    for (int t = 0; t < tokens; t++) {
+        if (multiplier == 1) kernels_.add(of.x + t * ld + n, sums + t * ld, count);
+        else kernels_.add_times(of.x + t * ld + n, sums + t * ld, multiplier, count);
+    }
+}
+
+void Experts::add_bunch(const Place& of, const Plan& plan, const Bunch& bunch, int n, int count, int thread) {
+    Group& group = of.layer.experts[bunch.expert].down;
+    group.linears.front().prepare_new(kernels_, n, count);
+    const Room& room = plan.rooms[bunch.is_shared];
+    Scratch& scratch = products_.scratch(thread);
+    float* y = scratch.second.data();
+    for (int t = 0; t < bunch.count; t += kTokenBlock) {
+        const int begin = bunch.begin + t, end = std::min(bunch.begin + bunch.count, begin + kTokenBlock);
+        const Source from{room.middle, layout_of(bunch.count), room.generated.data() + begin};
+        by_rows({0, n, count}, bunch.count, [&](int first, int rows) {
+            const size_t width = rows;
+            group.multiply(kernels_, {0, first, rows, begin, end}, from, {y, width, false}, scratch);
+            for (int i = 0; i < end - begin; i++) {
+                float* sum = sums_.data() + static_cast<size_t>(room.tokens[begin + i]) * config_.hidden + first;
+                kernels_.add_times(sum, y + i * width, room.weights[begin + i], rows);
+            }
+        });
+    }
+}
+
+}  // namespace eightfold
