@@ -48,6 +48,12 @@ CONFIG: dict[str, Any] = {
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 64},
 }  # fmt: skip
+EXPERTS_CONFIG: dict[str, Any] = {
+    **CONFIG, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "rope_scaling": None,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    "norm_topk_prob": True, "decoder_sparse_step": 2, "mlp_only_layers": [0], "qkv_bias": True,
+    "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1,
+}  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -544,7 +550,7 @@ def markdown(_: Path) -> Read:
 TARGETS: dict[str, Target] = {
     "safetensors": Target(lambda _: [header(TENSORS), header({})], of_file("a.safetensors", safetensors), 14),
     "safetensors-header": Target(lambda _: dumped(TENSORS), of_file("b.safetensors", safetensors_header), 14),
-    "config": Target(lambda _: dumped(CONFIG), of_file("config.json", config), 14),
+    "config": Target(lambda _: dumped(CONFIG, EXPERTS_CONFIG), of_file("config.json", config), 14),
     "family": Target(lambda _: dumped(*FAMILY_CONFIGS), of_file("config.json", family), 6),
     "description": Target(lambda _: dumped(DESCRIPTION), of_file("quant_model_description.json", description), 14),
     "journal": Target(lambda _: [journal_seed()], of_file("eightfold_journal.jsonl", journal), 12),

@@ -98,7 +98,7 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(cli, float_model
 
 
 def test_the_name_of_a_family_with_experts_over_weights_without_any(cli, float_model, configure):
-    configure(architectures=["MixtralForCausalLM"])
+    configure(architectures=["MixtralForCausalLM"], model_type="mixtral")
     assert quantize_refused(cli, float_model) == (
         f"experts in {float_model}: got none, expected block_sparse_moe.experts in some layers of mixtral. "
         "config.json and the weights belong to different models."

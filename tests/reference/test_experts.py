@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eightfold.errors import CheckpointError
 from eightfold.evaluate import evaluate_reference
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.decoder import Batch, GatedMLP, LinearGroup
@@ -197,6 +199,26 @@ def test_what_is_quantized_by_names_is_close_to_the_float_model(tmp_path, archit
         assert isinstance(expert.down, LinearGroup)
         assert isinstance(expert.down.linears[0], kind)
     assert isinstance(found.router.linear, FloatLinear)
+
+
+@pytest.mark.parametrize("architecture", SPARSE)
+def test_entries_without_a_tensor_are_no_damage(tmp_path, architecture):
+    """Loaders look for them; earlier outputs have no head beside a tied embedding, either."""
+    source = write(tmp_path / "float", architecture, tie_word_embeddings=True)
+    out = quantized(source, tmp_path / "out", QuantType.W8A8_DYNAMIC)
+    before = our_logits(out, text(9))
+    (weights,) = out.glob("*.safetensors")
+    stored = load_file(weights)
+    del stored["lm_head.weight"]
+    save_file(stored, weights)
+    path = out / "quant_model_description.json"
+    at = "block_sparse_moe" if architecture == MIXTRAL else "mlp"
+    tags = {**json.loads(path.read_text()), f"model.layers.0.{at}.experts.weight": "W8A8_DYNAMIC"}
+    path.write_text(json.dumps(tags))
+    assert torch.equal(our_logits(out, text(9)), before)
+    path.write_text(json.dumps({**tags, f"model.layers.0.{at}.experts.9.weight": "W8A8_DYNAMIC"}))
+    with pytest.raises(CheckpointError, match=r"names in .*: got 1 missing \(model.layers.0.*experts.9.weight\)"):
+        Checkpoint.open(out)
 
 
 def test_the_commands(cli, tmp_path):

@@ -254,7 +254,7 @@ class Checkpoint(StoredTensors):
             )
         # First, because a weight without an entry would look like a float one of the wrong dtype.
         if self.description is not None:
-            check_entries(self.description, [*self.tensors, *self._entries_of_experts()])
+            check_entries(self.description, [*self.tensors, *self._bare_entries()])
         for name, spec in expected.items():
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
@@ -269,13 +269,12 @@ class Checkpoint(StoredTensors):
             known = f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}"
             raise explain_names(self.directory, unknown) or unknown_tensors(self.directory, unknown, known)
 
-    def _entries_of_experts(self) -> Iterator[str]:
-        """Yield the entries that name no tensor: vllm-ascend looks for them in some families."""
-        for layer_idx in range(self.config.num_layers):
-            if (block := expert_block(self.config, layer_idx)) is not None:
-                entry = weight_name(layer_prefix(layer_idx) + block.module)
-                if self.description is not None and entry in self.description.tags:
-                    yield entry
+    def _bare_entries(self) -> set[str]:
+        """Return the entries that may name no tensor: vllm-ascend looks for them in some families, and for a head."""
+        blocks = {i: block for i in range(self.config.num_layers) if (block := expert_block(self.config, i))}
+        entries = {weight_name(layer_prefix(layer_idx) + block.module) for layer_idx, block in blocks.items()}
+        entries |= {weight_name(LM_HEAD)} if self.config.tie_word_embeddings else set()
+        return entries & set(self.description.tags if self.description else ())
 
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
