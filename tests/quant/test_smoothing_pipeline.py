@@ -140,8 +140,10 @@ def test_extremes_are_those_of_the_smoothed_float_model(models, quantized, famil
         scaled = x * gains[1] / gains[0]
         scale, offset = asymmetric(scaled.min()[None], scaled.max()[None])
         found = [load_tensor(out, f"{layer}.{linear}.input_{part}").float() for part in ("scale", "offset")]
-        torch.testing.assert_close(found[0], scale, rtol=0.01, atol=0)  # it is stored in bfloat16
-        assert abs(float(found[1] - offset)) <= 1
+        # It is stored in bfloat16; and smooth looks at inputs that int8 linears have made.
+        near, steps = (0.05, 6) if method is AntiOutlier.SMOOTH else (0.01, 1)
+        torch.testing.assert_close(found[0], scale, rtol=near, atol=0)
+        assert abs(float(found[1] - offset)) <= steps
     assert error(logits(out), logits(source)) < 0.2
 
 

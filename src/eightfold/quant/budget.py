@@ -91,6 +91,7 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, anti_sa
     passed = sum(map(len, recipe.float_samples(samples, anti_samples)))
     passed += sum(anti_lengths) if recipe.observes_float else 0
     proved = (anti_lengths or lengths)[0] if recipe.anti_outlier is not None else 0
+    proved *= 2 if recipe.anti_outlier is AntiOutlier.SMOOTH else 1
     streams = passed + (sum(lengths) if recipe.calibrates else 0)
     base = base_bytes()
     layer = max(_layer_bytes(checkpoint, recipe, each) for each in (lengths, anti_lengths))
@@ -111,6 +112,7 @@ def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int])
     stored = total * checkpoint.dtype.itemsize
     passing = _sample_bytes(checkpoint, recipe, lengths) if lengths else 0
     float_pass = 4 * largest + max(passing, _scale_bytes(recipe, max(map(sum, groups))))
+    float_pass += total if recipe.anti_outlier is AntiOutlier.SMOOTH else 0  # computed in int8
     # Smoothed linears that stay float are held in float32 while samples pass.
     kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
     return stored + max(float_pass, total + kept + 4 * largest + passing)

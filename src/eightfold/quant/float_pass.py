@@ -3,6 +3,10 @@
 All calibration samples run through the float model, one layer at a time. Smoothing does not change what a layer
 computes, so the inputs of the smoothed model are these inputs divided by the scales found here.
 
+For `smooth`, "float" means less: linears compute with int8 weights and inputs quantized by token (W8A8_DYNAMIC), which
+takes a third of the time. What is seen is as good: SmolLM2 w8a8 has KL 0.0061 to float so, and 0.0065 with float
+linears.
+
 Letters: T tokens of all samples, E hidden size, K inputs, C = G * D key/value channels.
 """
 
@@ -22,16 +26,17 @@ from eightfold.config import ModelConfig
 from eightfold.families import SMOOTH_PAIRS, InputGroup, LinearShape, input_groups, layer_prefix, sliding_window
 from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
-from eightfold.model.reference.linear import FloatLinear, Linear
+from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear
 from eightfold.model.reference.load import Decoder
-from eightfold.model.reference.tensors import load_float32
+from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.hidden import HiddenStates
+from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.quant.smooth import EXPONENTS, HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher, loud_tokens
-from eightfold.scheme import QuantType, bias_name, weight_name
+from eightfold.scheme import NEEDS_CALIBRATION, QuantType, bias_name, weight_name
 
 _PRODUCTS = "down"  # title of the group that reads them
 
@@ -117,13 +122,16 @@ class FloatPass:
         self._decoder, self._recipe, self.hidden, self.anti = decoder, recipe, hidden, anti or hidden
         self._types = types
         self._config = decoder.checkpoint.config
-        self._smoothed = smoothed_groups(recipe.anti_outlier)
 
     @torch.inference_mode()
     def layer(self, layer_idx: int) -> LayerStatistics:
         """Move all samples through one layer and return what was seen, the same in all ranks."""
         recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.context
         self._groups = input_groups(self._config, layer_idx)
+        self._kinds = {group.title: self._kind(prefix, group) for group in self._groups}
+        self._smoothed = smoothed_groups(recipe.anti_outlier) & self._kinds.keys()
+        if recipe.anti_outlier is AntiOutlier.SMOOTH:
+            self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
         kv = KVObserver(recipe.kv_observe, self._decoder.turns().inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers = self._pass(self.hidden, layer_idx, kv, stretch)
@@ -147,9 +155,11 @@ class FloatPass:
         """Move the samples of one stream through a layer; return what was seen of inputs, which rank 0 knows."""
         assert stream.layer_idx == layer_idx
         prefix = layer_prefix(layer_idx)
-        titles = self._smoothed if stream is self.anti else set()
-        if stream is self.hidden and (self._recipe.needs_range_params or self._recipe.takes_extremes):
-            titles = {group.title for group in self._groups}
+        titles = set(self._smoothed) if stream is self.anti else set()
+        if stream is self.hidden and self._recipe.needs_range_params:
+            titles.update(self._kinds)
+        if stream is self.hidden and self._recipe.takes_extremes:
+            titles.update(title for title, kind in self._kinds.items() if kind in NEEDS_CALIBRATION)
         watchers = {
             group.title: self._watcher(stream, prefix, group.title) for group in self._groups if group.title in titles
         }
@@ -181,12 +191,22 @@ class FloatPass:
         )
 
     def _linear(self, prefix: str, shape: LinearShape) -> Linear:
-        """Return a float linear, widened once for all batches where a layer is small."""
+        """Return a float linear, widened once for all batches where a layer is small; for `smooth` one in int8."""
+        if self._recipe.anti_outlier is AntiOutlier.SMOOTH:
+            return self._by_token(prefix + shape.name, shape)
         linear = self._decoder.linear(prefix, shape)
         elements = sum(each.n * each.k for group in self._groups for each in group.linears)
         if isinstance(linear, FloatLinear) and 4 * elements <= _WIDENED_BYTES:
             return FloatLinear(linear.weight.to(torch.float32), linear.bias)
         return linear
+
+    def _by_token(self, module: str, shape: LinearShape) -> Linear:
+        checkpoint, name = self._decoder.checkpoint, weight_name(module)
+        weight = quantize_rows(
+            shape.n, shape.k, lambda begin, end: load_rows_float32(checkpoint, name, begin, end), is_symmetric=True
+        )
+        bias = load_float32(checkpoint, bias_name(module)) if shape.has_bias else None
+        return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
 
     def _merge(self, watchers: Mapping[str, InputWatcher], kv: KVObserver | None) -> None:
         """Let rank 0 take in what the other ranks have seen; its own sample is the one that `stretch` looks at."""
@@ -224,15 +244,12 @@ class FloatPass:
         groups = [group for group in self._groups if group.title in self._smoothed]
         sources = {pair.source: pair.group for pair in SMOOTH_PAIRS if is_ours and not pair.source_is_norm}
         for group in sorted(groups, key=lambda group: group.title not in sources.values()):
-            kind = self._kind(prefix, group)
-            if is_ours and kind not in EXPONENTS:
-                continue  # nothing to gain
             rows = {
                 linear.name: self._source_scale(sources[linear.name], found[sources[linear.name]])
                 for linear in group.linears
                 if sources.get(linear.name) in found
             }
-            found[group.title] = self._scale(prefix, group, smoothing[group.title], kind, rows)
+            found[group.title] = self._scale(prefix, group, smoothing[group.title], rows)
         return found
 
     def _kind(self, prefix: str, group: InputGroup) -> QuantType:
@@ -244,9 +261,7 @@ class FloatPass:
         sharing = head_sharing(self._config, title)
         return scale.scale if sharing is None else source_scale(scale.scale, sharing)
 
-    def _scale(
-        self, prefix: str, group: InputGroup, watcher: InputWatcher, kind: QuantType, rows: Mapping[str, Tensor]
-    ) -> SmoothScale:
+    def _scale(self, prefix: str, group: InputGroup, watcher: InputWatcher, rows: Mapping[str, Tensor]) -> SmoothScale:
         """Return a group's scale; `rows` of its linears, (N,) by name, are divided before."""
         assert self._recipe.anti_outlier is not None
         checkpoint, linears = self._decoder.checkpoint, group.linears
@@ -264,7 +279,7 @@ class FloatPass:
             head_sharing(self._config, group.title),
             biases=biases,
             weight_symmetric=self._recipe.weight_symmetric or self._recipe.scheme is not QuantType.W8A16,
-            kind=kind,
+            kind=self._kinds[group.title],
             is_product=group.title == _PRODUCTS,
         )
 

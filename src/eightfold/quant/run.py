@@ -5,11 +5,12 @@
     layer 0 .. layer L-1        what enters layer i -> float pass -> smooth, quantize -> calibrate -> write -> i + 1
     head
 
-The state that enters a layer is up to four streams of hidden states (hidden.py), and nothing else:
+The state that enters a layer is up to five streams of hidden states (hidden.py), and nothing else:
 
     float       all samples through the float model, for its statistics
     anti        samples for outlier suppression, where they are others, through the float model
     quantized   all samples through the layers as they are going to be computed, for calibration
+    plain       the first sample through the float model, where no other stream is quite that
     smoothed    the first sample through the smoothed float model, for the proof that smoothing changes nothing
 
 Of several processes all walk through the layers, each with its own samples; rank 0 writes the output, and a step into
@@ -47,7 +48,7 @@ from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputPlan, attention_back, fa_layers, roll_back
-from eightfold.quant.recipe import ActMethod, Recipe, Samples
+from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe, Samples
 from eightfold.quant.statistics import unshared
 from eightfold.quant.writing import TensorWriter
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
@@ -104,6 +105,7 @@ class Run:
             self.float_pass = FloatPass(self.decoder, self.recipe, outcome.types, stream, self._ranks, anti)
         first = (job.anti_samples or job.samples)[:1]
         self.smoothed = self._stream("smoothed", first) if self.recipe.anti_outlier is not None else None
+        self.plain = self._stream("plain", first) if self.recipe.anti_outlier is AntiOutlier.SMOOTH else None
         self.calibrated = self._stream("quantized", job.samples) if self.recipe.calibrates else None
 
     def _stream(self, name: str, samples: Sequence[Sequence[int]]) -> HiddenStates:
@@ -249,6 +251,9 @@ class Run:
             release_widened()  # smoothed weights are float32 and have memory of their own
             self.smoothed.advance(layer.smoothed.block())
             moved.append(self.smoothed)
+        if self.plain is not None:
+            self.plain.advance(self.decoder.block(layer_idx))
+            moved.append(self.plain)
         tensors = None
         if writer is not None:
             writer.write_below(layer_prefix(layer_idx), layer.tensors())
@@ -329,7 +334,8 @@ class Run:
     def _prove(self) -> tuple[float, float] | None:
         if self.smoothed is None or self.float_pass is None:
             return None
-        return compare_logits(self.decoder, self.float_pass.anti.first_sample(), self.smoothed.first_sample())
+        plain = self.plain or self.float_pass.anti
+        return compare_logits(self.decoder, plain.first_sample(), self.smoothed.first_sample())
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
