@@ -23,6 +23,7 @@ from eightfold.layouts import ROWS, Layout
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 LM_HEAD = "lm_head"
+DOWN = "down"  # title of the group that reads products of gate and up
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def dense_groups(config: ModelConfig) -> tuple[InputGroup, ...]:
                 LinearShape("mlp.up_proj", wide, hidden, mlp_bias),
             ),
         ),
-        InputGroup("down", (LinearShape("mlp.down_proj", hidden, wide, mlp_bias),)),
+        InputGroup(DOWN, (LinearShape("mlp.down_proj", hidden, wide, mlp_bias),)),
     )
 
 
@@ -167,7 +168,7 @@ SMOOTH_PAIRS = (
     SmoothPair("input_layernorm", "qkv", source_is_norm=True),
     SmoothPair("self_attn.v_proj", "o", source_is_norm=False),
     SmoothPair("post_attention_layernorm", "gate_up", source_is_norm=True),
-    SmoothPair("mlp.up_proj", "down", source_is_norm=False),
+    SmoothPair("mlp.up_proj", DOWN, source_is_norm=False),
 )
 
 ATTENTION = "self_attn"

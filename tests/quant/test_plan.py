@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from eightfold.config import parse_config
+from eightfold.errors import ConfigError
 from eightfold.families import LM_HEAD, all_linears
-from eightfold.quant.plan import attention_back, roll_back
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.plan import assign_types, attention_back, roll_back
+from eightfold.quant.recipe import Recipe, Target
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config
 
@@ -64,3 +67,38 @@ def test_attention_back_takes_the_smallest_scores():
     assert attention_back(scores, 1) == [4]
     assert attention_back(scores, 3) == [1, 3, 4]
     assert attention_back(scores, 9) == [0, 1, 3, 4, 7]
+
+
+@pytest.mark.parametrize("scheme", [QuantType.W8A8, QuantType.W8A8_MIX, QuantType.W8A8_DYNAMIC, QuantType.W8A16])
+@pytest.mark.parametrize(
+    ("target", "beside_static"),
+    [(None, None), ("mindie", QuantType.FLOAT), ("vllm-ascend", QuantType.W8A16), ("cpu", QuantType.W8A16)],
+)
+def test_a_target_says_how_down_proj_is_stored_beside_static_linears(scheme, target, beside_static):
+    types = assign_types(CONFIG, Recipe(scheme, target=None if target is None else Target(target)))
+    is_static = scheme in (QuantType.W8A8, QuantType.W8A8_MIX)
+    wanted = {name: scheme for name in NAMES if name != LM_HEAD} | {LM_HEAD: QuantType.FLOAT}
+    if is_static and beside_static is not None:
+        wanted |= {name: beside_static for name in NAMES if name.endswith("down_proj")}
+    assert types == wanted
+
+
+def test_patterns_go_before_a_target():
+    recipe = Recipe(QuantType.W8A8, target=Target.CPU, modules=((DOWN, QuantType.W8A8),))
+    types = assign_types(CONFIG, recipe)
+    assert types[DOWN] is QuantType.W8A8
+    assert types[DOWN.replace("0", "1")] is QuantType.W8A16
+
+
+@pytest.mark.parametrize(
+    ("target", "choices", "expected"),
+    [
+        ("vllm-ascend", {"fa_quant": True}, "fa_quant: got it with target vllm-ascend, "),
+        ("vllm-ascend", {"weight_symmetric": False}, "weight_symmetric: got False with target vllm-ascend, "),
+        ("mindie", {"modules": (("*.o_proj", QuantType.W8A8),)}, "modules: got W8A16 and W8A8 with target mindie, "),
+    ],
+)
+def test_what_a_target_does_not_read_is_refused(target, choices, expected):
+    with pytest.raises(ConfigError) as caught:
+        Recipe(QuantType.W8A16, target=Target(target), **choices)
+    assert str(caught.value).startswith(expected)

@@ -15,6 +15,7 @@ from eightfold.quant.recipe import (
     AntiOutlier,
     KVObserve,
     Recipe,
+    Target,
     make_recipe,
     parse_level,
     read_recipe,
@@ -41,6 +42,7 @@ RECIPES = [
     ),
     Recipe(QuantType.W8A8_DYNAMIC, kv_int8=True, kv_symmetric=False, kv_observe=KVObserve.PRE_ROPE),
     Recipe(QuantType.W8A8, act_method=ActMethod.AUTO, anti_outlier=AntiOutlier.M6),
+    Recipe(QuantType.W8A8_MIX, act_method=ActMethod.EXTREMES, anti_outlier=AntiOutlier.SMOOTH, target=Target.CPU),
 ]
 
 

@@ -49,9 +49,9 @@ class QuantizeCommand:
     """
 
     source: Path = argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
-    target: Path = argument("OUT", "The directory to make. It appears when it is complete.")
+    out: Path = argument("OUT", "The directory to make. It appears when it is complete.")
     choices: dict[str, Any] = settings(
-        Recipe, "scheme", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
+        Recipe, "scheme", "target", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
         "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "dtype",
         "save_float32",
     )  # fmt: skip
@@ -205,7 +205,7 @@ class QuantizeCommand:
 
         return quantize_checkpoint(
             self.source,
-            self.target,
+            self.out,
             self.recipe,
             *samples,
             overwrite=self.overwrite,
@@ -242,7 +242,7 @@ class QuantizeCommand:
         from eightfold.quant.name_plan import plan_by_name
 
         found = plan_by_name(self.source, self.recipe, is_generic=self.generic)
-        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        check_target(self.out, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
         return found
 
     def _quantize_by_name(self, ranks: Ranks) -> Outcome:
@@ -260,7 +260,7 @@ class QuantizeCommand:
 
         return quantize_by_name(
             plan,
-            self.target,
+            self.out,
             overwrite=self.overwrite,
             part_bytes=self.part_bytes,
             memory=self.memory,
@@ -278,7 +278,7 @@ class QuantizeCommand:
         from eightfold.quant.estimate import estimate_run
 
         found = estimate_run(
-            checkpoint, self.recipe, *samples, target=self.target, memory=self.memory, progress=console.bars
+            checkpoint, self.recipe, *samples, target=self.out, memory=self.memory, progress=console.bars
         )
         self._print_plan(found)
 
@@ -288,7 +288,7 @@ class QuantizeCommand:
         self._tell_notes([*plan.stored.notes, *plan.notes])
         from eightfold.quant.name_estimate import estimate_by_name
 
-        self._print_plan(estimate_by_name(plan, target=self.target, memory=self.memory))
+        self._print_plan(estimate_by_name(plan, target=self.out, memory=self.memory))
 
     def _print_plan(self, found: Estimate) -> None:
         if self.as_json:
@@ -304,7 +304,7 @@ class QuantizeCommand:
 
         checkpoint = console.opened(self.source)
         require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
-        check_target(self.target, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
+        check_target(self.out, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
         return checkpoint
 
     def _tell_what_is_known(self) -> None:
@@ -358,11 +358,11 @@ class QuantizeCommand:
         if self.as_json:
             console.print_json(_document(outcome, seconds, peaks))
         elif outcome.already_complete:
-            print(f"{self.target}: already complete")
+            print(f"{self.out}: already complete")
         else:
             _report(outcome)
             self._tell_notes(outcome.notes)
-            print(f"{self.target}: {_summary(outcome)}, {seconds:.1f} s")
+            print(f"{self.out}: {_summary(outcome)}, {seconds:.1f} s")
 
 
 @contextmanager

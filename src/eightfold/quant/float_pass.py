@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.families import SMOOTH_PAIRS, InputGroup, LinearShape, input_groups, layer_prefix, sliding_window
+from eightfold.families import DOWN, SMOOTH_PAIRS, InputGroup, LinearShape, input_groups, layer_prefix, sliding_window
 from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear
@@ -37,8 +37,6 @@ from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.quant.smooth import EXPONENTS, HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher, loud_tokens
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, bias_name, weight_name
-
-_PRODUCTS = "down"  # title of the group that reads them
 
 # So much of a layer may be in float32 while samples pass: little, beside all else.
 _WIDENED_BYTES = 64 << 20
@@ -186,7 +184,7 @@ class FloatPass:
             keep_tokens=method is AntiOutlier.M6,
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
-            num_loud=loud_tokens(stream.lengths) if method is AntiOutlier.SMOOTH and title == _PRODUCTS else 0,
+            num_loud=loud_tokens(stream.lengths) if method is AntiOutlier.SMOOTH and title == DOWN else 0,
             place=stream.place if self._ranks.size > 1 else None,
         )
 
@@ -280,7 +278,7 @@ class FloatPass:
             biases=biases,
             weight_symmetric=self._recipe.weight_symmetric or self._recipe.scheme is not QuantType.W8A16,
             kind=self._kinds[group.title],
-            is_product=group.title == _PRODUCTS,
+            is_product=group.title == DOWN,
         )
 
     def _kv(self, observer: KVObserver | None, scales: Mapping[str, SmoothScale]) -> KVParams | None:

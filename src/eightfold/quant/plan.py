@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from eightfold.config import DType, ModelConfig
 from eightfold.families import (
     ATTENTION,
+    DOWN,
     EMBEDDING,
     FINAL_NORM,
     KEY,
@@ -55,6 +56,8 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
     """
     linears = all_linears(config)
     types = dict.fromkeys(linears, recipe.scheme)
+    if recipe.down_type is not None:
+        types.update(dict.fromkeys(_down_projections(config), recipe.down_type))
     for pattern, kind in recipe.modules:
         types.update(dict.fromkeys(_matches(pattern, linears, "modules", config), kind))
     attentions = attention_modules(config) if recipe.fa_quant else {}
@@ -64,6 +67,17 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
     if not recipe.quantize_lm_head:
         types[LM_HEAD] = QuantType.FLOAT
     return types
+
+
+def _down_projections(config: ModelConfig) -> list[str]:
+    """Return the linears that read products, by full module name; experts are no such group."""
+    return [
+        layer_prefix(layer_idx) + linear.name
+        for layer_idx in range(config.num_layers)
+        for group in input_groups(config, layer_idx)
+        if group.title == DOWN
+        for linear in group.linears
+    ]
 
 
 def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfig) -> set[str]:

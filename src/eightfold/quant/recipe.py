@@ -70,6 +70,14 @@ class ActMethod(str, Enum):
     EXTREMES = "extremes"  # all of what the float pass has seen
 
 
+class Target(str, Enum):
+    """Who reads the output."""
+
+    MINDIE = "mindie"
+    VLLM_ASCEND = "vllm-ascend"
+    CPU = "cpu"  # eightfold itself
+
+
 class ModelDType(str, Enum):
     """The dtype of a model, by the names that people use."""
 
@@ -102,6 +110,15 @@ class Recipe:
         "with a scale for each token. w8a8-mix: w8a8-dynamic for a prompt's tokens, w8a8 for generated ones. w8a16: "
         "int8 weights only.",
         metavar="SCHEME",
+        group="Scheme",
+    )
+    # None: every linear as the scheme says
+    target: Target | None = setting(
+        None,
+        choice(*(target.value for target in Target)),
+        "Store down_proj, whose inputs no static range suits, as this reader takes it beside static linears: float "
+        "(mindie; the others read that too), or w8a16 (vllm-ascend, cpu), which is smaller.",
+        metavar="READER",
         group="Scheme",
     )
     # False only for W8A16
@@ -207,8 +224,21 @@ class Recipe:
         require(self.kv_int8 or is_default, option, "no `kv_int8`", "them together")
         for option, value in (("disable_level", self.disable_level), ("fa_amp", self.fa_amp)):
             require(value >= 0, option, value, "0 or more")
+        self._require_readable()
         for _, kind in self.modules:
             require(kind.value in kinds, "modules", kind.value, one_of(kinds))
+
+    def _require_readable(self) -> None:
+        """Refuse what the target is known not to read, or to misread."""
+        if self.target is Target.VLLM_ASCEND:
+            expected = "it left out: vllm-ascend has none for this kind of attention"
+            require(not self.fa_quant, "fa_quant", "it with target vllm-ascend", expected)
+            expected = "symmetric weights: vllm-ascend drops the sign of an offset"
+            require(self.weight_symmetric, "weight_symmetric", "False with target vllm-ascend", expected)
+        kinds = self.schemes
+        if self.target is Target.MINDIE and len(kinds) > 1:
+            got, expected = " and ".join(sorted(kind.value for kind in kinds)), "one scheme and FLOAT in one directory"
+            require(False, "modules", f"{got} with target mindie", expected)
 
     def dtype_of(self, source: DType) -> DType:
         """Return the dtype of the output of a source of this one."""
@@ -217,7 +247,15 @@ class Recipe:
     @property
     def schemes(self) -> frozenset[QuantType]:
         """Every type that this recipe can give a linear."""
-        return frozenset({self.scheme, *(kind for _, kind in self.modules)}) - {QuantType.FLOAT}
+        kinds = {self.scheme, self.down_type or self.scheme, *(kind for _, kind in self.modules)}
+        return frozenset(kinds) - {QuantType.FLOAT}
+
+    @property
+    def down_type(self) -> QuantType | None:
+        """How down_proj is stored beside static linears; None: as they are."""
+        if self.target is None or self.scheme not in NEEDS_CALIBRATION:
+            return None
+        return QuantType.FLOAT if self.target is Target.MINDIE else QuantType.W8A16
 
     @property
     def has_static_inputs(self) -> bool:
@@ -288,11 +326,13 @@ _KINDS = {
     "keep_float": Kind((list,), "a list of patterns, such as ['*.down_proj']", each=TEXT),
 }
 _METHODS: dict[str, type[Enum]] = {
+    "target": Target,
     "anti_outlier": AntiOutlier,
     "act_method": ActMethod,
     "kv_observe": KVObserve,
     "dtype": ModelDType,
 }
+_MAY_BE_NONE = ("target", "anti_outlier", "dtype")
 _TYPE_NAMES = {**SCHEMES, "float": QuantType.FLOAT}
 _NAMES = {kind: name for name, kind in _TYPE_NAMES.items()}
 
@@ -338,7 +378,7 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
 
 def _method(key: str, value: Any, where: str) -> Any:
     """Return the method that a name means; lists of patterns as tuples, and other values as they are."""
-    if key not in _METHODS or (key in ("anti_outlier", "dtype") and value is None):
+    if key not in _METHODS or (key in _MAY_BE_NONE and value is None):
         return tuple(value) if isinstance(value, list) else value
     try:
         return _METHODS[key](value)
@@ -348,11 +388,11 @@ def _method(key: str, value: Any, where: str) -> Any:
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain values, by the names of the file; a dtype stands there only if it is asked for."""
+    """Return a recipe as plain values, by the names of the file; dtype and target only if they are asked for."""
     content: dict[str, Any] = {}
     for name in _KEYS:
         value = getattr(recipe, name)
-        if name == "dtype" and value is None:
+        if name in ("dtype", "target") and value is None:
             continue
         if name == "modules":
             value = {pattern: _NAMES[kind] for pattern, kind in value}
