@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from eightfold.families import input_groups, layer_prefix
+from eightfold.architectures import Names
+from eightfold.families import input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.decoder import Batch, LinearGroup
 from eightfold.model.reference.linear import FloatLinear
@@ -52,7 +53,7 @@ def _widened(decoder: Decoder, layer_idx: int) -> list[LinearGroup]:
     """Return a layer's linears with float32 weights."""
     found = []
     for group in input_groups(decoder.checkpoint.config, layer_idx):
-        linears = [decoder.linear(layer_prefix(layer_idx), linear) for linear in group.linears]
+        linears = [decoder.linear(Names().layer(layer_idx), linear) for linear in group.linears]
         assert all(isinstance(linear, FloatLinear) for linear in linears)
         found.append(LinearGroup(tuple(replace(linear, weight=linear.weight.float()) for linear in linears)))
     return found

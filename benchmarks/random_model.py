@@ -13,8 +13,9 @@ import gguf
 import torch
 from safetensors.torch import save_file
 
+from eightfold.architectures import Names
 from eightfold.config import parse_config
-from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms
+from eightfold.families import all_linears, all_norms
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.tensors import load_tensor
 
@@ -58,8 +59,8 @@ def write_float_model(directory: Path, layers: int) -> None:
         return
     config = parse_config({**CONFIG, "num_hidden_layers": layers}, directory / "config.json")
     generator = torch.Generator().manual_seed(0)
-    shapes = {EMBEDDING: (config.vocab_size, config.hidden_size)}
-    shapes |= {name: (linear.n, linear.k) for name, linear in all_linears(config).items() if name != LM_HEAD}
+    shapes = {Names().embedding: (config.vocab_size, config.hidden_size)}
+    shapes |= {name: (linear.n, linear.k) for name, linear in all_linears(config).items() if name != Names().head}
     tensors = {
         f"{name}.weight": (torch.randn(*shape, generator=generator) * shape[1] ** -0.5).to(torch.bfloat16)
         for name, shape in shapes.items()
@@ -105,8 +106,8 @@ def write_q8_0(source: Path, target: Path, vocabulary: Path | None) -> None:
 
 def _gguf_name(name: str) -> str:
     module = name.removesuffix(".weight")
-    if module in (EMBEDDING, FINAL_NORM):
-        return {EMBEDDING: "token_embd", FINAL_NORM: "output_norm"}[module] + ".weight"
+    if module in (Names().embedding, Names().final_norm):
+        return {Names().embedding: "token_embd", Names().final_norm: "output_norm"}[module] + ".weight"
     _, _, layer, rest = module.split(".", 3)
     return f"blk.{layer}.{GGUF_NAMES[rest]}.weight"
 

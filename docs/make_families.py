@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pages import Page, table
 
-from eightfold.config import FAMILIES
+from eightfold.architectures import FAMILIES
 from eightfold.layouts import ROWS, Layout, engine_names
 
 

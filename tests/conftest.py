@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eightfold.config import FAMILIES as ROWS
+from eightfold.architectures import FAMILIES as ROWS
+from eightfold.architectures import Names
 from eightfold.config import parse_config
-from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms
+from eightfold.families import all_linears, all_norms
 
 # A shell that starts tests in the background lets them ignore Ctrl-C, and their children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -81,9 +82,9 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     def normal(*shape: int, std: float) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
-    tensors = {f"{EMBEDDING}.weight": normal(parsed.vocab_size, parsed.hidden_size, std=1.0)}
+    tensors = {f"{Names().embedding}.weight": normal(parsed.vocab_size, parsed.hidden_size, std=1.0)}
     for name, linear in all_linears(parsed).items():
-        if name == LM_HEAD and parsed.tie_word_embeddings:
+        if name == Names().head and parsed.tie_word_embeddings:
             continue
         tensors[f"{name}.weight"] = normal(linear.n, linear.k, std=linear.k**-0.5)
         if linear.has_bias:

@@ -26,6 +26,7 @@ RANKS = {
     "progress": 0,
     "template": 0,
     "values": 1,
+    "architectures": 1,
     "config": 3,
     "rope": 2,
     "files": 1,

@@ -15,10 +15,20 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from eightfold.architectures import FAMILIES, KNOWN, Experts, Family, Names, NormPlaces, QkNorm
 from eightfold.errors import ConfigError, InputError, UnsupportedError, one_of
 from eightfold.files import read_json as load_json_object  # noqa: F401  (the name by which programs know it)
-from eightfold.rope import MAX_SIZE, RopeParameters, fit_rope, in_both_dialects, read_rope
-from eightfold.values import COUNT, FLAG, INTEGER, INTEGERS, POSITIVE, TEXT, TEXTS, checked, optional, require, shorten
+from eightfold.rope import (
+    LOCAL_BASE,
+    MAX_SIZE,
+    RopeParameters,
+    by_layer_type,
+    fit_rope,
+    in_both_dialects,
+    read_rope,
+    read_rotary_part,
+)
+from eightfold.values import COUNT, FLAG, INTEGER, INTEGERS, POSITIVE, TEXT, TEXTS, optional, require, shorten, shown
 
 
 class DType(str, Enum):
@@ -46,6 +56,9 @@ class DType(str, Enum):
 # The names under which config.json knows the float types.
 CONFIG_DTYPES = {"float32": DType.F32, "float16": DType.F16, "bfloat16": DType.BF16}
 
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _LEFT_OUT = ("quantization_config", "quantize", "transformers_weights")
 
@@ -55,73 +68,6 @@ MAX_EXPERTS = 10_000  # of a layer: their names are listed too
 
 # Under which config.json says how many experts a layer has.
 EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-
-# config: `attention_bias` puts one on q, k, v and o; flagged: `qkv_bias` on q, k and v.
-BiasRule = Literal["never", "qkv", "flagged", "config"]
-# The last three with `use_sliding_window`: from `max_window_layers` on, all, or every other one up to there.
-WindowRule = Literal["never", "all", "flagged", "flagged all", "flagged even"]
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The experts of a layer that has them, and which layers do."""
-
-    count: int
-    per_token: int  # how many of them a token passes through
-    intermediate_size: int  # of one expert
-    normalizes: bool  # whether the weights of a token's experts are divided by their sum
-    shared_size: int = 0  # intermediate size of the expert of all tokens, with a sigmoid gate; 0: there is none
-    every: int = 1  # layers `every - 1`, `2 * every - 1` ... have experts
-    dense_layers: tuple[int, ...] = ()  # but for these
-
-
-@dataclass(frozen=True)
-class Family:
-    """What distinguishes one architecture from the others, and what its class in transformers takes for absent keys."""
-
-    architecture: str
-    model_type: str
-    attention_bias: BiasRule
-    mlp_bias: bool  # whether `mlp_bias` in config.json is meant
-    qk_norm: bool  # RMS norm over each head's q and k, before RoPE
-    window: WindowRule
-    context: int  # max_position_embeddings
-    kv_heads: int | None = None  # None: as many as query heads, which null means in all of them
-    head_dim: int | None = None  # None: hidden size / query heads
-    sliding_window: int | None = 4096
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    experts: Experts | None = None  # of width 0: as wide as intermediate_size says, always normalized, in all layers
-
-
-FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for family in (
-        Family("LlamaForCausalLM", "llama", "config", mlp_bias=True, qk_norm=False, window="never", context=2048),
-        Family(
-            "MistralForCausalLM", "mistral", "never", False, qk_norm=False, window="all", context=131072, kv_heads=8
-        ),
-        Family(
-            "Qwen2ForCausalLM", "qwen2", "qkv", False, qk_norm=False, window="flagged", context=32768, kv_heads=32
-        ),
-        Family(
-            "Qwen3ForCausalLM", "qwen3", "config", False, qk_norm=True, window="flagged", context=32768, kv_heads=32,
-            head_dim=128,
-        ),
-        Family(
-            "Qwen3MoeForCausalLM", "qwen3_moe", "config", False, qk_norm=True, window="flagged all", context=32768,
-            kv_heads=4, experts=Experts(128, 8, 768, normalizes=False),
-        ),
-        Family(
-            "Qwen2MoeForCausalLM", "qwen2_moe", "flagged", False, qk_norm=False, window="flagged even", context=32768,
-            kv_heads=16, experts=Experts(60, 4, 1408, normalizes=False, shared_size=5632),
-        ),
-        Family(
-            "MixtralForCausalLM", "mixtral", "never", False, qk_norm=False, window="all", context=131072, kv_heads=8,
-            sliding_window=None, rope_theta=1e6, rms_norm_eps=1e-5, experts=Experts(8, 2, 0, normalizes=True),
-        ),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,6 +96,50 @@ class ModelConfig:
     max_window_layers: int = 28
     layer_types: tuple[str, ...] | None = None
     experts: Experts | None = None  # None: a dense model
+    names: Names = Names()
+    rotary_part: float = 1.0  # of a head, which is turned
+    local_rope: RopeParameters | None = None  # of the layers that slide; None: as in the others
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and MLP add
+    score_multiplier: float | None = None  # None: 1 / sqrt(D)
+    logits_multiplier: float = 1.0
+    attention_softcap: float | None = None  # c: a score x becomes c tanh(x / c); None: it stays
+    logits_softcap: float | None = None  # the same of logits
+
+    @property
+    def activation(self) -> Activation:
+        """What gates the MLP."""
+        return ACTIVATIONS[self.hidden_act]
+
+    @property
+    def norm_places(self) -> NormPlaces:
+        """Where the norms of a layer stand."""
+        return self.names.norm_places
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to the gains of norms as they are stored; layers.read_norm does."""
+        return FAMILIES[self.architecture].norm_offset
+
+    @property
+    def qk_norm(self) -> QkNorm:
+        """Over what queries and keys are normalized before they are turned."""
+        return FAMILIES[self.architecture].qk_norm
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head are turned, its first."""
+        return int(self.head_dim * self.rotary_part)
+
+    @property
+    def rotary_interleaved(self) -> bool:
+        """Whether channels 2 i and 2 i + 1 are turned together, and not i and i + rotary_dim / 2."""
+        return FAMILIES[self.architecture].is_interleaved
+
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.score_multiplier is None else self.score_multiplier
 
     def is_sparse(self, layer_idx: int) -> bool:
         """Return whether a layer has experts; the others have one MLP of the intermediate size."""
@@ -214,13 +204,13 @@ def require_architecture(raw: Mapping[str, Any], where: Path) -> Family:
             '"architectures"',
             where=where,
             got=f"{shorten(str(named or 'nothing'))}{beside}",
-            expected=f"a list with {one_of(FAMILIES)}",
+            expected=f"a list with {KNOWN}",
         )
     names = [str(require(TEXT, name, "architectures", where)) for name in named]
     family = FAMILIES.get(names[0]) if len(names) == 1 else None
     if family is None:
         got = shorten(" and ".join(names), 300)
-        raise UnsupportedError("architecture", where=where, got=got, expected=one_of(FAMILIES))
+        raise UnsupportedError("architecture", where=where, got=got, expected=KNOWN)
     if model_type not in (None, family.model_type):
         raise ConfigError(
             '"model_type"',
@@ -244,14 +234,26 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         UnsupportedError: an architecture, an activation or a rope type that is not implemented.
     """
     family = require_architecture(raw, where)
+    raw = _text_part(raw, family, where)
     said = _with_defaults(raw, family, where)
     if _has_no_window(raw, family):
         said["sliding_window"] = None
-    rope, dtype = read_rope(raw, where, family.rope_theta), _dtype(raw, where)
     sizes = {ours: require(kind, said.get(theirs), theirs, where) for ours, (theirs, kind) in _SIZES.items()}
-    options = checked(said, _OPTIONS, where)
-    experts = _read_experts(said, family, where)
-    config = ModelConfig(architecture=family.architecture, dtype=dtype, rope=rope, experts=experts, **sizes, **options)
+    options = {
+        ours: require(kind, said[ours], family.keys.get(ours, ours), where)
+        for ours, kind in _OPTIONS.items()
+        if ours in said
+    }
+    config = ModelConfig(
+        architecture=family.architecture,
+        dtype=_dtype(raw, where),
+        experts=_read_experts(said, family, where),
+        names=family.names,
+        rotary_part=read_rotary_part(raw, family.rotary_part, where),
+        **sizes,
+        **options,
+        **_read_factors(said, family, where),
+    )
     if config.num_heads % config.num_kv_heads:
         absent = "" if "num_key_value_heads" in raw else f", which {family.architecture} has where nothing is said"
         raise ConfigError(
@@ -264,10 +266,98 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         raise ConfigError(
             '"head_dim"', where=where, got=config.head_dim, expected="an even number, as rotary embedding pairs columns"
         )
-    if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedError('"hidden_act"', where=where, got=shorten(config.hidden_act), expected="silu")
+    if config.hidden_act not in ACTIVATIONS:
+        key = family.keys.get("hidden_act", "hidden_act")
+        raise UnsupportedError(f'"{key}"', where=where, got=shorten(config.hidden_act), expected=one_of(ACTIVATIONS))
+    if said.get("use_bidirectional_attention"):
+        raise UnsupportedError('"use_bidirectional_attention"', where=where, got="true", expected="false")
+    if family.window == "pattern" and config.layer_types is None:
+        config = replace(config, layer_types=_pattern(said, config.num_layers, where))
     _require_layer_types(config, family, where)
-    return replace(config, rope=fit_rope(rope, config.head_dim, config.max_position_embeddings, where))
+    return _with_rope(config, raw, said, where)
+
+
+def _text_part(raw: Mapping[str, Any], family: Family, where: Path) -> Mapping[str, Any]:
+    """Return what a file says of the text model; of a wrapper that is a part of it, in older files all of it.
+
+    Raises:
+        ConfigError: `text_config` is no object.
+        UnsupportedError: its text model is of another family.
+    """
+    inner = raw.get("text_config") if family.is_wrapper else None
+    if inner is None:
+        return raw
+    if not isinstance(inner, dict):
+        raise ConfigError('"text_config"', where=where, got=shown(inner), expected="an object")
+    if inner.get("model_type") not in (None, *family.text_types):
+        what, got = '"model_type" of text_config', shorten(str(inner["model_type"]))
+        raise UnsupportedError(what, where=where, got=got, expected=one_of(family.text_types))
+    outer = {key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
+    inner = {key: value for key, value in inner.items() if not outer or key not in ("torch_dtype", "dtype")}
+    is_tied = [part["tie_word_embeddings"] for part in (raw, inner) if part.get("tie_word_embeddings") is not None]
+    # Files of before transformers 5 say it inside, and the class of the whole then writes its own default outside.
+    tied = {"tie_word_embeddings": True if True in is_tied else is_tied[0]} if is_tied else {}
+    return {**inner, **outer, **tied}
+
+
+def _with_rope(config: ModelConfig, raw: Mapping[str, Any], said: Mapping[str, Any], where: Path) -> ModelConfig:
+    """Return the settings with how positions turn queries and keys.
+
+    Raises:
+        ConfigError: the settings make no sense, or do not fit the rest.
+        UnsupportedError: some that are not implemented.
+    """
+    if config.rotary_dim % 2 or not config.rotary_dim:
+        got = f"{config.rotary_part:g} of {config.head_dim} channels"
+        raise ConfigError('"partial_rotary_factor"', where=where, got=got, expected="an even number of channels")
+    family, context = FAMILIES[config.architecture], config.max_position_embeddings
+    theta = family.defaults.get("rope_theta", RopeParameters.rope_theta)
+    full, local = _without_sections(raw, family), None
+    if LOCAL_BASE in family.defaults:
+        full, local = by_layer_type(full)
+    rope = fit_rope(read_rope(full, where, theta), config.rotary_dim, context, where)
+    if local is None:
+        return replace(config, rope=rope)
+    local_rope = read_rope(local, where, family.defaults[LOCAL_BASE])
+    return replace(config, rope=rope, local_rope=fit_rope(local_rope, config.rotary_dim, context, where))
+
+
+def _without_sections(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return a wrapper's settings without what distinguishes time, height and width, which are one in a text."""
+    out = dict(raw)
+    for key in ("rope_scaling", "rope_parameters"):
+        if family.is_wrapper and isinstance(raw.get(key), dict) and _SECTIONS in raw[key]:
+            rope = {name: value for name, value in raw[key].items() if name != _SECTIONS}
+            out[key] = {name: "default" if value == "mrope" else value for name, value in rope.items()}
+    return out
+
+
+_SECTIONS = "mrope_section"
+
+
+def _pattern(said: Mapping[str, Any], num_layers: int, where: Path) -> tuple[str, ...]:
+    """Return the types of layers of which each nth sees everything, and the others slide."""
+    every = require(COUNT, said.get("sliding_window_pattern"), "sliding_window_pattern", where)
+    return tuple(LAYER_TYPES[(layer_idx + 1) % every != 0] for layer_idx in range(num_layers))
+
+
+def _read_factors(said: Mapping[str, Any], family: Family, where: Path) -> dict[str, Any]:
+    """Read what numbers on their way through the model are multiplied by, and by what they are capped.
+
+    Raises:
+        ConfigError: a value is not of its kind.
+    """
+    found = {key: require(kind, said.get(key), key, where) for key, kind in _FACTORS.items() if key in family.defaults}
+    score, scalar = found.get("attention_multiplier"), found.get("query_pre_attn_scalar")
+    hidden = require(_SIZE, said.get("hidden_size"), "hidden_size", where)
+    return {
+        "embedding_multiplier": hidden**0.5 if family.scales_embedding else found.get("embedding_multiplier", 1.0),
+        "residual_multiplier": found.get("residual_multiplier", 1.0),
+        "score_multiplier": score if scalar is None else scalar**-0.5,
+        "logits_multiplier": 1 / found.get("logits_scaling", 1.0),
+        "attention_softcap": found.get("attn_logit_softcapping"),
+        "logits_softcap": found.get("final_logit_softcapping"),
+    }
 
 
 def _read_experts(said: Mapping[str, Any], family: Family, where: Path) -> Experts | None:
@@ -337,7 +427,19 @@ _EXPERT_OPTIONS = {
     "dense_layers": ("mlp_only_layers", INTEGERS),
 }
 
-# What may be absent, by the same name in both.
+_FACTOR = POSITIVE._replace(least=1e-6, most=1e6)
+_FACTORS = {
+    "embedding_multiplier": _FACTOR,
+    "residual_multiplier": _FACTOR,
+    "attention_multiplier": _FACTOR,
+    "logits_scaling": _FACTOR,
+    "query_pre_attn_scalar": _FACTOR,
+    "attn_logit_softcapping": optional(_FACTOR),
+    "final_logit_softcapping": optional(_FACTOR),
+}
+_NULL_IS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+# What may be absent, by the same name in both, but where a family has another.
 _OPTIONS = {
     "rms_norm_eps": POSITIVE._replace(most=1),
     "max_position_embeddings": _SIZE,
@@ -355,7 +457,11 @@ _OPTIONS = {
 
 def _with_defaults(raw: Mapping[str, Any], family: Family, where: Path) -> dict[str, Any]:
     """Return what a file says that is not null, with what follows from the family where it says nothing."""
-    said = {key: value for key, value in raw.items() if value is not None}
+    said = {key: value for key, value in raw.items() if value is not None and key not in family.keys}
+    said.update({ours: raw[theirs] for ours, theirs in family.keys.items() if raw.get(theirs) is not None})
+    for ours, default in family.defaults.items():
+        if ours not in _NULL_IS_NONE or ours not in raw:
+            said.setdefault(ours, default)
     heads, hidden = said.get("num_attention_heads"), said.get("hidden_size")
     if "head_dim" not in said and family.head_dim is not None:
         said["head_dim"] = family.head_dim
@@ -370,14 +476,14 @@ def _with_defaults(raw: Mapping[str, Any], family: Family, where: Path) -> dict[
         said["head_dim"] = hidden // heads
     said.setdefault("num_key_value_heads", heads if "num_key_value_heads" in raw else family.kv_heads or heads)
     said.setdefault("max_position_embeddings", family.context)
-    said.setdefault("rms_norm_eps", family.rms_norm_eps)
     return said
 
 
 def _has_no_window(raw: Mapping[str, Any], family: Family) -> bool:
     """Return whether `sliding_window` says that there is none: by null, and by 0 where the model would not use one."""
-    slides = family.window == "all" or (family.window != "never" and raw.get("use_sliding_window"))
-    return raw.get("sliding_window", family.sliding_window) in ((None,) if slides else (None, 0))
+    slides = family.window in ("all", "pattern") or (family.window != "never" and raw.get("use_sliding_window"))
+    default = family.defaults.get("sliding_window", ModelConfig.sliding_window)
+    return raw.get("sliding_window", default) in ((None,) if slides else (None, 0))
 
 
 def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
@@ -405,15 +511,42 @@ def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> 
     Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
     description file from the loaders, or contradict it. And except `transformers_weights`, a name of the source's file.
     """
-    out = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
-    out["model_type"] = FAMILIES[config.architecture].model_type
+    family, where = FAMILIES[config.architecture], Path("config.json")
+    inner = raw.get("text_config") if family.is_wrapper else None
+    part = raw if inner is None else inner
+    out = {key: value for key, value in part.items() if key not in _LEFT_OUT}
     out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
-    family = FAMILIES[config.architecture]
     # Loaders do not agree on what an absent one means in these families.
-    if family.kv_heads is not None and raw.get("num_key_value_heads") is None:
+    if family.kv_heads is not None and part.get("num_key_value_heads") is None:
         out["num_key_value_heads"] = config.num_kv_heads
-    if family.head_dim is not None and raw.get("head_dim") is None:
+    if family.head_dim is not None and part.get("head_dim") is None:
         out["head_dim"] = config.head_dim
     if config.experts is not None:  # by one name or the other
         out["num_experts"] = out["num_local_experts"] = config.experts.count
-    return out | in_both_dialects(raw, config.rope, Path("config.json"))
+    out.update(_rope_in_both(part, config, where))
+    if inner is not None:
+        outer = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
+        out = {**outer, "torch_dtype": out["dtype"], "dtype": out["dtype"], "text_config": out}
+    return {**out, "model_type": family.model_type}
+
+
+def _rope_in_both(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> dict[str, Any]:
+    """Return what a file says of the rotary embedding in both dialects."""
+    family = FAMILIES[config.architecture]
+    full, local = _without_sections(raw, family), None
+    if config.local_rope is not None:
+        full, local = by_layer_type(full)
+    out = in_both_dialects(full, config.rope, where)
+    said = [raw[key] for key in ("rope_scaling", "rope_parameters") if isinstance(raw.get(key), dict)]
+    sections = next((rope[_SECTIONS] for rope in said if _SECTIONS in rope), None)
+    if sections is not None:
+        out["rope_scaling"] = {**(out["rope_scaling"] or {"type": "mrope"}), _SECTIONS: sections}
+        out["rope_parameters"][_SECTIONS] = sections
+    if family.rotary_part is not None:
+        out["partial_rotary_factor"] = out["rope_parameters"]["partial_rotary_factor"] = config.rotary_part
+    if local is not None and config.local_rope is not None:
+        sliding = in_both_dialects(local, config.local_rope, where)
+        out[LOCAL_BASE] = sliding["rope_theta"]
+        types = dict(zip(LAYER_TYPES, (out["rope_parameters"], sliding["rope_parameters"]), strict=True))
+        out["rope_parameters"] = types
+    return out

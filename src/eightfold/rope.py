@@ -29,6 +29,8 @@ class _Settings(NamedTuple):
 
 
 _OLD_CONTEXT = "original_max_position_embeddings"
+_PART = "partial_rotary_factor"
+LOCAL_BASE = "rope_local_base_freq"
 _TYPES = {
     "default": _Settings(),
     "linear": _Settings(("factor",)),
@@ -40,6 +42,7 @@ _TYPES = {
     "longrope": _Settings(("short_factor", "long_factor", _OLD_CONTEXT), ("factor", "attention_factor")),
     "llama3": _Settings(("factor", "low_freq_factor", "high_freq_factor", _OLD_CONTEXT)),
 }
+_OLD_NAMES = {"su": "longrope"}  # as in the first files of Phi-3
 _STRETCHES_ONLY = ("dynamic", "yarn", "longrope")  # a factor below 1 means nothing in them
 
 
@@ -93,6 +96,7 @@ class RopeParameters:
 _NUMBER = POSITIVE._replace(least=1e-15, most=1e15)
 _BASE = _NUMBER._replace(name="a number")
 _SMALL = POSITIVE._replace(least=1e-3, most=1e3)  # twice in every score
+_SHARE = Kind((int, float), "a number above 0 and up to 1", above=0, most=1, outside="a number above 0 and up to 1")
 _PAIRS = Kind((list, tuple), "a list of numbers", each=_NUMBER)
 _FIELDS = {
     "rope_type": TEXT,
@@ -112,7 +116,12 @@ _FIELDS = {
 
 
 def read_rope(raw: Mapping[str, Any], where: Path, theta: float = RopeParameters.rope_theta) -> RopeParameters:
-    """Read the rotary embedding: what a file says of it is obeyed, or refused. `theta`: where it names no base.
+    """Read the rotary embedding: what a file says of it is obeyed, or refused.
+
+    Args:
+        raw: config.json, or the part of it that is the text model's.
+        where: the file, for messages.
+        theta: the base, where the file names none.
 
     Raises:
         ConfigError: a value is missing or wrong, or the two dialects contradict each other.
@@ -124,39 +133,79 @@ def read_rope(raw: Mapping[str, Any], where: Path, theta: float = RopeParameters
     thetas = {name: require(_BASE, value, name, where) for name, value in bases.items() if value is not None}
     _require_agreement(thetas, "the same base", where)
     _require_agreement(said, "the same scaling", where)
-    whole = raw.get("partial_rotary_factor")
-    if whole not in (None, 1):
-        raise UnsupportedError('"partial_rotary_factor"', where=where, got=shown(whole), expected="1")
     rope = RopeParameters(**next(iter(said.values()), {}))
     return replace(rope, rope_theta=next(iter(thetas.values()), theta))
 
 
-def fit_rope(rope: RopeParameters, head_dim: int, max_position_embeddings: int, where: Path) -> RopeParameters:
+def read_rotary_part(raw: Mapping[str, Any], default: float | None, where: Path) -> float:
+    """Read how much of a head is turned.
+
+    Args:
+        raw: config.json, or the part of it that is the text model's.
+        default: where the file does not say; None: all of it, and nothing else is taken.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: it is no part, or two places of the file contradict each other.
+        UnsupportedError: less than the whole, in a family that turns it.
+    """
+    places = {"": raw, **{f"{key}.": raw.get(key) for key in ("rope_scaling", "rope_parameters")}}
+    found = {
+        f"{at}{_PART}": place[_PART]
+        for at, place in places.items()
+        if isinstance(place, Mapping) and place.get(_PART) is not None
+    }
+    for name, part in found.items():
+        if default is None and part != 1:
+            raise UnsupportedError(f'"{name}"', where=where, got=shown(part), expected="1")
+    parts = {name: require(_SHARE, part, name, where) for name, part in found.items()}
+    _require_agreement(parts, "the same part", where)
+    return next(iter(parts.values()), 1.0 if default is None else default)
+
+
+def by_layer_type(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a file says of the rotary embedding of full and of sliding layers, each as files say it of all.
+
+    transformers 5 has settings for each type of layer, 4 a base for the layers that slide, which are never stretched.
+    """
+    said = raw.get("rope_parameters")
+    nested = said if isinstance(said, Mapping) and isinstance(said.get("full_attention"), Mapping) else {}
+    full = {**raw, "rope_parameters": nested["full_attention"]} if nested else dict(raw)
+    return full, {"rope_theta": raw.get(LOCAL_BASE), "rope_parameters": nested.get("sliding_attention")}
+
+
+def fit_rope(rope: RopeParameters, rotary_dim: int, max_position_embeddings: int, where: Path) -> RopeParameters:
     """Return the settings with what follows from the rest of a file, once they fit it.
+
+    Args:
+        rope: as read.
+        rotary_dim: channels of a head that are turned.
+        max_position_embeddings: of the file.
+        where: the file, for messages.
 
     Raises:
         ConfigError: they do not fit the heads or the context, or cannot be computed.
     """
     if rope.rope_type == "dynamic":
-        if head_dim < 4:
-            raise ConfigError('"head_dim"', where=where, got=head_dim, expected="at least 4, for rope type dynamic")
+        if rotary_dim < 4:
+            raise ConfigError('"head_dim"', where=where, got=rotary_dim, expected="at least 4, for rope type dynamic")
         rope = replace(rope, original_max_position_embeddings=max_position_embeddings)
     if rope.rope_type == "yarn" and rope.rope_theta <= 1:
         raise ConfigError(
             '"rope_theta"', where=where, got=f"{rope.rope_theta:g}", expected="more than 1, for rope type yarn"
         )
     if rope.rope_type == "longrope":
-        rope = _fit_longrope(rope, head_dim, max_position_embeddings, where)
+        rope = _fit_longrope(rope, rotary_dim, max_position_embeddings, where)
     if rope.reach(max_position_embeddings) > MAX_SIZE:
         got = f"{rope.factor:g} times {rope.original_max_position_embeddings} positions"
         raise ConfigError('"factor"', where=where, got=got, expected=f"at most {MAX_SIZE} positions")
     return rope
 
 
-def _fit_longrope(rope: RopeParameters, head_dim: int, context: int, where: Path) -> RopeParameters:
+def _fit_longrope(rope: RopeParameters, rotary_dim: int, context: int, where: Path) -> RopeParameters:
     for name in ("short_factor", "long_factor"):
-        if len(found := getattr(rope, name)) != head_dim // 2:
-            expected = f"{head_dim // 2}, one for each pair of a head's channels"
+        if len(found := getattr(rope, name)) != rotary_dim // 2:
+            expected = f"{rotary_dim // 2}, one for each pair of a head's channels"
             raise ConfigError(f'"{name}"', where=where, got=f"{len(found)} numbers", expected=expected)
     original = rope.original_max_position_embeddings
     if original < 2:
@@ -235,13 +284,12 @@ def _take_type(rope: dict[str, Any], key: str, where: Path) -> str:
         got = f"{shown(old_name)} and {shown(new_name)}"
         raise ConfigError(f'"type" and "rope_type" of {key}', where=where, got=got, expected="one")
     kind = old_name if new_name is None else new_name
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
+    rope.pop(_PART, None)  # see read_rotary_part
     others = [name for name in rope if name not in ("rope_type", "rope_theta")]
     if kind is None and others:
         got = f"{shorten(', '.join(others), 200)} without a rope_type"
         raise ConfigError(f'"{key}"', where=where, got=got, expected=f"one of {one_of(_TYPES)}")
-    kind = "default" if kind is None else kind
+    kind = _OLD_NAMES.get(kind, kind) if isinstance(kind, str) else "default" if kind is None else kind
     if not isinstance(kind, str) or kind not in _TYPES:
         raise UnsupportedError(
             "rope type", where=where, got=shorten(str(kind)) or "an empty text", expected=one_of(_TYPES)

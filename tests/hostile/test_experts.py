@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eightfold.config import FAMILIES
-from eightfold.errors import brief, one_of
+from eightfold.architectures import KNOWN
 from eightfold.quant.by_name import quantize_by_name
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.recipe import Recipe
@@ -214,6 +213,6 @@ def test_a_float_model_of_a_family_without_an_engine(cli, tmp_path, command):
     name, *options = command
     assert refused(cli, name, source, *options, within=tmp_path) == (
         f"model in {source}: got a DeepseekV3ForCausalLM, which runs in other engines (MindIE, MindIE (aclgraph), "
-        f"vllm-ascend, SGLang), expected {brief(one_of(FAMILIES))}. eightfold quantizes it for these, and does not "
+        f"vllm-ascend, SGLang), expected {KNOWN}. eightfold quantizes it for these, and does not "
         "run it."
     )

@@ -172,8 +172,8 @@ def keys_and_values_in_bfloat16() -> Iterator[None]:
 def fresh_ones_in_bfloat16() -> Iterator[None]:
     """The same for prompts in mode `mindie`, whatever the cache holds."""
 
-    def rounding_attend(q, k, v, window):
-        return attend(q, _in_bfloat16(k), _in_bfloat16(v), window)
+    def rounding_attend(q, k, v, window, scoring):
+        return attend(q, _in_bfloat16(k), _in_bfloat16(v), window, scoring)
 
     with mock.patch.object(attention, "attend", rounding_attend):
         yield

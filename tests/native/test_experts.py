@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eightfold.architectures import Names
 from eightfold.config import parse_config
 from eightfold.errors import UnsupportedError
-from eightfold.families import LM_HEAD, all_linears
+from eightfold.families import all_linears
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import layers
 from eightfold.model.native.measure import int8_elements, unread_bytes
@@ -68,7 +69,7 @@ Rule = Callable[[str], QuantType]
 
 
 def everything(kind: QuantType) -> Rule:
-    return lambda name: FLOAT if name == LM_HEAD else kind
+    return lambda name: FLOAT if name == Names().head else kind
 
 
 def patchwork(name: str) -> QuantType:

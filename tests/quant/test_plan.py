@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from eightfold.architectures import Names
 from eightfold.config import parse_config
 from eightfold.errors import ConfigError
-from eightfold.families import LM_HEAD, all_linears
+from eightfold.families import all_linears
 from eightfold.quant.plan import assign_types, attention_back, roll_back
 from eightfold.quant.recipe import Recipe, Target
 from eightfold.scheme import QuantType
@@ -41,7 +42,7 @@ def test_exact_cuts_through_a_group():
 
 def test_ties_keep_the_order_of_the_model():
     assert list(chosen({}, 4, exact=True)) == NAMES[:4]
-    assert list(chosen({LM_HEAD: 5.0}, 3, exact=True)) == [LM_HEAD, *NAMES[:2]]
+    assert list(chosen({Names().head: 5.0}, 3, exact=True)) == [Names().head, *NAMES[:2]]
 
 
 def test_float_linears_are_no_candidates_and_not_named():
@@ -58,7 +59,7 @@ def test_rows_say_how_wide():
     types = dict.fromkeys(NAMES, QuantType.W8A8)
     params = {name: float(i) for i, name in enumerate(NAMES)}
     (row,) = roll_back(CONFIG, Recipe(QuantType.W8A8, disable_level=1, exact_levels=True), types, params)
-    assert (row.module, row.range_param, row.of_group) == (LM_HEAD, len(NAMES) - 1.0, False)
+    assert (row.module, row.range_param, row.of_group) == (Names().head, len(NAMES) - 1.0, False)
 
 
 def test_attention_back_takes_the_smallest_scores():
@@ -77,7 +78,7 @@ def test_attention_back_takes_the_smallest_scores():
 def test_a_target_says_how_down_proj_is_stored_beside_static_linears(scheme, target, beside_static):
     types = assign_types(CONFIG, Recipe(scheme, target=None if target is None else Target(target)))
     is_static = scheme in (QuantType.W8A8, QuantType.W8A8_MIX)
-    wanted = {name: scheme for name in NAMES if name != LM_HEAD} | {LM_HEAD: QuantType.FLOAT}
+    wanted = {name: scheme for name in NAMES if name != Names().head} | {Names().head: QuantType.FLOAT}
     if is_static and beside_static is not None:
         wanted |= {name: beside_static for name in NAMES if name.endswith("down_proj")}
     assert types == wanted

@@ -11,7 +11,7 @@ import torch
 from eightfold.errors import CheckpointError, InputError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.attention import KVCache, attend, rotation, visible
-from eightfold.model.reference.decoder import Batch, apply_block_, rms_norm, token_batches
+from eightfold.model.reference.decoder import Batch, Turns, apply_block_, rms_norm, token_batches
 from eightfold.model.reference.load import Decoder
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
@@ -197,7 +197,7 @@ def test_token_batches(lengths, max_tokens, groups):
 
 def test_a_batch_lays_sequences_one_after_the_other():
     turns = rotation(RopeParameters(), 4, 0)
-    batch = Batch.of([2, 3], turns, first_position=7)
+    batch = Batch.of([2, 3], Turns(turns), first_position=7)
     assert batch.spans == [(0, 2), (2, 5)]
     angles = torch.tensor([7.0, 8.0, 7.0, 8.0, 9.0])
     # inv_freq[0] is 1: the first column is the position itself; the tables are those very roundings.

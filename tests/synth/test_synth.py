@@ -114,7 +114,7 @@ def test_hidden_states_stay_sane_and_outliers_stand_out(tmp_path, monkeypatch, n
     hidden = decoder.embed(list(range(256)))
     for layer_idx in range(SMALL["num_hidden_layers"]):
         block = decoder.block(layer_idx)
-        read = block.input_norm(hidden).square().mean(0).sqrt()
+        read = block.norms["input_layernorm"](hidden).square().mean(0).sqrt()
         # Planted between 20 and 100. Two of 128 channels being LOUD = 6 lowers the others by (1 + 2 * 35 / 128)**0.5
         # and moves nothing relative to them; the rest is chance: 256 tokens, gains of 10 %, few rows.
         assert 10 < float(read.max() / read.median()) < 200

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from examples.arguments import Defaults, OneLineParser, cmd_bool, exit_code
 
+from eightfold.architectures import Names
 from eightfold.cli import console
 from eightfold.cli.main import main as eightfold
 from eightfold.errors import ConfigError, UnsupportedError, one_of
-from eightfold.families import LM_HEAD
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CALIB_FILE = HERE / "teacher_qualification.jsonl"
@@ -274,7 +274,7 @@ def _linears(args: argparse.Namespace, scheme: str) -> list[str]:
         words += ["--act-method", str(args.act_method)]
     if args.disable_level != "L0":
         words += ["--disable-level", args.disable_level]
-    if not args.disable_last_linear and LM_HEAD not in names:
+    if not args.disable_last_linear and Names().head not in names:
         words.append("--quantize-lm-head")
     return words
 

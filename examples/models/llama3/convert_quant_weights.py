@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from examples.convert.model_slim import quantifier
 
+from eightfold.architectures import Names
 from eightfold.cli import console
 from eightfold.config import DType, ModelConfig, parse_config
-from eightfold.families import LM_HEAD, dense_groups, layer_prefix
+from eightfold.families import dense_groups
 from eightfold.files import read_json
 
 # Llama 3 70B: its width, the context by which 3.1 is told from 3, and the layers that stay float.
@@ -39,9 +40,9 @@ def built_in_names(config: ModelConfig, a_bit: int) -> list[str]:
     down = groups.pop("down")
     others = [linear for linears in groups.values() for linear in linears]
     down_layers, other_layers = _layers(config, a_bit)
-    names = [layer_prefix(i) + linear.name for i in range(down_layers) for linear in down]
-    names += [layer_prefix(i) + linear.name for i in range(other_layers) for linear in others]
-    return [*names, LM_HEAD] if names else []
+    names = [Names().layer(i) + linear.name for i in range(down_layers) for linear in down]
+    names += [Names().layer(i) + linear.name for i in range(other_layers) for linear in others]
+    return [*names, Names().head] if names else []
 
 
 def _layers(config: ModelConfig, a_bit: int) -> tuple[int, int]:

@@ -21,17 +21,11 @@ from numpy.typing import NDArray
 from eightfold.config import DType, ModelConfig, parse_config
 from eightfold.errors import CheckpointError, EightfoldError
 from eightfold.families import (
-    ATTENTION,
-    EMBEDDING,
-    KEY,
-    LM_HEAD,
-    SMOOTH_PAIRS,
-    VALUE,
     LinearShape,
     all_linears,
     all_norms,
     input_groups,
-    layer_prefix,
+    smooth_pairs,
 )
 from eightfold.files import read_file, read_json
 from eightfold.format.directory import CONFIG_NAME
@@ -113,7 +107,7 @@ class RawDirectory:
     def __post_init__(self) -> None:
         self.tensors = {name: info for header in self.files.values() for name, info in header.items()}
         self.linears: dict[str, LinearShape] = all_linears(self.model)
-        self.head = self.linears.pop(LM_HEAD)
+        self.head = self.linears.pop(self.model.names.head)
         self.norms = all_norms(self.model)
         self.packed = tuple(_packed(self.model))
         self.has_int8 = any(self.dtype_of(weight_name(name)) == DType.I8.value for name in self.linears)
@@ -153,8 +147,8 @@ class RawDirectory:
     @property
     def outer_weights(self) -> tuple[str, ...]:
         """The weights outside of the layers that a loader reads: the embedding, and the head of an untied model."""
-        embedding = weight_name(EMBEDDING)
-        return (embedding,) if self.model.tie_word_embeddings else (embedding, weight_name(LM_HEAD))
+        embedding = weight_name(self.model.names.embedding)
+        return (embedding,) if self.model.tie_word_embeddings else (embedding, weight_name(self.model.names.head))
 
     def dtype_of(self, name: str) -> str | None:
         """Return a tensor's element type by its safetensors name; None when it is not stored."""
@@ -220,16 +214,17 @@ class RawDirectory:
     def kv_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors of an int8 key/value cache in every layer -> shape."""
         return {
-            f"{layer_prefix(layer_idx)}{module}.{spec.suffix}": spec.shape_for(C=self.model.kv_size)
+            f"{self.model.names.layer(layer_idx)}{module}.{spec.suffix}": spec.shape_for(C=self.model.kv_size)
             for layer_idx in range(self.model.num_layers)
-            for module in (KEY, VALUE)
+            for module in (self.model.names.key, self.model.names.value)
             for spec in KV_TENSORS
         }
 
     def fa_tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors of quantized attention in every layer -> shape."""
         heads = {"H": self.model.num_heads, "G": self.model.num_kv_heads}
-        modules = [layer_prefix(layer_idx) + ATTENTION for layer_idx in range(self.model.num_layers)]
+        names = self.model.names
+        modules = [names.layer(layer_idx) + names.attention for layer_idx in range(self.model.num_layers)]
         return {f"{module}.{s.suffix}": s.shape_for(**heads) for module in modules for s in FA_TENSORS}
 
     def norm_tensors(self) -> set[str]:
@@ -263,9 +258,9 @@ def cast(values: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
 
 
 def _packed(model: ModelConfig) -> Iterator[Packed]:
-    norms = {pair.group: pair.source for pair in SMOOTH_PAIRS if pair.source_is_norm}
+    norms = {pair.group: pair.source for pair in smooth_pairs(model) if pair.source_is_norm}
     for layer_idx in range(model.num_layers):
-        prefix = layer_prefix(layer_idx)
+        prefix = model.names.layer(layer_idx)
         for group in input_groups(model, layer_idx):
             if group.title in norms:
                 members = tuple(prefix + linear.name for linear in group.linears)

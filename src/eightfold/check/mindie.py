@@ -18,7 +18,6 @@ from eightfold.check import Finding, Report, Rules, Summary, Verdict
 from eightfold.check.directory import INTEGERS, SHARED_INPUTS, Packed, RawDirectory, packs
 from eightfold.check.mindie_config import FA, KV, LLAMA, REDUCE, MindIE
 from eightfold.config import DType
-from eightfold.families import EMBEDDING, LM_HEAD
 from eightfold.scheme import (
     DEQ_SCALE,
     INPUT_OFFSET,
@@ -198,7 +197,7 @@ class _Weights:
     def _inputs(self) -> Iterator[Finding]:
         """Joined linears share one input_scale and input_offset, after the cast to the model's dtype: ValueError."""
         d, dtype = self.d, self.loader.dtype or DType.F16
-        linears = d.linears if d.model.tie_word_embeddings else {**d.linears, LM_HEAD: d.head}
+        linears = d.linears if d.model.tie_word_embeddings else {**d.linears, d.model.names.head: d.head}
         yield from RULES.found("shape", d.misshapen({weight_name(x): (size.n, size.k) for x, size in linears.items()}))
         joined = [group for group, kind in self.pack_types.items() if kind.startswith("ALL_W8A8")]
         joined = [group for group in joined if set(self.static).issuperset(group.members)]
@@ -229,7 +228,7 @@ class _Weights:
 
     def _embedding_and_head(self) -> Iterator[Finding]:
         """Both are loaded as float weights, whatever `quantize` says: no scale is looked for."""
-        d, head = self.d, weight_name(LM_HEAD)
+        d, head = self.d, weight_name(self.d.model.names.head)
         for name in d.outer_weights:
             if d.dtype_of(name) in INTEGERS:
                 yield from RULES.found("lm-head" if name == head else "embedding", [name], got=d.dtype_of(name))
@@ -258,8 +257,8 @@ class _Weights:
     def _left_over(self) -> Iterator[Finding]:
         d = self.d
         suffixes = {spec.suffix for specs in LINEAR_TENSORS.values() for spec in specs} | set(REDUCE_SCALES)
-        known = {f"{module}.{suffix}" for module in (*d.linears, LM_HEAD) for suffix in suffixes}
-        known |= {weight_name(EMBEDDING)} | d.norm_tensors() | set(d.kv_tensors()) | set(d.fa_tensors())
+        known = {f"{module}.{suffix}" for module in (*d.linears, d.model.names.head) for suffix in suffixes}
+        known |= {weight_name(d.model.names.embedding)} | d.norm_tensors() | set(d.kv_tensors()) | set(d.fa_tensors())
         unread = [name for name in d.tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
         yield from RULES.found("unread-tensor", unread)
         idle, bare = d.unmatched(self.loader.labels)

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from eightfold.architectures import FAMILIES
 from eightfold.check import Finding, Rules, Verdict
 from eightfold.check.directory import INTEGERS, RawDirectory
-from eightfold.config import CONFIG_DTYPES, FAMILIES, DType
+from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.files import read_json
 from eightfold.format.checkpoint import SHORT_NAME

@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eightfold.architectures import FAMILIES
 from eightfold.check import Finding, Report, Rules, Summary, Verdict
 from eightfold.check.directory import INTEGERS, SHARED_INPUTS, RawDirectory, cast, packs
-from eightfold.config import CONFIG_DTYPES, FAMILIES, DType
+from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
-from eightfold.families import EMBEDDING, KEY, LM_HEAD, layer_of
+from eightfold.families import layer_of
 from eightfold.files import read_json
 from eightfold.format.checkpoint import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
@@ -203,9 +204,10 @@ class _VllmAscend:
         self._dtype_name = d.config.get("torch_dtype") or d.config.get("dtype")
         dtype = CONFIG_DTYPES.get(str(self._dtype_name).removeprefix("torch."))
         self.dtype = dtype if dtype in (DType.F16, DType.BF16) else None
-        self.modules = d.linears if d.model.tie_word_embeddings else {**d.linears, LM_HEAD: d.head}
+        self.modules = d.linears if d.model.tie_word_embeddings else {**d.linears, d.model.names.head: d.head}
         unlabelled = None if self._is_described or d.has_int8 else _FLOAT
-        said = {m: self.description.get(weight_name(m), unlabelled) for m in (*self.modules, EMBEDDING, LM_HEAD)}
+        ends = d.model.names.embedding, d.model.names.head
+        said = {m: self.description.get(weight_name(m), unlabelled) for m in (*self.modules, *ends)}
         self.labels = {module: str(label) for module, label in said.items() if label is not None}
         kinds = {m: kind for m in self.modules if (kind := _CHECKED.get(self.labels.get(m, "")))}
         self._static = [module for module, kind in kinds.items() if kind in _STATIC]
@@ -217,7 +219,8 @@ class _VllmAscend:
         ]
         self._has_norm_biases = any(_NORM_BIAS in key for key in self.description)
         self._has_kv_cache = self.description.get("kv_cache_type") == "C8"
-        keys = [key for key in self.description if f"{KEY}.{KV_SCALE}" in key] if self._has_kv_cache else []
+        scale = f"{d.model.names.key}.{KV_SCALE}"
+        keys = [key for key in self.description if scale in key] if self._has_kv_cache else []
         self._kv_layers = {layer_of(key) for key in keys}
         self._attention = self.description.get("fa_quant_type")
         fa_keys = [key for key in self.description if f"{FA_K}.{SCALE}" in key]
@@ -288,7 +291,8 @@ class _VllmAscend:
     def _schemes(self) -> Iterator[Finding]:
         """Each module's weight is looked up: q, k, v, gate, up one by one, embedding and head too."""
         d, labels = self.d, self.labels
-        asked = [*self.modules, EMBEDDING, *([LM_HEAD] if d.model.architecture in _HEAD_FIRST else [])]
+        embedding, head = d.model.names.embedding, d.model.names.head
+        asked = [*self.modules, embedding, *([head] if d.model.architecture in _HEAD_FIRST else [])]
         yield from RULES.found(
             "label-missing", [weight_name(m) for m in asked if self._is_described and m not in labels]
         )
@@ -319,7 +323,7 @@ class _VllmAscend:
         yield from RULES.found("empty-parameter", d.absent(used))
         shapes = {p.name: p.shape for p in parameters}
         shapes.update({weight_name(norm): (size,) for norm, size in d.norms.items()})
-        shapes[weight_name(EMBEDDING)] = (d.head.n, d.head.k)
+        shapes[weight_name(d.model.names.embedding)] = (d.head.n, d.head.k)
         wrong = d.misshapen(shapes)
         first = {"got": list(d.tensors[wrong[0]].shape), "expected": list(shapes[wrong[0]])} if wrong else {}
         yield from RULES.found("shape", wrong, **first)
@@ -328,7 +332,7 @@ class _VllmAscend:
         """Values are copied and cast: floats cut to int8, or int8 taken for floats, without a scale."""
         d = self.d
         kinds = {p.name: p.kind for p in self._parameters if p.suffix == WEIGHT}
-        kinds[weight_name(EMBEDDING)] = QuantType.FLOAT
+        kinds[weight_name(d.model.names.embedding)] = QuantType.FLOAT
         stored = {name: kind for name in kinds if (kind := d.dtype_of(name)) is not None}
         integers = (*INTEGERS, "U8")
         wrong = [name for name, kind in stored.items() if (kinds[name] is QuantType.FLOAT) is (kind in integers)]
@@ -368,7 +372,8 @@ class _VllmAscend:
         their label, as linears do.
         """
         d = self.d
-        names = [weight_name(m) for m in (EMBEDDING, LM_HEAD) if self.labels.get(m, _FLOAT) != _FLOAT]
+        ends = d.model.names.embedding, d.model.names.head
+        names = [weight_name(m) for m in ends if self.labels.get(m, _FLOAT) != _FLOAT]
         yield from RULES.found("head-scheme", [name for name in names if name in d.outer_weights])
         yield from RULES.found("tied-head", [name for name in names if name not in d.outer_weights])
         biases = [bias_name(norm) for norm in d.norms]
@@ -397,11 +402,11 @@ class _VllmAscend:
         """vLLM (by its code) looks a parameter up for every stored tensor, but for biases."""
         d = self.d
         known = {parameter.name for parameter in self._parameters}
-        known |= {weight_name(EMBEDDING), *(weight_name(norm) for norm in d.norms)}
+        known |= {weight_name(d.model.names.embedding), *(weight_name(norm) for norm in d.norms)}
         known |= {name for name in d.kv_tensors() if layer_of(name) in self._kv_layers}
         known |= set(d.fa_tensors()) if self._fa_layers else set()
         unchecked = [m for m in self.modules if self.labels.get(m, "") not in _CHECKED]
-        unchecked += [LM_HEAD] if d.model.tie_word_embeddings else []
+        unchecked += [d.model.names.head] if d.model.tie_word_embeddings else []
         strange = [name for name in d.tensors if name not in known and name.rpartition(".")[0] not in unchecked]
         strange = [name for name in strange if not name.endswith((f".{BIAS}", "rotary_emb.inv_freq"))]
         yield from RULES.found("unknown-tensor", strange)

@@ -17,19 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eightfold.architectures import Names
 from eightfold.config import DType, ModelConfig, parse_config, require_architecture
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
-    ATTENTION,
-    EMBEDDING,
-    KEY,
-    LM_HEAD,
-    VALUE,
     all_linears,
     all_norms,
     expert_block,
     layer_of,
-    layer_prefix,
+    settle_names,
 )
 from eightfold.files import MAX_LIST_BYTES, has_file, read_json
 from eightfold.format.directory import (
@@ -91,7 +87,8 @@ class Checkpoint(StoredTensors):
         description: Description | None,
     ):
         super().__init__(directory, config_raw, tensors)
-        self.config: ModelConfig = parse_config(config_raw, directory / CONFIG_NAME)
+        config = parse_config(config_raw, directory / CONFIG_NAME)
+        self.config: ModelConfig = settle_names(config, config_raw, tensors)
         self.description = description
 
     @classmethod
@@ -136,7 +133,7 @@ class Checkpoint(StoredTensors):
         first = self.tensors.get(weight_name(next(iter(all_linears(self.config)))))
         if first is not None and first.dtype in stored:
             return stored[first.dtype]
-        embedding = self.tensors[weight_name(EMBEDDING)]
+        embedding = self.tensors[weight_name(self.config.names.embedding)]
         if embedding.dtype not in stored:
             raise self._wrong_dtype(embedding, one_of(stored))
         return stored[embedding.dtype]
@@ -174,12 +171,9 @@ class Checkpoint(StoredTensors):
         Raises:
             UnsupportedError: it has those of both.
         """
-        prefix = layer_prefix(layer_idx)
-        found = [
-            kind
-            for kind, names in ((QuantType.FAQUANT, _fa_tensors(prefix)), (QuantType.C8, _kv_tensors(prefix)))
-            if any(name in self.tensors for name in names)
-        ]
+        own = self.config.names
+        possible = ((QuantType.FAQUANT, _fa_tensors(own, layer_idx)), (QuantType.C8, _kv_tensors(own, layer_idx)))
+        found = [kind for kind, names in possible if any(name in self.tensors for name in names)]
         if len(found) > 1:
             raise UnsupportedError(
                 f"attention of layer {layer_idx}",
@@ -197,7 +191,8 @@ class Checkpoint(StoredTensors):
 
     def head_weight(self) -> str:
         """Return the name of the tensor that the output head reads: the embedding's, when the model is tied."""
-        return weight_name(EMBEDDING) if self.config.tie_word_embeddings else weight_name(LM_HEAD)
+        names = self.config.names
+        return weight_name(names.embedding if self.config.tie_word_embeddings else names.head)
 
     def layer_tensors(self, prefix: str) -> list[str]:
         """Return the names of all stored tensors below a name prefix."""
@@ -205,7 +200,7 @@ class Checkpoint(StoredTensors):
 
     def resident_bytes(self) -> int:
         """Return the bytes of all tensors, a tied head not counted."""
-        tied = weight_name(LM_HEAD) if self.config.tie_word_embeddings else None
+        tied = weight_name(self.config.names.head) if self.config.tie_word_embeddings else None
         return sum(info.nbytes for name, info in self.tensors.items() if name != tied)
 
     def _check(self) -> None:
@@ -234,7 +229,7 @@ class Checkpoint(StoredTensors):
             stacked = explain_stacked(self.config_raw, self.directory, self.tensors.values())
             raise (
                 stacked
-                or explain_names(self.directory, self.tensors)
+                or explain_names(self.directory, self.tensors, self.config.names.embedding)
                 or CheckpointError(
                     f"{plural(len(missing), 'tensor')} missing",
                     where=self.directory,
@@ -259,7 +254,7 @@ class Checkpoint(StoredTensors):
             if name in self.tensors:
                 self._check_tensor(self.tensors[name], spec)
         # Tensors that nothing here would read: a bias or a scale left out changes every result.
-        harmless = {weight_name(LM_HEAD)} if self.config.tie_word_embeddings else set()
+        harmless = {weight_name(self.config.names.head)} if self.config.tie_word_embeddings else set()
         unknown = [
             name
             for name in self.tensors
@@ -267,22 +262,26 @@ class Checkpoint(StoredTensors):
         ]
         if unknown:
             known = f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}"
-            raise explain_names(self.directory, unknown) or unknown_tensors(self.directory, unknown, known)
+            raise explain_names(self.directory, unknown, self.config.names.embedding) or unknown_tensors(
+                self.directory, unknown, known
+            )
 
     def _bare_entries(self) -> set[str]:
         """Return the entries that may name no tensor: vllm-ascend looks for them in some families, and for a head."""
         blocks = {i: block for i in range(self.config.num_layers) if (block := expert_block(self.config, i))}
-        entries = {weight_name(layer_prefix(layer_idx) + block.module) for layer_idx, block in blocks.items()}
-        entries |= {weight_name(LM_HEAD)} if self.config.tie_word_embeddings else set()
+        names = self.config.names
+        entries = {weight_name(names.layer(layer_idx) + block.module) for layer_idx, block in blocks.items()}
+        entries |= {weight_name(names.head)} if self.config.tie_word_embeddings else set()
         return entries & set(self.description.tags if self.description else ())
 
     def _expected(self) -> Iterator[tuple[str, _Expectation]]:
         config = self.config
-        yield weight_name(EMBEDDING), _Expectation((config.vocab_size, config.hidden_size), DTypeRule.SOURCE)
+        embedding = weight_name(config.names.embedding)
+        yield embedding, _Expectation((config.vocab_size, config.hidden_size), DTypeRule.SOURCE)
         for name, size in all_norms(config).items():
             yield from self._expected_norm(name, size)
         for name, linear in all_linears(config).items():
-            if name == LM_HEAD and config.tie_word_embeddings:
+            if name == config.names.head and config.tie_word_embeddings:
                 continue
             kind = self._float_type(name) if linear.is_router else self.quant_type(name)
             for spec in linear_tensors(kind, linear.has_bias):
@@ -299,14 +298,14 @@ class Checkpoint(StoredTensors):
             yield weight_name(legacy_norm(name)), _Expectation((size,), DTypeRule.SOURCE, optional=True)
 
     def _expected_attention(self, layer_idx: int) -> Iterator[tuple[str, _Expectation]]:
-        config, prefix, kind = self.config, layer_prefix(layer_idx), self.attention_type(layer_idx)
+        config, kind = self.config, self.attention_type(layer_idx)
         if kind is QuantType.FAQUANT:
-            for name, spec in _fa_tensors(prefix).items():
+            for name, spec in _fa_tensors(config.names, layer_idx).items():
                 shape = spec.shape_for(H=config.num_heads, G=config.num_kv_heads)
                 # The published tables give one value for each channel of a head.
                 yield name, _Expectation(shape, spec.dtype, spec.optional, also=((shape[0], config.head_dim),))
         if kind is QuantType.C8:
-            for name, spec in _kv_tensors(prefix).items():
+            for name, spec in _kv_tensors(config.names, layer_idx).items():
                 yield name, _Expectation.of(spec, C=config.kv_size)
 
     def _check_tensor(self, info: TensorInfo, spec: _Expectation) -> None:
@@ -376,12 +375,13 @@ def _allowed(rule: DTypeRule, model: DType) -> tuple[str, ...]:
     return tuple(kind.value for kind in (*_FLOATS, *also))
 
 
-def _fa_tensors(prefix: str) -> dict[str, TensorSpec]:
-    return {f"{prefix}{ATTENTION}.{spec.suffix}": spec for spec in FA_TENSORS}
+def _fa_tensors(names: Names, layer_idx: int) -> dict[str, TensorSpec]:
+    return {f"{names.layer(layer_idx)}{names.attention}.{spec.suffix}": spec for spec in FA_TENSORS}
 
 
-def _kv_tensors(prefix: str) -> dict[str, TensorSpec]:
-    return {f"{prefix}{linear}.{spec.suffix}": spec for linear in (KEY, VALUE) for spec in KV_TENSORS}
+def _kv_tensors(names: Names, layer_idx: int) -> dict[str, TensorSpec]:
+    prefix, modules = names.layer(layer_idx), (names.key, names.value)
+    return {f"{prefix}{module}.{spec.suffix}": spec for module in modules for spec in KV_TENSORS}
 
 
 def find_description(directory: Path) -> Path | None:

@@ -18,8 +18,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from eightfold.architectures import Names
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, plural, shortlist
-from eightfold.families import EMBEDDING
 from eightfold.files import MAX_LIST_BYTES, has_file, open_regular, read_json, refuse_pointer, require_regular
 from eightfold.format.safetensors import TensorInfo, read_header
 from eightfold.scheme import weight_name
@@ -232,8 +232,14 @@ def _adapter_files(directory: Path) -> list[str]:
     return [path.name for path in directory.glob("adapter_model.*")]
 
 
-def explain_names(directory: Path, names: Collection[str]) -> EightfoldError | None:
-    """Return what to say of weights that are not named as those of a model; None where the names are not the reason."""
+def explain_names(directory: Path, names: Collection[str], embedding: str = Names.embedding) -> EightfoldError | None:
+    """Return what to say of weights that are not named as those of a model; None where the names are not the reason.
+
+    Args:
+        directory: of the model, for the message.
+        names: of its tensors, or of some of them.
+        embedding: the module that such a model has.
+    """
 
     def refused(got: str, action: str) -> CheckpointError:
         return CheckpointError(
@@ -248,8 +254,8 @@ def explain_names(directory: Path, names: Collection[str]) -> EightfoldError | N
         return refused(f"tensors of a LoRA adapter ({shortlist(lora, 2)})", _MERGE)
     if foreign := [name for name in names if name.endswith(_QUANTIZED_ELSEWHERE)]:
         return refused(f"weights that another tool has quantized ({shortlist(foreign, 2)})", _START_FLOAT)
-    tail = weight_name(EMBEDDING).removeprefix("model.")
-    if weight_name(EMBEDDING) in names:
+    tail = weight_name(embedding).removeprefix("model.")
+    if weight_name(embedding) in names:
         return None
     for name in names:
         if name == tail:

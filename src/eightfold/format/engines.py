@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from eightfold.config import FAMILIES, has_engine, has_experts
-from eightfold.errors import EightfoldError, UnsupportedError, one_of, shortlist
+from eightfold.architectures import KNOWN
+from eightfold.config import has_engine, has_experts
+from eightfold.errors import EightfoldError, UnsupportedError, shortlist
 from eightfold.format.safetensors import TensorInfo
 from eightfold.layouts import EXPERTS_PART, engine_names, known
 
@@ -31,7 +32,7 @@ def require_engine(raw: Mapping[str, Any], directory: Path, *, is_quantized: boo
         "model",
         where=directory,
         got=got,
-        expected=one_of(FAMILIES),
+        expected=KNOWN,
         action=f"eightfold {action}, and does not run it.",
     )
 

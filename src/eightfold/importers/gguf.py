@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from eightfold.architectures import Names
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, both_dialects, parse_config
 from eightfold.errors import CheckpointError, DependencyError, OutputError, UnsupportedError, one_of, shortlist
-from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, all_norms, layer_prefix
+from eightfold.families import all_linears, all_norms
 from eightfold.files import write_json
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Modules by their GGUF name; those of a layer stand behind blk.N.
-_MODULES = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": LM_HEAD}
+_NAMES = Names()  # of the families that are imported
+_MODULES = {"token_embd": _NAMES.embedding, "output_norm": _NAMES.final_norm, "output": _NAMES.head}
 _LAYER_MODULES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -261,10 +263,10 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
     for name in file.tensors:
         if (known := _directory_name(name)) is not None:
             names[known] = name
-    expected: dict[str, tuple[int, ...]] = {weight_name(EMBEDDING): (config.vocab_size, config.hidden_size)}
+    expected: dict[str, tuple[int, ...]] = {weight_name(_NAMES.embedding): (config.vocab_size, config.hidden_size)}
     expected.update({weight_name(norm): (size,) for norm, size in all_norms(config).items()})
     for module, linear in all_linears(config).items():
-        if module != LM_HEAD or not config.tie_word_embeddings:
+        if module != _NAMES.head or not config.tie_word_embeddings:
             expected[weight_name(module)] = (linear.n, linear.k)
             if linear.has_bias:
                 expected[f"{module}.{BIAS}"] = (linear.n,)
@@ -296,7 +298,7 @@ def _directory_name(name: str) -> str | None:
     found = _LAYER_NAME.match(name)
     if found is None or found[2] not in _LAYER_MODULES:
         return None
-    return f"{layer_prefix(int(found[1]))}{_LAYER_MODULES[found[2]]}.{found[3]}"
+    return f"{_NAMES.layer(int(found[1]))}{_LAYER_MODULES[found[2]]}.{found[3]}"
 
 
 def _ordered(file: _GgufFile, config: ModelConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -22,15 +22,11 @@ import numpy as np
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.families import (
-    ATTENTION,
-    KEY,
-    LM_HEAD,
-    VALUE,
     ExpertShapes,
     LinearShape,
     expert_block,
+    head_shape,
     layer_norms,
-    layer_prefix,
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.stored import StoredTensors
@@ -182,7 +178,7 @@ def read_experts(checkpoint: Checkpoint, layer_idx: int) -> Experts | None:
     Raises:
         CheckpointError: a scale is not a finite number above 0, or an offset outside int8.
     """
-    block, prefix = expert_block(checkpoint.config, layer_idx), layer_prefix(layer_idx)
+    block, prefix = expert_block(checkpoint.config, layer_idx), checkpoint.config.names.layer(layer_idx)
     if block is None:
         return None
 
@@ -206,16 +202,18 @@ def read_head(checkpoint: Checkpoint) -> Linear:
     if config.tie_word_embeddings:
         name = checkpoint.head_weight()
         return Linear(QuantType.FLOAT, name, checkpoint.array(name))
-    return read_linear(checkpoint, LM_HEAD, LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False))
+    return read_linear(checkpoint, config.names.head, head_shape(config))
 
 
 def read_norm(checkpoint: Checkpoint, module: str) -> Norm:
-    """Read a norm; its bias may stand where older writers put it.
+    """Read a norm, its gain as it is meant; its bias may stand where older writers put it.
 
     Raises:
         CheckpointError: a value is not a finite number.
     """
-    gain = read_values(checkpoint, weight_name(module))
+    gain, offset = read_values(checkpoint, weight_name(module)), checkpoint.config.norm_offset
+    if offset:
+        gain += np.float32(offset)
     stored = [name for name in (bias_name(module), bias_name(legacy_norm(module))) if name in checkpoint.tensors]
     bias = read_values(checkpoint, stored[0]) if stored else None
     # Writers put zeros there; adding them would only cost time.
@@ -224,7 +222,7 @@ def read_norm(checkpoint: Checkpoint, module: str) -> Norm:
 
 def read_norms(checkpoint: Checkpoint, layer_idx: int) -> dict[str, Norm]:
     """Read the norms of a layer, by their names inside it."""
-    prefix = layer_prefix(layer_idx)
+    prefix = checkpoint.config.names.layer(layer_idx)
     return {name: read_norm(checkpoint, prefix + name) for name in layer_norms(checkpoint.config)}
 
 
@@ -235,13 +233,14 @@ def read_attention(checkpoint: Checkpoint, layer_idx: int) -> Attention:
         CheckpointError: a scale is not a finite number above 0, or an offset is outside int8.
         UnsupportedError: FAQuant with an offset that is not zero.
     """
-    kind, prefix = checkpoint.attention_type(layer_idx), layer_prefix(layer_idx)
+    kind, names = checkpoint.attention_type(layer_idx), checkpoint.config.names
+    prefix = names.layer(layer_idx)
     if kind is QuantType.C8:
-        key, value = (_channels(checkpoint, prefix + part, KV_SCALE, KV_OFFSET) for part in (KEY, VALUE))
+        key, value = (_channels(checkpoint, prefix + part, KV_SCALE, KV_OFFSET) for part in (names.key, names.value))
         return Attention(kind, key, value)
     if kind is QuantType.FLOAT:
         return Attention(kind)
-    module = prefix + ATTENTION
+    module = prefix + names.attention
     for part in (FA_Q, FA_K, FA_V):
         _require_zeros(checkpoint, f"{module}.{part}.{OFFSET}")
     key, value = (_channels(checkpoint, f"{module}.{part}", SCALE) for part in (FA_K, FA_V))

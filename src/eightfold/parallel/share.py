@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from eightfold.config import ModelConfig
 from eightfold.errors import ConfigError, one_of
-from eightfold.families import KEY, LM_HEAD, VALUE, dense_groups
+from eightfold.families import dense_groups
 
 # Where intermediate size and vocabulary are cut: at cache lines, where there are enough of them.
 _UNITS = (64, 16, 4, 1)
@@ -103,7 +103,7 @@ class Share:
             name: inside a layer, or the head's.
             is_float: whether its weights are.
         """
-        if name == LM_HEAD:
+        if name == config.names.head:
             return Cut(self.part(config.vocab_size), None, True)
         (group,) = (group.title for group in dense_groups(config) for linear in group.linears if linear.name == name)
         if group in _ROW_PARALLEL and is_float:
@@ -140,7 +140,7 @@ class Share:
         """Return the channels between the linears of a block that the rank computes."""
         if group in ("gate_up", "down"):
             return self.part(config.intermediate_size)
-        heads = self.kv_heads(config) if name in (KEY, VALUE) else self.heads(config)
+        heads = self.kv_heads(config) if name in (config.names.key, config.names.value) else self.heads(config)
         return slice(heads.start * config.head_dim, heads.stop * config.head_dim)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eightfold.errors import CapacityError
-from eightfold.families import LM_HEAD, all_linears, input_groups
+from eightfold.families import all_linears, input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
@@ -153,7 +153,7 @@ def _sample_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]
 
 def _head_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     """Return what the output head takes; a float one is copied and proved in small pieces."""
-    head = all_linears(checkpoint.config)[LM_HEAD]
+    head = all_linears(checkpoint.config)[checkpoint.config.names.head]
     if not recipe.quantize_lm_head:
         return 128 * _MIB + 4096 * 4 * head.k
     return head.n * head.k * (checkpoint.dtype.itemsize + 1 + 8)

@@ -23,7 +23,7 @@ from shutil import disk_usage, rmtree
 from typing import Any
 
 from eightfold.errors import CapacityError, OutputError, remember_kept
-from eightfold.families import EMBEDDING, all_linears, layer_linears, layer_of, layer_prefix
+from eightfold.families import all_linears, layer_linears, layer_of
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import partial_path
 from eightfold.machine import available_bytes
@@ -326,8 +326,8 @@ def _phases(checkpoint: Checkpoint, recipe: Recipe, tokens: int, trials: Sequenc
     layers = config.num_layers
     planned = OutputPlan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
     sizes = {tensor.planned.name: tensor.planned.nbytes for tensor in planned}
-    read = sum(checkpoint.tensors[name].nbytes for name in checkpoint.layer_tensors(layer_prefix(0)))
-    embedding = weight_name(EMBEDDING)
+    read = sum(checkpoint.tensors[name].nbytes for name in checkpoint.layer_tensors(config.names.layer(0)))
+    embedding = weight_name(config.names.embedding)
     written = sum(size for name, size in sizes.items() if layer_of(name) is not None)
     found = [
         Phase("open", times["open"]),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.families import DOWN, SMOOTH_PAIRS, InputGroup, LinearShape, input_groups, layer_prefix, sliding_window
+from eightfold.families import DOWN, InputGroup, LinearShape, input_groups, sliding_window, smooth_pairs
 from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear
@@ -96,11 +96,11 @@ def head_sharing(config: ModelConfig, group: str) -> HeadSharing | None:
     return HeadSharing(config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
 
 
-def smoothed_groups(method: AntiOutlier | None) -> set[str]:
-    """Return the titles of the groups whose input a method smooths."""
+def smoothed_groups(config: ModelConfig, method: AntiOutlier | None) -> set[str]:
+    """Return the titles of the groups of a model whose input a method smooths."""
     if method is None:
         return set()
-    return {pair.group for pair in SMOOTH_PAIRS if pair.source_is_norm or method.smooths_linear_pairs}
+    return {pair.group for pair in smooth_pairs(config) if pair.source_is_norm or method.smooths_linear_pairs}
 
 
 class FloatPass:
@@ -124,13 +124,13 @@ class FloatPass:
     @torch.inference_mode()
     def layer(self, layer_idx: int) -> LayerStatistics:
         """Move all samples through one layer and return what was seen, the same in all ranks."""
-        recipe, prefix, context_len = self._recipe, layer_prefix(layer_idx), self._config.context
+        recipe, prefix, context_len = self._recipe, self._config.names.layer(layer_idx), self._config.context
         self._groups = input_groups(self._config, layer_idx)
         self._kinds = {group.title: self._kind(prefix, group) for group in self._groups}
-        self._smoothed = smoothed_groups(recipe.anti_outlier) & self._kinds.keys()
+        self._smoothed = smoothed_groups(self._config, recipe.anti_outlier) & self._kinds.keys()
         if recipe.anti_outlier is AntiOutlier.SMOOTH:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
-        kv = KVObserver(recipe.kv_observe, self._decoder.turns().inv_freq, context_len) if recipe.kv_int8 else None
+        kv = KVObserver(recipe.kv_observe, self._decoder.turns().all.inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers = self._pass(self.hidden, layer_idx, kv, stretch)
         smoothing = watchers if self.anti is self.hidden else self._pass(self.anti, layer_idx)
@@ -152,7 +152,7 @@ class FloatPass:
     ) -> dict[str, InputWatcher]:
         """Move the samples of one stream through a layer; return what was seen of inputs, which rank 0 knows."""
         assert stream.layer_idx == layer_idx
-        prefix = layer_prefix(layer_idx)
+        prefix = self._config.names.layer(layer_idx)
         titles = set(self._smoothed) if stream is self.anti else set()
         if stream is self.hidden and self._recipe.needs_range_params:
             titles.update(self._kinds)
@@ -163,14 +163,16 @@ class FloatPass:
         }
         calls: list[GroupCall] = [
             WatchedGroup(
-                LinearGroup(tuple(self._linear(prefix, linear) for linear in group.linears)),
+                LinearGroup(tuple(self._linear(prefix, linear) for linear in group.linears), group.parts),
                 watchers.get(group.title),
                 kv.projections if kv is not None and group.title == "qkv" else None,
             )
             for group in self._groups
         ]
         seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
-        attention = WatchedAttention(FloatAttention(sliding_window(self._config, layer_idx)), seen)
+        attention = WatchedAttention(
+            FloatAttention(sliding_window(self._config, layer_idx), self._decoder.scoring), seen
+        )
         stream.advance(self._decoder.block(layer_idx, calls, attention))
         self._merge(watchers, kv)
         return watchers
@@ -240,7 +242,9 @@ class FloatPass:
         found: dict[str, SmoothScale] = {}
         is_ours = self._recipe.anti_outlier is AntiOutlier.SMOOTH
         groups = [group for group in self._groups if group.title in self._smoothed]
-        sources = {pair.source: pair.group for pair in SMOOTH_PAIRS if is_ours and not pair.source_is_norm}
+        sources = {
+            pair.source: pair.group for pair in smooth_pairs(self._config) if is_ours and not pair.source_is_norm
+        }
         for group in sorted(groups, key=lambda group: group.title not in sources.values()):
             rows = {
                 linear.name: self._source_scale(sources[linear.name], found[sources[linear.name]])

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eightfold.families import layer_prefix
 from eightfold.format.safetensors import checksum_of, checksum_of_parts
 from eightfold.model.reference.decoder import Batch, Block, token_batches
 from eightfold.model.reference.load import Decoder
@@ -213,8 +212,9 @@ class HiddenStates:
         states = block(self._states(batch), work)
         if not torch.isfinite(states.sum()):  # or it overflows
             ends = [torch.stack(torch.aminmax(states[begin:end])) for begin, end in work.spans]
-            following, count = self.layer_idx + 1, self._decoder.checkpoint.config.num_layers
-            title = layer_prefix(following).removesuffix(".") if following < count else "the final norm"
+            following, config = self.layer_idx + 1, self._decoder.checkpoint.config
+            is_last = following == config.num_layers
+            title = "the final norm" if is_last else config.names.layer(following).removesuffix(".")
             require_finite_samples(title, self._batches[batch][0], *torch.stack(ends).unbind(1))
         if not self._spills:
             self._held[batch] = states

@@ -17,19 +17,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eightfold.architectures import Names
 from eightfold.families import (
-    ATTENTION,
-    KEY,
-    LM_HEAD,
-    SMOOTH_PAIRS,
-    VALUE,
     InputGroup,
     LinearShape,
     SmoothPair,
     input_groups,
     layer_norms,
-    layer_prefix,
     sliding_window,
+    smooth_pairs,
 )
 from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, spans_of
@@ -74,12 +70,12 @@ class SmoothedLayer:
         scales: Mapping[str, SmoothScale],
         stored_dtype: Callable[[str], torch.dtype],
     ) -> None:
-        self._decoder, self._idx, self._prefix = decoder, layer_idx, layer_prefix(layer_idx)
         self._config = decoder.checkpoint.config
+        self._decoder, self._idx, self._prefix = decoder, layer_idx, self._config.names.layer(layer_idx)
         self._columns: dict[str, Tensor] = {}  # linear -> what its columns are multiplied by, (K,)
         self._rows: dict[str, Tensor] = {}  # linear -> what its rows are divided by, (N,)
         self.norms = decoder.norms(layer_idx)
-        for pair in SMOOTH_PAIRS:
+        for pair in smooth_pairs(self._config):
             if pair.group in scales:
                 self._apply(pair, scales[pair.group].scale, stored_dtype)
 
@@ -130,7 +126,7 @@ class SmoothedLayer:
     def block(self) -> Block:
         """Return the whole float layer; its weights are made one at a time, when they are called."""
         groups: list[GroupCall] = [
-            LinearGroup(tuple(self._made_when_called(linear) for linear in group.linears))
+            LinearGroup(tuple(self._made_when_called(linear) for linear in group.linears), group.parts)
             for group in input_groups(self._config, self._idx)
         ]
         return self._decoder.block(self._idx, groups, norms=self.norms)
@@ -173,7 +169,7 @@ class QuantizedLayer:
 
     def __post_init__(self) -> None:
         self._config = self.decoder.checkpoint.config
-        self._prefix = layer_prefix(self.layer_idx)
+        self._prefix = self._config.names.layer(self.layer_idx)
         release_widened()  # the float pass is over
         self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.statistics.scales, self.stored_dtype)
         self.attention = FAQuantObserver() if self.has_fa else None
@@ -206,14 +202,16 @@ class QuantizedLayer:
     def observed_block(self) -> Block:
         """Return the layer with its linears quantized and what they and attention read observed."""
         window = sliding_window(self._config, self.layer_idx)
-        attention = WatchedAttention(FloatAttention(window), () if self.attention is None else (self.attention,))
+        attention = WatchedAttention(
+            FloatAttention(window, self.decoder.scoring), () if self.attention is None else (self.attention,)
+        )
         groups = [self._observed_group(group) for group in self._groups]
         return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms)
 
     def _observed_group(self, group: InputGroup) -> GroupCall:
         members = tuple(self._member(linear) for linear in group.linears)
         observer = next((self._observers[each.name] for each in group.linears if each.name in self._observers), None)
-        return LinearGroup(members) if observer is None else ObservedGroup(observer, members)
+        return LinearGroup(members, group.parts) if observer is None else ObservedGroup(observer, members)
 
     def _member(self, linear: LinearShape) -> Linear:
         kind = self._type(linear)
@@ -240,10 +238,10 @@ class QuantizedLayer:
         if self.attention is not None:
             scales = self.attention.scales()
             values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
-            names = [f"{self._prefix}{ATTENTION}.{spec.suffix}" for spec in FA_TENSORS]
+            names = [f"{self._prefix}{self._config.names.attention}.{spec.suffix}" for spec in FA_TENSORS]
             found.update(zip(names, values, strict=True))
         if self.statistics.kv is not None:
-            found.update(_kv_tensors(self._prefix, self.statistics.kv))
+            found.update(_kv_tensors(self._config.names, self._prefix, self.statistics.kv))
         return found
 
     def _linear_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
@@ -280,16 +278,16 @@ def head_tensors(
         hidden: the calibration samples after the last layer; only static types look at them.
         range_param: of the head's input, where the activation method needs it.
     """
-    checkpoint, params = decoder.checkpoint, None
+    checkpoint, params, head = decoder.checkpoint, None, decoder.checkpoint.config.names.head
     is_symmetric = kind is not QuantType.W8A16 or recipe.weight_symmetric
     weight = quantize_weight(load_float32(checkpoint, checkpoint.head_weight()), is_symmetric=is_symmetric)
     if kind in NEEDS_CALIBRATION:
         assert hidden is not None
-        norm, observer = decoder.final_norm(), observer_for(recipe.act_method, LM_HEAD, range_param)
+        norm, observer = decoder.final_norm(), observer_for(recipe.act_method, head, range_param)
         for sizes, states_TE in hidden.pieces():
             observer.update(norm(states_TE), spans_of(sizes))
         params = observer.params()
-    return _int8_tensors(LM_HEAD, weight, None, params, stored_dtype)
+    return _int8_tensors(head, weight, None, params, stored_dtype)
 
 
 def _int8_tensors(
@@ -324,10 +322,10 @@ def norm_tensors(module: str, gain: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _kv_tensors(prefix: str, kv: KVParams) -> dict[str, Tensor]:
+def _kv_tensors(names: Names, prefix: str, kv: KVParams) -> dict[str, Tensor]:
     return {
-        f"{prefix}{KEY}.{KV_SCALE}": kv.key_scale,
-        f"{prefix}{KEY}.{KV_OFFSET}": kv.key_offset,
-        f"{prefix}{VALUE}.{KV_SCALE}": kv.value_scale,
-        f"{prefix}{VALUE}.{KV_OFFSET}": kv.value_offset,
+        f"{prefix}{names.key}.{KV_SCALE}": kv.key_scale,
+        f"{prefix}{names.key}.{KV_OFFSET}": kv.key_offset,
+        f"{prefix}{names.value}.{KV_SCALE}": kv.value_scale,
+        f"{prefix}{names.value}.{KV_OFFSET}": kv.value_offset,
     }

@@ -12,9 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from eightfold.architectures import FAMILIES
 from eightfold.config import has_engine
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
-from eightfold.families import EMBEDDING, LM_HEAD
+from eightfold.families import stored_names
 from eightfold.format.stored import StoredTensors
 from eightfold.layouts import Layout, Part, Rule, generic_rule, text_config
 from eightfold.quant.name_sources import Coding, Source, Sources
@@ -106,8 +107,12 @@ class FoundTensors:
 
     def _copy_tied_head(self) -> None:
         """Write the head of a tied model that can run here, as pipeline.py does."""
-        embedding, head = self._sources.get(weight_name(EMBEDDING)), weight_name(LM_HEAD)
-        if has_engine(self.stored.config_raw) and embedding is not None and head not in self._sources:
+        raw = self.stored.config_raw
+        if not has_engine(raw):
+            return
+        names = stored_names(FAMILIES[raw["architectures"][0]], self.stored.tensors)
+        embedding, head = self._sources.get(weight_name(names.embedding)), weight_name(names.head)
+        if embedding is not None and head not in self._sources:
             self._copy(OUTSIDE, head, embedding)
 
     def _place_in_layer(self, name: str, source: Source, prefix: str, step: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, has_engine, parse_config
 from eightfold.errors import CheckpointError, one_of, shortlist
-from eightfold.families import LM_HEAD, all_linears
+from eightfold.families import all_linears
 from eightfold.format.checkpoint import find_description, quantized_already
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.shards import PlannedTensor
@@ -279,7 +279,7 @@ def _require_sizes(plan: NamePlan, config: ModelConfig) -> None:
     """
     for name, linear in all_linears(config).items():
         planned, expected = plan.tensors.get(weight_name(name)), (linear.n, linear.k)
-        if planned is None and name == LM_HEAD and config.tie_word_embeddings:
+        if planned is None and name == config.names.head and config.tie_word_embeddings:
             continue
         if planned is None or planned.planned.shape != expected:
             raise CheckpointError(

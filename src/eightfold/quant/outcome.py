@@ -11,7 +11,7 @@ from typing import Any
 
 from eightfold import __version__
 from eightfold.config import DType, ModelConfig
-from eightfold.families import LM_HEAD, input_groups, layer_prefix
+from eightfold.families import input_groups, layer_of
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.target import REPORT_NAME as REPORT_NAME
 from eightfold.quant.plan import RolledBack
@@ -73,7 +73,7 @@ class Outcome:
     @property
     def kept_float(self) -> list[str]:
         """The linears of the layers that are not."""
-        return [name for name, kind in self.types.items() if kind is QuantType.FLOAT and name != LM_HEAD]
+        return [name for name, kind in self.types.items() if kind is QuantType.FLOAT and layer_of(name) is not None]
 
     def add_clipping_note(self) -> None:
         """Say what share of the keys an int8 cache cuts off whose range was taken before RoPE."""
@@ -155,5 +155,5 @@ def _split_groups(config: ModelConfig, types: Mapping[str, QuantType]) -> list[s
         f"layer {layer_idx}: {', '.join(linear.name for linear in group.linears)}"
         for layer_idx in range(config.num_layers)
         for group in input_groups(config, layer_idx)
-        if len({types[layer_prefix(layer_idx) + linear.name] for linear in group.linears}) > 1
+        if len({types[config.names.layer(layer_idx) + linear.name] for linear in group.linears}) > 1
     ]

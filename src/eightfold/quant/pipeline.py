@@ -18,7 +18,6 @@ import torch
 
 from eightfold.config import both_dialects
 from eightfold.errors import ConfigError, OutputError
-from eightfold.families import LM_HEAD
 from eightfold.files import write_json
 from eightfold.format.checkpoint import Checkpoint, quantized_already, render_description
 from eightfold.format.directory import CONFIG_NAME
@@ -242,7 +241,7 @@ def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome
     config: dict[str, Any] = both_dialects(raw, checkpoint.config, plan.recipe.dtype_of(checkpoint.dtype))
     if plan.legacy_names:
         config["quantize"] = scheme.value.lower()
-    if outcome.types[LM_HEAD] is not QuantType.FLOAT:
+    if outcome.types[checkpoint.config.names.head] is not QuantType.FLOAT:
         config["tie_word_embeddings"] = False
     text = render_description(scheme, {name: tensor.tag for name, tensor in plan.tensors.items()})
     for name in description_names(scheme, plan.legacy_names):

@@ -17,18 +17,11 @@ from fnmatch import fnmatchcase
 
 from eightfold.config import DType, ModelConfig
 from eightfold.families import (
-    ATTENTION,
     DOWN,
-    EMBEDDING,
-    FINAL_NORM,
-    KEY,
-    LM_HEAD,
-    VALUE,
     all_linears,
     all_norms,
     input_groups,
     layer_norms,
-    layer_prefix,
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.shards import PlannedTensor
@@ -65,14 +58,14 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
         matches = _matches(pattern, [*linears, *attentions], "keep_float", config)
         types.update(dict.fromkeys(matches & linears.keys(), QuantType.FLOAT))
     if not recipe.quantize_lm_head:
-        types[LM_HEAD] = QuantType.FLOAT
+        types[config.names.head] = QuantType.FLOAT
     return types
 
 
 def _down_projections(config: ModelConfig) -> list[str]:
     """Return the linears that read products, by full module name; experts are no such group."""
     return [
-        layer_prefix(layer_idx) + linear.name
+        config.names.layer(layer_idx) + linear.name
         for layer_idx in range(config.num_layers)
         for group in input_groups(config, layer_idx)
         if group.title == DOWN
@@ -113,7 +106,8 @@ def fa_layers(config: ModelConfig, recipe: Recipe) -> frozenset[int]:
 
 def attention_modules(config: ModelConfig) -> dict[str, int]:
     """Return every attention module's full name -> its layer."""
-    return {f"{layer_prefix(layer_idx)}{ATTENTION}": layer_idx for layer_idx in range(config.num_layers)}
+    names = config.names
+    return {f"{names.layer(layer_idx)}{names.attention}": layer_idx for layer_idx in range(config.num_layers)}
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,7 @@ def _input_group_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     groups: dict[str, tuple[str, ...]] = {}
     for layer_idx in range(config.num_layers):
         for group in input_groups(config, layer_idx):
-            members = tuple(layer_prefix(layer_idx) + linear.name for linear in group.linears)
+            members = tuple(config.names.layer(layer_idx) + linear.name for linear in group.linears)
             groups.update(dict.fromkeys(members, members))
     return groups
 
@@ -189,20 +183,21 @@ class OutputPlan:
         config = self.checkpoint.config
         self._linears, self._norms = all_linears(config), all_norms(config)
         (embedding,) = linear_tensors(QuantType.FLOAT, has_bias=False)
-        self._add(EMBEDDING, embedding, embedding.shape_for(N=config.vocab_size, K=config.hidden_size))
+        self._add(config.names.embedding, embedding, embedding.shape_for(N=config.vocab_size, K=config.hidden_size))
         for layer_idx in range(config.num_layers):
             self._add_layer(layer_idx)
-        self._add_norm(FINAL_NORM)
-        self._add_linear(LM_HEAD)
+        self._add_norm(config.names.final_norm)
+        self._add_linear(config.names.head)
 
     def _add_layer(self, layer_idx: int) -> None:
-        config, prefix = self.checkpoint.config, layer_prefix(layer_idx)
+        config = self.checkpoint.config
+        prefix, names = config.names.layer(layer_idx), config.names
         if layer_idx in self.fa_layers:
             for spec in FA_TENSORS:
-                self._add(prefix + ATTENTION, spec, spec.shape_for(H=config.num_heads, G=config.num_kv_heads))
+                self._add(prefix + names.attention, spec, spec.shape_for(H=config.num_heads, G=config.num_kv_heads))
         for group in input_groups(config, layer_idx):
             for linear in group.linears:
-                if self.recipe.kv_int8 and linear.name in (KEY, VALUE):
+                if self.recipe.kv_int8 and linear.name in (config.names.key, config.names.value):
                     for spec in KV_TENSORS:
                         self._add(prefix + linear.name, spec, spec.shape_for(C=config.kv_size))
                 self._add_linear(prefix + linear.name)
@@ -234,7 +229,7 @@ class OutputPlan:
 
     def _dtype(self, rule: DTypeRule, source: str) -> DType:
         stored = self.checkpoint.tensors.get(
-            self.checkpoint.head_weight() if source == weight_name(LM_HEAD) else source
+            self.checkpoint.head_weight() if source == weight_name(self.checkpoint.config.names.head) else source
         )
         own = DType(stored.dtype) if stored and self.recipe.dtype is None else None
         return rule.resolve(self.recipe.dtype_of(self.checkpoint.dtype), own, self.recipe.save_float32)

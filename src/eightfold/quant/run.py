@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import CheckpointError, UnsupportedError
-from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, input_groups, layer_prefix
+from eightfold.families import input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import Entry, Journal
 from eightfold.format.safetensors import checksum_of_file
@@ -184,14 +184,16 @@ class Run:
 
     def _range_params(self, layers: Sequence[LayerStatistics]) -> dict[str, float]:
         found = {
-            layer_prefix(layer_idx) + linear.name: statistics.range_params[group.title]
+            self.checkpoint.config.names.layer(layer_idx) + linear.name: statistics.range_params[group.title]
             for layer_idx, statistics in enumerate(layers)
             for group in input_groups(self.checkpoint.config, layer_idx)
             for linear in group.linears
         }
         if self.recipe.quantize_lm_head:
             assert self.float_pass is not None
-            found[LM_HEAD] = self._ranks.share(self.float_pass.head_range_param() if self._ranks.is_first else 0.0)
+            found[self.checkpoint.config.names.head] = self._ranks.share(
+                self.float_pass.head_range_param() if self._ranks.is_first else 0.0
+            )
         return found
 
     def _take_attention_back(self, layers: Sequence[LayerStatistics]) -> None:
@@ -233,9 +235,9 @@ class Run:
     def _copy_ends(self, writer: TensorWriter) -> None:
         """Copy the embedding, and a head that stays as it is."""
         self._require_tied_head()
-        writer.copy(weight_name(EMBEDDING))
-        if self.outcome.types[LM_HEAD] is QuantType.FLOAT:
-            writer.copy(weight_name(LM_HEAD), self.checkpoint.head_weight())
+        writer.copy(weight_name(self.checkpoint.config.names.embedding))
+        if self.outcome.types[self.checkpoint.config.names.head] is QuantType.FLOAT:
+            writer.copy(weight_name(self.checkpoint.config.names.head), self.checkpoint.head_weight())
 
     def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
@@ -256,7 +258,7 @@ class Run:
             moved.append(self.plain)
         tensors = None
         if writer is not None:
-            writer.write_below(layer_prefix(layer_idx), layer.tensors())
+            writer.write_below(self.checkpoint.config.names.layer(layer_idx), layer.tensors())
             tensors = writer.finished()
         self.decoder.release_block(layer_idx)
         kv = statistics.kv
@@ -305,7 +307,7 @@ class Run:
         if entry["notes"]:
             smoothing = self.outcome.smoothing = self.outcome.smoothing or Smoothing()
             for title, note in entry["notes"].items():
-                smoothing.choices[layer_prefix(entry["layer"]) + title] = note
+                smoothing.choices[self.checkpoint.config.names.layer(entry["layer"]) + title] = note
         if entry["keys"] is not None:
             self.outcome.clipped_keys += entry["keys"][0]
             self.outcome.keys += entry["keys"][1]
@@ -319,9 +321,9 @@ class Run:
             self.outcome.smoothing.max_logit_difference, self.outcome.smoothing.max_logit = proof
 
     def _write_head(self, writer: TensorWriter) -> None:
-        has_bias, kind = self.recipe.anti_outlier is not None, self.outcome.types[LM_HEAD]
-        made = norm_tensors(FINAL_NORM, self.decoder.final_norm().gain) if has_bias else {}
-        writer.write_below(FINAL_NORM + ".", made)
+        has_bias, kind = self.recipe.anti_outlier is not None, self.outcome.types[self.checkpoint.config.names.head]
+        made = norm_tensors(self.checkpoint.config.names.final_norm, self.decoder.final_norm().gain) if has_bias else {}
+        writer.write_below(self.checkpoint.config.names.final_norm + ".", made)
         if kind is not QuantType.FLOAT:
             is_auto = kind in NEEDS_CALIBRATION and self.recipe.act_method is ActMethod.AUTO
             range_param = self.float_pass.head_range_param() if self.float_pass is not None and is_auto else None
@@ -329,7 +331,7 @@ class Run:
                 self.float_pass.hidden if self.calibrated is None and self.float_pass is not None else self.calibrated
             )
             made = head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, hidden, range_param)
-            writer.write_below(LM_HEAD + ".", made)
+            writer.write_below(self.checkpoint.config.names.head + ".", made)
 
     def _prove(self) -> tuple[float, float] | None:
         if self.smoothed is None or self.float_pass is None:
@@ -339,7 +341,7 @@ class Run:
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
-        head, used = weight_name(LM_HEAD), self.checkpoint.head_weight()
+        head, used = weight_name(self.checkpoint.config.names.head), self.checkpoint.head_weight()
         if head == used or head not in self.checkpoint.tensors:
             return
         require_finite(mapped_tensor(self.checkpoint, used), used, self.checkpoint)

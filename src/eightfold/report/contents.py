@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from eightfold.config import ModelConfig
 from eightfold.errors import UnsupportedError
-from eightfold.families import EMBEDDING, LM_HEAD, all_linears, all_norms, layer_linears, layer_prefix
+from eightfold.families import all_linears, all_norms, layer_linears
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
 from eightfold.model.native.model import PAGE
@@ -84,7 +84,7 @@ def _parameters(checkpoint: Checkpoint) -> int:
     config = checkpoint.config
     linears = all_linears(config)
     if config.tie_word_embeddings:
-        linears.pop(LM_HEAD)
+        linears.pop(checkpoint.config.names.head)
     counts = [linear.n * linear.k + (linear.n if linear.has_bias else 0) for linear in linears.values()]
     return sum(counts) + config.vocab_size * config.hidden_size + sum(all_norms(config).values())
 
@@ -104,11 +104,11 @@ def _sparse_layers(config: ModelConfig) -> list[int]:
 
 def _parts(checkpoint: Checkpoint) -> list[Part]:
     config = checkpoint.config
-    parts = [_part(checkpoint, "embed_tokens", [EMBEDDING], "")]
+    parts = [_part(checkpoint, "embed_tokens", [checkpoint.config.names.embedding], "")]
     alike: dict[str, dict[QuantType, dict[str, int]]] = {}
     for layer_idx in range(config.num_layers):
         for linear in layer_linears(config, layer_idx):
-            module = layer_prefix(layer_idx) + linear.name
+            module = checkpoint.config.names.layer(layer_idx) + linear.name
             by_scheme = alike.setdefault(_ONE_EXPERT.sub(".#.", linear.name), {})
             by_scheme.setdefault(checkpoint.quant_type(module), {})[module] = layer_idx
     for name, by_scheme in alike.items():
@@ -117,7 +117,7 @@ def _parts(checkpoint: Checkpoint) -> list[Part]:
     norms = list(all_norms(config))
     parts.append(_part(checkpoint, "norms", norms, ""))
     if not config.tie_word_embeddings:
-        parts.append(_part(checkpoint, LM_HEAD, [LM_HEAD], ""))
+        parts.append(_part(checkpoint, checkpoint.config.names.head, [checkpoint.config.names.head], ""))
     return parts
 
 
@@ -138,11 +138,15 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     config = checkpoint.config
     notes = []
     if checkpoint.is_quantized:
-        types = {name: checkpoint.quant_type(name) for name in all_linears(config) if name != LM_HEAD}
+        types = {
+            name: checkpoint.quant_type(name) for name in all_linears(config) if name != checkpoint.config.names.head
+        }
         kinds = Counter(types.values())
         quantized = sum(count for kind, count in kinds.items() if kind is not QuantType.FLOAT)
         kept = kinds[QuantType.FLOAT]
-        head_is_float = config.tie_word_embeddings or checkpoint.quant_type(LM_HEAD) is QuantType.FLOAT
+        head_is_float = (
+            config.tie_word_embeddings or checkpoint.quant_type(checkpoint.config.names.head) is QuantType.FLOAT
+        )
         others = (f"{kept} of them, " if kept else "") + "embedding, norms" + (", lm_head" if head_is_float else "")
         int8 = f"{quantized} of {len(types)} linears in the layers" + ("" if head_is_float else ", lm_head")
         notes.append(f"int8: {int8}; float: {others}")
@@ -158,7 +162,7 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
         where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)}" if (layers := _sparse_layers(config)) else "no layer"
         notes.append(f"experts: {experts.count}{shared} in {where}; a token passes through {experts.per_token} of them")
     notes += _positions(config)
-    if config.tie_word_embeddings and weight_name(LM_HEAD) in checkpoint.tensors:
+    if config.tie_word_embeddings and weight_name(checkpoint.config.names.head) in checkpoint.tensors:
         notes.append("lm_head is tied to the embedding; its copy on disk is there for other readers and counted once")
     return notes
 
@@ -242,7 +246,7 @@ def describe_native(checkpoint: Checkpoint) -> Native:
 
 
 def _choice(checkpoint: Checkpoint, isa: Isa) -> list[Kernel]:
-    if checkpoint.quant_type(LM_HEAD) is not QuantType.FLOAT:
+    if checkpoint.quant_type(checkpoint.config.names.head) is not QuantType.FLOAT:
         return []
     dtype = checkpoint.tensors[checkpoint.head_weight()].dtype
     how = f"{isa.dot} over an int8 copy, then the exact logits of all that may be the largest"
@@ -252,7 +256,7 @@ def _choice(checkpoint: Checkpoint, isa: Isa) -> list[Kernel]:
 def _linears(checkpoint: Checkpoint, isa: Isa) -> list[Kernel]:
     counts: dict[tuple[QuantType, str], int] = {}
     for name in all_linears(checkpoint.config):
-        stored = checkpoint.head_weight() if name == LM_HEAD else weight_name(name)
+        stored = checkpoint.head_weight() if name == checkpoint.config.names.head else weight_name(name)
         key = checkpoint.quant_type(name), checkpoint.tensors[stored].dtype
         counts[key] = counts.get(key, 0) + 1
     return [

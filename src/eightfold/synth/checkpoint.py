@@ -30,17 +30,13 @@ import numpy as np
 
 from eightfold.config import DType, ModelConfig, has_engine, parse_config
 from eightfold.families import (
-    EMBEDDING,
-    FINAL_NORM,
-    LM_HEAD,
-    SMOOTH_PAIRS,
     ExpertBlock,
     InputGroup,
     LinearShape,
     expert_block,
     input_groups,
     layer_norms,
-    layer_prefix,
+    smooth_pairs,
 )
 from eightfold.files import write_json
 from eightfold.format.directory import CONFIG_NAME
@@ -71,9 +67,6 @@ EMBEDDING_STD, BIAS_STD, GAIN_STD = 0.02, 0.5, 0.1
 LOUD, SPIKE = 6.0, 10.0
 OUTLIERS = (20.0, 100.0)
 
-# The norm that a group of linears reads.
-_NORM_OF = {pair.group: pair.source for pair in SMOOTH_PAIRS if pair.source_is_norm}
-
 
 class RandomModel(RandomValues):
     """All tensors of a model that this program runs; what they hold follows from its configuration and a seed."""
@@ -81,6 +74,8 @@ class RandomModel(RandomValues):
     def __init__(self, config: ModelConfig, seed: int) -> None:
         super().__init__(seed)
         self._config = config
+        # The norm that a group of linears reads.
+        self._norm_of = {pair.group: pair.source for pair in smooth_pairs(config) if pair.source_is_norm}
         self._loud = self._channels(config.hidden_size, "hidden states")
 
     def _channels(self, size: int, what: str) -> list[int]:
@@ -90,22 +85,23 @@ class RandomModel(RandomValues):
     def tensors(self) -> Iterator[RandomTensor]:
         config = self._config
         shape = (config.vocab_size, config.hidden_size)
-        yield RandomTensor(weight_name(EMBEDDING), shape, EMBEDDING_STD, columns=dict.fromkeys(self._loud, LOUD))
+        loud = dict.fromkeys(self._loud, LOUD)
+        yield RandomTensor(weight_name(config.names.embedding), shape, EMBEDDING_STD, columns=loud)
         for layer_idx in range(config.num_layers):
             yield from self._layer(layer_idx)
-        yield RandomTensor(weight_name(FINAL_NORM), (config.hidden_size,), GAIN_STD, mean=1.0)
+        yield RandomTensor(weight_name(config.names.final_norm), (config.hidden_size,), GAIN_STD, mean=1.0)
         if not config.tie_word_embeddings:
-            yield RandomTensor(weight_name(LM_HEAD), shape, config.hidden_size**-0.5)
+            yield RandomTensor(weight_name(config.names.head), shape, config.hidden_size**-0.5)
 
     def _layer(self, layer_idx: int) -> Iterator[RandomTensor]:
-        prefix = layer_prefix(layer_idx)
-        outliers = {name: self._outliers(prefix + name) for name in _NORM_OF.values()}
+        prefix = self._config.names.layer(layer_idx)
+        outliers = {name: self._outliers(prefix + name) for name in self._norm_of.values()}
         for name, size in layer_norms(self._config).items():
             gains = {channel: outlier / LOUD for channel, outlier in outliers.get(name, {}).items()}
             yield RandomTensor(weight_name(prefix + name), (size,), GAIN_STD, mean=1.0, columns=gains)
         block = expert_block(self._config, layer_idx)
         for group in (*input_groups(self._config, layer_idx), *(() if block is None else _expert_groups(block))):
-            read = outliers.get(_NORM_OF.get(group.title, ""), {})
+            read = outliers.get(self._norm_of.get(group.title, ""), {})
             for linear in group.linears:
                 yield self._weight(prefix, group, linear, read)
                 if linear.has_bias:
@@ -118,11 +114,11 @@ class RandomModel(RandomValues):
         return dict(zip(self._loud, found.tolist(), strict=True))
 
     def _weight(self, prefix: str, group: InputGroup, linear: LinearShape, read: Mapping[int, float]) -> RandomTensor:
-        name, std = weight_name(prefix + linear.name), float(linear.k**-0.5)
-        if group.title not in _NORM_OF:  # it writes hidden states
-            std *= (2 * self._config.num_layers) ** -0.5
+        config, name, std = self._config, weight_name(prefix + linear.name), float(linear.k**-0.5)
+        if group.title not in self._norm_of:  # it writes hidden states
+            std *= (2 * config.num_layers) ** -0.5
             return RandomTensor(name, (linear.n, linear.k), std, rows=dict.fromkeys(self._loud, LOUD))
-        spikes = self._channels(linear.n, name) if any(p.source == linear.name for p in SMOOTH_PAIRS[3:]) else []
+        spikes = self._channels(linear.n, name) if linear.name == config.names.gate_up[-1] else []
         columns = {channel: outlier**-0.5 for channel, outlier in read.items()}
         return RandomTensor(name, (linear.n, linear.k), std, rows=dict.fromkeys(spikes, SPIKE), columns=columns)
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from eightfold.config import Experts, ModelConfig
+from eightfold.architectures import Experts
+from eightfold.config import ModelConfig
 from eightfold.errors import UnsupportedError
-from eightfold.families import EMBEDDING, FINAL_NORM, LM_HEAD, all_linears, input_groups, layer_prefix, sliding_window
+from eightfold.families import all_linears, input_groups, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import resident_bytes
 from eightfold.model import layers
@@ -175,8 +176,34 @@ def _finish(model: Model, beside: Callable[[], object] | None) -> int:
     return result
 
 
+# What the core can do of what some families need.
+SWITCHES: frozenset[str] = frozenset()
+
+
+def _switches(config: ModelConfig) -> dict[str, bool]:
+    """Return what some families need, by the words of a message, and whether this one does."""
+    factors = (config.embedding_multiplier, config.residual_multiplier, config.logits_multiplier)
+    return {
+        "fused linears": len(config.names.qkv) == 1 or len(config.names.gate_up) == 1,
+        "gelu": config.activation != "silu",
+        "norms behind attention and MLP": config.norm_places != "before",
+        "norms over all heads": config.qk_norm == "width",
+        "partial rotary embedding": config.rotary_dim != config.head_dim,
+        "interleaved rotary embedding": config.rotary_interleaved,
+        "another rotary embedding in sliding layers": config.local_rope is not None,
+        "multipliers": factors != (1, 1, 1) or config.score_multiplier is not None,
+        "soft caps": config.attention_softcap is not None or config.logits_softcap is not None,
+    }
+
+
 def _require_shapes(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
+    absent = [switch for switch, is_needed in _switches(config).items() if is_needed and switch not in SWITCHES]
+    if absent:
+        needs = f"{config.architecture}, which needs {', '.join(absent)}"
+        raise UnsupportedError(
+            "model", where=checkpoint.directory, got=needs, expected="one without", action="Use --backend reference."
+        )
     widest = max(linear.k for linear in all_linears(config).values())
     limits = (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512))
     for what, got, most in (*limits, ("num_attention_heads", config.num_heads, 65536)):
@@ -198,7 +225,8 @@ class _Loader:
         self.weights: list[str] = []  # as the extension has got them
 
     def add_layer(self, layer_idx: int) -> None:
-        prefix = layer_prefix(layer_idx)
+        names = self.config.names
+        prefix = names.layer(layer_idx)
         for group in input_groups(self.config, layer_idx):
             for shape in group.linears:
                 linear = layers.read_linear(self.checkpoint, prefix + shape.name, shape)
@@ -206,7 +234,7 @@ class _Loader:
         if (experts := layers.read_experts(self.checkpoint, layer_idx)) is not None:
             self._add_experts(layer_idx, experts)
         norms = layers.read_norms(self.checkpoint, layer_idx)
-        before, between = norms["input_layernorm"], norms["post_attention_layernorm"]
+        before, between = norms[names.before_attention], norms[names.before_ffn]
         self.model.set_norms(
             layer_idx,
             input_gain=before.gain,
@@ -215,7 +243,7 @@ class _Loader:
             post_bias=_given(between.bias),
         )
         query_norm, key_norm = (
-            norms[name].gain if name in norms else _NOTHING for name in ("self_attn.q_norm", "self_attn.k_norm")
+            norms[name].gain if name in norms else _NOTHING for name in (names.q_norm, names.k_norm)
         )
         self.model.set_attention(
             layer_idx, window=sliding_window(self.config, layer_idx) or 0, query_norm=query_norm, key_norm=key_norm,
@@ -223,12 +251,12 @@ class _Loader:
         )  # fmt: skip
 
     def add_ends(self) -> None:
-        name = weight_name(EMBEDDING)
+        name = weight_name(self.config.names.embedding)
         self.weights.append(name)
         self.model.set_embedding(self.checkpoint.array(name)[self.share.part(self.config.vocab_size)])
-        gain, bias = layers.read_norm(self.checkpoint, FINAL_NORM)
+        gain, bias = layers.read_norm(self.checkpoint, self.config.names.final_norm)
         self.model.set_final_norm(gain, _given(bias))
-        self._add_linear(-1, "head", LM_HEAD, layers.read_head(self.checkpoint))
+        self._add_linear(-1, "head", self.config.names.head, layers.read_head(self.checkpoint))
 
     def _add_linear(self, layer_idx: int, group: str, name: str, linear: layers.Linear) -> None:
         """Hand over a linear, or what the rank has of it: `name` is its name inside the layer, or the head's."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
-from eightfold.families import LM_HEAD, all_linears, expert_block, layer_prefix, sliding_window
+from eightfold.families import all_linears, expert_block, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, peak_resident_bytes
 from eightfold.model import native as core
@@ -240,7 +240,7 @@ def int8_elements(checkpoint: Checkpoint) -> int:
     sizes = {
         name: linear.n * linear.k
         for name, linear in all_linears(checkpoint.config).items()
-        if name != LM_HEAD and checkpoint.quant_type(name) is not QuantType.FLOAT
+        if name != checkpoint.config.names.head and checkpoint.quant_type(name) is not QuantType.FLOAT
     }
     routed = sum(sizes.get(name, 0) for name in _routed(checkpoint.config))
     experts = checkpoint.config.experts
@@ -251,7 +251,7 @@ def _routed(config: ModelConfig) -> Iterator[str]:
     """Yield the linears of the experts that a router chooses from."""
     for layer_idx in range(config.num_layers):
         if (block := expert_block(config, layer_idx)) is not None:
-            yield from (layer_prefix(layer_idx) + linear.name for expert in block.experts for linear in expert)
+            yield from (config.names.layer(layer_idx) + linear.name for expert in block.experts for linear in expert)
 
 
 def unread_bytes(checkpoint: Checkpoint, tokens: int) -> float:

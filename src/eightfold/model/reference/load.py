@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eightfold.families import EMBEDDING, FINAL_NORM, LinearShape, input_groups, layer_prefix, sliding_window
+from eightfold.families import InputGroup, LinearShape, input_groups, slides, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import layers
 from eightfold.model.reference.attention import (
@@ -20,8 +20,9 @@ from eightfold.model.reference.attention import (
     FAQuantAttention,
     FloatAttention,
     KVCache,
-    Rotation,
+    Scoring,
     rotation,
+    soft_cap,
 )
 from eightfold.model.reference.decoder import (
     MLP,
@@ -32,6 +33,7 @@ from eightfold.model.reference.decoder import (
     LinearGroup,
     Norm,
     Origin,
+    Turns,
     apply_block_,
 )
 from eightfold.model.reference.experts import Router, SharedExpert, SparseMLP
@@ -83,10 +85,13 @@ class Decoder:
     attention: AttentionMode = "cache"
     longest: int | None = None
 
-    def turns(self, together: int | None = None) -> Rotation:
+    def turns(self, together: int | None = None) -> Turns:
         """Return how positions turn keys where sequences of up to so many positions are computed together."""
         config = self.checkpoint.config
-        return rotation(config.rope, config.head_dim, self.longest or together or config.context)
+        longest = self.longest or together or config.context
+        ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+        interleaved = config.rotary_interleaved
+        return Turns(*(rotation(rope, config.rotary_dim, longest, is_interleaved=interleaved) for rope in ropes))
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """Return the embedding rows of token ids, (T, E) float32; only those rows are read.
@@ -96,11 +101,13 @@ class Decoder:
         """
         self.checkpoint.config.require_ids(token_ids)
         ids = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
-        name = weight_name(EMBEDDING)
+        name = weight_name(self.checkpoint.config.names.embedding)
         rows = mapped_tensor(self.checkpoint, name)[ids].to(torch.float32)
         if not torch.isfinite(rows).all():
             require_finite(mapped_tensor(self.checkpoint, name), name, self.checkpoint)
-        return rows.to(torch.get_default_device())
+        rows = rows.to(torch.get_default_device())
+        factor = self.checkpoint.config.embedding_multiplier
+        return rows if factor == 1 else rows * factor
 
     def block(
         self,
@@ -119,22 +126,22 @@ class Decoder:
             norms: by name inside the layer.
             mlp: its MLP, or its experts, in place of what `groups` or the checkpoint has.
         """
-        qkv, o, *own = groups or [
-            LinearGroup(tuple(self.linear(layer_prefix(layer_idx), linear) for linear in group.linears))
-            for group in input_groups(self.checkpoint.config, layer_idx)
-        ]
-        norms = norms or self.norms(layer_idx)
+        config = self.checkpoint.config
+        qkv, o, *own = groups or [self.group(layer_idx, group) for group in input_groups(config, layer_idx)]
         return Block(
-            self.checkpoint.config,
-            norms["input_layernorm"],
-            norms["post_attention_layernorm"],
-            norms.get("self_attn.q_norm"),
-            norms.get("self_attn.k_norm"),
+            config,
+            norms or self.norms(layer_idx),
             qkv,
             attention or self.attend(layer_idx),
             o,
-            mlp or (GatedMLP(*own) if own else self.sparse_mlp(layer_idx)),
+            mlp or (GatedMLP(own[0], own[1], config.activation) if own else self.sparse_mlp(layer_idx)),
+            slides=slides(config, layer_idx),
         )
+
+    def group(self, layer_idx: int, group: InputGroup) -> LinearGroup:
+        """Build the linears of a layer that read one input."""
+        prefix = self.checkpoint.config.names.layer(layer_idx)
+        return LinearGroup(tuple(self.linear(prefix, linear) for linear in group.linears), group.parts)
 
     def sparse_mlp(self, layer_idx: int) -> SparseMLP:
         """Build one layer's experts as the checkpoint stores them."""
@@ -162,18 +169,25 @@ class Decoder:
         Raises:
             UnsupportedError: FAQuant with an offset that is not zero.
         """
-        window = sliding_window(self.checkpoint.config, layer_idx)
+        window, scoring = sliding_window(self.checkpoint.config, layer_idx), self.scoring
         read = layers.read_attention(self.checkpoint, layer_idx)
         if read.key is None or read.value is None:
-            return FloatAttention(window)
+            return FloatAttention(window, scoring)
         key, value = (
             ChannelScale(as_tensor(scale), torch.zeros(()) if offset is None else as_tensor(offset))
             for scale, offset in (read.key, read.value)
         )
         if read.query_scale is None:
-            return C8Attention(key=key, value=value, mode=self.attention, window=window)
-        query_scale_H = as_tensor(read.query_scale)
-        return FAQuantAttention(key=key, value=value, mode=self.attention, window=window, query_scale_H=query_scale_H)
+            return C8Attention(key=key, value=value, mode=self.attention, window=window, scoring=scoring)
+        return FAQuantAttention(
+            key=key, value=value, mode=self.attention, window=window, scoring=scoring,
+            query_scale_H=as_tensor(read.query_scale),
+        )  # fmt: skip
+
+    @property
+    def scoring(self) -> Scoring:
+        """How products of queries and keys become scores."""
+        return Scoring(self.checkpoint.config.score_multiplier, self.checkpoint.config.attention_softcap)
 
     def linear(self, prefix: str, linear: LinearShape) -> Linear:
         return self._linear(layers.read_linear(self.checkpoint, prefix + linear.name, linear))
@@ -194,18 +208,18 @@ class Decoder:
         )
 
     def head(self) -> Head:
-        read = layers.read_head(self.checkpoint)
-        if read.kind is not QuantType.FLOAT:
-            return Head(self.final_norm(), self._linear(read))
+        read, config = layers.read_head(self.checkpoint), self.checkpoint.config
+        is_float = read.kind is QuantType.FLOAT
         # Widened once: the head runs for every slice of tokens.
-        return Head(self.final_norm(), FloatLinear(load_float32(self.checkpoint, read.name), None))
+        linear = FloatLinear(load_float32(self.checkpoint, read.name), None) if is_float else self._linear(read)
+        return Head(self.final_norm(), linear, config.logits_multiplier, config.logits_softcap)
 
     def final_norm(self) -> Norm:
-        return self._norm(layers.read_norm(self.checkpoint, FINAL_NORM))
+        return self._norm(layers.read_norm(self.checkpoint, self.checkpoint.config.names.final_norm))
 
     def release_block(self, layer_idx: int) -> None:
         """Let go of the memory in which a layer's stored tensors were read and widened."""
-        self.checkpoint.release(self.checkpoint.layer_tensors(layer_prefix(layer_idx)))
+        self.checkpoint.release(self.checkpoint.layer_tensors(self.checkpoint.config.names.layer(layer_idx)))
         release_widened()
 
     @torch.inference_mode()
@@ -269,10 +283,12 @@ class Head:
 
     norm: Norm  # E
     linear: Linear  # E to V
+    multiplier: float = 1.0
+    softcap: float | None = None
 
     def __call__(self, x_TE: Tensor, origin: Origin = "prompt") -> Tensor:
         """Return logits, (T, V) float32, of tokens that are all of one origin."""
-        x = self.norm(x_TE)
-        if origin == "generated" and isinstance(self.linear, W8A8MixLinear):
-            return self.linear.generated(x)
-        return self.linear(x)
+        x, linear = self.norm(x_TE), self.linear
+        is_mixed = origin == "generated" and isinstance(linear, W8A8MixLinear)
+        logits = linear.generated(x) if is_mixed and isinstance(linear, W8A8MixLinear) else linear(x)
+        return soft_cap(logits if self.multiplier == 1 else logits * self.multiplier, self.softcap)
