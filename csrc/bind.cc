@@ -64,8 +64,8 @@ void require_size(const Weight& weight) {
 // Keeps the arrays alive that a model reads.
 struct Bound {
     Model model;
-    int vocab, ranks, hidden;
-    ExpertConfig experts;
+    int vocab, ranks;
+    const ModelConfig config;
     std::vector<nb::object> kept;
     std::mutex mutex;  // one step at a time
 };
@@ -134,13 +134,14 @@ void add_linear(Bound& self, int layer, const std::string& group, const std::str
 
 // Rows are counted: a router's are the experts that it chooses.
 void add_router(Bound& self, int layer, Weight weight, std::optional<Weight> shared_gate) {
-    const auto& [count, per_token, size, shared_size, normalizes] = self.experts;
+    const int count = self.config.experts.count, shared_size = self.config.experts.shared_size;
     Group& to = self.model.weights.layers.at(layer).router;
+    self.model.weights.layers.at(layer).experts.resize(count + (shared_size > 0 ? 1 : 0));
     require(count > 0, "router: the model has no experts");
     require(to.linears.empty(), "router: expected one a layer");
     require(shared_gate.has_value() == (shared_size > 0), "shared_gate: expected one where there is a shared expert");
     const auto add = [&](const Weight& rows, int expected) {
-        require(static_cast<int>(rows.shape(0)) == expected && static_cast<int>(rows.shape(1)) == self.hidden,
+        require(static_cast<int>(rows.shape(0)) == expected && static_cast<int>(rows.shape(1)) == self.config.hidden,
                 "router: expected (experts, hidden size), and shared_gate (1, hidden size)");
         to.linears.push_back(make_linear(self, "float", rows, {}, {}, {}, {}, {}, 0, 0));
     };
@@ -148,21 +149,27 @@ void add_router(Bound& self, int layer, Weight weight, std::optional<Weight> sha
     if (shared_gate.has_value()) add(*shared_gate, 1);
 }
 
-// `expert`: its number; that of experts is the shared one's. Its parts come as gate, up, down.
+// `expert`: its number; that of experts is the shared one's. Its parts come as gate, up, down, all inputs of each.
 void add_expert(Bound& self, int layer, int expert, const std::string& part, const std::string& kind, Weight weight,
                 const Vector<float>& scale, const Vector<float>& offset, const Vector<float>& bias,
                 const Vector<float>& deq_scale, const Vector<int32_t>& quant_bias, float inv_input_scale,
                 float input_offset) {
-    const ExpertConfig& config = self.experts;
+    const ExpertConfig& config = self.config.experts;
     std::vector<Expert>& experts = self.model.weights.layers.at(layer).experts;
     const bool is_shared = expert == config.count;
     require(config.count > 0 && expert >= 0 && expert < config.count + (config.shared_size > 0 ? 1 : 0),
             "expert: outside of the experts");
-    const int size = is_shared ? config.shared_size : config.size;
-    const bool is_down = part == "down";
+    require(config.has(self.config.rank, expert), "expert: another rank's");
+    const int hidden = self.config.hidden, size = is_shared ? config.shared_size : config.size;
+    const bool is_down = part == "down", is_cut = is_shared || !config.is_whole();
     require(is_down || part == "gate" || part == "up", "part: expected gate, up or down");
-    require(static_cast<int>(weight.shape(is_down)) == size && static_cast<int>(weight.shape(!is_down)) == self.hidden,
-            "expert: expected (intermediate size, hidden size), and the other way round for down");
+    const std::vector<int>& cuts = is_down     ? self.config.hidden_cuts
+                                   : is_shared ? config.shared_cuts
+                                               : config.size_cuts;
+    const int all = is_down ? hidden : size;
+    const int rows = is_cut ? cuts[self.config.rank + 1] - cuts[self.config.rank] : all;
+    require(static_cast<int>(weight.shape(0)) == rows && static_cast<int>(weight.shape(1)) == (is_down ? size : hidden),
+            "expert: expected (intermediate size, hidden size), and the other way round for down, or rows of them");
     experts.resize(config.count + (config.shared_size > 0 ? 1 : 0));
     Expert& to = experts[expert];
     std::vector<Linear>& linears = is_down ? to.down.linears : to.gate_up.linears;
@@ -316,21 +323,29 @@ void share_by_call(Bound& self, int rank, nb::callable meet) {
     self.model.set_exchange(std::make_unique<HookExchange>(rank, self.ranks, hook));
 }
 
-// How many experts there are, how many a token has, their intermediate size, the shared one's; nothing: there are none.
-ExpertConfig experts_of(const std::vector<int>& sizes, bool normalizes) {
-    if (sizes.empty()) return {};
-    require(sizes.size() == 4, "experts: expected how many, how many of a token, their size, and the shared one's");
-    require(sizes[0] >= 1 && sizes[0] <= kMaxExperts, "experts: expected 1 to 65536");
-    require(sizes[1] >= 1 && sizes[1] <= sizes[0], "experts of a token: expected 1 to all of them");
-    require(sizes[2] >= 1 && sizes[3] >= 0, "experts: expected a size of 1 or more, of the shared one 0 or more");
-    return {sizes[0], sizes[1], sizes[2], sizes[3], normalizes};
+// `numbers`: how many there are, and how many a token has; nothing: there are none. The rest as in ExpertConfig.
+ExpertConfig experts_of(const std::vector<int>& numbers, const std::vector<int>& sizes, const std::vector<int>& shared,
+                        const std::vector<int>& owners, bool normalizes, size_t cuts) {
+    if (numbers.empty()) return {};
+    require(numbers.size() == 2, "experts: expected how many, and how many of a token");
+    const int count = numbers[0], per_token = numbers[1];
+    require(count >= 1 && count <= kMaxExperts, "experts: expected 1 to 65536");
+    require(per_token >= 1 && per_token <= count, "experts of a token: expected 1 to all of them");
+    const auto rise = [&](const std::vector<int>& of) {
+        return of.size() == cuts && of.front() == 0 && std::is_sorted(of.begin(), of.end());
+    };
+    require(rise(sizes) && sizes.back() >= 1 && rise(shared) && (owners.empty() || rise(owners)),
+            "expert_sizes, shared_sizes, expert_owners: expected rising cuts from 0 on");
+    require(owners.empty() || owners.back() == count, "expert_owners: expected cuts of the experts");
+    return {count, per_token, sizes.back(), shared.back(), normalizes, sizes, shared, owners};
 }
 
 // `hidden`, `intermediate`, `vocab`: where each rank's share begins, and how many there are.
 void make_model(Bound* self, const std::string& isa, int threads, int num_layers, const std::vector<int>& hidden,
                 const std::vector<int>& intermediate, const std::vector<int>& vocab, int rank, int heads, int kv_heads,
                 int head_dim, float eps, bool symmetric_tokens, const Vector<float>& inv_freq,
-                const std::vector<int>& experts, bool normalizes_experts) {
+                const std::vector<int>& experts, const std::vector<int>& expert_sizes,
+                const std::vector<int>& shared_sizes, const std::vector<int>& expert_owners, bool normalizes_experts) {
     require(threads >= 1 && threads <= kMaxThreads, "threads: expected 1 to 1024");
     for (const std::vector<int>* cuts : {&hidden, &intermediate, &vocab}) {
         require(cuts->size() >= 2 && cuts->size() == vocab.size() && cuts->front() == 0 &&
@@ -354,14 +369,12 @@ void make_model(Bound* self, const std::string& isa, int threads, int num_layers
     config.eps = eps;
     config.symmetric_tokens = symmetric_tokens;
     config.inv_freq = floats(inv_freq);
+    config.rank = rank;
     config.vocab_cuts = vocab;
     config.intermediate_cuts = intermediate;
     config.hidden_cuts = hidden;
-    config.experts = experts_of(experts, normalizes_experts);
-    const int ranks = config.ranks();
-    require(config.experts.count == 0 || ranks == 1, "experts: are not shared out between ranks");
-    const ExpertConfig kept = config.experts;
-    new (self) Bound{{std::move(config), kernels_for(isa), threads}, vocab.back(), ranks, hidden.back(), kept, {}, {}};
+    config.experts = experts_of(experts, expert_sizes, shared_sizes, expert_owners, normalizes_experts, vocab.size());
+    new (self) Bound{{config, kernels_for(isa), threads}, vocab.back(), config.ranks(), config, {}, {}};
 }
 
 bool is_scale(float x) { return std::isfinite(x) && x > 0; }
@@ -423,8 +436,10 @@ int finish(Bound& self, bool forgets_head) {
     for (const Layer& layer : self.model.weights.layers) {
         require(layer.is_sparse() == !layer.router.linears.empty(), "router: expected one where there are experts");
         require(!layer.is_sparse() || layer.down_gain.empty(), "norms of what is added: not of experts");
-        for (const Expert& expert : layer.experts) {
-            require(expert.gate_up.linears.size() == 2 && expert.down.linears.size() == 1,
+        for (size_t e = 0; e < layer.experts.size(); e++) {
+            const Expert& expert = layer.experts[e];
+            const size_t parts = expert.gate_up.linears.size() + expert.down.linears.size();
+            require(parts == (self.config.experts.has(self.config.rank, static_cast<int>(e)) ? 3 : 0),
                     "experts: expected gate, up and down of each");
         }
     }
@@ -466,7 +481,9 @@ NB_MODULE(_core, m) {
     nb::class_<Bound>(m, "Model")
         .def("__init__", &make_model, nb::kw_only(), "isa"_a, "threads"_a, "num_layers"_a, "hidden"_a, "intermediate"_a,
              "vocab"_a, "rank"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "symmetric_tokens"_a, "inv_freq"_a,
-             "experts"_a = std::vector<int>(), "normalizes_experts"_a = false)
+             "experts"_a = std::vector<int>(), "expert_sizes"_a = std::vector<int>(),
+             "shared_sizes"_a = std::vector<int>(), "expert_owners"_a = std::vector<int>(),
+             "normalizes_experts"_a = false)
         .def("add_linear", &add_linear, "layer"_a, "group"_a, "kind"_a, "weight"_a, nb::kw_only(), "scale"_a,
              "offset"_a, "bias"_a, "deq_scale"_a, "quant_bias"_a, "inv_input_scale"_a, "input_offset"_a)
         .def("add_router", &add_router, "layer"_a, "weight"_a, "shared_gate"_a = nb::none())

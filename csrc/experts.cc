@@ -35,7 +35,7 @@ int Experts::most_blocks(int tokens) const {
 }
 
 int Experts::gate_rows(int tokens) const {
-    const int size = config_.experts.size, bunches = most_bunches(tokens);
+    const int size = std::max(own_size(false), 1), bunches = most_bunches(tokens);
     const int pieces = std::clamp(chunk_count(pool_.threads() * kTurns, bunches), 1, chunk_count(size, kManyRows));
     return in_lanes(chunk_count(size, pieces));
 }
@@ -45,17 +45,35 @@ int Experts::down_rows(int tokens) const {
     return std::clamp(rows, kLanes, tokens > kFewTokens ? kManyRows : config_.hidden + kLanes);
 }
 
+// Ranks.
+
+size_t Experts::gated_at(const Plan& plan, bool is_shared, int rank) const {
+    if (!is_shared || !is_cut(false)) return 0;
+    return static_cast<size_t>(plan.firsts.back()) * length(cuts_of(false), rank);
+}
+
+size_t Experts::shown(int tokens) const {
+    if (!is_used_) return 0;
+    const size_t places = most_places(tokens), rows = tokens;
+    size_t gated = has_shared() ? rows * share_.widest(cuts_of(true)) : 0;
+    if (is_cut(false)) return std::max(gated + places * share_.widest(cuts_of(false)), rows * config_.hidden);
+    return std::max(gated, pairs_at(tokens) + places * config_.hidden);
+}
+
 // Before the first step.
 
 void Experts::take(Layer& layer) {
     is_used_ = true;
-    for (Expert& expert : layer.experts) take(expert, layer);
+    for (size_t e = 0; e < layer.experts.size(); e++) {
+        if (has(static_cast<int>(e))) take(layer.experts[e], layer);
+    }
     Group& router = layer.router;
     router.keeps_rows = true;
     router.forms.assign(kWide + 1, {});
     router.forms[kReal].kind = LinearKind::floating;
     for (const Expert& expert : layer.experts) {
         const std::vector<Form>& forms = expert.gate_up.forms;
+        if (forms.empty()) continue;  // another rank's
         for (const Slot slot : {kToken, kWide}) {
             if (forms[slot].kind != LinearKind::none) router.forms[slot] = forms[slot];
         }
@@ -110,6 +128,8 @@ void Experts::reserve(Plan& plan, int tokens) const {
     plan.choices.resize(static_cast<size_t>(tokens) * config_.experts.per_token);
     plan.shared.resize(tokens);
     plan.counts.resize(config_.experts.count);
+    plan.places.resize(plan.choices.size());
+    plan.firsts.resize(config_.ranks() + 1);
     for (const bool is_shared : {false, true}) {
         Room& room = plan.rooms[is_shared];
         const int places = !is_shared ? most_places(tokens) : has_shared() ? in_lanes(tokens) : 0;
@@ -165,9 +185,11 @@ void Experts::make_bunches(const Place& of, Plan& plan) const {
     const bool alone = is_alone(of);
     std::fill(plan.counts.begin(), plan.counts.end(), 0);
     for (int i = 0; i < tokens * most; i++) plan.counts[plan.choices[i].expert]++;
+    const std::vector<int>& owners = config_.experts.owners;
     plan.bunches.clear();
-    int place = 0;
+    int place = 0, rank = 0;
     for (int e = 0; e < config_.experts.count; e++) {
+        for (; rank < config_.ranks() && !owners.empty() && owners[rank] == e; rank++) plan.firsts[rank] = place;
         const int count = plan.counts[e];
         if (count == 0) continue;
         const bool packed = layout_of(count) == Layout::packed;
@@ -176,11 +198,13 @@ void Experts::make_bunches(const Place& of, Plan& plan) const {
         plan.counts[e] = place;  // from here on: where the next of its tokens goes
         place += packed ? in_lanes(count) : count;
     }
+    std::fill(plan.firsts.begin() + rank, plan.firsts.end(), place);
     Room& room = plan.rooms[0];
     for (int t = 0; t < tokens; t++)
         for (int i = t * most; i < (t + 1) * most; i++) {
             const Choice choice = plan.choices[i];
             const int at = plan.counts[choice.expert]++;
+            plan.places[i] = at;
             room.tokens[at] = t;
             room.weights[at] = choice.weight;
             room.generated[at] = batch.generated[t];
@@ -188,8 +212,10 @@ void Experts::make_bunches(const Place& of, Plan& plan) const {
     // Few enough that those of a bunch lie one below the other.
     if (alone)
         for (Bunch& bunch : plan.bunches) bunch.input = room.tokens[bunch.begin];
-    plan.order.resize(plan.bunches.size());
-    std::iota(plan.order.begin(), plan.order.end(), 0);
+    plan.order.clear();
+    for (size_t i = 0; i < plan.bunches.size(); i++) {
+        if (has(plan.bunches[i].expert)) plan.order.push_back(static_cast<int>(i));
+    }
     if (tokens > kFewTokens) {
         std::stable_sort(plan.order.begin(), plan.order.end(),
                          [&](int a, int b) { return plan.bunches[a].count > plan.bunches[b].count; });
@@ -208,6 +234,7 @@ void Experts::make_blocks(Plan& plan) const {
     plan.blocks.clear();
     for (size_t i = 0; i < plan.bunches.size(); i++) {
         const Bunch& bunch = plan.bunches[i];
+        if (!has(bunch.expert)) continue;
         for (int begin = 0; begin < bunch.count; begin += kLanes) {
             plan.blocks.push_back({static_cast<int>(i), begin, std::min(kLanes, bunch.count - begin)});
         }
@@ -292,9 +319,18 @@ void Experts::gather_row(const Group& group, const std::vector<Prepared>& from, 
 bool Experts::gate(Pool::Walk& walk, const Place& of) {
     const int tokens = of.run.batch.tokens;
     if (!walk.phase(gate_chunks(tokens), [&](int i) { gate_chunk(of, i, walk.thread()); })) return false;
+    if ((is_cut(false) || (is_cut(true) && has_shared())) && !show_gated(walk, of)) return false;
     if (is_alone(of)) return true;
     return walk.phase(most_blocks(tokens), [&](int i) {
         if (i < static_cast<int>(plan_.blocks.size())) quantize(of, plan_, plan_.blocks[i], walk.thread());
+    });
+}
+
+bool Experts::show_gated(Pool::Walk& walk, const Place& of) {
+    return share_.show_numbers(walk, of.run, [&] {
+        size_t numbers = has_shared() ? of.run.batch.tokens * share_.widest(cuts_of(true)) : 0;
+        if (is_cut(false)) numbers += plan_of(of, walk.thread()).firsts.back() * share_.widest(cuts_of(false));
+        return numbers;
     });
 }
 
@@ -308,7 +344,7 @@ void Experts::gate_chunk(const Place& of, int chunk, int thread) {
     if (!is_shared && index >= plan.order.size()) return;
     const Bunch& bunch = is_shared ? plan.bunches.back() : plan.bunches[plan.order[index]];
     const int n = (is_shared ? chunk : (chunk - first) % units) * rows;
-    gate_bunch(of, plan, bunch, n, std::min(rows, size_of(is_shared) - n), thread);
+    gate_bunch(of, plan, bunch, n, std::min(rows, own_size(is_shared) - n), thread);
 }
 
 void Experts::gate_bunch(const Place& of, const Plan& plan, const Bunch& bunch, int n, int count, int thread) {
@@ -317,7 +353,9 @@ void Experts::gate_bunch(const Place& of, const Plan& plan, const Bunch& bunch, 
     const Room& room = plan.rooms[bunch.is_shared];
     const std::vector<Prepared>& inputs = is_alone(of) ? products_.prepared(of.run, input_of(of), thread) : room.inputs;
     const Layout layout = layout_of(bunch.count);
-    const size_t ld = size_of(bunch.is_shared);
+    const size_t ld = own_size(bunch.is_shared);
+    float* gated = is_cut(bunch.is_shared) ? share_.part() + gated_at(plan, bunch.is_shared, config_.rank)
+                                           : gated_[bunch.is_shared].data();
     Scratch& scratch = products_.scratch(thread);
     float *gate = scratch.first.data(), *up = scratch.second.data();
     for (int t = 0; t < bunch.count; t += kTokenBlock) {
@@ -325,7 +363,7 @@ void Experts::gate_bunch(const Place& of, const Plan& plan, const Bunch& bunch, 
         const Source from{inputs, layout, room.generated.data() + bunch.begin + t};
         by_rows({0, n, count}, bunch.count, [&](int begin, int rows) {
             Piece piece{0, begin, rows, bunch.input + t, bunch.input + end};
-            float* out = gated_[bunch.is_shared].data() + (bunch.begin + t) * ld + begin;
+            float* out = gated + (bunch.begin + t) * ld + begin;
             if (layout == Layout::packed && group.gates(nullptr)) {
                 return group.gate(kernels_, piece, inputs, {.y = out, .ld = ld, .adds = false});
             }
@@ -340,17 +378,28 @@ void Experts::gate_bunch(const Place& of, const Plan& plan, const Bunch& bunch, 
     }
 }
 
-// What an expert has gated, for its last product.
+// What an expert has gated for a pair, of all ranks.
+const float* Experts::gated_row(const Plan& plan, bool is_shared, int at, Scratch& scratch) const {
+    if (!is_cut(is_shared)) return gated_[is_shared].data() + static_cast<size_t>(at) * size_of(is_shared);
+    const std::vector<int>& cuts = cuts_of(is_shared);
+    scratch.row.resize(size_of(is_shared));
+    for (int r = 0; r < config_.ranks(); r++) {
+        const size_t count = length(cuts, r);
+        std::copy_n(share_.shown(r) + gated_at(plan, is_shared, r) + at * count, count, scratch.row.data() + cuts[r]);
+    }
+    return scratch.row.data();
+}
+
+// The same for its last product.
 void Experts::quantize(const Place& of, Plan& plan, const Block& block, int thread) {
     const Bunch& bunch = plan.bunches[block.bunch];
     const Group& group = of.layer.experts[bunch.expert].down;
     const Layout layout = layout_of(bunch.count);
     Room& room = plan.rooms[bunch.is_shared];
     Scratch& scratch = products_.scratch(thread);
-    const size_t ld = size_of(bunch.is_shared);
     const int first = bunch.begin + block.begin;
     for (int at = first; at < first + block.count; at++) {
-        const Token token{gated_[bunch.is_shared].data() + at * ld, at,
+        const Token token{gated_row(plan, bunch.is_shared, at, scratch), at,
                           room.generated[at] != 0 ? Origin::generated : Origin::prompt};
         group.prepare(kernels_, token, layout, room.middle, scratch);
     }
@@ -370,37 +419,106 @@ const Experts::Plan& Experts::quantized_plan_of(const Place& of, int thread) {
 
 void Experts::down_chunk(const Place& of, int chunk, int thread) {
     const Plan& plan = quantized_plan_of(of, thread);
+    if (config_.experts.is_whole()) return show_chunk(of, plan, chunk, thread);
     const int tokens = of.run.batch.tokens, rows = down_rows(tokens), n = chunk * rows;
-    const int count = std::min(rows, config_.hidden - n);
-    const size_t ld = config_.hidden;
-    float* sums = sums_.data() + n;
+    const size_t ld = own_outputs(false);
+    const int count = std::min(rows, static_cast<int>(ld) - n);
+    float* sums = (config_.is_shared() ? share_.part() : sums_.data()) + n;
     for (int t = 0; t < tokens; t++) std::fill_n(sums + t * ld, count, 0.0f);
-    for (const Bunch& bunch : plan.bunches) add_bunch(of, plan, bunch, n, count, thread);
-    const float multiplier = config_.switches.residual_multiplier;
-    for (int t = 0; t < tokens; t++) {
-        if (multiplier == 1) kernels_.add(of.x + t * ld + n, sums + t * ld, count);
-        else kernels_.add_times(of.x + t * ld + n, sums + t * ld, multiplier, count);
-    }
+    for (const Bunch& bunch : plan.bunches) add_bunch(of, plan, bunch, n, count, sums, thread);
+    for (int t = 0; t < tokens; t++) finish_sums(of, t, n, count, sums + t * ld, !config_.is_shared());
 }
 
-void Experts::add_bunch(const Place& of, const Plan& plan, const Bunch& bunch, int n, int count, int thread) {
+// Outputs [n, n + count) of a bunch: calls take(group, piece, source).
+template <typename Take>
+void Experts::each_product(const Place& of, const Plan& plan, const Bunch& bunch, int n, int count, Take take) const {
     Group& group = of.layer.experts[bunch.expert].down;
     group.linears.front().prepare_new(kernels_, n, count);
     const Room& room = plan.rooms[bunch.is_shared];
-    Scratch& scratch = products_.scratch(thread);
-    float* y = scratch.second.data();
     for (int t = 0; t < bunch.count; t += kTokenBlock) {
         const int begin = bunch.begin + t, end = std::min(bunch.begin + bunch.count, begin + kTokenBlock);
         const Source from{room.middle, layout_of(bunch.count), room.generated.data() + begin};
-        by_rows({0, n, count}, bunch.count, [&](int first, int rows) {
-            const size_t width = rows;
-            group.multiply(kernels_, {0, first, rows, begin, end}, from, {y, width, false}, scratch);
-            for (int i = 0; i < end - begin; i++) {
-                float* sum = sums_.data() + static_cast<size_t>(room.tokens[begin + i]) * config_.hidden + first;
-                kernels_.add_times(sum, y + i * width, room.weights[begin + i], rows);
-            }
+        by_rows({0, n, count}, bunch.count,
+                [&](int first, int rows) { take(group, Piece{0, first, rows, begin, end}, from); });
+    }
+}
+
+// `sums`: of the first token's outputs from n on.
+void Experts::add_bunch(const Place& of, const Plan& plan, const Bunch& bunch, int n, int count, float* sums,
+                        int thread) {
+    const Room& room = plan.rooms[bunch.is_shared];
+    const size_t ld = own_outputs(false);
+    Scratch& scratch = products_.scratch(thread);
+    float* y = scratch.second.data();
+    each_product(of, plan, bunch, n, count, [&](const Group& group, const Piece& piece, const Source& from) {
+        const size_t width = piece.count;
+        group.multiply(kernels_, piece, from, {y, width, false}, scratch);
+        for (int at = piece.t0; at < piece.t1; at++) {
+            float* sum = sums + room.tokens[at] * ld + (piece.begin - n);
+            kernels_.add_times(sum, y + (at - piece.t0) * width, room.weights[at], piece.count);
+        }
+    });
+}
+
+// Of a token's outputs [n, n + count): what is added to x, and that sum.
+void Experts::finish_sums(const Place& of, int t, int n, int count, float* sums, bool adds) const {
+    const float multiplier = config_.switches.residual_multiplier;
+    if (multiplier != 1) kernels_.scale_heads(sums, count, multiplier, nullptr, nullptr, sums);
+    if (adds) kernels_.add(of.x + static_cast<size_t>(t) * config_.hidden + n, sums, count);
+}
+
+// Between ranks.
+
+// Of whole experts: the outputs of the shared one, of which this rank has some, and of this rank's pairs.
+void Experts::show_chunk(const Place& of, const Plan& plan, int chunk, int thread) {
+    const int tokens = of.run.batch.tokens, rows = down_rows(tokens);
+    const int first = has_shared() ? down_units(true, tokens) : 0;
+    const bool is_shared = chunk < first;
+    const int n = (is_shared ? chunk : chunk - first) * rows;
+    const size_t ld = own_outputs(is_shared);
+    const int count = std::min(rows, static_cast<int>(ld) - n), begin = is_shared ? 0 : plan.firsts[config_.rank];
+    float* to = share_.part() + (is_shared ? 0 : pairs_at(tokens));
+    for (const Bunch& bunch : plan.bunches) {
+        if (bunch.is_shared != is_shared || !has(bunch.expert)) continue;
+        each_product(of, plan, bunch, n, count, [&](const Group& group, const Piece& piece, const Source& from) {
+            float* out = to + (piece.t0 - begin) * ld + piece.begin;
+            group.multiply(kernels_, piece, from, {out, ld, false}, products_.scratch(thread));
         });
     }
+}
+
+bool Experts::take_shown(Pool::Walk& walk, const Place& of) {
+    const int tokens = of.run.batch.tokens;
+    if (!config_.experts.is_whole()) {
+        return share_.take_outputs(walk, of.run, {of.x, static_cast<size_t>(config_.hidden), true});
+    }
+    const auto numbers = [&] {
+        const std::vector<int>& firsts = plan_of(of, walk.thread()).firsts;
+        return pairs_at(tokens) + static_cast<size_t>(share_.widest(firsts)) * config_.hidden;
+    };
+    return share_.show_numbers(walk, of.run, numbers) &&
+           walk.phase(tokens, [&](int t) { add_shown(of, t, walk.thread()); });
+}
+
+void Experts::add_shown(const Place& of, int t, int thread) {
+    const Plan& plan = plan_of(of, thread);
+    const std::vector<int>& owners = config_.experts.owners;
+    const int most = config_.experts.per_token, width = config_.hidden;
+    float* sums = sums_.data() + static_cast<size_t>(t) * width;
+    std::fill_n(sums, width, 0.0f);
+    for (int i = t * most; i < (t + 1) * most; i++) {
+        const Choice choice = plan.choices[i];
+        const auto after = std::upper_bound(owners.begin(), owners.end(), choice.expert);
+        const int r = static_cast<int>(after - owners.begin()) - 1;
+        const size_t row = plan.places[i] - plan.firsts[r];
+        kernels_.add_times(sums, share_.shown(r) + pairs_at(of.run.batch.tokens) + row * width, choice.weight, width);
+    }
+    if (has_shared()) {
+        share_.each_part(config_.hidden_cuts, t, [&](size_t at, const float* from, size_t count) {
+            kernels_.add_times(sums + at, from, plan.shared[t], static_cast<int>(count));
+        });
+    }
+    finish_sums(of, t, 0, width, sums, true);
 }
 
 }  // namespace eightfold

@@ -18,7 +18,7 @@ Model::Model(ModelConfig config, const Kernels& kernels, int threads)
       share_(config_, kernels_, pool_),
       products_(config_, kernels_, pool_, share_),
       attention_(config_, weights.attention, kernels_, pool_, products_, share_),
-      experts_(config_, weights.layers, kernels_, pool_, products_),
+      experts_(config_, weights.layers, kernels_, pool_, products_, share_),
       head_(config_, weights.head, kernels_, pool_, products_, share_),
       step_(config_, weights, kernels_, pool_, {share_, products_, attention_, experts_, head_}) {
     weights.layers.resize(config_.layers);

@@ -24,11 +24,11 @@ void Share::reserve_tokens(int tokens) {
     if (config_.is_shared()) gathered_.resize(static_cast<size_t>(tokens) * gathered_width_);
 }
 
-void Share::reserve_parts(const Batch& batch) {
+void Share::reserve_parts(const Batch& batch, size_t numbers) {
     const size_t heads = config_.shape.heads + config_.shape.kv_heads;
     const size_t hidden = batch.tokens * std::max({widest_part_, size_t(config_.hidden), heads}) * sizeof(float);
     const size_t logits = static_cast<size_t>(batch.logit_rows) * widest(config_.vocab_cuts) * sizeof(float);
-    const size_t bytes = std::max({hidden, logits, batch.choice_rows * sizeof(Choice)});
+    const size_t bytes = std::max({hidden, logits, batch.choice_rows * sizeof(Choice), numbers * sizeof(float)});
     if (bytes <= exchange_->capacity()) return;
     pool_.quiesce();
     exchange_->reserve(bytes);
@@ -58,18 +58,6 @@ int Share::widest(const std::vector<int>& cuts) const {
     int most = 0;
     for (int r = 0; r < config_.ranks(); r++) most = std::max(most, cuts[r + 1] - cuts[r]);
     return most;
-}
-
-bool Share::meet(Pool::Walk& walk, const Run& run, size_t bytes) {
-    const bool goes_on = walk.lone([&] {
-        try {
-            exchange_->meet(bytes);
-        } catch (...) {
-            failure_ = std::current_exception();
-            failed_.store(run.id);
-        }
-    });
-    return goes_on && failed_.load() != run.id;
 }
 
 bool Share::gather_embedding(Pool::Walk& walk, const Run& run, float* x) {
@@ -179,15 +167,6 @@ void Share::take_row(const Linear& linear, Origin origin, RowParams params, int 
             kernels_.finish_token(sums, count, zeros.data(), linear.scale.data() + n, linear.bias_at(n), params,
                                   out.adds, to + n);
         }
-    }
-}
-
-// Calls take(first column, numbers, how many) for row t of all ranks' parts.
-template <typename Take>
-void Share::each_part(const std::vector<int>& cuts, size_t t, Take take) const {
-    for (int r = 0; r < exchange_->ranks(); r++) {
-        const size_t count = cuts[r + 1] - cuts[r];
-        take(cuts[r], part_of<float>(r) + t * count, count);
     }
 }
 

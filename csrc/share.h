@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "batch.h"
@@ -32,9 +33,9 @@ public:
     void set_exchange(std::unique_ptr<Exchange> exchange) { exchange_ = std::move(exchange); }
     bool is_joined() const { return exchange_ != nullptr; }
 
-    // Between steps.
+    // Between steps. `numbers`: of a part, where others than this class and its callers for a token's row need more.
     void reserve_tokens(int tokens);
-    void reserve_parts(const Batch& batch);
+    void reserve_parts(const Batch& batch, size_t numbers);
     void rethrow_failure(uint64_t run) const;  // of a meeting of that run
 
     // Whether some inputs are quantized by what all ranks have of them, and whether a group's is.
@@ -64,7 +65,21 @@ public:
     bool show(Pool::Walk& walk, const Run& run, int width) {
         return meet(walk, run, static_cast<size_t>(run.batch.tokens) * width * sizeof(float));
     }
+    // The same for so many numbers as `numbers` returns, which is called by one thread.
+    template <typename Numbers>
+    bool show_numbers(Pool::Walk& walk, const Run& run, Numbers numbers) {
+        return meet(walk, run, [&] { return numbers() * sizeof(float); });
+    }
     const float* shown(int rank) const { return part_of<float>(rank); }
+    int widest(const std::vector<int>& cuts) const;
+    // Calls take(first column, numbers, how many) for row t of all ranks' parts.
+    template <typename Take>
+    void each_part(const std::vector<int>& cuts, size_t t, Take take) const {
+        for (int r = 0; r < exchange_->ranks(); r++) {
+            const size_t count = cuts[r + 1] - cuts[r];
+            take(cuts[r], part_of<float>(r) + t * count, count);
+        }
+    }
     // Rank 0 puts together the logits, or the choices, that ranks have written to their parts.
     bool gather_logits(Pool::Walk& walk, const Run& run);
     bool gather_choices(Pool::Walk& walk, const Run& run);
@@ -89,10 +104,22 @@ private:
     const T* part_of(int rank) const {
         return static_cast<const T*>(exchange_->part(rank));
     }
-    bool meet(Pool::Walk& walk, const Run& run, size_t bytes);
-    int widest(const std::vector<int>& cuts) const;
-    template <typename Take>
-    void each_part(const std::vector<int>& cuts, size_t t, Take take) const;
+    bool meet(Pool::Walk& walk, const Run& run, size_t bytes) {
+        return meet(walk, run, [=] { return bytes; });
+    }
+    template <typename Bytes>
+        requires std::is_invocable_v<Bytes>
+    bool meet(Pool::Walk& walk, const Run& run, Bytes bytes) {
+        const bool goes_on = walk.lone([&] {
+            try {
+                exchange_->meet(bytes());
+            } catch (...) {
+                failure_ = std::current_exception();
+                failed_.store(run.id);
+            }
+        });
+        return goes_on && failed_.load() != run.id;
+    }
     RowParams summed_params(const Linear& linear, const Prepared& prepared, int t) const;
     void sum_terms(size_t from, int count, int32_t* to) const;
     void take_row(const Linear& linear, Origin origin, RowParams params, int t, Output out) const;

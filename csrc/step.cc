@@ -36,7 +36,7 @@ void Step::run(const Batch& batch) {
     parts_.attention.plan(batch, plan_);
     reserve_tokens(std::max({batch.tokens, batch.logit_rows, batch.choice_rows}));
     parts_.head.reserve(batch);
-    if (config_.is_shared()) parts_.share.reserve_parts(batch);
+    if (config_.is_shared()) parts_.share.reserve_parts(batch, parts_.experts.shown(batch.tokens));
     Slot& slot = slots_[pool_.next_slot()];  // last: to reserve may take a slot
     const bool alone = batch.tokens <= kAloneTokens && !parts_.share.has_ranges();
     slot.run = {batch, ++count_, alone};

@@ -26,6 +26,15 @@ struct ExpertConfig {
     int count = 0, per_token = 0;  // 0: every layer is dense
     int size = 0, shared_size = 0;  // intermediate sizes of an expert, and of what all tokens go through; 0: nothing
     bool normalizes = false;  // the weights of a token's experts, to a sum of 1
+    // (ranks + 1) each: where each rank's channels begin, and its experts. Without the last, which are optional, a rank
+    // has some channels and some outputs of all experts; with them all of its own, and of the shared one as before.
+    std::vector<int> size_cuts, shared_cuts, owners;
+
+    bool is_whole() const { return !owners.empty(); }
+    // Whether a rank has weights of an expert; the shared one's number is `count`.
+    bool has(int rank, int expert) const {
+        return owners.empty() || expert == count || (expert >= owners[rank] && expert < owners[rank + 1]);
+    }
 };
 
 struct ModelConfig {
@@ -34,6 +43,7 @@ struct ModelConfig {
     float eps = 0;
     bool symmetric_tokens = false;  // how dynamic linears quantize a token
     std::vector<float> inv_freq;  // up to (D / 2): of the channels of a head that are turned, the first ones
+    int rank = 0;
     std::vector<int> vocab_cuts;  // (ranks + 1): rank r holds the tokens from vocab_cuts[r] on
     std::vector<int> intermediate_cuts, hidden_cuts;  // likewise
     Switches switches;

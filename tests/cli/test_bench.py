@@ -298,7 +298,8 @@ def test_bench_computes_as_it_is_told(cli, models, monkeypatch):
     real = load.load_model
     monkeypatch.setattr(load, "load_model", lambda *args, **options: told.append(options) or real(*args, **options))
     cli("bench", models["fa"], *SMALL, "--attention-mode", "mindie", "--dynamic", "symmetric", "--json").json()
-    assert told == [{"threads": 2, "dynamic": "symmetric", "attention": "mindie", "longest": None, "beside": None}]
+    computing = {"threads": 2, "dynamic": "symmetric", "attention": "mindie", "longest": None, "expert_parallel": False}
+    assert told == [{**computing, "beside": None}]
 
 
 def test_bench_prints_limits_first(cli, models):

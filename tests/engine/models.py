@@ -18,6 +18,8 @@ from eightfold.engine.settings import EngineConfig
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.load import load_model
 from eightfold.model.native.model import PAGE, NativeModel
+from eightfold.quant.by_name import quantize_by_name
+from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from tests.conftest import tiny_config, token_samples, write_model
@@ -32,6 +34,12 @@ RECIPES: dict[str, Recipe | None] = {
     "mix": Recipe(MIX),
     "faquant": Recipe(DYNAMIC, fa_quant=True),
     "c8": Recipe(W8A16, kv_int8=True),
+}
+
+# Mixtures of experts, which are quantized by the names of their tensors.
+SPARSE: dict[str, tuple[str, Recipe]] = {
+    "qwen3 experts": ("Qwen3MoeForCausalLM", Recipe(DYNAMIC)),
+    "mixtral": ("MixtralForCausalLM", Recipe(W8A16)),
 }
 
 
@@ -67,9 +75,14 @@ def config(**limits: Any) -> EngineConfig:
 
 def make(directory: Path, name: str) -> Small:
     """Write a model of one layer and load it."""
-    settings = tiny_config(max_position_embeddings=CONTEXT, hidden_size=32, intermediate_size=48)
-    source, recipe = write_model(directory / "float", settings), RECIPES[name]
-    if recipe is not None:
+    sizes = {"max_position_embeddings": CONTEXT, "hidden_size": 32, "intermediate_size": 48}
+    architecture, recipe = SPARSE[name] if name in SPARSE else ("LlamaForCausalLM", RECIPES[name])
+    source = write_model(directory / "float", tiny_config(architecture, **sizes))
+    if name in SPARSE:
+        assert recipe is not None
+        quantize_by_name(plan_by_name(source, recipe), directory / "out")
+        source = directory / "out"
+    elif recipe is not None:
         quantize_checkpoint(source, directory / "out", recipe, token_samples())
         source = directory / "out"
     return Small(source, load_model(Checkpoint.open(source), threads=1))

@@ -113,6 +113,24 @@ def test_run_answers_as_one_process_does(start, small, exchange):
     assert found["world_size"] == len(found["resident_weights_mib"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "exchange"),
+    [
+        ("qwen3 experts", "--expert-parallel", "memory"),
+        ("mixtral", "", "memory"),
+        pytest.param("mixtral", "--expert-parallel", "gloo", marks=needs_torch),
+        pytest.param("qwen3 experts", "", "gloo", marks=needs_torch),
+    ],
+)
+def test_experts_are_shared_out_in_either_way(start, small, name, option, exchange):
+    model: Small = small(name)
+    words = (*RUN, model.directory, "--prompt", "hello", "--max-new-tokens", 12, "--ignore-eos", "--json")
+    words = (*words, option) if option else words
+    (code, out, err), follower = start(*words, EIGHTFOLD_EXCHANGE=exchange).ended()
+    assert (code, follower) == (0, (0, "", "")), err
+    assert json.loads(out)["token_ids"] == model.answer(Tokenizer(model.directory).encode("hello"), 12)
+
+
 SCRIPT = """
     import json, sys
     from eightfold import LLM, SamplingParams
@@ -210,6 +228,18 @@ def test_another_version_is_refused_by_name(start, small):
         f"eightfold of rank 1 (process {ranks.processes[1].pid} on {socket.gethostname()}): got 9.9, "
     )
     assert said.endswith(f"expected {eightfold.__version__}, as rank 0 has. Install the same version on all hosts.")
+
+
+def test_experts_that_are_not_there_cannot_be_shared_out(start, small):
+    said = refusal(start(*RUN, small("w8a8").directory, "--prompt", "hi", "--expert-parallel"))
+    assert said == "--expert-parallel: got a dense model, expected one with experts. Leave it out."
+
+
+def test_experts_that_are_shared_out_in_another_way_are_refused(start, small):
+    model = small("mixtral")
+    words = (*RUN, model.directory, "--prompt", "hi", "--expert-parallel")
+    said = refusal(start(commands=with_rank_1(model, words)))
+    assert "options of rank 1" in said and "got asymmetric, cache, any positions, expert_parallel, expected" in said
 
 
 def test_another_checkpoint_is_refused_by_name(start, small, tmp_path):

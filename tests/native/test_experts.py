@@ -19,14 +19,12 @@ from safetensors.torch import save_file
 
 from eightfold.architectures import Names
 from eightfold.config import parse_config
-from eightfold.errors import UnsupportedError
 from eightfold.families import all_linears
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import layers
 from eightfold.model.native.measure import int8_elements, unread_bytes
 from eightfold.model.native.model import Chunk
 from eightfold.model.reference.load import Decoder
-from eightfold.parallel.share import Share
 from eightfold.scheme import QuantType
 from tests.conftest import random_tensors, tiny_config, token_samples
 from tests.native.models import (
@@ -324,19 +322,22 @@ def test_bad_shapes_are_refused(variant, checkpoint_of):
 
 
 @pytest.mark.parametrize(
-    "sizes, message",
+    "changed, message",
     [
-        ([4, 2, 32], "experts: expected how many"),
-        ([0, 2, 32, 0], "experts: expected 1 to 65536"),
-        ([4, 5, 32, 0], "experts of a token: expected 1 to all of them"),
-        ([4, 0, 32, 0], "experts of a token: expected 1 to all of them"),
-        ([4, 2, 0, 0], "experts: expected a size of 1 or more"),
-        ([4, 2, 32, -1], "experts: expected a size of 1 or more"),
+        ({"experts": [4, 2, 32]}, "experts: expected how many"),
+        ({"experts": [0, 2]}, "experts: expected 1 to 65536"),
+        ({"experts": [4, 5]}, "experts of a token: expected 1 to all of them"),
+        ({"experts": [4, 0]}, "experts of a token: expected 1 to all of them"),
+        ({"expert_sizes": [0, 0]}, "expert_sizes, shared_sizes, expert_owners: expected rising cuts"),
+        ({"expert_sizes": [0, 20, 40]}, "expert_sizes, shared_sizes, expert_owners: expected rising cuts"),
+        ({"shared_sizes": [0, -1]}, "expert_sizes, shared_sizes, expert_owners: expected rising cuts"),
+        ({"expert_owners": [0, 6]}, "expert_owners: expected cuts of the experts"),
     ],
 )
-def test_bad_sizes_are_refused(variant, sizes, message):
+def test_bad_sizes_are_refused(variant, changed, message):
+    sizes = {"experts": [7, 3], "expert_sizes": [0, 40], "shared_sizes": [0, 0], "expert_owners": []}
     with (
-        mock.patch("eightfold.model.native.load._expert_sizes", return_value=sizes),
+        mock.patch("eightfold.model.native.load._expert_sizes", return_value={**sizes, **changed}),
         pytest.raises(ValueError, match=re.escape(message)),
     ):
         native(variant("dynamic"), ISAS[-1])
@@ -355,8 +356,3 @@ def test_a_missing_expert_is_refused(variant):
         pytest.raises(ValueError, match="experts: expected gate, up and down of each"),
     ):
         native(variant("dynamic"), ISAS[-1])
-
-
-def test_several_processes_are_refused(variant):
-    with pytest.raises(UnsupportedError, match=r"experts on several processes in .*: got 2, expected one process"):
-        native(variant("dynamic"), ISAS[-1], share=Share(0, 2))

@@ -250,7 +250,7 @@ def test_all_of_some_experts(count, size, expected):
 
 
 def test_a_dense_model_has_no_experts_to_share_out():
-    with pytest.raises(ConfigError, match="expert_parallel in DIR: got a dense model, expected one with experts"):
+    with pytest.raises(ConfigError, match="expert_parallel: got a dense model, expected one with experts"):
         Share(0, 2, whole_experts=True).require(config_of(), Path("DIR"))
 
 

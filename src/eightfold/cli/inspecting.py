@@ -371,7 +371,7 @@ class BenchCommand:
     batch: int = setting(1, whole(1), "Number of sequences at a time.")
     repeat: int = setting(5, whole(1), "Number of repetitions after one to warm up.")
     as_json: bool = as_json()
-    computing: dict[str, Any] = generating.engine("threads", "dynamic", "attention_mode")
+    computing: dict[str, Any] = generating.engine("threads", "dynamic", "attention_mode", "expert_parallel")
 
     def execute(self) -> None:
         from eightfold.model.native import measure

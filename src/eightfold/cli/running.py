@@ -79,7 +79,7 @@ class RunCommand:
         "stop", "ignore_eos", temperature=None,
     )  # fmt: skip
     limits: dict[str, Any] = generating.engine("max_num_seqs", "max_model_len", "kv_memory", "speculate")
-    computing: dict[str, Any] = generating.engine("dynamic", "attention_mode", "threads")
+    computing: dict[str, Any] = generating.engine("dynamic", "attention_mode", "threads", "expert_parallel")
     backend: str = generating.backend()
 
     def execute(self) -> int:

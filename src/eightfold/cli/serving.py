@@ -123,7 +123,7 @@ class ServeCommand:
     add_bos: bool | None = add_bos()
     engine: dict[str, Any] = generating.engine(
         "max_num_seqs", "max_model_len", "kv_memory", "max_batched_tokens", "speculate", "prefix_caching", "threads",
-        "attention_mode",
+        "attention_mode", "expert_parallel",
     )  # fmt: skip
 
     def execute(self) -> None:

@@ -158,7 +158,7 @@ def lead(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Sh
     if others.have_model:
         raise UnsupportedError("second model", got=f"{world.size} processes", expected="one model for them")
     others.have_model, peers = True, others.peers
-    Share(0, world.size).require(checkpoint.config, checkpoint.directory)
+    Share(0, world.size, options["expert_parallel"]).require(checkpoint.config, checkpoint.directory)
     found = [(str(peer), facts) for peer, facts in zip(peers, _answers(peers), strict=True)]
     require_alike(_setup(world, checkpoint, options), found, _ADVICE)
     with ended_by_liveness():
@@ -259,7 +259,8 @@ def _setup(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> 
         "eightfold": __version__,
         "checkpoint": fingerprint(checkpoint),
         "isa": core.choose_isa(),
-        "options": f"{options['dynamic']}, {options['attention']}, {options['longest'] or 'any'} positions",
+        "options": f"{options['dynamic']}, {options['attention']}, {options['longest'] or 'any'} positions"
+        + (", expert_parallel" if options["expert_parallel"] else ""),
         "processes": world.size,
     }
 

@@ -34,6 +34,7 @@ class EngineConfig:
         threads: how many compute; None for one a CPU.
         attention_mode: what a prompt attends over when keys and values are int8: the cache, or floats as MindIE does.
         dynamic: how W8A8_DYNAMIC quantizes a token.
+        expert_parallel: whether each of several processes has whole experts, and not a part of every one.
 
     Raises:
         ConfigError: a value is of the wrong kind or out of its range.
@@ -67,6 +68,9 @@ class EngineConfig:
         choice("asymmetric", "symmetric"),
         "How w8a8-dynamic quantizes a token; the NPU does it symmetrically.",
     )
+    expert_parallel: bool = setting(
+        False, SWITCH, "Give each process of torchrun whole experts, and not a part of every one."
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -89,6 +93,7 @@ class EngineConfig:
             "dynamic": self.dynamic,
             "attention": self.attention_mode,
             "longest": self.max_model_len,
+            "expert_parallel": self.expert_parallel,
         }
 
 

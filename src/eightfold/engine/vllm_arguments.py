@@ -16,6 +16,7 @@ from eightfold.values import shown
 _OURS = tuple(each.name for each in fields(EngineConfig))
 
 _RENAMED = {
+    "enable_expert_parallel": "expert_parallel",
     "enable_prefix_caching": "prefix_caching",
     "kv_cache_memory_bytes": "kv_memory",
     "max_num_batched_tokens": "max_batched_tokens",

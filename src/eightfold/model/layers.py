@@ -107,7 +107,7 @@ class Experts:
 
     Attributes:
         router: (experts, E) float.
-        experts: by their index.
+        experts: those that were asked for, in rising order.
         shared: the expert of all tokens; None where there is none.
         shared_gate: (1, E) float, of the shared expert.
     """
@@ -172,8 +172,13 @@ def read_linear(checkpoint: Checkpoint, module: str, shape: LinearShape) -> Line
     )
 
 
-def read_experts(checkpoint: Checkpoint, layer_idx: int) -> Experts | None:
-    """Read the experts of a layer; None of a layer that has none.
+def read_experts(checkpoint: Checkpoint, layer_idx: int, wanted: range | None = None) -> Experts | None:
+    """Read the experts of a layer, or some of them; None of a layer that has none.
+
+    Args:
+        checkpoint: of the model.
+        layer_idx: of the layer.
+        wanted: indices of experts; the one of all tokens comes in any case. None: all.
 
     Raises:
         CheckpointError: a scale is not a finite number above 0, or an offset outside int8.
@@ -190,7 +195,7 @@ def read_experts(checkpoint: Checkpoint, layer_idx: int) -> Experts | None:
 
     return Experts(
         linear(block.router),
-        tuple(map(expert, block.experts)),
+        tuple(map(expert, block.experts if wanted is None else block.experts[wanted.start : wanted.stop])),
         None if block.shared is None else expert(block.shared),
         None if block.shared_gate is None else linear(block.shared_gate),
     )

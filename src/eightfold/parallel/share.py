@@ -66,10 +66,8 @@ class Share:
             ConfigError: the heads are not a multiple of the ranks, or the model is dense.
         """
         if self.whole_experts and config.experts is None:
-            raise ConfigError(
-                "expert_parallel", where=directory, got="a dense model", expected="one with experts",
-                action="Leave it out.",
-            )  # fmt: skip
+            expected = "one with experts"
+            raise ConfigError("expert_parallel", got="a dense model", expected=expected, action="Leave it out.")
         if self.size in (sizes := even_sizes(config)):
             return
         raise ConfigError(

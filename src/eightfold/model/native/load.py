@@ -9,6 +9,7 @@ import _thread
 import contextlib
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +58,7 @@ def load_model(
     attention: Literal["cache", "mindie"] = "cache",
     longest: int | None = None,
     share: Share = WHOLE,
+    expert_parallel: bool = False,
     neighbours: int = 1,
     beside: Callable[[], object] | None = None,
 ) -> NativeModel:
@@ -71,23 +73,21 @@ def load_model(
         longest: positions of the longest sequence, by which dynamic scaling and longrope turn keys; None: the model's
             context.
         share: what of the model; anything but the whole has to meet the others before it can run.
+        expert_parallel: whether the share has whole experts, and not a part of every one.
         neighbours: processes of this host that load a share of it, this one included.
         beside: is called while the weights are made ready; what it raises ends that. By how much loading has made the
             process larger is not known then.
 
     Raises:
-        ConfigError: the heads cannot be shared out evenly.
+        ConfigError: the heads cannot be shared out evenly, or experts are to be and there are none.
         UnsupportedError: no compiled extension, a shape outside its limits, or FAQuant with an offset that is not zero.
         CheckpointError: a scale that is not a finite number.
     """
     config, resident = checkpoint.config, resident_bytes() or 0
+    share = replace(share, whole_experts=expert_parallel)
     core.name_cut_files()
     _require_shapes(checkpoint)
     share.require(config, checkpoint.directory)
-    if config.experts is not None and share.size > 1:
-        raise UnsupportedError(
-            "experts on several processes", where=checkpoint.directory, got=f"{share.size}", expected="one process"
-        )
     isa = core.choose_isa()
     model = _empty_model(config, share, isa, core.choose_threads(threads), dynamic, longest or config.context)
     loader = _Loader(checkpoint, model, share)
@@ -120,18 +120,23 @@ def _empty_model(config: ModelConfig, share: Share, isa: str, threads: int, dyna
         eps=config.rms_norm_eps,
         symmetric_tokens=dynamic == "symmetric",
         inv_freq=layers.inverse_frequencies(config.rope, config.head_dim, longest),
-        experts=_expert_sizes(config.experts),
-        normalizes_experts=config.experts is not None and config.experts.normalizes,
+        **_expert_sizes(config.experts, share),
     )
     if (scale := layers.rope_scale(config.rope)) != 1:
         model.set_rope_scale(scale)
     return model
 
 
-def _expert_sizes(experts: Experts | None) -> list[int]:
+def _expert_sizes(experts: Experts | None, share: Share) -> dict[str, Any]:
     if experts is None:
-        return []
-    return [experts.count, experts.per_token, experts.intermediate_size, experts.shared_size]
+        return {}
+    return {
+        "experts": [experts.count, experts.per_token],
+        "expert_sizes": cuts(experts.intermediate_size, share.size),
+        "shared_sizes": cuts(experts.shared_size, share.size),
+        "expert_owners": share.expert_cuts(experts.count),
+        "normalizes_experts": experts.normalizes,
+    }
 
 
 def _finish(model: Model, beside: Callable[[], object] | None) -> int:
@@ -231,8 +236,9 @@ class _Loader:
             for shape in group.linears:
                 linear = layers.read_linear(self.checkpoint, prefix + shape.name, shape)
                 self._add_linear(layer_idx, group.title, shape.name, linear)
-        if (experts := layers.read_experts(self.checkpoint, layer_idx)) is not None:
-            self._add_experts(layer_idx, experts)
+        if self.config.experts is not None:
+            held = self.share.experts(self.config.experts.count)
+            self._add_experts(layer_idx, held, layers.read_experts(self.checkpoint, layer_idx, held))
         norms = layers.read_norms(self.checkpoint, layer_idx)
         before, between = norms[names.before_attention], norms[names.before_ffn]
         self.model.set_norms(
@@ -265,14 +271,22 @@ class _Loader:
         self.weights.append(linear.name)
         _hand_over(partial(self.model.add_linear, layer_idx, group), linear, weight, cut.rows, cut.counts_bias)
 
-    def _add_experts(self, layer_idx: int, read: layers.Experts) -> None:
+    def _add_experts(self, layer_idx: int, held: range, read: layers.Experts | None) -> None:
+        if read is None:
+            return
         routers = [read.router] if read.shared_gate is None else [read.router, read.shared_gate]
         self.weights += [router.name for router in routers]
         self.model.add_router(layer_idx, *(router.weight for router in routers))
-        for index, expert in enumerate((*read.experts, *filter(None, (read.shared,)))):
-            for part, linear in zip(expert._fields, expert, strict=True):
-                self.weights.append(linear.name)
-                _hand_over(partial(self.model.add_expert, layer_idx, index, part), linear)
+        for index, expert in zip(held, read.experts, strict=False):  # the core counts them
+            self._add_expert(layer_idx, index, expert, is_shared=False)
+        if read.shared is not None:
+            self._add_expert(layer_idx, len(read.router.weight), read.shared, is_shared=True)
+
+    def _add_expert(self, layer_idx: int, index: int, expert: layers.Expert, *, is_shared: bool) -> None:
+        for part, linear in zip(expert._fields, expert, strict=True):
+            rows = self.share.of_expert(self.config, part, is_shared=is_shared)
+            self.weights.append(linear.name)
+            _hand_over(partial(self.model.add_expert, layer_idx, index, part), linear, linear.weight[rows], rows)
 
     def _attention(self, read: layers.Attention) -> dict[str, Any]:
         """Return the kind of cache and its scales: (scale, reciprocal, offset) of keys and of values, (G * D,) each."""
@@ -312,12 +326,11 @@ class _Loader:
 def _hand_over(
     add: Callable[..., None],
     linear: layers.Linear,
-    weight: NDArray[Any] | None = None,
-    rows: slice = slice(None),
+    weight: NDArray[Any],
+    rows: slice,
     counts_bias: bool = True,
 ) -> None:
-    """Call the extension with a linear, or with some rows of it and what a rank has of their weight."""
-    weight = linear.weight if weight is None else weight
+    """Call the extension with some rows of a linear, and what a rank has of their weight."""
     offset, quant_bias = _given(linear.weight_offset, rows), _NO_INTEGERS
     if linear.quant_bias is not None:
         quant_bias = linear.quant_bias[rows] if counts_bias else np.zeros(len(weight), np.int32)
