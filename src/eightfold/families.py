@@ -162,7 +162,7 @@ def expert_block(config: ModelConfig, layer_idx: int) -> ExpertBlock | None:
 
 @functools.lru_cache(maxsize=8)
 def _expert_block(config: ModelConfig) -> ExpertBlock | None:
-    sizes, names, hidden = config.experts, _layout(config.architecture).experts, config.hidden_size
+    sizes, names, hidden = config.experts, family_layout(config.architecture).experts, config.hidden_size
     if sizes is None or names is None:
         return None
 
@@ -182,7 +182,8 @@ def _expert_block(config: ModelConfig) -> ExpertBlock | None:
     )
 
 
-def _layout(architecture: str) -> Layout:
+def family_layout(architecture: str) -> Layout:
+    """Return the row of an architecture with an engine, which says what each linear is."""
     return next(row for row in ROWS if row.architecture == architecture)
 
 
@@ -310,7 +311,7 @@ def settle_names(config: ModelConfig, raw: Mapping[str, Any], stored: Collection
 
 def stored_names(family: Family, stored: Collection[str]) -> Names:
     """Return what a model of a family names its modules, given the names of its tensors."""
-    names, row = family.names, _layout(family.architecture)
+    names, row = family.names, family_layout(family.architecture)
     if family.is_wrapper:
         places = [_below(names, layers) for layers in row.layers]
         names = next((place for place in places if f"{place.embedding}.weight" in stored), names)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,8 @@ class Layout:
     renames: Mapping[str, str] | None = None  # begins of names inside a layer, as dumped from memory -> as published
     published: str = ""  # the architecture by the name that loaders know, where transformers has another
     expert_key: str = "num_experts"  # in config.json, by the family's own name
-    mindie_keys: tuple[str, ...] = ()  # of config.json: without them MindIE takes attention or experts for another type
+    # Keys of config.json, and whose type each says: without them MindIE takes attention or experts for another one.
+    mindie_keys: Mapping[str, Part] = field(default_factory=dict)
     engines: tuple[str, ...] = ("vllm-ascend", "sglang")
     takes_any: bool = False  # every matrix in a layer but routers: of a family that is not known
 
@@ -190,8 +191,9 @@ _ATB = ("mindie", "vllm-ascend", "sglang")
 _ALL = ("mindie", "mindie-aclgraph", "vllm-ascend", "sglang")
 
 # MindIE takes attention for static W8A8 beside dynamic experts unless it is told.
-_QWEN_KEYS = ("quantize", "attn_quantize")
-_MLA_KEYS = ("quantize", "mla_quantize")
+_QWEN_KEYS = {"quantize": Part.EXPERT, "attn_quantize": Part.ATTENTION}
+_MLA_KEYS = {"quantize": Part.EXPERT, "mla_quantize": Part.MLA}
+_MIXTRAL_KEYS = {"quantize": Part.ATTENTION, "moe_quantize": Part.EXPERT}
 
 
 def _causal(name: str, model_type: str, rules: tuple[Rule, ...] = _DENSE, **others: Any) -> Layout:
@@ -281,7 +283,7 @@ ROWS: tuple[Layout, ...] = (
             experts=Experts(needs_entry=True), mindie_keys=_QWEN_KEYS, engines=_ATB),
     _causal("Mixtral", "mixtral", _rules(_ATTENTION, _SPARSE, _SPARSE_ROUTER),
             experts=_sparse_experts(needs_entry=True), renames=_RENAMED, expert_key="num_local_experts",
-            mindie_keys=("quantize", "moe_quantize"), engines=_ATB),
+            mindie_keys=_MIXTRAL_KEYS, engines=_ATB),
     _causal("Qwen3Next", "qwen3_next", _NEXT, experts=Experts()),
     _causal("Qwen3_5Moe", "qwen3_5_moe_text", _QWEN35_MOE, experts=Experts(needs_entry=True), layers=_INNER),
     _wrapped("Qwen3_5Moe", "qwen3_5_moe", _QWEN35_MOE, experts=Experts()),

@@ -22,8 +22,8 @@ from eightfold.format.checkpoint import SHORT_NAME, find_description, read_descr
 from eightfold.format.directory import CONFIG_NAME, read_tensors
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import TensorInfo
-from eightfold.layouts import EXPERT, GROUPS, Layout, layer_count, layout_of, text_config
-from eightfold.scheme import LINEAR_TENSORS, WEIGHT, QuantType, linear_tensors, weight_name
+from eightfold.layouts import EXPERT, GROUPS, Layout, Part, layer_count, layout_of, text_config
+from eightfold.scheme import BIAS, LINEAR_TENSORS, WEIGHT, QuantType, linear_tensors, weight_name
 
 _FLOAT = QuantType.FLOAT.value
 _INT8 = DType.I8.value
@@ -86,7 +86,7 @@ def _rules(loader: str, **others: dict[str, str]) -> Rules:
 
 
 _NORMS = {
-    "norm-bias": f"gives norms a bias, as keys contain {_NORM_BIAS!r}; where the model has none, it does not load"
+    "norm-bias": f"gives every norm a bias, as keys contain {_NORM_BIAS!r}; where some have none, it may not load"
 }
 
 RULES = {
@@ -96,6 +96,7 @@ RULES = {
             "entry": "does not know of which parts this consists, and looks this entry up: KeyError. "
             "Add it, with their type.",
             "kv-b": "raises AssertionError: latent attention takes kv_b_proj apart as a float matrix. Keep it float.",
+            "fa-scheme": "has quantized attention for latent attention alone. Quantize without it for vllm-ascend.",
             "joined": "looks gate and up up by their own names: KeyError. Quantize again: they are split.",
         },
         warns={
@@ -103,7 +104,11 @@ RULES = {
             "head-entry": "looks this up where it builds a head of its own for a tied model. Add it as FLOAT.",
         },
     ),
-    "sglang": _rules("sglang", warns=_NORMS),
+    "sglang": _rules(
+        "sglang",
+        refuses={"fa-scheme": "has no quantized attention. Quantize without attention for SGLang."},
+        warns=_NORMS,
+    ),
     "mindie": _rules(
         "mindie",
         misdecodes={
@@ -160,18 +165,27 @@ class NamedDirectory:
     @cached_property
     def linears(self) -> dict[str, str]:
         """The linears of the layers by module -> label; those of layers behind the last only where they are int8."""
-        prefix = next((each for each in self.layout.layers if any(n.startswith(each) for n in self.tensors)), "\0")
-        layer = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
         count = layer_count(self.config, self.path / CONFIG_NAME)
         found = {}
         for name, info in self.tensors.items():
             module, _, last = name.rpartition(".")
-            inner = layer.fullmatch(module)
+            inner = self._in_layer.fullmatch(module)
             is_inside = inner is not None and int(inner[1]) < count
             is_known = inner is not None and (self.layout.takes_any or self.layout.rule_of(inner[2]) is not None)
             if last == WEIGHT and len(info.shape) == 2 and ((is_inside and is_known) or info.dtype == _INT8):
                 found[module] = self.labels.get(name, _FLOAT)
         return found
+
+    @cached_property
+    def _in_layer(self) -> re.Pattern[str]:
+        prefix = next((each for each in self.layout.layers if any(n.startswith(each) for n in self.tensors)), "\0")
+        return re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
+
+    def part_of(self, module: str) -> Part:
+        """Return what a linear is."""
+        inner = self._in_layer.fullmatch(module)
+        rule = self.layout.rule_of(inner[2]) if inner is not None else None
+        return Part.OTHER if rule is None else rule.part
 
     @cached_property
     def experts(self) -> dict[str, Counter[str]]:
@@ -275,12 +289,17 @@ class _Check:
         yield from self._rules.found("label-and-weight", misfit, got=kinds)
 
     def _norm_biases(self) -> Iterator[Finding]:
-        yield from self._rules.found("norm-bias", [name for name in self._d.labels if _NORM_BIAS in name])
+        """Outlier suppression gives every norm one; that of a part of the model alone is another thing."""
+        d = self._d
+        norms = [name for name, info in d.tensors.items() if name.endswith(f"norm.{WEIGHT}") and len(info.shape) == 1]
+        bare = [name for name in norms if name.removesuffix(WEIGHT) + BIAS not in d.tensors]
+        yield from self._rules.found("norm-bias", [name for name in d.labels if _NORM_BIAS in name] if bare else [])
 
     def _vllm_ascend(self) -> Iterator[Finding]:
         d, found = self._d, self._rules.found
         entries = {weight_name(entry) for module in d.linears if (entry := d.layout.entry_of(module))}
         yield from found("entry", sorted(entries - d.labels.keys()))
+        yield from found("fa-scheme", [name for name, label in d.labels.items() if label == QuantType.FAQUANT.value])
         latent = [module for module, label in d.linears.items() if module.endswith(".kv_b_proj") and label != _FLOAT]
         yield from found("kv-b", latent)
         ends = tuple(f".{name}.{WEIGHT}" for name in d.layout.halves or ()) or ("\0",)
@@ -290,17 +309,28 @@ class _Check:
         yield from self._norm_biases()
 
     def _sglang(self) -> Iterator[Finding]:
+        quantized = [name for name, label in self._d.labels.items() if label == QuantType.FAQUANT.value]
+        yield from self._rules.found("fa-scheme", quantized)
         yield from self._norm_biases()
 
     def _mindie(self) -> Iterator[Finding]:
         d, found = self._d, self._rules.found
-        labels = {label for label in d.linears.values() if label != _FLOAT}
-        expected = one_of(sorted(label.lower() for label in labels)) if labels else ""
-        if labels:
-            keys = [key for key in d.layout.mindie_keys if d.config.get(key) not in {each.lower() for each in labels}]
-            got = {str(d.config.get(key, "nothing")) for key in keys}
-            yield from found("config-key", keys, got=got, expected=expected)
-        yield from found("one-scheme", [CONFIG_NAME] if len(labels) > 1 else [], got=labels)
+        mixed: list[str] = []
+        for key, labels in self._labels_by_key().items():
+            if d.config.get(key) not in {label.lower() for label in labels} and key in d.layout.mindie_keys:
+                expected = one_of(sorted(label.lower() for label in labels))
+                yield from found("config-key", [key], got=d.config.get(key, "nothing"), expected=expected)
+            mixed += labels if len(labels) > 1 else []
+        yield from found("one-scheme", [CONFIG_NAME] if mixed else [], got=set(mixed))
+
+    def _labels_by_key(self) -> dict[str, set[str]]:
+        """Return the labels of what each key of config.json speaks of: one part, or with `quantize` all others too."""
+        keys = {part: key for key, part in self._d.layout.mindie_keys.items()}
+        found: dict[str, set[str]] = {}
+        for module, label in self._d.linears.items():
+            if label != _FLOAT:
+                found.setdefault(keys.get(self._d.part_of(module), "quantize"), set()).add(label)
+        return found
 
     def _mindie_aclgraph(self) -> Iterator[Finding]:
         return iter(())

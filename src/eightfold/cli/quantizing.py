@@ -42,8 +42,9 @@ class QuantizeCommand:
     the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
     and `eval` load it too, and `eightfold check` reports what those loaders would do with it.
 
-    Mixtures of experts, and models that eightfold cannot run, take w8a8-dynamic and w8a16, which need no calibration:
-    their linears are known by name. docs/families.md lists the families and what stays float in each.
+    In a mixture of experts the experts are w8a8-dynamic under every scheme, and their routers stay float; calibration
+    is for attention. Families that eightfold cannot run take w8a8-dynamic and w8a16, which need no calibration: their
+    linears are known by name. docs/families.md lists the families and what stays float in each.
 
     Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
     """
@@ -219,7 +220,11 @@ class QuantizeCommand:
 
     @cached_property
     def _goes_by_name(self) -> bool:
-        """Whether the model has experts, or cannot run here as it is stored: it goes by the names of its tensors."""
+        """Whether the names of tensors say enough: where the model cannot run here, or not as it is stored.
+
+        Models with experts can go both ways. Without calibration they go by names: one tensor at a time, however they
+        are stored.
+        """
         from eightfold.config import has_engine, has_experts
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
@@ -228,12 +233,16 @@ class QuantizeCommand:
         if self.generic or not has_file(config):
             return self.generic
         raw = read_json(config)
-        if has_engine(raw) and not has_experts(raw) and raw.get("quantization_config"):
+        if has_experts(raw):
+            from eightfold.quant.name_plan import beyond_names
+
+            return not (beyond_names(self.recipe) or self.legacy_names or World.of_environment().size > 1)
+        if has_engine(raw) and raw.get("quantization_config"):
             from eightfold.quant.name_plan import DATA_FREE
             from eightfold.quant.name_sources import is_quantized_elsewhere
 
             return self.recipe.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
-        return bool(raw.get("architectures")) and (not has_engine(raw) or has_experts(raw))
+        return bool(raw.get("architectures")) and not has_engine(raw)
 
     @cached_property
     def _name_plan(self) -> NamePlan:
@@ -246,7 +255,7 @@ class QuantizeCommand:
         return found
 
     def _quantize_by_name(self, ranks: Ranks) -> Outcome:
-        """Quantize a model that this program cannot run."""
+        """Quantize a model of which the names of tensors say enough."""
         if ranks.size > 1:
             raise ConfigError("processes", got=ranks.size, expected="one, for a model that is quantized by names")
         if self.legacy_names:
@@ -303,7 +312,7 @@ class QuantizeCommand:
         from eightfold.quant.plan import assign_types, require_level
 
         checkpoint = console.opened(self.source)
-        require_level(self.recipe, assign_types(checkpoint.config, self.recipe))
+        require_level(checkpoint.config, self.recipe, assign_types(checkpoint.config, self.recipe))
         check_target(self.out, QUANTIZE, source=self.source, overwrite=self.overwrite or self.plan)
         return checkpoint
 

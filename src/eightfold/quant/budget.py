@@ -4,9 +4,9 @@
     spilled    hidden states live in files:   needed
     resident   hidden states live in memory:  needed + 4 T E for each stream
 
-A layer: its stored tensors (mapped), its integers, one weight in float32 (a group of them where a scale is looked for),
-and one batch of tokens on their way through. Bounds, not estimates: they count what may be resident at once, mapped
-pages included.
+A layer: its stored tensors (mapped; of experts, one at a time), its integers, one weight in float32 (a group of them
+where a scale is looked for), and one batch of tokens on their way through. Bounds, not estimates: they count what may
+be resident at once, mapped pages included.
 
 Letters: T tokens of all samples, E hidden size.
 """
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eightfold.errors import CapacityError
-from eightfold.families import all_linears, input_groups
+from eightfold.families import all_linears, expert_block, input_groups
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
@@ -105,17 +105,32 @@ def base_bytes() -> int:
 
 
 def _layer_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:
-    """Return what a layer takes: the stored weights are mapped all the while, integers from when they are made."""
+    """Return what the largest kind of layer takes: with one MLP, or with experts."""
     config = checkpoint.config
-    groups = [[linear.n * linear.k for linear in group.linears] for group in input_groups(config, 0)]
-    total, largest = sum(map(sum, groups)), max(map(max, groups))
-    stored = total * checkpoint.dtype.itemsize
-    passing = _sample_bytes(checkpoint, recipe, lengths) if lengths else 0
-    float_pass = 4 * largest + max(passing, _scale_bytes(recipe, max(map(sum, groups))))
+    kinds = {config.is_sparse(layer_idx): layer_idx for layer_idx in range(config.num_layers)}
+    return max(_bytes_of_layer(checkpoint, layer_idx, recipe, lengths) for layer_idx in kinds.values())
+
+
+def _bytes_of_layer(checkpoint: Checkpoint, layer_idx: int, recipe: Recipe, lengths: Sequence[int]) -> int:
+    """Return what a layer takes: the stored weights are mapped all the while, integers from when they are made.
+
+    Of experts one at a time is mapped; the integers of all are there while samples pass through the quantized layer.
+    """
+    config = checkpoint.config
+    groups = [[linear.n * linear.k for linear in group.linears] for group in input_groups(config, layer_idx)]
+    total, largest, group = sum(map(sum, groups)), max(map(max, groups)), max(map(sum, groups))
+    block = expert_block(config, layer_idx)
+    experts = [linear.n * linear.k for linear in block.linears] if block is not None else []
+    one = 3 * max(experts, default=0)
+    held = sum(experts) if recipe.calibrates else one
+    largest = max(largest, *experts, 0)
+    stored = (total + one) * checkpoint.dtype.itemsize
+    passing = _sample_bytes(checkpoint, layer_idx, recipe, lengths) if lengths else 0
+    float_pass = 4 * largest + max(passing, _scale_bytes(recipe, group))
     float_pass += total if recipe.anti_outlier is AntiOutlier.SMOOTH else 0  # computed in int8
     # Smoothed linears that stay float are held in float32 while samples pass.
     kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
-    return stored + max(float_pass, total + kept + 4 * largest + passing)
+    return stored + max(float_pass, total + held + kept + 4 * largest + passing)
 
 
 def _scale_bytes(recipe: Recipe, group: int) -> int:
@@ -131,14 +146,16 @@ def _keeps_float(recipe: Recipe) -> bool:
     return floats or bool(recipe.keep_float) or recipe.disable_level > 0
 
 
-def _sample_bytes(checkpoint: Checkpoint, recipe: Recipe, lengths: Sequence[int]) -> int:
+def _sample_bytes(checkpoint: Checkpoint, layer_idx: int, recipe: Recipe, lengths: Sequence[int]) -> int:
     """Return what samples take on their way through a layer."""
-    config = checkpoint.config
+    config, wide = checkpoint.config, checkpoint.config.intermediate_size
     batches = [sum(lengths[index] for index in batch) for batch in sample_batches(lengths)]
-    inputs = 3 * config.hidden_size + config.intermediate_size  # of the four groups
+    inputs = 3 * config.hidden_size + wide  # of the four groups
     # gate and up, their integer products, the input of down as it is divided and in float64; queries to attention's
     # output, turned and not; scores of some queries at a time.
-    found = max(batches) * 4 * (10 * config.hidden_size + 6 * config.intermediate_size)
+    if config.experts is not None and config.is_sparse(layer_idx):
+        wide = max(config.experts.intermediate_size, config.experts.shared_size) + config.experts.count
+    found = max(batches) * 4 * (10 * config.hidden_size + 6 * wide)
     found += 3 * 4 * min(max(lengths), _QUERY_ROWS) * max(lengths) * config.num_heads
     if recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3):
         found += lengths[0] * 4 * inputs

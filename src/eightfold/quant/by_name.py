@@ -8,6 +8,7 @@ that a model which can run too becomes the same bytes either way. What the sourc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from eightfold.model.reference.linear import row_pieces
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import Budget, base_bytes
 from eightfold.quant.identity import differences, identity, keep_times, require_same_times
+from eightfold.quant.mixture import loader_settings
 from eightfold.quant.name_plan import NamePlan, Unit
 from eightfold.quant.name_rows import Rows
 from eightfold.quant.name_sources import Source
@@ -143,10 +145,11 @@ class _Job:
         for name in description_names(scheme, legacy=False):
             (output.path / name).write_text(text, encoding="utf-8")
         write_json(output.path / REPORT_NAME, outcome.report())
-        write_json(output.path / CONFIG_NAME, config_for(dict(raw), plan.layout, scheme, plan.dtype))
+        settings = loader_settings(plan.layout, plan.types, plan.parts, scheme)
+        write_json(output.path / CONFIG_NAME, config_for(dict(raw), plan.layout, settings, plan.dtype))
 
 
-def config_for(raw: dict[str, Any], layout: Layout, scheme: QuantType, dtype: DType) -> dict[str, Any]:
+def config_for(raw: dict[str, Any], layout: Layout, settings: Mapping[str, str], dtype: DType) -> dict[str, Any]:
     """Return config.json's object for the loaders of other engines.
 
     Everything is kept, also what is nested, but what the source says of its own quantization: it would hide the
@@ -160,7 +163,7 @@ def config_for(raw: dict[str, Any], layout: Layout, scheme: QuantType, dtype: DT
     )
     if isinstance(out.get("text_config"), dict):
         out["text_config"] = _for_loaders(out["text_config"], layout, dtype)
-    out.update(dict.fromkeys(layout.mindie_keys, scheme.value.lower()))
+    out.update(settings)
     if layout.published:
         out["architectures"] = [layout.published]
     return out

@@ -7,23 +7,33 @@ For `smooth`, "float" means less: linears compute with int8 weights and inputs q
 takes a third of the time. What is seen is as good: SmolLM2 w8a8 has KL 0.0061 to float so, and 0.0065 with float
 linears.
 
-Letters: T tokens of all samples, E hidden size, K inputs, C = G * D key/value channels.
+Letters: T tokens of all samples, E hidden size, K inputs, C = G * D key/value channels, N experts, J of them for
+each token.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from eightfold.config import ModelConfig
-from eightfold.families import DOWN, InputGroup, LinearShape, input_groups, sliding_window, smooth_pairs
+from eightfold.families import (
+    DOWN,
+    InputGroup,
+    LinearShape,
+    input_groups,
+    layer_linears,
+    sliding_window,
+    smooth_pairs,
+)
 from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear
@@ -31,6 +41,7 @@ from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
+from eightfold.quant.experts import RouterWatch, passing_experts
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import AntiOutlier, Recipe
@@ -52,12 +63,16 @@ class LayerStatistics:
     extremes: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kv: KVParams | None = None
     stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
+    tokens: Tensor | None = None  # of each expert, (N,) int64
+    chosen: Tensor | None = None  # for the first sample from which scales are taken, (T0, J) int64
 
     def save(self, path: Path) -> int:
         """Write a file, which is then safely on disk; return its CRC-32."""
         content, kv = io.BytesIO(), None if self.kv is None else vars(self.kv)
         scales = {title: (scale.scale, scale.note) for title, scale in self.scales.items()}
-        torch.save((scales, dict(self.range_params), dict(self.extremes), kv, self.stretch), content)
+        extremes = dict(self.extremes)
+        found = (scales, dict(self.range_params), extremes, kv, self.stretch, self.tokens, self.chosen)
+        torch.save(found, content)
         with path.open("wb") as file:
             file.write(content.getbuffer())
             file.flush()
@@ -67,9 +82,9 @@ class LayerStatistics:
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
         found = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
-        scales, range_params, extremes, kv, stretch = found
+        scales, range_params, extremes, kv, stretch, tokens, chosen = found
         scales = {title: SmoothScale(*scale) for title, scale in scales.items()}
-        return cls(scales, range_params, extremes, None if kv is None else KVParams(**kv), stretch)
+        return cls(scales, range_params, extremes, None if kv is None else KVParams(**kv), stretch, tokens, chosen)
 
 
 @dataclass(frozen=True)
@@ -132,11 +147,16 @@ class FloatPass:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
         kv = KVObserver(recipe.kv_observe, self._decoder.turns().all.inv_freq, context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
-        watchers = self._pass(self.hidden, layer_idx, kv, stretch)
-        smoothing = watchers if self.anti is self.hidden else self._pass(self.anti, layer_idx)
+        watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch)
+        is_one = self.anti is self.hidden
+        smoothing, for_proof = (watchers, routing) if is_one else self._pass(self.anti, layer_idx)
         if not self._ranks.is_first:
             return self._ranks.share(LayerStatistics())
-        return self._ranks.share(self._statistics(prefix, watchers, smoothing, kv, stretch))
+        found = self._statistics(prefix, watchers, smoothing, kv, stretch)
+        if routing is not None and for_proof is not None and for_proof.first_TJ is not None:
+            chosen = for_proof.first_TJ[: self.anti.lengths[0]] if recipe.anti_outlier is not None else None
+            found = replace(found, tokens=routing.tokens_N, chosen=chosen)
+        return self._ranks.share(found)
 
     @property
     def streams(self) -> list[HiddenStates]:
@@ -149,10 +169,10 @@ class FloatPass:
         layer_idx: int,
         kv: KVObserver | None = None,
         stretch: StretchObserver | None = None,
-    ) -> dict[str, InputWatcher]:
-        """Move the samples of one stream through a layer; return what was seen of inputs, which rank 0 knows."""
+    ) -> tuple[dict[str, InputWatcher], RouterWatch | None]:
+        """Move the samples of one stream through a layer; return what was seen of inputs and routers: rank 0 knows."""
         assert stream.layer_idx == layer_idx
-        prefix = self._config.names.layer(layer_idx)
+        prefix, experts = self._config.names.layer(layer_idx), self._config.experts
         titles = set(self._smoothed) if stream is self.anti else set()
         if stream is self.hidden and self._recipe.needs_range_params:
             titles.update(self._kinds)
@@ -163,7 +183,7 @@ class FloatPass:
         }
         calls: list[GroupCall] = [
             WatchedGroup(
-                LinearGroup(tuple(self._linear(prefix, linear) for linear in group.linears), group.parts),
+                LinearGroup(tuple(self._linear(layer_idx, linear) for linear in group.linears), group.parts),
                 watchers.get(group.title),
                 kv.projections if kv is not None and group.title == "qkv" else None,
             )
@@ -173,9 +193,12 @@ class FloatPass:
         attention = WatchedAttention(
             FloatAttention(sliding_window(self._config, layer_idx), self._decoder.scoring), seen
         )
-        stream.advance(self._decoder.block(layer_idx, calls, attention))
-        self._merge(watchers, kv)
-        return watchers
+        routing = RouterWatch(experts.count) if experts and self._config.is_sparse(layer_idx) else None
+        expert_linear = functools.cache(functools.partial(self._float_linear, layer_idx))
+        mlp = passing_experts(self._decoder, layer_idx, expert_linear, watch=routing)
+        stream.advance(self._decoder.block(layer_idx, calls, attention, mlp=mlp))
+        self._merge(watchers, kv, routing)
+        return watchers, routing
 
     def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
         method = self._recipe.anti_outlier if stream is self.anti and title in self._smoothed else None
@@ -190,12 +213,16 @@ class FloatPass:
             place=stream.place if self._ranks.size > 1 else None,
         )
 
-    def _linear(self, prefix: str, shape: LinearShape) -> Linear:
-        """Return a float linear, widened once for all batches where a layer is small; for `smooth` one in int8."""
+    def _linear(self, layer_idx: int, shape: LinearShape) -> Linear:
+        """Return a linear as samples meet it here: float, or for `smooth` in int8."""
         if self._recipe.anti_outlier is AntiOutlier.SMOOTH:
-            return self._by_token(prefix + shape.name, shape)
-        linear = self._decoder.linear(prefix, shape)
-        elements = sum(each.n * each.k for group in self._groups for each in group.linears)
+            return self._by_token(self._config.names.layer(layer_idx) + shape.name, shape)
+        return self._float_linear(layer_idx, shape)
+
+    def _float_linear(self, layer_idx: int, shape: LinearShape) -> Linear:
+        """Return a float linear, widened once for all batches where a layer is small."""
+        linear = self._decoder.linear(self._config.names.layer(layer_idx), shape)
+        elements = sum(each.n * each.k for each in layer_linears(self._config, layer_idx))
         if isinstance(linear, FloatLinear) and 4 * elements <= _WIDENED_BYTES:
             return FloatLinear(linear.weight.to(torch.float32), linear.bias)
         return linear
@@ -208,15 +235,18 @@ class FloatPass:
         bias = load_float32(checkpoint, bias_name(module)) if shape.has_bias else None
         return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
 
-    def _merge(self, watchers: Mapping[str, InputWatcher], kv: KVObserver | None) -> None:
+    def _merge(self, watchers: Mapping[str, InputWatcher], kv: KVObserver | None, routing: RouterWatch | None) -> None:
         """Let rank 0 take in what the other ranks have seen; its own sample is the one that `stretch` looks at."""
         if self._ranks.size == 1:
             return
-        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv))
+        tokens = None if routing is None else routing.tokens_N
+        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv, tokens))
         for title, watcher in watchers.items() if self._ranks.is_first else ():
-            for seen in in_turn([kept[title] for kept, _ in parts]):
+            for seen in in_turn([kept[title] for kept, _, _ in parts]):
                 watcher.take(seen)
-        for _, other in parts[1:]:
+        for _, other, their_tokens in parts[1:]:
+            if routing is not None and their_tokens is not None:
+                routing.tokens_N += their_tokens
             if kv is not None and other is not None:
                 kv.merge(other)
 

@@ -11,7 +11,8 @@ Letters: E hidden size, K inputs, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from eightfold.families import (
     InputGroup,
     LinearShape,
     SmoothPair,
+    expert_block,
     input_groups,
     layer_norms,
     sliding_window,
@@ -34,6 +36,7 @@ from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
 from eightfold.quant.calibrate import Extremes, ObservedGroup, Observer, StaticMember, observer_for
+from eightfold.quant.experts import RouterWatch, passing_experts
 from eightfold.quant.float_pass import LayerStatistics, head_sharing
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
@@ -123,13 +126,18 @@ class SmoothedLayer:
             return self._decoder.linear(self._prefix, linear)
         return FloatLinear(self.weight(linear), self.bias(linear))
 
-    def block(self) -> Block:
-        """Return the whole float layer; its weights are made one at a time, when they are called."""
+    def block(self, chosen_TJ: Tensor | None = None) -> Block:
+        """Return the whole float layer; its weights are made one at a time, when they are called.
+
+        Args:
+            chosen_TJ: of a layer with experts, those that samples pass through; None leaves it to the router.
+        """
         groups: list[GroupCall] = [
             LinearGroup(tuple(self._made_when_called(linear) for linear in group.linears), group.parts)
             for group in input_groups(self._config, self._idx)
         ]
-        return self._decoder.block(self._idx, groups, norms=self.norms)
+        mlp = passing_experts(self._decoder, self._idx, self.linear, chosen_TJ=chosen_TJ)
+        return self._decoder.block(self._idx, groups, norms=self.norms, mlp=mlp)
 
     def _made_when_called(self, linear: LinearShape) -> Linear:
         return lambda x_TK: self.linear(linear)(x_TK)
@@ -151,8 +159,11 @@ class QuantizedLayer:
     Attributes:
         in_order: see statistics.InOrder.
         chosen: which of the quantized linears are made here; `weights` of the others may be put in later.
+        passes: whether samples are going to pass, so that all integers of experts are needed at once.
         weights: the quantized linears by name.
         attention: watches attention, where that is going to be quantized.
+        routing: watches the router of a layer with experts.
+        later: quantized linears of experts that are not among `weights`: each is made when it is written.
     """
 
     decoder: Decoder
@@ -164,6 +175,7 @@ class QuantizedLayer:
     stored_dtype: Callable[[str], torch.dtype]
     in_order: InOrder
     chosen: slice
+    passes: bool
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     _observers: dict[str, Observer] = field(default_factory=dict)
 
@@ -175,8 +187,16 @@ class QuantizedLayer:
         self.attention = FAQuantObserver() if self.has_fa else None
         self._groups = input_groups(self._config, self.layer_idx)
         self._linears = [linear for group in self._groups for linear in group.linears]
-        for linear in [linear for linear in self._linears if self._type(linear) is not QuantType.FLOAT][self.chosen]:
-            self.weights[linear.name] = self._quantize(linear)
+        block, experts = expert_block(self._config, self.layer_idx), self._config.experts
+        self.routing = None if block is None or experts is None else RouterWatch(experts.count)
+        self.later = [] if block is None else self._quantized(block.linears)
+        for linear in self._quantized(self._linears)[self.chosen]:
+            self.weights[linear.name] = self.quantize(linear)
+        for linear in self.later if self.passes else ():
+            self.weights[linear.name] = self.quantize(linear)
+            self.decoder.checkpoint.release([weight_name(self._prefix + linear.name)])
+        if self.passes:
+            self._linears, self.later = [*self._linears, *self.later], []
         for group in self._groups:
             static = [linear.name for linear in group.linears if self._type(linear) in NEEDS_CALIBRATION]
             self._observers.update(dict.fromkeys(static, self._observer(group)) if static else {})
@@ -188,7 +208,11 @@ class QuantizedLayer:
             return observer_for(self.recipe.act_method, title, range_param, self.in_order)
         return Extremes(title, self.smoothed.range(group, *self.statistics.extremes[group.title]))
 
-    def _quantize(self, linear: LinearShape) -> QuantizedWeight:
+    def _quantized(self, linears: Iterable[LinearShape]) -> list[LinearShape]:
+        return [linear for linear in linears if self._type(linear) is not QuantType.FLOAT]
+
+    def quantize(self, linear: LinearShape) -> QuantizedWeight:
+        """Return the integers of a linear."""
         return quantize_rows(
             linear.n,
             linear.k,
@@ -206,7 +230,8 @@ class QuantizedLayer:
             FloatAttention(window, self.decoder.scoring), () if self.attention is None else (self.attention,)
         )
         groups = [self._observed_group(group) for group in self._groups]
-        return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms)
+        experts = passing_experts(self.decoder, self.layer_idx, functools.cache(self._member), watch=self.routing)
+        return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms, experts)
 
     def _observed_group(self, group: InputGroup) -> GroupCall:
         members = tuple(self._member(linear) for linear in group.linears)
@@ -228,7 +253,7 @@ class QuantizedLayer:
         return list(dict.fromkeys(self._observers.values()))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the layer that is not the source's own, by full name."""
+        """Return every tensor of the layer that is not the source's own, by full name, but those made later."""
         found: dict[str, Tensor] = {}
         for linear in self._linears:
             found.update(self._linear_tensors(linear))
@@ -243,6 +268,10 @@ class QuantizedLayer:
         if self.statistics.kv is not None:
             found.update(_kv_tensors(self._config.names, self._prefix, self.statistics.kv))
         return found
+
+    def expert_tensors(self, linear: LinearShape, weight: QuantizedWeight) -> dict[str, Tensor]:
+        """Return what a linear of an expert stores, by full name."""
+        return _int8_tensors(self._prefix + linear.name, weight, None, None, self.stored_dtype)
 
     def _linear_tensors(self, linear: LinearShape) -> dict[str, Tensor]:
         """Return what smoothing has changed of a linear's float tensors, and what it stores as int8."""

@@ -22,16 +22,8 @@ from eightfold.format.checkpoint import find_description, quantized_already
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors
-from eightfold.layouts import (
-    EXPERT,
-    GROUPS,
-    Layout,
-    Part,
-    Rule,
-    engine_names,
-    layout_of,
-    text_config,
-)
+from eightfold.layouts import EXPERT, GROUPS, Layout, Part, engine_names, layout_of, text_config
+from eightfold.quant.mixture import default_type, expert_notes, lookup_entries
 from eightfold.quant.name_checks import require_complete
 from eightfold.quant.name_linears import OUTSIDE, FoundTensors
 from eightfold.quant.name_sources import FLOATS, Source
@@ -41,6 +33,9 @@ from eightfold.scheme import BIAS, QuantType, linear_tensors, weight_name
 from eightfold.values import shown
 
 DATA_FREE = (QuantType.W8A8_DYNAMIC, QuantType.W8A16)
+
+# Options that change more than linears, or need the model to run.
+_BEYOND = ("anti_outlier", "fa_quant", "kv_int8", "disable_level", "quantize_lm_head", "dtype", "save_float32")
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,9 @@ class NamePlan:
     def _assign_types(self) -> None:
         names = [name for name, found in self._found.linears.items() if found.step != OUTSIDE]
         self.parts = {name: self._found.linears[name].rule.part for name in names}
-        self.types = {name: self._default(self._found.linears[name].rule) for name in names}
+        self.types = {
+            name: default_type(self._found.linears[name].rule, self.recipe.scheme, self.layout) for name in names
+        }
         for option, patterns in (
             ("modules", self.recipe.modules),
             ("keep_float", [(pattern, QuantType.FLOAT) for pattern in self.recipe.keep_float]),
@@ -123,11 +120,6 @@ class NamePlan:
                 got = f"{shown(pattern)}, which matches no linear"
                 require(bool(matches), option, got, f"a name or pattern such as {example!r}")
                 self.types.update(dict.fromkeys(matches, kind))
-
-    def _default(self, rule: Rule) -> QuantType:
-        if rule.stays_float:
-            return QuantType.FLOAT
-        return QuantType.W8A8_DYNAMIC if rule.part is Part.EXPERT else self.recipe.scheme
 
     def _build(self) -> None:
         units = [
@@ -170,22 +162,13 @@ class NamePlan:
 
     def _add_entries(self) -> None:
         """Add what loaders look up without there being such a tensor."""
-        for name, kind in self.types.items():
-            if entry := self.layout.entry_of(name):
-                self.entries.setdefault(weight_name(entry), kind)
+        self.entries.update(lookup_entries(self.layout, self.types))
         if not any(name.endswith(("lm_head.weight", "output.weight", "output_layer.weight")) for name in self.tensors):
             outer = "language_model." if self._found.prefix.startswith("language_model.model.") else ""
             self.entries[f"{outer}lm_head.weight"] = QuantType.FLOAT
 
     def _take_notes(self) -> None:
-        kinds = {self.types[name] for name, part in self.parts.items() if part is Part.EXPERT}
-        if self.recipe.scheme is QuantType.W8A16 and kinds:
-            self.notes.append(
-                "experts are W8A8_DYNAMIC: only MindIE's ATB models load W8A16 experts. `modules` of a recipe file "
-                '("*.experts.*": w8a16) makes them W8A16 all the same.'
-                if QuantType.W8A16 not in kinds
-                else "experts are W8A16, which only MindIE's ATB models load: vllm-ascend and SGLang refuse it."
-            )
+        self.notes += expert_notes(self.recipe, self.types)
         if split := self._split_groups():
             self.notes.append(
                 f"{len(split)} groups of linears that loaders join are stored in two ways (such as {split[0]}): "
@@ -227,24 +210,18 @@ def require_data_free(recipe: Recipe, raw: Mapping[str, Any]) -> None:
         ConfigError: the scheme or another option.
     """
     named = (raw.get("architectures") or ["this model"])[0]
+    for option, got in beyond_names(recipe).items():
+        if option == "scheme":
+            expected = f"{one_of(kind.value for kind in DATA_FREE)}, which need no calibration"
+            require(False, option, f"{got} for {named}", expected, "eightfold does not run this model.")
+        require(False, option, f"it for {named}", "it left out, as the model is known by its names only")
+
+
+def beyond_names(recipe: Recipe) -> dict[str, str]:
+    """Return what in a recipe needs the model to run, or changes more than linears: option -> what was asked for."""
     kinds = {recipe.scheme, *(kind for _, kind in recipe.modules)} - {*DATA_FREE, QuantType.FLOAT}
-    got = f"{', '.join(sorted(kind.value for kind in kinds))} for {named}"
-    expected = f"{one_of(kind.value for kind in DATA_FREE)}, which need no calibration"
-    why = (
-        "eightfold does not calibrate models with experts." if has_engine(raw) else "eightfold does not run this model."
-    )
-    require(not kinds, "scheme", got, expected, why)
-    unusual = {
-        "anti_outlier": recipe.anti_outlier,
-        "fa_quant": recipe.fa_quant,
-        "kv_int8": recipe.kv_int8,
-        "disable_level": recipe.disable_level,
-        "quantize_lm_head": recipe.quantize_lm_head,
-        "dtype": recipe.dtype,
-        "save_float32": recipe.save_float32,
-    }
-    for option, value in unusual.items():
-        require(not value, option, f"it for {named}", "it left out, as the model is known by its names only")
+    found = {"scheme": ", ".join(sorted(kind.value for kind in kinds))} if kinds else {}
+    return found | {option: str(value) for option in _BEYOND if (value := getattr(recipe, option))}
 
 
 def plan_by_name(source: Path, recipe: Recipe, *, is_generic: bool = False) -> NamePlan:

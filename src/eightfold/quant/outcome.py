@@ -14,6 +14,8 @@ from eightfold.config import DType, ModelConfig
 from eightfold.families import input_groups, layer_of
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.target import REPORT_NAME as REPORT_NAME
+from eightfold.layouts import EXPERT
+from eightfold.quant.mixture import expert_notes
 from eightfold.quant.plan import RolledBack
 from eightfold.quant.recipe import Recipe, Samples, recipe_content
 from eightfold.scheme import QuantType
@@ -53,6 +55,7 @@ class Outcome:
     smoothing: Smoothing | None = None
     clipped_keys: int = 0
     keys: int = 0
+    idle_experts: dict[int, list[int]] = field(default_factory=dict)  # by layer, those that no token passed through
     notes: list[str] = field(default_factory=list)  # for the user, one line each
     layers: int = 0  # of the model
     layers_resumed: int = 0  # so many an earlier run had finished; like what follows, not in the report
@@ -113,6 +116,8 @@ class Outcome:
             }
         if self.keys:
             content["kv_cache"] = {"clipped_keys": self.clipped_keys, "keys": self.keys}
+        if self.idle_experts:
+            content["idle_experts"] = {str(layer_idx): idle for layer_idx, idle in self.idle_experts.items() if idle}
         content["notes"] = self.notes
         return content
 
@@ -127,6 +132,7 @@ def notes_for(checkpoint: Checkpoint, recipe: Recipe, types: Mapping[str, QuantT
             f"{len(split)} groups of linears that share an input are stored in two ways (such as {split[0]}): "
             "vllm-ascend refuses that, MindIE takes it only with W8A8. Keep whole groups float."
         )
+    notes += expert_notes(recipe, types)
     if all(kind is QuantType.FLOAT for kind in types.values()):
         notes.append("every linear is kept float: nothing is quantized.")
     if config.architecture == "LlamaForCausalLM" and config.head_dim * config.num_heads != config.hidden_size:
@@ -150,8 +156,12 @@ def notes_for(checkpoint: Checkpoint, recipe: Recipe, types: Mapping[str, QuantT
 
 
 def _split_groups(config: ModelConfig, types: Mapping[str, QuantType]) -> list[str]:
-    """Return the groups of linears with a common input whose members are stored differently, as `layer: names`."""
-    return [
+    """Return the groups that are joined, by a common input or as experts, and stored differently, as `layer: names`."""
+    experts: dict[str, set[QuantType]] = {}
+    for name, kind in types.items():
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(match[1], set()).add(kind)
+    return [name for name, kinds in experts.items() if len(kinds) > 1] + [
         f"layer {layer_idx}: {', '.join(linear.name for linear in group.linears)}"
         for layer_idx in range(config.num_layers)
         for group in input_groups(config, layer_idx)

@@ -18,6 +18,7 @@ import torch
 
 from eightfold.config import both_dialects
 from eightfold.errors import ConfigError, OutputError
+from eightfold.families import family_layout
 from eightfold.files import write_json
 from eightfold.format.checkpoint import Checkpoint, quantized_already, render_description
 from eightfold.format.directory import CONFIG_NAME
@@ -31,6 +32,7 @@ from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import differences, float_facts, identity, keep_times, require_same_times
+from eightfold.quant.mixture import loader_settings, rules_of
 from eightfold.quant.outcome import Outcome, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
 from eightfold.quant.recipe import Recipe, Samples
@@ -82,7 +84,7 @@ def quantize_checkpoint(
     checkpoint = source if isinstance(source, Checkpoint) else open_float(source)
     anti_samples = list(anti_samples or []) if recipe.anti_outlier is not None else []
     samples = _needed_samples(recipe, samples, bool(anti_samples))
-    require_level(recipe, assign_types(checkpoint.config, recipe))
+    require_level(checkpoint.config, recipe, assign_types(checkpoint.config, recipe))
     layout = {"part_bytes": part_bytes, "legacy_names": legacy_names}
     head = identity(checkpoint, recipe, samples, anti_samples, layout=layout, device=device.type)
     spills = budget_for(checkpoint, recipe, samples, anti_samples).spills(memory, ranks.size)
@@ -239,11 +241,13 @@ def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome
     raw, notes = copy_companions(checkpoint, output)
     outcome.notes += notes
     config: dict[str, Any] = both_dialects(raw, checkpoint.config, plan.recipe.dtype_of(checkpoint.dtype))
+    parts = {name: rule.part for name, rule in rules_of(checkpoint.config).items()}
+    config |= loader_settings(family_layout(checkpoint.config.architecture), outcome.types, parts, scheme)
     if plan.legacy_names:
-        config["quantize"] = scheme.value.lower()
+        config.setdefault("quantize", scheme.value.lower())
     if outcome.types[checkpoint.config.names.head] is not QuantType.FLOAT:
         config["tie_word_embeddings"] = False
-    text = render_description(scheme, {name: tensor.tag for name, tensor in plan.tensors.items()})
+    text = render_description(scheme, plan.tags)
     for name in description_names(scheme, plan.legacy_names):
         (directory / name).write_text(text, encoding="utf-8")
     write_json(directory / REPORT_NAME, outcome.report())

@@ -20,11 +20,15 @@ from eightfold.families import (
     DOWN,
     all_linears,
     all_norms,
+    expert_block,
+    family_layout,
     input_groups,
     layer_norms,
 )
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.shards import PlannedTensor
+from eightfold.layouts import Part
+from eightfold.quant.mixture import default_type, lookup_entries, require_dynamic_experts, rules_of
 from eightfold.quant.recipe import Recipe, require
 from eightfold.scheme import (
     FA_TENSORS,
@@ -45,20 +49,24 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
     """Return how each linear is going to be stored, by full module name; automatic roll-back not included.
 
     Raises:
-        ConfigError: a pattern matches nothing.
+        ConfigError: a pattern matches nothing, or gives experts a type that needs calibration.
     """
-    linears = all_linears(config)
+    linears, rules, layout = all_linears(config), rules_of(config), family_layout(config.architecture)
     types = dict.fromkeys(linears, recipe.scheme)
-    if recipe.down_type is not None:
+    types.update({name: default_type(rule, recipe.scheme, layout) for name, rule in rules.items()})
+    if recipe.down_type is not None and config.experts is None:
         types.update(dict.fromkeys(_down_projections(config), recipe.down_type))
+    routers = {name for name, rule in rules.items() if rule.part is Part.ROUTER}
     for pattern, kind in recipe.modules:
-        types.update(dict.fromkeys(_matches(pattern, linears, "modules", config), kind))
+        matches = _matches(pattern, [name for name in linears if name not in routers], "modules", config)
+        types.update(dict.fromkeys(matches, kind))
     attentions = attention_modules(config) if recipe.fa_quant else {}
     for pattern in recipe.keep_float:
         matches = _matches(pattern, [*linears, *attentions], "keep_float", config)
         types.update(dict.fromkeys(matches & linears.keys(), QuantType.FLOAT))
     if not recipe.quantize_lm_head:
         types[config.names.head] = QuantType.FLOAT
+    require_dynamic_experts(types)
     return types
 
 
@@ -83,13 +91,13 @@ def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfi
     return found
 
 
-def require_level(recipe: Recipe, types: Mapping[str, QuantType]) -> None:
+def require_level(config: ModelConfig, recipe: Recipe, types: Mapping[str, QuantType]) -> None:
     """Refuse to roll back more linears than would be quantized.
 
     Raises:
         ConfigError: the level is larger.
     """
-    candidates = sum(kind is not QuantType.FLOAT for kind in types.values())
+    candidates = len(_candidates(config, types))
     expected = f"at most L{candidates}, as many as there are linears to quantize"
     require(recipe.disable_level <= candidates, "disable_level", f"L{recipe.disable_level}", expected)
 
@@ -132,7 +140,7 @@ def roll_back(
         types: of every linear; those that are FLOAT already are no candidates.
         range_params: by linear.
     """
-    candidates = [name for name, kind in types.items() if kind is not QuantType.FLOAT]
+    candidates = _candidates(config, types)
     # Stable: linears with a common input have equal values and keep the order of the model.
     chosen = sorted(candidates, key=lambda name: -range_params[name])[: recipe.disable_level]
     found = {name: RolledBack(name, range_params[name], of_group=False) for name in chosen}
@@ -143,6 +151,12 @@ def roll_back(
             if types[name] is not QuantType.FLOAT and name not in found:
                 found[name] = RolledBack(name, range_params[name], of_group=True)
     return list(found.values())
+
+
+def _candidates(config: ModelConfig, types: Mapping[str, QuantType]) -> list[str]:
+    """Return the linears that can be rolled back: quantized ones, but experts, of which loaders take none apart."""
+    known = {*_input_group_of(config), config.names.head}
+    return [name for name, kind in types.items() if kind is not QuantType.FLOAT and name in known]
 
 
 def _input_group_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -189,6 +203,12 @@ class OutputPlan:
         self._add_norm(config.names.final_norm)
         self._add_linear(config.names.head)
 
+    @property
+    def tags(self) -> dict[str, QuantType]:
+        """The entries of the description: those of all tensors, and what loaders look up beside them."""
+        entries = lookup_entries(family_layout(self.checkpoint.config.architecture), self.types)
+        return {**{name: tensor.tag for name, tensor in self.tensors.items()}, **entries}
+
     def _add_layer(self, layer_idx: int) -> None:
         config = self.checkpoint.config
         prefix, names = config.names.layer(layer_idx), config.names
@@ -201,6 +221,9 @@ class OutputPlan:
                     for spec in KV_TENSORS:
                         self._add(prefix + linear.name, spec, spec.shape_for(C=config.kv_size))
                 self._add_linear(prefix + linear.name)
+        block = expert_block(config, layer_idx)
+        for linear in () if block is None else block.linears:
+            self._add_linear(prefix + linear.name)
         for name in layer_norms(config):
             self._add_norm(prefix + name)
 

@@ -19,6 +19,7 @@ the journal when all have their hidden states safely on disk.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,9 +44,11 @@ from eightfold.model.reference.tensors import (
 )
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress
+from eightfold.quant.experts import passing_experts
 from eightfold.quant.float_pass import FloatPass, LayerStatistics
 from eightfold.quant.hidden import BackgroundSync, HiddenStates
 from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
+from eightfold.quant.mixture import idle_notes
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputPlan, attention_back, fa_layers, roll_back
 from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe, Samples
@@ -231,6 +234,7 @@ class Run:
             if writer is not None:
                 self._finish_head(writer)
         self.outcome.add_clipping_note()
+        self.outcome.notes += idle_notes(self.outcome.idle_experts)
 
     def _copy_ends(self, writer: TensorWriter) -> None:
         """Copy the embedding, and a head that stays as it is."""
@@ -251,17 +255,20 @@ class Run:
                 layer.attention.merge(other)
         if self.smoothed is not None:
             release_widened()  # smoothed weights are float32 and have memory of their own
-            self.smoothed.advance(layer.smoothed.block())
+            self.smoothed.advance(layer.smoothed.block(statistics.chosen))
             moved.append(self.smoothed)
         if self.plain is not None:
-            self.plain.advance(self.decoder.block(layer_idx))
+            linear = functools.partial(self.decoder.linear, self.checkpoint.config.names.layer(layer_idx))
+            mlp = passing_experts(self.decoder, layer_idx, linear, chosen_TJ=statistics.chosen)
+            self.plain.advance(self.decoder.block(layer_idx, mlp=mlp))
             moved.append(self.plain)
         tensors = None
+        self._write_experts(layer, writer)
         if writer is not None:
             writer.write_below(self.checkpoint.config.names.layer(layer_idx), layer.tensors())
             tensors = writer.finished()
         self.decoder.release_block(layer_idx)
-        kv = statistics.kv
+        kv, idle = statistics.kv, self._idle_experts(layer, statistics)
         self._finish(
             f"layer {layer_idx}",
             moved,
@@ -269,7 +276,30 @@ class Run:
             tensors=tensors,
             notes={title: scale.note for title, scale in statistics.scales.items()},
             keys=None if kv is None else [kv.clipped_keys, kv.keys],
+            **({} if idle is None else {"idle": idle}),
         )
+
+    def _write_experts(self, layer: QuantizedLayer, writer: TensorWriter | None) -> None:
+        """Quantize and write the linears of experts that no sample needs: one at a time in each rank."""
+        ranks = self._ranks
+        for at in range(0, len(layer.later), ranks.size):
+            mine = layer.later[at : at + ranks.size][ranks.rank :][:1]
+            for made in ranks.gather([(linear, layer.quantize(linear)) for linear in mine]):
+                for linear, weight in made:
+                    if writer is not None:
+                        writer.write_made(layer.expert_tensors(linear, weight))
+            for linear in mine:
+                self.checkpoint.release(
+                    [weight_name(self.checkpoint.config.names.layer(layer.layer_idx) + linear.name)]
+                )
+
+    def _idle_experts(self, layer: QuantizedLayer, statistics: LayerStatistics) -> list[int] | None:
+        """Return the experts that no token has passed through; None where there are none, or no samples."""
+        if layer.routing is None:
+            return None
+        found = [statistics.tokens] if self.calibrated is None else self._ranks.gather(layer.routing.tokens_N)
+        tokens = [tokens_N for tokens_N in found if tokens_N is not None]
+        return (torch.stack(tokens).sum(0) == 0).nonzero().flatten().tolist() if tokens else None
 
     def _quantized(self, layer_idx: int, statistics: LayerStatistics) -> QuantizedLayer:
         """Quantize the linears: all of them where samples are going to pass, else this rank's, for rank 0."""
@@ -284,6 +314,7 @@ class Run:
             self._stored_dtype,
             in_order=unshared if passes is None else passes.in_order,
             chosen=slice(ranks.rank, None, ranks.size) if passes is None else slice(None),
+            passes=passes is not None,
         )
         if passes is None:
             for weights in ranks.gather(layer.weights)[1:]:
@@ -308,6 +339,8 @@ class Run:
             smoothing = self.outcome.smoothing = self.outcome.smoothing or Smoothing()
             for title, note in entry["notes"].items():
                 smoothing.choices[self.checkpoint.config.names.layer(entry["layer"]) + title] = note
+        if "idle" in entry:
+            self.outcome.idle_experts[entry["layer"]] = entry["idle"]
         if entry["keys"] is not None:
             self.outcome.clipped_keys += entry["keys"][0]
             self.outcome.keys += entry["keys"][1]

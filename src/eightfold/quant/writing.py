@@ -57,6 +57,11 @@ class TensorWriter:
         self._writer.write(name, to_array(tensor, dtype))
         self.done(name)
 
+    def write_made(self, made: dict[str, Tensor]) -> None:
+        """Write tensors that were made."""
+        for name, tensor in made.items():
+            self.write(name, tensor)
+
     def append(self, name: str, rows: Tensor) -> None:
         """Write the next rows of a float tensor that comes in pieces."""
         dtype = self._plan[name].planned.dtype
@@ -89,8 +94,8 @@ class TensorWriter:
         self.done(name)
 
     def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
-        """Write every planned tensor of a layer: as made, or as in the source."""
-        for name in (name for name in self._plan if name.startswith(prefix)):
+        """Write every planned tensor of a layer that is not written yet: as made, or as in the source."""
+        for name in (name for name in self._plan if name.startswith(prefix) and name not in self.checksums):
             if name in made:
                 self.write(name, made[name])
             else:

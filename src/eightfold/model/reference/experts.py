@@ -35,10 +35,14 @@ class Router:
     def __call__(self, x_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights, (T, J) float32 and never rising, and the experts that they belong to, (T, J) int64."""
         likelihood_TN = torch.softmax(self.linear(x_TE), -1)
-        # Stable, unlike topk: the result must not depend on what else is in a batch.
-        weights_TN, order_TN = likelihood_TN.sort(dim=-1, descending=True, stable=True)
-        weights_TJ, chosen_TJ = weights_TN[:, : self.per_token], order_TN[:, : self.per_token]
+        chosen_TJ = self.choose(likelihood_TN)
+        weights_TJ = likelihood_TN.gather(-1, chosen_TJ)
         return (weights_TJ / weights_TJ.sum(-1, keepdim=True) if self.normalizes else weights_TJ), chosen_TJ
+
+    def choose(self, likelihood_TN: Tensor) -> Tensor:
+        """Return the likeliest experts, (T, J) int64."""
+        # Stable, unlike topk: the result must not depend on what else is in a batch.
+        return likelihood_TN.argsort(dim=-1, descending=True, stable=True)[:, : self.per_token]
 
 
 @dataclass(frozen=True)
