@@ -30,7 +30,7 @@ struct ExpertConfig {
     // has some channels and some outputs of all experts; with them all of its own, and of the shared one as before.
     std::vector<int> size_cuts, shared_cuts, owners;
 
-    bool is_whole() const { return !owners.empty(); }
+    bool is_whole() const { return owners.size() > 2; }  // one rank has all anyway
     // Whether a rank has weights of an expert; the shared one's number is `count`.
     bool has(int rank, int expert) const {
         return owners.empty() || expert == count || (expert >= owners[rank] && expert < owners[rank + 1]);

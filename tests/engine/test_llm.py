@@ -271,6 +271,7 @@ def test_vllms_arguments_of_the_model(small):
         "max_num_seqs": 2,
         "max_num_batched_tokens": 32,
         "enable_prefix_caching": False,
+        "enable_expert_parallel": False,
     }
     nothing: dict[str, Any] = {
         "dtype": "auto",

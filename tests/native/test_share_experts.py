@@ -64,6 +64,15 @@ def test_ranks_give_what_one_process_gives(made, name, by_call, whole):
     team.close()
 
 
+def test_one_process_has_all_experts_anyway(made):
+    checkpoint = made("dynamic shared")
+    model = load_model(checkpoint, threads=1, expert_parallel=True)
+    model.allocate_cache(2 * PAGE)
+    vocab = checkpoint.config.vocab_size
+    for (logits, _), (logits_0, _) in zip(outputs(model, vocab), outputs(alone(checkpoint), vocab), strict=True):
+        assert logits.tobytes() == logits_0.tobytes()
+
+
 @BOTH
 def test_what_a_rank_holds_of_experts(made, whole):
     checkpoint = made("dynamic shared")

@@ -118,7 +118,8 @@ class Share:
 
     def expert_cuts(self, count: int) -> list[int]:
         """Return where the experts of each rank begin, and their number; nothing where every rank has some of each."""
-        return [count * rank // self.size for rank in range(self.size + 1)] if self.whole_experts else []
+        is_apart = self.whole_experts and self.size > 1
+        return [count * rank // self.size for rank in range(self.size + 1)] if is_apart else []
 
     def of_expert(self, config: ModelConfig, part: str, *, is_shared: bool) -> slice:
         """Return which rows of an expert's linear the rank holds, if it has something of the expert.
