@@ -147,8 +147,7 @@ class Family:
         return bool(self.text_types)
 
 
-_FUSED_MLP = Names(gate_up=("mlp.gate_up_proj",))
-_GLM4 = Names(gate_up=("mlp.gate_up_proj",), after_attention="post_self_attn_layernorm", after_ffn="post_mlp_layernorm")
+_GLM4 = Names(after_attention="post_self_attn_layernorm", after_ffn="post_mlp_layernorm")
 _INTERNLM2 = Names(
     embedding="model.tok_embeddings",
     head="output",
@@ -239,7 +238,7 @@ FAMILIES: dict[str, Family] = {
         _causal("Phi3", "phi3", window="all", context=4096, rotary_part=1.0,
                 names=Names(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
                 defaults={"sliding_window": None, "rms_norm_eps": 1e-5}),
-        _glm("Glm", "glm", _FUSED_MLP),
+        _glm("Glm", "glm", Names()),
         _glm("Glm4", "glm4", _GLM4),
         _causal("InternLM2", "internlm2", attention_bias="config", names=_INTERNLM2,
                 keys={"attention_bias": "bias"}, defaults={"attention_bias": True}),

@@ -293,7 +293,7 @@ def settle_names(config: ModelConfig, raw: Mapping[str, Any], stored: Collection
     """Return the settings with what only the names of the stored tensors tell.
 
     A wrapper has its text model in one of several places, and is tied where config.json does not say and no head is
-    stored. A matrix that this program has written for loaders that want its halves is two.
+    stored.
 
     Args:
         config: as config.json has it.
@@ -311,14 +311,10 @@ def settle_names(config: ModelConfig, raw: Mapping[str, Any], stored: Collection
 
 def stored_names(family: Family, stored: Collection[str]) -> Names:
     """Return what a model of a family names its modules, given the names of its tensors."""
-    names, row = family.names, family_layout(family.architecture)
-    if family.is_wrapper:
-        places = [_below(names, layers) for layers in row.layers]
-        names = next((place for place in places if f"{place.embedding}.weight" in stored), names)
-    halves = (row.halves or {}).get(names.gate_up[0])
-    if halves is not None and f"{names.layer(0)}{names.gate_up[0]}.weight" not in stored:
-        names = replace(names, gate_up=halves)
-    return names
+    names = family.names
+    row = family_layout(family.architecture)
+    places = [_below(names, layers) for layers in row.layers] if family.is_wrapper else []
+    return next((place for place in places if f"{place.embedding}.weight" in stored), names)
 
 
 _INNER_HEADS = {"language_model.model.": "language_model.lm_head"}  # of a wrapper that holds a whole text model

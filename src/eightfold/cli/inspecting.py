@@ -138,11 +138,13 @@ class CheckCommand:
         from eightfold.config import has_engine, has_experts
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
+        from eightfold.layouts import known
 
         config, asked = self.model / CONFIG_NAME, {*self.loaders}
         raw = read_json(config) if has_file(config) else None
-        is_dense = raw is None or (has_engine(raw) and not has_experts(raw))
-        whole = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check} if is_dense else {}
+        row = None if raw is None or not has_engine(raw) or has_experts(raw) else known(raw)
+        is_llama = raw is None or (row is not None and "mindie" in row.engines)
+        whole = {"mindie": mindie.check, "vllm-ascend": vllm_ascend.check} if is_llama else {}
         asked |= {*whole} or {*by_name.LOADERS} if "all" in asked else set()
         reports = []
         if own := [name for name in whole if name in asked]:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eightfold.architectures import Names
+from eightfold.architectures import FAMILIES, Names
 from eightfold.config import DType, ModelConfig, parse_config, require_architecture
 from eightfold.errors import CheckpointError, EightfoldError, UnsupportedError, one_of, plural, shortlist
 from eightfold.families import (
@@ -39,6 +39,7 @@ from eightfold.format.engines import explain_stacked, require_engine
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.stored import StoredTensors
+from eightfold.layouts import known as known_row
 from eightfold.scheme import (
     DESCRIPTION_VERSION,
     FA_TENSORS,
@@ -86,7 +87,7 @@ class Checkpoint(StoredTensors):
         tensors: dict[str, TensorInfo],
         description: Description | None,
     ):
-        super().__init__(directory, config_raw, tensors)
+        super().__init__(directory, config_raw, _with_halves(config_raw, tensors))
         config = parse_config(config_raw, directory / CONFIG_NAME)
         self.config: ModelConfig = settle_names(config, config_raw, tensors)
         self.description = description
@@ -137,6 +138,15 @@ class Checkpoint(StoredTensors):
         if embedding.dtype not in stored:
             raise self._wrong_dtype(embedding, one_of(stored))
         return stored[embedding.dtype]
+
+    @functools.cached_property
+    def beside(self) -> dict[str, TensorInfo]:
+        """The tensors of a wrapper that are not its text model's, such as those that see images."""
+        names = self.config.names
+        if not FAMILIES[self.config.architecture].is_wrapper:
+            return {}
+        inner, head = names.layers.removesuffix("layers."), weight_name(names.head)
+        return {name: info for name, info in self.tensors.items() if not name.startswith(inner) and name != head}
 
     @property
     def is_quantized(self) -> bool:
@@ -258,7 +268,10 @@ class Checkpoint(StoredTensors):
         unknown = [
             name
             for name in self.tensors
-            if name not in expected and name not in harmless and not name.endswith("rotary_emb.inv_freq")
+            if name not in expected
+            and name not in harmless
+            and name not in self.beside
+            and not name.endswith("rotary_emb.inv_freq")
         ]
         if unknown:
             known = f"only those of {self.config.architecture} in {one_of(kind.value for kind in QuantType)}"
@@ -342,6 +355,26 @@ def quantized_already(source: Path) -> CheckpointError:
         expected="float weights",
         action="Start from its float original.",
     )
+
+
+def _with_halves(raw: Mapping[str, Any], tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors with those of two linears, gate and up, as two: rows of the same file.
+
+    Loaders of these families want them so, and so they are written.
+    """
+    halves = ((row := known_row(raw)) and row.halves) or {}
+    found: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        joined = next((joined for joined in halves if module.endswith(f".{joined}")), None)
+        if joined is None or not info.shape or info.shape[0] % 2:
+            found[name] = info
+            continue
+        middle, shape = (info.begin + info.end) // 2, (info.shape[0] // 2, *info.shape[1:])
+        for half, begin, end in zip(halves[joined], (info.begin, middle), (middle, info.end), strict=True):
+            own = f"{module.removesuffix(joined)}{half}.{suffix}"
+            found[own] = replace(info, name=own, shape=shape, begin=begin, end=end)
+    return found
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,8 @@ class OutputPlan:
             self._add_layer(layer_idx)
         self._add_norm(config.names.final_norm)
         self._add_linear(config.names.head)
+        for name, info in self.checkpoint.beside.items():
+            self.tensors[name] = OutputTensor(PlannedTensor(name, DType(info.dtype), info.shape), QuantType.FLOAT)
 
     @property
     def tags(self) -> dict[str, QuantType]:

@@ -237,11 +237,13 @@ class Run:
         self.outcome.notes += idle_notes(self.outcome.idle_experts)
 
     def _copy_ends(self, writer: TensorWriter) -> None:
-        """Copy the embedding, and a head that stays as it is."""
+        """Copy the embedding, a head that stays as it is, and what is beside a text model."""
         self._require_tied_head()
         writer.copy(weight_name(self.checkpoint.config.names.embedding))
         if self.outcome.types[self.checkpoint.config.names.head] is QuantType.FLOAT:
             writer.copy(weight_name(self.checkpoint.config.names.head), self.checkpoint.head_weight())
+        for name in self.checkpoint.beside:
+            writer.copy(name)
 
     def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
