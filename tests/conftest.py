@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 
 from eightfold.architectures import FAMILIES as ROWS
-from eightfold.architectures import Names
 from eightfold.config import parse_config
 from eightfold.families import all_linears, all_norms
 
@@ -82,9 +81,9 @@ def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     def normal(*shape: int, std: float) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
-    tensors = {f"{Names().embedding}.weight": normal(parsed.vocab_size, parsed.hidden_size, std=1.0)}
+    tensors = {f"{parsed.names.embedding}.weight": normal(parsed.vocab_size, parsed.hidden_size, std=1.0)}
     for name, linear in all_linears(parsed).items():
-        if name == Names().head and parsed.tie_word_embeddings:
+        if name == parsed.names.head and parsed.tie_word_embeddings:
             continue
         tensors[f"{name}.weight"] = normal(linear.n, linear.k, std=linear.k**-0.5)
         if linear.has_bias:

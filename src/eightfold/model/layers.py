@@ -277,17 +277,17 @@ def rope_base(rope: RopeParameters, head_dim: int, longest: int) -> float:
     return float(rope.rope_theta * growth ** (head_dim / (head_dim - 2)))
 
 
-def inverse_frequencies(rope: RopeParameters, head_dim: int, longest: int) -> NDArray[Any]:
-    """Return f_i = theta**(-2 i / D) for i < D/2, stretched for long contexts: float32 angles for one position.
+def inverse_frequencies(rope: RopeParameters, rotary_dim: int, longest: int) -> NDArray[Any]:
+    """Return f_i = theta**(-2 i / R) for i < R/2, stretched for long contexts: float32 angles for one position.
 
     Args:
         rope: the settings.
-        head_dim: D.
+        rotary_dim: R, how many channels of a head are turned.
         longest: positions of the longest sequence, by which dynamic scaling and longrope choose: as in vLLM for all
             sequences alike, since keys are cached as they were turned.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return stretch_frequencies(np.power(np.float32(rope_base(rope, head_dim, longest)), exponents), rope, longest)
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
+    return stretch_frequencies(np.power(np.float32(rope_base(rope, rotary_dim, longest)), exponents), rope, longest)
 
 
 def stretch_frequencies(periods: NDArray[Any], rope: RopeParameters, longest: int) -> NDArray[Any]:

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 from eightfold.config import ModelConfig
 from eightfold.errors import ConfigError, one_of
-from eightfold.families import dense_groups
 
 # Where intermediate size and vocabulary are cut: at cache lines, where there are enough of them.
 _UNITS = (64, 16, 4, 1)
@@ -93,20 +92,20 @@ class Share:
         at = cuts(total, self.size)
         return slice(at[self.rank], at[self.rank + 1])
 
-    def of_linear(self, config: ModelConfig, name: str, *, is_float: bool) -> Cut:
+    def of_linear(self, config: ModelConfig, group: str, part: int, *, is_float: bool) -> Cut:
         """Return what of a linear the rank holds.
 
         Args:
             config: of the model.
-            name: inside a layer, or the head's.
+            group: title of the linear's group, or `head`.
+            part: which linear of the group it is: of qkv 0, 1 or 2.
             is_float: whether its weights are.
         """
-        if name == config.names.head:
+        if group == "head":
             return Cut(self.part(config.vocab_size), None, True)
-        (group,) = (group.title for group in dense_groups(config) for linear in group.linears if linear.name == name)
         if group in _ROW_PARALLEL and is_float:
             return Cut(self.part(config.hidden_size), None, True)
-        inner = self._inner(config, name, group)
+        inner = self._inner(config, group, part)
         if group in _ROW_PARALLEL:
             return Cut(slice(None), None if self.size == 1 else inner, self.rank == 0)
         return Cut(inner, None, True)
@@ -135,11 +134,11 @@ class Share:
             return self.part(config.hidden_size)
         return self.part(config.experts.shared_size if is_shared else config.experts.intermediate_size)
 
-    def _inner(self, config: ModelConfig, name: str, group: str) -> slice:
+    def _inner(self, config: ModelConfig, group: str, part: int) -> slice:
         """Return the channels between the linears of a block that the rank computes."""
         if group in ("gate_up", "down"):
             return self.part(config.intermediate_size)
-        heads = self.kv_heads(config) if name in (config.names.key, config.names.value) else self.heads(config)
+        heads = self.kv_heads(config) if group == "qkv" and part > 0 else self.heads(config)
         return slice(heads.start * config.head_dim, heads.stop * config.head_dim)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from eightfold.architectures import Experts
 from eightfold.config import ModelConfig
 from eightfold.errors import UnsupportedError
-from eightfold.families import all_linears, input_groups, sliding_window
+from eightfold.families import Rows, all_linears, input_groups, slides, sliding_window
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.machine import resident_bytes
 from eightfold.model import layers
@@ -48,6 +48,7 @@ _MANY_THREADS = 4
 
 _NOTHING: NDArray[Any] = np.zeros(0, np.float32)
 _NO_INTEGERS: NDArray[Any] = np.zeros(0, np.int32)
+_NO_NORM = layers.Norm(_NOTHING, None)
 
 
 def load_model(
@@ -119,11 +120,24 @@ def _empty_model(config: ModelConfig, share: Share, isa: str, threads: int, dyna
         head_dim=config.head_dim,
         eps=config.rms_norm_eps,
         symmetric_tokens=dynamic == "symmetric",
-        inv_freq=layers.inverse_frequencies(config.rope, config.head_dim, longest),
+        inv_freq=layers.inverse_frequencies(config.rope, config.rotary_dim, longest),
         **_expert_sizes(config.experts, share),
     )
     if (scale := layers.rope_scale(config.rope)) != 1:
         model.set_rope_scale(scale)
+    if (local := config.local_rope) is not None:
+        frequencies = layers.inverse_frequencies(local, config.rotary_dim, longest)
+        model.set_local_rope(frequencies, layers.rope_scale(local))
+    model.set_switches(
+        activation=config.activation,
+        interleaved=config.rotary_interleaved,
+        embedding_multiplier=config.embedding_multiplier,
+        residual_multiplier=config.residual_multiplier,
+        score_multiplier=config.score_multiplier or 0,
+        logits_multiplier=config.logits_multiplier,
+        attention_softcap=config.attention_softcap or 0,
+        logits_softcap=config.logits_softcap or 0,
+    )
     return model
 
 
@@ -181,34 +195,8 @@ def _finish(model: Model, beside: Callable[[], object] | None) -> int:
     return result
 
 
-# What the core can do of what some families need.
-SWITCHES: frozenset[str] = frozenset()
-
-
-def _switches(config: ModelConfig) -> dict[str, bool]:
-    """Return what some families need, by the words of a message, and whether this one does."""
-    factors = (config.embedding_multiplier, config.residual_multiplier, config.logits_multiplier)
-    return {
-        "fused linears": len(config.names.qkv) == 1 or len(config.names.gate_up) == 1,
-        "gelu": config.activation != "silu",
-        "norms behind attention and MLP": config.norm_places != "before",
-        "norms over all heads": config.qk_norm == "width",
-        "partial rotary embedding": config.rotary_dim != config.head_dim,
-        "interleaved rotary embedding": config.rotary_interleaved,
-        "another rotary embedding in sliding layers": config.local_rope is not None,
-        "multipliers": factors != (1, 1, 1) or config.score_multiplier is not None,
-        "soft caps": config.attention_softcap is not None or config.logits_softcap is not None,
-    }
-
-
 def _require_shapes(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
-    absent = [switch for switch, is_needed in _switches(config).items() if is_needed and switch not in SWITCHES]
-    if absent:
-        needs = f"{config.architecture}, which needs {', '.join(absent)}"
-        raise UnsupportedError(
-            "model", where=checkpoint.directory, got=needs, expected="one without", action="Use --backend reference."
-        )
     widest = max(linear.k for linear in all_linears(config).values())
     limits = (("inputs of a linear", widest, MAX_INPUTS), ("head_dim", config.head_dim, 512))
     for what, got, most in (*limits, ("num_attention_heads", config.num_heads, 65536)):
@@ -233,14 +221,24 @@ class _Loader:
         names = self.config.names
         prefix = names.layer(layer_idx)
         for group in input_groups(self.config, layer_idx):
-            for shape in group.linears:
-                linear = layers.read_linear(self.checkpoint, prefix + shape.name, shape)
-                self._add_linear(layer_idx, group.title, shape.name, linear)
+            read = [layers.read_linear(self.checkpoint, prefix + shape.name, shape) for shape in group.linears]
+            parts = list[tuple[layers.Linear, Rows | None]]((read[0], rows) for rows in group.parts)
+            for part, (linear, rows) in enumerate(parts or [(linear, None) for linear in read]):
+                self._add_linear(layer_idx, group.title, part, linear, rows)
         if self.config.experts is not None:
             held = self.share.experts(self.config.experts.count)
             self._add_experts(layer_idx, held, layers.read_experts(self.checkpoint, layer_idx, held))
-        norms = layers.read_norms(self.checkpoint, layer_idx)
-        before, between = norms[names.before_attention], norms[names.before_ffn]
+        self._set_norms_and_attention(layer_idx)
+
+    def _set_norms_and_attention(self, layer_idx: int) -> None:
+        """Hand over a layer's norms and how its attention is computed."""
+        names, norms = self.config.names, layers.read_norms(self.checkpoint, layer_idx)
+
+        def norm(name: str) -> layers.Norm:
+            return norms.get(name, _NO_NORM)
+
+        before, after = norm(names.before_attention), norm(names.after_attention)
+        between, last = norm(names.before_ffn), norm(names.after_ffn)
         self.model.set_norms(
             layer_idx,
             input_gain=before.gain,
@@ -248,13 +246,21 @@ class _Loader:
             post_gain=between.gain,
             post_bias=_given(between.bias),
         )
-        query_norm, key_norm = (
-            norms[name].gain if name in norms else _NOTHING for name in (names.q_norm, names.k_norm)
+        self.model.set_term_norms(
+            layer_idx,
+            o_gain=after.gain,
+            o_bias=_given(after.bias),
+            down_gain=last.gain,
+            down_bias=_given(last.bias),
         )
         self.model.set_attention(
-            layer_idx, window=sliding_window(self.config, layer_idx) or 0, query_norm=query_norm, key_norm=key_norm,
-            **self._attention(layers.read_attention(self.checkpoint, layer_idx))
-        )  # fmt: skip
+            layer_idx,
+            window=sliding_window(self.config, layer_idx) or 0,
+            is_local=self.config.local_rope is not None and slides(self.config, layer_idx),
+            query_norm=norm(names.q_norm).gain,
+            key_norm=norm(names.k_norm).gain,
+            **self._attention(layers.read_attention(self.checkpoint, layer_idx)),
+        )
 
     def add_ends(self) -> None:
         name = weight_name(self.config.names.embedding)
@@ -262,14 +268,25 @@ class _Loader:
         self.model.set_embedding(self.checkpoint.array(name)[self.share.part(self.config.vocab_size)])
         gain, bias = layers.read_norm(self.checkpoint, self.config.names.final_norm)
         self.model.set_final_norm(gain, _given(bias))
-        self._add_linear(-1, "head", self.config.names.head, layers.read_head(self.checkpoint))
+        self._add_linear(-1, "head", 0, layers.read_head(self.checkpoint))
 
-    def _add_linear(self, layer_idx: int, group: str, name: str, linear: layers.Linear) -> None:
-        """Hand over a linear, or what the rank has of it: `name` is its name inside the layer, or the head's."""
-        cut = self.share.of_linear(self.config, name, is_float=linear.kind is QuantType.FLOAT)
-        weight = linear.weight[cut.rows] if cut.columns is None else self._columns(linear, cut.columns)
+    def _add_linear(self, layer_idx: int, group: str, part: int, linear: layers.Linear, of: Rows | None = None) -> None:
+        """Hand over what the rank has of a linear.
+
+        Args:
+            layer_idx: or -1 for the head.
+            group: its title.
+            part: which linear of the group it is.
+            linear: as it is stored.
+            of: of a tensor that holds the whole group, the rows of this one.
+        """
+        cut = self.share.of_linear(self.config, group, part, is_float=linear.kind is QuantType.FLOAT)
+        rows = _rows(of, cut.rows)
+        weight = linear.weight[rows] if cut.columns is None else self._columns(linear, cut.columns)
+        if isinstance(rows, list):  # they are a copy
+            self.checkpoint.release([linear.name])
         self.weights.append(linear.name)
-        _hand_over(partial(self.model.add_linear, layer_idx, group), linear, weight, cut.rows, cut.counts_bias)
+        _hand_over(partial(self.model.add_linear, layer_idx, group), linear, weight, rows, cut.counts_bias)
 
     def _add_experts(self, layer_idx: int, held: range, read: layers.Experts | None) -> None:
         if read is None:
@@ -295,11 +312,12 @@ class _Loader:
         key, value = self._channels(read.key), self._channels(read.value)
         if read.query_scale is None:
             return {"kind": "int8x2", "query_inv": _NOTHING, "score_scale": _NOTHING, "key": key, "value": value}
-        config, dim = self.config, self.config.head_dim
+        config, factor = self.config, self.config.score_multiplier
         heads, per_key = self.share.heads(config), config.num_heads // config.num_kv_heads
         query_scale = read.query_scale[heads]
         key_of_head = [head // per_key for head in range(heads.start, heads.stop)]
-        score_scale = query_scale * read.key.scale[key_of_head, 0] / np.float32(np.sqrt(dim))
+        score_scale = query_scale * read.key.scale[key_of_head, 0]
+        score_scale = score_scale / np.float32(np.sqrt(config.head_dim)) if factor is None else score_scale * factor
         query_inv = np.float32(1) / query_scale
         return {"kind": "int8", "query_inv": query_inv, "score_scale": score_scale, "key": key, "value": value}
 
@@ -327,7 +345,7 @@ def _hand_over(
     add: Callable[..., None],
     linear: layers.Linear,
     weight: NDArray[Any],
-    rows: slice,
+    rows: slice | list[int],
     counts_bias: bool = True,
 ) -> None:
     """Call the extension with some rows of a linear, and what a rank has of their weight."""
@@ -350,7 +368,17 @@ def _hand_over(
     )
 
 
-def _given(values: NDArray[Any] | None, rows: slice = slice(None)) -> NDArray[Any]:
+def _rows(of: Rows | None, inside: slice) -> slice | list[int]:
+    """Return where some rows of a linear lie in its tensor: the linear's own, or one that holds `of` and more."""
+    if of is None:
+        return inside
+    if of.blocks > 1:
+        return of.indices()[inside]
+    found = range(of.first, of.first + of.size)[inside]
+    return slice(found.start, found.stop)
+
+
+def _given(values: NDArray[Any] | None, rows: slice | list[int] = slice(None)) -> NDArray[Any]:
     """Return some of the values as the extension takes them: none where there are none."""
     return _NOTHING if values is None else values[rows]
 
