@@ -11,8 +11,30 @@ namespace {
 
 constexpr int kTokensOfChunk = 8;  // whose experts are chosen at a time
 constexpr int kTurns = 8;          // chunks of the products for each thread, at least
+constexpr int kDownRows = 256;     // of a chunk, whose sums of all tokens stay in the second cache
+
+constexpr size_t kAskedBytes = 4 << 10;  // of the next bunch's weights, before they are read
 
 int in_lanes(int places) { return chunk_count(places, kLanes) * kLanes; }
+
+// How many of a bunch's tokens are packed. A last block would take as long as a full one, so of a few it is none.
+int packed_of(int tokens) {
+    const int rest = tokens % kLanes;
+    return rest <= kFewTokens ? tokens - rest : tokens;
+}
+
+// Calls f(first row, rows, first token, end, layout) for the pieces of a product: some rows meet all tokens of a bunch,
+// while they are in the second cache, before the next do.
+template <typename Step>
+void by_pieces(int tokens, int n, int count, Step f) {
+    const int packed = packed_of(tokens);
+    by_rows({0, n, count}, tokens, [&](int first, int rows) {
+        for (int t = 0; t < packed; t += kTokenBlock) {
+            f(first, rows, t, std::min(packed, t + kTokenBlock), Layout::packed);
+        }
+        if (packed < tokens) f(first, rows, packed, tokens, Layout::rows);
+    });
+}
 
 }  // namespace
 
@@ -24,7 +46,7 @@ int Experts::most_bunches(int tokens) const {
 
 int Experts::most_places(int tokens) const {
     const int pairs = tokens * config_.experts.per_token;
-    // Packed bunches begin and end with a block.
+    // Those of bunches that are packed begin with a block, and end with one.
     const int packed = std::min(config_.experts.count, pairs / (kFewTokens + 1));
     return in_lanes(pairs + 2 * packed * kLanes);
 }
@@ -42,7 +64,7 @@ int Experts::gate_rows(int tokens) const {
 
 int Experts::down_rows(int tokens) const {
     const int rows = config_.hidden / (pool_.threads() * kTurns) / kLanes * kLanes;
-    return std::clamp(rows, kLanes, tokens > kFewTokens ? kManyRows : config_.hidden + kLanes);
+    return std::clamp(rows, tokens > kFewTokens ? kManyRows : kLanes, kDownRows);
 }
 
 // Ranks.
@@ -110,6 +132,7 @@ void Experts::take(Expert& expert, Layer& layer) {
         group->find_forms();
         for (Linear& linear : group->linears) {
             std::fill(linear.weight_sum.begin(), linear.weight_sum.end(), kUnknownSum);
+            linear.unknown_rows = static_cast<int>(linear.weight_sum.size());
         }
     }
 }
@@ -192,7 +215,7 @@ void Experts::make_bunches(const Place& of, Plan& plan) const {
         for (; rank < config_.ranks() && !owners.empty() && owners[rank] == e; rank++) plan.firsts[rank] = place;
         const int count = plan.counts[e];
         if (count == 0) continue;
-        const bool packed = layout_of(count) == Layout::packed;
+        const bool packed = packed_of(count) > 0;
         if (packed) place = in_lanes(place);
         plan.bunches.push_back({e, place, count, place, false});
         plan.counts[e] = place;  // from here on: where the next of its tokens goes
@@ -235,8 +258,10 @@ void Experts::make_blocks(Plan& plan) const {
     for (size_t i = 0; i < plan.bunches.size(); i++) {
         const Bunch& bunch = plan.bunches[i];
         if (!has(bunch.expert)) continue;
-        for (int begin = 0; begin < bunch.count; begin += kLanes) {
-            plan.blocks.push_back({static_cast<int>(i), begin, std::min(kLanes, bunch.count - begin)});
+        const int count = bunch.count, packed = packed_of(count);
+        for (int begin = 0; begin < count; begin += kLanes) {
+            const Layout layout = begin < packed ? Layout::packed : Layout::rows;
+            plan.blocks.push_back({static_cast<int>(i), begin, std::min(kLanes, count - begin), layout});
         }
     }
 }
@@ -273,7 +298,7 @@ void Experts::gather(const Place& of, const Block& block, int thread) {
     const Bunch& bunch = plan_.bunches[block.bunch];
     const Group& group = of.layer.experts[bunch.expert].gate_up;
     const std::vector<Prepared>& from = products_.prepared(of.run, input_of(of), thread);
-    const Layout layout = layout_of(bunch.count);
+    const Layout layout = block.layout;
     Room& room = plan_.rooms[bunch.is_shared];
     Scratch& scratch = products_.scratch(thread);
     const int first = bunch.begin + block.begin;
@@ -352,30 +377,26 @@ void Experts::gate_bunch(const Place& of, const Plan& plan, const Bunch& bunch, 
     for (Linear& linear : group.linears) linear.prepare_new(kernels_, n, count);
     const Room& room = plan.rooms[bunch.is_shared];
     const std::vector<Prepared>& inputs = is_alone(of) ? products_.prepared(of.run, input_of(of), thread) : room.inputs;
-    const Layout layout = layout_of(bunch.count);
     const size_t ld = own_size(bunch.is_shared);
     float* gated = is_cut(bunch.is_shared) ? share_.part() + gated_at(plan, bunch.is_shared, config_.rank)
                                            : gated_[bunch.is_shared].data();
     Scratch& scratch = products_.scratch(thread);
     float *gate = scratch.first.data(), *up = scratch.second.data();
-    for (int t = 0; t < bunch.count; t += kTokenBlock) {
-        const int end = std::min(bunch.count, t + kTokenBlock);
+    by_pieces(bunch.count, n, count, [&](int first, int rows, int t, int end, Layout layout) {
+        Piece piece{0, first, rows, bunch.input + t, bunch.input + end};
+        float* out = gated + (bunch.begin + t) * ld + first;
+        if (layout == Layout::packed && group.gates(nullptr)) {
+            return group.gate(kernels_, piece, inputs, {.y = out, .ld = ld, .adds = false});
+        }
         const Source from{inputs, layout, room.generated.data() + bunch.begin + t};
-        by_rows({0, n, count}, bunch.count, [&](int begin, int rows) {
-            Piece piece{0, begin, rows, bunch.input + t, bunch.input + end};
-            float* out = gated + (bunch.begin + t) * ld + begin;
-            if (layout == Layout::packed && group.gates(nullptr)) {
-                return group.gate(kernels_, piece, inputs, {.y = out, .ld = ld, .adds = false});
-            }
-            const size_t width = rows;
-            for (piece.linear = 0; piece.linear < 2; piece.linear++) {
-                group.multiply(kernels_, piece, from, {piece.linear == 0 ? gate : up, width, false}, scratch);
-            }
-            for (int i = 0; i < end - t; i++) {
-                kernels_.gate_mul(group.activation, gate + i * width, up + i * width, rows, out + i * ld);
-            }
-        });
-    }
+        const size_t width = rows;
+        for (piece.linear = 0; piece.linear < 2; piece.linear++) {
+            group.multiply(kernels_, piece, from, {piece.linear == 0 ? gate : up, width, false}, scratch);
+        }
+        for (int i = 0; i < end - t; i++) {
+            kernels_.gate_mul(group.activation, gate + i * width, up + i * width, rows, out + i * ld);
+        }
+    });
 }
 
 // What an expert has gated for a pair, of all ranks.
@@ -394,7 +415,7 @@ const float* Experts::gated_row(const Plan& plan, bool is_shared, int at, Scratc
 void Experts::quantize(const Place& of, Plan& plan, const Block& block, int thread) {
     const Bunch& bunch = plan.bunches[block.bunch];
     const Group& group = of.layer.experts[bunch.expert].down;
-    const Layout layout = layout_of(bunch.count);
+    const Layout layout = block.layout;
     Room& room = plan.rooms[bunch.is_shared];
     Scratch& scratch = products_.scratch(thread);
     const int first = bunch.begin + block.begin;
@@ -425,7 +446,13 @@ void Experts::down_chunk(const Place& of, int chunk, int thread) {
     const int count = std::min(rows, static_cast<int>(ld) - n);
     float* sums = (config_.is_shared() ? share_.part() : sums_.data()) + n;
     for (int t = 0; t < tokens; t++) std::fill_n(sums + t * ld, count, 0.0f);
-    for (const Bunch& bunch : plan.bunches) add_bunch(of, plan, bunch, n, count, sums, thread);
+    for (size_t i = 0; i < plan.bunches.size(); i++) {
+        if (i + 1 < plan.bunches.size()) {
+            const Linear& next = of.layer.experts[plan.bunches[i + 1].expert].down.linears.front();
+            next.prefetch(n, count, count % 4 == 0 ? 4 : 1, kAskedBytes);
+        }
+        add_bunch(of, plan, plan.bunches[i], n, count, sums, thread);
+    }
     for (int t = 0; t < tokens; t++) finish_sums(of, t, n, count, sums + t * ld, !config_.is_shared());
 }
 
@@ -435,12 +462,10 @@ void Experts::each_product(const Place& of, const Plan& plan, const Bunch& bunch
     Group& group = of.layer.experts[bunch.expert].down;
     group.linears.front().prepare_new(kernels_, n, count);
     const Room& room = plan.rooms[bunch.is_shared];
-    for (int t = 0; t < bunch.count; t += kTokenBlock) {
-        const int begin = bunch.begin + t, end = std::min(bunch.begin + bunch.count, begin + kTokenBlock);
-        const Source from{room.middle, layout_of(bunch.count), room.generated.data() + begin};
-        by_rows({0, n, count}, bunch.count,
-                [&](int first, int rows) { take(group, Piece{0, first, rows, begin, end}, from); });
-    }
+    by_pieces(bunch.count, n, count, [&](int first, int rows, int t, int end, Layout layout) {
+        const Piece piece{0, first, rows, bunch.begin + t, bunch.begin + end};
+        take(group, piece, Source{room.middle, layout, room.generated.data() + piece.t0});
+    });
 }
 
 // `sums`: of the first token's outputs from n on.

@@ -73,6 +73,7 @@ private:
     };
     struct Block {  // some pairs of a bunch, quantized at a time
         int bunch, begin, count;  // from the bunch's first on
+        Layout layout;
     };
     struct Room {  // of the pairs of all experts that are chosen, or of the shared one
         std::vector<Prepared> inputs, middle;  // quantized

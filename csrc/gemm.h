@@ -24,9 +24,11 @@ template <int C>
 [[gnu::always_inline]] inline void tile_i8(const int8_t* const w[4], size_t next, const uint8_t* x, size_t ldx,
                                            int inner, int32_t sums[C][4]) {
     constexpr int step = 4 * W;
-    // What is read kAhead bytes later: further along these rows, or the beginning of the next four, `next` bytes on.
+    // What is read kAhead bytes later: further along these rows, or the beginning of the next four, `next` bytes on. Of
+    // short rows, those of a later four.
     const int ahead = std::min(kAhead, inner);
-    const ptrdiff_t wraps = static_cast<ptrdiff_t>(next) - inner;
+    const ptrdiff_t later_rows = std::max(1, kAhead / std::max(inner, 1));
+    const ptrdiff_t wraps = later_rows * static_cast<ptrdiff_t>(next) - inner;
     I acc[kTileRows][C];
     for (int r = 0; r < 4; r++)
 #pragma GCC unroll 8

@@ -1,6 +1,7 @@
 #include "linears.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -63,13 +64,23 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
 }
 
 void Linear::prepare_new(const Kernels& kernels, int begin, int count) {
-    if (kind == LinearKind::floating) return;
+    const std::atomic_ref<int> unknown(unknown_rows);
+    if (unknown.load(std::memory_order_relaxed) == 0) return;
     const int32_t *from = weight_sum.data() + begin, *end = from + count;
     while ((from = std::find(from, end, kUnknownSum)) != end) {
         const int32_t* known = std::find_if(from, end, [](int32_t sum) { return sum != kUnknownSum; });
         (void)prepare(kernels, static_cast<int>(from - weight_sum.data()), static_cast<int>(known - weight_sum.data()));
+        unknown.fetch_sub(static_cast<int>(known - from), std::memory_order_relaxed);
         from = known;
     }
+}
+
+void Linear::prefetch(int begin, int rows, int runs, size_t most) const {
+    const size_t row = weight_bytes() / static_cast<size_t>(outputs);
+    const auto* at = static_cast<const char*>(weight) + row * static_cast<size_t>(begin);
+    const size_t apart = row * static_cast<size_t>(rows / runs), bytes = std::min(apart, most / runs);
+    for (size_t j = 0; j < bytes; j += 64)
+        for (int r = 0; r < runs; r++) __builtin_prefetch(at + r * apart + j, 0, 2);
 }
 
 StaticRows Linear::static_rows(int n) const {
@@ -169,13 +180,8 @@ void Group::prefetch(int tokens, int index) const {
     const size_t most = few_tokens ? kPrefetchBytes : kPrefetchPacked;
     for (int i = chunk.linear; i < (cut == Cut::pairs && !few_tokens ? 2 : chunk.linear + 1); i++) {
         const Linear& linear = linears[i];
-        const size_t row = linear.weight_bytes() / static_cast<size_t>(linear.outputs);
-        const auto* at = static_cast<const char*>(linear.weight) + row * static_cast<size_t>(chunk.begin);
         const int rows = few_tokens ? std::min(chunk.count, rows_of_piece(chunk, tokens)) : chunk.count;
-        const int runs = few_tokens && rows % 4 == 0 ? 4 : 1;  // as gemm_i8 walks
-        const size_t apart = row * static_cast<size_t>(rows / runs), bytes = std::min(apart, most / runs);
-        for (size_t j = 0; j < bytes; j += 64)
-            for (int r = 0; r < runs; r++) __builtin_prefetch(at + r * apart + j, 0, 2);
+        linear.prefetch(chunk.begin, rows, few_tokens && rows % 4 == 0 ? 4 : 1, most);  // as gemm_i8 walks
     }
 }
 

@@ -28,6 +28,7 @@ struct Linear {
     std::vector<float> deq_scale; // (N)
     std::vector<int32_t> quant_bias;  // (N), less 128 times the weight sums
     std::vector<int32_t> weight_sum;  // (N); kUnknownSum where prepare() has not been
+    int unknown_rows = 0;             // how many those are
     float inv_input_scale = 0, input_offset = 0;
     bool keeps_sums = false;      // a share of the inputs: products come out as int32, to be summed with the others'
 
@@ -51,6 +52,8 @@ struct Linear {
     bool prepare(const Kernels& kernels, int begin, int end);
     // The same for those rows of [begin, begin + count) that were never prepared; nobody else may read them meanwhile.
     void prepare_new(const Kernels& kernels, int begin, int count);
+    // Asks for the first `most` bytes of so many rows, which are read in so many runs.
+    void prefetch(int begin, int rows, int runs, size_t most) const;
     const float* bias_at(int n) const { return bias.empty() ? nullptr : bias.data() + n; }
 };
 
