@@ -86,7 +86,7 @@ def test_faquant_cuts_queries_and_keys_but_not_values():
 
 def kv_observer(observe):
     """One head of one pair, which RoPE does not turn."""
-    return KVObserver(observe, torch.zeros(1), 8)
+    return KVObserver(observe, Rotation(torch.zeros(1)), 8)
 
 
 def observed(observe, is_symmetric=True, divisor=None):
@@ -114,7 +114,7 @@ def test_keys_are_watched_after_rope():
 
 
 def turned_range(w, context_len, *keys):
-    found = TurnedRange(torch.tensor([w]), context_len)
+    found = TurnedRange(Rotation(torch.tensor([w])), context_len)
     for k_SD in keys:
         found.see(torch.tensor(k_SD)[:, None])
     return found.lo.tolist(), found.hi.tolist()
@@ -175,7 +175,7 @@ def test_the_range_holds_the_calibration_keys_at_every_position():
     inv_freq = torch.tensor([1.0, 0.1, 0.01, 0.001])
     k_SGD = normal(20, heads, 8) + 3 * normal(heads, 8, seed=1)
     cos, sin = rope_tables(torch.arange(context_len), Rotation(inv_freq))
-    found = TurnedRange(inv_freq, context_len)
+    found = TurnedRange(Rotation(inv_freq), context_len)
     found.see(apply_rope(k_SGD, cos[:20], sin[:20]))
     moved = [apply_rope(k_SGD, cos[p].expand(20, 8), sin[p].expand(20, 8)) for p in range(context_len)]
     everywhere = torch.stack(moved).flatten(0, 1).flatten(1)

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.model.reference.attention import Attention, KVCache
+from eightfold.model.reference.attention import Attention, KVCache, Rotation
 from eightfold.model.reference.linear import Q_MAX, Q_MIN, asymmetric, symmetric
 from eightfold.quant.recipe import KVObserve
 
@@ -122,21 +122,32 @@ class TurnedRange(ChannelRange):
     """Running range of each channel of the rotated keys, at every position of the context.
 
     Args:
-        inv_freq_I: (I,) float32, the angles w by which one position turns each pair.
+        turns: how positions turn keys; not all of their channels need to be turned.
         context_len: how many positions the model has.
     """
 
-    def __init__(self, inv_freq_I: Tensor, context_len: int) -> None:
+    def __init__(self, turns: Rotation, context_len: int) -> None:
         super().__init__()
-        self._inv_freq_I, self._context_len = inv_freq_I, context_len
+        self._turns, self._context_len = turns, context_len
 
     def see(self, k_SGD: Tensor) -> None:
         """Take in one sample's rotated keys, which stand at positions 0 to S - 1."""
         position_S = torch.arange(len(k_SGD), dtype=torch.float32)
-        back_SI = position_S[:, None] * -self._inv_freq_I
-        ahead_SI = (self._context_len - 1 - position_S).clamp(min=0)[:, None] * self._inv_freq_I
-        self.update(torch.stack(turned_extremes(k_SGD, back_SI, ahead_SI)).flatten(0, 1).flatten(1))
+        inv_freq_I = self._turns.inv_freq
+        back_SI = position_S[:, None] * -inv_freq_I
+        ahead_SI = (self._context_len - 1 - position_S).clamp(min=0)[:, None] * inv_freq_I
+        size = 2 * len(inv_freq_I)
+        turned, kept = k_SGD[..., :size], k_SGD[..., size:]
+        extremes = [torch.cat((end, kept), dim=-1) for end in self._extremes(turned, back_SI, ahead_SI)]
+        self.update(torch.stack(extremes).flatten(0, 1).flatten(1))
         self.update(torch.stack(torch.aminmax(k_SGD.flatten(1), dim=0)) * HEADROOM)
+
+    def _extremes(self, k_SGR: Tensor, back_SI: Tensor, ahead_SI: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._turns.is_interleaved:
+            return turned_extremes(k_SGR, back_SI, ahead_SI)
+        halves = torch.cat((k_SGR[..., ::2], k_SGR[..., 1::2]), dim=-1)
+        lo, hi = (torch.stack(end.chunk(2, -1), -1).flatten(-2) for end in turned_extremes(halves, back_SI, ahead_SI))
+        return lo, hi
 
 
 def turned_extremes(k_SGD: Tensor, back_SI: Tensor, ahead_SI: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,13 +196,13 @@ class KVObserver:
 
     Args:
         observe: which.
-        inv_freq_I: see TurnedRange.
+        turns: see TurnedRange.
         context_len: see TurnedRange.
     """
 
-    def __init__(self, observe: KVObserve, inv_freq_I: Tensor, context_len: int) -> None:
+    def __init__(self, observe: KVObserve, turns: Rotation, context_len: int) -> None:
         self._before = observe is KVObserve.PRE_ROPE
-        self._key, self._value = TurnedRange(inv_freq_I, context_len), ChannelRange()
+        self._key, self._value = TurnedRange(turns, context_len), ChannelRange()
         self._rotated: list[Tensor] = []  # kept only where the range was not taken from them
 
     def projections(self, k_TC: Tensor, v_TC: Tensor) -> None:

@@ -53,7 +53,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from eightfold.model.reference.decoder import Batch
+from eightfold.families import Rows
+from eightfold.model.reference.decoder import Batch, in_parts
 from eightfold.model.reference.linear import Linear, W8A8DynamicLinear, asymmetric, divided_to_int8
 from eightfold.quant.recipe import ActMethod
 from eightfold.quant.statistics import InOrder, require_finite_samples, stacked, unshared
@@ -171,15 +172,17 @@ class ObservedGroup:
 
     observer: Observer
     members: tuple[Linear, ...]
+    parts: tuple[Rows, ...] = ()  # see LinearGroup
 
     def __call__(self, x_TK: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         scale_T1, offset_T1 = self.observer.update(x_TK, batch.spans)
         # Divided by the scale here; inference multiplies by a reciprocal.
         xq = divided_to_int8(x_TK, scale_T1, offset_T1)
-        return tuple(
+        found = tuple(
             member.multiply(xq, scale_T1, offset_T1) if isinstance(member, StaticMember) else member(x_TK)
             for member in self.members
         )
+        return in_parts(found, self.parts)
 
 
 class HistogramObserver:

@@ -29,12 +29,15 @@ from eightfold.families import (
     DOWN,
     InputGroup,
     LinearShape,
+    SmoothPair,
+    dense_groups,
     input_groups,
     layer_linears,
+    slides,
     sliding_window,
     smooth_pairs,
 )
-from eightfold.model.reference.attention import FloatAttention
+from eightfold.model.reference.attention import FloatAttention, Rotation
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
 from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear
 from eightfold.model.reference.load import Decoder
@@ -111,6 +114,17 @@ def head_sharing(config: ModelConfig, group: str) -> HeadSharing | None:
     return HeadSharing(config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
 
 
+def source_rows(config: ModelConfig, pair: SmoothPair, scale: Tensor) -> Tensor:
+    """Return what the rows of a pair's linear source are divided by, (N,): ones where it is other linears too."""
+    linears = [linear for group in dense_groups(config) for linear in group.linears]
+    source = next(linear for linear in linears if linear.name == pair.source)
+    if not source.parts:
+        return scale
+    rows = torch.ones(source.n)
+    rows[source.parts[pair.part].indices()] = scale
+    return rows
+
+
 def smoothed_groups(config: ModelConfig, method: AntiOutlier | None) -> set[str]:
     """Return the titles of the groups of a model whose input a method smooths."""
     if method is None:
@@ -145,7 +159,7 @@ class FloatPass:
         self._smoothed = smoothed_groups(self._config, recipe.anti_outlier) & self._kinds.keys()
         if recipe.anti_outlier is AntiOutlier.SMOOTH:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
-        kv = KVObserver(recipe.kv_observe, self._decoder.turns().all.inv_freq, context_len) if recipe.kv_int8 else None
+        kv = KVObserver(recipe.kv_observe, self._turns(layer_idx), context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch)
         is_one = self.anti is self.hidden
@@ -272,17 +286,20 @@ class FloatPass:
         found: dict[str, SmoothScale] = {}
         is_ours = self._recipe.anti_outlier is AntiOutlier.SMOOTH
         groups = [group for group in self._groups if group.title in self._smoothed]
-        sources = {
-            pair.source: pair.group for pair in smooth_pairs(self._config) if is_ours and not pair.source_is_norm
-        }
-        for group in sorted(groups, key=lambda group: group.title not in sources.values()):
+        pairs = [pair for pair in smooth_pairs(self._config) if is_ours and not pair.source_is_norm]
+        sources = {pair.source: pair for pair in pairs}
+        for group in sorted(groups, key=lambda group: group.title not in [pair.group for pair in pairs]):
             rows = {
-                linear.name: self._source_scale(sources[linear.name], found[sources[linear.name]])
+                linear.name: source_rows(self._config, pair, self._source_scale(pair.group, found[pair.group]))
                 for linear in group.linears
-                if sources.get(linear.name) in found
+                if (pair := sources.get(linear.name)) is not None and pair.group in found
             }
             found[group.title] = self._scale(prefix, group, smoothing[group.title], rows)
         return found
+
+    def _turns(self, layer_idx: int) -> Rotation:
+        turns = self._decoder.turns()
+        return turns.local if turns.local is not None and slides(self._config, layer_idx) else turns.all
 
     def _kind(self, prefix: str, group: InputGroup) -> QuantType:
         """Return how a group's input is quantized, where linears differ in the way that asks for more."""

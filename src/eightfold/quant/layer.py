@@ -37,7 +37,7 @@ from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
 from eightfold.quant.calibrate import Extremes, ObservedGroup, Observer, StaticMember, observer_for
 from eightfold.quant.experts import RouterWatch, passing_experts
-from eightfold.quant.float_pass import LayerStatistics, head_sharing
+from eightfold.quant.float_pass import LayerStatistics, head_sharing, source_rows
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
 from eightfold.quant.recipe import Recipe
@@ -85,11 +85,12 @@ class SmoothedLayer:
     def _apply(self, pair: SmoothPair, scale_K: Tensor, stored_dtype: Callable[[str], torch.dtype]) -> None:
         if pair.source_is_norm:
             dtype = stored_dtype(weight_name(self._prefix + pair.source))
-            gain, scale_K = divide_gain(self.norms[pair.source].gain, scale_K, dtype)
+            gain, scale_K = divide_gain(self.norms[pair.source].gain, scale_K, dtype, self._config.norm_offset)
             self.norms[pair.source] = Norm(gain, self._config.rms_norm_eps)
         else:
             sharing = head_sharing(self._config, pair.group)
-            self._rows[pair.source] = scale_K if sharing is None else source_scale(scale_K, sharing)
+            rows = scale_K if sharing is None else source_scale(scale_K, sharing)
+            self._rows[pair.source] = source_rows(self._config, pair, rows)
         for group in input_groups(self._config, self._idx):
             if group.title == pair.group:
                 self._columns.update({linear.name: scale_K for linear in group.linears})
@@ -143,12 +144,19 @@ class SmoothedLayer:
         return lambda x_TK: self.linear(linear)(x_TK)
 
 
-def divide_gain(gain_E: Tensor, scale_E: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a norm's gain after division, as a dtype on disk holds it, and the division that was really made."""
+def divide_gain(gain_E: Tensor, scale_E: Tensor, dtype: torch.dtype, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return a norm's gain after division, as a dtype on disk holds it, and the division that was really made.
+
+    Args:
+        gain_E: as it is meant.
+        scale_E: what it is divided by.
+        dtype: on disk.
+        offset: what readers add to a stored gain.
+    """
     divided = gain_E / scale_E
     if dtype == torch.float32:
         return divided, scale_E
-    stored = divided.to(dtype).to(torch.float32)
+    stored = (divided - offset).to(dtype).to(torch.float32) + offset
     return stored, torch.where(stored != 0, gain_E / stored, scale_E)
 
 
@@ -236,7 +244,7 @@ class QuantizedLayer:
     def _observed_group(self, group: InputGroup) -> GroupCall:
         members = tuple(self._member(linear) for linear in group.linears)
         observer = next((self._observers[each.name] for each in group.linears if each.name in self._observers), None)
-        return LinearGroup(members, group.parts) if observer is None else ObservedGroup(observer, members)
+        return LinearGroup(members, group.parts) if observer is None else ObservedGroup(observer, members, group.parts)
 
     def _member(self, linear: LinearShape) -> Linear:
         kind = self._type(linear)
@@ -259,7 +267,8 @@ class QuantizedLayer:
             found.update(self._linear_tensors(linear))
         if self.recipe.anti_outlier is not None:
             for name in layer_norms(self._config):
-                found.update(norm_tensors(self._prefix + name, self.smoothed.norms[name].gain))
+                gain = self.smoothed.norms[name].gain - self._config.norm_offset
+                found.update(norm_tensors(self._prefix + name, gain))
         if self.attention is not None:
             scales = self.attention.scales()
             values = [*scales, *(torch.zeros_like(scale, dtype=torch.int8) for scale in scales)]
@@ -341,7 +350,12 @@ def _int8_tensors(
 
 
 def norm_tensors(module: str, gain: Tensor) -> dict[str, Tensor]:
-    """Return all that may be written of a norm after outlier suppression; the plan says which of it is."""
+    """Return all that may be written of a norm after outlier suppression; the plan says which of it is.
+
+    Args:
+        module: its name.
+        gain: as it is stored.
+    """
     zeros = torch.zeros_like(gain)
     return {
         weight_name(module): gain,

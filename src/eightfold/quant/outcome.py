@@ -152,6 +152,14 @@ def notes_for(checkpoint: Checkpoint, recipe: Recipe, types: Mapping[str, QuantT
             notes.append(
                 'the model is tied; OUT is not (config.json: "tie_word_embeddings": false), for its int8 head.'
             )
+    if recipe.anti_outlier is not None and config.norm_places == "after":
+        left = (
+            "v_proj with o_proj and up_proj with down_proj" if recipe.anti_outlier.smooths_linear_pairs else "nothing"
+        )
+        notes.append(
+            f"{config.architecture} has no norm before q, k, v, gate and up, which could take their outliers: "
+            f"{recipe.anti_outlier.value} smooths {left}."
+        )
     return notes
 
 

@@ -247,6 +247,8 @@ def _write_companions(checkpoint: Checkpoint, plan: OutputPlan, outcome: Outcome
         config.setdefault("quantize", scheme.value.lower())
     if outcome.types[checkpoint.config.names.head] is not QuantType.FLOAT:
         config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"]["tie_word_embeddings"] = False
     text = render_description(scheme, plan.tags)
     for name in description_names(scheme, plan.legacy_names):
         (directory / name).write_text(text, encoding="utf-8")

@@ -219,9 +219,11 @@ class OutputPlan:
                 self._add(prefix + names.attention, spec, spec.shape_for(H=config.num_heads, G=config.num_kv_heads))
         for group in input_groups(config, layer_idx):
             for linear in group.linears:
-                if self.recipe.kv_int8 and linear.name in (config.names.key, config.names.value):
+                cached = [name for name in (names.key, names.value) if name == linear.name]
+                cached = [names.key, names.value] if group.title == "qkv" and group.parts else cached
+                for module in cached if self.recipe.kv_int8 else ():
                     for spec in KV_TENSORS:
-                        self._add(prefix + linear.name, spec, spec.shape_for(C=config.kv_size))
+                        self._add(prefix + module, spec, spec.shape_for(C=config.kv_size))
                 self._add_linear(prefix + linear.name)
         block = expert_block(config, layer_idx)
         for linear in () if block is None else block.linears:

@@ -357,7 +357,7 @@ class Run:
 
     def _write_head(self, writer: TensorWriter) -> None:
         has_bias, kind = self.recipe.anti_outlier is not None, self.outcome.types[self.checkpoint.config.names.head]
-        made = norm_tensors(self.checkpoint.config.names.final_norm, self.decoder.final_norm().gain) if has_bias else {}
+        made = self._final_norm() if has_bias else {}
         writer.write_below(self.checkpoint.config.names.final_norm + ".", made)
         if kind is not QuantType.FLOAT:
             is_auto = kind in NEEDS_CALIBRATION and self.recipe.act_method is ActMethod.AUTO
@@ -367,6 +367,10 @@ class Run:
             )
             made = head_tensors(self.decoder, self.recipe, kind, self._stored_dtype, hidden, range_param)
             writer.write_below(self.checkpoint.config.names.head + ".", made)
+
+    def _final_norm(self) -> dict[str, Tensor]:
+        config = self.checkpoint.config
+        return norm_tensors(config.names.final_norm, self.decoder.final_norm().gain - config.norm_offset)
 
     def _prove(self) -> tuple[float, float] | None:
         if self.smoothed is None or self.float_pass is None:

@@ -112,11 +112,15 @@ class LinearGroup:
             linear.by_origin(x_TK, batch.generated_T()) if isinstance(linear, W8A8MixLinear) else linear(x_TK)
             for linear in self.linears
         )
-        return tuple(_columns(found[0], part) for part in self.parts) or found
+        return in_parts(found, self.parts)
+
+
+def in_parts(found: tuple[Tensor, ...], parts: tuple[Rows, ...]) -> tuple[Tensor, ...]:
+    """Return the outputs of linears, (T, N) each, those of one that is several apart."""
+    return tuple(_columns(found[0], part) for part in parts) or found
 
 
 def _columns(y_TN: Tensor, rows: Rows) -> Tensor:
-    """Return the outputs of a part of a linear, (T, n)."""
     own = slice(rows.first, rows.first + rows.size)
     return y_TN[:, own] if rows.blocks == 1 else y_TN.view(-1, rows.blocks, rows.stride)[:, :, own].flatten(1)
 

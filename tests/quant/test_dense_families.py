@@ -1,0 +1,60 @@
+"""Dense families that differ from Llama: every recipe gives a model that this program reads and that stays close."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.model.reference.load import Decoder
+from eightfold.quant.pipeline import quantize_checkpoint
+from eightfold.quant.recipe import AntiOutlier, Recipe
+from eightfold.scheme import QuantType
+from tests.conftest import tiny_config, token_samples, write_model
+
+transformers = pytest.importorskip("transformers")
+
+from tests.reference import dense_models  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ("phi3", "glm4", "granite", "olmo2", "gemma2", "gemma3-wrapped", "internlm2")
+SAMPLES = token_samples(4)
+DYNAMIC, W8A8, W8A16 = QuantType.W8A8_DYNAMIC, QuantType.W8A8, QuantType.W8A16
+RECIPES = {
+    "dynamic": Recipe(DYNAMIC),
+    "w8a16": Recipe(W8A16),
+    "static": Recipe(W8A8),
+    "m2": Recipe(W8A8, anti_outlier=AntiOutlier.M2),
+    "m4": Recipe(W8A8, anti_outlier=AntiOutlier.M4, kv_int8=True),
+    "smooth": Recipe(W8A8, anti_outlier=AntiOutlier.SMOOTH),
+    "faquant": Recipe(W8A8, fa_quant=True),
+    "mix": Recipe(QuantType.W8A8_MIX, kv_int8=True),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("models"), {}
+    for name in NAMES[:-1]:
+        made[name] = dense_models.save(dense_models.make(name).to(torch.bfloat16), folder / name)
+    llama = write_model(folder / "llama", tiny_config(attention_bias=False), tokenizer=False)
+    made["internlm2"] = dense_models.relaid_as_internlm2(llama, folder / "internlm2")
+    return made
+
+
+def logits(directory):
+    return Decoder(Checkpoint.open(directory)).logits(SAMPLES[0])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_quantized_stays_close(models, tmp_path, name, recipe):
+    outcome = quantize_checkpoint(models[name], tmp_path / "out", RECIPES[recipe], SAMPLES)
+    expected, found = logits(models[name]), logits(tmp_path / "out")
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 0.2, error
+    if outcome.smoothing is not None:
+        assert outcome.smoothing.max_logit_difference < 2e-3 * outcome.smoothing.max_logit
+    left = [note for note in outcome.notes if "smooths" in note]
+    assert bool(left) is (name == "olmo2" and RECIPES[recipe].anti_outlier is not None)
