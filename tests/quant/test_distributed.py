@@ -126,6 +126,16 @@ def test_three_ranks_make_what_one_process_makes(source, alone, tmp_path):
     assert {name: snapshot(tmp_path / name) for name in names} == {name: alone(name) for name in names}
 
 
+def test_two_ranks_share_a_model_with_experts(tmp_path):
+    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
+    config = tiny_config("Qwen2MoeForCausalLM", model_type="qwen2_moe", shared_expert_intermediate_size=32, **sizes)
+    source, names = write_model(tmp_path / "float", config), ["m4 fa", "levels", "w8a16"]
+    assert run(2, source, tmp_path, names) == [ALL_WELL] * 2
+    for name in names:
+        quantize(source, tmp_path / "alone" / name, name)
+        assert snapshot(tmp_path / name) == snapshot(tmp_path / "alone" / name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_every_recipe_on_more_ranks(source, alone, tmp_path, size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from eightfold.errors import ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint, read_description
 from eightfold.model.reference.experts import Router
 from eightfold.model.reference.load import Decoder
-from eightfold.quant import budget
+from eightfold.quant import budget, estimate
 from eightfold.quant.by_name import quantize_by_name
+from eightfold.quant.estimate import estimate_run
 from eightfold.quant.experts import FixedRouter
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -216,3 +218,21 @@ def test_the_command(cli, tmp_path, saved):
     )
     assert done.code == 2
     assert "for one layer of this model" in done.err
+
+
+def test_a_plan_counts_layers_with_experts_apart(tmp_path, saved):
+    checkpoint, recipe = Checkpoint.open(saved("Qwen3Moe")), Recipe(STATIC, anti_outlier=AntiOutlier.M4)
+    found = estimate_run(checkpoint, recipe, SAMPLES, target=tmp_path / "out", memory=None)
+    assert not list(tmp_path.iterdir())
+    outcome = quantize_checkpoint(checkpoint, tmp_path / "out", recipe, SAMPLES)
+    assert found.output_bytes == outcome.nbytes
+    assert found.total("read_bytes") == sum(info.nbytes for info in checkpoint.tensors.values()) - 32 * 2  # a norm
+    trials = [(10, {"layer 0": 9.0, "layer 1": 2.0})]
+    assert estimate._seconds(checkpoint.config, trials, "layer", 10) == 9.0 + 2.0  # one of each kind
+    config = replace(
+        checkpoint.config, num_layers=9, experts=replace(checkpoint.config.experts, dense_layers=(0, 1, 2, 3))
+    )
+    assert estimate._trial_layers(config) == 5
+    trials = [(10, {"layer 0": 9.0, "layer 1": 2.0, "layer 2": 3.0, "layer 3": 2.0, "layer 4": 7.0})]
+    assert estimate._seconds(config, trials, "layer", 10) == 4 * 2.0 + 5 * 7.0
+    assert estimate._products(config) == 3072 + 4 * 32 + 2 * 3 * 32 * 24  # attention, router, two experts

@@ -2,8 +2,8 @@
 
 Bytes follow from the shapes and are exact. Memory is what `--memory` goes by (budget.py). Time is measured: the first
 three layers of the model, with its embedding and head, are really quantized, beside OUT and with some of the samples.
-The first also finds memory and code; the quicker one of the others counts for all. More samples than that cost in
-proportion to their tokens T, as two trials show:
+The first also finds memory and code; the quicker one of the others counts for all. Layers with experts and layers
+without count apart. More samples than that cost in proportion to their tokens T, as two trials show:
 
     seconds of a layer = weights + tokens * T
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,8 +22,9 @@ from pathlib import Path
 from shutil import disk_usage, rmtree
 from typing import Any
 
+from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError, OutputError, remember_kept
-from eightfold.families import all_linears, layer_linears, layer_of
+from eightfold.families import LinearShape, all_linears, expert_block, layer_linears, layer_of
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import partial_path
 from eightfold.machine import available_bytes
@@ -87,9 +88,9 @@ class Estimate:
     memory_bytes: int | None
     spills: bool
     trial_seconds: float
+    measured: str
     refusal: str = ""
     notes: tuple[str, ...] = ()
-    measured: str = f"{_TRIAL_LAYERS} layers of the model"
 
     def total(self, what: str) -> Any:
         """Return the sum over all phases of `seconds`, `read_bytes` or `written_bytes`."""
@@ -196,6 +197,7 @@ def estimate_run(
         trial_seconds=seconds,
         refusal=refusal,
         notes=_notes(recipe),
+        measured=f"{_trial_layers(checkpoint.config)} layers of the model",
     )
 
 
@@ -227,17 +229,48 @@ class _Times:
 _Trial = tuple[int, Mapping[str, float]]
 
 
-def _layer_seconds(trials: Sequence[_Trial], kind: str, tokens: int) -> float:
+def _trial_layers(config: ModelConfig) -> int:
+    """Return how many layers a trial takes: three, or as many more as lie before the first of another kind."""
+    firsts = {config.is_sparse(layer_idx): layer_idx for layer_idx in reversed(range(config.num_layers))}
+    return min(max(_TRIAL_LAYERS, *(first + 1 for first in firsts.values())), config.num_layers)
+
+
+def _seconds(config: ModelConfig, trials: Sequence[_Trial], step: str, tokens: int) -> float:
+    """Return the seconds of one step of all layers for so many tokens; those with experts count apart."""
+    counts = Counter(config.is_sparse(layer_idx) for layer_idx in range(config.num_layers))
+    tried = range(_trial_layers(config))
+    return sum(
+        count * _layer_seconds(trials, step, tokens, [i for i in tried if config.is_sparse(i) is kind])
+        for kind, count in counts.items()
+    )
+
+
+def _layer_seconds(trials: Sequence[_Trial], step: str, tokens: int, layers: Sequence[int]) -> float:
     """Return the seconds of one layer for so many tokens: on the line through the first and the last trial."""
 
     def quickest(seconds: Mapping[str, float]) -> float:
-        """After the first layer, unless that is all there is."""
-        found = [seconds.get(f"{kind} {layer_idx}", 0.0) for layer_idx in range(_TRIAL_LAYERS)]
-        return min(filter(None, found[1:]), default=found[0])
+        """After the first layer of the model, unless that is all there is."""
+        found = [seconds.get(f"{step} {layer_idx}", 0.0) for layer_idx in layers if layer_idx or len(layers) == 1]
+        return min(filter(None, found), default=seconds.get(f"{step} {layers[0]}", 0.0))
 
     (most, more), (least, fewer) = ((count, quickest(seconds)) for count, seconds in (trials[0], trials[-1]))
     slope = max(0.0, more - fewer) / (most - least) if most != least else 0.0
     return more + slope * (tokens - most)
+
+
+def _products(config: ModelConfig) -> int:
+    """Return how many elements of the largest kind of layer a token is multiplied by."""
+    found = []
+    for layer_idx in range(_trial_layers(config)):
+        block, experts = expert_block(config, layer_idx), config.experts
+        all_of_them = _elements(layer_linears(config, layer_idx))
+        others = 0 if block is None or experts is None else experts.count - experts.per_token
+        found.append(all_of_them - others * _elements(block.experts[0] if block is not None else ()))
+    return max(found)
+
+
+def _elements(linears: Iterable[LinearShape]) -> int:
+    return sum(linear.n * linear.k for linear in linears)
 
 
 def _try(
@@ -245,10 +278,9 @@ def _try(
 ) -> tuple[list[_Trial], float]:
     """Quantize three layers, with as many samples as say enough of all and with fewer; return how long all took too."""
     began = time.perf_counter()
-    model = checkpoint.first_layers(min(_TRIAL_LAYERS, checkpoint.config.num_layers))
+    model = checkpoint.first_layers(_trial_layers(checkpoint.config))
     shortened = _for_layers(model, recipe)
-    products = sum(linear.n * linear.k for linear in layer_linears(model.config, 0))
-    most = int(min(max(_TRIAL_PRODUCTS / products, _LEAST_TOKENS), _MOST_TOKENS))
+    most = int(min(max(_TRIAL_PRODUCTS / _products(model.config), _LEAST_TOKENS), _MOST_TOKENS))
     chosen = [_spread(each, most) for each in samples]
     is_all = list(map(len, chosen)) == list(map(len, samples))
     rounds = [chosen] if is_all else [chosen, [_spread(each, most // 2) for each in samples]]
@@ -323,10 +355,9 @@ def _spread(samples: Samples, tokens: int) -> list[Sequence[int]]:
 def _phases(checkpoint: Checkpoint, recipe: Recipe, tokens: int, trials: Sequence[_Trial]) -> tuple[list[Phase], int]:
     """Return the phases but for the start, and the bytes of the output's tensors."""
     config, times = checkpoint.config, trials[0][1]
-    layers = config.num_layers
     planned = OutputPlan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
     sizes = {tensor.planned.name: tensor.planned.nbytes for tensor in planned}
-    read = sum(checkpoint.tensors[name].nbytes for name in checkpoint.layer_tensors(config.names.layer(0)))
+    read = sum(info.nbytes for name, info in checkpoint.tensors.items() if layer_of(name) is not None)
     embedding = weight_name(config.names.embedding)
     written = sum(size for name, size in sizes.items() if layer_of(name) is not None)
     found = [
@@ -334,9 +365,9 @@ def _phases(checkpoint: Checkpoint, recipe: Recipe, tokens: int, trials: Sequenc
         Phase("embedding", times["embedding"], checkpoint.tensors[embedding].nbytes, sizes[embedding]),
     ]
     if recipe.decides_by_comparison:
-        found.append(Phase("float pass", layers * _layer_seconds(trials, "float pass", tokens), layers * read))
+        found.append(Phase("float pass", _seconds(config, trials, "float pass", tokens), read))
     found += [
-        Phase("layers", layers * _layer_seconds(trials, "layer", tokens), layers * read, written),
+        Phase("layers", _seconds(config, trials, "layer", tokens), read, written),
         Phase(
             "head",
             times["head"],
