@@ -16,13 +16,14 @@ from eightfold.cli.batch_output import AnswerFile, Stdout
 from eightfold.engine.engine import Engine
 from eightfold.engine.settings import EngineConfig
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.stamp import first_values
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
     from eightfold.engine.outputs import RequestOutput
     from eightfold.progress import Task
 
-# Of each tensor so much tells one model from another: all of the scales, the beginning of the weights.
+# Of a tensor so much tells one model from another: all of the scales, the beginning of the weights.
 _STAMP_BYTES = 1 << 16
 
 # Between two looks at the speed.
@@ -105,10 +106,9 @@ def _setup(checkpoint: Checkpoint, batch: Batch, tokenizer: Tokenizer, config: E
         facts.append(tokenizer.template_source())
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8)
     digest.update(tokenizer.content)
-    for name in sorted(checkpoint.tensors):
-        array = checkpoint.array(name).reshape(-1)
-        digest.update(f"{name} {array.dtype} {array.size}".encode())
-        digest.update(array[: _STAMP_BYTES // array.itemsize].tobytes())
+    for info, begins in first_values(checkpoint, _STAMP_BYTES):
+        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+        digest.update(begins)
     return digest.hexdigest()
 
 

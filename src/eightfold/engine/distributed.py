@@ -28,6 +28,7 @@ import numpy as np
 from eightfold import __version__
 from eightfold.errors import CapacityError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.stamp import first_values
 from eightfold.model import native as core
 from eightfold.model.native import load as native
 from eightfold.model.native.model import NativeModel, Step
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # A step of the slowest machine takes less.
 _GLOO_SECONDS = 600
 
-_STAMP_BYTES = 64  # of each tensor, in a checkpoint's fingerprint
+_STAMP_BYTES = 64  # of a tensor, in a checkpoint's fingerprint
 
 _ADVICE = {
     "eightfold": "Install the same version on all hosts.",
@@ -268,10 +269,9 @@ def _setup(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return 16 hexadecimal digits that differ where config, names, places, sizes or first values of tensors do."""
     digest = hashlib.blake2b(json.dumps(checkpoint.config_raw, sort_keys=True).encode(), digest_size=8)
-    for name, info in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())
-        array = checkpoint.array(name).reshape(-1)
-        digest.update(array[: _STAMP_BYTES // array.itemsize].tobytes())
+    for info, begins in first_values(checkpoint, _STAMP_BYTES):
+        digest.update(f"{info.name} {info.dtype} {info.shape} {info.file.name} {info.begin}".encode())
+        digest.update(begins)
     return digest.hexdigest()
 
 
