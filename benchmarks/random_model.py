@@ -1,4 +1,4 @@
-"""Random weights in the shape of Llama-3.2-1B, for speed only: a float directory, and the same as a Q8_0 GGUF file.
+"""Random weights in the shape of Llama-3.2-1B, for speed only: a float directory; and any such as a Q8_0 GGUF file.
 
 Norm gains are 1 and linears keep the size of what goes through them, so activations stay finite.
 """
@@ -6,18 +6,24 @@ Norm gains are 1 and linears keep the size of what goes through them, so activat
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from eightfold.architectures import Names
 from eightfold.config import parse_config
-from eightfold.families import all_linears, all_norms
+from eightfold.families import all_linears, all_norms, expert_block
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.tensors import load_tensor
+from eightfold.scheme import weight_name
+
+_Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,8 +54,13 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate": "ffn_gate_inp",
 }
+GGUF_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # one tensor of all experts each
+FAMILIES = {"LlamaForCausalLM": "llama", "Qwen3MoeForCausalLM": "qwen3moe"}
 VOCABULARY = "tokenizer.ggml."  # how its fields in a GGUF file begin
 
 
@@ -74,42 +85,64 @@ def write_float_model(directory: Path, layers: int) -> None:
 
 
 def write_q8_0(source: Path, target: Path, vocabulary: Path | None) -> None:
-    """Write a float directory as a Q8_0 GGUF file if it is not there.
+    """Write a float directory as a Q8_0 GGUF file if it is not there, a tensor at a time.
 
     Queries and keys keep the order of their channels, which GGUF would have otherwise: their values do not matter here.
 
     Args:
-        source: as write_float_model leaves it.
+        source: a directory with an architecture of FAMILIES.
         target: the file.
         vocabulary: a GGUF file whose vocabulary is taken over, filled up to the model's; some readers need one.
     """
     if target.exists():
         return
     part = target.with_suffix(".part")
-    writer = gguf.GGUFWriter(part, "llama")
     checkpoint = Checkpoint.open(source)
+    writer = gguf.GGUFWriter(part, FAMILIES[checkpoint.config.architecture])
     _add_settings(writer, checkpoint)
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
     else:
         _add_vocabulary(writer, gguf.GGUFReader(vocabulary), checkpoint.config.vocab_size)
-    for name in checkpoint.tensors:
-        values = load_tensor(checkpoint, name).float().numpy()
-        kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+    tensors = dict(_gguf_tensors(checkpoint))
+    for name, stored in tensors.items():
+        shape = checkpoint.array(stored[0]).shape
+        shape, kind = (len(stored), *shape) if len(stored) > 1 else shape, _kind(name, len(shape))
+        size = gguf.quant_shape_to_byte_shape(shape, kind) if kind is _Q8_0 else (*shape[:-1], 4 * shape[-1])
+        dtype = np.dtype(np.uint8 if kind is _Q8_0 else np.float32)
+        writer.add_tensor_info(name, size if kind is _Q8_0 else shape, dtype, math.prod(size), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for name, stored in tensors.items():
+        values = [load_tensor(checkpoint, each).float().numpy() for each in stored]
+        written = [gguf.quants.quantize(each, _kind(name, each.ndim)) for each in values]
+        writer.write_tensor_data(np.stack(written) if len(written) > 1 else written[0])
+        checkpoint.release(stored)
     writer.close()
     part.rename(target)
 
 
-def _gguf_name(name: str) -> str:
-    module = name.removesuffix(".weight")
-    if module in (Names().embedding, Names().final_norm):
-        return {Names().embedding: "token_embd", Names().final_norm: "output_norm"}[module] + ".weight"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[rest]}.weight"
+def _kind(name: str, dims: int) -> gguf.GGMLQuantizationType:
+    """Return how a tensor is stored: a router in float32, as in llama.cpp's own files."""
+    return _Q8_0 if dims > 1 and "ffn_gate_inp" not in name else gguf.GGMLQuantizationType.F32
+
+
+def _gguf_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name of each tensor in the GGUF file and the tensors of the checkpoint that it consists of."""
+    config, names = checkpoint.config, checkpoint.config.names
+    ends = {names.embedding: "token_embd", names.final_norm: "output_norm", names.head: "output"}
+    for module, name in ends.items():
+        if weight_name(module) in checkpoint.tensors:
+            yield weight_name(name), [weight_name(module)]
+    for layer in range(config.num_layers):
+        prefix, to = names.layer(layer), f"blk.{layer}."
+        for module, name in GGUF_NAMES.items():
+            if weight_name(prefix + module) in checkpoint.tensors:
+                yield weight_name(to + name), [weight_name(prefix + module)]
+        block = expert_block(config, layer)
+        for name, linears in zip(GGUF_EXPERTS, zip(*block.experts, strict=True) if block else (), strict=False):
+            yield weight_name(to + name), [weight_name(prefix + linear.name) for linear in linears]
 
 
 def _add_settings(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
@@ -124,6 +157,13 @@ def _add_settings(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if config.experts is not None:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.per_token)
+        writer.add_expert_feed_forward_length(config.experts.intermediate_size)
+    if config.head_dim * config.num_heads != config.hidden_size:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
 
 
