@@ -448,6 +448,8 @@ def expert_count(raw: Mapping[str, Any], layer_idx: int) -> int | None:
 
 def engine_names(layout: Layout) -> str:
     """Return the engines that load a family's 8-bit checkpoints, as a text."""
+    if layout.takes_any:
+        return "loaders of Llama-shaped models"
     titles = {
         "mindie": "MindIE",
         "mindie-aclgraph": "MindIE (aclgraph)",

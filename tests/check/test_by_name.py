@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eightfold.check import by_name
+from eightfold.format.named import NamedDirectory
 from eightfold.quant.by_name import quantize_by_name
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.recipe import Recipe
@@ -52,7 +53,7 @@ class Made:
 
     def rules(self, loader: str) -> dict[str, str]:
         """Return what is found: rule -> verdict."""
-        report = by_name.check(by_name.NamedDirectory.open(self.path), loader)
+        report = by_name.check(NamedDirectory.open(self.path), loader)
         return {finding.rule.removeprefix(f"{loader}."): finding.verdict.value for finding in report.findings}
 
 

@@ -12,6 +12,7 @@ from eightfold.architectures import KNOWN
 from eightfold.check import by_name
 from eightfold.config import DType
 from eightfold.errors import CapacityError
+from eightfold.format.named import NamedDirectory
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.qparams import quantize_weight
@@ -83,7 +84,7 @@ def test_every_family_has_the_linears_of_its_recipe_and_a_key_for_every_tensor(t
     assert {tags[key] for key in entries if key.endswith(ends)} == ({"W8A8_DYNAMIC"} if ends else set())
     assert all(key.endswith((*ends, "lm_head.weight")) for key in entries)
     assert tags["lm_head.weight"] == "FLOAT"
-    directory = by_name.NamedDirectory.open(out)
+    directory = NamedDirectory.open(out)
     refused = {loader: by_name.check(directory, loader).findings for loader in directory.layout.engines}
     assert {f.rule for findings in refused.values() for f in findings if not f.verdict.is_harmless} == set()
     require_answers(out)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from eightfold.check import by_name
 from eightfold.errors import ConfigError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint, read_description
+from eightfold.format.named import NamedDirectory
 from eightfold.model.reference.experts import Router
 from eightfold.model.reference.load import Decoder
 from eightfold.quant import budget, estimate
@@ -87,7 +88,7 @@ def test_attention_is_static_and_experts_are_dynamic(tmp_path, saved, name, opti
     checkpoint = Checkpoint.open(tmp_path / "out")
     expected, found = (Decoder(each).logits(SAMPLES[0]) for each in (Checkpoint.open(saved(name)), checkpoint))
     assert float((found - expected).norm() / expected.norm()) < 0.05
-    directory = by_name.NamedDirectory.open(tmp_path / "out")
+    directory = NamedDirectory.open(tmp_path / "out")
     for loader in directory.layout.engines:
         findings = [f for f in by_name.check(directory, loader).findings if not f.verdict.is_harmless]
         rules = {finding.rule for finding in findings}

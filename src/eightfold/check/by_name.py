@@ -6,23 +6,16 @@ and main), sglang's modelslim.py, MindIE-LLM atb_llm/models and mindie_llm/runti
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from eightfold.check import Finding, Report, Rules, Summary, Verdict
 from eightfold.config import DType
-from eightfold.errors import CheckpointError, one_of
-from eightfold.files import read_json
-from eightfold.format.checkpoint import SHORT_NAME, find_description, read_description
-from eightfold.format.directory import CONFIG_NAME, read_tensors
-from eightfold.format.journal import require_finished
-from eightfold.format.safetensors import TensorInfo
-from eightfold.layouts import EXPERT, GROUPS, Layout, Part, layer_count, layout_of, text_config
+from eightfold.errors import one_of
+from eightfold.format.checkpoint import SHORT_NAME
+from eightfold.format.directory import CONFIG_NAME
+from eightfold.format.named import NamedDirectory
+from eightfold.layouts import EXPERT
 from eightfold.scheme import BIAS, LINEAR_TENSORS, WEIGHT, QuantType, linear_tensors, weight_name
 
 _FLOAT = QuantType.FLOAT.value
@@ -124,102 +117,16 @@ RULES = {
 }
 
 
-@dataclass
-class NamedDirectory:
-    """A directory of which only names, types and shapes are known.
-
-    Attributes:
-        path: the folder.
-        config: config.json as it stands.
-        layout: the row of the family.
-        description: the name of its description; empty for a float model.
-        labels: its entries.
-        tensors: every stored tensor by name.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    layout: Layout
-    description: str
-    labels: Mapping[str, str]
-    tensors: Mapping[str, TensorInfo]
-
-    @classmethod
-    def open(cls, path: Path) -> NamedDirectory:
-        """Gather a directory.
-
-        Raises:
-            CheckpointError: no directory, an unfinished one, or one whose files are missing or damaged.
-            UnsupportedError: an architecture that is not known, over weights without a description.
-        """
-        require_finished(path)
-        if not path.is_dir():
-            raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
-        config = read_json(path / CONFIG_NAME)
-        found = find_description(path)
-        layout = layout_of(config, path / CONFIG_NAME, is_generic=found is not None)
-        tensors, _ = read_tensors(path, config, is_quantized=found is not None)
-        labels = read_description(found).tags if found else {}
-        return cls(path, config, layout, found.name if found else "", labels, tensors)
-
-    @cached_property
-    def linears(self) -> dict[str, str]:
-        """The linears of the layers by module -> label; those of layers behind the last only where they are int8."""
-        count = layer_count(self.config, self.path / CONFIG_NAME)
-        found = {}
-        for name, info in self.tensors.items():
-            module, _, last = name.rpartition(".")
-            inner = self._in_layer.fullmatch(module)
-            is_inside = inner is not None and int(inner[1]) < count
-            is_known = inner is not None and (self.layout.takes_any or self.layout.rule_of(inner[2]) is not None)
-            if last == WEIGHT and len(info.shape) == 2 and ((is_inside and is_known) or info.dtype == _INT8):
-                found[module] = self.labels.get(name, _FLOAT)
-        return found
-
-    @cached_property
-    def _in_layer(self) -> re.Pattern[str]:
-        prefix = next((each for each in self.layout.layers if any(n.startswith(each) for n in self.tensors)), "\0")
-        return re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
-
-    def part_of(self, module: str) -> Part:
-        """Return what a linear is."""
-        inner = self._in_layer.fullmatch(module)
-        rule = self.layout.rule_of(inner[2]) if inner is not None else None
-        return Part.OTHER if rule is None else rule.part
-
-    @cached_property
-    def experts(self) -> dict[str, Counter[str]]:
-        """The experts of each layer: module of all -> how many of its linears have each label."""
-        found: dict[str, Counter[str]] = {}
-        for module, label in self.linears.items():
-            if match := EXPERT.fullmatch(module):
-                found.setdefault(match[1], Counter())[label] += 1
-        return found
-
-    @cached_property
-    def groups(self) -> dict[str, set[str]]:
-        """What loaders join, outside of experts and in each: modules -> labels."""
-        found: dict[str, set[str]] = {}
-        for module, label in self.linears.items():
-            parent, _, last = module.rpartition(".")
-            for group in GROUPS:
-                if last in group:
-                    found.setdefault(f"{parent}.{{{','.join(group)}}}", set()).add(label)
-        return found
-
-
 def check(d: NamedDirectory, loader: str) -> Report:
     """Run the rules of one loader over a directory."""
     return Report.of(loader, str(d.path), _Check(d, loader).findings() if d.description else (), _summary(d))
 
 
 def _summary(d: NamedDirectory) -> Summary:
-    text = text_config(d.config)
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or d.config.get("torch_dtype") or "unknown")
     others = [label for module, label in d.linears.items() if not EXPERT.fullmatch(module)]
     kinds = Counter(next(iter(labels)) if len(labels) == 1 else "mixed" for labels in d.experts.values())
     packs = {"experts": dict(kinds)} if kinds else {}
-    return Summary(dtype, dict(Counter(others)), packs, "float", "float", 0)
+    return Summary(d.dtype, dict(Counter(others)), packs, "float", "float", 0)
 
 
 class _Check:

@@ -212,10 +212,10 @@ class ChatCommand:
     def _load(self, template: str | None) -> Engine:
         with console.loading():
             from eightfold.engine.engine import Engine
-            from eightfold.format.directory import require_model
+            from eightfold.format.checkpoint import require_runnable
             from eightfold.tokenizer import Tokenizer
 
-            require_model(self.model)
+            require_runnable(self.model)
             tokenizer = Tokenizer(self.model, template)
             generating.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
             engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.engine), tokenizer)

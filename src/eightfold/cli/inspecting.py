@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.measure import Measurement
     from eightfold.report.contents import Contents, Native
+    from eightfold.report.named import NamedContents
 
 EXIT_NOT_SERVED = 1
 
@@ -34,6 +35,8 @@ class InspectCommand:
 
     Example: eightfold inspect Llama-3.2-1B-w8a8
 
+    Of families that eightfold does not run, it shows what the headers and the description tell, and which engines do.
+
     EIGHTFOLD_ISA sets the instruction set, EIGHTFOLD_THREADS the number of threads.
     """
 
@@ -41,9 +44,23 @@ class InspectCommand:
     as_json: bool = as_json()
 
     def execute(self) -> None:
-        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.files import has_file, read_json
+        from eightfold.format.checkpoint import Checkpoint, find_description
+        from eightfold.format.directory import CONFIG_NAME
+        from eightfold.format.engines import elsewhere
+        from eightfold.format.named import NamedDirectory
         from eightfold.report.contents import describe, describe_native
+        from eightfold.report.named import describe_named
 
+        config = self.model / CONFIG_NAME
+        raw = read_json(config) if has_file(config) else {}
+        if elsewhere(raw, is_quantized=bool(raw) and find_description(self.model) is not None):
+            named = describe_named(NamedDirectory.open(self.model))
+            if self.as_json:
+                console.print_json(asdict(named))
+            else:
+                _print_named(named)
+            return
         checkpoint = Checkpoint.open(self.model)
         contents, native = describe(checkpoint), describe_native(checkpoint)
         if self.as_json:
@@ -74,6 +91,21 @@ def _print_contents(contents: Contents) -> None:
         for p in contents.parts
     ]
     for line in console.table(header, rows, right_from=4):
+        print(f"  {line}")
+
+
+def _print_named(contents: NamedContents) -> None:
+    size = size_text
+    files = "1 file" if contents.files == 1 else f"{contents.files} files"
+    print(contents.directory)
+    family = f", {contents.family}" if contents.family else ""
+    print(f"  model    {contents.architecture}{family}, {contents.num_layers} layers, {contents.dtype}")
+    print(f"  scheme   {contents.scheme}")
+    print(f"  size     {size(contents.nbytes)} of tensors; {size(contents.disk_bytes)} in {files}")
+    print(f"  engines  {contents.engines}; eightfold does not run this family")
+    print()
+    rows = [(p.name, p.scheme, p.dtype, str(p.count), size(p.nbytes)) for p in contents.parts]
+    for line in console.table(("part", "scheme", "stored", "count", "size"), rows, right_from=3):
         print(f"  {line}")
 
 
@@ -138,6 +170,7 @@ class CheckCommand:
         from eightfold.config import has_engine, has_experts
         from eightfold.files import has_file, read_json
         from eightfold.format.directory import CONFIG_NAME
+        from eightfold.format.named import NamedDirectory
         from eightfold.layouts import known
 
         config, asked = self.model / CONFIG_NAME, {*self.loaders}
@@ -151,7 +184,7 @@ class CheckCommand:
             directory = RawDirectory.open(self.model)
             reports += [whole[name](directory) for name in own]
         if others := [name for name in by_name.LOADERS if name in asked and name not in whole]:
-            named = by_name.NamedDirectory.open(self.model)
+            named = NamedDirectory.open(self.model)
             reports += [by_name.check(named, name) for name in others]
         return reports
 

@@ -132,13 +132,13 @@ class ServeCommand:
         name, *others = self.served_model_name or (self.model.resolve().name,)
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
-        from eightfold.format.directory import require_model
+        from eightfold.format.checkpoint import require_runnable
         from eightfold.server import logs
         from eightfold.server.serve import bind, serve
         from eightfold.server.service import ServerSettings, host_name
 
         allowed = tuple(map(host_name, self.allowed_host))
-        require_model(self.model)
+        require_runnable(self.model)
         leave_to_first(self.model, config)
         _warn_of_strangers(self.host, keys)
         sock = bind(self.host, self.port)

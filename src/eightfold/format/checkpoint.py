@@ -101,12 +101,7 @@ class Checkpoint(StoredTensors):
             ConfigError: config.json makes no sense.
             UnsupportedError: architecture, dtype or scheme that this program does not know.
         """
-        require_finished(directory)
-        require_model(directory)
-        config_raw = read_json(directory / CONFIG_NAME)
-        path = find_description(directory)
-        require_engine(config_raw, directory, is_quantized=path is not None)
-        require_architecture(config_raw, directory / CONFIG_NAME)
+        config_raw, path = require_runnable(directory)
         description = read_description(path) if path else None
         tensors, note = read_tensors(directory, config_raw, is_quantized=description is not None)
         checkpoint = cls(directory, config_raw, tensors, description)
@@ -344,6 +339,22 @@ class Checkpoint(StoredTensors):
             if self.description is None
             else "Write the directory again.",
         )
+
+
+def require_runnable(directory: Path) -> tuple[dict[str, Any], Path | None]:
+    """Return config.json and the description of a directory whose model this program runs, before anything is read.
+
+    Raises:
+        CheckpointError: not a model directory, or unfinished.
+        ConfigError: config.json names no architecture.
+        UnsupportedError: a family that only other engines run, or one that is not known.
+    """
+    require_finished(directory)
+    require_model(directory)
+    config_raw, path = read_json(directory / CONFIG_NAME), find_description(directory)
+    require_engine(config_raw, directory, is_quantized=path is not None)
+    require_architecture(config_raw, directory / CONFIG_NAME)
+    return config_raw, path
 
 
 def quantized_already(source: Path) -> CheckpointError:

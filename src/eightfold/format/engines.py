@@ -9,8 +9,10 @@ from typing import Any
 from eightfold.architectures import KNOWN
 from eightfold.config import has_engine, has_experts
 from eightfold.errors import EightfoldError, UnsupportedError, shortlist
+from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.safetensors import TensorInfo
-from eightfold.layouts import EXPERTS_PART, engine_names, known
+from eightfold.layouts import EXPERTS_PART, Layout, engine_names, known, layout_of
+from eightfold.values import shorten
 
 
 def require_engine(raw: Mapping[str, Any], directory: Path, *, is_quantized: bool) -> None:
@@ -19,15 +21,13 @@ def require_engine(raw: Mapping[str, Any], directory: Path, *, is_quantized: boo
     Raises:
         UnsupportedError: it is one; the engines that run it are named.
     """
-    row = None if has_engine(raw) else known(raw)
+    row = elsewhere(raw, is_quantized=is_quantized)
     if row is None:
         return
-    got, action = f"a {row.architecture}, which runs in other engines ({engine_names(row)})", "quantizes it for these"
+    name = shorten(raw["architectures"][0], 200)
+    got, action = f"a {name}, which runs in other engines ({engine_names(row)})", "quantizes it for these"
     if is_quantized:
-        got, action = (
-            f"an 8-bit {row.architecture}, which was made for other engines ({engine_names(row)})",
-            "checks it",
-        )
+        got, action = f"an 8-bit {name}, which was made for other engines ({engine_names(row)})", "checks it"
     raise UnsupportedError(
         "model",
         where=directory,
@@ -35,6 +35,19 @@ def require_engine(raw: Mapping[str, Any], directory: Path, *, is_quantized: boo
         expected=KNOWN,
         action=f"eightfold {action}, and does not run it.",
     )
+
+
+def elsewhere(raw: Mapping[str, Any], *, is_quantized: bool) -> Layout | None:
+    """Return the row of a family that this program quantizes and does not run; None for any other."""
+    return None if has_engine(raw) else _row(raw, is_quantized=is_quantized)
+
+
+def _row(raw: Mapping[str, Any], *, is_quantized: bool) -> Layout | None:
+    """Return the row of a family; for an 8-bit model that of any, as quantizing takes any."""
+    named = raw.get("architectures")
+    if is_quantized and isinstance(named, list) and len(named) == 1 and isinstance(named[0], str):
+        return layout_of(raw, Path(CONFIG_NAME), is_generic=True)
+    return known(raw)
 
 
 def explain_stacked(raw: Mapping[str, Any], directory: Path, tensors: Iterable[TensorInfo]) -> EightfoldError | None:

@@ -188,7 +188,7 @@ class NamePlan:
         if self.dtype is DType.F32:
             self.notes.append("OUT is a float32 model, which MindIE refuses: save the source in bfloat16 first.")
         if not has_engine(self.stored.config_raw):
-            loaders = "loaders of Llama-shaped models" if self.layout.takes_any else engine_names(self.layout)
+            loaders = engine_names(self.layout)
             self.notes.append(f"OUT is for other engines ({loaders}): eightfold itself does not run this family.")
 
     def _split_groups(self) -> list[str]:
