@@ -1,6 +1,10 @@
 #include "experts.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -21,6 +25,12 @@ int in_lanes(int places) { return chunk_count(places, kLanes) * kLanes; }
 int packed_of(int tokens) {
     const int rest = tokens % kLanes;
     return rest <= kFewTokens ? tokens - rest : tokens;
+}
+
+void ask_for_pages(const void* at, size_t bytes) {
+    static const size_t page = sysconf(_SC_PAGESIZE);
+    const size_t begin = reinterpret_cast<size_t>(at), first = begin / page * page;
+    (void)madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_WILLNEED);
 }
 
 // Calls f(first row, rows, first token, end, layout) for the pieces of a product: some rows meet all tokens of a bunch,
@@ -266,6 +276,15 @@ void Experts::make_blocks(Plan& plan) const {
     }
 }
 
+// Whoever is the first to choose an expert asks the system to read its weights from the file, all at once: page by page,
+// as they are used, a disk is several times slower.
+void Experts::ask_for(Expert& expert) {
+    if (std::atomic_ref<bool>(expert.is_asked).exchange(true, std::memory_order_relaxed)) return;
+    for (const Group* group : {&expert.gate_up, &expert.down}) {
+        for (const Linear& linear : group->linears) ask_for_pages(linear.weight, linear.weight_bytes());
+    }
+}
+
 // Inside a phase.
 Experts::Plan& Experts::plan_of(const Place& of, int thread) {
     if (!is_alone(of)) return plan_;
@@ -275,6 +294,9 @@ Experts::Plan& Experts::plan_of(const Place& of, int thread) {
     own.layer = &of.layer;
     for (int t = 0; t < of.run.batch.tokens; t++) choose(of, t, own.plan);
     make_bunches(of, own.plan);
+    for (const Bunch& bunch : own.plan.bunches) {
+        if (has(bunch.expert)) ask_for(of.layer.experts[bunch.expert]);
+    }
     return own.plan;
 }
 
@@ -297,6 +319,7 @@ bool Experts::route(Pool::Walk& walk, const Place& of) {
 void Experts::gather(const Place& of, const Block& block, int thread) {
     const Bunch& bunch = plan_.bunches[block.bunch];
     const Group& group = of.layer.experts[bunch.expert].gate_up;
+    if (block.begin == 0) ask_for(of.layer.experts[bunch.expert]);
     const std::vector<Prepared>& from = products_.prepared(of.run, input_of(of), thread);
     const Layout layout = block.layout;
     Room& room = plan_.rooms[bunch.is_shared];

@@ -157,6 +157,7 @@ private:
     void choose(const Place& of, int t, Plan& plan) const;
     void make_bunches(const Place& of, Plan& plan) const;
     void make_blocks(Plan& plan) const;
+    static void ask_for(Expert& expert);
     Plan& plan_of(const Place& of, int thread);
     const Plan& quantized_plan_of(const Place& of, int thread);
     void gather(const Place& of, const Block& block, int thread);

@@ -55,6 +55,7 @@ struct ModelConfig {
 
 struct Expert {
     Group gate_up, down;
+    bool is_asked = false;  // its weights for, when it was first chosen
 };
 
 struct Layer {
