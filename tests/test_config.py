@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from eightfold.architectures import KNOWN
-from eightfold.config import DType, ModelConfig, both_dialects, has_engine, parse_config
+from eightfold.config import DType, ModelConfig, has_engine, parse_config
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, UnsupportedError
 from eightfold.files import read_json
 from eightfold.rope import RopeParameters
+from eightfold.written_config import both_dialects
 from tests.conftest import FAMILIES, SPARSE, tiny_config
 
 WHERE = Path("m/config.json")

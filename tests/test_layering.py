@@ -29,6 +29,8 @@ RANKS = {
     "architectures": 1,
     "config": 3,
     "rope": 2,
+    "text_part": 2,
+    "written_config": 4,
     "files": 1,
     "families": 5,
     "layouts": 4,

@@ -24,11 +24,11 @@ from eightfold.rope import (
     RopeParameters,
     by_layer_type,
     fit_rope,
-    in_both_dialects,
     read_rope,
     read_rotary_part,
 )
-from eightfold.values import COUNT, FLAG, INTEGER, INTEGERS, POSITIVE, TEXT, TEXTS, optional, require, shorten, shown
+from eightfold.text_part import text_part, without_sections
+from eightfold.values import COUNT, FLAG, INTEGER, INTEGERS, POSITIVE, TEXT, TEXTS, optional, require, shorten
 
 
 class DType(str, Enum):
@@ -60,7 +60,7 @@ Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_LEFT_OUT = ("quantization_config", "quantize", "transformers_weights")
+
 
 MAX_LAYERS = 10_000  # tensor names are listed for each
 
@@ -234,7 +234,7 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         UnsupportedError: an architecture, an activation or a rope type that is not implemented.
     """
     family = require_architecture(raw, where)
-    raw = _text_part(raw, family, where)
+    raw = text_part(raw, family, where)
     said = _with_defaults(raw, family, where)
     if _has_no_window(raw, family):
         said["sliding_window"] = None
@@ -277,29 +277,6 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     return _with_rope(config, raw, said, where)
 
 
-def _text_part(raw: Mapping[str, Any], family: Family, where: Path) -> Mapping[str, Any]:
-    """Return what a file says of the text model; of a wrapper that is a part of it, in older files all of it.
-
-    Raises:
-        ConfigError: `text_config` is no object.
-        UnsupportedError: its text model is of another family.
-    """
-    inner = raw.get("text_config") if family.is_wrapper else None
-    if inner is None:
-        return raw
-    if not isinstance(inner, dict):
-        raise ConfigError('"text_config"', where=where, got=shown(inner), expected="an object")
-    if inner.get("model_type") not in (None, *family.text_types):
-        what, got = '"model_type" of text_config', shorten(str(inner["model_type"]))
-        raise UnsupportedError(what, where=where, got=got, expected=one_of(family.text_types))
-    outer = {key: raw[key] for key in ("torch_dtype", "dtype") if raw.get(key) is not None}
-    inner = {key: value for key, value in inner.items() if not outer or key not in ("torch_dtype", "dtype")}
-    is_tied = [part["tie_word_embeddings"] for part in (raw, inner) if part.get("tie_word_embeddings") is not None]
-    # Files of before transformers 5 say it inside, and the class of the whole then writes its own default outside.
-    tied = {"tie_word_embeddings": True if True in is_tied else is_tied[0]} if is_tied else {}
-    return {**inner, **outer, **tied}
-
-
 def _with_rope(config: ModelConfig, raw: Mapping[str, Any], said: Mapping[str, Any], where: Path) -> ModelConfig:
     """Return the settings with how positions turn queries and keys.
 
@@ -312,7 +289,7 @@ def _with_rope(config: ModelConfig, raw: Mapping[str, Any], said: Mapping[str, A
         raise ConfigError('"partial_rotary_factor"', where=where, got=got, expected="an even number of channels")
     family, context = FAMILIES[config.architecture], config.max_position_embeddings
     theta = family.defaults.get("rope_theta", RopeParameters.rope_theta)
-    full, local = _without_sections(raw, family), None
+    full, local = without_sections(raw, family), None
     if LOCAL_BASE in family.defaults:
         full, local = by_layer_type(full)
     rope = fit_rope(read_rope(full, where, theta), config.rotary_dim, context, where)
@@ -320,19 +297,6 @@ def _with_rope(config: ModelConfig, raw: Mapping[str, Any], said: Mapping[str, A
         return replace(config, rope=rope)
     local_rope = read_rope(local, where, family.defaults[LOCAL_BASE])
     return replace(config, rope=rope, local_rope=fit_rope(local_rope, config.rotary_dim, context, where))
-
-
-def _without_sections(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return a wrapper's settings without what distinguishes time, height and width, which are one in a text."""
-    out = dict(raw)
-    for key in ("rope_scaling", "rope_parameters"):
-        if family.is_wrapper and isinstance(raw.get(key), dict) and _SECTIONS in raw[key]:
-            rope = {name: value for name, value in raw[key].items() if name != _SECTIONS}
-            out[key] = {name: "default" if value == "mrope" else value for name, value in rope.items()}
-    return out
-
-
-_SECTIONS = "mrope_section"
 
 
 def _pattern(said: Mapping[str, Any], num_layers: int, where: Path) -> tuple[str, ...]:
@@ -503,50 +467,3 @@ def _dtype(raw: Mapping[str, Any], where: Path) -> DType | None:
             raise UnsupportedError(f'"{key}"', where=where, got=shorten(name), expected=one_of(CONFIG_DTYPES))
         return CONFIG_DTYPES[name]
     return None
-
-
-def both_dialects(raw: Mapping[str, Any], config: ModelConfig, dtype: DType) -> dict[str, Any]:
-    """Return config.json's object with dtype and rope in both dialects, and with what loaders cannot guess.
-
-    Other keys are kept as they are, except `quantization_config` and `quantize`: present, they would hide the
-    description file from the loaders, or contradict it. And except `transformers_weights`, a name of the source's file.
-    """
-    family, where = FAMILIES[config.architecture], Path("config.json")
-    inner = raw.get("text_config") if family.is_wrapper else None
-    part = raw if inner is None else inner
-    out = {key: value for key, value in part.items() if key not in _LEFT_OUT}
-    out["torch_dtype"] = out["dtype"] = next(name for name, known in CONFIG_DTYPES.items() if known is dtype)
-    # Loaders do not agree on what an absent one means in these families.
-    if family.kv_heads is not None and part.get("num_key_value_heads") is None:
-        out["num_key_value_heads"] = config.num_kv_heads
-    if family.head_dim is not None and part.get("head_dim") is None:
-        out["head_dim"] = config.head_dim
-    if config.experts is not None:  # by one name or the other
-        out["num_experts"] = out["num_local_experts"] = config.experts.count
-    out.update(_rope_in_both(part, config, where))
-    if inner is not None:
-        outer = {key: value for key, value in raw.items() if key not in _LEFT_OUT}
-        out = {**outer, "torch_dtype": out["dtype"], "dtype": out["dtype"], "text_config": out}
-    return {**out, "model_type": family.model_type}
-
-
-def _rope_in_both(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> dict[str, Any]:
-    """Return what a file says of the rotary embedding in both dialects."""
-    family = FAMILIES[config.architecture]
-    full, local = _without_sections(raw, family), None
-    if config.local_rope is not None:
-        full, local = by_layer_type(full)
-    out = in_both_dialects(full, config.rope, where)
-    said = [raw[key] for key in ("rope_scaling", "rope_parameters") if isinstance(raw.get(key), dict)]
-    sections = next((rope[_SECTIONS] for rope in said if _SECTIONS in rope), None)
-    if sections is not None:
-        out["rope_scaling"] = {**(out["rope_scaling"] or {"type": "mrope"}), _SECTIONS: sections}
-        out["rope_parameters"][_SECTIONS] = sections
-    if family.rotary_part is not None:
-        out["partial_rotary_factor"] = out["rope_parameters"]["partial_rotary_factor"] = config.rotary_part
-    if local is not None and config.local_rope is not None:
-        sliding = in_both_dialects(local, config.local_rope, where)
-        out[LOCAL_BASE] = sliding["rope_theta"]
-        types = dict(zip(LAYER_TYPES, (out["rope_parameters"], sliding["rope_parameters"]), strict=True))
-        out["rope_parameters"] = types
-    return out

@@ -121,8 +121,9 @@ def safetensors_header(path: Path) -> object:
 
 
 def config(path: Path) -> object:
-    from eightfold.config import DType, both_dialects, parse_config
+    from eightfold.config import DType, parse_config
     from eightfold.files import read_json
+    from eightfold.written_config import both_dialects
 
     raw = read_json(path)
     return both_dialects(raw, parse_config(raw, path), DType.BF16)

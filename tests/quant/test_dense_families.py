@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from eightfold.check.by_name import NamedDirectory, check
+from eightfold.errors import UnsupportedError
+from eightfold.files import read_json, write_json
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
+from eightfold.quant.by_name import quantize_by_name
+from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import AntiOutlier, Recipe
 from eightfold.scheme import QuantType
@@ -58,3 +66,33 @@ def test_what_is_quantized_stays_close(models, tmp_path, name, recipe):
         assert outcome.smoothing.max_logit_difference < 2e-3 * outcome.smoothing.max_logit
     left = [note for note in outcome.notes if "smooths" in note]
     assert bool(left) is (name == "olmo2" and RECIPES[recipe].anti_outlier is not None)
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4", "gemma3-wrapped", "internlm2"])
+def test_by_name_they_become_the_same_bytes(models, tmp_path, name):
+    quantize_checkpoint(models[name], tmp_path / "engine", Recipe(DYNAMIC))
+    quantize_by_name(plan_by_name(models[name], Recipe(DYNAMIC)), tmp_path / "names")
+    ours: dict[str, torch.Tensor] = {}
+    theirs: dict[str, torch.Tensor] = {}
+    for found, folder in ((ours, "engine"), (theirs, "names")):
+        for file in (tmp_path / folder).glob("*.safetensors"):
+            found.update(load_file(file))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    described, config = "quant_model_description.json", "config.json"
+    for file in (described, config):
+        assert read_json(tmp_path / "engine" / file) == read_json(tmp_path / "names" / file)
+    if name == "gemma3-wrapped":
+        assert any(key.startswith("vision_tower.") for key in ours)
+    checked = check(NamedDirectory.open(tmp_path / "engine"), "vllm-ascend")
+    assert checked.verdict.is_harmless
+
+
+def test_a_wrapper_of_another_text_model_is_refused(models, tmp_path):
+    source = tmp_path / "m"
+    shutil.copytree(models["gemma3-wrapped"], source)
+    raw = read_json(source / "config.json")
+    raw["text_config"]["model_type"] = "llama"
+    write_json(source / "config.json", raw)
+    with pytest.raises(UnsupportedError, match="text_config"):
+        quantize_checkpoint(source, tmp_path / "out", Recipe(DYNAMIC))

@@ -106,7 +106,8 @@ class Summary:
         attention = f"{self.attention} attention"
         if self.attention_layers:
             attention += f" in {self.attention_layers} layers"
-        return f"{self.dtype}: {linears} ({packs}), {self.kv_cache} KV cache, {attention}"
+        packed = f" ({packs})" if packs else ""
+        return f"{self.dtype}: {linears}{packed}, {self.kv_cache} KV cache, {attention}"
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "text": self.text}

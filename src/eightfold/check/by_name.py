@@ -126,7 +126,10 @@ def _summary(d: NamedDirectory) -> Summary:
     others = [label for module, label in d.linears.items() if not EXPERT.fullmatch(module)]
     kinds = Counter(next(iter(labels)) if len(labels) == 1 else "mixed" for labels in d.experts.values())
     packs = {"experts": dict(kinds)} if kinds else {}
-    return Summary(d.dtype, dict(Counter(others)), packs, "float", "float", 0)
+    labels = {*d.labels.values()}
+    cache = "int8 (not checked)" if QuantType.C8.value in labels else "float"
+    attention = "FAQuant (not checked)" if QuantType.FAQUANT.value in labels else "float"
+    return Summary(d.dtype, dict(Counter(others)), packs, cache, attention, 0)
 
 
 class _Check:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eightfold.architectures import Names
-from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, both_dialects, parse_config
+from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, parse_config
 from eightfold.errors import CheckpointError, DependencyError, OutputError, UnsupportedError, one_of, shortlist
 from eightfold.families import all_linears, all_norms
 from eightfold.files import write_json
@@ -36,6 +36,7 @@ from eightfold.progress import Progress, silent
 from eightfold.rope import RopeParameters
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 from eightfold.values import COUNT, POSITIVE, require, shorten, shown
+from eightfold.written_config import both_dialects
 
 if TYPE_CHECKING:
     import numpy as np

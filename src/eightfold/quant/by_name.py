@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from eightfold.config import CONFIG_DTYPES, EXPERT_KEYS, DType, both_dialects, has_engine, parse_config
+from eightfold.config import CONFIG_DTYPES, EXPERT_KEYS, DType, has_engine, parse_config
 from eightfold.files import write_json
 from eightfold.format.checkpoint import render_description
 from eightfold.format.directory import CONFIG_NAME
@@ -37,6 +37,7 @@ from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over
 from eightfold.scheme import BIAS, WEIGHT, WEIGHT_OFFSET, WEIGHT_SCALE, QuantType, description_names, weight_file_stem
 from eightfold.scheme import linear_tensors as tensors_of
+from eightfold.written_config import both_dialects
 
 _REDUNDANT = ("quantization_config", "compression_config", "quantize", "transformers_weights")
 _SLACK_BYTES = 256 << 20

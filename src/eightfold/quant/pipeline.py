@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from eightfold.config import both_dialects
 from eightfold.errors import ConfigError, OutputError
 from eightfold.families import family_layout
 from eightfold.files import write_json
@@ -39,6 +38,7 @@ from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.run import Job, Notes, Run
 from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over
 from eightfold.scheme import QuantType, description_names, weight_file_stem
+from eightfold.written_config import both_dialects
 
 
 def quantize_checkpoint(
