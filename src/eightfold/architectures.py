@@ -255,6 +255,8 @@ FAMILIES: dict[str, Family] = {
         Family("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "qkv", window="flagged", context=32768, kv_heads=8,
                defaults={"rope_theta": 1e6, "max_window_layers": 80, "rms_norm_eps": 1e-5},
                text_types=("qwen2_5_vl_text", "qwen2_5_vl")),
+        Family("Qwen3VLForConditionalGeneration", "qwen3_vl", "config", qk_norm="head", context=128000, kv_heads=32,
+               head_dim=128, defaults={"rope_theta": 5e5}, text_types=("qwen3_vl_text",)),
         Family("Mistral3ForConditionalGeneration", "mistral3", window="all", context=131072, kv_heads=8,
                text_types=("mistral",)),
     )

@@ -10,7 +10,7 @@ from eightfold.architectures import Family
 from eightfold.errors import ConfigError, UnsupportedError, one_of
 from eightfold.values import shorten, shown
 
-SECTIONS = "mrope_section"
+SECTIONS = ("mrope_section", "mrope_interleaved")
 
 
 def text_part(raw: Mapping[str, Any], family: Family, where: Path) -> Mapping[str, Any]:
@@ -40,7 +40,7 @@ def without_sections(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return a wrapper's settings without what distinguishes time, height and width, which are one in a text."""
     out = dict(raw)
     for key in ("rope_scaling", "rope_parameters"):
-        if family.is_wrapper and isinstance(raw.get(key), dict) and SECTIONS in raw[key]:
-            rope = {name: value for name, value in raw[key].items() if name != SECTIONS}
+        if family.is_wrapper and isinstance(raw.get(key), dict):
+            rope = {name: value for name, value in raw[key].items() if name not in SECTIONS}
             out[key] = {name: "default" if value == "mrope" else value for name, value in rope.items()}
     return out

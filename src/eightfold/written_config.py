@@ -47,10 +47,12 @@ def _rope_in_both(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> d
         full, local = by_layer_type(full)
     out = in_both_dialects(full, config.rope, where)
     said = [raw[key] for key in ("rope_scaling", "rope_parameters") if isinstance(raw.get(key), dict)]
-    sections = next((rope[SECTIONS] for rope in said if SECTIONS in rope), None)
-    if sections is not None:
-        out["rope_scaling"] = {**(out["rope_scaling"] or {"type": "mrope"}), SECTIONS: sections}
-        out["rope_parameters"][SECTIONS] = sections
+    sections = {name: rope[name] for rope in said for name in SECTIONS if name in rope and family.is_wrapper}
+    if sections:
+        # Some classes know the type `mrope`, others only `default`: the file's own word stands.
+        named = {name: kind for name, kind in (raw.get("rope_scaling") or {}).items() if name in ("type", "rope_type")}
+        out["rope_scaling"] = {**(out["rope_scaling"] or named or {"rope_type": "default"}), **sections}
+        out["rope_parameters"].update(sections)
     if family.rotary_part is not None:
         out["partial_rotary_factor"] = out["rope_parameters"]["partial_rotary_factor"] = config.rotary_part
     if local is not None and config.local_rope is not None:

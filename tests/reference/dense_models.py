@@ -76,9 +76,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-softcap": ("Gemma3", {**_GEMMA3, "final_logit_softcapping": 3.0}),
     "gemma3-wrapped": ("Gemma3", _GEMMA3),
     "qwen2_5_vl": ("Qwen2_5_VL", {"rope_parameters": SECTIONS}),
+    "qwen3_vl": ("Qwen3VL", {**WIDE, "rope_parameters": {**SECTIONS, "mrope_section": [2, 3, 3]}}),
     "mistral3": ("Mistral3", WIDE),
 }
-WRAPPED = {"gemma3-wrapped": "siglip_vision_model", "mistral3": "pixtral", "qwen2_5_vl": ""}
+WRAPPED = {"gemma3-wrapped": "siglip_vision_model", "mistral3": "pixtral", "qwen2_5_vl": "", "qwen3_vl": ""}
 
 
 def make(name: str, **changes: Any) -> Any:
@@ -106,9 +107,9 @@ def _wrapped(name: str, prefix: str, text: dict[str, Any]) -> Any:
     vision: dict[str, Any] = {"model_type": WRAPPED[name], **VISION}
     if name == "mistral3":
         text, vision = {"model_type": "mistral", "sliding_window": None, **text}, {**vision, "head_dim": 8}
-    if name == "qwen2_5_vl":
+    if name.startswith("qwen"):
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
-        vision["fullatt_block_indexes"] = [0]
+        vision |= {"fullatt_block_indexes": [0]} if name == "qwen2_5_vl" else {"deepstack_visual_indexes": [0]}
     config = getattr(transformers, f"{prefix}Config")(
         text_config=text,
         vision_config=vision,

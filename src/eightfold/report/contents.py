@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eightfold.config import ModelConfig
-from eightfold.errors import UnsupportedError
+from eightfold.errors import UnsupportedError, shortlist
 from eightfold.families import all_linears, all_norms, layer_linears
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
 from eightfold.model.native.model import PAGE
 from eightfold.scheme import WEIGHT_OFFSET, QuantType, linear_tensors, weight_name
+from eightfold.values import size_text
 
 if TYPE_CHECKING:
     from eightfold.model.native._core import Isa
@@ -73,7 +74,7 @@ def describe(checkpoint: Checkpoint) -> Contents:
         files=len(files),
         nbytes=checkpoint.resident_bytes(),
         disk_bytes=sum(path.stat().st_size for path in files),
-        float_bytes=parameters * checkpoint.dtype.itemsize,
+        float_bytes=parameters * checkpoint.dtype.itemsize + sum(info.nbytes for info in checkpoint.beside.values()),
         tied=config.tie_word_embeddings,
         notes=(*checkpoint.notes, *_notes(checkpoint)),
         parts=tuple(_parts(checkpoint)),
@@ -137,6 +138,11 @@ def _part(checkpoint: Checkpoint, name: str, modules: list[str], layers: str) ->
 def _notes(checkpoint: Checkpoint) -> list[str]:
     config = checkpoint.config
     notes = []
+    if beside := checkpoint.beside:
+        size = size_text(sum(info.nbytes for info in beside.values()))
+        notes.append(
+            f"{len(beside)} tensors ({size}) are not of the text model ({shortlist(beside, 1)}): not read here"
+        )
     if checkpoint.is_quantized:
         types = {
             name: checkpoint.quant_type(name) for name in all_linears(config) if name != checkpoint.config.names.head
