@@ -11,6 +11,8 @@ import pytest
 from eightfold.config import DType, parse_config
 from eightfold.errors import EightfoldError
 from eightfold.families import all_linears, layer_norms, layer_rope, settle_names, sliding_window, smooth_pairs
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.tokenizer import stop_token_ids
 from eightfold.written_config import both_dialects
 
 WHERE = Path("m/config.json")
@@ -116,6 +118,17 @@ def test_switches_follow_from_the_row():
     }
     # Another family's keys change nothing.
     assert parse(raw("LlamaForCausalLM", logits_scaling=8, final_logit_softcapping=3.0)).logits_multiplier == 1
+
+
+def test_a_plan_looks_at_the_first_layers_of_a_wrapper(tmp_path):
+    pytest.importorskip("transformers")
+    from tests.reference import dense_models
+
+    checkpoint = Checkpoint.open(dense_models.save(dense_models.make("gemma3-wrapped"), tmp_path / "m"))
+    first = checkpoint.first_layers(1)
+    assert (first.config.num_layers, first.config.layer_types) == (1, ("sliding_attention",))
+    assert first.beside.keys() == checkpoint.beside.keys()
+    assert stop_token_ids(tmp_path / "none", checkpoint.config_raw) == {257}
 
 
 def test_a_head_of_three_in_one_tensor():

@@ -32,7 +32,7 @@ def text_part(raw: Mapping[str, Any], family: Family, where: Path) -> Mapping[st
     inner = {key: value for key, value in inner.items() if not outer or key not in ("torch_dtype", "dtype")}
     is_tied = [part["tie_word_embeddings"] for part in (raw, inner) if part.get("tie_word_embeddings") is not None]
     # Files of before transformers 5 say it inside, and the class of the whole then writes its own default outside.
-    tied = {"tie_word_embeddings": True if True in is_tied else is_tied[0]} if is_tied else {}
+    tied = {"tie_word_embeddings": next((tied for tied in is_tied if tied), is_tied[0])} if is_tied else {}
     return {**inner, **outer, **tied}
 
 

@@ -343,8 +343,10 @@ def stop_token_ids(directory: Path, config_raw: dict[str, Any]) -> frozenset[int
     path = directory / "generation_config.json"
     settings = read_json(path) if has_file(path) else {}
     value = settings.get("eos_token_id")
+    parts = config_raw, config_raw.get("text_config")  # that of a model that sees images says it in either
+    values = [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
     if value is None:
-        value = config_raw.get("eos_token_id")
+        value = next((ids for ids in values if ids is not None), None)
     ids: Iterable[Any] = value if isinstance(value, list) else [value]
     return frozenset(token for token in ids if WHOLE.fits(token))
 

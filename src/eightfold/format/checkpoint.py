@@ -111,9 +111,12 @@ class Checkpoint(StoredTensors):
 
     def first_layers(self, count: int) -> Checkpoint:
         """Return the model that these files would hold if it had so many layers."""
-        raw = {**self.config_raw, "num_hidden_layers": count}
-        if isinstance(raw.get("layer_types"), list):
-            raw["layer_types"] = raw["layer_types"][:count]
+        raw = dict(self.config_raw)
+        is_inside = FAMILIES[self.config.architecture].is_wrapper and isinstance(raw.get("text_config"), dict)
+        part = {**(raw["text_config"] if is_inside else raw), "num_hidden_layers": count}
+        if isinstance(part.get("layer_types"), list):
+            part["layer_types"] = part["layer_types"][:count]
+        raw = {**raw, "text_config": part} if is_inside else part
         tensors = {name: info for name, info in self.tensors.items() if (layer_of(name) or 0) < count}
         return Checkpoint(self.directory, raw, tensors, self.description)
 
