@@ -61,9 +61,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 _FAQUANT, _C8 = Recipe(W8A8, fa_quant=True), Recipe(DYNAMIC, kv_int8=True, kv_symmetric=False)
 RECIPES = {
-    "phi3": [Recipe(DYNAMIC), Recipe(W8A16)],
-    "glm4": [Recipe(DYNAMIC)],
-    "internlm2": [Recipe(DYNAMIC), Recipe(W8A16, weight_symmetric=False)],
+    "phi3": [Recipe(W8A8), Recipe(W8A16)],
+    "glm4": [Recipe(W8A8), _C8],
+    "internlm2": [_FAQUANT, Recipe(W8A16, weight_symmetric=False)],
     "granite": [_FAQUANT, Recipe(DYNAMIC), Recipe(W8A16, kv_int8=True)],
     "olmo2": [_FAQUANT, Recipe(W8A16)],
     "gemma2": [Recipe(W8A8), _FAQUANT, _C8, Recipe(W8A16)],
