@@ -15,6 +15,7 @@ from eightfold.check import by_name
 from eightfold.format.named import NamedDirectory
 from eightfold.quant.by_name import quantize_by_name
 from eightfold.quant.name_plan import plan_by_name
+from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.quant.families import save_random
@@ -129,6 +130,16 @@ def test_tensors_that_are_missing_or_of_another_shape(made):
     assert out.rules("vllm-ascend") == {"shape": "refuses"}
     out.tensors(lambda stored: stored.pop(scale))
     assert out.rules("vllm-ascend") == {"missing-tensor": "refuses", "entry-without-tensor": "ignores"}
+
+
+def test_static_inputs_that_are_joined_and_not_equal(saved, tmp_path):
+    samples = [[1, 2, 3], [4, 5]]
+    quantize_checkpoint(saved("Qwen2Moe"), tmp_path / "out", Recipe(QuantType.W8A8), samples)
+    out, name = Made(tmp_path / "out"), "model.layers.1.self_attn.k_proj.input_scale"
+    assert [out.rules(loader) for loader in by_name.LOADERS] == [{}, {"family": "warns"}, {}, {}]
+    out.tensors(lambda stored: stored.update({name: 2 * stored[name]}))
+    assert out.rules("mindie") == {"inputs": "refuses"}
+    assert out.rules("vllm-ascend") == out.rules("sglang") == {"inputs": "misdecodes"}
 
 
 def test_the_config(made):

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from eightfold.check import Finding, Report, Rules, Summary, Verdict
+from eightfold.check.directory import differ, values_of
 from eightfold.config import DType
 from eightfold.errors import one_of
 from eightfold.format.checkpoint import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.named import NamedDirectory
+from eightfold.format.safetensors import MappedFile
 from eightfold.layouts import EXPERT
-from eightfold.scheme import BIAS, LINEAR_TENSORS, WEIGHT, QuantType, linear_tensors, weight_name
+from eightfold.scheme import (
+    BIAS,
+    INPUT_OFFSET,
+    INPUT_SCALE,
+    LINEAR_TENSORS,
+    WEIGHT,
+    QuantType,
+    linear_tensors,
+    weight_name,
+)
 
 _FLOAT = QuantType.FLOAT.value
 _INT8 = DType.I8.value
@@ -78,6 +90,10 @@ def _rules(loader: str, **others: dict[str, str]) -> Rules:
     return Rules(loader, texts)
 
 
+_INPUTS = {
+    "inputs": "takes one input_scale and input_offset for linears that become one, and these are not equal. "
+    "Quantize the linears that share an input with the same parameters."
+}
 _NORMS = {
     "norm-bias": f"gives every norm a bias, as keys contain {_NORM_BIAS!r}; where some have none, it may not load"
 }
@@ -92,6 +108,7 @@ RULES = {
             "fa-scheme": "has quantized attention for latent attention alone. Quantize without it for vllm-ascend.",
             "joined": "looks gate and up up by their own names: KeyError. Quantize again: they are split.",
         },
+        misdecodes=_INPUTS,
         warns={
             **_NORMS,
             "head-entry": "looks this up where it builds a head of its own for a tied model. Add it as FLOAT.",
@@ -100,10 +117,12 @@ RULES = {
     "sglang": _rules(
         "sglang",
         refuses={"fa-scheme": "has no quantized attention. Quantize without attention for SGLang."},
+        misdecodes=_INPUTS,
         warns=_NORMS,
     ),
     "mindie": _rules(
         "mindie",
+        refuses={"inputs": f"raises ValueError: it {_INPUTS['inputs']}"},
         misdecodes={
             "config-key": "takes attention or experts for another scheme without this key of config.json: got {got}, "
             "expected {expected}. Add it.",
@@ -112,7 +131,10 @@ RULES = {
     ),
     "mindie-aclgraph": _rules(
         "mindie-aclgraph",
-        misdecodes={"scheme/float": "takes int8 of a scheme that it has not for float, with a warning: got {got}"},
+        misdecodes={
+            **_INPUTS,
+            "scheme/float": "takes int8 of a scheme that it has not for float, with a warning: got {got}",
+        },
     ),
 }
 
@@ -194,9 +216,21 @@ class _Check:
                     missing += [] if spec.optional else [name]
                 elif d.tensors[name].shape not in (shape, tuple(side for side in shape if side != 1)):
                     odd.append(name)
+        yield from self._rules.found("inputs", self._unequal_inputs())
         yield from self._rules.found("missing-tensor", missing)
         yield from self._rules.found("shape", odd)
         yield from self._rules.found("label-and-weight", misfit, got=kinds)
+
+    def _unequal_inputs(self) -> list[str]:
+        """Return what loaders join although the static parameters of its inputs are not the same."""
+        maps: dict[Path, MappedFile] = {}
+        found = []
+        for group, modules in self._d.joined.items():
+            for suffix in (INPUT_SCALE, INPUT_OFFSET):
+                values = [values_of(self._d.tensors.get(f"{module}.{suffix}"), maps) for module in modules]
+                if differ([each for each in values if each is not None]):
+                    found.append(group)
+        return found
 
     def _norm_biases(self) -> Iterator[Finding]:
         """Outlier suppression gives every norm one; that of a part of the model alone is another thing."""

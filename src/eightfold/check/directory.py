@@ -160,15 +160,7 @@ class RawDirectory:
         Returns:
             float64 or int64, in the tensor's shape; None when it is not stored or of a type without a reader.
         """
-        info = self.tensors.get(name)
-        if info is None or info.dtype not in {kind.value for kind in DType if kind is not DType.F8_E4M3}:
-            return None
-        if info.file not in self._maps:
-            self._maps[info.file] = MappedFile(info.file)
-        array = self._maps[info.file].array(info)
-        if info.dtype == DType.BF16.value:
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array.astype(np.float64 if DType(info.dtype).is_float else np.int64)
+        return values_of(self.tensors.get(name), self._maps)
 
     def absent(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if name not in self.tensors]
@@ -239,6 +231,23 @@ def packs(kinds: Mapping[Packed, str]) -> dict[str, dict[str, int]]:
     for group, kind in kinds.items():
         counts[group.title][kind] += 1
     return {title: dict(count) for title, count in counts.items()}
+
+
+def values_of(info: TensorInfo | None, maps: dict[Path, MappedFile]) -> NDArray[Any] | None:
+    """Return a small tensor's values, float64 or int64; None of one that is not stored, or of a type without a reader.
+
+    Args:
+        info: where it is stored.
+        maps: the files that are open, to which its file is added.
+    """
+    if info is None or info.dtype not in {kind.value for kind in DType if kind is not DType.F8_E4M3}:
+        return None
+    if info.file not in maps:
+        maps[info.file] = MappedFile(info.file)
+    array = maps[info.file].array(info)
+    if info.dtype == DType.BF16.value:
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float64 if DType(info.dtype).is_float else np.int64)
 
 
 def differ(members: list[NDArray[Any]]) -> bool:

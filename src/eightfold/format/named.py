@@ -110,12 +110,17 @@ class NamedDirectory:
         return found
 
     @cached_property
-    def groups(self) -> dict[str, set[str]]:
-        """What loaders join, outside of experts and in each: modules -> labels."""
-        found: dict[str, set[str]] = {}
-        for module, label in self.linears.items():
+    def joined(self) -> dict[str, list[str]]:
+        """What loaders join, outside of experts and in each: how it may be called -> modules."""
+        found: dict[str, list[str]] = {}
+        for module in self.linears:
             parent, _, last = module.rpartition(".")
             for group in GROUPS:
                 if last in group:
-                    found.setdefault(f"{parent}.{{{','.join(group)}}}", set()).add(label)
+                    found.setdefault(f"{parent}.{{{','.join(group)}}}", []).append(module)
         return found
+
+    @property
+    def groups(self) -> dict[str, set[str]]:
+        """The labels of what loaders join."""
+        return {group: {self.linears[module] for module in modules} for group, modules in self.joined.items()}
