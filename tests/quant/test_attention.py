@@ -170,21 +170,27 @@ def test_turned_extremes_are_those_of_all_angles_between(span):
         assert (found <= sampled + missed).all()
 
 
-def test_the_range_holds_the_calibration_keys_at_every_position():
-    context_len, heads = 300, 2
-    inv_freq = torch.tensor([1.0, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [4, 3])  # of four: the other channels are not turned
+def test_the_range_holds_the_calibration_keys_at_every_position(pairs, is_interleaved):
+    context_len, heads, size = 300, 2, 2 * pairs
+    turns = Rotation(torch.tensor([1.0, 0.1, 0.01, 0.001])[:pairs], is_interleaved=is_interleaved)
     k_SGD = normal(20, heads, 8) + 3 * normal(heads, 8, seed=1)
-    cos, sin = rope_tables(torch.arange(context_len), Rotation(inv_freq))
-    found = TurnedRange(Rotation(inv_freq), context_len)
-    found.see(apply_rope(k_SGD, cos[:20], sin[:20]))
-    moved = [apply_rope(k_SGD, cos[p].expand(20, 8), sin[p].expand(20, 8)) for p in range(context_len)]
+    cos, sin = (table[:, None].expand(-1, 20, -1) for table in rope_tables(torch.arange(context_len), turns))
+    found = TurnedRange(turns, context_len)
+    moved = [apply_rope(k_SGD, cos[p], sin[p], is_interleaved=is_interleaved) for p in range(context_len)]
+    found.see(torch.stack([moved[p][p] for p in range(20)]))
     everywhere = torch.stack(moved).flatten(0, 1).flatten(1)
     # Angles up to 300 are exact to 2**-16 in float32, keys up to 12.
     slack = 12 * 2.0**-14
     assert (found.hi >= everywhere.amax(0) - slack).all()
     assert (found.lo <= everywhere.amin(0) + slack).all()
     # Nor is it wider than the radius, or headroom, needs.
-    radius = torch.hypot(*k_SGD.chunk(2, dim=-1)).amax(0).repeat(1, 2).flatten()
+    turned, kept = k_SGD[..., :size], k_SGD[..., size:]
+    x, y = (turned[..., ::2], turned[..., 1::2]) if is_interleaved else turned.chunk(2, dim=-1)
+    radius = torch.hypot(x, y).amax(0)
+    radius = radius.repeat_interleave(2, -1) if is_interleaved else radius.repeat(1, 2)
+    radius = torch.cat((radius, kept.abs().amax(0)), -1).flatten()
     widest = torch.maximum(found.hi, -found.lo)
     seen = everywhere[: 20 * 20].abs().amax(0)  # at positions 0 to 19, where the sample stood and more
     assert (widest <= torch.maximum(radius, HEADROOM * seen) + slack).all()

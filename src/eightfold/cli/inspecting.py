@@ -130,7 +130,8 @@ class CheckCommand:
 
     Example: eightfold check Llama-3.2-1B-w8a8 --for mindie
 
-    Of families that eightfold does not run, and for mindie-aclgraph and sglang, it goes by names, types and shapes.
+    Of families that MindIE's ATB models do not have, and for mindie-aclgraph and sglang, it goes by names, types and
+    shapes.
 
     The exit code is 1 if one of them refuses the directory or would compute something wrong.
     """
