@@ -369,6 +369,13 @@ def test_gates_have_the_same_bits_on_every_instruction_set(gelu):
         np.testing.assert_array_equal(y, found[0])
 
 
+def test_softened_numbers_have_the_same_bits_on_every_instruction_set():
+    found = [reals(1000, 1) * 40 for _ in ISAS]
+    for isa, x in zip(ISAS, found, strict=True):
+        KERNELS.soften(isa, x, 30.0)
+        np.testing.assert_array_equal(x, found[0])
+
+
 @ISA
 @each("size", [1, 15, 16, 17, 1000])
 @each("cap", [0.5, 30.0, 50.0, 1e6])
