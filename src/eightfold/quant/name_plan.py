@@ -109,14 +109,15 @@ class NamePlan:
         self.types = {
             name: default_type(self._found.linears[name].rule, self.recipe.scheme, self.layout) for name in names
         }
-        for option, patterns in (
-            ("modules", self.recipe.modules),
-            ("keep_float", [(pattern, QuantType.FLOAT) for pattern in self.recipe.keep_float]),
+        others = [name for name in names if self.parts[name] is not Part.ROUTER]  # no loader has another type for one
+        for option, patterns, known in (
+            ("modules", self.recipe.modules, others),
+            ("keep_float", [(pattern, QuantType.FLOAT) for pattern in self.recipe.keep_float], names),
         ):
             for pattern, kind in patterns:
-                matches = [name for name in names if fnmatchcase(name, pattern)]
-                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5) if not matches else []
-                example = near[0] if near else names[-1]
+                matches = [name for name in known if fnmatchcase(name, pattern)]
+                near = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5) if not matches else []
+                example = near[0] if near else known[-1]
                 got = f"{shown(pattern)}, which matches no linear"
                 require(bool(matches), option, got, f"a name or pattern such as {example!r}")
                 self.types.update(dict.fromkeys(matches, kind))
