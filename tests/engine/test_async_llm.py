@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -125,6 +126,23 @@ def test_a_slow_reader_gets_more_at_a_time(small):
             assert [each.token_ids for each in output.outputs] == ids
             assert [each.logprobs for each in output.outputs] == logprobs
             assert [len(each) for each in ids] == [100] * 3
+
+    run_in_loop(test)
+
+
+def test_tokens_that_come_quickly_are_read_together_but_for_the_first(small, monkeypatch):
+    model, prompt = small("faquant"), tokens(random.Random(9), 40)
+    monkeypatch.setattr("eightfold.engine.async_llm.STREAM_SECONDS", 1000)
+
+    async def test() -> None:
+        async with running(model) as llm:
+            llm._rung_at = time.monotonic()
+            sizes, ids = [], list[int]()
+            async for output in llm.generate(prompt, greedy(30)):
+                sizes.append(len(output.outputs[0].delta_token_ids))
+                ids += output.outputs[0].delta_token_ids
+            assert (sizes, ids) == ([1, 29], model.answer(prompt, 30))
+            await idle(llm)
 
     run_in_loop(test)
 
