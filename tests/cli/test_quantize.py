@@ -106,3 +106,42 @@ def test_a_row_that_cannot_be_used_is_named_and_nothing_is_left(cli, tmp_path, f
             refused = quantize_refused(cli, float_model, *words, scheme="w8a8")
             assert refused.startswith(message.format(tmp_path / "calib.json"))
     assert refused.endswith("Give token ids as --calib-ids.")
+
+
+def made_from(cli, source, out, *options):
+    """Quantize on four texts; return how many linears have each type, the recipe that the report tells, and stderr."""
+    made = cli("quantize", source, out, "--calib-limit", 4, "--json", *options)
+    assert made.code == 0, made.err
+    recipe = json.loads((out / "eightfold_report.json").read_text())["recipe"]
+    return made.json()["types"], [recipe[key] for key in ("anti_outlier", "act_method", "target")], made.err
+
+
+SMOOTH = ("--anti-outlier", "smooth")
+
+
+@pytest.mark.parametrize(
+    ("options", "types", "recipe"),
+    [
+        (["w8a8", *SMOOTH], {"W8A8": 12, "FLOAT": 3}, ["smooth", "extremes", "mindie"]),
+        (["w8a8", *SMOOTH, "--target", "cpu"], {"W8A8": 12, "W8A16": 2, "FLOAT": 1}, ["smooth", "extremes", "cpu"]),
+        (["w8a8", *SMOOTH, "--all-static"], {"W8A8": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
+        (["w8a8-dynamic", *SMOOTH], {"W8A8_DYNAMIC": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
+        (["w8a8", "--anti-outlier", "none"], {"W8A8": 14, "FLOAT": 1}, [None, "minmax", None]),
+    ],
+)
+def test_smooth_comes_with_what_makes_it_accurate(cli, tmp_path, float_model, options, types, recipe):
+    found = made_from(cli, float_model, tmp_path / "out", "--scheme", *options)
+    assert found[:2] == (types, recipe)
+    assert ("down_proj stays float" in found[2]) == (recipe[2] == "mindie")
+
+
+def test_a_saved_recipe_makes_the_same_again(cli, tmp_path, float_model):
+    saved = tmp_path / "recipe.yaml"
+    options = ("--scheme", "w8a8", *SMOOTH, "--all-static", "--save-recipe", saved)
+    first = made_from(cli, float_model, tmp_path / "a", *options)
+    assert first[:2] == made_from(cli, float_model, tmp_path / "b", "--recipe", saved)[:2]
+
+
+def test_all_static_and_a_target_exclude_each_other(cli, float_model):
+    refused = quantize_refused(cli, float_model, "--all-static", "--target", "cpu", scheme="w8a8")
+    assert refused == "--all-static: got it together with --target, expected one of them"

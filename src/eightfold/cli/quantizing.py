@@ -17,7 +17,8 @@ from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
 from eightfold.machine import peak_resident_bytes
 from eightfold.parallel.world import World
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import Recipe, make_recipe, with_defaults
+from eightfold.scheme import SCHEMES
 from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, size_text, whole
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _CALIBRATION, _OUTPUT, _RUNNING = "Calibration data", "Output", "Running"  # hea
 class QuantizeCommand:
     """Turn a float model into an 8-bit one.
 
-    Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --anti-outlier m4 --calib prompts.jsonl
+    Example: eightfold quantize Llama-3.2-1B Llama-3.2-1B-w8a8 --scheme w8a8 --calib prompts.jsonl
 
     One layer is in memory at a time, and each is on disk before the next begins: after a crash, a full disk or Ctrl-C,
     the same command continues where it stopped. OUT has the layout that MindIE and vllm-ascend load. `eightfold run`
@@ -56,6 +57,12 @@ class QuantizeCommand:
         "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "dtype",
         "save_float32",
     )  # fmt: skip
+    all_static: bool = setting(
+        False,
+        SWITCH,
+        "Store every linear as a static scheme says, down_proj too: the fastest and the least accurate.",
+        group="Scheme",
+    )
     recipe_file: Path | None = setting(
         None,
         PATH,
@@ -180,9 +187,9 @@ class QuantizeCommand:
         return {} if self.recipe_file is None else read_recipe(self.recipe_file)
 
     @cached_property
-    def recipe(self) -> Recipe:
-        from eightfold.quant.recipe import act_method_name, make_recipe, parse_level
-        from eightfold.scheme import SCHEMES
+    def _chosen(self) -> dict[str, Any]:
+        """What the recipe file and the command line say."""
+        from eightfold.quant.recipe import act_method_name, parse_level
 
         meanings: dict[str, Callable[[Any], Any]] = {
             "scheme": SCHEMES.__getitem__,
@@ -190,8 +197,15 @@ class QuantizeCommand:
             "disable_level": parse_level,
             "save_float32": lambda name: name == "float32",
         }
-        choices = {name: meanings.get(name, lambda value: value)(value) for name, value in self.choices.items()}
-        return make_recipe({**self._settings_of_file, **choices}, str(self.recipe_file or "the command line"))
+        given = {name: meanings.get(name, lambda value: value)(value) for name, value in self.choices.items()}
+        chosen = {**self._settings_of_file, **given}
+        if self.all_static and chosen.get("target") is not None:
+            raise ConfigError("all_static", got="it together with `target`", expected="one of them")
+        return {**chosen, "target": None} if self.all_static else chosen
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return make_recipe(with_defaults(self._chosen), str(self.recipe_file or "the command line"))
 
     def _quantize(self, ranks: Ranks) -> Outcome:
         """Quantize. The texts are read and tokenized by one process."""
@@ -322,7 +336,15 @@ class QuantizeCommand:
         from eightfold.quant.plan import assign_types
 
         types = assign_types(self._checkpoint.config, self.recipe)
-        self._tell_notes(notes_for(self._checkpoint, self.recipe, types))
+        self._tell_notes([*self._notes_on_defaults(), *notes_for(self._checkpoint, self.recipe, types)])
+
+    def _notes_on_defaults(self) -> Iterator[str]:
+        """Tell what was chosen for the user, where other choices are worth knowing."""
+        if self.recipe.down_type and "target" not in self._chosen and not self._checkpoint.config.experts:
+            yield (
+                "down_proj stays float, which every reader takes. --target cpu or vllm-ascend stores it as w8a16: "
+                "smaller, and nearly as accurate (docs/accuracy.md)."
+            )
 
     def _tell_notes(self, notes: list[str]) -> None:
         """Tell those that were not told yet."""

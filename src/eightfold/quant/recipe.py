@@ -117,7 +117,8 @@ class Recipe:
         None,
         choice(*(target.value for target in Target)),
         "Store down_proj, whose inputs no static range suits, as this reader takes it beside static linears: float "
-        "(mindie; the others read that too), or w8a16 (vllm-ascend, cpu), which is smaller.",
+        "(mindie; the others read that too), or w8a16 (vllm-ascend, cpu), which is smaller. Default: mindie with "
+        "smooth, else as the scheme says.",
         metavar="READER",
         group="Scheme",
     )
@@ -137,10 +138,10 @@ class Recipe:
     quantize_lm_head: bool = setting(False, SWITCH, "Quantize the output head to int8 too.", group="What stays float")
     anti_outlier: AntiOutlier | None = setting(
         None,
-        choice(*(method.value for method in AntiOutlier)),
+        choice("none", *(method.value for method in AntiOutlier)),
         "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
         "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; smooth: ours, by how each "
-        "input is quantized, the most accurate.",
+        "input is quantized, the most accurate. Default: none.",
         metavar="M",
         group="Activations and outliers",
     )
@@ -148,7 +149,7 @@ class Recipe:
         ActMethod.MINMAX,
         choice(*(method.value for method in ActMethod), "1", "2", "3"),
         "Method for the range of a static input: minmax (1), histogram (2), auto (3), which chooses by input, or "
-        "extremes: all that the float model shows.",
+        "extremes: all that the float model shows. Default: extremes with smooth, else minmax.",
         metavar="METHOD",
         group="Activations and outliers",
     )
@@ -376,8 +377,23 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
     return Recipe(**{key: _method(key, value, where) for key, value in choices.items()})
 
 
+def with_defaults(choices: dict[str, Any]) -> dict[str, Any]:
+    """Return checked choices, with what goes with `smooth` where nothing else is chosen."""
+    found, scheme = dict(choices), choices.get("scheme")
+    is_static = scheme in NEEDS_CALIBRATION
+    if found.get("anti_outlier") == AntiOutlier.SMOOTH.value:
+        found.setdefault("act_method", ActMethod.EXTREMES.value)
+        others = {kind for _, kind in found.get("modules", ())} - {scheme, QuantType.FLOAT}
+        if is_static:
+            # The one that all read, unless some linear has a type beside it that MindIE does not take.
+            found.setdefault("target", (Target.CPU if others else Target.MINDIE).value)
+    return found
+
+
 def _method(key: str, value: Any, where: str) -> Any:
     """Return the method that a name means; lists of patterns as tuples, and other values as they are."""
+    if key == "anti_outlier" and value == "none":
+        return None
     if key not in _METHODS or (key in _MAY_BE_NONE and value is None):
         return tuple(value) if isinstance(value, list) else value
     try:
@@ -388,11 +404,11 @@ def _method(key: str, value: Any, where: str) -> Any:
 
 
 def recipe_content(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain values, by the names of the file; dtype and target only if they are asked for."""
+    """Return a recipe as plain values, by the names of the file; a dtype stands there only if it is asked for."""
     content: dict[str, Any] = {}
     for name in _KEYS:
         value = getattr(recipe, name)
-        if name in ("dtype", "target") and value is None:
+        if name == "dtype" and value is None:
             continue
         if name == "modules":
             value = {pattern: _NAMES[kind] for pattern, kind in value}
