@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model import native as core
@@ -177,3 +179,21 @@ def fresh_ones_in_bfloat16() -> Iterator[None]:
 
     with mock.patch.object(attention, "attend", rounding_attend):
         yield
+
+
+def require_tokens_of_overflow(checkpoint: Checkpoint, directory: Path, isa: str) -> None:
+    """Let a copy of a model, in `directory`, compute on activations that overflow: it still has to find tokens."""
+    shutil.copytree(checkpoint.directory, directory)
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        for gain in [tensor for tensor in tensors if tensor.endswith("layernorm.weight")]:
+            tensors[gain].fill_(3e38)
+        path.chmod(0o600)
+        save_file(tensors, path)
+    model = native(Checkpoint.open(directory), isa)
+    model.allocate_cache(2 * PAGE)
+    tokens = [*range(PAGE + 2)]
+    for begin, end in ((0, PAGE + 1), (PAGE + 1, PAGE + 2)):  # a prompt, and what is generated
+        chunk = Chunk(tokens[begin:end], begin, range(2), PAGE + 1, wants_all=True, logits=False)
+        _, best = model.forward([chunk])
+        assert ((best >= 0) & (best < model.config.vocab_size)).all()

@@ -37,6 +37,7 @@ from tests.native.models import (
     keys_and_values_in_bfloat16,
     logits_of,
     native,
+    require_tokens_of_overflow,
 )
 from tests.native.test_model import ROUNDING, STEP, WIDE, relative
 
@@ -204,6 +205,13 @@ def test_any_cut_company_and_number_of_threads(variant, name, isa):
     chunks = [Chunk(TOKENS[:n], 0, [2 * i, 2 * i + 1], 70, wants_all=True) for i, n in enumerate((150, 1, 33))]
     logits, _ = model.forward(chunks)
     np.testing.assert_array_equal(logits, np.concatenate([whole, whole[:1], whole[:33]]))
+
+
+@ISA
+@pytest.mark.parametrize("name", ["dynamic shared", "patchwork"])
+def test_activations_that_overflow_overflow_no_integer(variant, tmp_path, name, isa):
+    """And routers whose logits are no numbers still choose experts."""
+    require_tokens_of_overflow(variant(name), tmp_path / "m", isa)
 
 
 @ISA
