@@ -73,8 +73,10 @@ int Experts::gate_rows(int tokens) const {
 }
 
 int Experts::down_rows(int tokens) const {
-    const int rows = config_.hidden / (pool_.threads() * kTurns) / kLanes * kLanes;
-    return std::clamp(rows, tokens > kFewTokens ? kManyRows : kLanes, kDownRows);
+    const int turn = config_.hidden / pool_.threads() / kLanes * kLanes;  // rows of a thread
+    // Long enough runs, unless threads went without.
+    const int least = tokens > kFewTokens ? kManyRows : std::clamp(turn, kLanes, kManyRows);
+    return std::clamp(turn / kTurns / kLanes * kLanes, least, kDownRows);
 }
 
 // Ranks.
