@@ -208,6 +208,20 @@ def test_an_uneven_size_is_refused_with_those_that_would_work():
     )
 
 
+def test_an_mlp_of_fewer_channels_than_ranks_is_refused():
+    """One of an expert may be, of which a rank may have nothing."""
+    sizes: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 6, "intermediate_size": 2}
+    for config in (config_of(**sizes), config_of(**{**EXPERTS, **sizes, "mlp_only_layers": [1]})):
+        Share(0, 2).require(config, Path("DIR"))
+        with pytest.raises(ConfigError) as caught:
+            Share(0, 3).require(config, Path("DIR"))
+        assert str(caught.value) == (
+            "number of processes in DIR: got 3, expected at most 2, among which the channels of an MLP can be shared "
+            "out. Change --nproc_per_node or --nnodes of torchrun."
+        )
+    Share(0, 3).require(config_of(**{**EXPERTS, **sizes}), Path("DIR"))
+
+
 def test_heads_of_every_rank():
     config = config_of(num_attention_heads=12, num_key_value_heads=6)
     of = [Share(rank, 12) for rank in range(12)]

@@ -59,24 +59,26 @@ class Share:
     whole_experts: bool = False
 
     def require(self, config: ModelConfig, directory: Path) -> None:
-        """Check that every rank gets as much work in attention, and that there are experts where they are shared out.
+        """Check that every rank gets as much work in attention, some of every MLP, and experts if these are shared.
 
         Raises:
-            ConfigError: the heads are not a multiple of the ranks, or the model is dense.
+            ConfigError: the heads are not a multiple of the ranks, an MLP has fewer channels, or the model is dense.
         """
         if self.whole_experts and config.experts is None:
             expected = "one with experts"
             raise ConfigError("expert_parallel", got="a dense model", expected=expected, action="Leave it out.")
-        if self.size in (sizes := even_sizes(config)):
+        channels = config.intermediate_size
+        if self.size not in (sizes := even_sizes(config)):
+            expected = (
+                f"{one_of(sizes)}, among which {config.num_heads} query heads and {config.num_kv_heads} "
+                "key/value heads can be shared out evenly"
+            )
+        elif self.size > channels and not all(map(config.is_sparse, range(config.num_layers))):
+            expected = f"at most {channels}, among which the channels of an MLP can be shared out"
+        else:
             return
-        raise ConfigError(
-            "number of processes",
-            where=directory,
-            got=self.size,
-            expected=f"{one_of(sizes)}, among which {config.num_heads} query heads and {config.num_kv_heads} "
-            "key/value heads can be shared out evenly",
-            action="Change --nproc_per_node or --nnodes of torchrun.",
-        )
+        action = "Change --nproc_per_node or --nnodes of torchrun."
+        raise ConfigError("number of processes", where=directory, got=self.size, expected=expected, action=action)
 
     def heads(self, config: ModelConfig) -> slice:
         each = config.num_heads // self.size
