@@ -158,6 +158,20 @@ def test_where_a_wrapper_has_its_text_model(layers, head, said, is_stored):
     assert found.tie_word_embeddings is (not is_stored if said is None else said)
 
 
+@pytest.mark.parametrize(("whole", "part"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_wrapper_that_contradicts_its_text_model_has_the_head_that_is_stored(whole, part, is_stored):
+    """Older classes write False for the whole of a tied model; transformers 5 means it."""
+    config = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": {**SIZES, "tie_word_embeddings": part},
+        "tie_word_embeddings": whole,
+    }
+    stored = ["model.language_model.embed_tokens.weight", *(["lm_head.weight"] if is_stored else [])]
+    found = settle_names(parse(config), config, stored)
+    assert found.tie_word_embeddings is (whole or (part and not is_stored))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

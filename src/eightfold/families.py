@@ -292,8 +292,8 @@ def layer_rope(config: ModelConfig, layer_idx: int) -> RopeParameters:
 def settle_names(config: ModelConfig, raw: Mapping[str, Any], stored: Collection[str]) -> ModelConfig:
     """Return the settings with what only the names of the stored tensors tell.
 
-    A wrapper has its text model in one of several places, and is tied where config.json does not say and no head is
-    stored.
+    A wrapper has its text model in one of several places, and is tied where no head is stored and config.json does not
+    say, or says so of the text model and not of the whole.
 
     Args:
         config: as config.json has it.
@@ -304,7 +304,7 @@ def settle_names(config: ModelConfig, raw: Mapping[str, Any], stored: Collection
     names = stored_names(family, stored)
     if family.is_wrapper:
         said = [part.get("tie_word_embeddings") for part in (raw, raw.get("text_config") or {})]
-        if said == [None, None]:
+        if said in ([None, None], [False, True]):
             config = replace(config, tie_word_embeddings=f"{names.head}.weight" not in stored)
     return replace(config, names=names)
 
