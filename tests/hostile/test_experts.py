@@ -81,6 +81,7 @@ def test_an_expert_more_than_config_json_says(message):
         (f"{AT}.gate", (5, 40), [5, 48]),
         (f"{AT}.shared_expert.up_proj", (32, 48), [24, 48]),
         (f"{AT}.shared_expert_gate", (2, 48), [1, 48]),
+        (f"{AT}.shared_expert_gate", (48,), [1, 48]),
     ],
 )
 def test_a_part_of_another_shape(message, name, shape, expected):
@@ -203,7 +204,7 @@ def test_settings_that_the_weights_contradict_are_refused_before_anything_is_wri
 # --- families without an engine
 
 
-@pytest.mark.parametrize("command", [("run", "--prompt", "x"), ("eval",), ("inspect",), ("bench",)])
+@pytest.mark.parametrize("command", [("run", "--prompt", "x"), ("eval",), ("bench",)])
 def test_a_float_model_of_a_family_without_an_engine(cli, tmp_path, command):
     source = tmp_path / "float"
     source.mkdir()

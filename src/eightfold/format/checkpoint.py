@@ -323,7 +323,8 @@ class Checkpoint(StoredTensors):
         if not spec.admits(info.dtype, self.dtype):
             raise self._wrong_dtype(info, spec.dtype_text(self.dtype))
         # One value for each row may be stored flat or as a column; both mean the same.
-        if info.shape != spec.shape and info.shape not in (tuple(s for s in spec.shape if s != 1), *spec.also):
+        flat = tuple(s for s in spec.shape if s != 1) if spec.shape[-1:] == (1,) else spec.shape
+        if info.shape not in (spec.shape, flat, *spec.also):
             raise CheckpointError(
                 f"shape of {info.name}",
                 where=info.file,
