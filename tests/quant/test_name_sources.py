@@ -339,6 +339,17 @@ def test_scales_of_stacked_experts_that_are_missing_zero_or_too_few(tmp_path, sa
     )
 
 
+@pytest.mark.parametrize("shape", [(3,), (32, 48), ()])
+def test_a_bias_that_does_not_fit_its_weight(tmp_path, saved, shape):
+    name, joined = "model.layers.0.self_attn.o_proj", f"{EXPERTS}.gate_up_proj"
+    experts = {joined: torch.ones(4, 48, 32), f"{EXPERTS}.down_proj": torch.ones(4, 32, 24)}
+    for bias, expected in ((f"{name}.bias", [32]), (f"{joined}_bias", [4, 48])):
+        source = stacked(tmp_path, saved, {**experts, bias: torch.ones(shape)})
+        assert refusal(source) == (
+            f"shape of {bias} in model.safetensors: got {list(shape)}, expected {expected}, as its weight"
+        )
+
+
 PACKED = "model.layers.1.mlp.experts.1.up_proj.weight"
 
 

@@ -129,11 +129,21 @@ class FoundTensors:
         if last != WEIGHT or len(source.shape) != 2:
             self._copy(step, prefix + inner, source)
             return
-        bias = self._sources.get(name.removesuffix(WEIGHT) + BIAS)
+        bias = self._bias(name.removesuffix(WEIGHT) + BIAS, source.shape[:1])
         for own, half in self._halves(module, source.shape[0]):
             at = source if half is None else source.part(*half)
             its_bias = bias if half is None or bias is None else bias.part(*half)
             self._add_found(step, prefix, own, at, its_bias)
+
+    def _bias(self, name: str, shape: tuple[int, ...]) -> Source | None:
+        """Return the bias of a weight that has so many outputs, or so many experts with these."""
+        bias = self._sources.get(name)
+        if bias is not None and bias.shape != shape:
+            info = self._sources.info(bias)
+            raise CheckpointError(
+                f"shape of {info.name}", where=info.file, got=list(bias.shape), expected=f"{list(shape)}, as its weight"
+            )
+        return bias
 
     def _halves(self, module: str, n: int) -> Iterator[tuple[str, tuple[int, int] | None]]:
         pair = (self.layout.halves or {}).get(module)
@@ -168,8 +178,9 @@ class FoundTensors:
         base = inner.removesuffix(f".{WEIGHT}")
         for joined, down in experts.stacked:
             if base in (joined, down) and len(source.shape) == 3:
-                bias = self._sources.get(f"{name.removesuffix(f'.{WEIGHT}')}_{BIAS}")
                 is_input_major = self._is_input_major(source, base == joined)
+                outputs = source.shape[2 if is_input_major else 1]
+                bias = self._bias(f"{name.removesuffix(f'.{WEIGHT}')}_{BIAS}", (source.shape[0], outputs))
                 for expert in range(source.shape[0]):
                     own = source.of_expert(expert, is_input_major=is_input_major)
                     its_bias = None if bias is None else bias.of_expert(expert, is_input_major=False)
