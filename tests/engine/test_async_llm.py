@@ -130,18 +130,16 @@ def test_a_slow_reader_gets_more_at_a_time(small):
     run_in_loop(test)
 
 
-def test_tokens_that_come_quickly_are_read_together_but_for_the_first(small, monkeypatch):
+def test_tokens_that_come_quickly_wake_the_loop_together_but_for_the_first(small, monkeypatch):
     model, prompt = small("faquant"), tokens(random.Random(9), 40)
     monkeypatch.setattr("eightfold.engine.async_llm.STREAM_SECONDS", 1000)
 
     async def test() -> None:
         async with running(model) as llm:
-            llm._rung_at = time.monotonic()
-            sizes, ids = [], list[int]()
-            async for output in llm.generate(prompt, greedy(30)):
-                sizes.append(len(output.outputs[0].delta_token_ids))
-                ids += output.outputs[0].delta_token_ids
-            assert (sizes, ids) == ([1, 29], model.answer(prompt, 30))
+            llm._rung_at, rings, ring = time.monotonic(), [], llm._bell.ring
+            llm._bell.ring = lambda: (rings.append(len(llm._news)), ring())
+            assert (await answer(llm, prompt, greedy(30))).outputs[0].token_ids == model.answer(prompt, 30)
+            assert (rings[0], len(rings)) == (1, 2)
             await idle(llm)
 
     run_in_loop(test)
