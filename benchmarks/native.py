@@ -41,8 +41,8 @@ LIMITS = ("measured_bandwidth_gb_s", "bandwidth_fraction", "measured_int8_tops",
 
 # Our forms of the random model. llama.cpp's Q8_0 head is int8 too, and half the bytes of a bfloat16 one.
 SYNTHETIC = {
-    "W8A8_DYNAMIC": ("--scheme", "w8a8-dynamic"),
-    "W8A8_DYNAMIC-int8-head": ("--scheme", "w8a8-dynamic", "--quantize-lm-head"),
+    "W8A8_DYNAMIC": ("--scheme", "w8a8-dynamic", "--anti-outlier", "none"),
+    "W8A8_DYNAMIC-int8-head": ("--scheme", "w8a8-dynamic", "--anti-outlier", "none", "--quantize-lm-head"),
     "W8A16": ("--scheme", "w8a16"),
 }
 

@@ -35,7 +35,8 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="versus-"))
     try:
         for i in range(args.runs):
-            ours = eightfold("quantize", args.model, work / f"ours-{i}", "--scheme", "w8a8", "--calib", args.calib)
+            plain = ("--scheme", "w8a8", "--anti-outlier", "none", "--calib", args.calib)
+            ours = eightfold("quantize", args.model, work / f"ours-{i}", *plain)
             command = [word.replace("{out}", str(work / f"rival-{i}")) for word in shlex.split(args.rival)]
             pairs.append((ours, run(command, env)))
             ours, rival = pairs[-1]

@@ -242,7 +242,8 @@ def test_a_lone_sentencepiece_model_is_pointed_out(cli, bare_model):
 def test_no_tokenizer_is_needed_without_text(cli, bare_model):
     out = bare_model.parent / "out"
     ids = write(bare_model.parent, "[1, 2, 3]\n[4]")
-    for options in (["w8a16"], ["w8a8-dynamic"], ["w8a8", "--calib-ids", ids]):
+    static = ["w8a8", "--target", "mindie", "--calib-ids", ids]
+    for options in (["w8a16"], ["w8a8-dynamic", "--calib", "none"], static):
         result = cli("quantize", bare_model, out, "--overwrite", "--scheme", *options)
         assert result.code == 0, result.err
         assert result.err == (

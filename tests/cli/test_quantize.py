@@ -83,7 +83,7 @@ def test_texts_of_their_own_for_outlier_suppression(cli, tmp_path, float_model):
     again = cli(*options, "--scheme", "w8a8")
     assert again.code == 2
     assert "--anti-calib: 3 samples of " in again.err
-    unused = cli("quantize", float_model, tmp_path / "plain", "--scheme", "w8a8", *data)
+    unused = cli("quantize", float_model, tmp_path / "plain", "--scheme", "w8a8", "--anti-outlier", "none", *data)
     assert unused.code == 0
     assert unused.err.startswith("note: there is no --anti-outlier; --anti-calib changes nothing.\n")
     # Nothing but suppression reads texts here.
@@ -116,20 +116,21 @@ def made_from(cli, source, out, *options):
     return made.json()["types"], [recipe[key] for key in ("anti_outlier", "act_method", "target")], made.err
 
 
-SMOOTH = ("--anti-outlier", "smooth")
-
-
 @pytest.mark.parametrize(
     ("options", "types", "recipe"),
     [
-        (["w8a8", *SMOOTH], {"W8A8": 12, "FLOAT": 3}, ["smooth", "extremes", "mindie"]),
-        (["w8a8", *SMOOTH, "--target", "cpu"], {"W8A8": 12, "W8A16": 2, "FLOAT": 1}, ["smooth", "extremes", "cpu"]),
-        (["w8a8", *SMOOTH, "--all-static"], {"W8A8": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
-        (["w8a8-dynamic", *SMOOTH], {"W8A8_DYNAMIC": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
+        (["w8a8"], {"W8A8": 12, "FLOAT": 3}, ["smooth", "extremes", "mindie"]),
+        (["w8a8", "--target", "cpu"], {"W8A8": 12, "W8A16": 2, "FLOAT": 1}, ["smooth", "extremes", "cpu"]),
+        (["w8a8", "--all-static"], {"W8A8": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
+        (["w8a8", "--act-method", "histogram"], {"W8A8": 12, "FLOAT": 3}, ["smooth", "histogram", "mindie"]),
+        (["w8a8", "--anti-outlier", "m4"], {"W8A8": 14, "FLOAT": 1}, ["m4", "minmax", None]),
         (["w8a8", "--anti-outlier", "none"], {"W8A8": 14, "FLOAT": 1}, [None, "minmax", None]),
+        (["w8a8-mix"], {"W8A8_MIX": 12, "FLOAT": 3}, ["smooth", "extremes", "mindie"]),
+        (["w8a8-dynamic"], {"W8A8_DYNAMIC": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
+        (["w8a16"], {"W8A16": 14, "FLOAT": 1}, [None, "minmax", None]),
     ],
 )
-def test_smooth_comes_with_what_makes_it_accurate(cli, tmp_path, float_model, options, types, recipe):
+def test_what_is_not_chosen_is_what_is_accurate(cli, tmp_path, float_model, options, types, recipe):
     found = made_from(cli, float_model, tmp_path / "out", "--scheme", *options)
     assert found[:2] == (types, recipe)
     assert ("down_proj stays float" in found[2]) == (recipe[2] == "mindie")
@@ -137,11 +138,38 @@ def test_smooth_comes_with_what_makes_it_accurate(cli, tmp_path, float_model, op
 
 def test_a_saved_recipe_makes_the_same_again(cli, tmp_path, float_model):
     saved = tmp_path / "recipe.yaml"
-    options = ("--scheme", "w8a8", *SMOOTH, "--all-static", "--save-recipe", saved)
-    first = made_from(cli, float_model, tmp_path / "a", *options)
-    assert first[:2] == made_from(cli, float_model, tmp_path / "b", "--recipe", saved)[:2]
+    first = made_from(cli, float_model, tmp_path / "a", "--scheme", "w8a8", "--all-static", "--save-recipe", saved)
+    again = made_from(cli, float_model, tmp_path / "b", "--recipe", saved)
+    assert first[:2] == again[:2]
 
 
-def test_all_static_and_a_target_exclude_each_other(cli, float_model):
+def test_types_of_other_kinds_beside_static_ones_are_not_for_mindie(cli, tmp_path, float_model):
+    (tmp_path / "recipe.yaml").write_text("scheme: w8a8\nmodules: {'*.o_proj': w8a8-dynamic}\n")
+    types, recipe, _ = made_from(cli, float_model, tmp_path / "out", "--recipe", tmp_path / "recipe.yaml")
+    assert types == {"W8A8": 10, "W8A8_DYNAMIC": 2, "W8A16": 2, "FLOAT": 1}
+    assert recipe[2] == "cpu"
+
+
+def test_a_data_free_scheme_stays_data_free_without_texts(cli, tmp_path, float_model):
+    def weights(name, *options, source=float_model):
+        made = cli("quantize", source, tmp_path / name, "--scheme", "w8a8-dynamic", *options)
+        assert made.code == 0, made.err
+        return (tmp_path / name / "quant_model_weight_w8a8_dynamic.safetensors").read_bytes(), made.err
+
+    plain = weights("plain", "--anti-outlier", "none")
+    assert "calibrat" not in plain[1]
+    assert weights("none", "--calib", "none") == plain
+    bare = write_model(tmp_path / "bare", tiny_config(), tokenizer=False)
+    plain, _ = weights("bare-plain", "--anti-outlier", "none", source=bare)
+    found, said = weights("bare-out", source=bare)
+    assert found == plain
+    assert "note: without a tokenizer there are no calibration texts, so OUT is not smoothed; --calib-ids" in said
+    (tmp_path / "ids.json").write_text("[[1, 2, 3], [4, 5]]")
+    assert weights("ids", "--calib-ids", tmp_path / "ids.json", source=bare)[0] != plain
+
+
+def test_static_schemes_need_texts(cli, float_model):
+    refused = quantize_refused(cli, float_model, "--calib", "none", scheme="w8a8")
+    assert refused.startswith("--calib: got none, for W8A8, expected texts: this recipe needs calibration")
     refused = quantize_refused(cli, float_model, "--all-static", "--target", "cpu", scheme="w8a8")
     assert refused == "--all-static: got it together with --target, expected one of them"

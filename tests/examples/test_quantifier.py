@@ -35,38 +35,51 @@ def refusal(*flags: str) -> str:
 
 
 CALIB = ["--calib", "c.jsonl"]
-STATIC = ["--scheme", "w8a8", "--device", "cpu", *CALIB, "--act-method", "1"]
+PLAIN = ["--anti-outlier", "none"]
+STATIC = ["--scheme", "w8a8", "--device", "cpu", *CALIB, *PLAIN, "--act-method", "1"]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ([], STATIC),
-        (["--device_type", "npu"], ["--scheme", "w8a8", "--device", "npu", *CALIB, "--act-method", "1"]),
+        (["--device_type", "npu"], ["--scheme", "w8a8", "--device", "npu", *CALIB, *PLAIN, "--act-method", "1"]),
         (
             ["--w_bit", "8", "--a_bit", "8", "--is_dynamic", "True"],
-            ["--scheme", "w8a8-dynamic", "--device", "cpu", *CALIB],
+            ["--scheme", "w8a8-dynamic", "--device", "cpu", *CALIB, *PLAIN],
         ),
-        (["--a_bit", "16"], ["--scheme", "w8a16", "--device", "cpu", *CALIB]),
+        (["--a_bit", "16"], ["--scheme", "w8a16", "--device", "cpu", *CALIB, *PLAIN]),
         (
             ["--a_bit", "16", "--w_sym", "False", "--act_method", "3"],
-            ["--scheme", "w8a16", "--device", "cpu", "--no-weight-symmetric", *CALIB],
+            ["--scheme", "w8a16", "--device", "cpu", "--no-weight-symmetric", *CALIB, *PLAIN],
         ),
-        (["--anti_method", "m3"], [*STATIC[:-2], "--anti-outlier", "m3", "--act-method", "1"]),
+        (["--anti_method", "m3"], [*STATIC[:-4], "--anti-outlier", "m3", "--act-method", "1"]),
         (["--anti_method", ""], STATIC),
         (["--act_method", "3"], [*STATIC[:-1], "3"]),
         (["--disable_level", "L0"], STATIC),
         (["--disable_level", "L12"], [*STATIC, "--disable-level", "L12"]),
         (
             ["--disable_names", "model.layers.0.self_attn", "lm_head"],
-            [*STATIC[:-2], "--keep-float", "model.layers.0.self_attn", "--keep-float", "lm_head", "--act-method", "1"],
+            [
+                *STATIC[:-4],
+                "--keep-float",
+                "model.layers.0.self_attn",
+                "--keep-float",
+                "lm_head",
+                *PLAIN,
+                "--act-method",
+                "1",
+            ],
         ),
-        (["--disable_names", " a  b"], [*STATIC[:-2], "--keep-float", "a", "--keep-float", "b", "--act-method", "1"]),
+        (
+            ["--disable_names", " a  b"],
+            [*STATIC[:-4], "--keep-float", "a", "--keep-float", "b", *PLAIN, "--act-method", "1"],
+        ),
         (["--disable_names", ""], STATIC),
         (["--disable_last_linear", "False"], [*STATIC, "--quantize-lm-head"]),
         (
             ["--disable_last_linear", "False", "--disable_names", "lm_head"],
-            [*STATIC[:-2], "--keep-float", "lm_head", "--act-method", "1"],
+            [*STATIC[:-4], "--keep-float", "lm_head", *PLAIN, "--act-method", "1"],
         ),
         (["--use_fa_quant", "True"], [*STATIC, "--fa-quant"]),
         (["--use_fa_quant", "True", "--fa_amp", "2"], [*STATIC, "--fa-quant", "--fa-amp", "2"]),

@@ -268,8 +268,7 @@ def _calibration(args: argparse.Namespace) -> list[str]:
 def _linears(args: argparse.Namespace, scheme: str) -> list[str]:
     names = kept_names(args)
     words = [word for name in names for word in ("--keep-float", name)]
-    if args.anti_method:
-        words += ["--anti-outlier", args.anti_method]
+    words += ["--anti-outlier", args.anti_method or "none"]
     if scheme == "w8a8":
         words += ["--act-method", str(args.act_method)]
     if args.disable_level != "L0":

@@ -25,6 +25,7 @@ class Calibration:
         source: the model directory, whose tokenizer is used.
         recipe: what the samples are for.
         file: --calib.
+        is_none: whether that says that there are no texts.
         limit: --calib-limit.
         texts: --calib-texts.
         ids: --calib-ids.
@@ -36,6 +37,7 @@ class Calibration:
     source: Path
     recipe: Recipe
     file: Path | None
+    is_none: bool
     limit: int | None
     texts: tuple[str, ...]
     ids: Path | None
@@ -68,6 +70,9 @@ class Calibration:
                 console.note("there is no --anti-outlier; --anti-calib changes nothing.")
             else:
                 found[1] = self._tokenized(read_rows(self.anti_file), checkpoint, self.anti_file)
+        if recipe.needs_samples(bool(found[1])) and self.is_none and not sources:
+            got, expected = f"none, for {recipe.scheme.value}", "texts: this recipe needs calibration"
+            raise ConfigError("calib", got=got, expected=expected, action="Leave it out, and 64 texts are used.")
         if recipe.needs_samples(bool(found[1])):
             found[0] = self._calibration(checkpoint)
         elif sources or self.limit is not None:

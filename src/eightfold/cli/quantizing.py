@@ -18,7 +18,7 @@ from eightfold.files import write_whole
 from eightfold.machine import peak_resident_bytes
 from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe, make_recipe, with_defaults
-from eightfold.scheme import SCHEMES
+from eightfold.scheme import SCHEMES, QuantType
 from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, size_text, whole
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class QuantizeCommand:
         PATH,
         "Calibration texts: a JSON list, JSON on each line, or plain text on each line. A row of JSON is a text, or an "
         "object with inputs_pretokenized, text, prompt, messages, conversations or instruction. Default: a mixed set "
-        "of 64.",
+        "of 64. none: no texts, so that w8a8-dynamic is not smoothed.",
         metavar="FILE",
         group=_CALIBRATION,
     )
@@ -204,8 +204,28 @@ class QuantizeCommand:
         return {**chosen, "target": None} if self.all_static else chosen
 
     @cached_property
+    def _asked(self) -> Recipe:
+        """The recipe without the defaults of models that can be calibrated."""
+        return make_recipe(self._chosen, str(self.recipe_file or "the command line"))
+
+    @cached_property
     def recipe(self) -> Recipe:
-        return make_recipe(with_defaults(self._chosen), str(self.recipe_file or "the command line"))
+        if self._goes_by_name:
+            return self._asked
+        choices = with_defaults(self._chosen, has_texts=self._has_texts)
+        return make_recipe(choices, str(self.recipe_file or "the command line"))
+
+    @cached_property
+    def _has_texts(self) -> bool:
+        """Whether there are calibration samples unless something is wrong: texts need a tokenizer."""
+        from eightfold.files import has_file
+        from eightfold.vocabulary import TOKENIZER
+
+        return not self._without_texts and (self.calib_ids is not None or has_file(self.source / TOKENIZER))
+
+    @property
+    def _without_texts(self) -> bool:
+        return self.calib is not None and str(self.calib) == "none"
 
     def _quantize(self, ranks: Ranks) -> Outcome:
         """Quantize. The texts are read and tokenized by one process."""
@@ -250,12 +270,12 @@ class QuantizeCommand:
         if has_experts(raw):
             from eightfold.quant.name_plan import beyond_names
 
-            return not (beyond_names(self.recipe) or self.legacy_names or World.of_environment().size > 1)
+            return not (beyond_names(self._asked) or self.legacy_names or World.of_environment().size > 1)
         if has_engine(raw) and raw.get("quantization_config"):
             from eightfold.quant.name_plan import DATA_FREE
             from eightfold.quant.name_sources import is_quantized_elsewhere
 
-            return self.recipe.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
+            return self._asked.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
         return bool(raw.get("architectures")) and not has_engine(raw)
 
     @cached_property
@@ -345,6 +365,9 @@ class QuantizeCommand:
                 "down_proj stays float, which every reader takes. --target cpu or vllm-ascend stores it as w8a16: "
                 "smaller, and nearly as accurate (docs/accuracy.md)."
             )
+        is_dynamic = self.recipe.scheme is QuantType.W8A8_DYNAMIC and "anti_outlier" not in self._chosen
+        if is_dynamic and not self._has_texts and not self._without_texts:
+            yield "without a tokenizer there are no calibration texts, so OUT is not smoothed; --calib-ids helps."
 
     def _tell_notes(self, notes: list[str]) -> None:
         """Tell those that were not told yet."""
@@ -362,7 +385,8 @@ class QuantizeCommand:
         return Calibration(
             source=self.source,
             recipe=self.recipe,
-            file=self.calib,
+            file=None if self._without_texts else self.calib,
+            is_none=self._without_texts,
             limit=self.calib_limit,
             texts=self.calib_texts,
             ids=self.calib_ids,

@@ -141,7 +141,7 @@ class Recipe:
         choice("none", *(method.value for method in AntiOutlier)),
         "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
         "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; smooth: ours, by how each "
-        "input is quantized, the most accurate. Default: none.",
+        "input is quantized, the most accurate. Default: smooth, but none for w8a16 and without calibration texts.",
         metavar="M",
         group="Activations and outliers",
     )
@@ -377,10 +377,17 @@ def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
     return Recipe(**{key: _method(key, value, where) for key, value in choices.items()})
 
 
-def with_defaults(choices: dict[str, Any]) -> dict[str, Any]:
-    """Return checked choices, with what goes with `smooth` where nothing else is chosen."""
+def with_defaults(choices: dict[str, Any], *, has_texts: bool) -> dict[str, Any]:
+    """Return checked choices with what makes a model accurate in place of what was not chosen.
+
+    Args:
+        choices: of a command line and a file.
+        has_texts: whether there is something to calibrate on; data-free schemes are not smoothed without.
+    """
     found, scheme = dict(choices), choices.get("scheme")
     is_static = scheme in NEEDS_CALIBRATION
+    if is_static or (scheme is QuantType.W8A8_DYNAMIC and has_texts):
+        found.setdefault("anti_outlier", AntiOutlier.SMOOTH.value)
     if found.get("anti_outlier") == AntiOutlier.SMOOTH.value:
         found.setdefault("act_method", ActMethod.EXTREMES.value)
         others = {kind for _, kind in found.get("modules", ())} - {scheme, QuantType.FLOAT}
