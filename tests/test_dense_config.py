@@ -10,7 +10,7 @@ import pytest
 
 from eightfold.config import DType, parse_config
 from eightfold.errors import EightfoldError
-from eightfold.families import all_linears, layer_norms, layer_rope, settle_names, sliding_window, smooth_pairs
+from eightfold.families import all_linears, layer_norms, settle_names, slides, sliding_window, smooth_pairs
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.tokenizer import stop_token_ids
 from eightfold.written_config import both_dialects
@@ -65,8 +65,9 @@ def test_a_published_gemma_3():
     assert (config.activation, config.norm_places, config.norm_offset) == ("gelu_tanh", "both", 1.0)
     assert (config.embedding_multiplier, config.score_scale) == (2560**0.5, 1 / 16)
     assert [sliding_window(config, i) for i in range(6)] == [1024] * 5 + [None]
-    assert [layer_rope(config, i).rope_theta for i in (4, 5)] == [1e4, 1e6]
-    assert [layer_rope(config, i).factor for i in (4, 5)] == [1.0, 8.0]
+    assert [slides(config, i) for i in (4, 5)] == [True, False]
+    assert config.local_rope is not None
+    assert [(rope.rope_theta, rope.factor) for rope in (config.local_rope, config.rope)] == [(1e4, 1.0), (1e6, 8.0)]
 
 
 def test_gemma_3_is_written_for_every_loader():

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from eightfold.architectures import FAMILIES, Family, Names
 from eightfold.config import LAYER_TYPES, ModelConfig
 from eightfold.layouts import ROWS, Layout
-from eightfold.rope import RopeParameters
 
 DOWN = "down"  # title of the group that reads products of gate and up
 
@@ -281,12 +280,6 @@ def sliding_window(config: ModelConfig, layer_idx: int) -> int | None:
 def slides(config: ModelConfig, layer_idx: int) -> bool:
     """Return whether `layer_types` says that this layer slides, whatever its window is."""
     return config.layer_types is not None and config.layer_types[layer_idx] == LAYER_TYPES[1]
-
-
-def layer_rope(config: ModelConfig, layer_idx: int) -> RopeParameters:
-    """Return how positions turn the queries and keys of this layer."""
-    local = config.local_rope if slides(config, layer_idx) else None
-    return config.rope if local is None else local
 
 
 def settle_names(config: ModelConfig, raw: Mapping[str, Any], stored: Collection[str]) -> ModelConfig:

@@ -139,7 +139,7 @@ def family(path: Path) -> object:
 
 
 def description(path: Path) -> object:
-    from eightfold.format.checkpoint import check_entries, read_description
+    from eightfold.format.description import check_entries, read_description
 
     found = read_description(path)
     check_entries(found, list(found.tags))
@@ -318,7 +318,7 @@ CALIBRATION = (
 
 
 def recipe(path: Path) -> object:
-    from eightfold.quant.recipe import make_recipe, read_recipe, render_recipe
+    from eightfold.quant.recipe_file import make_recipe, read_recipe, render_recipe
 
     return render_recipe(make_recipe(read_recipe(path)))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eightfold.errors import EightfoldError
-from eightfold.format.checkpoint import read_description
+from eightfold.format.description import read_description
 from eightfold.quant.by_name import quantize_by_name
 from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.recipe import Recipe

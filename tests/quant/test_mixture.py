@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from eightfold.check import by_name
 from eightfold.errors import ConfigError, UnsupportedError
-from eightfold.format.checkpoint import Checkpoint, read_description
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.description import read_description
 from eightfold.format.named import NamedDirectory
 from eightfold.model.reference.experts import Router
 from eightfold.model.reference.load import Decoder

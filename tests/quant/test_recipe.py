@@ -10,17 +10,8 @@ import pytest
 import yaml
 
 from eightfold.errors import ConfigError, InputError
-from eightfold.quant.recipe import (
-    ActMethod,
-    AntiOutlier,
-    KVObserve,
-    Recipe,
-    Target,
-    make_recipe,
-    parse_level,
-    read_recipe,
-    render_recipe,
-)
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe, Target
+from eightfold.quant.recipe_file import make_recipe, parse_level, read_recipe, render_recipe
 from eightfold.scheme import QuantType
 from tests.refusal import error_line
 

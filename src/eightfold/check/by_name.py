@@ -14,7 +14,7 @@ from eightfold.check import Finding, Report, Rules, Summary, Verdict
 from eightfold.check.directory import differ, values_of
 from eightfold.config import DType
 from eightfold.errors import one_of
-from eightfold.format.checkpoint import SHORT_NAME
+from eightfold.format.description import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.named import NamedDirectory
 from eightfold.format.safetensors import MappedFile

@@ -18,7 +18,7 @@ from eightfold.check.directory import INTEGERS, RawDirectory
 from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.files import read_json
-from eightfold.format.checkpoint import SHORT_NAME
+from eightfold.format.description import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.tokenizer_files import FAST, SETTINGS
 from eightfold.scheme import DEQ_SCALE, INPUT_OFFSET, INPUT_SCALE, QUANT_BIAS, WEIGHT_OFFSET, WEIGHT_SCALE, weight_name

@@ -26,7 +26,7 @@ from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import EightfoldError, one_of
 from eightfold.families import layer_of
 from eightfold.files import read_json
-from eightfold.format.checkpoint import SHORT_NAME
+from eightfold.format.description import SHORT_NAME
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.tokenizer_files import SETTINGS
 from eightfold.model.layers import rope_scale

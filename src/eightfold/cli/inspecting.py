@@ -45,7 +45,8 @@ class InspectCommand:
 
     def execute(self) -> None:
         from eightfold.files import has_file, read_json
-        from eightfold.format.checkpoint import Checkpoint, find_description
+        from eightfold.format.checkpoint import Checkpoint
+        from eightfold.format.description import find_description
         from eightfold.format.directory import CONFIG_NAME
         from eightfold.format.engines import elsewhere
         from eightfold.format.named import NamedDirectory

@@ -17,7 +17,8 @@ from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
 from eightfold.machine import peak_resident_bytes
 from eightfold.parallel.world import World
-from eightfold.quant.recipe import Recipe, make_recipe, with_defaults
+from eightfold.quant.recipe import Recipe, with_defaults
+from eightfold.quant.recipe_file import make_recipe
 from eightfold.scheme import SCHEMES, QuantType
 from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, size_text, whole
 
@@ -182,14 +183,14 @@ class QuantizeCommand:
 
     @cached_property
     def _settings_of_file(self) -> dict[str, Any]:
-        from eightfold.quant.recipe import read_recipe
+        from eightfold.quant.recipe_file import read_recipe
 
         return {} if self.recipe_file is None else read_recipe(self.recipe_file)
 
     @cached_property
     def _chosen(self) -> dict[str, Any]:
         """What the recipe file and the command line say."""
-        from eightfold.quant.recipe import act_method_name, parse_level
+        from eightfold.quant.recipe_file import act_method_name, parse_level
 
         meanings: dict[str, Callable[[Any], Any]] = {
             "scheme": SCHEMES.__getitem__,
@@ -438,7 +439,7 @@ def _ranks_of_environment() -> Iterator[Ranks]:
 
 
 def _save(recipe: Recipe, path: Path) -> None:
-    from eightfold.quant.recipe import render_recipe
+    from eightfold.quant.recipe_file import render_recipe
 
     try:
         write_whole(path, render_recipe(recipe).encode())

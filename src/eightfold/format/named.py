@@ -13,7 +13,7 @@ from typing import Any
 from eightfold.config import DType
 from eightfold.errors import CheckpointError
 from eightfold.files import read_json
-from eightfold.format.checkpoint import find_description, read_description
+from eightfold.format.description import find_description, read_description
 from eightfold.format.directory import CONFIG_NAME, read_tensors
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import TensorInfo

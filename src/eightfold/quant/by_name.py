@@ -17,7 +17,7 @@ import torch
 
 from eightfold.config import CONFIG_DTYPES, EXPERT_KEYS, DType, has_engine, parse_config
 from eightfold.files import write_json
-from eightfold.format.checkpoint import render_description
+from eightfold.format.description import render_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import layers_done
 from eightfold.format.output import Output

@@ -36,7 +36,8 @@ from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_pa
 from eightfold.format.stored import StoredTensors
 from eightfold.format.target import QUANTIZE
 from eightfold.quant.outcome import samples_facts
-from eightfold.quant.recipe import Recipe, Samples, recipe_content
+from eightfold.quant.recipe import Recipe, Samples
+from eightfold.quant.recipe_file import recipe_content
 
 WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
 _SAMPLE_BYTES = 4096  # of each of these many places of a tensor

@@ -18,7 +18,8 @@ from typing import Any
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, has_engine, parse_config
 from eightfold.errors import CheckpointError, one_of, shortlist
 from eightfold.families import all_linears
-from eightfold.format.checkpoint import find_description, quantized_already
+from eightfold.format.checkpoint import quantized_already
+from eightfold.format.description import find_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors

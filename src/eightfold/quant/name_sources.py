@@ -25,7 +25,7 @@ from typing import Any
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, ConfigError, UnsupportedError
 from eightfold.files import read_json
-from eightfold.format.checkpoint import find_description
+from eightfold.format.description import find_description
 from eightfold.format.directory import CONFIG_NAME, explain_names
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.stored import StoredTensors

@@ -17,7 +17,8 @@ from eightfold.format.target import REPORT_NAME as REPORT_NAME
 from eightfold.layouts import EXPERT
 from eightfold.quant.mixture import expert_notes
 from eightfold.quant.plan import RolledBack
-from eightfold.quant.recipe import Recipe, Samples, recipe_content
+from eightfold.quant.recipe import Recipe, Samples
+from eightfold.quant.recipe_file import recipe_content
 from eightfold.scheme import QuantType
 
 # Above this share of keys outside the cache's range the user is warned.

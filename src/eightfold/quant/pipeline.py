@@ -19,7 +19,8 @@ import torch
 from eightfold.errors import ConfigError, OutputError
 from eightfold.families import family_layout
 from eightfold.files import write_json
-from eightfold.format.checkpoint import Checkpoint, quantized_already, render_description
+from eightfold.format.checkpoint import Checkpoint, quantized_already
+from eightfold.format.description import render_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import WORK_NAME, layers_done
 from eightfold.format.output import Output

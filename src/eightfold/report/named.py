@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from eightfold.format.checkpoint import find_description, read_description
+from eightfold.format.description import find_description, read_description
 from eightfold.format.named import NamedDirectory
 from eightfold.layouts import engine_names
 from eightfold.scheme import WEIGHT, QuantType, weight_name
