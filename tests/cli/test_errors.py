@@ -18,7 +18,20 @@ from eightfold.cli.options import options_of
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.refusal import error_line, quantize_refused, refused
 
-COMMANDS = ("import-gguf", "quantize", "synth", "check", "inspect", "run", "chat", "serve", "eval", "bench", "env")
+COMMANDS = (
+    "import",
+    "import-gguf",
+    "quantize",
+    "synth",
+    "check",
+    "inspect",
+    "run",
+    "chat",
+    "serve",
+    "eval",
+    "bench",
+    "env",
+)
 KEYS = "a text, or an object with inputs_pretokenized, text, prompt, messages, conversations or instruction"
 
 

@@ -30,7 +30,8 @@ START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfol
 
 # Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
-    "import-gguf": ("making", "ImportGgufCommand"),
+    "import": ("exporting", "ImportCommand"),
+    "import-gguf": ("exporting", "ImportGgufCommand"),
     "quantize": ("quantizing", "QuantizeCommand"),
     "synth": ("making", "SynthCommand"),
     "check": ("inspecting", "CheckCommand"),

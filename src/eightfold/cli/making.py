@@ -1,4 +1,4 @@
-"""`eightfold import-gguf` and `synth`: the commands that make float model directories."""
+"""`eightfold synth`: float model directories of random weights."""
 
 from __future__ import annotations
 
@@ -12,31 +12,7 @@ from eightfold.config import DType
 from eightfold.synth.shapes import MODELS
 from eightfold.values import SWITCH, choice, setting, size_text, whole
 
-_DTYPE = choice("bf16", "fp16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportGgufCommand:
-    """Convert a GGUF file into a float model directory for `quantize`, `run` and `eval`.
-
-    Example: eightfold import-gguf smollm2.gguf smollm2-float
-    """
-
-    source: Path = argument("FILE.gguf", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. It is only read.")
-    target: Path = argument("FLOAT_DIR", "The directory to make. It appears when it is complete.")
-    dtype: str = setting("bf16", _DTYPE, "Type of the widened weights.")
-    overwrite: bool = setting(False, SWITCH, "Replace what import-gguf has written to FLOAT_DIR.")
-
-    def execute(self) -> None:
-        started = time.monotonic()
-        console.require_torch("import-gguf")
-        from eightfold.importers.gguf import import_gguf
-
-        config = import_gguf(
-            self.source, self.target, _dtype(self.dtype), overwrite=self.overwrite, progress=console.bars
-        )
-        seconds = time.monotonic() - started
-        print(f"{self.target}: {config.architecture}, {config.num_layers} layers, {self.dtype}, {seconds:.1f} s")
+DTYPES = {"bf16": DType.BF16, "fp16": DType.F16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +29,7 @@ class SynthCommand:
     like: str = setting(MISSING, choice(*MODELS), "Model whose shape to use.")
     layers: int | None = setting(None, whole(1), "Number of layers, at full width. Default: all of them.")
     seed: int = setting(0, whole(0), "Seed of the weights; the same seed gives the same bytes.")
-    dtype: str = setting("bf16", _DTYPE, "Type of the weights.")
+    dtype: str = setting("bf16", choice(*DTYPES), "Type of the weights.")
     overwrite: bool = setting(False, SWITCH, "Replace what synth has written to DIR.")
 
     def execute(self) -> None:
@@ -65,14 +41,10 @@ class SynthCommand:
             self.target,
             layers=self.layers,
             seed=self.seed,
-            dtype=_dtype(self.dtype),
+            dtype=DTYPES[self.dtype],
             overwrite=self.overwrite,
             progress=console.bars,
         )
         seconds = time.monotonic() - started
         size = size_text(made.nbytes)
         print(f"{self.target}: {made.layers} layers like {self.like}, {self.dtype}, {size}, {seconds:.1f} s")
-
-
-def _dtype(name: str) -> DType:
-    return {"bf16": DType.BF16, "fp16": DType.F16}[name]

@@ -1,0 +1,101 @@
+"""`eightfold export`, `import` and `import-gguf`: models of other engines' formats, to them and from them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eightfold.cli import console
+from eightfold.cli.making import DTYPES
+from eightfold.cli.options import argument, as_json, settings
+from eightfold.exporters import FORMATS, ExportOptions, plan_export
+from eightfold.importers import ImportOptions, importer_of
+from eightfold.values import SWITCH, choice, setting, size_text
+
+if TYPE_CHECKING:
+    from eightfold.importers import Importer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write an 8-bit directory as another engine reads it. The integers stay as they are.
+
+    Example: eightfold export Qwen2.5-7B-w8a8 Qwen2.5-7B-ct --to compressed-tensors
+
+    Nothing is calibrated or rounded anew. Before it writes, it says what the format cannot hold and asks for --lossy,
+    and what readers of the format do otherwise than this program. A run that was stopped goes on where it was.
+    """
+
+    source: Path = argument("OUT", "An 8-bit directory, as quantize makes it. It is only read.")
+    target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
+    to: str = setting(
+        MISSING,
+        choice(*FORMATS or ("none",)),
+        "Format: " + "; ".join(f"{n} ({f.readers})" for n, f in FORMATS.items()) + ".",
+    )
+    chosen: dict[str, Any] = settings(ExportOptions, "activations")
+    lossy: bool = setting(False, SWITCH, "Write the model without what the format cannot hold.")
+    overwrite: bool = setting(False, SWITCH, "Replace what export has written to DIR.")
+    as_json: bool = as_json()
+
+    def execute(self) -> None:
+        started = time.monotonic()
+        plan = plan_export(self.source, self.to, ExportOptions(**self.chosen), lossy=self.lossy)
+        notes = [*(f"lost: {text}" for text in plan.losses), *plan.notes]
+        for text in notes:
+            console.note(text)
+        was_there = plan.write(self.target, overwrite=self.overwrite, progress=console.bars)
+        seconds = time.monotonic() - started
+        if self.as_json:
+            facts = {"to": self.to, "nbytes": plan.nbytes, "already_complete": was_there, "seconds": round(seconds, 3)}
+            console.print_json({**facts, "losses": list(plan.losses), "notes": list(plan.notes)})
+        elif was_there:
+            print(f"{self.target}: already complete")
+        else:
+            print(f"{self.target}: {self.to}, {size_text(plan.nbytes)}, {seconds:.1f} s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCommand:
+    """Make a model directory of another format's model: 8-bit where its integers can stay, float otherwise.
+
+    Example: eightfold import smollm2.gguf smollm2-float
+    """
+
+    source: Path = argument("MODEL", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. It is only read.")
+    target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
+    dtype: str = setting("bf16", choice(*DTYPES), "Type of weights that become float.")
+    overwrite: bool = setting(False, SWITCH, "Replace what import has written to DIR.")
+
+    def execute(self) -> None:
+        options = ImportOptions(dtype=DTYPES[self.dtype], overwrite=self.overwrite, progress=console.bars)
+        _import(importer_of(self.source), "import", self.source, self.target, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportGgufCommand:
+    """Convert a GGUF file into a float model directory; `import` by an older name.
+
+    Example: eightfold import-gguf smollm2.gguf smollm2-float
+    """
+
+    source: Path = argument("FILE.gguf", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. It is only read.")
+    target: Path = argument("FLOAT_DIR", "The directory to make. It appears when it is complete.")
+    dtype: str = setting("bf16", choice(*DTYPES), "Type of the widened weights.")
+    overwrite: bool = setting(False, SWITCH, "Replace what import-gguf has written to FLOAT_DIR.")
+
+    def execute(self) -> None:
+        from eightfold.importers import gguf_entry
+
+        options = ImportOptions(dtype=DTYPES[self.dtype], overwrite=self.overwrite, progress=console.bars)
+        _import(gguf_entry, "import-gguf", self.source, self.target, options)
+
+
+def _import(importer: Importer, command: str, source: Path, target: Path, options: ImportOptions) -> None:
+    started = time.monotonic()
+    if importer.NEEDS_TORCH:
+        console.require_torch(command)
+    made = importer.convert(source, target, options)
+    print(f"{target}: {made}, {time.monotonic() - started:.1f} s")
