@@ -54,7 +54,7 @@ def search_table(monkeypatch, table, *, drops):
     asked = []
 
     class Table:
-        def __init__(self, stats, weights):
+        def __init__(self, stats, weights, by_token):
             pass
 
         def __call__(self, alpha, beta, limit):
@@ -90,7 +90,7 @@ def test_every_pair_is_tried_once(monkeypatch):
 # The error itself.
 
 
-def relative_error(stats, weights, alpha, beta):
+def relative_error(stats, weights, alpha, beta, by_token=False):
     """err of the formula: the scale and what is rounded are float32, as in the reference; products are float64."""
     stacked = torch.cat(weights).numpy()
     w = np.abs(stacked).max(0)
@@ -100,38 +100,41 @@ def relative_error(stats, weights, alpha, beta):
     hi = np.maximum((stats.hi.numpy() / scale).max(), np.float32(0))
     step = (hi - lo) / np.float32(255)
     offset = np.round(-lo / step) - np.float32(128)
+    if by_token:
+        step, offset = np.abs(x / scale).max(1, keepdims=True) / np.float32(127), np.float32(0)
     x_int = np.round(x / scale / step + offset)
     rows = np.abs(stacked * scale).max(1, keepdims=True) / np.float32(127)
     w_int = np.clip(np.round(stacked * scale / rows), -127, 127)
     exact = x.astype(np.float64) @ stacked.T.astype(np.float64)
-    quantized = ((x_int - offset).astype(np.float64) * float(step)) @ (w_int.astype(np.float64) * rows).T
+    quantized = ((x_int - offset).astype(np.float64) * np.float64(step)) @ (w_int.astype(np.float64) * rows).T
     return math.sqrt(((quantized - exact) ** 2).mean() / (exact**2).mean())
 
 
-def ours(stats, weights, alpha, beta, limit=math.inf):
+def ours(stats, weights, alpha, beta, limit=math.inf, **how):
     """Return the same from the sum of squares that the search compares."""
     exact = stats.tokens.double() @ torch.cat(weights).double().T
-    return math.sqrt(smooth._Error(stats, weights)(alpha, beta, limit) / float(exact.square().sum()))
+    return math.sqrt(smooth._Error(stats, weights, **how)(alpha, beta, limit) / float(exact.square().sum()))
 
 
 @pytest.mark.parametrize("outputs", [(7,), (6, 4), (6, 4, 4)])
 @pytest.mark.parametrize(("alpha", "beta"), [(0, 0), (20, 0), (0, 20), (15, 2), (10, 10), (20, 20)])
-def test_error_is_that_of_the_quantized_product(outputs, alpha, beta):
+@pytest.mark.parametrize("by_token", [False, True])
+def test_error_is_that_of_the_quantized_product(outputs, alpha, beta, by_token):
     # The differences are a hundredth of the products, which float32 holds to 2**-24: 6e-6 of a difference.
     stats, weights = group(3, *outputs)
-    expected = relative_error(stats, weights, alpha / GRID, beta / GRID)
-    assert ours(stats, weights, alpha, beta) == pytest.approx(expected, rel=2e-5)
+    expected = relative_error(stats, weights, alpha / GRID, beta / GRID, by_token)
+    assert ours(stats, weights, alpha, beta, by_token=by_token) == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("outputs", [(7,), (6, 4), (6, 4, 4)])
-def test_search_is_that_over_all_candidates(seed, outputs):
+@pytest.mark.parametrize(("outputs", "by_token"), [((7,), False), ((6, 4), True), ((6, 4, 4), False)])
+def test_search_is_that_over_all_candidates(seed, outputs, by_token):
     stats, weights = group(seed, *outputs)
     table = np.full((GRID + 1, GRID + 1), np.nan)
     for i in range(GRID + 1):
         for j in range(GRID + 1):
-            table[i, j] = relative_error(stats, weights, i / GRID, j / GRID)
-    assert search_exponents(stats, weights) == two_steps(table)
+            table[i, j] = relative_error(stats, weights, i / GRID, j / GRID, by_token)
+    assert search_exponents(stats, weights, by_token=by_token) == two_steps(table)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -407,6 +407,16 @@ def test_m6_takes_the_largest_of_the_heads_that_share():
     a, w = largest(xs, weights)
     found = smooth_scale(AntiOutlier.M6, stats, weights, SHARING).scale
     require_close(found, shared(a, np.max) ** alpha / shared(w, np.max) ** beta)
+    alpha, beta = search_exponents(stats, weights, by_token=True)
+    found = smooth_scale(AntiOutlier.FLEX, stats, weights, SHARING).scale
+    require_close(found, shared(a, np.max) ** alpha / shared(w, np.max) ** beta)
+
+
+def test_iter_is_m4():
+    stats, weights = statistics(samples(2)), linears(6, seed=2)
+    for sharing in (None, SHARING):
+        found, plain = (smooth_scale(method, stats, weights, sharing) for method in (AntiOutlier.ITER, AntiOutlier.M4))
+        assert torch.equal(found.scale, plain.scale)
 
 
 def test_smooth_takes_the_largest_of_the_heads_that_share():

@@ -107,6 +107,25 @@ def test_smooth_leaves_inputs_alone_that_stay_float(quantized):
     assert choices == {f"{layer}.{group}": "alpha 0.9, beta 0.1" for layer in LAYERS for group in ("qkv", "gate_up")}
 
 
+def test_iter_takes_the_linears_before_as_those_behind_leave_them(models, quantized):
+    source = Checkpoint.open(models["LlamaForCausalLM"])
+    scales, norm = {}, "post_attention_layernorm"
+    for method in (AntiOutlier.M4, AntiOutlier.ITER):
+        out = quantized(anti_outlier=method, keep_float=("*",), save_float32=True, name=method.value)
+        for layer in LAYERS:
+            gains = [load_tensor(each, f"{layer}.{norm}.weight").float() for each in (source, out)]
+            scale = gains[0] / gains[1]
+            # What m4 saw of gate and up is in the source; what iter saw, in its output.
+            seen = source if method is AntiOutlier.M4 else out
+            linears = [load_tensor(seen, f"{layer}.mlp.{name}.weight").float() for name in ("gate_proj", "up_proj")]
+            largest = torch.cat(linears).abs().amax(0) / (1 if seen is source else scale)
+            scales[method, layer] = scale, scale * largest**0.1
+    for layer in LAYERS:
+        m4, found = (scales[method, layer] for method in (AntiOutlier.M4, AntiOutlier.ITER))
+        assert (m4[0] != found[0]).any()
+        torch.testing.assert_close(m4[1], found[1], rtol=1e-4, atol=0)
+
+
 def inputs_seen(checkpoint):
     """Return the input of each group of linears in the float model, (T, K) of all samples."""
     decoder, states, found = Decoder(checkpoint), [], {}

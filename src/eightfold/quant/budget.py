@@ -137,7 +137,8 @@ def _scale_bytes(recipe: Recipe, group: int) -> int:
     """Return what finding a scale takes for a group of so many elements."""
     if recipe.anti_outlier is None:
         return 0
-    searches = recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3, AntiOutlier.M6)
+    method = recipe.anti_outlier
+    searches = method in (AntiOutlier.M2, AntiOutlier.M3) or method.searches_exponents
     return (12 if searches else 4) * group
 
 
@@ -161,7 +162,7 @@ def _sample_bytes(checkpoint: Checkpoint, layer_idx: int, recipe: Recipe, length
         found += lengths[0] * 4 * inputs
     if recipe.anti_outlier is AntiOutlier.SMOOTH:
         found += (max(batches) + 2 * loud_tokens(lengths)) * 4 * config.intermediate_size
-    if recipe.anti_outlier is AntiOutlier.M6:
+    if recipe.anti_outlier is not None and recipe.anti_outlier.searches_exponents:
         found += min(sum(lengths), _KEPT_TOKENS) * 4 * inputs
     if recipe.kv_int8 and recipe.kv_observe is KVObserve.PRE_ROPE:
         found += sum(lengths) * 4 * config.kv_size

@@ -220,7 +220,7 @@ class FloatPass:
             prefix + title,
             sum(stream.lengths),
             keep_first=method in (AntiOutlier.M2, AntiOutlier.M3),
-            keep_tokens=method is AntiOutlier.M6,
+            keep_tokens=method is not None and method.searches_exponents,
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
             num_loud=loud_tokens(stream.lengths) if method is AntiOutlier.SMOOTH and title == DOWN else 0,
@@ -282,11 +282,12 @@ class FloatPass:
         return LayerStatistics(scales, range_params, extremes, self._kv(kv, scales), score)
 
     def _scales(self, prefix: str, smoothing: Mapping[str, InputWatcher]) -> dict[str, SmoothScale]:
-        """Return the scale of each group; `smooth` takes v_proj and up_proj as those of o and down leave them."""
+        """Return the scale of each group; some methods take v_proj and up_proj as those of o and down leave them."""
         found: dict[str, SmoothScale] = {}
-        is_ours = self._recipe.anti_outlier is AntiOutlier.SMOOTH
+        method = self._recipe.anti_outlier
+        goes_backwards = method is not None and method.goes_backwards
         groups = [group for group in self._groups if group.title in self._smoothed]
-        pairs = [pair for pair in smooth_pairs(self._config) if is_ours and not pair.source_is_norm]
+        pairs = [pair for pair in smooth_pairs(self._config) if goes_backwards and not pair.source_is_norm]
         sources = {pair.source: pair for pair in pairs}
         for group in sorted(groups, key=lambda group: group.title not in [pair.group for pair in pairs]):
             rows = {

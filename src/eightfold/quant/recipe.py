@@ -35,17 +35,29 @@ class AntiOutlier(str, Enum):
     M4 = "m4"  # iterative smooth: also v -> o and up -> down
     M5 = "m5"  # CBQ
     M6 = "m6"  # flex smooth: as m4, exponents searched for each group
+    ITER = "iter"  # iter_smooth of newer versions: m4, from the layer's end to its beginning
+    FLEX = "flex"  # flex_smooth_quant of newer versions: m6 for inputs quantized by token, in the same order
     SMOOTH = "smooth"  # ours: by how each input is quantized, with room for the sink tokens of down_proj
 
     @property
     def smooths_linear_pairs(self) -> bool:
         """Whether v_proj -> o_proj and up_proj -> down_proj are smoothed too."""
-        return self in (AntiOutlier.M4, AntiOutlier.M6, AntiOutlier.SMOOTH)
+        return self not in (AntiOutlier.M1, AntiOutlier.M2, AntiOutlier.M3, AntiOutlier.M5)
+
+    @property
+    def goes_backwards(self) -> bool:
+        """Whether o_proj and down_proj come first, and v_proj and up_proj count as these leave them."""
+        return self in (AntiOutlier.ITER, AntiOutlier.FLEX, AntiOutlier.SMOOTH)
+
+    @property
+    def searches_exponents(self) -> bool:
+        """Whether alpha and beta are searched for each group, on tokens of its input."""
+        return self in (AntiOutlier.M6, AntiOutlier.FLEX)
 
     @property
     def adds_norm_bias(self) -> bool:
         """Whether every norm is written with a bias (of zeros) afterwards."""
-        return self not in (AntiOutlier.M6, AntiOutlier.SMOOTH)
+        return self in (AntiOutlier.M1, AntiOutlier.M2, AntiOutlier.M3, AntiOutlier.M4, AntiOutlier.M5)
 
 
 class ActMethod(str, Enum):
@@ -127,8 +139,9 @@ class Recipe:
         None,
         choice("none", *(method.value for method in AntiOutlier)),
         "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
-        "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; smooth: ours, by how each "
-        "input is quantized, the most accurate. Default: smooth, but none for w8a16 and without calibration texts.",
+        "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; iter, flex: iter_smooth and "
+        "flex_smooth_quant (slow) of its newer versions; smooth: ours, by how each input is quantized, the most "
+        "accurate. Default: smooth, but none for w8a16 and without calibration texts.",
         metavar="M",
         group="Activations and outliers",
     )

@@ -12,18 +12,20 @@
              err = rms(Qa(X / s) Qw(W s)^T - X W^T) / rms(X W^T)
              first    alpha in 0, 1/20 .. 1 with beta = 1 - alpha
              then     beta  in 0, 1/20 .. 1 with that alpha
+    iter     as m4, and
+    flex     as m6 with another Qa; both take o and down first, and v and up as these leave them
     smooth   s = a**alpha / w**beta, with alpha and beta by how the input is quantized (EXPONENTS)
              products (down_proj's inputs): s = max(o**alpha / w**beta, a / (SINK_ROOM limit)),
                  o: a of ordinary tokens;  limit: their largest input, max o / (o**alpha / w**beta)
 
-m1, m2, m4, m6 and smooth keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized
+All but m3 and m5 keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized
 weights; both look at the first sample only. Of equal errors they take the first.
 
 m6: X are the kept tokens, W all linears of the group, one below the other. Qa: asymmetric, one scale for the whole
-input, whose range is that of all tokens, kept or not. Qw: symmetric, one scale for each row. Of equal errors the last
-wins. A sum of squares only grows, so a candidate is dropped as soon as it is worse than the best one; that, and
-beginning with likely candidates, changes nothing in the result. The wheel multiplies dequantized float32 values, here
-the integers are multiplied.
+input, whose range is that of all tokens, kept or not; for flex, symmetric, one scale for each token. Qw: symmetric, one
+scale for each row. Of equal errors the last wins. A sum of squares only grows, so a candidate is dropped as soon as it
+is worse than the best one; that, and beginning with likely candidates, changes nothing in the result. The wheel
+multiplies dequantized float32 values, here the integers are multiplied.
 
 smooth: a static range has to hold every token, so it gains most by a large alpha; a range for each token has less to
 gain, and the weights as much to lose. A few tokens, mostly the first of a text, carry thousands in one or two channels
@@ -31,16 +33,17 @@ of down_proj where all others stay near 1 (massive activations). To clip them ru
 them is too coarse for all else. So these channels, and no others, are divided until they stay within SINK_ROOM of the
 ordinary range: a few rows of up_proj become smaller and columns of down_proj larger, which costs nothing.
 
-Where query heads share a value head, o_proj's channels share v_proj's rows: m4 averages s over those heads, m6 and
-smooth take the largest a and the largest w.
+Where query heads share a value head, o_proj's channels share v_proj's rows: m4 and iter average s over those heads, the
+others take the largest a and the largest w.
 
 Letters: T tokens, K inputs, N outputs, n of one piece of the weights; G key/value heads, Q query heads sharing one,
 D head_dim.
 
 Sources: SmoothQuant, Xiao et al. 2023, arXiv:2211.10438 (m1); Outlier Suppression+, Wei et al. 2023, arXiv:2304.09145
 (m2); AWQ, Lin et al. 2023, arXiv:2306.00978 (m3); CBQ, Ding et al. 2023, arXiv:2312.07950 (m5); all as the published
-msModelSlim wheel does them, its operations traced. smooth is ours; Massive Activations, Sun et al. 2024,
-arXiv:2402.17762, describes the sinks.
+msModelSlim wheel does them, its operations traced; iter and flex are iter_smooth and flex_smooth_quant with their
+defaults, as its public sources have them in 2026 (processor/anti_outlier). smooth is ours; Massive Activations, Sun et
+al. 2024, arXiv:2402.17762, describes the sinks.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, to_int8_
+from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, to_int8_, token_params
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import AntiOutlier
 from eightfold.quant.statistics import InputStats
@@ -135,13 +138,13 @@ def smooth_scale(
         return _weight_aware(stats, weights, weight_symmetric)
     if method is AntiOutlier.M5:
         return _clipped_outliers(stats)
-    if method is AntiOutlier.M6:
-        alpha, beta = search_exponents(stats, weights)
+    if method.searches_exponents:
+        alpha, beta = search_exponents(stats, weights, by_token=method is AntiOutlier.FLEX)
         absmax, weight_max = stats.absmax, weight_absmax(weights)
         if sharing is not None:
             absmax, weight_max = (sharing.expand(sharing.split(end).amax(1)) for end in (absmax, weight_max))
         return SmoothScale(balance(absmax, weight_max, alpha, beta), f"alpha {alpha:.2f}, beta {beta:.2f}")
-    if method is AntiOutlier.M4:
+    if method in (AntiOutlier.M4, AntiOutlier.ITER):
         scale = balance(stats.absmax, weight_absmax(weights), 0.9, 0.1)
         return SmoothScale(scale if sharing is None else sharing.expand(sharing.split(scale).mean(1)), "alpha 0.9")
     return SmoothScale(balance(stats.absmax, weight_absmax(weights), 0.5, 0.5), "alpha 0.5")
@@ -295,9 +298,15 @@ def _widest_gap(ascending: Tensor) -> Tensor:
     return ascending[int(metric.argmax())]
 
 
-def search_exponents(stats: InputStats, weights: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the alpha and beta of least error, given an input with tokens and the weights (N, K) that read it."""
-    error = _Error(stats, weights)
+def search_exponents(stats: InputStats, weights: Sequence[Tensor], *, by_token: bool = False) -> tuple[float, float]:
+    """Return the alpha and beta of least error, given an input with tokens and the weights (N, K) that read it.
+
+    Args:
+        stats: of the input.
+        weights: not modified.
+        by_token: whether each token has a symmetric scale, or the whole input an asymmetric one.
+    """
+    error = _Error(stats, weights, by_token)
     alpha, best = _least(lambda i, limit: error(i, GRID - i, limit), _LIKELY_ALPHA)
     # The best pair of the first step is among these candidates again.
     beta, _ = _least(lambda i, limit: error(alpha, i, limit), _LIKELY_BETA, (GRID - alpha, best))
@@ -322,8 +331,8 @@ class _Error:
     That is err**2 times what is the same for all exponents.
     """
 
-    def __init__(self, stats: InputStats, weights: Sequence[Tensor]) -> None:
-        self._stats = stats
+    def __init__(self, stats: InputStats, weights: Sequence[Tensor], by_token: bool = False) -> None:
+        self._stats, self._by_token = stats, by_token
         self._weight_absmax = weight_absmax(weights)
         rows = max(1, _PIECE_ELEMENTS // max(1, len(stats.tokens)))
         pieces = [piece_nK for weight_NK in weights for piece_nK in torch.split(weight_NK, rows)]
@@ -332,16 +341,21 @@ class _Error:
     def __call__(self, alpha: int, beta: int, limit: float) -> float:
         """Return the sum of squared differences; infinity once it passes the limit."""
         scale_K = balance(self._stats.absmax, self._weight_absmax, alpha / GRID, beta / GRID)
-        lo, hi = (self._stats.lo / scale_K).amin(), (self._stats.hi / scale_K).amax()
-        x_scale, x_offset = asymmetric(lo[None], hi[None])
-        xq_TK = to_int8_((self._stats.tokens / scale_K).div_(x_scale), x_offset)
+        x_TK = self._stats.tokens / scale_K
+        if self._by_token:
+            x_scale, x_offset = token_params(x_TK, "symmetric")
+        else:
+            lo, hi = (self._stats.lo / scale_K).amin(), (self._stats.hi / scale_K).amax()
+            x_scale, x_offset = asymmetric(lo[None], hi[None])
+        xq_TK = to_int8_(x_TK.div_(x_scale), x_offset)
         total = 0.0
         for weight_nK, exact_Tn in self._pieces:
             weight = quantize_weight(weight_nK * scale_K, is_symmetric=True)
-            scale_n = x_scale * weight.scale[:, 0]
-            constant_n = scale_n * x_offset * weight.sum()  # (xq - offset) wq^T = xq wq^T - offset * sum_k wq
+            scale = x_scale * weight.scale[:, 0]  # of each output, or of each token and output
             products = int_matmul(xq_TK, weight.values).to(torch.float32)
-            torch.addcmul(exact_Tn, products, scale_n, value=-1, out=products).add_(constant_n)
+            torch.addcmul(exact_Tn, products, scale, value=-1, out=products)
+            if not self._by_token:
+                products.add_(scale * x_offset * weight.sum())  # (xq - offset) wq^T = xq wq^T - offset * sum_k wq
             total += float(torch.linalg.vector_norm(products)) ** 2
             if total > limit:
                 return math.inf
