@@ -41,9 +41,9 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -q -m "not slow and not browser" -n 2 --dist loadfile $(ARGS)
 
-# The tests of the chat page in a browser, which has to be there: apt-get install chromium.
+# The tests of the chat page and of reports in a browser, which has to be there: apt-get install chromium.
 pages: env
-	$(BIN)/python -m pytest -q -m browser -n 2 --dist loadfile tests/server $(ARGS)
+	$(BIN)/python -m pytest -q -m browser -n 2 --dist loadfile tests/server tests/report $(ARGS)
 
 # A million random files and requests for everything that reads them; ARGS='--seconds 60' for a minute of each.
 fuzz: env

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,13 +20,6 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.running import Running, eventually, running
 
 CONTEXT = 384
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "open_page" in getattr(item, "fixturenames", ()):
-            item.add_marker("browser")
 
 
 @pytest.fixture(scope="session")
@@ -83,16 +75,6 @@ def serve(shared: Running, model: Path) -> Iterator[Callable[..., Running]]:
     service.__dict__.pop("fingerprint", None)  # which may be that of the test's template
     shared.engine.__init__(service.tokenizer)
     assert shared.http.get("/health").json() == {"status": "ok"}  # and what ended before has been logged
-
-
-@pytest.fixture(scope="module")  # its event loop runs as long, and nobody else's can
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    if executable is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
 
 
 @pytest.fixture
