@@ -21,12 +21,13 @@ $(STAMP): pyproject.toml constraints.txt requirements-dev.lock CMakeLists.txt $(
 	EIGHTFOLD_TESTS=ON EIGHTFOLD_WERROR=ON $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	touch $@
 
-# Writes the lock file anew: versions that still fit are kept. torch is left out, as it is built for each machine.
+# Writes the lock file anew: versions that still fit are kept. torch is left out, as it is built for each machine, and
+# so are the extras that are not in `all`: other people's programs, which want environments of their own.
 lock:
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/pip install -q --disable-pip-version-check uv
 	echo "torch ; sys_platform == 'none'" > build/lock/without-torch.txt
-	build/lock/bin/uv pip compile -q --no-config --universal --python-version 3.10 --generate-hashes --all-extras \
+	build/lock/bin/uv pip compile -q --no-config --universal --python-version 3.10 --generate-hashes --extra all --extra dev \
 	  --override build/lock/without-torch.txt --no-emit-package torch --custom-compile-command "make lock" $(ARGS) \
 	  pyproject.toml -o requirements-dev.lock
 	for name in apps instructor measures; do \

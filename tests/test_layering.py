@@ -38,6 +38,7 @@ RANKS = {
     "tokenizer": 4,
     "vocabulary": 2,
     "format": 6,
+    "hub": 7,
     "model": 7,
     "parallel": 6,
     "synth": 7,

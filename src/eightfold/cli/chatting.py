@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
-from eightfold.cli.options import argument, flags_of, in_flags
+from eightfold.cli.options import flags_of, in_flags, model_argument
 from eightfold.cli.screen import Pipe, Terminal
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CapacityError, EightfoldError, InputError
 from eightfold.files import parse_value, read_text, write_whole
+from eightfold.hub.names import title_of
 from eightfold.messages import Message, read_messages, words
 from eightfold.progress import unfiltered
 from eightfold.values import TEXT, setting, shorten, whole
@@ -176,7 +177,7 @@ class ChatCommand:
     If the input is a pipe, each line is a turn; answers go to stdout and everything else to stderr.
     """
 
-    model: Path = argument("DIR", generating.MODEL)
+    model: Path = model_argument("DIR", generating.MODEL)
     system: str | None = setting(None, TEXT, "System prompt, before the conversation.")
     max_new_tokens: int = setting(1024, whole(1), "Stop an answer after N tokens.")
     chat_template: Path | None = generating.chat_template()
@@ -203,7 +204,7 @@ class ChatCommand:
         is_typed = sys.stdin.isatty()
         with Terminal(tuple(COMMANDS)) if is_typed else Pipe() as screen:
             if is_typed:
-                screen.note(f"{self.model.resolve().name}, {context} tokens of context. /help shows the commands.")
+                screen.note(f"{title_of(self.model)}, {context} tokens of context. /help shows the commands.")
             conversation = Conversation(engine.tokenizer, room, self.system)
             talk = Talk(engine, conversation, screen, self.sampling, self.max_new_tokens, context)
             while (text := screen.read()) is not None and talk.hear(text):

@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from eightfold.cli import console, generating
-from eightfold.cli.options import argument, as_json
+from eightfold.cli.options import as_json, model_argument, model_path
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
 from eightfold.errors import InputError
 from eightfold.values import PATH, SWITCH, Kind, choice, optional, setting, size_text, whole
@@ -40,7 +40,7 @@ class InspectCommand:
     EIGHTFOLD_ISA sets the instruction set, EIGHTFOLD_THREADS the number of threads.
     """
 
-    model: Path = argument("DIR", "A quantized or float model directory.")
+    model: Path = model_argument("DIR", "A quantized or float model directory.")
     as_json: bool = as_json()
 
     def execute(self) -> None:
@@ -137,7 +137,7 @@ class CheckCommand:
     The exit code is 1 if one of them refuses the directory or would compute something wrong.
     """
 
-    model: Path = argument("DIR", "A model directory, quantized or float.")
+    model: Path = model_argument("DIR", "A model directory, quantized or float.")
     loaders: tuple[str, ...] = setting(
         ("all",),
         _LOADERS,
@@ -247,7 +247,7 @@ class EvaluateCommand:
     Without --attention-mode a model with int8 keys and values is measured in both modes.
     """
 
-    model: Path = argument("DIR", generating.MODEL)
+    model: Path = model_argument("DIR", generating.MODEL)
     text: Path | None = setting(
         None,
         PATH,
@@ -258,7 +258,11 @@ class EvaluateCommand:
     chunk_len: int = setting(512, whole(2), "Tokens in a chunk; each chunk stands alone.")
     add_bos: bool | None = setting(None, optional(SWITCH), "Begin every chunk with BOS, or not. Default: not.")
     against: Path | None = setting(
-        None, PATH, "Measure this model too, and the divergence of DIR from it.", metavar="FLOAT_DIR"
+        None,
+        PATH,
+        "Measure this model too, and the divergence of DIR from it.",
+        metavar="FLOAT_DIR",
+        read=model_path,
     )
     tokens_as: Literal["prompt", "generated"] = setting(
         "prompt",
@@ -402,7 +406,7 @@ class BenchCommand:
     processes of its host, and multiplies them by the number of hosts.
     """
 
-    model: Path = argument("DIR", generating.MODEL)
+    model: Path = model_argument("DIR", generating.MODEL)
     prompt_len: int = setting(512, whole(1), "Number of random tokens in a prompt.")
     new_tokens: int = setting(128, whole(2), "Number of new tokens; nothing ends an answer earlier.")
     batch: int = setting(1, whole(1), "Number of sequences at a time.")

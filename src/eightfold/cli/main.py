@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -130,7 +131,7 @@ def _run() -> int:
         if command is None:
             print(options.help_text(kind, program))
             return 0
-        return command.execute() or 0
+        return with_models_here(command).execute() or 0
     except _Stopped as stop:
         return _fail(f"{stop}: {kept_work(stop) or f'{_NOTHING_LEFT} Run the same command to start again.'}", debug)
     except EightfoldError as error:
@@ -146,6 +147,21 @@ def _run() -> int:
         if "allocate memory" not in str(error):  # torch's way of saying it
             raise
         return _fail(_out_of_memory(error), debug)
+
+
+def with_models_here(command: options.AnyCommand) -> options.AnyCommand:
+    """Return a command with directories in the place of hub ids, whose models are fetched."""
+    from eightfold.hub.names import id_of
+
+    ids = {name: model for name, path in options.models_of(command).items() if (model := id_of(path)) is not None}
+    if not ids:
+        return command
+    from eightfold.cli.console import note
+    from eightfold.hub.choice import chosen_hub
+    from eightfold.hub.fetch import fetched
+
+    here: dict[str, Any] = {name: fetched(model, chosen_hub(), note) for name, model in ids.items()}
+    return replace(command, **here)
 
 
 def _own_options(words: Sequence[str], command: str) -> Sequence[str]:

@@ -8,11 +8,13 @@ Options take the next word whatever it is, so that a text may begin with a dash;
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from eightfold.errors import ConfigError, EightfoldError
@@ -41,6 +43,28 @@ AnyCommand = TypeVar("AnyCommand", bound=Command)
 def argument(metavar: str, help: str) -> Any:
     """Return a field for a path that stands without a flag and has to be given."""
     return field(metadata={"kind": PATH, "help": help, "metavar": metavar, "is_argument": True})
+
+
+def model_path(text: str) -> Path:
+    """Return the path of a model directory, or the id of a hub in its place; `./ORG/NAME` is only a path."""
+    is_path = text.startswith(("./", "../")) and not os.path.lexists(text)
+    return Path.cwd() / text if is_path else Path(text)
+
+
+def model_argument(metavar: str, help: str) -> Any:
+    """Return a field for a model, which may be the id of a hub: the command gets the directory, see models_of()."""
+    help = f"{help} Or a hub's ORG/NAME[@REVISION], which is fetched."
+    return field(metadata={"kind": PATH, "help": help, "metavar": metavar, "is_argument": True, "read": model_path})
+
+
+def models_of(command: Command) -> dict[str, Path]:
+    """Return the models that a command was given, by the names of its fields."""
+    found = {each.name: getattr(command, each.name) for each in fields(command) if _is_model(each)}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _is_model(field: Field[Any]) -> bool:
+    return field.metadata.get("read") is model_path
 
 
 def as_json(group: str = "") -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
 from eightfold.cli.calibrating import Calibration
-from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, settings
+from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, model_argument, settings
 from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
 from eightfold.machine import peak_resident_bytes
@@ -51,7 +51,7 @@ class QuantizeCommand:
     Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
     """
 
-    source: Path = argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
+    source: Path = model_argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
     out: Path = argument("OUT", "The directory to make. It appears when it is complete.")
     choices: dict[str, Any] = settings(
         Recipe, "scheme", "target", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",

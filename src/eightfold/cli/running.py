@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
-from eightfold.cli.options import add_bos, argument, as_json
+from eightfold.cli.options import add_bos, as_json, model_argument
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
 from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
+from eightfold.hub.names import title_of
 from eightfold.values import PATH, SWITCH, TEXT, TEXTS, setting, whole
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class RunCommand:
     error.
     """
 
-    model: Path = argument("DIR", generating.MODEL)
+    model: Path = model_argument("DIR", generating.MODEL)
     prompt: str | None = setting(None, TEXT, "Text to continue, or with --chat the user's message.", group=_PROMPTS)
     input_file: Path | None = setting(
         None,
@@ -125,7 +126,7 @@ class RunCommand:
         if self.output_file == STANDARD:
             self._require_file()
         defaults = {**self.sampling, "max_tokens": self.max_new_tokens}
-        names = self.served_model_name or (self.model.resolve().name,)
+        names = self.served_model_name or (title_of(self.model),)
         batch = read_batch(self.input_file, defaults, names, chat=self.chat)
         self._require_options(is_own=isinstance(batch, OwnBatch))
         files = [path for path in (self.input_file, self.output_file) if path != STANDARD and path.exists()]

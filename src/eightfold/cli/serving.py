@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console, generating
-from eightfold.cli.options import add_bos, argument
+from eightfold.cli.options import add_bos, model_argument
 from eightfold.engine.reasoning import NAMES
 from eightfold.engine.settings import EngineConfig, leave_to_first
 from eightfold.errors import ConfigError, DependencyError
 from eightfold.files import read_text
+from eightfold.hub.names import title_of
 from eightfold.server import tool_parsers
 from eightfold.values import PATH, SWITCH, TEXT, TEXTS, choice, number, setting, whole
 
@@ -44,7 +45,7 @@ class ServeCommand:
     not.
     """
 
-    model: Path = argument("DIR", generating.MODEL)
+    model: Path = model_argument("DIR", generating.MODEL)
     host: str = setting("127.0.0.1", TEXT, "Address to listen on; 0.0.0.0 for all addresses.", group=_SERVER)
     port: int = setting(8000, whole(0, 65535), "Port to listen on; 0 for any free one.", group=_SERVER)
     api_key: tuple[str, ...] = setting(
@@ -129,7 +130,7 @@ class ServeCommand:
     def execute(self) -> None:
         _require_packages()
         keys = _api_keys(self.api_key, self.api_key_file)
-        name, *others = self.served_model_name or (self.model.resolve().name,)
+        name, *others = self.served_model_name or (title_of(self.model),)
         config = EngineConfig(**self.engine)
         template = generating.read_template(self.chat_template)
         from eightfold.format.checkpoint import require_runnable

@@ -21,6 +21,7 @@ from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.engine.vllm_arguments import read_arguments, require_neutral, unknown
 from eightfold.errors import InputError
+from eightfold.hub.fetch import local_model
 from eightfold.messages import Message, is_continued, read_messages
 from eightfold.progress import Progress, bars, silent
 from eightfold.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class LLM:
     Its methods may be called from several threads: calls follow one another. Prompts in one list are computed together.
 
     Args:
-        model: a quantized or float model directory.
+        model: a quantized or float model directory, or the ORG/NAME[@REVISION] of a hub, which is fetched.
         tokenizer: a directory with another tokenizer than the model's.
         seed: of the answers whose SamplingParams have none: of the nth prompt since the start, n is added.
         arguments: the fields of EngineConfig, also by vLLM's names. Those of vLLM's that change no answer, such as
@@ -230,7 +231,7 @@ class LLM:
 def _directory(name: str, given: Any) -> Path:
     if not isinstance(given, (str, Path)):
         raise InputError(f"LLM: {name}", got=shown(given), expected="the path of a directory")
-    return Path(given)
+    return local_model(Path(given))
 
 
 def _require(name: str, value: Any, kind: Kind) -> None:

@@ -34,7 +34,6 @@ _QUANTIZED = "quant_model_weight"  # how the weights of this format begin
 _FOREIGN = ("adapter_model", "consolidated")  # an adapter's; Mistral's and Meta's own names and layout
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _PICKLES = (".bin", ".pt", ".pth")
 
 _SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".bpe"})
@@ -77,7 +76,7 @@ def list_sidecars(source: Path) -> list[Path]:
         CheckpointError: one is a link to somewhere else or to nothing, no regular file, or a Git LFS pointer.
     """
     templates = source / _TEMPLATE_DIRECTORY
-    names = [path for path in source.iterdir() if _is_sidecar(path.name)]
+    names = [path for path in source.iterdir() if is_sidecar(path.name)]
     names += templates.glob("*.jinja") if templates.is_dir() else ()
     found = sorted(path for path in names if not path.is_dir())
     for path in found:
@@ -85,7 +84,8 @@ def list_sidecars(source: Path) -> list[Path]:
     return found
 
 
-def _is_sidecar(name: str) -> bool:
+def is_sidecar(name: str) -> bool:
+    """Whether a file of a model directory accompanies its weights, by its name."""
     if name.startswith(".") or name in _MISLEADING:
         return False
     if name.endswith(".index.json") or name.startswith(("quant_model_description", "eightfold_")):
@@ -169,7 +169,7 @@ def require_model(directory: Path) -> None:
     """Refuse what is no model directory, and say what it may have been meant to be.
 
     Raises:
-        CheckpointError: it is a file, it looks like a name on a hub, it is not there, or it holds something else.
+        CheckpointError: it is a file, it is not there, or it holds something else.
     """
     if not directory.is_dir():
         raise _no_directory(directory)
@@ -205,13 +205,6 @@ def _no_directory(directory: Path) -> CheckpointError:
             got="a file",
             expected="a directory with config.json and safetensors files",
             action="For a .gguf file run: eightfold import-gguf FILE DIR" if directory.suffix == ".gguf" else "",
-        )
-    if _HUB_ID.match(str(directory)) and not directory.parent.exists():
-        return CheckpointError(
-            f"no directory {directory}",
-            got="what looks like a hub id",
-            expected="a directory on this machine",
-            action=f"Download it first: hf download {directory} --local-dir {directory.name}",
         )
     return CheckpointError(f"no directory {directory}", expected="a model directory", action="Check the path.")
 

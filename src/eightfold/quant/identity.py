@@ -35,6 +35,7 @@ from eightfold.format.output import Output
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
 from eightfold.format.stored import StoredTensors
 from eightfold.format.target import QUANTIZE
+from eightfold.hub.names import origin_of
 from eightfold.quant.outcome import samples_facts
 from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.recipe_file import recipe_content
@@ -49,6 +50,9 @@ _TIMES_NAME = "times.json"
 _SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 14336, 32))
 
 
+_ORIGIN = "origin"  # said for people: what decides is what the files hold
+
+
 def identity(
     checkpoint: StoredTensors,
     recipe: Recipe,
@@ -59,6 +63,7 @@ def identity(
     device: str = "cpu",
 ) -> Entry:
     """Return the first line of the journal: all that decides what the output is."""
+    origin = origin_of(checkpoint.directory)
     return {
         "format": FORMAT,
         "command": QUANTIZE,
@@ -70,6 +75,7 @@ def identity(
         "calibration": samples_facts(samples),
         **({"anti_calibration": samples_facts(anti_samples)} if anti_samples else {}),
         "source": {_name_of(checkpoint, path): _file_identity(checkpoint, path) for path in source_files(checkpoint)},
+        **({_ORIGIN: str(origin)} if origin else {}),
     }
 
 
@@ -147,6 +153,8 @@ def differences(old: Entry, new: Entry) -> list[str]:
     ]
     old_files, new_files = old.get("source", {}), new.get("source", {})
     changed = [name for name in sorted({**old_files, **new_files}) if old_files.get(name) != new_files.get(name)]
+    if changed and old.get(_ORIGIN) != new.get(_ORIGIN):
+        found.append(f"source: {_short_origin(old)} -> {_short_origin(new)}")
     for name in changed[:3]:
         change = (
             "has changed" if name in old_files and name in new_files else "is new" if name in new_files else "is gone"
@@ -154,7 +162,17 @@ def differences(old: Entry, new: Entry) -> list[str]:
         found.append(f"source: {name} {change}")
     if len(changed) > 3:
         found.append(f"and {len(changed) - 3} more files of the source")
-    return found or (["something"] if old != json.loads(json.dumps(new)) else [])
+    is_same = _without_origin(old) == _without_origin(json.loads(json.dumps(new)))
+    return found or ([] if is_same else ["something"])
+
+
+def _short_origin(head: Entry) -> str:
+    name, _, revision = str(head.get(_ORIGIN, "a directory")).partition("@")
+    return f"{name}@{revision[:12]}" if revision else name
+
+
+def _without_origin(head: Entry) -> Entry:
+    return {name: value for name, value in head.items() if name != _ORIGIN}
 
 
 def _facts(head: Entry) -> dict[str, str]:

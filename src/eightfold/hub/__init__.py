@@ -1,0 +1,1 @@
+"""Models of Hugging Face and ModelScope: fetched by their ids, and published."""
