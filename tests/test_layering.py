@@ -15,6 +15,7 @@ from eightfold import scheme
 
 ROOT = Path(eightfold.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
+PLUGIN = sorted((ROOT.parent / "eightfold_vllm").glob("*.py"))
 
 # A module imports from its own package and from lower ranks.
 RANKS = {
@@ -186,6 +187,20 @@ def test_scheme_spells_the_suffixes_of_quantized_tensors():
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "scheme.py"], ids=name_of)
 def test_no_other_file_spells_them(path):
     assert spelled_suffixes(path) == set()
+
+
+@pytest.mark.parametrize("path", PLUGIN, ids=lambda path: path.name)
+def test_the_plugin_of_vllm_stands_on_the_formats(path):
+    """Only its modules that vLLM asks for load torch and vLLM; none spells a suffix."""
+    ours = {name.split(".")[1] for name in imported(parse(path)) if name.startswith("eightfold.")}
+    assert {part for part in ours if RANKS[part] > RANKS["format"]} == set()
+    assert spelled_suffixes(path) == set()
+    if path.name not in ("config.py", "linear.py"):
+        assert not {name.split(".")[0] for name in at_import_time(parse(path))} & {"torch", "vllm"}
+
+
+def test_nothing_imports_the_plugin_of_vllm():
+    assert not [path for path in SOURCES for name in imported(parse(path)) if name.startswith("eightfold_vllm")]
 
 
 def python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
