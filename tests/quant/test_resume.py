@@ -313,7 +313,7 @@ def test_of_two_files_of_one_name_each_counts(tmp_path, source, monkeypatch, cha
 
 
 def test_a_large_file_that_was_written_to_meanwhile_is_refused(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("eightfold.quant.identity.WHOLE_BYTES", 0)
+    monkeypatch.setattr("eightfold.format.source.WHOLE_BYTES", 0)
     out = tmp_path / "out"
     begin(source, out, monkeypatch)
     (source / "model.safetensors").touch()

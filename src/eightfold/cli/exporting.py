@@ -32,7 +32,7 @@ class ExportCommand:
     target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
     to: str = setting(
         MISSING,
-        choice(*FORMATS or ("none",)),
+        choice(*FORMATS),
         "Format: " + "; ".join(f"{n} ({f.readers})" for n, f in FORMATS.items()) + ".",
     )
     chosen: dict[str, Any] = settings(ExportOptions, "activations")

@@ -31,6 +31,7 @@ START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfol
 
 # Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
+    "export": ("exporting", "ExportCommand"),
     "import": ("exporting", "ImportCommand"),
     "import-gguf": ("exporting", "ImportGgufCommand"),
     "quantize": ("quantizing", "QuantizeCommand"),

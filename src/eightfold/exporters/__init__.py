@@ -26,7 +26,9 @@ class Format(NamedTuple):
     readers: str  # for the help
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": Format("compressed_tensors", "vLLM, transformers, SGLang"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -334,7 +334,7 @@ def _stretch_by_turns(periods: NDArray[Any], rope: RopeParameters) -> NDArray[An
     return np.asarray(slow * (1 - kept) + np.float32(1) / periods * kept, dtype=np.float32)
 
 
-def read_values(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+def read_values(checkpoint: StoredTensors, name: str) -> NDArray[Any]:
     """Return a small tensor as a flat float32 copy.
 
     Raises:
@@ -346,7 +346,7 @@ def read_values(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
     return values
 
 
-def _flat(checkpoint: Checkpoint, name: str) -> NDArray[Any]:
+def _flat(checkpoint: StoredTensors, name: str) -> NDArray[Any]:
     return _widened(checkpoint, name, checkpoint.array(name).reshape(-1))
 
 

@@ -22,19 +22,21 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import layers_done
 from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
+from eightfold.format.source import keep_times, require_same_times
+from eightfold.format.streaming import Damaged, copy_companions, open_writer, take_over
 from eightfold.format.target import REPORT_NAME
 from eightfold.layouts import Layout
 from eightfold.model.reference.linear import row_pieces
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import Budget, base_bytes
-from eightfold.quant.identity import differences, identity, keep_times, require_same_times
+from eightfold.quant.identity import differences, identity
 from eightfold.quant.mixture import loader_settings
 from eightfold.quant.name_plan import NamePlan, Unit
 from eightfold.quant.name_rows import Rows
 from eightfold.quant.name_sources import Source
 from eightfold.quant.outcome import Outcome
 from eightfold.quant.qparams import quantize_rows
-from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over
+from eightfold.quant.writing import TensorWriter
 from eightfold.scheme import BIAS, WEIGHT, WEIGHT_OFFSET, WEIGHT_SCALE, QuantType, description_names, weight_file_stem
 from eightfold.scheme import linear_tensors as tensors_of
 from eightfold.written_config import both_dialects
@@ -113,7 +115,7 @@ class _Job:
         outcome.tensors, outcome.nbytes = len(planned), total_bytes(planned)
         with open_writer(output, weight_file_stem(plan.recipe.scheme), planned, self.part_bytes) as files:
             writer = TensorWriter(plan.stored, plan.tensors, files)
-            written = take_over(journal.entries, writer, self.progress)
+            written = take_over(journal.entries, files, self.progress)
             output.require_space(total_bytes(tensor for tensor in planned if tensor.name not in written))
             self._take_steps(output, writer)
         self._write_companions(output, outcome)

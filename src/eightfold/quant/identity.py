@@ -2,9 +2,7 @@
 
     version | layers | recipe | layout of the output | device | calibration samples (a digest) | files of the source
 
-A weight file counts by its size and the CRC-32 of its bytes: of all in a small model, of the header and samples of
-every tensor in a large one. Times do not count, so that a copy of the source is the same source. What enters the
-output of an unfinished run must be one source to the last byte, so there a large one's times count too.
+What counts of the source: format/source.py.
 
 Ranks that share one model also have to agree on the bits of float32 results. Which instructions torch and its libraries
 use depends on the CPU and on variables such as ATEN_CPU_CAPABILITY or MKL_CBWR; so besides the name of the instruction
@@ -17,34 +15,22 @@ Letters: T rows, K inputs, N outputs.
 from __future__ import annotations
 
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eightfold import __version__
-from eightfold.errors import shortlist
-from eightfold.files import open_regular, write_json
-from eightfold.format.directory import CONFIG_NAME, list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
-from eightfold.format.output import Output
-from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
+from eightfold.format.source import source_differences, source_facts
 from eightfold.format.stored import StoredTensors
 from eightfold.format.target import QUANTIZE
 from eightfold.hub.names import origin_of
 from eightfold.quant.outcome import samples_facts
 from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.recipe_file import recipe_content
-
-WHOLE_BYTES = 1 << 30  # up to this size, all of a source counts
-_SAMPLE_BYTES = 4096  # of each of these many places of a tensor
-_PLACES = 4
-
-_TIMES_NAME = "times.json"
 
 # (T, K, N): one row, as many as divide evenly and as do not, and sums long enough to be cut into blocks.
 _SHAPES = ((1, 64, 64), (64, 576, 192), (257, 1536, 64), (130, 4096, 128), (64, 14336, 32))
@@ -74,74 +60,9 @@ def identity(
         "device": device,
         "calibration": samples_facts(samples),
         **({"anti_calibration": samples_facts(anti_samples)} if anti_samples else {}),
-        "source": {_name_of(checkpoint, path): _file_identity(checkpoint, path) for path in source_files(checkpoint)},
+        "source": source_facts(checkpoint),
         **({_ORIGIN: str(origin)} if origin else {}),
     }
-
-
-def _is_large(checkpoint: StoredTensors) -> bool:
-    return sum(path.stat().st_size for path in {info.file for info in checkpoint.tensors.values()}) > WHOLE_BYTES
-
-
-def source_files(checkpoint: StoredTensors) -> list[Path]:
-    """Return the files of a model that a quantization reads, sorted by name."""
-    found = {info.file for info in checkpoint.tensors.values()}
-    _, modules, _ = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
-    return sorted({checkpoint.directory / CONFIG_NAME, *found, *list_sidecars(checkpoint.directory), *modules})
-
-
-def _name_of(checkpoint: StoredTensors, path: Path) -> str:
-    """Return a file's path inside the model, wherever that is: names alone may be the same in two folders."""
-    return path.relative_to(checkpoint.directory).as_posix()
-
-
-def _file_identity(checkpoint: StoredTensors, path: Path) -> list[int]:
-    """Return a file's size and the CRC-32 of what counts of it."""
-    file = open_regular(path)
-    try:
-        size = os.fstat(file).st_size
-        infos = [info for info in checkpoint.tensors.values() if info.file == path]
-        if not infos or not _is_large(checkpoint):
-            return [size, checksum_of(file, 0, size)]
-        return [size, checksum_of_parts(checksum_of(file, begin, end) for begin, end in _sampled_spans(infos))]
-    finally:
-        os.close(file)
-
-
-def _sampled_spans(infos: Sequence[TensorInfo]) -> Iterator[tuple[int, int]]:
-    yield 0, min((info.begin for info in infos), default=0)
-    for info in infos:
-        for place in range(_PLACES):
-            begin = info.begin + max(0, info.nbytes - _SAMPLE_BYTES) * place // (_PLACES - 1)
-            yield begin, min(begin + _SAMPLE_BYTES, info.end)
-
-
-def _file_times(checkpoint: StoredTensors) -> dict[str, int]:
-    """Return when the weight files of a large model, of which identity() sees samples, were last changed."""
-    files = {info.file for info in checkpoint.tensors.values()} if _is_large(checkpoint) else set()
-    return {_name_of(checkpoint, path): path.stat().st_mtime_ns for path in files}
-
-
-def keep_times(checkpoint: StoredTensors, output: Output) -> None:
-    """Note for a new start of this run when the weight files were last changed."""
-    write_json(output.work / _TIMES_NAME, _file_times(checkpoint))
-
-
-def require_same_times(checkpoint: StoredTensors, output: Output) -> None:
-    """Refuse a large weight file that has changed since the run began, or begin anew where that is wished.
-
-    Raises:
-        OutputError: one has changed.
-    """
-    try:
-        before = json.loads((output.work / _TIMES_NAME).read_text())
-    except (OSError, ValueError):
-        return  # removed at the end: nothing more is read of the source's weights
-    changed = [name for name, time in _file_times(checkpoint).items() if before.get(name) != time]
-    if changed and not output.overwrite:
-        raise output.begun_otherwise([f"source: {shortlist(changed, 3)} changed since"], "a model begun")
-    if changed:
-        output.restart()
 
 
 def differences(old: Entry, new: Entry) -> list[str]:
@@ -151,17 +72,10 @@ def differences(old: Entry, new: Entry) -> list[str]:
     found = [
         f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)
     ]
-    old_files, new_files = old.get("source", {}), new.get("source", {})
-    changed = [name for name in sorted({**old_files, **new_files}) if old_files.get(name) != new_files.get(name)]
+    changed = source_differences(old, new)
     if changed and old.get(_ORIGIN) != new.get(_ORIGIN):
         found.append(f"source: {_short_origin(old)} -> {_short_origin(new)}")
-    for name in changed[:3]:
-        change = (
-            "has changed" if name in old_files and name in new_files else "is new" if name in new_files else "is gone"
-        )
-        found.append(f"source: {name} {change}")
-    if len(changed) > 3:
-        found.append(f"and {len(changed) - 3} more files of the source")
+    found += changed
     is_same = _without_origin(old) == _without_origin(json.loads(json.dumps(new)))
     return found or ([] if is_same else ["something"])
 

@@ -25,19 +25,21 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import WORK_NAME, layers_done
 from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
+from eightfold.format.source import keep_times, require_same_times
+from eightfold.format.streaming import Damaged, copy_companions, open_writer, take_over
 from eightfold.format.target import REPORT_NAME
 from eightfold.model.reference.tensors import CPU, use
 from eightfold.parallel.ranks import Ranks
 from eightfold.progress import Progress, silent
 from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
-from eightfold.quant.identity import differences, float_facts, identity, keep_times, require_same_times
+from eightfold.quant.identity import differences, float_facts, identity
 from eightfold.quant.mixture import loader_settings, rules_of
 from eightfold.quant.outcome import Outcome, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
 from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.run import Job, Notes, Run
-from eightfold.quant.writing import Damaged, TensorWriter, copy_companions, open_writer, take_over
+from eightfold.quant.writing import TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
 from eightfold.written_config import both_dialects
 
@@ -229,7 +231,7 @@ class _Job(Job):
         run.outcome.tensors, run.outcome.nbytes = len(planned), total_bytes(planned)
         with open_writer(output, weight_file_stem(self.recipe.scheme), planned, self.part_bytes) as files:
             writer = TensorWriter(self.checkpoint, plan.tensors, files)
-            written = take_over(output.journal.entries, writer, self.progress)
+            written = take_over(output.journal.entries, files, self.progress)
             self.ranks.share("")
             output.require_space(total_bytes(t for t in planned if t.name not in written) + run.spilled_bytes)
             run.write_all(plan, writer)

@@ -1,23 +1,14 @@
-"""What is written of an output, and what an earlier run has left of it."""
+"""Tensors on their way from torch into the files of an output; what an earlier run has left: format/streaming.py."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from eightfold.errors import OutputError, shortlist
-from eightfold.format.directory import copy_files, list_sidecars, resolve_auto_map
-from eightfold.format.journal import Entry
-from eightfold.format.output import Output
-from eightfold.format.shards import PlannedTensor, ShardedWriter
+from eightfold.format.shards import ShardedWriter
 from eightfold.format.stored import StoredTensors
-from eightfold.format.tokenizer_files import write_for_both
 from eightfold.model.layers import is_parameter, require_parameters
 from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
-from eightfold.progress import Progress
 from eightfold.quant.plan import OutputTensor
 
 _DAMAGED = "Weights or activations are far too large: check the float model and the calibration data."
@@ -28,10 +19,6 @@ _PIECE_BYTES = 2 << 20
 
 # How much of it may stay in memory before it is let go of.
 _RELEASE_BYTES = 32 << 20
-
-
-class Damaged(Exception):
-    """What an earlier run has left is not what its journal says."""
 
 
 class TensorWriter:
@@ -106,50 +93,3 @@ class TensorWriter:
         self._writer.sync()
         found, self.checksums = self.checksums, {}
         return {name: found[name] for name in self._plan if name in found}
-
-    def take_over(self, checksums: dict[str, int]) -> Sequence[str]:
-        """Leave tensors as an earlier run wrote them; return those that are not what it wrote."""
-        return [name for name, checksum in checksums.items() if self._writer.take_over(name) != checksum]
-
-
-def open_writer(output: Output, stem: str, planned: list[PlannedTensor], part_bytes: int | None) -> ShardedWriter:
-    """Return the writer of the weights: new, or where an earlier run has begun to write.
-
-    Raises:
-        Damaged: the files of an earlier run are not what they were.
-    """
-    is_begun = any("tensors" in entry for entry in output.journal.entries)
-    for file in output.path.glob("*.safetensors*"):
-        if is_begun:
-            file.chmod(0o600)
-        else:
-            file.unlink()
-    try:
-        return ShardedWriter(output.path, stem, planned, part_bytes=part_bytes, resume=is_begun)
-    except OutputError as error:
-        raise Damaged(str(error)) from None
-
-
-def take_over(entries: Sequence[Entry], writer: TensorWriter, progress: Progress) -> set[str]:
-    """Leave what an earlier run has written; return the names of those tensors.
-
-    Raises:
-        Damaged: some are not what it has written.
-    """
-    steps = [entry for entry in entries if "tensors" in entry]
-    if not steps:
-        return set()
-    with progress("verify", len(steps), "step") as task:
-        for entry in steps:
-            task.at(entry["step"])
-            if damaged := writer.take_over(entry["tensors"]):
-                raise Damaged(shortlist(damaged, 3))
-            task.advance()
-    return {name for entry in steps for name in entry["tensors"]}
-
-
-def copy_companions(checkpoint: StoredTensors, output: Output) -> tuple[Mapping[str, Any], list[str]]:
-    """Copy the files that go with the weights; return the config to write, and notes for the user."""
-    raw, modules, note = resolve_auto_map(checkpoint.config_raw, checkpoint.directory)
-    copy_files([*list_sidecars(checkpoint.directory), *modules], checkpoint.directory, output.path)
-    return raw, [text for text in (note, write_for_both(output.path)) if text]
