@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from eightfold.errors import OutputError
+from eightfold.errors import ConfigError
 from eightfold.quant.analysis import Analysis, Choice, InputRange
 from eightfold.report.analysis_page import render
 from eightfold.report.charts import step_of, steps
@@ -181,5 +181,5 @@ def test_a_page_is_written_whole_and_a_place_that_cannot_be_is_refused(tmp_path)
     assert path.read_text("utf-8") == "<p>ä</p>"
     assert [each.name for each in tmp_path.iterdir()] == ["page.html"]
     for place, got in ((tmp_path / "no" / "page.html", "whose folder does not exist"), (tmp_path, "a directory")):
-        with pytest.raises(OutputError, match=f"^html: got .*{got}"):
+        with pytest.raises(ConfigError, match=f"^html: got .*{got}"):
             require_place(place, "html")

@@ -130,6 +130,13 @@ class QuantizeCommand:
         "Replace OUT if quantize has written it. The old model stays until the new one is complete.",
         group=_OUTPUT,
     )
+    report: Path | None = setting(
+        None,
+        PATH,
+        "Write a page (HTML) of how each linear is stored and why, what the linears read, and sizes.",
+        metavar="FILE",
+        group=_OUTPUT,
+    )
     device: str = setting(
         "cpu",
         choice("cpu", "cuda", "npu"),
@@ -157,6 +164,7 @@ class QuantizeCommand:
 
     def execute(self) -> None:
         started = time.monotonic()
+        self._require_place_of_report()
         with self._recipe_named():
             _ = self.recipe  # is refused before anything else happens
         with _ranks_of_environment() as ranks, self._recipe_named():
@@ -167,7 +175,31 @@ class QuantizeCommand:
             outcome = self._quantize_by_name(ranks) if self._goes_by_name else self._quantize(ranks)
             if ranks.is_first and self.save_recipe is not None:
                 _save(self.recipe, self.save_recipe)
+            if ranks.is_first and self.report is not None:
+                self._write_report(self.report, outcome)
             self._tell(outcome, ranks, started)
+
+    def _require_place_of_report(self) -> None:
+        """Refuse a report that could not be written, or would be in the way of the next --overwrite."""
+        if self.report is None:
+            return
+        from eightfold.report.page import require_place
+
+        if self.plan:
+            raise ConfigError("report", got="it together with `plan`", expected="one of them")
+        if self.out.resolve() in self.report.resolve().parents:
+            expected = "a file elsewhere: OUT holds the model alone"
+            raise ConfigError("report", got=f"{self.report}, which is inside OUT", expected=expected)
+        require_place(self.report, "report")
+
+    def _write_report(self, path: Path, outcome: Outcome) -> None:
+        from eightfold.report.page import write_page
+        from eightfold.report.quantize_page import render
+
+        stored, config = (
+            (self._name_plan.stored, None) if self._goes_by_name else (self._checkpoint, self._checkpoint.config)
+        )
+        write_page(path, render(outcome, stored.tensors, self.source.resolve().name, self.out, config))
 
     @contextmanager
     def _recipe_named(self) -> Iterator[None]:
@@ -251,6 +283,7 @@ class QuantizeCommand:
             memory=self.memory,
             progress=console.bars if ranks.is_first else silent,
             ranks=ranks,
+            tells_ranges=self.report is not None,
         )
 
     @cached_property

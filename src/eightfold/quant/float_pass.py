@@ -43,6 +43,7 @@ from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLin
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.parallel.ranks import Ranks, in_turn
+from eightfold.quant.analysis import InputRange
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.experts import RouterWatch, passing_experts
 from eightfold.quant.hidden import HiddenStates
@@ -143,8 +144,16 @@ class FloatPass:
         hidden: HiddenStates,
         ranks: Ranks | None = None,
         anti: HiddenStates | None = None,
+        *,
+        tells_ranges: bool = False,
     ) -> None:
-        """Start where the samples of recipe.float_samples() are, and those of `anti`, from which scales are taken."""
+        """Start where the samples of recipe.float_samples() are, and those of `anti`, from which scales are taken.
+
+        With `tells_ranges` the input of every group is watched, and `ranges` has what was seen, in rank 0; this
+        changes nothing else.
+        """
+        self.ranges: list[InputRange] = []
+        self._tells_ranges = tells_ranges
         self._ranks = ranks or Ranks()
         self._decoder, self._recipe, self.hidden, self.anti = decoder, recipe, hidden, anti or hidden
         self._types = types
@@ -166,6 +175,9 @@ class FloatPass:
         smoothing, for_proof = (watchers, routing) if is_one else self._pass(self.anti, layer_idx)
         if not self._ranks.is_first:
             return self._ranks.share(LayerStatistics())
+        if self._tells_ranges:
+            seen = {**watchers, **smoothing}
+            self.ranges += [seen[each].stats().range(layer_idx, each) for each in self._kinds if each in seen]
         found = self._statistics(prefix, watchers, smoothing, kv, stretch)
         if routing is not None and for_proof is not None and for_proof.first_TJ is not None:
             chosen = for_proof.first_TJ[: self.anti.lengths[0]] if recipe.anti_outlier is not None else None
@@ -188,7 +200,7 @@ class FloatPass:
         assert stream.layer_idx == layer_idx
         prefix, experts = self._config.names.layer(layer_idx), self._config.experts
         titles = set(self._smoothed) if stream is self.anti else set()
-        if stream is self.hidden and self._recipe.needs_range_params:
+        if stream is self.hidden and (self._recipe.needs_range_params or self._tells_ranges):
             titles.update(self._kinds)
         if stream is self.hidden and self._recipe.takes_extremes:
             titles.update(title for title, kind in self._kinds.items() if kind in NEEDS_CALIBRATION)
@@ -216,6 +228,7 @@ class FloatPass:
 
     def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
         method = self._recipe.anti_outlier if stream is self.anti and title in self._smoothed else None
+        has_loud = self._tells_ranges or (method is AntiOutlier.SMOOTH and title == DOWN)
         return InputWatcher(
             prefix + title,
             sum(stream.lengths),
@@ -223,7 +236,7 @@ class FloatPass:
             keep_tokens=method is not None and method.searches_exponents,
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
-            num_loud=loud_tokens(stream.lengths) if method is AntiOutlier.SMOOTH and title == DOWN else 0,
+            num_loud=loud_tokens(stream.lengths) if has_loud else 0,
             place=stream.place if self._ranks.size > 1 else None,
         )
 

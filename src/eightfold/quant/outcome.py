@@ -15,6 +15,7 @@ from eightfold.families import input_groups, layer_of
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.target import REPORT_NAME as REPORT_NAME
 from eightfold.layouts import EXPERT
+from eightfold.quant.analysis import InputRange
 from eightfold.quant.mixture import expert_notes
 from eightfold.quant.plan import RolledBack
 from eightfold.quant.recipe import Recipe, Samples
@@ -54,6 +55,7 @@ class Outcome:
     attention_float: list[int] = field(default_factory=list)  # layers that fa_amp took FAQuant from
     stretch_scores: dict[int, float] = field(default_factory=dict)
     smoothing: Smoothing | None = None
+    ranges: list[InputRange] = field(default_factory=list)  # of inputs, where they are asked for; not in the report
     clipped_keys: int = 0
     keys: int = 0
     idle_experts: dict[int, list[int]] = field(default_factory=dict)  # by layer, those that no token passed through

@@ -58,6 +58,7 @@ def quantize_checkpoint(
     memory: int | None = None,
     progress: Progress = silent,
     ranks: Ranks | None = None,
+    tells_ranges: bool = False,
 ) -> Outcome:
     """Quantize a float model directory, or go on with one that was begun.
 
@@ -78,6 +79,7 @@ def quantize_checkpoint(
         progress: who is told.
         ranks: the processes that do this together, each of which calls this function; None for this one alone. The
             output is the same. What is returned to others than rank 0 is not the whole outcome.
+        tells_ranges: let the outcome have the ranges of all inputs, where samples run through the float model.
 
     Raises:
         EightfoldError: see errors.py; `target` is then as it was, unless the error is one that running again may not
@@ -93,7 +95,18 @@ def quantize_checkpoint(
     spills = budget_for(checkpoint, recipe, samples, anti_samples).spills(memory, ranks.size)
     if ranks.size > 1:
         ranks.require_alike({**head, "torch": torch.__version__, **float_facts()})
-    job = _Job(checkpoint, recipe, samples, part_bytes, legacy_names, spills, progress, ranks, anti_samples)
+    job = _Job(
+        checkpoint,
+        recipe,
+        samples,
+        part_bytes,
+        legacy_names,
+        spills,
+        progress,
+        ranks,
+        anti_samples,
+        tells_ranges,
+    )
     if not ranks.is_first:
         return job.help()
     directory = checkpoint.directory

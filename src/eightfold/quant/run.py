@@ -88,6 +88,7 @@ class Job:
     progress: Progress
     ranks: Ranks
     anti_samples: Samples = ()
+    tells_ranges: bool = False
 
 
 class Run:
@@ -105,7 +106,10 @@ class Run:
             stream = self._stream("float", self.recipe.float_samples(job.samples, job.anti_samples))
             has_two = job.anti_samples and self.recipe.observes_float
             anti = self._stream("anti", job.anti_samples) if has_two else stream
-            self.float_pass = FloatPass(self.decoder, self.recipe, outcome.types, stream, self._ranks, anti)
+            self.float_pass = FloatPass(
+                self.decoder, self.recipe, outcome.types, stream, self._ranks, anti, tells_ranges=job.tells_ranges
+            )
+            outcome.ranges = self.float_pass.ranges
         first = (job.anti_samples or job.samples)[:1]
         self.smoothed = self._stream("smoothed", first) if self.recipe.anti_outlier is not None else None
         self.plain = self._stream("plain", first) if self.recipe.anti_outlier is AntiOutlier.SMOOTH else None

@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 
 from eightfold.errors import InputError
+from eightfold.quant.analysis import InputRange
 from eightfold.quant.recipe import RANGE_SAMPLES
 
 _TINY = 1e-300
+_TOP_CHANNELS = 4  # of a range
 
 # So large a share of the tokens may be sinks, or one of each sample where that is more, but never half of all: a model
 # has few of them, most at the beginning of a text.
@@ -85,6 +87,13 @@ class InputStats:
     spread: float  # largest deviation around the moving centres
     samples: Sequence[SampleStats]  # the first RANGE_SAMPLES, where they were kept
     ordinary: Tensor  # (K,) as absmax, less the loudest tokens where they were kept apart
+
+    def range(self, layer: int, group: str) -> InputRange:
+        """Return the range of this input, with the channels that reach furthest, for people."""
+        top = torch.topk(self.absmax, min(_TOP_CHANNELS, len(self.absmax)))
+        channels = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        lo, hi, ordinary = float(self.lo.amin()), float(self.hi.amax()), float(self.ordinary.amax())
+        return InputRange(layer, group, lo, hi, ordinary, channels)
 
     def range_param(self, scale: Tensor | None = None) -> float:
         """Return the largest magnitude of x / scale in deviations: how much of the range is there for outliers.

@@ -383,7 +383,9 @@ def _loudest(view: View) -> Markup:
     ]
     if not rows:
         return Markup("")
-    header = ("Layer", "Linears", "Largest", "Ordinary", "Channels", "Tokens")
+    header = ["Layer", "Linears", "Largest", "Ordinary", "Channels", "Tokens"]
+    if not any(each.tokens for each in first):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return Markup("<h3>Where outliers are largest</h3>") + table(header, rows, (2, 3))
 
 

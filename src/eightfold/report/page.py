@@ -15,7 +15,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from eightfold import __version__
-from eightfold.errors import OutputError
+from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
 from eightfold.values import shorten
 
@@ -91,14 +91,14 @@ def require_place(path: Path, name: str) -> None:
     """Refuse a file for a page that could not be written, before anything is measured.
 
     Raises:
-        OutputError: its folder does not exist, or something that is no file has its name. `name` is the option's.
+        ConfigError: its folder does not exist, or something that is no file has its name. `name` is the option's.
     """
     if not path.parent.is_dir():
         expected = "a file in a folder that exists"
-        raise OutputError(name, got=f"{path}, whose folder does not exist", expected=expected)
+        raise ConfigError(name, got=f"{path}, whose folder does not exist", expected=expected)
     if path.exists() and not path.is_file():
         got = f"{path}, a directory" if path.is_dir() else f"{path}, no file"
-        raise OutputError(name, got=got, expected="a file, or nothing yet")
+        raise ConfigError(name, got=got, expected="a file, or nothing yet")
 
 
 def write_page(path: Path, html: str) -> None:
