@@ -19,6 +19,7 @@ from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.refusal import error_line, quantize_refused, refused
 
 COMMANDS = (
+    "export",
     "import",
     "import-gguf",
     "quantize",

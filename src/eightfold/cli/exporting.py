@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 class ExportCommand:
     """Write an 8-bit directory as another engine reads it. The integers stay as they are.
 
-    Example: eightfold export Qwen2.5-7B-w8a8 Qwen2.5-7B-ct --to compressed-tensors
+    Example: eightfold export Qwen2.5-7B-w8a16 Qwen2.5-7B.gguf --to gguf
 
     Nothing is calibrated or rounded anew. Before it writes, it says what the format cannot hold and asks for --lossy,
-    and what readers of the format do otherwise than this program. A run that was stopped goes on where it was.
+    and what readers of the format do otherwise than this program. A run that was stopped goes on where it was, but for
+    a GGUF file, which is begun anew.
     """
 
     source: Path = argument("OUT", "An 8-bit directory, as quantize makes it. It is only read.")
-    target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
+    target: Path = argument("DIR", "The directory to make, or of gguf the file. It appears when it is complete.")
     to: str = setting(
         MISSING,
         choice(*FORMATS),
         "Format: " + "; ".join(f"{n} ({f.readers})" for n, f in FORMATS.items()) + ".",
     )
-    chosen: dict[str, Any] = settings(ExportOptions, "activations")
+    chosen: dict[str, Any] = settings(ExportOptions, "activations", "floats")
     lossy: bool = setting(False, SWITCH, "Write the model without what the format cannot hold.")
     overwrite: bool = setting(False, SWITCH, "Replace what export has written to DIR.")
     as_json: bool = as_json()

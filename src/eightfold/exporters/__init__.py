@@ -28,6 +28,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": Format("compressed_tensors", "vLLM, transformers, SGLang"),
+    "gguf": Format("gguf", "llama.cpp, Ollama, OpenVINO GenAI"),
 }
 
 
@@ -40,6 +41,12 @@ class ExportOptions:
         optional(choice("symmetric", "asymmetric")),
         "How a reader rounds the inputs of W8A8_DYNAMIC, of which our files do not tell. Default: symmetric, which "
         "all readers have.",
+    )
+    floats: str = setting(
+        "keep",
+        choice("keep", "q8_0"),
+        "Of gguf: embeddings, head and linears that the model has in float stay exact, or are rounded to Q8_0, as "
+        "llama.cpp's own quantizer does: half as large, and faster; needs --lossy.",
     )
 
 

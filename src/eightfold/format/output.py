@@ -267,15 +267,7 @@ class Output:
         Raises:
             OutputError: fewer bytes are free.
         """
-        nbytes += _SPARE_BYTES
-        free = shutil.disk_usage(self.path).free
-        if free < nbytes:
-            raise OutputError(
-                f"disk space for {self.target}",
-                got=f"{size_text(free)} free",
-                expected=size_text(nbytes),
-                action="Free some space, or choose another disk.",
-            )
+        require_space(self.path, self.target, nbytes)
 
     def finish(self, checksums: Mapping[str, int]) -> None:
         """Close the journal and make the directory the target.
@@ -356,6 +348,23 @@ class Output:
         finally:
             self._journal.close()
             self._journal = None
+
+
+def require_space(folder: Path, target: Path, nbytes: int) -> None:
+    """Fail early when the file system of a folder cannot hold so many bytes more, and what goes with them.
+
+    Raises:
+        OutputError: fewer bytes are free than `target` takes.
+    """
+    nbytes += _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OutputError(
+            f"disk space for {target}",
+            got=f"{size_text(free)} free",
+            expected=size_text(nbytes),
+            action="Free some space, or choose another disk.",
+        )
 
 
 def _require_unshared(directory: Path) -> None:

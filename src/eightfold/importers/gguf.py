@@ -19,12 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eightfold.architectures import Names
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, parse_config
 from eightfold.errors import CheckpointError, DependencyError, OutputError, UnsupportedError, one_of, shortlist
 from eightfold.families import all_linears, all_norms
 from eightfold.files import write_json
 from eightfold.format.directory import CONFIG_NAME
+from eightfold.format.gguf_layout import (
+    ARCHITECTURES,
+    LAYER_MODULES,
+    MODULES,
+    NAMES,
+    PAIRED,
+    ROPE_FACTORS,
+    require_gguf,
+    unpair,
+)
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
@@ -42,30 +51,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-
-# Modules by their GGUF name; those of a layer stand behind blk.N.
-_NAMES = Names()  # of the families that are imported
-_MODULES = {"token_embd": _NAMES.embedding, "output_norm": _NAMES.final_norm, "output": _NAMES.head}
-_LAYER_MODULES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _LAYER_NAME = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
 
-# Holds how Llama 3.1 stretches its rotary frequencies; no weight.
-_ROPE_FACTORS = "rope_freqs.weight"
 _DIVISORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
-_NO_WEIGHTS = (_ROPE_FACTORS, *_DIVISORS.values())
+_NO_WEIGHTS = (ROPE_FACTORS, *_DIVISORS.values())
 
 
 @dataclass(frozen=True)
@@ -139,12 +128,7 @@ def import_gguf(
 
 
 def _open(path: Path) -> _GgufFile:
-    try:
-        import gguf
-    except ImportError:
-        raise DependencyError(
-            "eightfold import-gguf needs gguf", got="none installed", action="Install it: pip install 'eightfold[gguf]'"
-        ) from None
+    gguf = require_gguf("import-gguf")
     if not path.exists() or path.is_dir():
         raise CheckpointError(f"no file {path}", expected="a .gguf file", action="Check the path.")
     container = read_container(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
@@ -198,18 +182,18 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
         raise UnsupportedError("rotated dimensions", where=file.path, got=rotated, expected=f"head_dim {head_dim}")
     rope: dict[str, Any] = {"rope_theta": file.number("rope.freq_base", 10000.0), "rope_type": "default"}
     rope.update(_scaling(file))
-    if _ROPE_FACTORS not in file.tensors:
+    if ROPE_FACTORS not in file.tensors:
         return rope
     if rope["rope_type"] != "default":
-        got = f"{_ROPE_FACTORS} beside {rope['rope_type']}"
+        got = f"{ROPE_FACTORS} beside {rope['rope_type']}"
         raise UnsupportedError("rope scaling", where=file.path, got=got, expected="one of them")
     # Llama 3.1 and later: the file holds the divisor of each frequency, model directories the rule behind them.
-    factors = file.tensor(_ROPE_FACTORS)
+    factors = file.tensor(ROPE_FACTORS)
     llama3 = {"factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope.update(rope_type="llama3", original_max_position_embeddings=8192, **llama3)
     if not _are_llama3(factors, rope, head_dim):
         raise UnsupportedError(
-            f"rotary factors {_ROPE_FACTORS}",
+            f"rotary factors {ROPE_FACTORS}",
             where=file.path,
             got="a rule that is not Llama 3's",
             expected="that of Llama 3.1",
@@ -264,10 +248,10 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
     for name in file.tensors:
         if (known := _directory_name(name)) is not None:
             names[known] = name
-    expected: dict[str, tuple[int, ...]] = {weight_name(_NAMES.embedding): (config.vocab_size, config.hidden_size)}
+    expected: dict[str, tuple[int, ...]] = {weight_name(NAMES.embedding): (config.vocab_size, config.hidden_size)}
     expected.update({weight_name(norm): (size,) for norm, size in all_norms(config).items()})
     for module, linear in all_linears(config).items():
-        if module != _NAMES.head or not config.tie_word_embeddings:
+        if module != NAMES.head or not config.tie_word_embeddings:
             expected[weight_name(module)] = (linear.n, linear.k)
             if linear.has_bias:
                 expected[f"{module}.{BIAS}"] = (linear.n,)
@@ -294,23 +278,22 @@ def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
 
 def _directory_name(name: str) -> str | None:
     module, _, kind = name.rpartition(".")
-    if module in _MODULES and kind == WEIGHT:
-        return weight_name(_MODULES[module])
+    if module in MODULES and kind == WEIGHT:
+        return weight_name(MODULES[module])
     found = _LAYER_NAME.match(name)
-    if found is None or found[2] not in _LAYER_MODULES:
+    if found is None or found[2] not in LAYER_MODULES:
         return None
-    return f"{_NAMES.layer(int(found[1]))}{_LAYER_MODULES[found[2]]}.{found[3]}"
+    return f"{NAMES.layer(int(found[1]))}{LAYER_MODULES[found[2]]}.{found[3]}"
 
 
 def _ordered(file: _GgufFile, config: ModelConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Undo the pairing of rotated rows in q and k: (H, D/2, 2, ...) back to (H, 2, D/2, ...)."""
-    if file.fields["general.architecture"] != "llama":
+    """Return rows of q and k in the order of model directories."""
+    if file.fields["general.architecture"] != PAIRED:
         return tensor
     heads = config.num_heads if ".q_proj." in name else config.num_kv_heads if ".k_proj." in name else None
     if heads is None:
         return tensor
-    rest = tensor.shape[1:]
-    return tensor.reshape(heads, config.head_dim // 2, 2, *rest).transpose(1, 2).reshape(tensor.shape)
+    return torch.from_numpy(unpair(tensor.numpy(), heads))
 
 
 def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:
