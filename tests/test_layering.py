@@ -52,6 +52,7 @@ RANKS = {
     "report": 9,
     "server": 9,
     "cli": 10,
+    "msmodelslim": 11,
     "__init__": 11,  # exports, but only loads what is asked for
     "__main__": 11,
 }

@@ -56,23 +56,37 @@ def read_recipe(path: Path) -> dict[str, Any]:
         InputError: unreadable, no YAML, or no mapping.
         ConfigError: an unknown key, one that stands twice, or a value of the wrong kind.
     """
+    return {key: _value(key, value, path) for key, value in read_yaml(path, "recipe").items()}
+
+
+def read_yaml(path: Path, what: str) -> dict[Any, Any]:
+    """Read a mapping that people write, within modest limits.
+
+    Args:
+        path: the file.
+        what: it is, for messages.
+
+    Raises:
+        InputError: unreadable, no YAML, or no mapping.
+        ConfigError: a key stands twice.
+    """
     try:
         import yaml
     except ImportError:
         raise DependencyError(
-            "a recipe file needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
+            f"a {what} file needs PyYAML", got="none installed", action="Install it: pip install 'eightfold[quantize]'"
         ) from None
-    text, _ = read_text(path, "recipe", _MOST_BYTES)
+    text, _ = read_text(path, what, _MOST_BYTES)
     try:
         _require_modest(text, path)
         _require_once(yaml.compose(text, yaml.SafeLoader), path)
         content = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:  # dates that do not exist
         got = f"no YAML ({shorten(str(error), 300)})"
-        raise InputError("recipe", where=path, got=got, expected="keys and values") from None
+        raise InputError(what, where=path, got=got, expected="keys and values") from None
     if not isinstance(content, dict):
-        raise InputError("recipe", where=path, got=type(content).__name__, expected="keys and values")
-    return {key: _value(key, value, path) for key, value in content.items()}
+        raise InputError(what, where=path, got=type(content).__name__, expected="keys and values")
+    return content
 
 
 def make_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
