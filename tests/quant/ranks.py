@@ -58,6 +58,8 @@ RECIPES = {
         quantize_lm_head=True,
         disable_level=1,
     ),
+    "rotate kv": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.ROTATE, act_method=ActMethod.EXTREMES, kv_int8=True),
+    "flex": Recipe(QuantType.W8A8_DYNAMIC, anti_outlier=AntiOutlier.FLEX),
     "w8a16": Recipe(QuantType.W8A16, weight_symmetric=False),
     "m3 mix kv": Recipe(QuantType.W8A8_MIX, anti_outlier=AntiOutlier.M3, kv_int8=True),
     "m2 auto anti": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M2, act_method=ActMethod.AUTO, kv_int8=True),

@@ -108,7 +108,7 @@ FLAGS = "true or false"
 COUNT = "a whole number"
 PATTERNS = """a list of patterns, such as ['*.down_proj']"""
 MODULES = "pattern: type"
-METHODS = "'m1', 'm2', 'm3', 'm4', 'm5', 'm6', 'iter', 'flex' or 'smooth'"
+METHODS = "'m1', 'm2', 'm3', 'm4', 'm5', 'm6', 'iter', 'flex', 'smooth' or 'rotate'"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from eightfold.quant import hidden
 from eightfold.quant.budget import Budget
 from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe
+from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, Recipe
 from eightfold.quant.run import Run
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
@@ -41,6 +41,7 @@ RECIPES = {
     ),
     "kv": Recipe(QuantType.W8A8, kv_int8=True, kv_observe=KVObserve.PRE_ROPE, disable_level=1),
     "mix": Recipe(QuantType.W8A8_MIX),
+    "rotate": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.ROTATE, act_method=ActMethod.EXTREMES),
     "m4 kv anti": Recipe(QuantType.W8A8, anti_outlier=AntiOutlier.M4, kv_int8=True),
 }
 

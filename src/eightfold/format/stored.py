@@ -62,6 +62,10 @@ class StoredTensors:
             mapped = self._maps[info.file] = MappedFile(info.file)
         return mapped.array(info)
 
+    def pick(self, name: str, rows: slice | Iterable[int]) -> NDArray[Any]:
+        """Return some rows of a tensor, as `array` does all."""
+        return self.array(name)[rows if isinstance(rows, slice) else list(rows)]
+
     def release(self, names: Iterable[str]) -> None:
         """Let go of the memory that reading these tensors took; they can be read again."""
         for name in names:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from eightfold.config import DType
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.families import (
     ExpertShapes,
@@ -347,7 +346,7 @@ def read_values(checkpoint: StoredTensors, name: str) -> NDArray[Any]:
 
 
 def _flat(checkpoint: StoredTensors, name: str) -> NDArray[Any]:
-    return _widened(checkpoint, name, checkpoint.array(name).reshape(-1))
+    return _widened(checkpoint.array(name).reshape(-1))
 
 
 def require_finite(checkpoint: StoredTensors, name: str) -> None:
@@ -360,7 +359,7 @@ def require_finite(checkpoint: StoredTensors, name: str) -> None:
     array = array.reshape(array.shape[0], -1) if array.ndim else array.reshape(1, 1)
     step = max(1, _CHECKED_ELEMENTS // max(1, array.shape[1]))
     for at in range(0, len(array), step):
-        values = _widened(checkpoint, name, array[at : at + step])
+        values = _widened(array[at : at + step])
         for row, column in np.argwhere(~np.isfinite(values))[:1]:
             raise CheckpointError(
                 f"{name}[{at + row}, {column}]",
@@ -371,9 +370,9 @@ def require_finite(checkpoint: StoredTensors, name: str) -> None:
             )
 
 
-def _widened(checkpoint: StoredTensors, name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Return values of a tensor as a float32 copy."""
-    if checkpoint.tensors[name].dtype == DType.BF16.value:
+def _widened(array: NDArray[Any]) -> NDArray[Any]:
+    """Return values as a float32 copy; uint16 are the bits of BF16."""
+    if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return np.array(array, dtype=np.float32)
 

@@ -91,7 +91,7 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, anti_sa
     passed = sum(map(len, recipe.float_samples(samples, anti_samples)))
     passed += sum(anti_lengths) if recipe.observes_float else 0
     proved = (anti_lengths or lengths)[0] if recipe.anti_outlier is not None else 0
-    proved *= 2 if recipe.anti_outlier is AntiOutlier.SMOOTH else 1
+    proved *= 2 if recipe.smooths_by_use else 1
     streams = passed + (sum(lengths) if recipe.calibrates else 0)
     base = base_bytes()
     layer = max(_layer_bytes(checkpoint, recipe, each) for each in (lengths, anti_lengths))
@@ -127,9 +127,11 @@ def _bytes_of_layer(checkpoint: Checkpoint, layer_idx: int, recipe: Recipe, leng
     stored = (total + one) * checkpoint.dtype.itemsize
     passing = _sample_bytes(checkpoint, layer_idx, recipe, lengths) if lengths else 0
     float_pass = 4 * largest + max(passing, _scale_bytes(recipe, group))
-    float_pass += total if recipe.anti_outlier is AntiOutlier.SMOOTH else 0  # computed in int8
+    float_pass += total if recipe.smooths_by_use else 0  # computed in int8
     # Smoothed linears that stay float are held in float32 while samples pass.
     kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
+    if recipe.rotates:
+        stored += 4 * total + 8 * largest  # in float32, the largest also as it is being rotated
     return stored + max(float_pass, total + held + kept + 4 * largest + passing)
 
 
@@ -160,7 +162,7 @@ def _sample_bytes(checkpoint: Checkpoint, layer_idx: int, recipe: Recipe, length
     found += 3 * 4 * min(max(lengths), _QUERY_ROWS) * max(lengths) * config.num_heads
     if recipe.anti_outlier in (AntiOutlier.M2, AntiOutlier.M3):
         found += lengths[0] * 4 * inputs
-    if recipe.anti_outlier is AntiOutlier.SMOOTH:
+    if recipe.smooths_by_use:
         found += (max(batches) + 2 * loud_tokens(lengths)) * 4 * config.intermediate_size
     if recipe.anti_outlier is not None and recipe.anti_outlier.searches_exponents:
         found += min(sum(lengths), _KEPT_TOKENS) * 4 * inputs

@@ -34,6 +34,7 @@ from eightfold.quant.hidden import GENERATIONS
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.plan import OutputPlan, assign_types, attention_modules, fa_layers
 from eightfold.quant.recipe import Recipe, Samples
+from eightfold.quant.rotate import rotated
 from eightfold.scheme import weight_name
 from eightfold.values import size_text
 
@@ -355,7 +356,8 @@ def _spread(samples: Samples, tokens: int) -> list[Sequence[int]]:
 def _phases(checkpoint: Checkpoint, recipe: Recipe, tokens: int, trials: Sequence[_Trial]) -> tuple[list[Phase], int]:
     """Return the phases but for the start, and the bytes of the output's tensors."""
     config, times = checkpoint.config, trials[0][1]
-    planned = OutputPlan(checkpoint, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
+    model = rotated(checkpoint, recipe)
+    planned = OutputPlan(model, recipe, assign_types(config, recipe), fa_layers(config, recipe)).tensors.values()
     sizes = {tensor.planned.name: tensor.planned.nbytes for tensor in planned}
     read = sum(info.nbytes for name, info in checkpoint.tensors.items() if layer_of(name) is not None)
     embedding = weight_name(config.names.embedding)
@@ -371,7 +373,7 @@ def _phases(checkpoint: Checkpoint, recipe: Recipe, tokens: int, trials: Sequenc
         Phase(
             "head",
             times["head"],
-            checkpoint.tensors[checkpoint.head_weight()].nbytes,
+            model.tensors[model.head_weight()].nbytes,
             sum(sizes.values()) - sizes[embedding] - written,
         ),
         Phase("finish", times["end"]),

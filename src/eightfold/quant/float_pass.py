@@ -166,7 +166,7 @@ class FloatPass:
         self._groups = input_groups(self._config, layer_idx)
         self._kinds = {group.title: self._kind(prefix, group) for group in self._groups}
         self._smoothed = smoothed_groups(self._config, recipe.anti_outlier) & self._kinds.keys()
-        if recipe.anti_outlier is AntiOutlier.SMOOTH:
+        if recipe.smooths_by_use:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
         kv = KVObserver(recipe.kv_observe, self._turns(layer_idx), context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
@@ -228,7 +228,7 @@ class FloatPass:
 
     def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
         method = self._recipe.anti_outlier if stream is self.anti and title in self._smoothed else None
-        has_loud = self._tells_ranges or (method is AntiOutlier.SMOOTH and title == DOWN)
+        has_loud = self._tells_ranges or (method is not None and method.is_ours and title == DOWN)
         return InputWatcher(
             prefix + title,
             sum(stream.lengths),
@@ -242,7 +242,7 @@ class FloatPass:
 
     def _linear(self, layer_idx: int, shape: LinearShape) -> Linear:
         """Return a linear as samples meet it here: float, or for `smooth` in int8."""
-        if self._recipe.anti_outlier is AntiOutlier.SMOOTH:
+        if self._recipe.smooths_by_use:
             return self._by_token(self._config.names.layer(layer_idx) + shape.name, shape)
         return self._float_linear(layer_idx, shape)
 

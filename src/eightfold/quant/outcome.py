@@ -151,10 +151,9 @@ def notes_for(checkpoint: Checkpoint, recipe: Recipe, types: Mapping[str, QuantT
         notes.append("an int8 cache with offsets: MindIE and vllm-ascend read only symmetric ones rightly.")
     if recipe.quantize_lm_head:
         notes.append("lm_head is quantized: try OUT in your loader first, its sources do not promise to read that.")
-        if config.tie_word_embeddings:
-            notes.append(
-                'the model is tied; OUT is not (config.json: "tie_word_embeddings": false), for its int8 head.'
-            )
+    if config.tie_word_embeddings and (recipe.quantize_lm_head or recipe.rotates):
+        kind = "int8" if recipe.quantize_lm_head else "rotated"
+        notes.append(f'the model is tied; OUT is not (config.json: "tie_word_embeddings": false), for its {kind} head.')
     if recipe.anti_outlier is not None and config.norm_places == "after":
         left = (
             "v_proj with o_proj and up_proj with down_proj" if recipe.anti_outlier.smooths_linear_pairs else "nothing"

@@ -38,6 +38,7 @@ from eightfold.quant.mixture import loader_settings, rules_of
 from eightfold.quant.outcome import Outcome, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
 from eightfold.quant.recipe import Recipe, Samples
+from eightfold.quant.rotate import rotated
 from eightfold.quant.run import Job, Notes, Run
 from eightfold.quant.writing import TensorWriter
 from eightfold.scheme import QuantType, description_names, weight_file_stem
@@ -96,7 +97,7 @@ def quantize_checkpoint(
     if ranks.size > 1:
         ranks.require_alike({**head, "torch": torch.__version__, **float_facts()})
     job = _Job(
-        checkpoint,
+        rotated(checkpoint, recipe),
         recipe,
         samples,
         part_bytes,
@@ -106,6 +107,7 @@ def quantize_checkpoint(
         ranks,
         anti_samples,
         tells_ranges,
+        checkpoint,
     )
     if not ranks.is_first:
         return job.help()

@@ -15,7 +15,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+from eightfold.architectures import FAMILIES
 from eightfold.config import DType, ModelConfig
+from eightfold.errors import UnsupportedError
 from eightfold.families import (
     DOWN,
     all_linears,
@@ -50,7 +52,10 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
 
     Raises:
         ConfigError: a pattern matches nothing, or gives experts a type that needs calibration.
+        UnsupportedError: the model cannot be rotated, and should be.
     """
+    if recipe.rotates:
+        require_rotatable(config)
     linears, rules, layout = all_linears(config), rules_of(config), family_layout(config.architecture)
     types = dict.fromkeys(linears, recipe.scheme)
     types.update({name: default_type(rule, recipe.scheme, layout) for name, rule in rules.items()})
@@ -68,6 +73,28 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
         types[config.names.head] = QuantType.FLOAT
     require_dynamic_experts(types)
     return types
+
+
+def require_rotatable(config: ModelConfig) -> None:
+    """Refuse models whose residual stream cannot be rotated: it may be read through plain norms before linears alone.
+
+    Raises:
+        UnsupportedError: experts, norms behind attention or MLP, or inputs that are no rows of the embedding.
+    """
+    family = FAMILIES[config.architecture]
+    problems = (
+        (config.experts is not None, "experts, whose router reads a norm as it is"),
+        (config.norm_places != "before", "norms behind attention and MLP"),
+        (family.is_wrapper, "inputs beside tokens"),
+    )
+    for holds, problem in problems:
+        if holds:
+            raise UnsupportedError(
+                "`anti_outlier` rotate",
+                got=f"{config.architecture}, which has {problem}",
+                expected="a dense text model with norms before attention and MLP only",
+                action="Use smooth.",
+            )
 
 
 def _down_projections(config: ModelConfig) -> list[str]:

@@ -38,6 +38,7 @@ class AntiOutlier(str, Enum):
     ITER = "iter"  # iter_smooth of newer versions: m4, from the layer's end to its beginning
     FLEX = "flex"  # flex_smooth_quant of newer versions: m6 for inputs quantized by token, in the same order
     SMOOTH = "smooth"  # ours: by how each input is quantized, with room for the sink tokens of down_proj
+    ROTATE = "rotate"  # the same, of a model whose residual stream and values are rotated before
 
     @property
     def smooths_linear_pairs(self) -> bool:
@@ -47,7 +48,17 @@ class AntiOutlier(str, Enum):
     @property
     def goes_backwards(self) -> bool:
         """Whether o_proj and down_proj come first, and v_proj and up_proj count as these leave them."""
-        return self in (AntiOutlier.ITER, AntiOutlier.FLEX, AntiOutlier.SMOOTH)
+        return self in (AntiOutlier.ITER, AntiOutlier.FLEX) or self.is_ours
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it smooths by our formula, with or without a rotation."""
+        return self in (AntiOutlier.SMOOTH, AntiOutlier.ROTATE)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated first (rotate.py); a tied one has a head of its own then."""
+        return self is AntiOutlier.ROTATE
 
     @property
     def searches_exponents(self) -> bool:
@@ -140,8 +151,9 @@ class Recipe:
         choice("none", *(method.value for method in AntiOutlier)),
         "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
         "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; iter, flex: iter_smooth and "
-        "flex_smooth_quant (slow) of its newer versions; smooth: ours, by how each input is quantized, the most "
-        "accurate. Default: smooth, but none for w8a16 and without calibration texts.",
+        "flex_smooth_quant (slow) of its newer versions; smooth: ours, by how each input is quantized; rotate: "
+        "the same, after the residual stream and the values are rotated. Default: smooth, but none for w8a16 and "
+        "without calibration texts.",
         metavar="M",
         group="Activations and outliers",
     )
@@ -259,6 +271,16 @@ class Recipe:
         return QuantType.FLOAT if self.target is Target.MINDIE else QuantType.W8A16
 
     @property
+    def smooths_by_use(self) -> bool:
+        """Whether scales are by our formula, which goes by how each input is quantized."""
+        return self.anti_outlier is not None and self.anti_outlier.is_ours
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model is rotated first."""
+        return self.anti_outlier is not None and self.anti_outlier.rotates
+
+    @property
     def has_static_inputs(self) -> bool:
         """Whether activation methods matter."""
         return bool(self.schemes & NEEDS_CALIBRATION)
@@ -327,7 +349,7 @@ def with_defaults(choices: dict[str, Any], *, has_texts: bool) -> dict[str, Any]
     is_static = scheme in NEEDS_CALIBRATION
     if is_static or (scheme is QuantType.W8A8_DYNAMIC and has_texts):
         found.setdefault("anti_outlier", AntiOutlier.SMOOTH.value)
-    if found.get("anti_outlier") == AntiOutlier.SMOOTH.value:
+    if found.get("anti_outlier") in (AntiOutlier.SMOOTH.value, AntiOutlier.ROTATE.value):
         found.setdefault("act_method", ActMethod.EXTREMES.value)
         others = {kind for _, kind in found.get("modules", ())} - {scheme, QuantType.FLOAT}
         if is_static:

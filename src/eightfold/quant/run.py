@@ -38,7 +38,7 @@ from eightfold.model.reference.linear import float_linear, release_widened
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import (
     TORCH_DTYPES,
-    load_tensor,
+    load_rows_float32,
     mapped_tensor,
     require_finite,
 )
@@ -51,7 +51,7 @@ from eightfold.quant.layer import QuantizedLayer, head_tensors, norm_tensors
 from eightfold.quant.mixture import idle_notes
 from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputPlan, attention_back, fa_layers, roll_back
-from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe, Samples
+from eightfold.quant.recipe import ActMethod, Recipe, Samples
 from eightfold.quant.statistics import unshared
 from eightfold.quant.writing import TensorWriter
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
@@ -89,6 +89,7 @@ class Job:
     ranks: Ranks
     anti_samples: Samples = ()
     tells_ranges: bool = False
+    source: Checkpoint | None = None  # what the float model was before it was rotated, where it is
 
 
 class Run:
@@ -99,6 +100,7 @@ class Run:
         self.checkpoint, self.recipe, self._ranks = job.checkpoint, job.recipe, job.ranks
         self.fa_layers = fa_layers(self.checkpoint.config, self.recipe)
         self.decoder = Decoder(self.checkpoint)
+        self._source = self.decoder if job.source in (None, job.checkpoint) else Decoder(job.source)
         self._plan: OutputPlan | None = None
         self._streams: list[HiddenStates] = []
         self.float_pass: FloatPass | None = None
@@ -112,12 +114,13 @@ class Run:
             outcome.ranges = self.float_pass.ranges
         first = (job.anti_samples or job.samples)[:1]
         self.smoothed = self._stream("smoothed", first) if self.recipe.anti_outlier is not None else None
-        self.plain = self._stream("plain", first) if self.recipe.anti_outlier is AntiOutlier.SMOOTH else None
+        self.plain = self._stream("plain", first, self._source) if self.recipe.smooths_by_use else None
         self.calibrated = self._stream("quantized", job.samples) if self.recipe.calibrates else None
 
-    def _stream(self, name: str, samples: Sequence[Sequence[int]]) -> HiddenStates:
+    def _stream(self, name: str, samples: Sequence[Sequence[int]], decoder: Decoder | None = None) -> HiddenStates:
+        folder, spills = self._work, self._job.spills
         found = HiddenStates(
-            name, self.decoder, samples, self._work, self._sync, spills=self._job.spills, ranks=self._ranks
+            name, decoder or self.decoder, samples, folder, self._sync, spills=spills, ranks=self._ranks
         )
         self._streams.append(found)
         return found
@@ -264,16 +267,16 @@ class Run:
             self.smoothed.advance(layer.smoothed.block(statistics.chosen))
             moved.append(self.smoothed)
         if self.plain is not None:
-            linear = functools.partial(self.decoder.linear, self.checkpoint.config.names.layer(layer_idx))
-            mlp = passing_experts(self.decoder, layer_idx, linear, chosen_TJ=statistics.chosen)
-            self.plain.advance(self.decoder.block(layer_idx, mlp=mlp))
+            linear = functools.partial(self._source.linear, self.checkpoint.config.names.layer(layer_idx))
+            mlp = passing_experts(self._source, layer_idx, linear, chosen_TJ=statistics.chosen)
+            self.plain.advance(self._source.block(layer_idx, mlp=mlp))
             moved.append(self.plain)
         tensors = None
         self._write_experts(layer, writer)
         if writer is not None:
             writer.write_below(self.checkpoint.config.names.layer(layer_idx), layer.tensors())
             tensors = writer.finished()
-        self.decoder.release_block(layer_idx)
+        self.decoder.release_block(layer_idx)  # and the source's, whose tensors these are
         kv, idle = statistics.kv, self._idle_experts(layer, statistics)
         self._finish(
             f"layer {layer_idx}",
@@ -341,7 +344,7 @@ class Run:
 
     def _record(self, entry: dict[str, Any]) -> None:
         """Take into the outcome what was decided about a layer."""
-        if entry["notes"]:
+        if entry["notes"] or self.recipe.rotates:
             smoothing = self.outcome.smoothing = self.outcome.smoothing or Smoothing()
             for title, note in entry["notes"].items():
                 smoothing.choices[self.checkpoint.config.names.layer(entry["layer"]) + title] = note
@@ -380,26 +383,36 @@ class Run:
         if self.smoothed is None or self.float_pass is None:
             return None
         plain = self.plain or self.float_pass.anti
-        return compare_logits(self.decoder, plain.first_sample(), self.smoothed.first_sample())
+        return compare_logits(self._source, plain.first_sample(), self.smoothed.first_sample(), self.decoder)
 
     def _require_tied_head(self) -> None:
         """Refuse a model that calls itself tied and holds another head: which one is meant cannot be known."""
-        head, used = weight_name(self.checkpoint.config.names.head), self.checkpoint.head_weight()
-        if head == used or head not in self.checkpoint.tensors:
+        source = self._source.checkpoint
+        head, used = weight_name(source.config.names.head), source.head_weight()
+        if head == used or head not in source.tensors:
             return
-        require_finite(mapped_tensor(self.checkpoint, used), used, self.checkpoint)
-        if not torch.equal(mapped_tensor(self.checkpoint, head), mapped_tensor(self.checkpoint, used)):
+        require_finite(mapped_tensor(source, used), used, source)
+        if not torch.equal(mapped_tensor(source, head), mapped_tensor(source, used)):
             raise CheckpointError(
                 head,
-                where=self.checkpoint.directory,
+                where=source.directory,
                 got="values that differ from the embedding's",
                 expected="the same, because config.json says tie_word_embeddings",
                 action="Correct config.json, or remove the tensor.",
             )
 
 
-def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor) -> tuple[float, float]:
+def compare_logits(
+    decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor, rotated: Decoder | None = None
+) -> tuple[float, float]:
     """Compare what enters the final norm in both models.
+
+    Args:
+        decoder: the float model.
+        float_TE: of it.
+        smoothed_TE: of the smoothed model.
+        rotated: whose norm and head follow in that one; None: the same. A rotated head counts as it is before it is
+            stored: that rounds it, as it rounds weights that stay float.
 
     Returns:
         The largest difference of a logit, and the largest logit.
@@ -407,18 +420,19 @@ def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor) -> t
     Raises:
         UnsupportedError: they differ by more than rounding.
     """
-    norm, checkpoint = decoder.final_norm(), decoder.checkpoint
-    expected_TE, found_TE = norm(float_TE), norm(smoothed_TE)
-    name = checkpoint.head_weight()
+    checkpoint, rotated = decoder.checkpoint, rotated or decoder
+    expected_TE, found_TE = decoder.final_norm()(float_TE), rotated.final_norm()(smoothed_TE)
     difference = largest = 0.0
     for row in range(0, checkpoint.config.vocab_size, _ROWS):
-        weight = load_tensor(checkpoint, name)[row : row + _ROWS].to(torch.float32)
+        weight = rotated_weight = _head_rows(checkpoint, row)
+        if rotated is not decoder:
+            rotated_weight = _head_rows(rotated.checkpoint, row)
         for at in range(0, len(float_TE), _TOKENS):
             expected = float_linear(expected_TE[at : at + _TOKENS], weight, None)
-            found = float_linear(found_TE[at : at + _TOKENS], weight, None)
+            found = float_linear(found_TE[at : at + _TOKENS], rotated_weight, None)
             difference = _larger(difference, float((found - expected).abs().max()))
             largest = _larger(largest, float(expected.abs().max()))
-        checkpoint.release([name])
+        checkpoint.release([checkpoint.head_weight()])
     if not difference <= MAX_RELATIVE_DIFFERENCE * largest:
         raise UnsupportedError(
             "largest change of a logit by outlier suppression",
@@ -428,6 +442,11 @@ def compare_logits(decoder: Decoder, float_TE: Tensor, smoothed_TE: Tensor) -> t
             action="Use another `anti_outlier` method, or store float32 (`save_float32`).",
         )
     return difference, largest
+
+
+def _head_rows(checkpoint: Checkpoint, begin: int) -> Tensor:
+    end = min(begin + _ROWS, checkpoint.config.vocab_size)
+    return load_rows_float32(checkpoint, checkpoint.head_weight(), begin, end)
 
 
 def _larger(a: float, b: float) -> float:

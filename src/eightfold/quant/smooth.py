@@ -31,7 +31,11 @@ smooth: a static range has to hold every token, so it gains most by a large alph
 gain, and the weights as much to lose. A few tokens, mostly the first of a text, carry thousands in one or two channels
 of down_proj where all others stay near 1 (massive activations). To clip them ruins the model, and a range that holds
 them is too coarse for all else. So these channels, and no others, are divided until they stay within SINK_ROOM of the
-ordinary range: a few rows of up_proj become smaller and columns of down_proj larger, which costs nothing.
+ordinary range: a few rows of up_proj become smaller and columns of down_proj larger, which costs nothing, as these
+columns are large in a few rows only.
+
+rotate: smooth after a rotation (rotate.py), which spreads such a column over all rows of down_proj, so that each would
+become coarse. Where each token has a scale, sinks may keep ROTATED_ROOM: then few tokens are coarse, and no weights.
 
 Where query heads share a value head, o_proj's channels share v_proj's rows: m4 and iter average s over those heads, the
 others take the largest a and the largest w.
@@ -69,6 +73,7 @@ EXPONENTS = {
     QuantType.W8A8_DYNAMIC: ((0.5, 0.1), (0.5, 0.0)),
 }
 SINK_ROOM = 2.0
+ROTATED_ROOM = 32.0  # with a scale for each token
 
 _THRESHOLDS = 100  # m2
 _RATIOS = 20  # m3
@@ -130,8 +135,9 @@ def smooth_scale(
         kind: how the input is going to be quantized, one of EXPONENTS, for `smooth`.
         is_product: whether the input may have sinks, for `smooth`; the statistics then have to know ordinary tokens.
     """
-    if method is AntiOutlier.SMOOTH:
-        return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], is_product)
+    if method.is_ours:
+        room = ROTATED_ROOM if method.rotates and kind is QuantType.W8A8_DYNAMIC else SINK_ROOM
+        return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], room * is_product)
     if method is AntiOutlier.M2:
         return _above_threshold(stats, weights, biases or [None] * len(weights))
     if method is AntiOutlier.M3:
@@ -151,17 +157,17 @@ def smooth_scale(
 
 
 def _with_room(
-    stats: InputStats, weight_max: Tensor, sharing: HeadSharing | None, exponents: tuple[float, float], has_sinks: bool
+    stats: InputStats, weight_max: Tensor, sharing: HeadSharing | None, exponents: tuple[float, float], room: float
 ) -> SmoothScale:
-    """smooth."""
-    absmax, ordinary = stats.absmax, stats.ordinary if has_sinks else stats.absmax
+    """smooth; `room` is 0 where there are no sinks."""
+    absmax, ordinary = stats.absmax, stats.ordinary if room else stats.absmax
     if sharing is not None:
         absmax, ordinary, weight_max = (
             sharing.expand(sharing.split(end).amax(1)) for end in (absmax, ordinary, weight_max)
         )
     scale, note = balance(ordinary, weight_max, *exponents), "alpha {}, beta {}".format(*exponents)
-    if has_sinks:
-        least = absmax / (SINK_ROOM * (ordinary / scale).amax()).clamp(min=SCALE_MIN)
+    if room:
+        least = absmax / (room * (ordinary / scale).amax()).clamp(min=SCALE_MIN)
         scale, sinks = torch.maximum(scale, least), int((least > scale).sum())
         note += f", {sinks} channels of sinks" if sinks else ""
     return SmoothScale(scale, note)

@@ -8,7 +8,14 @@ from torch import Tensor
 from eightfold.format.shards import ShardedWriter
 from eightfold.format.stored import StoredTensors
 from eightfold.model.layers import is_parameter, require_parameters
-from eightfold.model.reference.tensors import TORCH_DTYPES, mapped_tensor, require_finite, require_range, to_array
+from eightfold.model.reference.tensors import (
+    TORCH_DTYPES,
+    mapped_tensor,
+    picked_rows,
+    require_finite,
+    require_range,
+    to_array,
+)
 from eightfold.quant.plan import OutputTensor
 
 _DAMAGED = "Weights or activations are far too large: check the float model and the calibration data."
@@ -63,22 +70,28 @@ class TensorWriter:
         """Write a float tensor as it is, or widened, piece by piece."""
         source = source or name
         dtype = self._plan[name].planned.dtype
-        whole = mapped_tensor(self._checkpoint, source)
-        rows = whole.reshape(whole.shape[0], -1) if whole.dim() else whole.reshape(1, 1)
-        row_bytes = max(1, rows.shape[1] * rows.element_size())
+        info = self._checkpoint.tensors[source]
+        count = info.shape[0] if info.shape else 1
+        row_bytes = max(1, info.nbytes // max(1, count))
         step, released = max(1, _PIECE_BYTES // row_bytes), 0
-        for at in range(0, len(rows), step):
-            piece = rows[at : at + step]
+        for at in range(0, count, step):
+            piece = self._rows(source, at, min(count, at + step))
             if not torch.isfinite(piece.sum(dtype=torch.float32)):
-                require_finite(whole, source, self._checkpoint)
+                require_finite(mapped_tensor(self._checkpoint, source), source, self._checkpoint)
             if piece.dtype != TORCH_DTYPES[dtype]:
                 require_range(piece, dtype, name, self._checkpoint.directory, _TOO_NARROW)
             self._writer.append(name, to_array(piece, dtype))
             read = (at + len(piece)) * row_bytes
-            if read - released >= _RELEASE_BYTES or at + len(piece) == len(rows):
+            if read - released >= _RELEASE_BYTES or at + len(piece) == count:
                 self._checkpoint.release_part(source, released, read)
                 released = read
         self.done(name)
+
+    def _rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Return some rows of a tensor, as a matrix."""
+        if not self._checkpoint.tensors[name].shape:
+            return mapped_tensor(self._checkpoint, name).reshape(1, 1)
+        return picked_rows(self._checkpoint, name, slice(begin, end)).reshape(end - begin, -1)
 
     def write_below(self, prefix: str, made: dict[str, Tensor]) -> None:
         """Write every planned tensor of a layer that is not written yet: as made, or as in the source."""

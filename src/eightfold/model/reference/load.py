@@ -47,7 +47,7 @@ from eightfold.model.reference.linear import (
     W8A16Linear,
     release_widened,
 )
-from eightfold.model.reference.tensors import as_tensor, load_float32, mapped_tensor, require_finite
+from eightfold.model.reference.tensors import as_tensor, load_float32, mapped_tensor, picked_rows, require_finite
 from eightfold.scheme import QuantType, weight_name
 
 if TYPE_CHECKING:
@@ -100,9 +100,8 @@ class Decoder:
             InputError: an id is outside the vocabulary.
         """
         self.checkpoint.config.require_ids(token_ids)
-        ids = torch.tensor(token_ids, dtype=torch.int64, device="cpu")
         name = weight_name(self.checkpoint.config.names.embedding)
-        rows = mapped_tensor(self.checkpoint, name)[ids].to(torch.float32)
+        rows = picked_rows(self.checkpoint, name, token_ids).to(torch.float32)
         if not torch.isfinite(rows).all():
             require_finite(mapped_tensor(self.checkpoint, name), name, self.checkpoint)
         rows = rows.to(torch.get_default_device())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,11 @@ def load_tensor(checkpoint: StoredTensors, name: str) -> torch.Tensor:
     return as_tensor(checkpoint.array(name))
 
 
+def picked_rows(checkpoint: StoredTensors, name: str, rows: slice | Iterable[int]) -> torch.Tensor:
+    """Return some rows of a stored matrix in its own dtype, on the CPU. Not to be modified."""
+    return _viewed(checkpoint.pick(name, rows))
+
+
 def load_float32(checkpoint: StoredTensors, name: str) -> torch.Tensor:
     """Return a float tensor as a float32 copy.
 
@@ -77,10 +82,10 @@ def load_rows_float32(checkpoint: StoredTensors, name: str, begin: int, end: int
     Raises:
         CheckpointError: a value is NaN or infinite.
     """
-    whole = mapped_tensor(checkpoint, name)
-    rows = whole[begin:end].to(torch.get_default_device()).to(torch.float32, copy=True)
+    stored = picked_rows(checkpoint, name, slice(begin, end))
+    rows = stored.to(torch.get_default_device()).to(torch.float32, copy=True)
     if not torch.isfinite(rows.sum()):  # or it overflows
-        require_finite(whole, name, checkpoint)
+        require_finite(mapped_tensor(checkpoint, name), name, checkpoint)
     return rows
 
 
