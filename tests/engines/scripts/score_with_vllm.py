@@ -22,15 +22,8 @@ def score(model: str, chunks: list[list[int]], options: dict) -> dict:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     length = max(map(len, chunks))
-    llm = LLM(
-        model=model,
-        max_model_len=length + 8,
-        max_num_batched_tokens=2 * length,
-        max_num_seqs=2,
-        enable_prefix_caching=False,
-        enforce_eager=True,
-        **options,
-    )
+    sizes = {"max_model_len": length + 8, "max_num_batched_tokens": 2 * length, "max_num_seqs": 2}
+    llm = LLM(model=model, **{"enable_prefix_caching": False, "enforce_eager": True, **sizes, **options})
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
     answers = llm.generate([{"prompt_token_ids": chunk} for chunk in chunks], sampling, use_tqdm=False)
     nll, top = [], []
@@ -38,7 +31,7 @@ def score(model: str, chunks: list[list[int]], options: dict) -> dict:
         for token, found in zip(chunk[1:], answer.prompt_logprobs[1:], strict=True):
             nll.append(-found[token].logprob)
             top.append(next(each for each, value in found.items() if value.rank == 1))
-    del llm
+    del llm, answers
     gc.collect()
     if options.get("tensor_parallel_size", 1) == options.get("pipeline_parallel_size", 1) == 1:
         cleanup_dist_env_and_memory()
