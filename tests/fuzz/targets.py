@@ -512,10 +512,10 @@ def gguf(path: Path) -> object:
     from eightfold.config import DType, parse_config
     from eightfold.importers import gguf as importer
 
-    file = importer._open(path)
-    found = parse_config(importer._config(file, DType.BF16), path)
-    names = importer._tensor_names(file, found)
-    return [importer._ordered(file, found, ours, file.tensor(theirs)).shape for ours, theirs in names.items()]
+    file = importer.open_file(path)
+    found = parse_config(importer.read_config(file, DType.BF16), path)
+    names = importer.match_tensors(file, found)
+    return [importer.read_float(file, found, *pair, DType.BF16).shape for pair in names.items()]
 
 
 def _names(*names: str) -> Callable[[Path], list[bytes]]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from eightfold.cli import console
 from eightfold.cli.making import DTYPES
 from eightfold.cli.options import argument, as_json, settings
+from eightfold.errors import ConfigError
 from eightfold.exporters import FORMATS, ExportOptions, plan_export
 from eightfold.importers import ImportOptions, importer_of
-from eightfold.values import SWITCH, choice, setting, size_text
+from eightfold.scheme import SCHEMES
+from eightfold.values import SWITCH, choice, optional, setting, size_text
 
 if TYPE_CHECKING:
     from eightfold.importers import Importer
@@ -68,11 +70,23 @@ class ImportCommand:
     source: Path = argument("MODEL", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. It is only read.")
     target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
     dtype: str = setting("bf16", choice(*DTYPES), "Type of weights that become float.")
+    scheme: str | None = setting(
+        None,
+        optional(choice("w8a16")),
+        "Make an 8-bit directory of a GGUF file in Q8_0: integers stay where all blocks of a row have one scale, as "
+        "export writes them; other rows are rounded anew. Default: a float directory.",
+    )
     overwrite: bool = setting(False, SWITCH, "Replace what import has written to DIR.")
 
     def execute(self) -> None:
-        options = ImportOptions(dtype=DTYPES[self.dtype], overwrite=self.overwrite, progress=console.bars)
-        _import(importer_of(self.source), "import", self.source, self.target, options)
+        importer, scheme = importer_of(self.source), SCHEMES[self.scheme] if self.scheme else None
+        if scheme is not None and self.source.is_dir():
+            action = "Leave the option out: integers that can stay do."
+            raise ConfigError("scheme", got=self.scheme, expected="a GGUF file to import", action=action)
+        options = ImportOptions(
+            dtype=DTYPES[self.dtype], scheme=scheme, overwrite=self.overwrite, progress=console.bars
+        )
+        _import(importer, "import", self.source, self.target, options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMMAND = "export --to gguf"
 
 _ALIGNMENT = 32  # of tensors in the file
-_ROUNDING = 2**-11  # relative: that of float16 where it has all its bits
+_ROUNDING = 2**-8  # relative: that of the largest integer of a row, in which a scale of float16 is lost
 
 # What `general.file_type` says of a file most of whose matrices have a type.
 _FILE_TYPES = {"Q8_0": "MOSTLY_Q8_0", "BF16": "MOSTLY_BF16", "F16": "MOSTLY_F16", "F32": "ALL_F32"}
@@ -139,7 +139,7 @@ def _losses(checkpoint: Checkpoint, planned: TensorPlan) -> list[str]:
         losses.append(f"the integers of {len(planned.asymmetric)} weights with offsets, which are rounded anew")
     if planned.rounded:
         losses.append(f"the exact values of {len(planned.rounded)} float matrices, which are rounded to Q8_0")
-    small = {name: error for name, error in planned.scale_errors.items() if error > _ROUNDING * 1.001}
+    small = {name: error for name, error in planned.scale_errors.items() if error > _ROUNDING}
     if small:
         worst = max(small, key=lambda name: small[name])
         got = f"off by up to {small[worst]:.1%} in {worst}"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eightfold.errors import CheckpointError, UnsupportedError, one_of
+from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 from eightfold.values import shorten, shown
 
@@ -81,7 +81,7 @@ def read_vocabulary(directory: Path, config_raw: Mapping[str, Any], vocab_size: 
     steps = list(_steps(content.get("pre_tokenizer"), "pretokenizers"))
     is_bytes = any(step.get("type") == "ByteLevel" for step in steps)
     found = _by_bytes(content, steps, where) if is_bytes else _by_pieces(content, steps, where)
-    texts, types = _tokens(content, vocab_size, where, is_bytes=is_bytes)
+    texts, types = _tokens(content, vocab_size, where, is_bytes=is_bytes, notes=found.notes)
     fields = {**found.fields, "tokens": texts, "token_type": types}
     if not is_bytes:
         fields["scores"] = _scores(texts, _merges(model))
@@ -169,14 +169,19 @@ def _scores(texts: list[str], merges: list[list[str]]) -> list[float]:
     return [-float(ranks[text]) if text in ranks else _LEAST_SCORE if len(text) > 1 else 0.0 for text in texts]
 
 
-def _tokens(content: Mapping[str, Any], vocab_size: int, where: Path, *, is_bytes: bool) -> tuple[list[str], list[int]]:
+def _tokens(
+    content: Mapping[str, Any], vocab_size: int, where: Path, *, is_bytes: bool, notes: list[str]
+) -> tuple[list[str], list[int]]:
     """Return the text and the type of each token id."""
     model, texts, types = content["model"], dict[int, str](), dict[int, int]()
     for text, token in model["vocab"].items():
         texts[token], types[token] = text, _NORMAL
         if not is_bytes and _BYTE_TOKEN.fullmatch(text):
             types[token] = _BYTE
-    for added in content.get("added_tokens") or ():
+    added_tokens = content.get("added_tokens") or ()
+    if beyond := [added["content"] for added in added_tokens if added["id"] >= vocab_size]:
+        notes.append(f"added tokens that the model has no rows for are left out: {shortlist(map(shown, beyond), 3)}")
+    for added in (added for added in added_tokens if added["id"] < vocab_size):
         texts[added["id"]] = added["content"]
         types[added["id"]] = _CONTROL if added.get("special") else _USER_DEFINED
     if not is_bytes and model.get("unk_token") in model["vocab"]:

@@ -17,6 +17,7 @@ from typing import Protocol, cast
 from eightfold.config import DType
 from eightfold.errors import UnsupportedError, one_of
 from eightfold.progress import Progress, silent
+from eightfold.scheme import QuantType
 
 # What it is -> module of this package; the first that recognizes a path takes it.
 KINDS = {
@@ -30,11 +31,13 @@ class ImportOptions:
 
     Attributes:
         dtype: BF16 or F16: of weights that become float.
+        scheme: W8A16: make an 8-bit directory of a GGUF file; None: what the importer makes of it by itself.
         overwrite: replace what an import has written at the target before.
         progress: who is told.
     """
 
     dtype: DType = DType.BF16
+    scheme: QuantType | None = None
     overwrite: bool = False
     progress: Progress = silent
 

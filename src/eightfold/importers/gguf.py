@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, parse_config
@@ -48,7 +49,6 @@ from eightfold.values import COUNT, POSITIVE, require, shorten, shown
 from eightfold.written_config import both_dialects
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 _LAYER_NAME = re.compile(r"^blk\.(\d+)\.([a-z_]+)\.(weight|bias)$")
@@ -58,7 +58,9 @@ _NO_WEIGHTS = (ROPE_FACTORS, *_DIVISORS.values())
 
 
 @dataclass(frozen=True)
-class _GgufFile:
+class GgufFile:
+    """An open file, with what the gguf package knows of types."""
+
     path: Path  # of the part that has the metadata
     fields: dict[str, Any]
     tensors: dict[str, StoredTensor]
@@ -103,31 +105,36 @@ def import_gguf(
     Returns:
         The model's configuration.
     """
-    file = _open(source)
-    raw = _config(file, dtype)
+    file = open_file(source)
+    raw = read_config(file, dtype)
     config = parse_config(raw, source)
-    names = _tensor_names(file, config)
+    names = match_tensors(file, config)
     plan = [PlannedTensor(name, dtype, file.shape(gguf_name)) for name, gguf_name in names.items()]
     head = {"format": FORMAT, "command": "import-gguf"}
     with Output(target, head, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan))
-        _write_tokenizer(file.path, output.path, raw)  # first: what can fail in seconds should not after minutes
+        write_tokenizer(file.path, output.path, raw)  # first: what can fail in seconds should not after minutes
         with (
             ShardedWriter(output.path, "model", plan, metadata={"format": "pt"}) as writer,
             progress("import", len(names), "tensor") as task,
         ):
             for name, gguf_name in names.items():
                 task.at(name)
-                tensor = file.tensor(gguf_name)
-                require_range(tensor, dtype, gguf_name, source, "Import as bf16.")
-                writer.write(name, to_array(_ordered(file, config, name, tensor), dtype))
+                writer.write(name, read_float(file, config, name, gguf_name, dtype))
                 task.advance()
         write_json(output.path / CONFIG_NAME, both_dialects(raw, config, dtype))
         output.finish(writer.file_checksums())
     return config
 
 
-def _open(path: Path) -> _GgufFile:
+def open_file(path: Path) -> GgufFile:
+    """Open a file of a family that is imported.
+
+    Raises:
+        CheckpointError: not there, or damaged.
+        DependencyError: the gguf package is not installed.
+        UnsupportedError: another family.
+    """
     gguf = require_gguf("import-gguf")
     if not path.exists() or path.is_dir():
         raise CheckpointError(f"no file {path}", expected="a .gguf file", action="Check the path.")
@@ -140,10 +147,10 @@ def _open(path: Path) -> _GgufFile:
         raise UnsupportedError(
             "architecture", where=path, got=got, expected=f"a dense model of {one_of(ARCHITECTURES)}"
         )
-    return _GgufFile(container.path, fields, container.tensors, gguf.dequantize, gguf.GGMLQuantizationType)
+    return GgufFile(container.path, fields, container.tensors, gguf.dequantize, gguf.GGMLQuantizationType)
 
 
-def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
+def read_config(file: GgufFile, dtype: DType) -> dict[str, Any]:
     """Return config.json's object from the metadata."""
     architecture = ARCHITECTURES[file.fields["general.architecture"]]
     heads, hidden = file.count("attention.head_count"), file.count("embedding_length")
@@ -176,7 +183,7 @@ def _config(file: _GgufFile, dtype: DType) -> dict[str, Any]:
     return raw
 
 
-def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
+def _rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     rotated = file.count("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise UnsupportedError("rotated dimensions", where=file.path, got=rotated, expected=f"head_dim {head_dim}")
@@ -201,7 +208,7 @@ def _rope(file: _GgufFile, head_dim: int) -> dict[str, Any]:
     return rope
 
 
-def _scaling(file: _GgufFile) -> dict[str, Any]:
+def _scaling(file: GgufFile) -> dict[str, Any]:
     """Return how a file stretches positions, in the words of config.json; longrope is there by its tensors alone."""
     divisors = {key: name for key, name in _DIVISORS.items() if name in file.tensors}
     scaling = file.field("rope.scaling.type", "none")
@@ -242,8 +249,12 @@ def _are_llama3(factors: torch.Tensor, rope: dict[str, Any], head_dim: int) -> b
     return torch.allclose(torch.from_numpy(plain / stretched), factors, rtol=1e-3)
 
 
-def _tensor_names(file: _GgufFile, config: ModelConfig) -> dict[str, str]:
-    """Return the tensors to write, by their name in the directory -> their name in the file."""
+def match_tensors(file: GgufFile, config: ModelConfig) -> dict[str, str]:
+    """Return the tensors to write, by their name in the directory -> their name in the file.
+
+    Raises:
+        CheckpointError: one is missing, unknown, or of another shape.
+    """
     names: dict[str, str] = {}
     for name in file.tensors:
         if (known := _directory_name(name)) is not None:
@@ -286,17 +297,26 @@ def _directory_name(name: str) -> str | None:
     return f"{NAMES.layer(int(found[1]))}{LAYER_MODULES[found[2]]}.{found[3]}"
 
 
-def _ordered(file: _GgufFile, config: ModelConfig, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return rows of q and k in the order of model directories."""
+def row_order(file: GgufFile, config: ModelConfig, name: str) -> NDArray[Any] | None:
+    """Return which rows of the file those of a tensor of q or k are; None where the order is the same."""
     if file.fields["general.architecture"] != PAIRED:
-        return tensor
+        return None
     heads = config.num_heads if ".q_proj." in name else config.num_kv_heads if ".k_proj." in name else None
-    if heads is None:
-        return tensor
-    return torch.from_numpy(unpair(tensor.numpy(), heads))
+    return None if heads is None else unpair(np.arange(heads * config.head_dim), heads)
 
 
-def _write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:
+def read_float(file: GgufFile, config: ModelConfig, name: str, gguf_name: str, dtype: DType) -> NDArray[Any]:
+    """Return a tensor in the order of model directories, rounded once to a float type.
+
+    Raises:
+        CheckpointError: a value is not finite, or the type cannot hold it.
+    """
+    tensor, order = file.tensor(gguf_name), row_order(file, config, name)
+    require_range(tensor, dtype, gguf_name, file.path, "Import as bf16.")
+    return to_array(tensor if order is None else tensor[torch.from_numpy(order)], dtype)
+
+
+def write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:
     """Rebuild the tokenizer with transformers, and write the generation settings that the file knows."""
     try:
         from transformers import AutoTokenizer

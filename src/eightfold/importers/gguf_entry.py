@@ -28,8 +28,12 @@ def _magic(source: Path) -> bytes:
 
 
 def convert(source: Path, target: Path, options: ImportOptions) -> str:
-    """Widen the file into a float directory; see gguf.import_gguf()."""
+    """Widen the file into a float directory, or make an 8-bit one; see gguf.import_gguf() and gguf_w8a16."""
     from eightfold.importers.gguf import import_gguf
 
+    if options.scheme is not None:
+        from eightfold.importers.gguf_w8a16 import import_w8a16
+
+        return import_w8a16(source, target, options)
     config = import_gguf(source, target, options.dtype, overwrite=options.overwrite, progress=options.progress)
     return f"{config.architecture}, {config.num_layers} layers, {_DTYPES[options.dtype]}"
