@@ -32,6 +32,7 @@ class Calibration:
         anti_file: --anti-calib.
         add_bos: --add-bos.
         names_act_method: whether --act-method was given.
+        is_needed: whether there have to be samples whatever the recipe needs.
     """
 
     source: Path
@@ -44,6 +45,7 @@ class Calibration:
     anti_file: Path | None
     add_bos: bool | None
     names_act_method: bool
+    is_needed: bool = False
 
     @property
     def given(self) -> list[str]:
@@ -70,10 +72,11 @@ class Calibration:
                 console.note("there is no --anti-outlier; --anti-calib changes nothing.")
             else:
                 found[1] = self._tokenized(read_rows(self.anti_file), checkpoint, self.anti_file)
-        if recipe.needs_samples(bool(found[1])) and self.is_none and not sources:
+        needs = self.is_needed or recipe.needs_samples(bool(found[1]))
+        if needs and self.is_none and not sources:
             got, expected = f"none, for {recipe.scheme.value}", "texts: this recipe needs calibration"
             raise ConfigError("calib", got=got, expected=expected, action="Leave it out, and 64 texts are used.")
-        if recipe.needs_samples(bool(found[1])):
+        if needs:
             found[0] = self._calibration(checkpoint)
         elif sources or self.limit is not None:
             console.note(f"nothing here needs calibration data; {[*sources, '--calib-limit'][0]} changes nothing.")

@@ -35,6 +35,7 @@ COMMANDS = {
     "import": ("exporting", "ImportCommand"),
     "import-gguf": ("exporting", "ImportGgufCommand"),
     "quantize": ("quantizing", "QuantizeCommand"),
+    "analyze": ("analyzing", "AnalyzeCommand"),
     "synth": ("making", "SynthCommand"),
     "check": ("inspecting", "CheckCommand"),
     "inspect": ("inspecting", "InspectCommand"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
 from eightfold.cli.calibrating import Calibration
+from eightfold.cli.losses import MAX_KL, found_lines
 from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, model_argument, settings
 from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.parallel.ranks import Ranks
+    from eightfold.quant.analysis import Analysis
     from eightfold.quant.estimate import Estimate
     from eightfold.quant.name_plan import NamePlan
     from eightfold.quant.outcome import Outcome
@@ -62,6 +64,14 @@ class QuantizeCommand:
         False,
         SWITCH,
         "Store every linear as a static scheme says, down_proj too: the fastest and the least accurate.",
+        group="Scheme",
+    )
+    max_kl: float | None = setting(
+        None,
+        MAX_KL,
+        "Keep the KL divergence from the float model within so many nats, such as 0.01, with the fewest bytes a token: "
+        "linears get the types that the target takes by what each loses, and held-out calibration texts prove it.",
+        metavar="NATS",
         group="Scheme",
     )
     recipe_file: Path | None = setting(
@@ -166,6 +176,7 @@ class QuantizeCommand:
         started = time.monotonic()
         self._require_place_of_report()
         with self._recipe_named():
+            self._require_known_losses()
             _ = self.recipe  # is refused before anything else happens
         with _ranks_of_environment() as ranks, self._recipe_named():
             if self.plan:
@@ -196,6 +207,12 @@ class QuantizeCommand:
         from eightfold.report.page import write_page
         from eightfold.report.quantize_page import render
 
+        for analysis in self._analyses:
+            from eightfold.report import analysis_page
+
+            smoothing = outcome.smoothing.choices if outcome.smoothing is not None else None
+            write_page(path, analysis_page.render(analysis, smoothing, tuple(outcome.notes)))
+            return
         stored, config = (
             (self._name_plan.stored, None) if self._goes_by_name else (self._checkpoint, self._checkpoint.config)
         )
@@ -268,6 +285,8 @@ class QuantizeCommand:
         console.require_torch("quantize")
         if ranks.is_first:
             self._tell_what_is_known()
+        if self.max_kl is not None:
+            return self._quantize_within(self.max_kl, samples[0])
         from eightfold.progress import silent
         from eightfold.quant.pipeline import quantize_checkpoint
 
@@ -285,6 +304,48 @@ class QuantizeCommand:
             ranks=ranks,
             tells_ranges=self.report is not None,
         )
+
+    def _require_known_losses(self) -> None:
+        """Refuse --max-kl where no samples can run through the layers of this process."""
+        if self.max_kl is None:
+            return
+        refused = (
+            (World.of_environment().size > 1, "several processes", "one"),
+            (self._goes_by_name, "a model that is quantized by names", "one that eightfold runs, and no mixture"),
+            (self.device != "cpu", f"it with `device` {self.device}", "cpu"),
+            (self.anti_calib is not None, "it with `anti_calib`", "one of them"),
+        )
+        for is_refused, got, expected in refused:
+            if is_refused:
+                raise ConfigError("max_kl", got=got, expected=expected)
+
+    def _quantize_within(self, limit: float, samples: list[list[int]]) -> Outcome:
+        """Quantize so that a KL divergence is kept, and tell what was found."""
+        from eightfold.quant.within import quantize_within
+
+        outcome, analysis = quantize_within(
+            self._checkpoint,
+            self.out,
+            self.recipe,
+            samples,
+            limit,
+            memory=self.memory,
+            progress=console.bars,
+            tell=console.note,
+            overwrite=self.overwrite,
+            part_bytes=self.part_bytes,
+            legacy_names=self.legacy_names,
+        )
+        if analysis is not None:
+            self._analyses.append(analysis)
+        if analysis is not None and not self.as_json:
+            print("\n".join(found_lines(analysis, limit)))
+        return outcome
+
+    @cached_property
+    def _analyses(self) -> list[Analysis]:
+        """What was found of the model on the way; empty without --max-kl."""
+        return []
 
     @cached_property
     def _goes_by_name(self) -> bool:
@@ -355,7 +416,13 @@ class QuantizeCommand:
         from eightfold.quant.estimate import estimate_run
 
         found = estimate_run(
-            checkpoint, self.recipe, *samples, target=self.out, memory=self.memory, progress=console.bars
+            checkpoint,
+            self.recipe,
+            *samples,
+            target=self.out,
+            memory=self.memory,
+            progress=console.bars,
+            has_limit=self.max_kl is not None,
         )
         self._print_plan(found)
 
@@ -394,7 +461,12 @@ class QuantizeCommand:
 
     def _notes_on_defaults(self) -> Iterator[str]:
         """Tell what was chosen for the user, where other choices are worth knowing."""
-        if self.recipe.down_type and "target" not in self._chosen and not self._checkpoint.config.experts:
+        if (
+            self.max_kl is None
+            and self.recipe.down_type
+            and "target" not in self._chosen
+            and not self._checkpoint.config.experts
+        ):
             yield (
                 "down_proj stays float, which every reader takes. --target cpu or vllm-ascend stores it as w8a16: "
                 "smaller, and nearly as accurate (docs/accuracy.md)."
@@ -427,6 +499,7 @@ class QuantizeCommand:
             anti_file=self.anti_calib,
             add_bos=self.add_bos,
             names_act_method="act_method" in self.choices,
+            is_needed=self.max_kl is not None,
         )
 
     def _torch_device(self, ranks: Ranks) -> torch.device:

@@ -76,15 +76,19 @@ class Checkpoint(StoredTensors):
         self.description = description
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
+    def open(cls, directory: Path, *, may_be_begun: bool = False) -> Checkpoint:
         """Open a directory and check that it holds a whole model.
+
+        Args:
+            directory: the model.
+            may_be_begun: whether its journal may lack the closing line: for the command that is about to write it.
 
         Raises:
             CheckpointError: not a model directory, unfinished, or damaged; all missing tensors are listed together.
             ConfigError: config.json makes no sense.
             UnsupportedError: architecture, dtype or scheme that this program does not know.
         """
-        config_raw, path = require_runnable(directory)
+        config_raw, path = require_runnable(directory, may_be_begun=may_be_begun)
         description = read_description(path) if path else None
         tensors, note = read_tensors(directory, config_raw, is_quantized=description is not None)
         checkpoint = cls(directory, config_raw, tensors, description)
@@ -328,15 +332,20 @@ class Checkpoint(StoredTensors):
         )
 
 
-def require_runnable(directory: Path) -> tuple[dict[str, Any], Path | None]:
+def require_runnable(directory: Path, *, may_be_begun: bool = False) -> tuple[dict[str, Any], Path | None]:
     """Return config.json and the description of a directory whose model this program runs, before anything is read.
+
+    Args:
+        directory: the model.
+        may_be_begun: whether it may be one that a command has not finished.
 
     Raises:
         CheckpointError: not a model directory, or unfinished.
         ConfigError: config.json names no architecture.
         UnsupportedError: a family that only other engines run, or one that is not known.
     """
-    require_finished(directory)
+    if not may_be_begun:
+        require_finished(directory)
     require_model(directory)
     config_raw, path = read_json(directory / CONFIG_NAME), find_description(directory)
     require_engine(config_raw, directory, is_quantized=path is not None)

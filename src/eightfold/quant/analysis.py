@@ -118,7 +118,7 @@ class Analysis:
             values["groups"] = tuple(
                 GroupLoss(**{**each, "linears": tuple(each["linears"])}) for each in found["groups"]
             )
-            values["ranges"] = tuple(map(_range, found["ranges"]))
+            values["ranges"] = tuple(map(read_range, found["ranges"]))
             values["choices"] = tuple(Choice(**each) for each in found["choices"])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
@@ -127,7 +127,8 @@ class Analysis:
             ) from None
 
 
-def _range(found: Mapping[str, Any]) -> InputRange:
+def read_range(found: Mapping[str, Any]) -> InputRange:
+    """Return the range of plain values, lists in place of tuples."""
     channels = tuple((int(channel), float(size)) for channel, size in found["channels"])
     tokens = tuple((int(sample), int(at), str(text), float(size)) for sample, at, text, size in found["tokens"])
     return InputRange(**{**found, "channels": channels, "tokens": tokens})

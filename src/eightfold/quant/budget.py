@@ -99,6 +99,38 @@ def budget_for(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, anti_sa
     return Budget(base, step + _SLACK_BYTES + 4 * width * proved, 4 * width * streams, 4 * width * proved)
 
 
+def search_bytes(checkpoint: Checkpoint, recipe: Recipe, samples: Samples, kinds: int) -> int:
+    """Return what a search for losses needs at least: a layer in float32 and in each type, and one batch both ways.
+
+    Of gradients and states one batch is in memory.
+    """
+    config, lengths = checkpoint.config, [len(sample) for sample in samples]
+    linears = [linear.n * linear.k for group in input_groups(config, 0) for linear in group.linears]
+    layer = sum(linears) * (checkpoint.dtype.itemsize + 4 + kinds) + 8 * max(linears)
+    # Autograd keeps what a layer computes, and each type has changes as wide as the outputs.
+    batch = (3 + kinds) * _sample_bytes(checkpoint, 0, recipe, lengths)
+    head = 4 * config.vocab_size * config.hidden_size
+    return base_bytes() + max(layer + batch, 2 * head) + _SLACK_BYTES
+
+
+def require_search_fits(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples, memory: int | None, kinds: int
+) -> None:
+    """Refuse a budget that is too small for a search.
+
+    Raises:
+        CapacityError: says what is needed.
+    """
+    needed = search_bytes(checkpoint, recipe, samples, kinds)
+    if memory is not None and memory < needed - _BASE_STEP:
+        raise CapacityError(
+            "memory budget",
+            got=mib(memory),
+            expected=f"at least {-(-needed // _MIB)} MiB to find losses of this model",
+            action="Give that as `memory`, or none.",
+        )
+
+
 def base_bytes() -> int:
     """Return what this process has before the first step."""
     return max(_BASE_BYTES, -(-(resident_bytes() or 0) // _BASE_STEP) * _BASE_STEP)

@@ -160,6 +160,7 @@ def estimate_run(
     target: Path,
     memory: int | None,
     progress: Progress = silent,
+    has_limit: bool = False,
 ) -> Estimate:
     """Estimate a quantization by a trial of three layers, in a folder beside the target that goes away again.
 
@@ -171,6 +172,7 @@ def estimate_run(
         target: where the output would go.
         memory: the budget in bytes, or None for what the machine has free.
         progress: who is told.
+        has_limit: whether a loss has to be kept: losses are then looked for, and what is made is proved.
 
     Raises:
         OutputError: nothing can be written there, or another process is planning the same output.
@@ -187,6 +189,9 @@ def estimate_run(
     spilled = GENERATIONS * (budget.states + budget.proved)
     times, seconds = _try(checkpoint, recipe, (samples, anti_samples), folder / f".{target.name}.plan", progress)
     phases, output_bytes = _phases(checkpoint, recipe, sum(map(len, [*samples, *anti_samples])), times)
+    if has_limit:
+        more, kept = _losses(checkpoint, recipe, samples, folder / f".{target.name}.plan", memory, progress)
+        phases, spilled = [*phases, *more], spilled + kept
     return Estimate(
         phases=(Phase("start", started), *phases),
         peak_bytes=budget.needed + (0 if spills else budget.states),
@@ -197,7 +202,7 @@ def estimate_run(
         spills=spills,
         trial_seconds=seconds,
         refusal=refusal,
-        notes=_notes(recipe),
+        notes=_notes(recipe, has_limit),
         measured=f"{_trial_layers(checkpoint.config)} layers of the model",
     )
 
@@ -391,10 +396,32 @@ def _process_seconds() -> float:
         return time.process_time()
 
 
-def _notes(recipe: Recipe) -> tuple[str, ...]:
+def _losses(
+    checkpoint: Checkpoint, recipe: Recipe, samples: Samples, place: Path, memory: int | None, progress: Progress
+) -> tuple[list[Phase], int]:
+    """Return how long looking for losses and a proof take, by trying three layers, and the bytes of what is kept."""
+    from eightfold.quant.within import analyze, held_out, proof_seconds, question_of
+
+    model, count = checkpoint.first_layers(_trial_layers(checkpoint.config)), checkpoint.config.num_layers
+    rest, held = held_out(samples) if len(samples) > 1 else (samples, samples)
+    began = time.perf_counter()
+    with trial_place(place) as folder:
+        folder.mkdir()
+        analyze(model, _for_layers(model, recipe), rest, folder, memory=memory, progress=progress)
+    seconds = (time.perf_counter() - began) * count / model.config.num_layers
+    read = sum(info.nbytes for name, info in checkpoint.tensors.items() if layer_of(name) is not None)
+    question = question_of(checkpoint, recipe, rest, None)
+    tokens, width = sum(map(len, question.pieces)), checkpoint.config.hidden_size
+    proof = proof_seconds(model, held) * count / model.config.num_layers
+    return [Phase("losses", seconds, 2 * read), Phase("proof", proof, 2 * read)], 4 * tokens * width * (count + 9)
+
+
+def _notes(recipe: Recipe, has_limit: bool) -> tuple[str, ...]:
     notes = ["the time to read depends on how much of the source is in the page cache now."]
     if recipe.decides_by_comparison:
         notes.append("which linears stay float is known only after the float pass; all are counted as quantized.")
+    if has_limit:
+        notes.append("which types linears get is known only after the losses; a proof that fails makes the model anew.")
     return tuple(notes)
 
 

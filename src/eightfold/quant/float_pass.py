@@ -173,6 +173,7 @@ class FloatPass:
         watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch)
         is_one = self.anti is self.hidden
         smoothing, for_proof = (watchers, routing) if is_one else self._pass(self.anti, layer_idx)
+        self._seen = smoothing
         if not self._ranks.is_first:
             return self._ranks.share(LayerStatistics())
         if self._tells_ranges:
@@ -183,6 +184,11 @@ class FloatPass:
             chosen = for_proof.first_TJ[: self.anti.lengths[0]] if recipe.anti_outlier is not None else None
             found = replace(found, tokens=routing.tokens_N, chosen=chosen)
         return self._ranks.share(found)
+
+    def scales(self, layer_idx: int, kind: QuantType) -> dict[str, SmoothScale]:
+        """Return the scales that the layer which layer() has just passed would have if all its groups had one type."""
+        self._kinds = dict.fromkeys(self._kinds, kind)
+        return self._scales(self._config.names.layer(layer_idx), self._seen)
 
     @property
     def streams(self) -> list[HiddenStates]:

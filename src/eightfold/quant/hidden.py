@@ -101,6 +101,7 @@ class HiddenStates:
         *,
         spills: bool = False,
         ranks: Ranks | None = None,
+        generations: int = GENERATIONS,
     ) -> None:
         """Start where the samples are.
 
@@ -112,7 +113,9 @@ class HiddenStates:
             sync: brings them to the disk.
             spills: keep nothing in memory.
             ranks: the processes among which the samples are shared; None for this one alone.
+            generations: how many to keep on disk; of as many as there are, all stay.
         """
+        self._generations = generations
         self.name, self.lengths = name, [len(sample) for sample in samples]
         self.layer_idx = 0
         self.checksum: int | None = None
@@ -148,10 +151,10 @@ class HiddenStates:
     @property
     def disk_bytes(self) -> int:
         """Bytes that its files still need, beside those they have."""
-        return sum(max(0, self.nbytes - _allocated(self._path(i))) for i in range(GENERATIONS))
+        return sum(max(0, self.nbytes - _allocated(self._path(i))) for i in range(self._generations))
 
     def _path(self, layer_idx: int) -> Path:
-        return self._folder / f"{self.name}-{layer_idx % GENERATIONS}.f32"
+        return self._folder / f"{self.name}-{layer_idx % self._generations}.f32"
 
     def _span(self, indices: Sequence[int]) -> tuple[int, int]:
         """Return where in a file the bytes of consecutive samples begin and end."""
@@ -175,6 +178,13 @@ class HiddenStates:
         """Yield all samples, a few at a time: their lengths, and their states one after the other, (tokens, E)."""
         for batch in range(len(self._batches)):
             yield self._sizes(batch), self._states(batch)
+
+    def batches(self, layer_idx: int) -> Iterator[tuple[slice, Batch, Tensor]]:
+        """Yield what entered a layer whose generation is kept: the tokens among all, their batch, and states (T, E)."""
+        self.layer_idx, self._held = layer_idx, {}
+        for batch, indices in enumerate(self._batches):
+            tokens = slice(self._begins[indices[0]], self._begins[indices[-1] + 1])
+            yield tokens, Batch.of(self._sizes(batch), self._decoder.turns()), self._states(batch)
 
     def first_sample(self) -> Tensor:
         """Return the first sample's states, (T0, E), in rank 0."""

@@ -99,6 +99,7 @@ def _facts(head: Entry) -> dict[str, str]:
         **{
             "modules of the recipe" if key == "modules" else f"`{key}`": _shown(value) for key, value in options.items()
         },
+        **({"`max_kl`": str(head["asked"]["max_kl"])} if "asked" in head else {}),
         "calibration data": _samples(head.get("calibration", {})),
         "`anti_calib`": _samples(head["anti_calibration"]) if "anti_calibration" in head else "none",
     }

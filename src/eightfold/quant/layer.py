@@ -22,6 +22,7 @@ from eightfold.architectures import Names
 from eightfold.families import (
     InputGroup,
     LinearShape,
+    Rows,
     SmoothPair,
     expert_block,
     input_groups,
@@ -31,7 +32,14 @@ from eightfold.families import (
 )
 from eightfold.model.reference.attention import FloatAttention
 from eightfold.model.reference.decoder import Block, GroupCall, LinearGroup, Norm, spans_of
-from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, W8A16Linear, release_widened
+from eightfold.model.reference.linear import (
+    DynamicMode,
+    FloatLinear,
+    Linear,
+    W8A8DynamicLinear,
+    W8A16Linear,
+    release_widened,
+)
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttention
@@ -94,6 +102,11 @@ class SmoothedLayer:
         for group in input_groups(self._config, self._idx):
             if group.title == pair.group:
                 self._columns.update({linear.name: scale_K for linear in group.linears})
+
+    def factors(self, group: InputGroup) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+        """Return what a group's input is divided by, (K,), and the outputs of each of its linears, (N,); None: 1."""
+        columns = self._columns.get(group.linears[0].name)
+        return columns, tuple(self._rows.get(linear.name) for linear in group.linears)
 
     def changes(self, linear: LinearShape) -> bool:
         return linear.name in self._columns or linear.name in self._rows
@@ -172,6 +185,7 @@ class QuantizedLayer:
         attention: watches attention, where that is going to be quantized.
         routing: watches the router of a layer with experts.
         later: quantized linears of experts that are not among `weights`: each is made when it is written.
+        dynamic: how linears that take ranges from each token do so.
     """
 
     decoder: Decoder
@@ -184,6 +198,7 @@ class QuantizedLayer:
     in_order: InOrder
     chosen: slice
     passes: bool
+    dynamic: DynamicMode = "asymmetric"
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
     _observers: dict[str, Observer] = field(default_factory=dict)
 
@@ -237,14 +252,15 @@ class QuantizedLayer:
         attention = WatchedAttention(
             FloatAttention(window, self.decoder.scoring), () if self.attention is None else (self.attention,)
         )
-        groups = [self._observed_group(group) for group in self._groups]
+        groups = [self.observed_group(group, group.parts) for group in self._groups]
         experts = passing_experts(self.decoder, self.layer_idx, functools.cache(self._member), watch=self.routing)
         return self.decoder.block(self.layer_idx, groups, attention, self.smoothed.norms, experts)
 
-    def _observed_group(self, group: InputGroup) -> GroupCall:
+    def observed_group(self, group: InputGroup, parts: tuple[Rows, ...] = ()) -> GroupCall:
+        """Return a group's linears as they are going to be computed; `parts`: see LinearGroup."""
         members = tuple(self._member(linear) for linear in group.linears)
         observer = next((self._observers[each.name] for each in group.linears if each.name in self._observers), None)
-        return LinearGroup(members, group.parts) if observer is None else ObservedGroup(observer, members, group.parts)
+        return LinearGroup(members, parts) if observer is None else ObservedGroup(observer, members, parts)
 
     def _member(self, linear: LinearShape) -> Linear:
         kind = self._type(linear)
@@ -254,7 +270,7 @@ class QuantizedLayer:
         if kind is QuantType.W8A16:
             return W8A16Linear(weight.values, weight.scale, weight.offset, bias)
         member = W8A8DynamicLinear if kind is QuantType.W8A8_DYNAMIC else StaticMember
-        return member(weight.values, weight.scale[:, 0], weight.sum(), bias)
+        return member(weight.values, weight.scale[:, 0], weight.sum(), bias, self.dynamic)
 
     @property
     def observers(self) -> list[Observer]:

@@ -42,6 +42,21 @@ class Smoothing:
     max_logit: float = 0.0
 
 
+@dataclass(frozen=True)
+class Proof:
+    """The distance of a model from its float original on held-out samples.
+
+    Attributes:
+        kl: mean KL divergence in nats.
+        top1: share of positions with the same likeliest token.
+        tokens: positions.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+
+
 @dataclass
 class Outcome:
     """What a quantization did."""
@@ -59,6 +74,7 @@ class Outcome:
     clipped_keys: int = 0
     keys: int = 0
     idle_experts: dict[int, list[int]] = field(default_factory=dict)  # by layer, those that no token passed through
+    proof: Proof | None = None  # where a limit of the loss was asked for
     notes: list[str] = field(default_factory=list)  # for the user, one line each
     layers: int = 0  # of the model
     layers_resumed: int = 0  # so many an earlier run had finished; like what follows, not in the report
@@ -119,6 +135,8 @@ class Outcome:
             }
         if self.keys:
             content["kv_cache"] = {"clipped_keys": self.clipped_keys, "keys": self.keys}
+        if self.proof is not None:
+            content["held_out"] = {"kl": self.proof.kl, "top1": self.proof.top1, "tokens": self.proof.tokens}
         if self.idle_experts:
             content["idle_experts"] = {str(layer_idx): idle for layer_idx, idle in self.idle_experts.items() if idle}
         content["notes"] = self.notes

@@ -10,6 +10,7 @@ A run that is killed has lost the layer it was in: started again, it goes on wit
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from eightfold.quant.budget import budget_for
 from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import differences, float_facts, identity
 from eightfold.quant.mixture import loader_settings, rules_of
-from eightfold.quant.outcome import Outcome, notes_for, samples_facts
+from eightfold.quant.outcome import Outcome, Proof, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
 from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.rotate import rotated
@@ -60,6 +61,8 @@ def quantize_checkpoint(
     progress: Progress = silent,
     ranks: Ranks | None = None,
     tells_ranges: bool = False,
+    asked: Mapping[str, Any] | None = None,
+    prove: Callable[[Checkpoint], Proof] | None = None,
 ) -> Outcome:
     """Quantize a float model directory, or go on with one that was begun.
 
@@ -81,6 +84,8 @@ def quantize_checkpoint(
         ranks: the processes that do this together, each of which calls this function; None for this one alone. The
             output is the same. What is returned to others than rank 0 is not the whole outcome.
         tells_ranges: let the outcome have the ranges of all inputs, where samples run through the float model.
+        asked: what the recipe was chosen by; it stands in the journal.
+        prove: measures the model when all is written, before it appears at `target`; an error of it removes the model.
 
     Raises:
         EightfoldError: see errors.py; `target` is then as it was, unless the error is one that running again may not
@@ -93,6 +98,7 @@ def quantize_checkpoint(
     require_level(checkpoint.config, recipe, assign_types(checkpoint.config, recipe))
     layout = {"part_bytes": part_bytes, "legacy_names": legacy_names}
     head = identity(checkpoint, recipe, samples, anti_samples, layout=layout, device=device.type)
+    head |= {} if asked is None else {"asked": dict(asked)}
     spills = budget_for(checkpoint, recipe, samples, anti_samples).spills(memory, ranks.size)
     if ranks.size > 1:
         ranks.require_alike({**head, "torch": torch.__version__, **float_facts()})
@@ -108,6 +114,7 @@ def quantize_checkpoint(
         anti_samples,
         tells_ranges,
         checkpoint,
+        prove,
     )
     if not ranks.is_first:
         return job.help()
@@ -141,6 +148,8 @@ def open_float(source: Path) -> Checkpoint:
 @dataclass(frozen=True)
 class _Job(Job):
     """A job, and how it is done."""
+
+    prove: Callable[[Checkpoint], Proof] | None = None
 
     def outcome(self) -> Outcome:
         """Return the outcome before anything is done."""
@@ -185,6 +194,9 @@ class _Job(Job):
             run = Run(self, outcome, output.work, output.journal, sync)
             plan, checksums = self._take_steps(run, output)
         _write_companions(self.checkpoint, plan, outcome, output)
+        if self.prove is not None:
+            outcome.proof = self.prove(Checkpoint.open(output.path, may_be_begun=True))
+            write_json(output.path / REPORT_NAME, outcome.report())
         output.finish(checksums)
         return outcome
 
