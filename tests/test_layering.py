@@ -44,17 +44,17 @@ RANKS = {
     "parallel": 6,
     "synth": 7,
     "engine": 8,
-    "exporters": 8,
-    "importers": 9,
+    "exporters": 10,
+    "importers": 11,
     "quant": 8,
     "check": 9,
     "evaluate": 9,
     "report": 9,
     "server": 9,
-    "cli": 10,
-    "msmodelslim": 11,
-    "__init__": 11,  # exports, but only loads what is asked for
-    "__main__": 11,
+    "cli": 12,
+    "msmodelslim": 13,
+    "__init__": 13,  # exports, but only loads what is asked for
+    "__main__": 13,
 }
 
 # Where torch is at home.

@@ -129,6 +129,11 @@ class RawDirectory:
             UnsupportedError: an architecture of which the tensors' names are not known.
         """
         require_finished(path)
+        return cls.gather(path)
+
+    @classmethod
+    def gather(cls, path: Path) -> RawDirectory:
+        """Gather a directory as open() does, or one that is being made."""
         if not path.is_dir():
             raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
         config = read_json(path / CONFIG_NAME)

@@ -92,6 +92,10 @@ RULES = Rules(
             "fa-offset": "descales attention without an offset and drops that of v: "
             "got values other than zero, expected zeros",
         },
+        Verdict.WARNS: {
+            "undocumented": "is said by its documents to support {with_what} only with {supported}: got {got}. "
+            "It loads; measure what it answers.",
+        },
         Verdict.IGNORES: {
             "mixed-scheme/taken": f"{_PICKS} quantizes inputs, or leaves them float, as quantize says: {_ONE_SCHEME}",
             "tied-head": "reads the embedding for the head of a tied model, and not this int8 head. "
@@ -238,6 +242,7 @@ class _Weights:
     def _cache_and_attention(self) -> Iterator[Finding]:
         """An int8 cache has scales and offsets of k and v in every layer, attention six tensors [heads, 1]."""
         d, m = self.d, self.loader
+        yield from self._undocumented()
         if m.setting(KV):
             kv = d.kv_tensors()
             yield from RULES.found("kv-tensor", d.absent(kv))
@@ -253,6 +258,22 @@ class _Weights:
             joined = {member for group in d.packed for member in group.members}
             names = [f"{name}.{suffix}" for name in d.linears if name not in joined for suffix in REDUCE_SCALES]
             yield from RULES.found("reduce-tensor", d.absent(names))
+
+    def _undocumented(self) -> Iterator[Finding]:
+        """What the pages about each feature leave out, although nothing in the code refuses it."""
+        d, m = self.d, self.loader
+        is_qwen = d.model.architecture.startswith("Qwen")
+        kinds, got = {"w8a8"} if is_qwen else {"w8a8", "w8a16"}, str(m.quantize)
+        is_smoothed = any(bias_name(norm) in d.tensors for norm in d.norms)
+        if m.setting(KV) and is_qwen and is_smoothed:
+            kinds, got = set(), f"{got} with norm biases, which outlier suppression adds"
+        if m.setting(KV) and m.quantize not in kinds:
+            supported = "W8A8 without outlier suppression" if is_qwen else "W8A8 and W8A16"
+            yield from RULES.found("undocumented", [KV], with_what="an int8 cache", supported=supported, got=got)
+        if m.setting(FA) and m.quantize != "w8a8":
+            yield from RULES.found(
+                "undocumented", [FA], with_what="quantized attention", supported="W8A8", got=str(m.quantize)
+            )
 
     def _left_over(self) -> Iterator[Finding]:
         d = self.d

@@ -38,26 +38,54 @@ class ExportCommand:
         choice(*FORMATS),
         "Format: " + "; ".join(f"{n} ({f.readers})" for n, f in FORMATS.items()) + ".",
     )
-    chosen: dict[str, Any] = settings(ExportOptions, "activations", "floats")
+    chosen: dict[str, Any] = settings(ExportOptions, "activations", "floats", "files_from")
     lossy: bool = setting(False, SWITCH, "Write the model without what the format cannot hold.")
     overwrite: bool = setting(False, SWITCH, "Replace what export has written to DIR.")
     as_json: bool = as_json()
 
     def execute(self) -> None:
-        started = time.monotonic()
-        plan = plan_export(self.source, self.to, ExportOptions(**self.chosen), lossy=self.lossy)
-        notes = [*(f"lost: {text}" for text in plan.losses), *plan.notes]
-        for text in notes:
-            console.note(text)
-        was_there = plan.write(self.target, overwrite=self.overwrite, progress=console.bars)
-        seconds = time.monotonic() - started
-        if self.as_json:
-            facts = {"to": self.to, "nbytes": plan.nbytes, "already_complete": was_there, "seconds": round(seconds, 3)}
-            console.print_json({**facts, "losses": list(plan.losses), "notes": list(plan.notes)})
-        elif was_there:
-            print(f"{self.target}: already complete")
-        else:
-            print(f"{self.target}: {self.to}, {size_text(plan.nbytes)}, {seconds:.1f} s")
+        _export(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand:
+    """Repair an 8-bit directory for a loader that refuses or misreads it: one of another tool, or an edited one.
+
+    Example: eightfold convert Qwen2.5-7B-w8a8 Qwen2.5-7B-w8a8-fixed --for vllm-ascend
+
+    `eightfold check DIR --for ...` tells what is wrong. Descriptions of older names or without entries, tensors that a
+    writer left out, types that do not fit the model's, config.json and the tokenizer in one dialect only, and file
+    modes are repaired, and every number stays. What the loader does not have at all is said, and asks for --lossy. The
+    result is checked by the loader's rules before it appears. `export --to` does the same.
+    """
+
+    source: Path = argument("OUT", "An 8-bit directory of any writer. It is only read.")
+    target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
+    to: str = setting(MISSING, choice("mindie", "vllm-ascend"), "The loader that is going to read it.", flag="--for")
+    chosen: dict[str, Any] = settings(ExportOptions, "files_from")
+    lossy: bool = setting(False, SWITCH, "Leave out, widen or round anew what the loader does not have.")
+    overwrite: bool = setting(False, SWITCH, "Replace what convert or export has written to DIR.")
+    as_json: bool = as_json()
+
+    def execute(self) -> None:
+        _export(self)
+
+
+def _export(command: ExportCommand | ConvertCommand) -> None:
+    started = time.monotonic()
+    plan = plan_export(command.source, command.to, ExportOptions(**command.chosen), lossy=command.lossy)
+    notes = [*(f"lost: {text}" for text in plan.losses), *plan.notes]
+    for text in notes:
+        console.note(text)
+    was_there = plan.write(command.target, overwrite=command.overwrite, progress=console.bars)
+    seconds = time.monotonic() - started
+    if command.as_json:
+        facts = {"to": command.to, "nbytes": plan.nbytes, "already_complete": was_there, "seconds": round(seconds, 3)}
+        console.print_json({**facts, "losses": list(plan.losses), "notes": list(plan.notes)})
+    elif was_there:
+        print(f"{command.target}: already complete")
+    else:
+        print(f"{command.target}: {command.to}, {size_text(plan.nbytes)}, {seconds:.1f} s")
 
 
 @dataclass(frozen=True, kw_only=True)

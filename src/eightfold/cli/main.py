@@ -32,6 +32,7 @@ START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfol
 # Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
     "export": ("exporting", "ExportCommand"),
+    "convert": ("exporting", "ConvertCommand"),
     "import": ("exporting", "ImportCommand"),
     "import-gguf": ("exporting", "ImportGgufCommand"),
     "quantize": ("quantizing", "QuantizeCommand"),

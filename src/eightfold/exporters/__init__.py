@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from eightfold.errors import ConfigError
 from eightfold.progress import Progress
-from eightfold.values import choice, optional, setting
+from eightfold.values import PATH, choice, optional, setting
 
 
 class Format(NamedTuple):
@@ -29,6 +29,8 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "compressed-tensors": Format("compressed_tensors", "vLLM, transformers, SGLang"),
     "gguf": Format("gguf", "llama.cpp, Ollama, OpenVINO GenAI"),
+    "mindie": Format("mindie", "MindIE"),
+    "vllm-ascend": Format("vllm_ascend", "vllm-ascend"),
 }
 
 
@@ -47,6 +49,13 @@ class ExportOptions:
         choice("keep", "q8_0"),
         "Of gguf: embeddings, head and linears that the model has in float stay exact, or are rounded to Q8_0, as "
         "llama.cpp's own quantizer does: half as large, and faster; needs --lossy.",
+    )
+    files_from: Path | None = setting(
+        None,
+        PATH,
+        "For mindie and vllm-ascend: take a tokenizer and other small files that OUT lacks from here, such as the "
+        "float model.",
+        metavar="DIR",
     )
 
 
