@@ -3,7 +3,7 @@
 #
 #   benchmarks/vllm_hosts.sh OUT [options of vllm serve, such as --tensor-parallel-size 2]
 #
-# Needs root, `ip` (iproute2) and vLLM with eightfold in the environment of VLLM (default: vllm).
+# Needs root, `ip` (iproute2) and vLLM with eightfold. VLLM is how to call it (default: vllm).
 set -euo pipefail
 [ $# -ge 1 ] || { sed -n '2,6s/^# \?//p' "$0"; exit 2; }
 [ "$(id -u)" = 0 ] || { echo "skipped: network namespaces need root"; exit 0; }
@@ -35,7 +35,7 @@ done
 
 node() {  # namespace, rank, options
     local space=$1 rank=$2; shift 2
-    VLLM_HOST_IP=10.204.0.$((rank + 1)) ip netns exec "$space" "$vllm" serve "$model" --nnodes 2 --node-rank "$rank" \
+    VLLM_HOST_IP=10.204.0.$((rank + 1)) ip netns exec "$space" $vllm serve "$model" --nnodes 2 --node-rank "$rank" \
         --master-addr 10.204.0.1 --master-port 29571 --distributed-executor-backend mp \
         --max-model-len 512 --max-num-seqs 2 --enforce-eager --served-model-name model "$@" > "$logs/$rank" 2>&1 &
 }

@@ -86,7 +86,7 @@ class Contents:
 
     def stored(self, modules: Iterable[str]) -> frozenset[str]:
         """Return the suffixes that each of these linears has a tensor for."""
-        suffixes = {spec.suffix for specs in LINEAR_TENSORS.values() for spec in specs}
+        modules, suffixes = tuple(modules), {spec.suffix for specs in LINEAR_TENSORS.values() for spec in specs}
         return frozenset(s for s in suffixes if all(f"{module}.{s}" in self.names for module in modules))
 
 

@@ -38,7 +38,7 @@ def test_the_types_of_a_mixture_are_read(tmp_path):
     assert found.stored([K]) == {
         "weight", "weight_scale", "weight_offset", "input_scale", "input_offset", "quant_bias", "deq_scale",
     }  # fmt: skip
-    assert found.stored([K, Q]) == {"weight"}
+    assert found.stored(iter([K, Q])) == {"weight"}
     assert (found.packed, found.notes) == (True, ())
     assert not read_contents(Toy(tmp_path / "other", dtype="bfloat16").path).packed
 

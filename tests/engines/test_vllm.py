@@ -139,7 +139,9 @@ def served(home: Path, directory: Path, log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--port", port, "--max-model-len", 512, "--enforce-eager"]
-    command = [str(word) for word in (home / "vllm/bin/vllm", "serve", directory, *options)]
+    command = [
+        str(word) for word in (home / "vllm/bin/python", SCRIPTS / "vllm_command.py", "serve", directory, *options)
+    ]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **SPACE})
     try:
