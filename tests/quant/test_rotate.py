@@ -182,10 +182,10 @@ def test_two_runs_and_a_resumed_one_give_the_same_bytes(models, tmp_path, monkey
 
     quantize_layer = run.Run._quantize_layer
 
-    def stopped(self, layer_idx, writer):
+    def stopped(self, layer_idx, *others):
         if layer_idx == 1:
             raise KeyboardInterrupt
-        quantize_layer(self, layer_idx, writer)
+        quantize_layer(self, layer_idx, *others)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run.Run, "_quantize_layer", stopped)

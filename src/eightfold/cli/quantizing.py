@@ -56,14 +56,15 @@ class QuantizeCommand:
     source: Path = model_argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
     out: Path = argument("OUT", "The directory to make. It appears when it is complete.")
     choices: dict[str, Any] = settings(
-        Recipe, "scheme", "target", "weight_symmetric", "anti_outlier", "act_method", "fa_quant", "fa_amp", "kv_int8",
-        "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels", "quantize_lm_head", "dtype",
-        "save_float32",
+        Recipe, "scheme", "target", "weight_symmetric", "anti_outlier", "act_method", "train_steps", "fa_quant",
+        "fa_amp", "kv_int8", "kv_symmetric", "kv_observe", "keep_float", "disable_level", "exact_levels",
+        "quantize_lm_head", "dtype", "save_float32",
     )  # fmt: skip
     all_static: bool = setting(
         False,
         SWITCH,
-        "Store every linear as a static scheme says, down_proj too: the fastest and the least accurate.",
+        "Store every linear as a static scheme says, down_proj too, and train it (--train-steps): the fastest and "
+        "the least accurate.",
         group="Scheme",
     )
     max_kl: float | None = setting(

@@ -5,8 +5,8 @@
     resident   hidden states live in memory:  needed + 4 T E for each stream
 
 A layer: its stored tensors (mapped; of experts, one at a time), its integers, one weight in float32 (a group of them
-where a scale is looked for), and one batch of tokens on their way through. Bounds, not estimates: they count what may
-be resident at once, mapped pages included.
+where a scale is looked for, all while it is trained), and one batch of tokens on their way through. Bounds, not
+estimates: they count what may be resident at once, mapped pages included.
 
 Letters: T tokens of all samples, E hidden size.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from eightfold.config import ModelConfig
 from eightfold.errors import CapacityError
 from eightfold.families import all_linears, expert_block, input_groups
 from eightfold.format.checkpoint import Checkpoint
@@ -23,6 +24,7 @@ from eightfold.machine import available_bytes, resident_bytes
 from eightfold.quant.hidden import sample_batches
 from eightfold.quant.recipe import AntiOutlier, KVObserve, Recipe, Samples
 from eightfold.quant.statistics import loud_tokens
+from eightfold.quant.train import STEP_TOKENS, TRAINED_TOKENS
 from eightfold.scheme import QuantType
 from eightfold.values import mib
 
@@ -164,7 +166,14 @@ def _bytes_of_layer(checkpoint: Checkpoint, layer_idx: int, recipe: Recipe, leng
     kept = 4 * total if recipe.anti_outlier is not None and _keeps_float(recipe) else 0
     if recipe.rotates:
         stored += 4 * total + 8 * largest  # in float32, the largest also as it is being rotated
-    return stored + max(float_pass, total + held + kept + 4 * largest + passing)
+    trained = 4 * (total + largest) + _trained_bytes(config) if recipe.train_steps and not experts else 0
+    return stored + max(float_pass, trained, total + held + kept + 4 * largest + passing)
+
+
+def _trained_bytes(config: ModelConfig) -> int:
+    """Return what samples take while a layer is trained: two streams of them, and what one step has to remember."""
+    step = 40 * config.hidden_size + 20 * config.intermediate_size
+    return 4 * (2 * TRAINED_TOKENS * config.hidden_size + STEP_TOKENS * step)
 
 
 def _scale_bytes(recipe: Recipe, group: int) -> int:

@@ -225,7 +225,7 @@ class _Times:
 
         class Marks(Task):
             def at(self, text: str) -> None:
-                times.mark(text.replace("layer", kind))
+                times.mark(text.partition(",")[0].replace("layer", kind))
 
         yield Marks()
         self.mark("end")

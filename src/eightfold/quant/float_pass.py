@@ -5,7 +5,7 @@ computes, so the inputs of the smoothed model are these inputs divided by the sc
 
 For `smooth`, "float" means less: linears compute with int8 weights and inputs quantized by token (W8A8_DYNAMIC), which
 takes a third of the time. What is seen is as good: SmolLM2 w8a8 has KL 0.0061 to float so, and 0.0065 with float
-linears.
+linears. Training compares with what leaves the layer, so for that linears are float.
 
 Letters: T tokens of all samples, E hidden size, K inputs, C = G * D key/value channels, N experts, J of them for
 each token.
@@ -133,6 +133,12 @@ def smoothed_groups(config: ModelConfig, method: AntiOutlier | None) -> set[str]
     return {pair.group for pair in smooth_pairs(config) if pair.source_is_norm or method.smooths_linear_pairs}
 
 
+def group_kind(types: Mapping[str, QuantType], prefix: str, group: InputGroup) -> QuantType:
+    """Return how a group's input is quantized, where linears differ in the way that asks for more."""
+    kinds = {types[prefix + linear.name] for linear in group.linears}
+    return next((kind for kind in EXPONENTS if kind in kinds), QuantType.FLOAT)
+
+
 class FloatPass:
     """The samples on their way through the float model."""
 
@@ -164,7 +170,7 @@ class FloatPass:
         """Move all samples through one layer and return what was seen, the same in all ranks."""
         recipe, prefix, context_len = self._recipe, self._config.names.layer(layer_idx), self._config.context
         self._groups = input_groups(self._config, layer_idx)
-        self._kinds = {group.title: self._kind(prefix, group) for group in self._groups}
+        self._kinds = {group.title: group_kind(self._types, prefix, group) for group in self._groups}
         self._smoothed = smoothed_groups(self._config, recipe.anti_outlier) & self._kinds.keys()
         if recipe.smooths_by_use:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
@@ -248,7 +254,7 @@ class FloatPass:
 
     def _linear(self, layer_idx: int, shape: LinearShape) -> Linear:
         """Return a linear as samples meet it here: float, or for `smooth` in int8."""
-        if self._recipe.smooths_by_use:
+        if self._recipe.smooths_by_use and not self._recipe.train_steps:
             return self._by_token(self._config.names.layer(layer_idx) + shape.name, shape)
         return self._float_linear(layer_idx, shape)
 
@@ -320,11 +326,6 @@ class FloatPass:
     def _turns(self, layer_idx: int) -> Rotation:
         turns = self._decoder.turns()
         return turns.local if turns.local is not None and slides(self._config, layer_idx) else turns.all
-
-    def _kind(self, prefix: str, group: InputGroup) -> QuantType:
-        """Return how a group's input is quantized, where linears differ in the way that asks for more."""
-        kinds = {self._types[prefix + linear.name] for linear in group.linears}
-        return next((kind for kind in EXPONENTS if kind in kinds), QuantType.FLOAT)
 
     def _source_scale(self, title: str, scale: SmoothScale) -> Tensor:
         sharing = head_sharing(self._config, title)

@@ -38,7 +38,7 @@ from eightfold.quant.identity import differences, float_facts, identity
 from eightfold.quant.mixture import loader_settings, rules_of
 from eightfold.quant.outcome import Outcome, Proof, notes_for, samples_facts
 from eightfold.quant.plan import OutputPlan, assign_types, require_level
-from eightfold.quant.recipe import Recipe, Samples
+from eightfold.quant.recipe import Recipe, Samples, require
 from eightfold.quant.rotate import rotated
 from eightfold.quant.run import Job, Notes, Run
 from eightfold.quant.writing import TensorWriter
@@ -101,6 +101,7 @@ def quantize_checkpoint(
     head |= {} if asked is None else {"asked": dict(asked)}
     spills = budget_for(checkpoint, recipe, samples, anti_samples).spills(memory, ranks.size)
     if ranks.size > 1:
+        require(not recipe.train_steps, "train_steps", f"{ranks.size} processes", "one process", "Train no steps (0).")
         ranks.require_alike({**head, "torch": torch.__version__, **float_facts()})
     job = _Job(
         rotated(checkpoint, recipe),

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 RANGE_SAMPLES = 5
 
 
+# Steps of training where every linear is static. Twice as many gain little more.
+TRAIN_STEPS = 60
+
 # Token ids of each sample.
 Samples = Sequence[Sequence[int]]
 
@@ -78,6 +81,9 @@ class ActMethod(str, Enum):
     HISTOGRAM = "histogram"
     AUTO = "auto"  # histogram, or minmax for inputs with far outliers
     EXTREMES = "extremes"  # all of what the float pass has seen
+
+
+_EXTREMES = ActMethod.EXTREMES.value
 
 
 class Target(str, Enum):
@@ -183,6 +189,14 @@ class Recipe:
         "Quantize attention (FAQuant): int8 q, k, v and cache.",
         group="Attention and its cache",
     )
+    # steps of each layer
+    train_steps: int = setting(
+        0,
+        whole(0),
+        "Train the scales of smooth and the ranges of static inputs so many steps in each layer, against what the "
+        "float layer gives (60 are enough; several times the time). Default: 60 with --all-static, else 0.",
+        group="Activations and outliers",
+    )
     # so many layers go without it
     fa_amp: int = setting(
         0, whole(0), "Turn FAQuant off in the N layers that it suits least.", group="Attention and its cache"
@@ -235,11 +249,24 @@ class Recipe:
         option = "kv_observe" if self.kv_symmetric else "kv_symmetric"
         is_default = self.kv_symmetric and self.kv_observe is KVObserve.POST_ROPE
         require(self.kv_int8 or is_default, option, "no `kv_int8`", "them together")
-        for option, value in (("disable_level", self.disable_level), ("fa_amp", self.fa_amp)):
+        counts = {option: getattr(self, option) for option in ("disable_level", "fa_amp", "train_steps")}
+        for option, value in counts.items():
             require(value >= 0, option, value, "0 or more")
+        if self.train_steps:
+            self._require_trainable()
         self._require_readable()
         for _, kind in self.modules:
             require(kind.value in kinds, "modules", kind.value, one_of(kinds))
+
+    def _require_trainable(self) -> None:
+        """Refuse what training cannot begin with, or not in time."""
+        found = "no `anti_outlier`" if self.anti_outlier is None else f"anti_outlier {self.anti_outlier.value}"
+        require(self.smooths_by_use, "train_steps", found, "smooth or rotate, whose scales are trained")
+        knows_ends = self.takes_extremes or not self.has_static_inputs
+        require(knows_ends, "train_steps", f"act_method {self.act_method.value}", "extremes, which are trained")
+        option = "disable_level" if self.disable_level else "fa_amp"
+        expected = "them apart: that compares all layers before the first is quantized"
+        require(not self.decides_by_comparison, "train_steps", f"{option} beside it", expected)
 
     def _require_readable(self) -> None:
         """Refuse what the target is known not to read, or to misread."""
@@ -288,7 +315,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether samples have to run through the layers while they are quantized."""
-        return self.fa_quant or (self.has_static_inputs and not self.takes_extremes)
+        return self.fa_quant or self.train_steps > 0 or (self.has_static_inputs and not self.takes_extremes)
 
     @property
     def takes_extremes(self) -> bool:
@@ -308,7 +335,12 @@ class Recipe:
     @property
     def observes_float(self) -> bool:
         """Whether the float model shows more than what outlier suppression asks for."""
-        return self.kv_int8 or self.fa_amp > 0 or self.needs_range_params or self.takes_extremes
+        return self.kv_int8 or self.fa_amp > 0 or self.needs_range_params or self._needs_all_samples
+
+    @property
+    def _needs_all_samples(self) -> bool:
+        """Whether all calibration samples have to run through the float model."""
+        return self.kv_int8 or self.takes_extremes or self.train_steps > 0
 
     @property
     def needs_float_pass(self) -> bool:
@@ -322,7 +354,7 @@ class Recipe:
             samples: for calibration.
             anti_samples: for outlier suppression alone; where more is observed, they run through it too.
         """
-        if self.kv_int8 or self.takes_extremes or (self.anti_outlier is not None and not anti_samples):
+        if self._needs_all_samples or (self.anti_outlier is not None and not anti_samples):
             return samples
         return samples[:RANGE_SAMPLES] if self.observes_float else anti_samples
 
@@ -350,9 +382,12 @@ def with_defaults(choices: dict[str, Any], *, has_texts: bool) -> dict[str, Any]
     if is_static or (scheme is QuantType.W8A8_DYNAMIC and has_texts):
         found.setdefault("anti_outlier", AntiOutlier.SMOOTH.value)
     if found.get("anti_outlier") in (AntiOutlier.SMOOTH.value, AntiOutlier.ROTATE.value):
-        found.setdefault("act_method", ActMethod.EXTREMES.value)
+        found.setdefault("act_method", _EXTREMES)
         others = {kind for _, kind in found.get("modules", ())} - {scheme, QuantType.FLOAT}
         if is_static:
+            compares = found.get("disable_level") or found.get("fa_amp")
+            if "target" in found and found["target"] is None and not compares and found["act_method"] == _EXTREMES:
+                found.setdefault("train_steps", TRAIN_STEPS)
             # The one that all read, unless some linear has a type beside it that MindIE does not take.
             found.setdefault("target", (Target.CPU if others else Target.MINDIE).value)
     return found

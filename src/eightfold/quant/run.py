@@ -43,7 +43,7 @@ from eightfold.model.reference.tensors import (
     require_finite,
 )
 from eightfold.parallel.ranks import Ranks
-from eightfold.progress import Progress
+from eightfold.progress import Progress, Task
 from eightfold.quant.experts import passing_experts
 from eightfold.quant.float_pass import FloatPass, LayerStatistics
 from eightfold.quant.hidden import BackgroundSync, HiddenStates
@@ -53,6 +53,7 @@ from eightfold.quant.outcome import Outcome, Smoothing, notes_for
 from eightfold.quant.plan import OutputPlan, attention_back, fa_layers, roll_back
 from eightfold.quant.recipe import ActMethod, Recipe, Samples
 from eightfold.quant.statistics import unshared
+from eightfold.quant.train import train_layer
 from eightfold.quant.writing import TensorWriter
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, weight_name
 
@@ -234,7 +235,7 @@ class Run:
             for layer_idx in range(count):
                 task.at(f"layer {layer_idx}")
                 if f"layer {layer_idx}" not in self._journal.steps:
-                    self._quantize_layer(layer_idx, writer)
+                    self._quantize_layer(layer_idx, writer, task)
                 self._record(self._journal.steps[f"layer {layer_idx}"])
                 task.advance()
             task.at("head")
@@ -252,9 +253,11 @@ class Run:
         for name in self.checkpoint.beside:
             writer.copy(name)
 
-    def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None) -> None:
+    def _quantize_layer(self, layer_idx: int, writer: TensorWriter | None, task: Task) -> None:
         """Take every stream, and the output, from the state that enters a layer to the state that enters the next."""
         statistics, moved = self._statistics(layer_idx)
+        if self.recipe.train_steps:
+            statistics = self._trained(layer_idx, statistics, task)
         layer = self._quantized(layer_idx, statistics)
         if self.calibrated is not None:
             self.calibrated.advance(layer.observed_block(), layer.observers)
@@ -287,6 +290,14 @@ class Run:
             keys=None if kv is None else [kv.clipped_keys, kv.keys],
             **({} if idle is None else {"idle": idle}),
         )
+
+    def _trained(self, layer_idx: int, statistics: LayerStatistics, task: Task) -> LayerStatistics:
+        assert self.calibrated is not None and self.float_pass is not None
+        steps, streams = self.recipe.train_steps, (self.calibrated, self.float_pass.hidden)
+        tell = lambda step: task.at(f"layer {layer_idx}, step {step + 1} of {steps}")  # noqa: E731
+        found = train_layer(self.decoder, layer_idx, steps, self.outcome.types, statistics, streams, tell)
+        task.at(f"layer {layer_idx}")
+        return found
 
     def _write_experts(self, layer: QuantizedLayer, writer: TensorWriter | None) -> None:
         """Quantize and write the linears of experts that no sample needs: one at a time in each rank."""

@@ -152,11 +152,12 @@ class GatedMLP:
 
     def __call__(self, x_TE: Tensor, batch: Batch) -> Tensor:
         gate, up = self.gate_up(x_TE, batch)
+        keeps = gate.requires_grad  # a gradient will need what is there
         if self.activation == "gelu_tanh":
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
         else:
-            gate = torch.nn.functional.silu(gate, inplace=True)
-        (down,) = self.down(gate.mul_(up), batch)
+            gate = torch.nn.functional.silu(gate, inplace=not keeps)
+        (down,) = self.down(gate * up if keeps else gate.mul_(up), batch)
         return down
 
 
