@@ -133,7 +133,7 @@ def test_the_divergence_is_that_of_the_judged_model_from_the_float_one_and_not_t
 def test_the_99th_percentile_is_the_nearest_rank(positions):
     kl = np.linspace(0.1, 3, positions)
     nothing = np.zeros(positions)
-    found = measuring._Positions([nothing], [nothing], [np.random.default_rng(0).permutation(kl)], [nothing == 0])
+    found = measuring.Positions([nothing], [nothing], [nothing], [nothing], [np.random.default_rng(0).permutation(kl)])
     assert found.average(1).kl_p99 == kl[-(-99 * positions // 100) - 1]
 
 

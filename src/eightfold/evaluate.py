@@ -62,6 +62,7 @@ def evaluate_native(
     on_chunk: Callable[[], None] = lambda: None,
     *,
     generated: bool = False,
+    positions: Positions | None = None,
 ) -> Evaluation:
     """Measure a model on chunks, and its distance from `against`.
 
@@ -71,6 +72,7 @@ def evaluate_native(
         against: usually the float model; the same vocabulary.
         on_chunk: called after each.
         generated: compute the tokens as if they had been generated.
+        positions: takes in what is found at each position.
 
     Raises:
         CapacityError: no memory for the cache.
@@ -81,7 +83,8 @@ def evaluate_native(
     _require_same_vocabulary([each.config for each in models])
     whole = any(each.float_prompts for each in models) and not generated
     step = max(map(len, chunks)) if whole else _STEP_TOKENS
-    return _evaluate([_native_log_probs(each, chunks, step, generated) for each in models], chunks, step, on_chunk)
+    streams = [_native_log_probs(each, chunks, step, generated) for each in models]
+    return _evaluate(streams, chunks, step, on_chunk, Positions() if positions is None else positions)
 
 
 def evaluate_reference(
@@ -90,6 +93,7 @@ def evaluate_reference(
     against: Decoder | None = None,
     on_step: Callable[[], None] = lambda: None,
     origin: Literal["prompt", "generated"] = "prompt",
+    positions: Positions | None = None,
 ) -> Evaluation:
     """Measure a model on chunks, and its distance from `against`, in torch.
 
@@ -99,6 +103,7 @@ def evaluate_reference(
         against: usually the float model; the same vocabulary.
         on_step: called after each layer of each model, and after each chunk's logits.
         origin: whether the chunks are computed as prompts, or as if they had been generated.
+        positions: takes in what is found at each position.
 
     Raises:
         CheckpointError: the model says NaN.
@@ -107,7 +112,7 @@ def evaluate_reference(
     models = [decoder] if against is None else [decoder, against]
     _require_same_vocabulary([each.checkpoint.config for each in models])
     streams = [_reference_log_probs(each, chunks, on_step, origin) for each in models]
-    return _evaluate(streams, chunks, _STEP_TOKENS, on_step)
+    return _evaluate(streams, chunks, _STEP_TOKENS, on_step, Positions() if positions is None else positions)
 
 
 def _native_log_probs(model: NativeModel, chunks: Chunks, step: int, generated: bool) -> Iterator[NDArray[Any]]:
@@ -136,22 +141,33 @@ def _reference_log_probs(
 
 
 @dataclass
-class _Positions:
-    """What is kept of each position, in pieces; the last three stay empty without a model to compare with."""
+class Positions:
+    """What is kept of each position, in pieces; all but `nll` and `top` stay empty without a model to compare with.
 
-    nll: list[NDArray[Any]] = field(default_factory=list)  # float64
+    Attributes:
+        nll: -log p of the token that follows, float64.
+        top: the likeliest next token, int64.
+        nll_against: as nll, of the other model.
+        top_against: as top, of the other model.
+        kl: float64.
+    """
+
+    nll: list[NDArray[Any]] = field(default_factory=list)
+    top: list[NDArray[Any]] = field(default_factory=list)
     nll_against: list[NDArray[Any]] = field(default_factory=list)
+    top_against: list[NDArray[Any]] = field(default_factory=list)
     kl: list[NDArray[Any]] = field(default_factory=list)
-    same_top: list[NDArray[Any]] = field(default_factory=list)  # bool
 
     def add(self, log_probs: Sequence[NDArray[Any]], following: Sequence[int]) -> None:
+        """Take in some positions: log p, (R, V), of one model or two, and the tokens that follow."""
         rows = np.arange(len(following))
-        for kept, of_model in zip((self.nll, self.nll_against), log_probs, strict=False):
-            kept.append(-of_model[rows, following].astype(np.float64))
+        places = ((self.nll, self.top), (self.nll_against, self.top_against))
+        for (nll, top), of_model in zip(places, log_probs, strict=False):
+            nll.append(-of_model[rows, following].astype(np.float64))
+            top.append(of_model.argmax(1))
         if len(log_probs) > 1:
             judged, float_model = log_probs
             self.kl.append((np.exp(float_model) * (float_model - judged)).sum(1, dtype=np.float64))
-            self.same_top.append(judged.argmax(1) == float_model.argmax(1))
 
     def average(self, chunks: int) -> Evaluation:
         """Return what was measured.
@@ -174,15 +190,18 @@ class _Positions:
             ppl_against=_exp(float(np.concatenate(self.nll_against).mean())),
             kl_mean=float(kl_T.mean()),
             kl_p99=float(np.sort(kl_T)[math.ceil(0.99 * len(kl_T)) - 1]),
-            top1_agreement=float(np.concatenate(self.same_top).mean()),
+            top1_agreement=float((np.concatenate(self.top) == np.concatenate(self.top_against)).mean()),
         )
 
 
 def _evaluate(
-    streams: Sequence[Iterator[NDArray[Any]]], chunks: Chunks, step: int, on_chunk: Callable[[], None]
+    streams: Sequence[Iterator[NDArray[Any]]],
+    chunks: Chunks,
+    step: int,
+    on_chunk: Callable[[], None],
+    found: Positions,
 ) -> Evaluation:
     """Average over all positions of the chunks, of which each model's log p come in steps of so many."""
-    found = _Positions()
     for chunk in chunks:
         for at in range(0, len(chunk) - 1, step):
             found.add([next(stream) for stream in streams], chunk[at + 1 : at + 1 + step])

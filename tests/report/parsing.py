@@ -45,6 +45,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
         self.texts.append((tuple(self.open), data))
         if {"td", "th"} & {*self.open}:
             self.tables[-1][-1][-1] += data

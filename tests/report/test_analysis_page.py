@@ -44,7 +44,7 @@ def test_what_was_found_is_the_heading(full):
     worst = max(each.loss["W8A8"] for each in found.groups)
     assert full.inside("h1") == [
         f"With W8A8 everywhere, SmolLM2-135M-Instruct would lose about {number(total)} nats, "
-        f"{percent(down / total)} of it in down_proj (layer 11 alone: {percent(worst / total)})"
+        f"{percent(down / total)} of it in down_proj (layer 11 alone: {percent(worst / total)})".replace("\xa0", " ")
     ]
     counts = [sum(each.type == kind for each in found.choices) for kind in ("FLOAT", "W8A16")]
     text = " ".join(full.inside("header"))
@@ -158,10 +158,10 @@ def test_numbers_are_short_and_say_something():
     assert [number(value) for value in values] == [
         "0", "3,512", "100.0", "0.00632", "-2.50", "2.1·10⁻⁶", "1,234,567", "–", "inf",
     ]  # fmt: skip
-    assert [percent(share) for share in (0, 0.001, 0.5, 0.999, 1)] == [
+    assert [percent(share).replace("\xa0", " ") for share in (0, 0.001, 0.5, 0.999, 1)] == [
         "0 %", "less than 1 %", "50 %", "more than 99 %", "100 %",
     ]  # fmt: skip
-    assert percent(0.9541, 1) == "95.4 %"
+    assert percent(0.9541, 1) == "95.4\xa0%"
     assert [rounded(value) for value in (1.0, 0.3, 0.00001, 1e-6, 30.0)] == ["1", "0.3", "0.00001", "0.000001", "30"]
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from eightfold.report import bench_page, evaluation_page
 from eightfold.report.analysis_page import render
 from tests.report.samples import small_model
+from tests.report.test_measuring_pages import BENCHED, RESULT, measured
 from tests.server.browsing import picture
 
 SCREENS: dict[str, dict[str, Any]] = {
@@ -17,7 +19,12 @@ SCREENS: dict[str, dict[str, Any]] = {
     "phone": {"viewport": {"width": 400, "height": 800}},
     "phone-dark": {"viewport": {"width": 320, "height": 640}, "color_scheme": "dark"},
 }
-PAGES = {"analysis": lambda: render(small_model()), "deep": lambda: render(small_model(layers=94, is_chosen=False))}
+PAGES = {
+    "analysis": lambda: render(small_model()),
+    "deep": lambda: render(small_model(layers=94, is_chosen=False)),
+    "eval": lambda: evaluation_page.render(measured()),
+    "bench": lambda: bench_page.render(RESULT, BENCHED, "m", "W8A8"),
+}
 
 
 @pytest.fixture(scope="module", params=PAGES)

@@ -43,8 +43,8 @@ COMMANDS = {
     "run": ("running", "RunCommand"),
     "chat": ("chatting", "ChatCommand"),
     "serve": ("serving", "ServeCommand"),
-    "eval": ("inspecting", "EvaluateCommand"),
-    "bench": ("inspecting", "BenchCommand"),
+    "eval": ("measuring", "EvaluateCommand"),
+    "bench": ("measuring", "BenchCommand"),
     "env": ("inspecting", "EnvCommand"),
 }
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from eightfold.report.page import joined, number, visible
+from eightfold.report.page import joined, rounded, visible
 
 ROW = 20  # pixels of a row of cells
 _TICKS = 8  # at most so many numbers below a picture
@@ -169,8 +169,8 @@ def stack(parts: Sequence[tuple[str, float, str]], whole: float, label: str) -> 
 def columns(values: Sequence[float], titles: Sequence[str], names: Sequence[str], label: str, unit: str) -> Markup:
     """Return columns over a linear scale that begins at 0: a histogram, or values by place."""
     height, width = 120, 100 / max(len(values), 1)
-    top = max(values, default=0.0) or 1.0
-    parts = [_rule(height * (1 - share), number(top * share)) for share in (0, 0.5, 1)]
+    top = _round_above(max(values, default=0.0))
+    parts = [_rule(height * (1 - share), rounded(top * share)) for share in (0, 0.5, 1)]
     for at, (value, title) in enumerate(zip(values, titles, strict=True)):
         tall = height * value / top
         parts += [
@@ -181,6 +181,14 @@ def columns(values: Sequence[float], titles: Sequence[str], names: Sequence[str]
         ]
     parts += _ticks(names, height + 16, unit)
     return svg(joined(parts, "\n"), label, height + 20, "left-s")
+
+
+def _round_above(value: float) -> float:
+    """Return the next of 1, 2, 4, 6, 8 or 10 times a power of ten, at least the value."""
+    if value <= 0:
+        return 1.0
+    power = math.floor(math.log10(value))
+    return next(top for factor in (1, 2, 4, 6, 8, 10, 20) if (top := float(f"{factor}e{power}")) >= value)
 
 
 def steps(values: Sequence[float]) -> list[float]:

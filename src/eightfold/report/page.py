@@ -19,6 +19,7 @@ from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
 from eightfold.values import shorten
 
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _POWERS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 _PAGE = Markup("""<!doctype html>
@@ -121,7 +122,10 @@ def visible(text: str, most: int = 300) -> str:
 def _seen(text: str) -> str:
     if text.isprintable():
         return text
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    seen = (
+        each if each.isprintable() or each == _NO_BREAK else each.encode("unicode_escape").decode() for each in text
+    )
+    return "".join(seen)
 
 
 def joined(parts: Iterable[Markup], by: str = "") -> Markup:
@@ -145,9 +149,14 @@ def number(value: float | None) -> str:
     if size >= 100:
         return f"{value:,.0f}"
     if size < 1e-5:
-        digits, power = f"{value:.1e}".split("e")
-        return f"{digits}·10{str(int(power)).translate(_POWERS)}"
+        return power_text(value, 1)
     return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def power_text(value: float, digits: int = 0) -> str:
+    """Return a number with its power of ten: 3·10⁻⁶."""
+    factor, power = f"{value:.{digits}e}".split("e")
+    return f"{factor}·10{str(int(power)).translate(_POWERS)}"
 
 
 def rounded(value: float) -> str:
@@ -166,7 +175,7 @@ def percent(share: float, digits: int = 0) -> str:
     if 0 < share < 1 and float(text) in (0, 100):
         least = 10**-digits
         text = f"less than {least:g}" if share < 0.5 else f"more than {100 - least:g}"
-    return f"{text} %"
+    return f"{text}{_NO_BREAK}%"
 
 
 def data(value: float | None, text: str | None = None) -> Markup:
