@@ -100,6 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", self._tree),
             (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._file),
             (r"/api/repos/create", self._create),
+            (r"/api/validate-yaml", self._validate),
             (r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", self._branch),
             (r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", self._preupload),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs),
@@ -134,7 +135,16 @@ class _Handler(BaseHTTPRequestHandler):
         if commit := self._readable(name, revision):
             sha, files = commit
             siblings = [{"rfilename": path, "size": len(content)} for path, content in files.items()]
-            self._json({"id": name, "modelId": name, "sha": sha, "siblings": siblings, "tags": []})
+            self._json(
+                {
+                    "id": name,
+                    "modelId": name,
+                    "sha": sha,
+                    "siblings": siblings,
+                    "tags": [],
+                    "private": self.hub.models[name].is_private,
+                }
+            )
 
     def _tree(self, name, revision, *, query, body):
         if commit := self._readable(name, revision):
@@ -191,9 +201,15 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             if name not in self.hub.models:
-                self.hub.models[name] = Repository(is_private=bool(asked.get("private")))
+                self.hub.models[name] = Repository(
+                    is_private=bool(asked.get("private")) or asked.get("visibility") == "private"
+                )
                 self.hub.models[name].commit({})
             self._json({"url": f"{self.hub.address}/{name}", "name": name})
+
+    def _validate(self, *, query, body):
+        assert json.loads(body)["content"].startswith("---\n")
+        self._json({"errors": [], "warnings": []})
 
     def _branch(self, name, branch, *, query, body):
         if self._writes():
@@ -233,6 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
         sha = self.hub.models[name].commit(files, revision)

@@ -139,7 +139,7 @@ class CheckCommand:
     as_json: bool = as_json()
 
     def execute(self) -> int:
-        reports = self._reports()
+        reports = self.reports()
         changed = self._changed()
         if self.as_json:
             console.print_json({**_document(reports), **({"changed_files": changed} if self.verify else {})})
@@ -157,7 +157,8 @@ class CheckCommand:
 
         return verify_files(self.model, console.bars) if self.verify else []
 
-    def _reports(self) -> list[Report]:
+    def reports(self) -> list[Report]:
+        """Return what each loader would make of the directory."""
         from eightfold.check import by_name, mindie, vllm_ascend
         from eightfold.check.directory import RawDirectory
         from eightfold.config import has_engine, has_experts

@@ -45,6 +45,7 @@ COMMANDS = {
     "serve": ("serving", "ServeCommand"),
     "eval": ("measuring", "EvaluateCommand"),
     "bench": ("measuring", "BenchCommand"),
+    "push": ("pushing", "PushCommand"),
     "env": ("inspecting", "EnvCommand"),
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from eightfold.errors import CheckpointError, DependencyError, EightfoldError
+from eightfold.errors import CheckpointError, DependencyError, EightfoldError, OutputError, shortlist
+from eightfold.format.directory import CONFIG_NAME
+from eightfold.format.journal import JOURNAL_NAME
 from eightfold.hub.names import HubId
 
 
@@ -63,6 +65,42 @@ def missing_client(package: str) -> DependencyError:
 def no_model(model: HubId, hub: Hub, got: str, action: str = "") -> CheckpointError:
     """Return the refusal of an id that is no model, or none for this user."""
     return CheckpointError(f"model {model} on {hub.title}", got=got, expected="a model", action=action)
+
+
+def require_ours(model: HubId, hub: Hub, names: Collection[str]) -> None:
+    """Refuse to write over a model that eightfold has not published.
+
+    Args:
+        model: where to.
+        hub: whose.
+        names: of the files that are there.
+
+    Raises:
+        OutputError: there is another model.
+    """
+    there = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf")) or name == CONFIG_NAME]
+    if there and JOURNAL_NAME not in names:
+        raise OutputError(
+            f"model {model} on {hub.title}",
+            got=f"one that eightfold did not publish ({shortlist(sorted(there), 3)})",
+            expected="a new name, or a model that `eightfold push` has published",
+            action="Choose another name.",
+        )
+
+
+def require_private(model: HubId, hub: Hub, is_private: bool) -> None:
+    """Refuse to publish for everybody what was meant for a few.
+
+    Raises:
+        OutputError: the model is there, and public.
+    """
+    if not is_private:
+        raise OutputError(
+            f"model {model} on {hub.title}",
+            got="one that everybody sees",
+            expected="a private one",
+            action="Change it on its page, choose another name, or leave out `private`.",
+        )
 
 
 def failed(model: HubId, hub: Hub, error: BaseException) -> EightfoldError:

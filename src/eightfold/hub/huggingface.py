@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import EightfoldError
-from eightfold.hub.clients import Listing, NotReached, failed, is_offline, missing_client, no_model
+from eightfold.hub.clients import (
+    Listing,
+    NotReached,
+    failed,
+    is_offline,
+    missing_client,
+    no_model,
+    require_ours,
+    require_private,
+)
 from eightfold.hub.names import HubId
 
 _PAGE = "https://huggingface.co"
@@ -66,12 +75,21 @@ class HuggingFace:
         return Path(found)
 
     def publish(self, model: HubId, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
-        add = self._client.CommitOperationAdd
+        add, delete = self._client.CommitOperationAdd, self._client.CommitOperationDelete
+        if not self._client.get_token():
+            raise no_model(model, self, "no token", "Set HF_TOKEN to one that may write.")
         with self._errors(model):
             self._api.create_repo(model.name, private=private or None, exist_ok=True)
+            if private:
+                require_private(model, self, bool(self._api.model_info(model.name).private))
             if model.revision:
                 self._api.create_branch(model.name, branch=model.revision, exist_ok=True)
+            there = self._api.list_repo_files(model.name, revision=model.revision or None)
+            require_ours(model, self, there)
+            # Of a model that was here before, nothing may be taken for a part of this one.
+            stale = [name for name in there if name not in files and name != ".gitattributes"]
             operations = [add(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+            operations += [delete(path_in_repo=name) for name in stale]
             done = self._api.create_commit(
                 model.name, operations, commit_message=message, revision=model.revision or None
             )

@@ -14,7 +14,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from eightfold.errors import EightfoldError
-from eightfold.hub.clients import Listing, NotReached, failed, is_offline, missing_client, no_model
+from eightfold.hub.clients import (
+    Listing,
+    NotReached,
+    failed,
+    is_offline,
+    missing_client,
+    no_model,
+    require_ours,
+    require_private,
+)
 from eightfold.hub.names import HubId
 
 _BRANCH = "master"
@@ -69,6 +78,10 @@ class ModelScope:
         with self._errors(model):
             if not self._api.repo_exists(model.name, "model"):
                 self._api.create_repo(model.name, "model", visibility="private" if private else "public")
+            else:
+                if private:
+                    require_private(model, self, self._is_private(model))
+                require_ours(model, self, [each.path for each in self._api.list_repo_files(model.name, "model")])
             with TemporaryDirectory() as folder:
                 for name, content in files.items():
                     place = Path(folder) / name
@@ -84,9 +97,13 @@ class ModelScope:
                     commit_message=message,
                     revision=model.revision or _BRANCH,
                     use_cache=False,  # what the hub has is not sent again: it is asked by checksums
+                    sync_remote_repo=True,  # of a model that was here before, nothing is taken for a part of this one
                     disable_tqdm=not sys.stderr.isatty(),
                 )
         return f"https://modelscope.cn/models/{model.name}"
+
+    def _is_private(self, model: HubId) -> bool:
+        return bool(self._api.get_repo(model.name, "model").visibility == self._client.Visibility.PRIVATE)
 
     @contextmanager
     def _errors(self, model: HubId) -> Iterator[None]:
