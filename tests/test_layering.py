@@ -49,6 +49,7 @@ RANKS = {
     "quant": 8,
     "check": 9,
     "evaluate": 9,
+    "lm_eval": 9,
     "report": 10,  # draws what evaluate measures
     "server": 9,
     "cli": 12,
