@@ -159,7 +159,7 @@ def _notes(planned: TensorPlan) -> list[str]:
         nbytes = sum(tensor.nbytes for tensor in planned.tensors if tensor.source in planned.kept)
         notes.append(
             f"{len(planned.kept)} float matrices, embedding and head among them, stay exact ({size_text(nbytes)}): "
-            "`floats` q8_0 makes them half as large, and answers faster."
+            "--floats q8_0 makes them half as large, and answers faster."
         )
     return notes
 

@@ -46,6 +46,9 @@ Q8_0 = "Q8_0"
 _PIECE = 1 << 21  # elements of a weight at a time
 _LARGEST = float(np.finfo(np.float16).max)
 
+# The bits that are all set in infinities and in what is no number.
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
 Pieces = Callable[[], Iterator["NDArray[Any]"]]
 
 
@@ -217,12 +220,15 @@ def _bias(
 
 
 def _slices(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> Iterator[tuple[Any, NDArray[Any]]]:
-    """Yield (which rows, the rows) of a stored matrix, some at a time."""
+    """Yield (which rows, the rows) of a stored matrix, some at a time, and let go of each again."""
     array = checkpoint.array(name)
-    step = max(1, _PIECE // array.shape[1])
+    step, row_bytes = max(1, _PIECE // array.shape[1]), array.shape[1] * array.itemsize
     for at in range(0, len(array), step):
-        rows: Any = slice(at, at + step) if order is None else order[at : at + step]
-        yield rows, array[rows]
+        if order is None:
+            yield slice(at, at + step), array[at : at + step]
+            checkpoint.release_part(name, at * row_bytes, min(at + step, len(array)) * row_bytes)
+        else:
+            yield order[at : at + step], array[order[at : at + step]]
 
 
 def _blocks(
@@ -245,15 +251,18 @@ def _dequantized(
 
 def _floats(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> Iterator[NDArray[Any]]:
     """Yield a float matrix as float32."""
-    require_finite(checkpoint, name)
     is_bf16 = checkpoint.tensors[name].dtype == DType.BF16.value
-    for _, values in _slices(checkpoint, name, order):
+    for values in _as_it_is(checkpoint, name, order):
         yield (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values.astype(np.float32)
 
 
 def _as_it_is(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> Iterator[NDArray[Any]]:
-    require_finite(checkpoint, name)
+    """Yield a float matrix in its own type; what is no number is refused by name."""
+    exponent = _EXPONENTS[checkpoint.tensors[name].dtype]
     for _, values in _slices(checkpoint, name, order):
+        bits = values.view(f"<u{values.itemsize}")
+        if ((bits & exponent) == exponent).any():
+            require_finite(checkpoint, name)
         yield values
 
 
