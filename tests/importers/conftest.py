@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.quant.conftest import one_thread as one_thread
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

@@ -92,10 +92,14 @@ def _export(command: ExportCommand | ConvertCommand) -> None:
 class ImportCommand:
     """Make a model directory of another format's model: 8-bit where its integers can stay, float otherwise.
 
-    Example: eightfold import smollm2.gguf smollm2-float
+    Example: eightfold import Llama-3.1-8B-Instruct-quantized.w8a8 OUT
+
+    What MODEL is, its files say: a compressed-tensors directory with int8 weights, one scale for each output, becomes
+    an 8-bit directory with the same integers and scales; one of float8, int4 or float4, and a GGUF file of a Llama,
+    Mistral, Qwen2 or Qwen3 model, become float directories for quantize, run and eval.
     """
 
-    source: Path = argument("MODEL", "A GGUF file of a Llama, Mistral, Qwen2 or Qwen3 model. It is only read.")
+    source: Path = argument("MODEL", "A directory or a GGUF file. It is only read.")
     target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
     dtype: str = setting("bf16", choice(*DTYPES), "Type of weights that become float.")
     scheme: str | None = setting(

@@ -294,6 +294,11 @@ class CompressedTensorsExport:
             yield "inputs have offsets, which vLLM takes on CPUs and GPUs, SGLang and vllm-ascend do not."
         if QuantType.W8A16 in kinds:
             yield "vLLM has a kernel for 8-bit weights beside float inputs on GPUs, and none on CPUs."
+        if Way(QuantType.W8A16, False) in ways:
+            yield (
+                "weights have offsets: vLLM has kernels for them on few GPUs (Hopper's), and transformers 5.24 loads "
+                "them with CompressedTensorsConfig(dequantize=True) alone."
+            )
         if any(EXPERT.fullmatch(name) for name in self.ways):
             yield "transformers 5 keeps all experts of a layer in one tensor and does not read them; vLLM on GPUs does."
         unscaled = [name for name in self.ways if f"{name}.{WEIGHT_SCALE}" not in self.source.stored.tensors]

@@ -201,11 +201,11 @@ class Checkpoint(StoredTensors):
     def _check(self) -> None:
         quantization = self.config_raw.get("quantization_config")
         if not quantization or self.is_quantized:
-            self._check_tensors()
+            self.require_whole()
             return
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         try:
-            self._check_tensors()
+            self.require_whole()
         except EightfoldError:
             raise UnsupportedError(
                 '"quantization_config"',
@@ -217,7 +217,12 @@ class Checkpoint(StoredTensors):
         left_over = f'config.json: "quantization_config" ({shorten(str(method))}) is left over'
         self.notes.append(f"{left_over}: all weights are float, and it is ignored.")
 
-    def _check_tensors(self) -> None:
+    def require_whole(self) -> None:
+        """Check that the tensors are those of the family, each with its dtype and shape, stored or only planned.
+
+        Raises:
+            CheckpointError: some are missing, or are other ones; UnsupportedError: some are unknown.
+        """
         expected = dict(self._expected())
         missing = [name for name, spec in expected.items() if name not in self.tensors and not spec.optional]
         if missing:

@@ -22,6 +22,8 @@ from eightfold.scheme import QuantType
 # What it is -> module of this package; the first that recognizes a path takes it.
 KINDS = {
     "a GGUF file": "gguf_entry",
+    "a compressed-tensors directory of int8": "compressed_tensors",
+    "a directory of float8, int4 or float4": "widened",
 }
 
 

@@ -1,0 +1,154 @@
+"""What a config.json of compressed-tensors says of each linear: which int8 it is, or why it is not read.
+
+    {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...},
+     "input_activations": {...} | null}}, "ignore": [...]}
+
+A target is a module's name, `re:` and a pattern, or the name of a class, in this order of precedence.
+
+Source: compressed-tensors 0.20 (quantization/quant_config, quantization/quant_args, utils/match).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from eightfold.errors import CheckpointError, UnsupportedError
+from eightfold.exporters.compressed_tensors import METHOD
+from eightfold.files import has_file, read_json
+from eightfold.format.directory import CONFIG_NAME
+from eightfold.layouts import text_config
+from eightfold.values import shown
+
+_KEYS = ("quantization_config", "compression_config")
+_PATTERN = "re:"
+_LINEAR = "Linear"
+
+
+class Inputs(Enum):
+    """How the inputs of a linear are read."""
+
+    FLOAT = "float"
+    DYNAMIC = "a scale for each token"
+    STATIC = "one scale for all tokens"
+
+
+def settings_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a config.json says of how the model was quantized; None for nothing."""
+    for part in (raw, text_config(raw)):
+        for key in _KEYS:
+            if isinstance(found := part.get(key), dict) and found:
+                return found
+    return None
+
+
+def is_int8(source: Path) -> bool:
+    """Whether config.json says compressed-tensors, with integers of 8 bits as weights.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+    """
+    if not source.is_dir() or not has_file(source / CONFIG_NAME):
+        return False
+    settings = settings_of(read_json(source / CONFIG_NAME))
+    if settings is None or settings.get("quant_method") != METHOD:
+        return False
+    return any(
+        isinstance(weights := group.get("weights"), dict)
+        and (weights.get("type", "int"), weights.get("num_bits", 8)) == ("int", 8)
+        for group in _groups(settings)
+    )
+
+
+def _groups(settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if isinstance(group, dict):
+            yield group
+
+
+class Schemes:
+    """The groups of one model.
+
+    Raises:
+        UnsupportedError: one is of a kind that our layout does not hold; what it has is named.
+    """
+
+    def __init__(self, source: Path, raw: Mapping[str, Any]) -> None:
+        self._where = source / CONFIG_NAME
+        settings = settings_of(raw) or {}
+        self._require_plain(settings)
+        self._targets: dict[str, Inputs] = {}
+        for group in _groups(settings):
+            inputs = self._inputs(group)
+            targets = group.get("targets")
+            for target in targets if isinstance(targets, list) else [_LINEAR]:
+                self._targets.setdefault(str(target), inputs)
+
+    def inputs_of(self, module: str) -> Inputs:
+        """Return how the inputs of an int8 linear are read.
+
+        Raises:
+            CheckpointError: no group names it.
+        """
+        for name, inputs in self._targets.items():
+            if name == module:
+                return inputs
+        for name, inputs in self._targets.items():
+            if name.startswith(_PATTERN) and self._matches(name.removeprefix(_PATTERN), module):
+                return inputs
+        if _LINEAR in self._targets:
+            return self._targets[_LINEAR]
+        raise CheckpointError(f"targets for {module}", where=self._where, got="none", expected="a group that names it")
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        try:
+            return re.match(pattern, module) is not None
+        except re.error as error:
+            got, expected = f"{shown(pattern)} ({error})", "a regular expression"
+            raise CheckpointError("targets", where=self._where, got=got, expected=expected) from None
+
+    def _require_plain(self, settings: Mapping[str, Any]) -> None:
+        sparsity = settings.get("sparsity_config")
+        form = sparsity.get("format") if isinstance(sparsity, dict) else None
+        transforms = settings.get("transform_config")
+        for what, got in (
+            ("sparsity_config", form if form not in (None, "dense") else None),
+            ("kv_cache_scheme", settings.get("kv_cache_scheme")),
+            ("transform_config", transforms if transforms and transforms.get("config_groups") else None),
+        ):
+            if got:
+                raise self._refused(f'"{what}"', shown(got), "none")
+
+    def _inputs(self, group: Mapping[str, Any]) -> Inputs:
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        if not isinstance(weights, dict):
+            raise self._refused('"weights" of a group', shown(weights), "an object")
+        strategy = weights.get("strategy", "channel" if weights.get("group_size") in (None, -1) else "group")
+        self._require(weights, "weights", num_bits=(8,), type=("int",), dynamic=(False, None), actorder=(None,))
+        if strategy not in ("channel", "tensor"):
+            size = weights.get("group_size")
+            got = f"{shown(strategy)}" + (f" of {shown(size)}" if size is not None else "")
+            raise self._refused('"strategy" of weights', got, "channel or tensor: one scale for each output")
+        if group.get("output_activations"):
+            raise self._refused('"output_activations"', "quantized outputs", "none")
+        if not inputs:
+            return Inputs.FLOAT
+        is_dynamic = inputs.get("dynamic") is True
+        expected = ("token",) if is_dynamic else ("tensor", None)
+        self._require(inputs, "input_activations", num_bits=(8,), type=("int", None), strategy=expected)
+        return Inputs.DYNAMIC if is_dynamic else Inputs.STATIC
+
+    def _require(self, args: Mapping[str, Any], what: str, **allowed: tuple[Any, ...]) -> None:
+        defaults = {"num_bits": 8, "type": "int"}
+        for key, values in allowed.items():
+            got = args.get(key, defaults.get(key))
+            if got not in values:
+                raise self._refused(f'"{key}" of {what}', shown(got), shown(values[0]))
+
+    def _refused(self, what: str, got: str, expected: str) -> UnsupportedError:
+        action = "Import reads int8 with one scale for each output; otherwise start from the float model."
+        return UnsupportedError(what, where=self._where, got=got, expected=expected, action=action)
