@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 EXIT_NOT_SERVED = 1
 
-_LOADERS = Kind((tuple,), "loaders", each=choice("mindie", "mindie-aclgraph", "vllm-ascend", "sglang", "all"))
+_NPU_LOADERS = ("mindie", "mindie-aclgraph", "vllm-ascend", "sglang")
+_OTHER_LOADERS = ("vllm", "transformers")
+_LOADERS = Kind((tuple,), "loaders", each=choice(*_NPU_LOADERS, *_OTHER_LOADERS, "all"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +120,12 @@ def _print_native(native: Native) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCommand:
-    """Report what MindIE, vllm-ascend or SGLang would do with a model directory. Reads headers and small tensors only.
+    """Report what MindIE or another engine would do with a model directory. Reads headers and small tensors only.
 
     Example: eightfold check Llama-3.2-1B-w8a8 --for mindie
 
     Of families that MindIE's ATB models do not have, and for mindie-aclgraph and sglang, it goes by names, types and
-    shapes.
+    shapes. For vllm and transformers, which have to be named, it also judges a compressed-tensors directory.
 
     The exit code is 1 if one of them refuses the directory or would compute something wrong.
     """
@@ -132,7 +134,7 @@ class CheckCommand:
     loaders: tuple[str, ...] = setting(
         ("all",),
         _LOADERS,
-        "Loader whose rules to apply. Default: all of them, or mindie and vllm-ascend for a model that eightfold runs.",
+        "Loader whose rules to apply. Default: all of NPUs, or mindie and vllm-ascend for a model that eightfold runs.",
         flag="--for",
     )
     verify: bool = setting(False, SWITCH, "Compare all files with the checksums in the journal, too.")
@@ -159,7 +161,7 @@ class CheckCommand:
 
     def reports(self) -> list[Report]:
         """Return what each loader would make of the directory."""
-        from eightfold.check import by_name, mindie, vllm_ascend
+        from eightfold.check import by_name, engines, mindie, vllm_ascend
         from eightfold.check.directory import RawDirectory
         from eightfold.config import has_engine, has_experts
         from eightfold.files import has_file, read_json
@@ -180,6 +182,9 @@ class CheckCommand:
         if others := [name for name in by_name.LOADERS if name in asked and name not in whole]:
             named = NamedDirectory.open(self.model)
             reports += [by_name.check(named, name) for name in others]
+        if beyond := [name for name in engines.LOADERS if name in asked]:
+            named = NamedDirectory.open(self.model)
+            reports += [engines.check(named, name) for name in beyond]
         return reports
 
 

@@ -33,6 +33,16 @@ from eightfold.errors import plural, shortlist
 from eightfold.exporters import ExportOptions
 from eightfold.exporters.eight_bit import EightBit, step_of
 from eightfold.files import write_json
+from eightfold.format.compressed import (
+    INPUT_ZERO_POINT,
+    INT,
+    METHOD,
+    MIXED,
+    PACKED,
+    WEIGHT_PACKED,
+    WEIGHT_SHAPE,
+    WEIGHT_ZERO_POINT,
+)
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
@@ -53,13 +63,6 @@ from eightfold.scheme import (
     QuantType,
 )
 from eightfold.written_config import both_dialects
-
-METHOD = "compressed-tensors"
-INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"
-
-# What they call their own tensors.
-WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
-WEIGHT_ZERO_POINT, INPUT_ZERO_POINT = "weight_zero_point", "input_zero_point"
 
 PART_BYTES = 5 << 30  # of a file; a model of at most this size is one file
 _STEM = "model"

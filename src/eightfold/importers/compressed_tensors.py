@@ -8,7 +8,7 @@
     bias                                      bias
     none                                      deq_scale, quant_bias: as `quantize` computes them
 
-What has no weight scales stays float. Which linears have static inputs, config.json says (compressed_schemes.py).
+What has no weight scales stays float. Which linears have static inputs, config.json says (format/compressed.py).
 
 Letters: N outputs, K inputs.
 """
@@ -28,15 +28,18 @@ from numpy.typing import NDArray
 from eightfold import __version__
 from eightfold.config import DType, has_engine
 from eightfold.errors import CheckpointError, UnsupportedError
-from eightfold.exporters.compressed_tensors import (
+from eightfold.exporters.eight_bit import step_of
+from eightfold.files import write_json
+from eightfold.format.checkpoint import Checkpoint
+from eightfold.format.compressed import (
     INPUT_ZERO_POINT,
     WEIGHT_PACKED,
     WEIGHT_SHAPE,
     WEIGHT_ZERO_POINT,
+    Inputs,
+    Schemes,
+    is_int8,
 )
-from eightfold.exporters.eight_bit import step_of
-from eightfold.files import write_json
-from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.description import Description, render_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT, Entry
@@ -46,7 +49,6 @@ from eightfold.format.shards import PlannedTensor, total_bytes
 from eightfold.format.source import keep_times, require_same_times, source_differences, source_facts
 from eightfold.format.stored import StoredTensors
 from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
-from eightfold.importers.compressed_schemes import Inputs, Schemes, is_int8
 from eightfold.model.layers import read_values, require_parameters
 from eightfold.scheme import (
     BIAS,

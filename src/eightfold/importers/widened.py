@@ -15,6 +15,7 @@ from eightfold.config import CONFIG_DTYPES, DType, has_engine, parse_config
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.exporters.eight_bit import step_of
 from eightfold.files import has_file, read_json, write_json
+from eightfold.format.compressed import settings_of
 from eightfold.format.description import find_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT, Entry
@@ -23,7 +24,6 @@ from eightfold.format.shards import PlannedTensor, total_bytes
 from eightfold.format.source import keep_times, require_same_times, source_differences, source_facts
 from eightfold.format.stored import StoredTensors
 from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
-from eightfold.importers.compressed_schemes import settings_of
 from eightfold.values import shown, size_text
 from eightfold.written_config import both_dialects
 

@@ -1,4 +1,4 @@
-"""What a config.json of compressed-tensors says of each linear: which int8 it is, or why it is not read.
+"""compressed-tensors: its names, and what a config.json says of each linear: which int8 it is, or why it is not read.
 
     {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": {...},
      "input_activations": {...} | null}}, "ignore": [...]}
@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from eightfold.errors import CheckpointError, UnsupportedError
-from eightfold.exporters.compressed_tensors import METHOD
 from eightfold.files import has_file, read_json
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.layouts import text_config
 from eightfold.values import shown
+
+METHOD = "compressed-tensors"
+INT, PACKED, MIXED = "int-quantized", "pack-quantized", "mixed-precision"  # formats
+
+# What they call their own tensors.
+WEIGHT_PACKED, WEIGHT_SHAPE = "weight_packed", "weight_shape"
+WEIGHT_ZERO_POINT, INPUT_ZERO_POINT = "weight_zero_point", "input_zero_point"
 
 _KEYS = ("quantization_config", "compression_config")
 _PATTERN = "re:"
