@@ -98,6 +98,9 @@ def test_experts(tmp_path):
     assert rules(out, "transformers") == {"package": "warns", "experts": "refuses"}
     quantize_by_name(plan_by_name(source, Recipe(W8A16, modules=(("*.experts.*", W8A16),))), tmp_path / "other")
     assert rules(tmp_path / "other", "vllm")["scheme-experts"] == "refuses"
+    packed = export(tmp_path / "other", tmp_path / "packed")
+    assert rules(packed, "transformers") == {"package": "warns"}
+    assert rules(packed, "vllm") == {"cpu": "warns", "experts": "warns"}
 
 
 def test_float_directories_have_nothing_to_be_found(float_model):

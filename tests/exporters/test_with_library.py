@@ -15,10 +15,13 @@ from eightfold.exporters import ExportOptions, plan_export
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.reference.load import Decoder
 from eightfold.progress import silent
+from eightfold.quant.by_name import quantize_by_name
+from eightfold.quant.name_plan import plan_by_name
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
+from tests.quant.families import save_random
 
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -90,6 +93,16 @@ def test_packed_offsets_are_read_when_weights_are_widened_at_load(made):
     ids = token_samples()[0]
     settings = transformers.CompressedTensorsConfig(dequantize=True)
     assert close(logits_here(ours, ids), logits_there(out, ids, quantization_config=settings), 1e-4)
+
+
+def test_packed_experts_are_read(tmp_path):
+    source = save_random("Qwen3Moe", tmp_path / "float")
+    recipe = Recipe(W8A16, modules=(("*.experts.*", W8A16),))
+    quantize_by_name(plan_by_name(source, recipe), tmp_path / "int8")
+    plan = plan_export(tmp_path / "int8", "compressed-tensors", ExportOptions(), lossy=False)
+    plan.write(tmp_path / "out", overwrite=False, progress=silent)
+    ids = token_samples(vocab=24)[0]
+    assert close(logits_here(tmp_path / "int8", ids), logits_there(tmp_path / "out", ids), 1e-4)
 
 
 @pytest.mark.parametrize("is_symmetric", [True, False])

@@ -80,7 +80,7 @@ RULES = {
         {
             Verdict.REFUSES: {
                 "names": f"finds no weights: it looks for model.safetensors, and knows no description. {_EXPORT}",
-                "experts": "keeps all experts of a layer in one tensor, and finds no place for those of the file. "
+                "experts": "widens packed experts (W8A16) when it loads them, and raises RuntimeError on others. "
                 "vLLM reads them.",
                 "unread": _UNREAD,
                 "method": "reads this model, if at all, by rules that are not checked here: got {got}",
@@ -149,7 +149,7 @@ def _of_exported(d: NamedDirectory, loader: str, kinds: Mapping[str, str]) -> It
         yield from found("package", [CONFIG_NAME])
         yield from found("static", [module for module, kind in kinds.items() if kind in _STATIC])
         yield from found("zero-points", offsets)
-        yield from found("experts", experts)
+        yield from found("experts", [module for module in experts if kinds[module] != QuantType.W8A16.value])
         return
     yield from _joined({**dict.fromkeys(_floats(d, kinds), _FLOAT), **kinds}, loader)
     yield from found("cpu", [module for module, kind in kinds.items() if kind == QuantType.W8A16.value])

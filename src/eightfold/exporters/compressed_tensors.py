@@ -302,8 +302,9 @@ class CompressedTensorsExport:
                 "weights have offsets: vLLM has kernels for them on few GPUs (Hopper's), and transformers 5.24 loads "
                 "them with CompressedTensorsConfig(dequantize=True) alone."
             )
-        if any(EXPERT.fullmatch(name) for name in self.ways):
-            yield "transformers 5 keeps all experts of a layer in one tensor and does not read them; vLLM on GPUs does."
+        experts = {way.kind for name, way in self.ways.items() if EXPERT.fullmatch(name)}
+        if experts - {QuantType.W8A16}:
+            yield "transformers 5.24 reads W8A16 experts and no other int8 ones; vLLM on GPUs reads these."
         unscaled = [name for name in self.ways if f"{name}.{WEIGHT_SCALE}" not in self.source.stored.tensors]
         if unscaled:
             yield f"{plural(len(unscaled), WEIGHT_SCALE)} not stored, and computed as deq_scale / input_scale."
