@@ -36,7 +36,7 @@ DIRECTORIES = {
     "smol-w8a16": ("smol", "--scheme w8a16 --no-weight-symmetric"),
     "smol-w8a8": ("smol", "--scheme w8a8"),  # a mixture: down_proj stays float
     "smol-w8a8-dynamic": ("smol", "--scheme w8a8-dynamic --anti-outlier smooth"),
-    "smol-w8a8-mix": ("smol", "--scheme w8a8-mix --kv-int8"),
+    "smol-w8a8-mix": ("smol", "--scheme w8a8-mix --anti-outlier smooth --kv-int8"),
     "qwen-w8a16": ("qwen", "--scheme w8a16 --quantize-lm-head"),
     "qwen-w8a8": ("qwen", "--scheme w8a8 --target vllm-ascend"),  # down_proj as W8A16
     "qwen-w8a8-dynamic": ("qwen", "--scheme w8a8-dynamic --anti-outlier smooth"),
