@@ -10,7 +10,9 @@ import torch
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import AntiOutlier, Recipe
+from eightfold.report.page import number, visible
 from eightfold.scheme import QuantType
+from eightfold.tokenizer import Tokenizer
 from eightfold.values import size_text
 from tests.conftest import tiny_config, token_samples, write_model
 from tests.refusal import refused, snapshot
@@ -61,6 +63,23 @@ def test_reasons_name_the_option_that_decided(quantized):
     found = linears(page)
     assert found["model.layers.1.self_attn.o_proj"] == ("FLOAT", "--keep-float *.1.*.o_proj")
     assert sum(why.startswith("--disable-level: its inputs reach") for _, why in found.values()) == 1
+
+
+def test_with_a_limit_the_page_has_the_losses_the_proof_and_the_texts_of_tokens(cli, tmp_path, float_model):
+    samples, ids = token_samples(17), tmp_path / "ids.json"
+    ids.write_text(json.dumps(samples))
+    words = ("--scheme", "w8a8", "--max-kl", "0.001", "--calib-ids", ids, "--report", tmp_path / "p.html")
+    made = cli("quantize", float_model, tmp_path / "out", *words)
+    assert made.code == 0, made.err
+    page = Page((tmp_path / "p.html").read_text("utf-8"))
+    assert "Where the loss is" in page.inside("h2")
+    proof = json.loads((tmp_path / "out" / "eightfold_report.json").read_text())["held_out"]
+    assert number(proof["kl"]) in page.inside("dd")
+    tokenizer = Tokenizer(float_model)
+    texts = {visible(tokenizer.decode([each], keep_special=True)) for sample in samples for each in sample}
+    tokens = [text for path, text in page.texts if path[-4:] == ("tr", "td", "bdi", "code") and ".layers." not in text]
+    assert len(tokens) > 8
+    assert {*tokens} <= {*texts, "lm_head"}
 
 
 def test_without_calibration_a_page_has_types_and_sizes(quantized, cli, tmp_path, float_model):

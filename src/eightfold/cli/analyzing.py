@@ -110,33 +110,34 @@ class AnalyzeCommand:
 
         with TemporaryDirectory(prefix="eightfold-") as folder:
             found = analyze(checkpoint, self.recipe, samples, Path(folder), memory=self.memory, progress=console.bars)
-        return self._with_texts(found)
-
-    def _with_texts(self, found: Analysis) -> Analysis:
-        """Return the analysis with the texts of tokens in place of their ids, where there is a tokenizer."""
-        from eightfold.files import has_file
-        from eightfold.tokenizer import Tokenizer
-        from eightfold.vocabulary import TOKENIZER
-
-        if not has_file(self.source / TOKENIZER):
-            return found
-        tokenizer = Tokenizer(self.source)
-        return dataclasses.replace(
-            found,
-            ranges=tuple(
-                dataclasses.replace(
-                    each,
-                    tokens=tuple(
-                        (sample, at, tokenizer.decode([int(text)], keep_special=True), size)
-                        for sample, at, text, size in each.tokens
-                    ),
-                )
-                for each in found.ranges
-            ),
-        )
+        return with_texts(found, self.source)
 
     def _write_page(self, found: Analysis, path: Path) -> None:
         from eightfold.report.analysis_page import render
         from eightfold.report.page import write_page
 
         write_page(path, render(found))
+
+
+def with_texts(found: Analysis, source: Path) -> Analysis:
+    """Return the analysis with the texts of tokens in place of their ids, where there is a tokenizer."""
+    from eightfold.files import has_file
+    from eightfold.tokenizer import Tokenizer
+    from eightfold.vocabulary import TOKENIZER
+
+    if not has_file(source / TOKENIZER):
+        return found
+    tokenizer = Tokenizer(source)
+    return dataclasses.replace(
+        found,
+        ranges=tuple(
+            dataclasses.replace(
+                each,
+                tokens=tuple(
+                    (sample, at, tokenizer.decode([int(text)], keep_special=True), size)
+                    for sample, at, text, size in each.tokens
+                ),
+            )
+            for each in found.ranges
+        ),
+    )

@@ -209,10 +209,12 @@ class QuantizeCommand:
         from eightfold.report.quantize_page import render
 
         for analysis in self._analyses:
+            from eightfold.cli.analyzing import with_texts
             from eightfold.report import analysis_page
 
             smoothing = outcome.smoothing.choices if outcome.smoothing is not None else None
-            write_page(path, analysis_page.render(analysis, smoothing, tuple(outcome.notes)))
+            found = with_texts(analysis, self.source)
+            write_page(path, analysis_page.render(found, smoothing, tuple(outcome.notes)))
             return
         stored, config = (
             (self._name_plan.stored, None) if self._goes_by_name else (self._checkpoint, self._checkpoint.config)
