@@ -13,7 +13,7 @@ from eightfold.model.reference.linear import asymmetric, divided_to_int8
 from eightfold.model.reference.load import Decoder
 from eightfold.quant import run
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import TRAIN_STEPS, ActMethod, AntiOutlier, Recipe, with_defaults
+from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe
 from eightfold.quant.smooth import EXPONENTS
 from eightfold.quant.train import through_levels, train_layer
 from eightfold.scheme import QuantType
@@ -126,14 +126,3 @@ def test_levels_are_those_of_the_integers_and_a_wider_range_has_the_gradient_of_
 def test_what_cannot_be_trained_is_refused(choices, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         Recipe(QuantType.W8A8, **{**SMOOTH, "train_steps": 1, **choices})
-
-
-def test_all_static_is_trained_unless_something_else_is_chosen():
-    def steps(**choices):
-        found = with_defaults({"scheme": QuantType.W8A8, **choices}, has_texts=True)
-        return found.get("train_steps", 0)
-
-    assert steps(target=None) == TRAIN_STEPS
-    assert steps() == steps(target="cpu") == steps(target=None, anti_outlier="m4") == 0
-    assert steps(target=None, train_steps=7) == 7
-    assert steps(target=None, disable_level=2) == steps(target=None, act_method="minmax") == 0

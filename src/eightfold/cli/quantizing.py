@@ -63,8 +63,7 @@ class QuantizeCommand:
     all_static: bool = setting(
         False,
         SWITCH,
-        "Store every linear as a static scheme says, down_proj too, and train it (--train-steps): the fastest and "
-        "the least accurate.",
+        "Store every linear as a static scheme says, down_proj too: the fastest and the least accurate.",
         group="Scheme",
     )
     max_kl: float | None = setting(

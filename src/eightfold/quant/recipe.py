@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 RANGE_SAMPLES = 5
 
 
-# Steps of training where every linear is static. Twice as many gain little more.
-TRAIN_STEPS = 60
-
 # Token ids of each sample.
 Samples = Sequence[Sequence[int]]
 
@@ -81,9 +78,6 @@ class ActMethod(str, Enum):
     HISTOGRAM = "histogram"
     AUTO = "auto"  # histogram, or minmax for inputs with far outliers
     EXTREMES = "extremes"  # all of what the float pass has seen
-
-
-_EXTREMES = ActMethod.EXTREMES.value
 
 
 class Target(str, Enum):
@@ -194,7 +188,7 @@ class Recipe:
         0,
         whole(0),
         "Train the scales of smooth and the ranges of static inputs so many steps in each layer, against what the "
-        "float layer gives (60 are enough; several times the time). Default: 60 with --all-static, else 0.",
+        "float layer gives: 60 take seven times as long, and gain something with --all-static. Default: 0.",
         group="Activations and outliers",
     )
     # so many layers go without it
@@ -382,12 +376,9 @@ def with_defaults(choices: dict[str, Any], *, has_texts: bool) -> dict[str, Any]
     if is_static or (scheme is QuantType.W8A8_DYNAMIC and has_texts):
         found.setdefault("anti_outlier", AntiOutlier.SMOOTH.value)
     if found.get("anti_outlier") in (AntiOutlier.SMOOTH.value, AntiOutlier.ROTATE.value):
-        found.setdefault("act_method", _EXTREMES)
+        found.setdefault("act_method", ActMethod.EXTREMES.value)
         others = {kind for _, kind in found.get("modules", ())} - {scheme, QuantType.FLOAT}
         if is_static:
-            compares = found.get("disable_level") or found.get("fa_amp")
-            if "target" in found and found["target"] is None and not compares and found["act_method"] == _EXTREMES:
-                found.setdefault("train_steps", TRAIN_STEPS)
             # The one that all read, unless some linear has a type beside it that MindIE does not take.
             found.setdefault("target", (Target.CPU if others else Target.MINDIE).value)
     return found
