@@ -133,3 +133,20 @@ def test_a_model_without_a_tokenizer_needs_ids(cli, tmp_path, ids):
     assert "tokenizer" in refused.err.splitlines()[-1]
     shown = cli("analyze", source, *ids)
     assert shown.code == 0, shown.err
+
+
+def test_few_calibration_tokens_are_told(cli, tmp_path, float_model):
+    path = tmp_path / "ids.json"
+
+    def told(samples: list[list[int]], *words: str) -> bool:
+        path.write_text(json.dumps(samples))
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        made = cli("quantize", float_model, out, "--scheme", "w8a8", "--calib-ids", path, *words)
+        assert made.code == 0, made.err
+        return "warning: only " in made.err and "(sinks); give 4 samples and 512 tokens" in made.err
+
+    many = [list(range(128))] * 4
+    assert not told(many)
+    assert told(many[:3])
+    assert told([*many[:3], [1, 2, 3]])
+    assert not told(many[:3], "--anti-outlier", "none")

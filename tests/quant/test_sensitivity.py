@@ -65,13 +65,13 @@ def measured(asked: Question, folder: Path) -> dict[tuple[int, str, str], float]
         streams: dict[tuple[int, str, str], torch.Tensor] = {}
         for layer_idx in range(config.num_layers):
             captured = captured_groups(decoder, layer_idx)
-            layer = kept._float_block(layer_idx, captured)
+            layer = kept.float_block(layer_idx, captured)
             streams = {key: layer(states, batch) for key, states in streams.items()}
-            for kind, groups in kept._quantized(layer_idx).items():
+            for kind, groups in kept.quantized(layer_idx).items():
                 for at, group in enumerate(input_groups(config, layer_idx)):
                     calls: list[GroupCall] = list(captured)
                     calls[at] = _OneQuantized(captured[at], groups[group.title])
-                    streams[layer_idx, group.title, kind] = kept._float_block(layer_idx, calls)(x, batch)
+                    streams[layer_idx, group.title, kind] = kept.float_block(layer_idx, calls)(x, batch)
             x = layer(x, batch)
     journal.close()
     head = decoder.head()

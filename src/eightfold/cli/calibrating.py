@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 from eightfold.cli import console
 from eightfold.errors import ConfigError
-from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe import AntiOutlier, Recipe
+
+# Fewer than these show neither the ranges of inputs nor all the tokens that leave them.
+FEW_TOKENS, FEW_SAMPLES = 512, 4
 
 if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
@@ -78,11 +81,21 @@ class Calibration:
             raise ConfigError("calib", got=got, expected=expected, action="Leave it out, and 64 texts are used.")
         if needs:
             found[0] = self._calibration(checkpoint)
+            self._warn_of_few(found[1] or found[0])
         elif sources or self.limit is not None:
             console.note(f"nothing here needs calibration data; {[*sources, '--calib-limit'][0]} changes nothing.")
         if not recipe.has_static_inputs and self.names_act_method:
             console.note(f"{recipe.scheme.value} has no static inputs; --act-method changes nothing.")
         return found
+
+    def _warn_of_few(self, samples: list[list[int]]) -> None:
+        """Say where there is too little for what `smooth` looks for: ranges, and the tokens that leave them."""
+        tokens = sum(map(len, samples))
+        if self.recipe.anti_outlier is AntiOutlier.SMOOTH and (tokens < FEW_TOKENS or len(samples) < FEW_SAMPLES):
+            console.note(
+                f"warning: only {tokens} calibration tokens (samples: {len(samples)}), which may not show the largest "
+                f"inputs (sinks); give {FEW_SAMPLES} samples and {FEW_TOKENS} tokens at least."
+            )
 
     def _calibration(self, checkpoint: Checkpoint) -> list[list[int]]:
         from eightfold.quant import dataset

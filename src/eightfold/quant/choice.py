@@ -90,11 +90,6 @@ def total_bytes(groups: Sequence[GroupLoss], types: Sequence[str]) -> int:
     return sum(group.bytes[kind] for group, kind in zip(groups, types, strict=True))
 
 
-def least_loss(groups: Sequence[GroupLoss]) -> list[str]:
-    """Return the choice that loses least, whatever it costs."""
-    return [min(group.loss, key=lambda kind: (group.loss[kind], group.bytes[kind])) for group in groups]
-
-
 def _int8(group: GroupLoss) -> list[str]:
     """Return a group's types but float, unless that is all it has."""
     return [kind for kind in group.loss if kind != _FLOAT] or [_FLOAT]

@@ -182,7 +182,7 @@ class Search:
                 scaled = replace(found, scales=self._pass.scales(layer_idx, kind))
                 path = self._statistics_path(layer_idx, kind)
                 files[path.name] = scaled.save(path)
-        self._states.advance(self._float_block(layer_idx, captured_groups(self._decoder, layer_idx)))
+        self._states.advance(self.float_block(layer_idx, captured_groups(self._decoder, layer_idx)))
         self._decoder.release_block(layer_idx)
         self._sync.wait()
         for stream in self._streams:
@@ -196,7 +196,8 @@ class Search:
     def _statistics_path(self, layer_idx: int, kind: QuantType) -> Path:
         return self._folder / f"statistics-{layer_idx:05d}-{kind.value}"
 
-    def _float_block(self, layer_idx: int, groups: Sequence[GroupCall]) -> Block:
+    def float_block(self, layer_idx: int, groups: Sequence[GroupCall]) -> Block:
+        """Return a layer of these groups and float attention."""
         calls: list[GroupCall] = list(groups)
         attention = FloatAttention(sliding_window(self._config, layer_idx), self._decoder.scoring)
         return self._decoder.block(layer_idx, calls, attention)
@@ -221,7 +222,7 @@ class Search:
 
     def _backward(self, layer_idx: int) -> dict[str, Any]:
         captured = captured_groups(self._decoder, layer_idx)
-        layer, quantized = self._float_block(layer_idx, captured), self._quantized(layer_idx)
+        layer, quantized = self.float_block(layer_idx, captured), self.quantized(layer_idx)
         sums, watch, width = LossSums({}), _RangeWatch(layer_idx), self._config.hidden_size
 
         def parts() -> Iterator[Tensor]:
@@ -239,7 +240,7 @@ class Search:
         ranges = watch.found(self._states.lengths, self._question.pieces)
         return {**entry, "layer": layer_idx, "losses": losses, "ranges": ranges}
 
-    def _quantized(self, layer_idx: int) -> dict[str, dict[str, QuantizedGroup]]:
+    def quantized(self, layer_idx: int) -> dict[str, dict[str, QuantizedGroup]]:
         """Return the groups of a layer by type and title."""
         dtype = TORCH_DTYPES[self._question.checkpoint.dtype]
         found = {}

@@ -13,13 +13,14 @@ Letters: R positions, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from eightfold.model.reference.tensors import load_tensor
 from eightfold.progress import Progress, silent
 from eightfold.quant.analysis import Analysis, Choice, GroupLoss
 from eightfold.quant.budget import budget_for, require_search_fits
-from eightfold.quant.choice import choose, least_loss, require_known_losses, total_bytes, total_loss
+from eightfold.quant.choice import choose, require_known_losses, total_bytes, total_loss
 from eightfold.quant.hidden import BackgroundSync
 from eightfold.quant.identity import identity
 from eightfold.quant.outcome import Outcome, Proof, samples_facts
@@ -43,6 +44,7 @@ from eightfold.quant.plan import assign_types
 from eightfold.quant.recipe import Recipe, Samples
 from eightfold.quant.search import Damaged, Findings, Question, Search
 from eightfold.scheme import SCHEMES, QuantType
+from eightfold.values import size_text
 
 # So many models are made at most.
 ATTEMPTS = 4
@@ -52,6 +54,14 @@ HOLD_OUT = 8
 
 # A limit is chosen by a little less, so that the next attempt does not miss by a hair.
 _MARGIN = 0.97
+
+# A model is made anew only for so much fewer bytes.
+_WORTH = 0.99
+
+# So much of what the sum of losses predicts is usually proved, at most: docs/accuracy.md.
+USUAL = 0.75
+
+_FLOAT = QuantType.FLOAT.value
 
 _ROWS_AT_ONCE, _POSITIONS = 4096, 64
 
@@ -154,6 +164,14 @@ def find_losses(question: Question, path: Path, journal: Journal, head: Mapping[
         return search.find()
 
 
+class _Tried(NamedTuple):
+    """A model that was made and removed."""
+
+    types: list[str]
+    proof: Proof
+    nbytes: int  # of its linears
+
+
 @dataclass(frozen=True)
 class Within:
     """One quantization that has to keep a KL divergence.
@@ -162,69 +180,91 @@ class Within:
         question: about the model, with the samples that are not held out.
         held: the samples of the proof.
         limit: of the KL divergence, in nats.
-        target: OUT.
+        groups: their losses.
         tell: is told what is found, one line each.
     """
 
     question: Question
     held: Samples
     limit: float
-    target: Path
+    groups: tuple[GroupLoss, ...]
     tell: Callable[[str], None]
 
     def choose_and_prove(
         self, findings: Findings, journal: Journal, make: Callable[..., Outcome]
     ) -> tuple[Outcome, Analysis]:
-        """Make models by the losses until one keeps the limit.
+        """Make models by the losses until one keeps the limit, and needs no more bytes than it has to.
 
         Raises:
             ConfigError: none does.
         """
-        groups, factor, best = findings.groups, 1.0, ""
+        groups, factor, tried = findings.groups, USUAL, list[_Tried]()
         for attempt in range(ATTEMPTS):
+            kept = [each for each in tried if each.proof.kl <= self.limit]
             types = choose(groups, self.limit * (_MARGIN if attempt else 1.0) / factor)
-            if types is None or all(kind == QuantType.FLOAT.value for kind in types):
+            if kept and (types is None or attempt == ATTEMPTS - 1 or not self._saves(types, kept[-1].types)):
+                types = kept[-1].types
+            if types is None or all(kind == _FLOAT for kind in types):
                 break
-            predicted, nbytes = total_loss(groups, types) * factor, total_bytes(groups, types)
-            recipe = replace(self.question.recipe, modules=self._modules(groups, types))
             proof = self._proved(journal, attempt)
-            if proof is None or proof.kl <= self.limit:
+            if proof is None:
+                recipe = replace(self.question.recipe, modules=self._modules(groups, types))
+                accepts_any = bool(kept) or attempt == ATTEMPTS - 1
                 try:
-                    outcome = make(recipe, self._prove)
+                    outcome = make(recipe, functools.partial(self._prove, types, groups, accepts_any))
                 except Missed as missed:
                     proof = missed.proof
                     facts = [proof.kl, proof.top1, proof.tokens]
                     journal.append({"step": f"attempt {attempt} at {self.limit:g}", "proof": facts})
                 else:
                     return outcome, self._analysis(findings, types, outcome)
-            assert proof is not None
-            self.tell(f"predicted {predicted:.4f}, proved {proof.kl:.4f}: more than {self.limit:g}; choosing again.")
-            best = best if best and float(best.split()[1]) <= proof.kl else f"KL {proof.kl:.5f} with {nbytes:,} bytes"
-            factor *= max(proof.kl / predicted, 1.05)
-        raise self._unreached(groups, best)
+            tried.append(_Tried(types, proof, total_bytes(groups, types)))
+            how = "more than" if proof.kl > self.limit else "and fewer bytes may do for"
+            self.tell(
+                f"predicted {total_loss(groups, types) * factor:.4f}, proved {proof.kl:.4f}: {how} {self.limit:g}."
+            )
+            factor = self._factor(groups, types, proof)
+        raise self._unreached(groups, tried)
+
+    def _factor(self, groups: Sequence[GroupLoss], types: Sequence[str], proof: Proof) -> float:
+        """Return by what predictions are multiplied, as a proof shows."""
+        return proof.kl / max(total_loss(groups, types), 1e-12)
+
+    def _saves(self, types: Sequence[str], than: Sequence[str]) -> bool:
+        """Return whether a choice has so much fewer bytes than another that making the model anew is worth it."""
+        sizes = [total_bytes(self.groups, each) for each in (types, than)]
+        return sizes[0] <= _WORTH * sizes[1]
 
     def _proved(self, journal: Journal, attempt: int) -> Proof | None:
         """Return what an earlier run has proved of an attempt that missed."""
         entry = journal.steps.get(f"attempt {attempt} at {self.limit:g}")
         return None if entry is None else Proof(*entry["proof"])
 
-    def _unreached(self, groups: Sequence[GroupLoss], best: str) -> ConfigError:
-        if not best:
-            least = least_loss(
-                [replace(g, loss={k: v for k, v in g.loss.items() if k != "FLOAT"} or g.loss) for g in groups]
-            )
-            best = f"KL {total_loss(groups, least):.5f} predicted with all linears int8" if least else "nothing"
+    def _unreached(self, groups: Sequence[GroupLoss], tried: Sequence[_Tried]) -> ConfigError:
+        """Return the refusal of a limit, with the best that was reached and its cost."""
+        if tried:
+            best = min(tried, key=lambda each: each.proof.kl)
+            reached = f"KL {best.proof.kl:.3g} proved, with {size_text(best.nbytes)} of linears a token"
+        else:
+            int8 = [replace(group, loss={k: v for k, v in group.loss.items() if k != _FLOAT}) for group in groups]
+            least = min((loss for group in int8 for loss in group.loss.values()), default=0.0)
+            reached = f"KL {least * USUAL:.3g} predicted, with one group of linears int8"
         return ConfigError(
             "max_kl",
             got=f"{self.limit:g}, which nothing reached",
-            expected=f"at least what was reached: {best} of linears a token",
+            expected=f"at least what was reached: {reached}",
             action="Give a larger one; the float model itself loses nothing.",
         )
 
-    def _prove(self, made: Checkpoint) -> Proof:
+    def _prove(self, types: Sequence[str], groups: Sequence[GroupLoss], accepts_any: bool, made: Checkpoint) -> Proof:
+        """Measure a model. One that could do with fewer bytes misses too, unless all that keep the limit are taken."""
         proof = divergence(self.question.checkpoint, made, self.held, self.question.mode)
         if not proof.kl <= self.limit:
             raise Missed(proof, self.limit)
+        if not accepts_any:
+            fewer = choose(groups, self.limit * _MARGIN / self._factor(groups, types, proof))
+            if fewer is not None and self._saves(fewer, types):
+                raise Missed(proof, self.limit)
         return proof
 
     def _modules(self, groups: Sequence[GroupLoss], types: Sequence[str]) -> tuple[tuple[str, QuantType], ...]:
@@ -369,7 +409,7 @@ def quantize_within(
     head = search_head(checkpoint, recipe, rest)
     with search_place(target, head) as (path, journal):
         findings = find_losses(question, path, journal, head)
-        within = Within(question, held, limit, target, tell)
+        within = Within(question, held, limit, findings.groups, tell)
         try:
             found = within.choose_and_prove(findings, journal, make)
         except ConfigError:
