@@ -23,7 +23,7 @@ _SINK_RATIO = 8.0
 
 
 def found_lines(analysis: Analysis, limit: float) -> Iterator[str]:
-    """Yield what --max-kl has chosen: types, bytes, and KL divergence predicted and proved."""
+    """Yield what --max-kl has chosen: types, bytes, the sum of losses, and the KL divergence that was proved."""
     chosen = {choice.linear: choice for choice in analysis.choices}
     counts = Counter((group.group, chosen[group.linears[0]].type) for group in analysis.groups)
     kinds = list(dict.fromkeys(kind for group in analysis.groups for kind in group.loss))
@@ -39,7 +39,7 @@ def found_lines(analysis: Analysis, limit: float) -> Iterator[str]:
     nbytes = sum(group.bytes[kind] for group, kind in zip(analysis.groups, types, strict=True))
     predicted = sum(group.loss[kind] for group, kind in zip(analysis.groups, types, strict=True))
     yield (
-        f"KL {analysis.kl:.4f} on {analysis.held_out_tokens:,} held-out tokens (limit {limit:g}, predicted "
+        f"KL {analysis.kl:.4f} on {analysis.held_out_tokens:,} held-out tokens (limit {limit:g}; losses add up to "
         f"{predicted:.4f}), top-1 {analysis.top1:.1%}; linears read {size_text(nbytes)} a token"
     )
 
@@ -127,13 +127,14 @@ def _advice(source: str, analysis: Analysis, kinds: Sequence[str]) -> Iterator[s
     """Yield commands that would help."""
     scheme, model = _NAMES[analysis.scheme], source
     target = f" --target {analysis.target}" if analysis.target else ""
-    worst = sorted(analysis.groups, key=lambda group: group.loss.get(kinds[0], 0.0), reverse=True)
+    # A static down_proj is what no scheme has unless it is asked for.
+    usual = [group for group in analysis.groups if len(kinds) > 1 or group.group != "down"]
     least = sum(map(_least, analysis.groups))
     reached = max(least, sum(group.loss.get(kinds[0], 0.0) for group in analysis.groups if group.group != "down"))
     yield "Try:"
     yield f"  eightfold quantize {model} OUT --scheme {scheme}{target} --max-kl {_rounded_up(reached)}"
-    kept = worst[0].linears[0].rpartition(".")[0] + ".*"
-    yield f"  eightfold quantize {model} OUT --scheme {scheme}{target} --keep-float '{kept}'"
+    kept = " ".join(f"--keep-float {name}" for name in max(usual, key=_least).linears)
+    yield f"  eightfold quantize {model} OUT --scheme {scheme}{target} {kept}"
 
 
 def _rounded_up(kl: float) -> str:
