@@ -72,6 +72,7 @@ def test_what_nothing_reaches_is_refused_and_leaves_nothing(cli, tmp_path, float
         (("--scheme", "w8a8-mix"), "--max-kl: got scheme w8a8-mix, expected w8a8, w8a8-dynamic or w8a16"),
         (("--scheme", "w8a8", "--all-static"), "--max-kl: got every linear static, expected a --target"),
         (("--scheme", "w8a8", "--anti-outlier", "m4"), "--max-kl: got anti_outlier m4, expected smooth"),
+        (("--scheme", "w8a8", "--train-steps", "5"), "--max-kl: got it with --train-steps, expected one of them"),
         (("--scheme", "w8a8", "--fa-quant"), "--max-kl: got int8 attention, expected float attention: its loss is"),
         (("--scheme", "w8a8", "--device", "cuda"), "--max-kl: got it with --device cuda, expected cpu"),
         (("--scheme", "w8a8", "--calib-limit", "1"), "--max-kl: got 1 calibration samples, expected at least 2, of"),

@@ -47,8 +47,8 @@ def run(monkeypatch: pytest.MonkeyPatch, limit: float, truth: float, journal: St
         return prove([pattern for pattern, _ in recipe.modules])
 
     asked = Within(question, [], limit, GROUPS, lambda text: None)  # type: ignore[arg-type]
-    _, types = asked.choose_and_prove(SimpleNamespace(groups=GROUPS), journal, make)  # type: ignore[arg-type]
-    return types, len(made)
+    found: Any = asked.choose_and_prove(SimpleNamespace(groups=GROUPS), journal, make)  # type: ignore[arg-type]
+    return found[1], len(made)
 
 
 @pytest.mark.parametrize("truth", [0.2, 0.5, 1.0, 1.5, 4.0])

@@ -55,6 +55,7 @@ def require_known_losses(what: str, recipe: Recipe, config: ModelConfig) -> None
         (not (is_smooth or is_plain), f"anti_outlier {recipe.anti_outlier and recipe.anti_outlier.value}", "smooth"),
         (recipe.target is None and recipe.scheme is QuantType.W8A8, "every linear static", "a `target`"),
         (bool(recipe.modules), "`modules` of a recipe", "a recipe without: types are chosen by loss"),
+        (recipe.train_steps > 0, "it with `train_steps`", "one of them: losses of trained ranges are not known"),
         (recipe.disable_level > 0, "it with `disable_level`", "one of them"),
         (recipe.fa_quant or recipe.kv_int8, "int8 attention", "float attention: its loss is not predicted"),
         (recipe.quantize_lm_head, "it with `quantize_lm_head`", "a float head"),
