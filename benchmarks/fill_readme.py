@@ -1,4 +1,5 @@
-"""Put measured figures, from benchmarks/results/*.json, into README.md, docs/speed.md and docs/serving.md.
+"""Put measured figures, from benchmarks/results/*.json, into README.md and pages of docs.
+
 
 They go between `<!-- NAME -->` and `<!-- /NAME -->`.
 
@@ -22,7 +23,7 @@ from typing import Any
 from measure import RESULTS, save_results
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "serving.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/speed.md", "docs/serving.md", "docs/accuracy.md"))
 # Columns of the table of clients; what else a program does stands in words.
 CAPABILITIES = (
     "chat",
@@ -51,6 +52,31 @@ def machine(record: dict[str, Any]) -> str:
     where = f"{record['threads']} threads of {record['cpu']}{vnni}"
     torch = f", torch {record['torch']}" if record["torch"] else ""
     return f"{where}{torch}, {record['date']}, commit {record['commit']}"
+
+
+def accuracy() -> str:
+    """Return a table for each model: what every scheme costs on the longest text that was measured."""
+    record = load("accuracy")
+    blocks = []
+    for model in dict.fromkeys(row["model"] for row in record["rows"]):
+        own = [row for row in record["rows"] if row["model"] == model]
+        longest = max(row["chunks"] for row in own)
+        exact = next(row for row in own if row["scheme"] == "float" and row["chunks"] == longest)
+        lines = [
+            f"{model}, {longest} x 512 tokens (float: perplexity {exact['ppl']:.2f}, {exact['nbytes'] / 1e6:,.0f} MB):",
+            "",
+            "| scheme | KL | same top token | perplexity | tensors | decode, float = 1 |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in own:
+            if row["scheme"] != "float" and row["chunks"] == longest:
+                speed = f"{row['decode']:.2f}" if "decode" in row else ""
+                lines.append(
+                    f"| {row['scheme']} | {row['kl']:.4f} +- {row['kl_error']:.4f} | {row['top1']:.1%} "
+                    f"| {row['ppl']:.2f} ({row['ppl_change']:+.2%}) | {row['nbytes'] / 1e6:,.0f} MB | {speed} |"
+                )
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, f"({machine(record)})"])
 
 
 def demo() -> str:
@@ -146,6 +172,7 @@ def fill(text: str) -> str:
         ("native", native),
         ("start", start),
         ("clients", clients),
+        ("accuracy", accuracy),
     ):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda match, render=render: f"{match[1]}{render()}\n{match[2]}", text)
