@@ -104,7 +104,7 @@ def test_smooth_leaves_inputs_alone_that_stay_float(quantized):
     kinds = (("*.down_proj", QuantType.FLOAT), ("*.o_proj", QuantType.W8A16), ("*.0.self_attn.k_proj", QuantType.FLOAT))
     out = quantized(anti_outlier=AntiOutlier.SMOOTH, act_method=ActMethod.EXTREMES, modules=kinds)
     choices = report(out)["anti_outlier"]["choices"]
-    assert choices == {f"{layer}.{group}": "alpha 0.8, beta 0.1" for layer in LAYERS for group in ("qkv", "gate_up")}
+    assert choices == {f"{layer}.{group}": "alpha 0.9, beta 0.1" for layer in LAYERS for group in ("qkv", "gate_up")}
 
 
 def test_iter_takes_the_linears_before_as_those_behind_leave_them(models, quantized):

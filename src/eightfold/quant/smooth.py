@@ -68,8 +68,8 @@ from eightfold.scheme import QuantType
 # alpha and beta of `smooth` for a norm's output or attention's, and for the products that down_proj reads. Inputs that
 # stay float have nothing to gain.
 EXPONENTS = {
-    QuantType.W8A8: ((0.8, 0.1), (0.9, 0.0)),
-    QuantType.W8A8_MIX: ((0.8, 0.1), (0.9, 0.0)),
+    QuantType.W8A8: ((0.9, 0.1), (0.9, 0.0)),
+    QuantType.W8A8_MIX: ((0.9, 0.1), (0.9, 0.0)),
     QuantType.W8A8_DYNAMIC: ((0.5, 0.1), (0.3, 0.0)),
 }
 SINK_ROOM = 2.0
