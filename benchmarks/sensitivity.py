@@ -93,15 +93,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", required=True)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--more", type=int, default=0, help="measure on so many rows behind, not on those held out")
     parser.add_argument("--tokens", type=int, default=48, help="of each held-out sample")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     checkpoint, tokenizer = Checkpoint.open(given.source), Tokenizer(given.source)
-    rows, config = dataset.default_rows()[: given.rows], checkpoint.config
+    rows, config = dataset.default_rows()[: given.rows + given.more], checkpoint.config
     samples = dataset.tokenize(
         rows, tokenizer, dataset.silent, where=None, vocab_size=config.vocab_size, context=config.context
     )
-    rest, held = held_out(samples)
+    rest, held = held_out(samples[: given.rows])
+    held = samples[given.rows :] or held
     recipe = make_recipe(with_defaults({"scheme": QuantType.W8A8, "target": "cpu"}, has_texts=True))
     question, head = question_of(checkpoint, recipe, rest, None, bars), search_head(checkpoint, recipe, rest)
     given.folder.mkdir(exist_ok=True)
