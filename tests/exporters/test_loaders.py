@@ -156,6 +156,75 @@ def test_one_range_for_linears_that_become_one(tmp_path, loader):
     require_harmless(out, loader)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_shared_range_is_one_that_is_stored(tmp_path, dtype):
+    """deq_scale and quant_bias are of the input_scale in the file, which has fewer bits than the range."""
+    toy = Toy(tmp_path, dtype=dtype, architecture="Qwen2ForCausalLM")
+    before = toy.load()
+    offset = before[f"{K}.input_offset"] + 20
+    toy.change({f"{K}.input_scale": before[f"{K}.input_scale"] * 1.01, f"{K}.input_offset": offset})
+    after = stored(convert(toy, "mindie", lossy=True)[0])
+    for name in (Q, V):
+        deq = after[f"{name}.deq_scale"]
+        deq = deq if dtype == "bfloat16" else deq.to(torch.int32).view(torch.float32)
+        expected = after[f"{name}.input_scale"].float() * before[f"{name}.weight_scale"][:, 0]
+        torch.testing.assert_close(deq, expected, rtol=1e-6, atol=0)
+        sums = before[f"{name}.weight"].long().sum(1) * after[f"{name}.input_offset"].float()
+        bias = (after[f"{name}.quant_bias"] + sums) * deq
+        assert ((bias - before[f"{name}.bias"].float()).abs() <= 0.51 * deq).all()
+
+
+def shift(toy: Toy, *linears: str) -> None:
+    """Put a bias into quant_bias alone, as a shift of the inputs does."""
+    toy.change({f"{name}.quant_bias": toy.load()[f"{name}.quant_bias"] + 5000 for name in linears})
+
+
+def test_a_bias_inside_quant_bias_is_not_lost(tmp_path):
+    toy = Toy(tmp_path).keep_float(Q)
+    shift(toy, K, V)
+    with pytest.raises(EightfoldError, match=r"k_proj as FLOAT .* got a bias inside its quant_bias"):
+        convert(toy, "vllm-ascend", lossy=True)
+    toy = Toy(tmp_path / "biased", architecture="Qwen2ForCausalLM")
+    float_bias = {f"{Q}.bias": toy.load()[f"{Q}.bias"]}
+    toy.keep_float(Q).change(float_bias, "FLOAT")
+    shift(toy, K)
+    before = toy.load()
+    after = stored(convert(toy, "vllm-ascend", lossy=True)[0])
+    deq = before[f"{K}.deq_scale"].to(torch.int32).view(torch.float32)
+    torch.testing.assert_close(after[f"{K}.bias"].float(), before[f"{K}.bias"].float() + 5000 * deq, rtol=1e-2, atol=0)
+    assert torch.equal(after[f"{V}.bias"], before[f"{V}.bias"])
+
+
+def quantize_head(toy: Toy) -> None:
+    """Store the head as --quantize-lm-head does."""
+    weight = toy.load()["lm_head.weight"].float()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    tensors = {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale, "weight_offset": scale * 0}
+    toy.change({f"lm_head.{name}": tensor for name, tensor in tensors.items()}, "W8A16")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_int8_head(tmp_path, loader):
+    """It is widened, which is one loss; of a tied model nobody reads it, which is none."""
+    toy = Toy(tmp_path, "w8a16")
+    quantize_head(toy)
+    out, _, losses = convert(toy, loader, lossy=True)
+    assert len(losses) == 1 and "lm_head" in losses[0]
+    require_harmless(out, loader)
+    toy = Toy(tmp_path / "tied", "w8a16").configure(tie_word_embeddings=True)
+    quantize_head(toy)
+    out, _, losses = convert(toy, loader)
+    assert losses == [] and not any(name.startswith("lm_head") for name in stored(out))
+    require_harmless(out, loader)
+
+
+def test_half_of_a_cache_is_a_loss(tmp_path):
+    toy = Toy(tmp_path).add_kv_cache().remove(f"{K}.kv_cache_scale")
+    out, _, losses = convert(toy, "vllm-ascend", lossy=True)
+    assert len(losses) == 1 and "is missing" in losses[0]
+    assert {name.rpartition(".self_attn")[0] for name in stored(out) if "kv_cache" in name} == {LAYERS[1]}
+
+
 def real_weight(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """Return (N, K) float32."""
     weight = tensors[f"{name}.weight"].float()
@@ -227,6 +296,7 @@ def keep_all_float(toy: Toy) -> None:
     toy.keep_float(*[name.removesuffix(".weight") for name in toy.load() if name.endswith("proj.weight")])
 
 
+NAN, EMBED = float("nan"), "model.embed_tokens.weight"
 TWO = all_of(rename_description("quant_model_description_w8a8.json"), write("quant_model_description_x.json", "{}"))
 
 REFUSED = [
@@ -238,6 +308,20 @@ REFUSED = [
     case("an int8 head without a scale", store_as(torch.int8, "lm_head.weight")),
     case("two descriptions", TWO),
     case("an offset beyond int8", fill(200.0, (1,), f"{O}.input_offset")),
+    case("an empty scale", fill(0.0, (0,), f"{Q}.input_scale")),
+    case("a scale of some rows", fill(0.1, (3, 1), f"{Q}.weight_scale")),
+    case("a scale in float64", store_as(torch.float64, f"{Q}.weight_scale")),
+    case("an offset in int16", store_as(torch.int16, f"{Q}.input_offset")),
+    case("a weight in float64", all_of(lambda t: t.keep_float(O), store_as(torch.float64, f"{O}.weight"))),
+    case("NaN in a norm", times(NAN, "model.norm.weight")),
+    case("NaN in an embedding of bfloat16", all_of(store_as(torch.bfloat16, EMBED), times(NAN, EMBED))),
+    case("NaN in a scale", times(NAN, f"{O}.weight_scale")),
+    case("NaN in an offset", times(NAN, f"{Q}.input_offset", f"{K}.input_offset", f"{V}.input_offset")),
+    case("a scale of 0", times(0.0, f"{Q}.input_scale")),
+    case("a scale below 0", times(-1.0, f"{O}.input_scale")),
+    case("a scale that float16 does not hold", fill(1e6, (1,), f"{O}.input_scale")),
+    case("NaN in a cache", all_of(lambda t: t.add_kv_cache(), times(NAN, f"{K}.kv_cache_scale"))),
+    case("a cache in float64", all_of(lambda t: t.add_kv_cache(), store_as(torch.float64, f"{K}.kv_cache_scale"))),
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from eightfold.config import parse_config
 from eightfold.errors import CheckpointError, EightfoldError, shortlist
 from eightfold.exporters import ExportOptions
 from eightfold.exporters.repair import plan_repair
-from eightfold.exporters.repaired import Repair, Stored
+from eightfold.exporters.repaired import Repair, Stored, sound
 from eightfold.files import read_json, write_json
 from eightfold.format.description import SHORT_NAME, render_description
 from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, resolve_auto_map
@@ -66,7 +67,11 @@ class Repaired:
     @property
     def items(self) -> list[Item]:
         """What is written, layer by layer."""
-        return [Item(each.planned, each.step, each.pieces) for each in self.repair.tensors.values()]
+        where = self.d.path
+        return [
+            Item(each.planned, each.step, partial(sound, each.planned, each.pieces, where))
+            for each in self.repair.tensors.values()
+        ]
 
     @property
     def nbytes(self) -> int:

@@ -22,7 +22,7 @@ from eightfold.architectures import FAMILIES
 from eightfold.check.directory import RawDirectory, cast, differ
 from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
-from eightfold.exporters.repaired import Repair, RepairedLinear, Stored, Written
+from eightfold.exporters.repaired import Repair, RepairedLinear, Stored, Written, rounded
 from eightfold.exporters.repaired_attention import add_attention, add_cache
 from eightfold.families import LinearShape
 from eightfold.format.description import SHORT_NAME
@@ -44,6 +44,7 @@ from eightfold.scheme import (
 
 TARGETS = ("mindie", "vllm-ascend")
 
+_FLOATS = ("F32", "F16", "BF16")
 _PER_ROW = (QuantType.W8A8_DYNAMIC, QuantType.W8A16)
 _PACKS_MIXED = NEEDS_CALIBRATION  # types of which MindIE keeps some of q, k, v float
 
@@ -137,18 +138,21 @@ class _Planner:
         info = self.stored.tensors[weight]
         if info.shape != (shape.n, shape.k):
             raise CheckpointError(weight, where=info.file, got=list(info.shape), expected=[shape.n, shape.k])
+        if info.dtype not in (DType.I8.value, *_FLOATS):
+            expected = one_of([DType.I8.value, *_FLOATS])
+            raise CheckpointError(f"type of {weight}", where=info.file, got=info.dtype, expected=expected)
         kind = self._kind(name)
-        if kind is not QuantType.FLOAT and info.dtype != DType.I8.value:
-            raise CheckpointError(f"type of {weight}", where=info.file, got=info.dtype, expected="I8 or a float type")
         if self.labels[name] != kind.value:
             was = self.labels[name] or "none"
             self.out.repair(f"the entry of weights that are {kind.value} was {was}", weight)
-        return RepairedLinear(self.stored, name, shape, kind, kind)
+        linear = RepairedLinear(self.stored, name, shape, kind, kind)
+        linear.require_sound()
+        return linear
 
     def _kind(self, name: str) -> QuantType:
         """Return a linear's type: by its tensors, and by the description where they leave two."""
         label, whole = self.labels[name], self.description.get("model_quant_type")
-        if self.stored.tensors[weight_name(name)].dtype in ("F64", "F32", "F16", "BF16"):
+        if self.stored.tensors[weight_name(name)].dtype in _FLOATS:
             return QuantType.FLOAT
         if label is not None and label not in LINEAR_TENSORS:
             known = one_of(kind.value for kind in LINEAR_TENSORS)
@@ -235,7 +239,10 @@ class _Planner:
             return
         lo = min((-128 - offset) * scale for scale, offset in inputs)
         hi = max((127 - offset) * scale for scale, offset in inputs)
-        scale = float(np.float32((hi - lo) / 255))
+        scale = rounded((hi - lo) / 255, self.out.dtype)  # as it is stored: deq_scale and input_offset are of it
+        if not 0 < scale < float("inf"):
+            what, got = f"range of the inputs of {members[0].module}", f"{lo:g} to {hi:g}"
+            raise CheckpointError(what, where=self.d.path, got=got, expected=f"one that {self.out.dtype.value} holds")
         for member in members:
             member.common = scale, float(np.clip(np.rint(-128 - lo / scale), -128, 127))
         self.out.lose("one input_scale and input_offset for q, k, v (gate, up), of all their ranges",
@@ -254,6 +261,7 @@ class _Planner:
     # --- the tensors
 
     def _add_linear(self, linear: RepairedLinear) -> None:
+        linear.require_place_for_bias()
         for suffix, (planned, tag) in linear.tensors().items():
             self._tell(linear, suffix, planned)
             self.out.tensors[planned.name] = Written(planned, tag, partial(linear.pieces, suffix, planned))
@@ -279,11 +287,11 @@ class _Planner:
         if not self.stored.has(weight):
             if not is_tied:
                 self._require([weight])
-            elif self.target == "vllm-ascend":
-                self.out.bare[weight] = QuantType.FLOAT
+            self._add_bare(weight)
             return
         if is_tied and self.stored.tensors[weight].dtype == DType.I8.value:
             self.out.repair("an 8-bit head of a tied model, which nobody reads, is left out", weight)
+            self._add_bare(weight)
             return
         linear = self._linear(name, head)
         if linear.kind is QuantType.FLOAT:
@@ -291,6 +299,10 @@ class _Planner:
         else:
             self._widen([linear], f"{self.target} reads a float head")
             self._add_linear(linear)
+
+    def _add_bare(self, weight: str) -> None:
+        if self.target == "vllm-ascend":
+            self.out.bare[weight] = QuantType.FLOAT
 
     def _add_norms(self) -> None:
         biases: dict[str, str] = {}
@@ -316,9 +328,10 @@ class _Planner:
     def _tell_of_the_rest(self) -> None:
         """Name what is stored and not written."""
         used = {*self.out.tensors, *self.d.norm_tensors(), *self.d.kv_tensors(), *self.d.fa_tensors()}
-        used.add(weight_name(self.d.model.names.head))
+        head = self.d.model.names.head
+        used.add(weight_name(head))
         suffixes = {spec.suffix for specs in LINEAR_TENSORS.values() for spec in specs} - {BIAS}
-        used |= {f"{linear}.{suffix}" for linear in self.d.linears for suffix in suffixes}
+        used |= {f"{linear}.{suffix}" for linear in (*self.d.linears, head) for suffix in suffixes}
         left = [name for name in self.d.tensors if name not in used and not name.endswith("rotary_emb.inv_freq")]
         zero = [name for name in left if name.endswith(".bias") and not self.d.nonzero([name])]
         if zero:

@@ -12,8 +12,10 @@ Letters: N outputs, K inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,12 @@ from numpy.typing import NDArray
 
 from eightfold.check.directory import RawDirectory
 from eightfold.config import DType
-from eightfold.errors import CheckpointError
+from eightfold.errors import CheckpointError, UnsupportedError, one_of
 from eightfold.families import LinearShape, layer_of
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors
 from eightfold.format.streaming import pieces_of
+from eightfold.model.layers import require_parameters
 from eightfold.scheme import (
     BIAS,
     DEQ_SCALE,
@@ -41,7 +44,11 @@ from eightfold.scheme import (
 )
 
 _FLOATS = tuple(kind.value for kind in DType if kind.is_float)
+_NUMBERS = ("F32", "F16", "BF16", "I8", "I32", "I64")  # what scales, offsets and biases may be
 _ROWS_BYTES = 16 << 20  # of a weight that is looked through at once
+
+# Yields a tensor from its first row to its last.
+Pieces = Callable[[], Iterable[NDArray[Any]]]
 
 
 class Stored(StoredTensors):
@@ -60,7 +67,14 @@ class Stored(StoredTensors):
         return name in self.tensors
 
     def values(self, name: str) -> NDArray[np.float32]:
-        """Return a small tensor flat, as a float32 copy; an int64 deq_scale holds the bits of float32."""
+        """Return a small tensor flat, as a float32 copy; an int64 deq_scale holds the bits of float32.
+
+        Raises:
+            CheckpointError: it is of a type that nobody writes it in.
+        """
+        info = self.tensors[name]
+        if info.dtype not in _NUMBERS:
+            raise CheckpointError(f"type of {name}", where=info.file, got=info.dtype, expected=one_of(_NUMBERS))
         stored = self.array(name).reshape(-1)
         if name.endswith(f".{DEQ_SCALE}") and stored.dtype == np.int64:
             return stored.astype(np.int32).view(np.float32)
@@ -82,7 +96,37 @@ def narrowed(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
     numpy_types = {DType.F16: np.float16, DType.F32: np.float32, DType.I8: np.int8, DType.I32: np.int32}
     if dtype in (DType.I8, DType.I32):
         values = np.rint(values)
-    return np.asarray(values, numpy_types[dtype])
+    with np.errstate(over="ignore", invalid="ignore"):  # what no longer is a number is refused as it is written
+        return np.asarray(values, numpy_types[dtype])
+
+
+def rounded(value: float, dtype: DType) -> float:
+    """Return a number as a tensor of a float dtype holds it."""
+    return float(widened(narrowed(np.array([value], np.float32), dtype), dtype.value)[0])
+
+
+def sound(planned: PlannedTensor, pieces: Pieces, where: Path) -> Iterator[NDArray[Any]]:
+    """Yield what is written of a tensor, if every reader can compute with it.
+
+    Raises:
+        CheckpointError: a float is NaN or infinite, or a scale is 0, in the file that is repaired or in the new dtype.
+    """
+    is_parameter = planned.name.endswith(("scale", "offset"))
+    for piece in pieces():
+        if planned.dtype.is_float:
+            is_bfloat = planned.dtype is DType.BF16
+            bad = (piece & 0x7F80) == 0x7F80 if is_bfloat else ~np.isfinite(piece)
+            if bad.any():
+                raise CheckpointError(
+                    planned.name,
+                    where=where,
+                    got=f"{widened(piece[bad][:1], planned.dtype.value)[0]:g} as {planned.dtype.value}",
+                    expected="finite numbers",
+                    action="The weights are damaged, or too large for the model's dtype; fetch the model again.",
+                )
+            if is_parameter:
+                require_parameters(planned.name, widened(piece.reshape(-1), planned.dtype.value), where)
+        yield piece
 
 
 @dataclass
@@ -124,6 +168,27 @@ class RepairedLinear:
             action="Quantize the model again.",
         )
 
+    def require_sound(self) -> None:
+        """Check what is stored beside the weight.
+
+        Raises:
+            CheckpointError: a tensor is of another shape or type, or holds what is no scale, offset or bias.
+        """
+        for spec in linear_tensors(self.was, has_bias=True):
+            if spec.suffix == WEIGHT or not self.has(spec.suffix):
+                continue
+            info = self.stored.tensors[f"{self.module}.{spec.suffix}"]
+            shape = spec.shape_for(N=self.shape.n, K=self.shape.k)
+            if math.prod(info.shape) != math.prod(shape):
+                raise CheckpointError(info.name, where=info.file, got=list(info.shape), expected=list(shape))
+            values = self.values(spec.suffix)
+            if spec.suffix in (QUANT_BIAS, BIAS):
+                if not np.isfinite(values).all():
+                    raise CheckpointError(info.name, where=info.file, got="NaN or infinity", expected="finite numbers",
+                                          action="The file is damaged; fetch or make it again.")  # fmt: skip
+            elif spec.suffix != DEQ_SCALE or not self._has_better_deq:
+                require_parameters(info.name, values, info.file)
+
     # --- what its numbers are, stored or not
 
     def weight_scale(self) -> NDArray[np.float32]:
@@ -149,13 +214,17 @@ class RepairedLinear:
 
     def own_deq(self) -> NDArray[np.float32]:
         """(N,), as it is stored, or of its own input's scale."""
-        if self.has(DEQ_SCALE) and self.stored.tensors[f"{self.module}.{DEQ_SCALE}"].dtype in ("I64", "F32"):
+        if self.has(DEQ_SCALE) and not self._has_better_deq:
             return self.values(DEQ_SCALE)
-        if self.has(WEIGHT_SCALE):  # a 16-bit deq_scale has lost small numbers
-            return np.asarray(np.float32(self.inputs()[0]) * self.weight_scale())
-        if self.has(DEQ_SCALE):
-            return self.values(DEQ_SCALE)
+        if self.has(WEIGHT_SCALE):  # of the input_scale that is written, as loaders use both
+            return np.asarray(np.float32(rounded(self.inputs()[0], self.stored.dtype)) * self.weight_scale())
         raise self.lacks(DEQ_SCALE, f"{INPUT_SCALE} and {WEIGHT_SCALE}")
+
+    @property
+    def _has_better_deq(self) -> bool:
+        """Whether input_scale and weight_scale say it better: a 16-bit deq_scale has lost small numbers."""
+        name = f"{self.module}.{DEQ_SCALE}"
+        return self.stored.has(name) and self.stored.tensors[name].dtype in ("F16", "BF16") and self.has(WEIGHT_SCALE)
 
     def sums(self) -> NDArray[np.float64]:
         """Return the sums of the rows of the weight, (N,)."""
@@ -168,15 +237,44 @@ class RepairedLinear:
         return self._sums
 
     def real_bias(self) -> NDArray[np.float64]:
-        """Return the float bias, (N,), by quant_bias where nothing else says it."""
-        if self.has(BIAS):
-            return self.values(BIAS).astype(np.float64)
+        """Return the bias that is added, (N,): quant_bias says it, and the float one exactly where both are the same.
+
+        They are not where a writer has moved a shift of the inputs into quant_bias alone.
+        """
+        said = self.values(BIAS).astype(np.float64) if self.has(BIAS) else None
         if self.was in NEEDS_CALIBRATION and self.has(QUANT_BIAS):
-            _, offset = self.inputs()
-            integers = self.stored.array(f"{self.module}.{QUANT_BIAS}").reshape(-1).astype(np.float64)
-            return (integers + offset * self.sums()) * self.own_deq().astype(np.float64)
-        self.lacking_bias()
-        return np.zeros(self.shape.n)
+            deq = self.own_deq().astype(np.float64)
+            inside = self._beside_offset() * deq
+            if said is None or not self.shape.has_bias:
+                return inside
+            return np.where(np.abs(inside - said) <= 2 * deq + 0.01 * np.abs(said), said, inside)
+        if said is None:
+            self.lacking_bias()
+        return np.zeros(self.shape.n) if said is None else said
+
+    def _beside_offset(self) -> NDArray[np.float64]:
+        """Return what quant_bias holds beside the input_offset, (N,), in units of deq_scale."""
+        _, offset = self.inputs()
+        integers = self.stored.array(f"{self.module}.{QUANT_BIAS}").reshape(-1).astype(np.float64)
+        beside = integers + offset * self.sums()
+        return np.where(np.abs(beside) <= 2 + 1e-6 * np.abs(integers), 0, beside) if not self.shape.has_bias else beside
+
+    def require_place_for_bias(self) -> None:
+        """Refuse to make a linear without a bias of a static one that has a bias inside.
+
+        Raises:
+            UnsupportedError: quant_bias holds more than its offset, such as what is left of a shift of the inputs.
+        """
+        if self.kind in NEEDS_CALIBRATION or self.was not in NEEDS_CALIBRATION or self.shape.has_bias:
+            return
+        if self.has(QUANT_BIAS) and self._beside_offset().any():
+            raise UnsupportedError(
+                f"{self.module} as {self.kind.value}",
+                where=self.stored.directory,
+                got=f"a bias inside its {QUANT_BIAS}, for which a linear of this family has no place otherwise",
+                expected="none",
+                action="Quantize linears that share an input with one type, or suppress outliers without a shift.",
+            )
 
     # --- what is written
 
@@ -224,11 +322,16 @@ class RepairedLinear:
         if suffix == WEIGHT:
             yield from self._weight(planned.dtype)
             return
-        is_kept = self.has(suffix) and (self.keeps_numbers or suffix in (WEIGHT_SCALE, BIAS)) and not self.centred
-        if is_kept and self.stored.tensors[planned.name].dtype == planned.dtype.value:
+        is_kept = self.keeps_numbers or (suffix == WEIGHT_SCALE and not self.centred)
+        if self.has(suffix) and is_kept and self.stored.tensors[planned.name].dtype == planned.dtype.value:
             yield self.stored.array(planned.name).reshape(planned.shape)
             return
         values = self._made(suffix)
+        if suffix == QUANT_BIAS and not np.all(np.abs(values) < 2**31):
+            raise CheckpointError(planned.name, where=self.stored.directory, got=f"{np.abs(values).max():g}",
+                                  expected="32-bit integers", action="Quantize the model again.")  # fmt: skip
+        if suffix == DEQ_SCALE:
+            require_parameters(planned.name, values, self.stored.directory)
         if planned.dtype is DType.I64:  # a packed deq_scale
             yield np.ascontiguousarray(values, np.float32).view(np.int32).astype(np.int64).reshape(planned.shape)
         else:
@@ -251,7 +354,8 @@ class RepairedLinear:
         if suffix == DEQ_SCALE:
             return deq
         assert suffix == QUANT_BIAS, suffix
-        return np.rint(self.real_bias() / deq.astype(np.float64) - offset * self.sums())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.rint(self.real_bias() / deq.astype(np.float64) - offset * self.sums()))
 
     def _exact_weight_scale(self) -> NDArray[np.float32]:
         return self.weight_scale() if self.has(WEIGHT_SCALE) else self.own_deq() / np.float32(self.inputs()[0])
@@ -285,10 +389,6 @@ class RepairedLinear:
         lo, hi = stored.min(1).astype(np.float32) - offset, stored.max(1).astype(np.float32) - offset
         self.stored.release([name])
         return np.asarray(np.maximum(np.maximum(-lo, hi), 1) * scale / 127, np.float32)
-
-
-# Yields a tensor from its first row to its last.
-Pieces = Callable[[], Iterable[NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -333,7 +433,7 @@ class Repair:
         self.losses.setdefault(what, []).extend(places)
 
     def copy(self, stored: Stored, name: str, shape: tuple[int, ...], as_name: str | None = None) -> None:
-        """Add a float tensor as it is stored; float64 in the model's dtype."""
+        """Add a float tensor as it is stored."""
         info = stored.tensors[name]
         if info.shape != shape:
             raise CheckpointError(name, where=info.file, got=list(info.shape), expected=list(shape))

@@ -9,6 +9,7 @@ from eightfold.check.directory import RawDirectory
 from eightfold.errors import CheckpointError
 from eightfold.exporters.repaired import Repair, Stored, Written, narrowed
 from eightfold.format.shards import PlannedTensor
+from eightfold.model.layers import require_parameters
 from eightfold.scheme import FA_TENSORS, KV_OFFSET, KV_TENSORS, TensorSpec
 
 
@@ -19,7 +20,9 @@ def add_cache(d: RawDirectory, stored: Stored, target: str, out: Repair) -> None
     names, scale = d.model.names, KV_TENSORS[0].suffix
     prefixes = [names.layer(layer_idx) for layer_idx in range(d.model.num_layers)]
     layers = [(prefix + names.key, prefix + names.value) for prefix in prefixes]
-    whole = [modules for modules in layers if all(stored.has(f"{module}.{scale}") for module in modules)]
+    found = {modules: [stored.has(f"{module}.{scale}") for module in modules] for modules in layers}
+    whole = [modules for modules, scales in found.items() if all(scales)]
+    halves = [modules[0] for modules, scales in found.items() if any(scales) and not all(scales)]
     what = "the int8 key/value cache is left out"
     if target == "mindie" and any(map(stored.has, d.fa_tensors())):
         out.lose(f"{what}: quantized attention has its own")
@@ -28,6 +31,8 @@ def add_cache(d: RawDirectory, stored: Stored, target: str, out: Repair) -> None
     elif d.nonzero(d.kv_tensors(), KV_OFFSET):
         out.lose(f"{what}: {target} misreads its offsets")
     else:
+        if halves:
+            out.lose(f"{what}: a scale of keys or values is missing", *halves)
         for modules in whole:
             for module in modules:
                 for spec in KV_TENSORS:
@@ -64,6 +69,7 @@ def _add(module: str, spec: TensorSpec, shape: tuple[int, ...], stored: Stored, 
         values = np.zeros(shape, np.float32)
     else:
         values = stored.values(name)
+        require_parameters(name, values, stored.tensors[name].file)
         if values.size != np.prod(shape):
             values = _by_head(name, values, shape, stored, out)
     made = narrowed(values.reshape(shape), planned.dtype)
