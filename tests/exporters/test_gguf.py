@@ -234,7 +234,7 @@ def test_offsets_and_floats_become_new_integers_where_that_is_asked_for(tmp_path
     planned = export(out, tmp_path / "x.gguf", lossy=True, floats="q8_0")
     assert planned.losses == [
         "the integers of 12 weights with offsets, which are rounded anew",
-        "the exact values of 4 float matrices, which are rounded to Q8_0",
+        "the exact values of 4 float matrices, rounded to Q8_0",
     ]
     read, tensors = Read(tmp_path / "x.gguf"), stored(out)
     for name in ("model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj", "lm_head"):

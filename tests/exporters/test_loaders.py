@@ -290,6 +290,10 @@ def test_files_that_are_missing_come_from_elsewhere(tmp_path):
     assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
     out, _, _ = convert(toy, "mindie", files_from=whole.path)
     assert (out / "tokenizer.json").read_bytes() == (whole.path / "tokenizer.json").read_bytes()
+    with pytest.raises(EightfoldError, match=r"files_from: got .*nowhere, expected a directory"):
+        convert(toy, "mindie", files_from=tmp_path / "nowhere")
+    with pytest.raises(EightfoldError, match=r"files_from: got .* expected to: mindie or vllm-ascend"):
+        plan_export(toy.path, "compressed-tensors", ExportOptions(files_from=whole.path), lossy=False)
 
 
 def keep_all_float(toy: Toy) -> None:

@@ -109,6 +109,17 @@ def test_what_cannot_be_published_is_said_in_one_line(online, out, words, variab
     assert "wrongSecret" not in message
 
 
+@pytest.mark.parametrize("named", ["hf", "modelscope"])
+def test_a_hub_that_does_not_answer_is_said_in_one_line(online, out, named):
+    pytest.importorskip("modelscope_hub")
+    words = ("push", out, "Me/Tiny", "--hub", named)
+    token = {**RIGHT, "MODELSCOPE_API_TOKEN": "ms-right"}
+    message = error_line(online(*words, HF_HUB_OFFLINE="1", **token))
+    assert "got no answer of the hub (HF_HUB_OFFLINE is set)" in message
+    if named == "hf":
+        assert "got no answer of the hub" in error_line(online(*words, at="http://127.0.0.1:9", **token))
+
+
 class StandIn:
     """ModelScope's client, as far as publishing asks it: uploads need accounts, which the hub here does not have."""
 

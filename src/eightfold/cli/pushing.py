@@ -9,7 +9,7 @@ from typing import Any
 
 from eightfold.cli import console
 from eightfold.cli.options import argument, as_json
-from eightfold.errors import CheckpointError, ConfigError, InputError, shortlist
+from eightfold.errors import CheckpointError, ConfigError, InputError, OutputError, shortlist
 from eightfold.files import read_text
 from eightfold.hub.choice import HUBS
 from eightfold.hub.names import HubId, parse_id
@@ -130,6 +130,15 @@ class PushCommand:
 
     def _publish(self, model: HubId, files: dict[str, Path | bytes]) -> str:
         from eightfold.hub.choice import chosen_hub
+        from eightfold.hub.clients import NotReached
 
-        message = f"Publish {self.source.resolve().name} with eightfold"
-        return chosen_hub(self.hub).publish(model, files, private=self.private, message=message)
+        hub, message = chosen_hub(self.hub), f"Publish {self.source.resolve().name} with eightfold"
+        try:
+            return hub.publish(model, files, private=self.private, message=message)
+        except NotReached as error:
+            raise OutputError(
+                f"model {model} on {hub.title}",
+                got=f"no answer of the hub ({error})",
+                expected="one",
+                action="Check the network and run the same command again: what the hub has is not sent again.",
+            ) from None

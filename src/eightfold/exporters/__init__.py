@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from eightfold.errors import ConfigError
+from eightfold.errors import ConfigError, one_of
 from eightfold.progress import Progress
 from eightfold.values import PATH, choice, optional, setting
 
@@ -24,13 +24,14 @@ class Format(NamedTuple):
 
     module: str  # below this package
     readers: str  # for the help
+    options: tuple[str, ...]  # of ExportOptions, those that it has
 
 
 FORMATS: dict[str, Format] = {
-    "compressed-tensors": Format("compressed_tensors", "vLLM, transformers, SGLang"),
-    "gguf": Format("gguf", "llama.cpp, Ollama, OpenVINO GenAI"),
-    "mindie": Format("mindie", "MindIE"),
-    "vllm-ascend": Format("vllm_ascend", "vllm-ascend"),
+    "compressed-tensors": Format("compressed_tensors", "vLLM, transformers, SGLang", ("activations",)),
+    "gguf": Format("gguf", "llama.cpp, Ollama, OpenVINO GenAI", ("floats",)),
+    "mindie": Format("mindie", "MindIE", ("files_from",)),
+    "vllm-ascend": Format("vllm_ascend", "vllm-ascend", ("files_from",)),
 }
 
 
@@ -41,8 +42,8 @@ class ExportOptions:
     activations: str | None = setting(
         None,
         optional(choice("symmetric", "asymmetric")),
-        "How a reader rounds the inputs of W8A8_DYNAMIC, of which our files do not tell. Default: symmetric, which "
-        "all readers have.",
+        "Of compressed-tensors: how a reader rounds the inputs of W8A8_DYNAMIC, of which our files do not tell. "
+        "Default: symmetric, which all readers have.",
     )
     floats: str = setting(
         "keep",
@@ -88,9 +89,14 @@ def plan_export(source: Path, to: str, options: ExportOptions, *, lossy: bool) -
         lossy: go on although something is lost.
 
     Raises:
-        ConfigError: something would be lost, and nobody has agreed.
+        ConfigError: something would be lost, and nobody has agreed; or an option of another format is given.
         EightfoldError: the source is damaged, or has what the format cannot hold in any way.
     """
+    for each in fields(options):
+        if each.name not in FORMATS[to].options and (given := getattr(options, each.name)) != each.default:
+            meant = [name for name, other in FORMATS.items() if each.name in other.options]
+            raise ConfigError(each.name, got=given, expected=f"to: {one_of(meant)}, as the option is of no other",
+                              action="Leave it out.")  # fmt: skip
     module = importlib.import_module(f"{__name__}.{FORMATS[to].module}")
     found: Export = module.plan(source, options)
     if found.losses and not lossy:

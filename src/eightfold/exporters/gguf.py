@@ -7,7 +7,7 @@ gguf package writes the head of the file.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,7 @@ def _losses(checkpoint: Checkpoint, planned: TensorPlan) -> list[str]:
     if planned.asymmetric:
         losses.append(f"the integers of {len(planned.asymmetric)} weights with offsets, which are rounded anew")
     if planned.rounded:
-        losses.append(f"the exact values of {len(planned.rounded)} float matrices, which are rounded to Q8_0")
+        losses.append(f"the exact values of {_matrices(planned.rounded)}, rounded to Q8_0")
     small = {name: error for name, error in planned.scale_errors.items() if error > _ROUNDING}
     if small:
         worst = max(small, key=lambda name: small[name])
@@ -158,10 +158,14 @@ def _notes(planned: TensorPlan) -> list[str]:
     if planned.kinds and planned.kept:
         nbytes = sum(tensor.nbytes for tensor in planned.tensors if tensor.source in planned.kept)
         notes.append(
-            f"{len(planned.kept)} float matrices, embedding and head among them, stay exact ({size_text(nbytes)}): "
-            "--floats q8_0 makes them half as large, and answers faster."
+            f"{_matrices(planned.kept)}, embedding and head among them, stay exact ({size_text(nbytes)}): "
+            "--floats q8_0 makes that half as large, and answers faster."
         )
     return notes
+
+
+def _matrices(names: Collection[str]) -> str:
+    return f"{len(names)} float {'matrix' if len(names) == 1 else 'matrices'}"
 
 
 def _is_ours(path: Path) -> bool:

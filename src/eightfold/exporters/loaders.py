@@ -16,7 +16,7 @@ from eightfold.architectures import FAMILIES
 from eightfold.check import Report, mindie, vllm_ascend
 from eightfold.check.directory import RawDirectory
 from eightfold.config import parse_config
-from eightfold.errors import CheckpointError, EightfoldError, shortlist
+from eightfold.errors import CheckpointError, ConfigError, EightfoldError, shortlist
 from eightfold.exporters import ExportOptions
 from eightfold.exporters.repair import plan_repair
 from eightfold.exporters.repaired import Repair, Stored, sound
@@ -112,7 +112,7 @@ class Repaired:
             "eightfold": __version__,
             "to": self.to,
             "layers": self.d.model.num_layers,
-            "options": {} if files_from is None else {"files_from": str(files_from)},
+            "options": "none" if files_from is None else str(files_from),
             "source": source_facts(self.stored),
         }
 
@@ -151,6 +151,9 @@ def plan_for(to: str, source: Path, options: ExportOptions) -> Repaired:
     Raises:
         EightfoldError: no model, a float one, or one of which something is missing that nothing else tells.
     """
+    other = options.files_from
+    if other is not None and not other.is_dir():
+        raise ConfigError("files_from", got=other, expected="a directory, such as the float model")
     d = RawDirectory.open(source)
     ours = [name for name in d.files if name.startswith(_OURS) and name not in d.damaged]
     beside = [name for name in d.files if name not in ours] if ours else []
@@ -183,5 +186,6 @@ def _lines(found: Mapping[str, Sequence[str]]) -> list[str]:
 def _differences(old: Entry, new: Entry) -> list[str]:
     """Return what differs between two first lines, for the user."""
     facts = {"to": "`to`", "eightfold": "version of eightfold", "format": "journal", "options": "`files_from`"}
-    found = [f"{title}: {old.get(key)} -> {new[key]}" for key, title in facts.items() if old.get(key) != new[key]]
+    before = {key: old.get(key) or "none" for key in facts}
+    found = [f"{title}: {before[key]} -> {new[key]}" for key, title in facts.items() if before[key] != new[key]]
     return found + source_differences(old, new)

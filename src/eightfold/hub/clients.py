@@ -30,7 +30,10 @@ class NotReached(Exception):
 
 
 class Hub(Protocol):
-    """A hub. Every method raises an EightfoldError in one line for what the user can change, with no token in it."""
+    """A hub. Every method raises an EightfoldError in one line for what the user can change, with no token in it.
+
+    NotReached, where a method says so, is its caller's: a cache may do instead.
+    """
 
     title: str
 
@@ -47,7 +50,10 @@ class Hub(Protocol):
         """Fetch some files, the missing bytes of them; return the directory. Raises NotReached."""
 
     def publish(self, model: HubId, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
-        """Make these files, by path in the repository, the content of a model; return its address."""
+        """Make these files, by path in the repository, the content of a model; return its address.
+
+        Raises NotReached without a network.
+        """
 
 
 def is_offline() -> bool:

@@ -76,6 +76,8 @@ class HuggingFace:
 
     def publish(self, model: HubId, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
         add, delete = self._client.CommitOperationAdd, self._client.CommitOperationDelete
+        if is_offline():
+            raise NotReached("HF_HUB_OFFLINE is set")
         if not self._client.get_token():
             raise no_model(model, self, "no token", "Set HF_TOKEN to one that may write.")
         with self._errors(model):

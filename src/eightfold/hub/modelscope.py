@@ -75,6 +75,8 @@ class ModelScope:
         return Path(found)
 
     def publish(self, model: HubId, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
+        if is_offline():
+            raise NotReached("HF_HUB_OFFLINE is set")
         with self._errors(model):
             if not self._api.repo_exists(model.name, "model"):
                 self._api.create_repo(model.name, "model", visibility="private" if private else "public")
