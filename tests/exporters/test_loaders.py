@@ -340,6 +340,15 @@ def test_what_cannot_be_repaired_is_said_and_nothing_is_left(tmp_path, loader, c
     assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
 
 
+def test_a_file_that_ends_too_early_is_named_and_not_what_it_lacks(tmp_path):
+    toy = Toy(tmp_path)
+    content = toy.weights.read_bytes()
+    toy.weights.unlink()
+    toy.weights.write_bytes(content[:-100])
+    with pytest.raises(EightfoldError, match=rf"^{toy.weights.name} is truncated"):
+        convert(toy, "mindie", lossy=True)
+
+
 def test_per_row_without_a_word_of_the_description(tmp_path):
     toy = Toy(tmp_path, "w8a16")
     toy.description.unlink()

@@ -199,18 +199,54 @@ def test_offsets_of_weights_beside_int8_inputs_are_refused(cli, tmp_path):
         ({f"{Q}.weight_scale": torch.full((56, 1), torch.nan)}, f"{Q}.weight_scale"),
         ({f"{Q}.weight_scale": torch.ones(56, 3)}, f"shape of {Q}.weight_scale"),
         ({"model.layers.1.mlp.up_proj.weight": None}, "model.layers.1.mlp.up_proj.weight"),
+        ({f"{Q}.weight": torch.zeros(56 * 42, dtype=torch.int8)}, f"{Q}.weight in DIR/model.safetensors: got [2352]"),
+        ({f"{Q}.weight_scale": torch.ones(56, 1).double()}, f"type of {Q}.weight_scale"),
+        ({f"{Q}.weight_packed": torch.zeros(56, 11, dtype=torch.int32)}, "got weight and weight_packed"),
+        ({"model.norm.weight": torch.ones(42).double()}, "type of model.norm.weight"),
     ],
 )
 def test_damaged_files_are_refused(cli, tmp_path, change, expected):
-    def damage(stored):
-        for name, value in change.items():
-            stored.pop(name)
-            if value is not None:
-                stored[name] = value
+    require_refused(cli, tmp_path, {"input_activations": TOKENS}, change, expected)
 
-    written(tmp_path / "ct", {"input_activations": TOKENS}, damage)
+
+def require_refused(cli, tmp_path, group, change, expected, **options):
+    def damage(stored):
+        stored.update(change)
+        for name in [name for name, value in stored.items() if value is None]:
+            del stored[name]
+
+    written(tmp_path / "ct", group, damage, **options)
     message = refused(cli, "import", tmp_path / "ct", tmp_path / "out", within=tmp_path)
     assert expected in message.replace(str(tmp_path / "ct"), "DIR"), message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"weight_zero_point": torch.zeros(7, dtype=torch.int8)}, "got [7], expected [56, 1]"),
+        ({"weight_zero_point": torch.zeros(3, 1, dtype=torch.int32)}, "got [3, 1], expected [14, 1]"),
+        ({"weight_zero_point": torch.full((56, 1), 300.0)}, "got 300, expected integers from -128 to 127"),
+        ({"weight_shape": torch.tensor([torch.nan, 42])}, f"shape of {Q}.weight_packed"),
+    ],
+)
+def test_damaged_packed_weights_are_refused(cli, tmp_path, change, expected):
+    require_refused(cli, tmp_path, {}, {f"{Q}.{name}": value for name, value in change.items()}, expected, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"input_scale": torch.ones(2)}, "got [2], expected [1]"),
+        ({"input_scale": torch.ones(0)}, "got [0], expected [1]"),
+        ({"input_zero_point": torch.tensor([200.0])}, "got 200, expected integers from -128 to 127"),
+        ({"input_zero_point": torch.tensor([1, 2], dtype=torch.int8)}, "got [2], expected [1]"),
+    ],
+)
+def test_damaged_static_inputs_are_refused(cli, tmp_path, change, expected):
+    linears = [name.removesuffix(".weight") for name in random_tensors(CONFIG) if "_proj.weight" in name]
+    scales = {f"{linear}.input_scale": torch.ones(1) for linear in linears}
+    damaged = {f"{Q}.{name}": value for name, value in change.items()}
+    require_refused(cli, tmp_path, {"input_activations": STATIC}, {**scales, **damaged}, expected)
 
 
 def test_other_tools_are_refused_in_one_line(cli, float_model):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from eightfold.architectures import FAMILIES
 from eightfold.check.directory import RawDirectory, cast, differ
 from eightfold.config import CONFIG_DTYPES, DType
-from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
+from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
 from eightfold.exporters.repaired import Repair, RepairedLinear, Stored, Written, rounded
 from eightfold.exporters.repaired_attention import add_attention, add_cache
 from eightfold.families import LinearShape
@@ -124,8 +124,10 @@ class _Planner:
 
     def _require(self, names: Iterable[str]) -> None:
         if absent := self.d.absent(names):
+            if broken := [why for file, why in self.d.damaged.items() if file.endswith(".safetensors")]:
+                raise CheckpointError(broken[0])  # which may hold them
             raise CheckpointError(
-                f"{len(absent)} tensors missing",
+                f"{plural(len(absent), 'tensor')} missing",
                 where=self.d.path,
                 got=f"no {shortlist(absent)}",
                 expected="all weights of the model",

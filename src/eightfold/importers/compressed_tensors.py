@@ -15,6 +15,7 @@ Letters: N outputs, K inputs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from eightfold import __version__
 from eightfold.config import DType, has_engine
-from eightfold.errors import CheckpointError, UnsupportedError
+from eightfold.errors import CheckpointError, UnsupportedError, one_of
 from eightfold.exporters.eight_bit import step_of
 from eightfold.files import write_json
 from eightfold.format.checkpoint import Checkpoint
@@ -148,6 +149,7 @@ class _Import:
                 action="eightfold quantize DIR OUT --scheme w8a8-dynamic keeps its integers.",
             )
         self._schemes = Schemes(self.source, raw)
+        self._require_types()
         self._assign()
         self.scheme = Counter(self.kinds.values()).most_common(1)[0][0]
         without = {key: value for key, value in raw.items() if key not in ("quantization_config", "compression_config")}
@@ -157,9 +159,18 @@ class _Import:
         self._plan()
         self._require_whole(without)
 
+    def _require_types(self) -> None:
+        known = [kind.value for kind in DType]
+        for name, info in self.stored.tensors.items():
+            if info.dtype not in known:
+                raise CheckpointError(f"type of {name}", where=info.file, got=info.dtype, expected=one_of(known))
+
     def _assign(self) -> None:
         for name, info in self.stored.tensors.items():
             module, _, last = name.rpartition(".")
+            if last == WEIGHT_PACKED and f"{module}.{WEIGHT}" in self.stored.tensors:
+                got, expected = f"{WEIGHT} and {WEIGHT_PACKED}", "one of them"
+                raise CheckpointError(f"weight of {module}", where=self.source, got=got, expected=expected)
             if last == WEIGHT_PACKED or (last == WEIGHT and info.dtype == DType.I8.value):
                 kind = _KINDS[self._schemes.inputs_of(module)]
                 if kind is not QuantType.W8A16 and f"{module}.{WEIGHT_ZERO_POINT}" in self.stored.tensors:
@@ -221,11 +232,14 @@ class _Import:
         """Return the shape of a weight, packed or not."""
         packed = self.stored.tensors.get(f"{module}.{WEIGHT_PACKED}")
         if packed is None:
-            n, k = self.stored.tensors[f"{module}.{WEIGHT}"].shape
-            return n, k
+            weight = self.stored.tensors[f"{module}.{WEIGHT}"]
+            if len(weight.shape) != 2:
+                raise CheckpointError(weight.name, where=weight.file, got=list(weight.shape), expected="[N, K]")
+            return weight.shape[0], weight.shape[1]
         name = f"{module}.{WEIGHT_SHAPE}"
         form = self.stored.tensors.get(name)
-        shape = tuple(map(int, self.stored.array(name).reshape(-1))) if form is not None else ()
+        is_form = form is not None and form.dtype in (DType.I64.value, DType.I32.value)
+        shape = tuple(map(int, self.stored.array(name).reshape(-1))) if is_form else ()
         if len(shape) != 2 or packed.dtype != DType.I32.value or packed.shape != (shape[0], -(-shape[1] // 4)):
             raise CheckpointError(
                 f"shape of {packed.name}",
@@ -241,13 +255,14 @@ class _Import:
         static = self.kinds[module] in NEEDS_CALIBRATION
         input_scale = self._values(module, INPUT_SCALE) if static else np.ones(1, np.float32)
         input_offset = self._input_offset(module) if static else np.zeros(1, np.float32)
+        offset = self._offset(module, n).reshape(n, 1)
         deq_scale = input_scale * scale
         packed = deq_scale if self.dtype is DType.BF16 else deq_scale.view("<i4").astype("<i8")
         column = scale.reshape(n, 1)
         return {
             WEIGHT: lambda: self._weight(module, k),
             WEIGHT_SCALE: lambda: [column],
-            WEIGHT_OFFSET: lambda: [self._offset(module, n).reshape(n, 1)],
+            WEIGHT_OFFSET: lambda: [offset],
             INPUT_SCALE: lambda: [_as(input_scale, self._dtype_of_inputs)],
             INPUT_OFFSET: lambda: [_as(input_offset, self.dtype)],
             DEQ_SCALE: lambda: [packed],
@@ -259,26 +274,39 @@ class _Import:
     def _dtype_of_inputs(self) -> DType:
         return self.dtype if self._is_exact else DType.F32
 
-    def _values(self, module: str, suffix: str) -> NDArray[np.float32]:
+    def _values(self, module: str, suffix: str, n: int = 1) -> NDArray[np.float32]:
+        """Return scales: one, or n of them."""
         name = f"{module}.{suffix}"
         if name not in self.stored.tensors:
             raise CheckpointError(name, where=self.source, got="none", expected="it, as config.json says")
+        self._require_size(name, 1, n)
         values = read_values(self.stored, name)
         require_parameters(name, values, self.stored.tensors[name].file)
         return values
 
+    def _require_size(self, name: str, *sizes: int) -> None:
+        info = self.stored.tensors[name]
+        if math.prod(info.shape) not in sizes:
+            expected = f"[{sizes[-1]}, 1], one for each output" if max(sizes) > 1 else "[1], one for all"
+            raise UnsupportedError(f"shape of {name}", where=info.file, got=list(info.shape), expected=expected)
+
+    def _zero_points(self, name: str, n: int = 1) -> NDArray[np.float32]:
+        """Return zero points that are not packed: one, or n of them."""
+        self._require_size(name, 1, n)
+        values = read_values(self.stored, name)
+        if bad := values[(values != np.rint(values)) | (np.abs(values + 0.5) > 127.5)][:1].tolist():
+            expected = "integers from -128 to 127"
+            raise CheckpointError(name, where=self.stored.tensors[name].file, got=f"{bad[0]:g}", expected=expected)
+        return values
+
     def _scale(self, module: str, n: int) -> NDArray[np.float32]:
         """Return the scales of a weight, (N,)."""
-        scale = self._values(module, WEIGHT_SCALE)
-        if scale.size not in (1, n):
-            info = self.stored.tensors[f"{module}.{WEIGHT_SCALE}"]
-            expected = f"[{n}, 1], one for each output"
-            raise UnsupportedError(f"shape of {info.name}", where=info.file, got=list(info.shape), expected=expected)
+        scale = self._values(module, WEIGHT_SCALE, n)
         return np.array(np.broadcast_to(scale, (n,)), dtype=np.float32)
 
     def _input_offset(self, module: str) -> NDArray[np.float32]:
         name = f"{module}.{INPUT_ZERO_POINT}"
-        return read_values(self.stored, name) if name in self.stored.tensors else np.zeros(1, np.float32)
+        return self._zero_points(name) if name in self.stored.tensors else np.zeros(1, np.float32)
 
     def _offset(self, module: str, n: int) -> NDArray[np.float32]:
         name = f"{module}.{WEIGHT_ZERO_POINT}"
@@ -286,8 +314,9 @@ class _Import:
             return np.zeros(n, np.float32)
         stored = self.stored.array(name)
         if stored.dtype == np.int32:  # packed along N
+            self._require_size(name, -(-n // 4))
             return np.array(_unpacked(stored.reshape(1, -1), n)[0], dtype=np.float32)
-        return np.array(np.broadcast_to(stored.reshape(-1), (n,)), dtype=np.float32)
+        return np.array(np.broadcast_to(self._zero_points(name, n), (n,)), dtype=np.float32)
 
     def _weight(self, module: str, k: int) -> Iterator[NDArray[Any]]:
         packed = f"{module}.{WEIGHT_PACKED}"
