@@ -39,6 +39,8 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "w8a8 --fa-quant": ("--scheme", "w8a8", "--fa-quant"),
     "w8a8 --kv-int8": ("--scheme", "w8a8", "--kv-int8"),
     "w8a8 --all-static": ("--scheme", "w8a8", "--all-static"),
+    "w8a8 --anti-outlier rotate": ("--scheme", "w8a8", "--anti-outlier", "rotate"),
+    "w8a8-dynamic --anti-outlier rotate": ("--scheme", "w8a8-dynamic", "--anti-outlier", "rotate"),
     "w8a8 --anti-outlier m4": ("--scheme", "w8a8", "--anti-outlier", "m4"),
     "w8a8 --anti-outlier none": ("--scheme", "w8a8", "--anti-outlier", "none"),
     "w8a8-dynamic --calib none": ("--scheme", "w8a8-dynamic", "--calib", "none"),

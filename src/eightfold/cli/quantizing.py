@@ -14,6 +14,14 @@ from eightfold.cli import console
 from eightfold.cli.calibrating import Calibration
 from eightfold.cli.losses import MAX_KL, found_lines
 from eightfold.cli.options import add_bos, argument, as_json, flags_of, in_flags, model_argument, settings
+from eightfold.cli.outcomes import (
+    document,
+    require_place_of_report,
+    summary,
+    tell_outcome,
+    write_decisions,
+    write_losses,
+)
 from eightfold.errors import ConfigError, OutputError
 from eightfold.files import write_whole
 from eightfold.machine import peak_resident_bytes
@@ -21,7 +29,7 @@ from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe, with_defaults
 from eightfold.quant.recipe_file import make_recipe
 from eightfold.scheme import SCHEMES, QuantType
-from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, size_text, whole
+from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, whole
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +182,8 @@ class QuantizeCommand:
 
     def execute(self) -> None:
         started = time.monotonic()
-        self._require_place_of_report()
+        if self.report is not None:
+            require_place_of_report(self.report, self.out, is_plan=self.plan)
         with self._recipe_named():
             self._require_known_losses()
             _ = self.recipe  # is refused before anything else happens
@@ -189,36 +198,6 @@ class QuantizeCommand:
             if ranks.is_first and self.report is not None:
                 self._write_report(self.report, outcome)
             self._tell(outcome, ranks, started)
-
-    def _require_place_of_report(self) -> None:
-        """Refuse a report that could not be written, or would be in the way of the next --overwrite."""
-        if self.report is None:
-            return
-        from eightfold.report.page import require_place
-
-        if self.plan:
-            raise ConfigError("report", got="it together with `plan`", expected="one of them")
-        if self.out.resolve() in self.report.resolve().parents:
-            expected = "a file elsewhere: OUT holds the model alone"
-            raise ConfigError("report", got=f"{self.report}, which is inside OUT", expected=expected)
-        require_place(self.report, "report")
-
-    def _write_report(self, path: Path, outcome: Outcome) -> None:
-        from eightfold.report.page import write_page
-        from eightfold.report.quantize_page import render
-
-        for analysis in self._analyses:
-            from eightfold.cli.analyzing import with_texts
-            from eightfold.report import analysis_page
-
-            smoothing = outcome.smoothing.choices if outcome.smoothing is not None else None
-            found = with_texts(analysis, self.source)
-            write_page(path, analysis_page.render(found, smoothing, tuple(outcome.notes)))
-            return
-        stored, config = (
-            (self._name_plan.stored, None) if self._goes_by_name else (self._checkpoint, self._checkpoint.config)
-        )
-        write_page(path, render(outcome, stored.tensors, self.source.resolve().name, self.out, config))
 
     @contextmanager
     def _recipe_named(self) -> Iterator[None]:
@@ -278,6 +257,14 @@ class QuantizeCommand:
     @property
     def _without_texts(self) -> bool:
         return self.calib is not None and str(self.calib) == "none"
+
+    def _write_report(self, path: Path, outcome: Outcome) -> None:
+        if self._analyses:
+            write_losses(path, self._analyses[0], self.source, outcome)
+        elif self._goes_by_name:
+            write_decisions(path, outcome, self._name_plan.stored, None, self.source, self.out)
+        else:
+            write_decisions(path, outcome, self._checkpoint, self._checkpoint.config, self.source, self.out)
 
     def _quantize(self, ranks: Ranks) -> Outcome:
         """Quantize. The texts are read and tokenized by one process."""
@@ -520,13 +507,13 @@ class QuantizeCommand:
         if not ranks.is_first:
             return
         if self.as_json:
-            console.print_json(_document(outcome, seconds, peaks))
+            console.print_json(document(outcome, seconds, peaks))
         elif outcome.already_complete:
             print(f"{self.out}: already complete")
         else:
-            _report(outcome)
+            tell_outcome(outcome)
             self._tell_notes(outcome.notes)
-            print(f"{self.out}: {_summary(outcome)}, {seconds:.1f} s")
+            print(f"{self.out}: {summary(outcome)}, {seconds:.1f} s")
 
 
 @contextmanager
@@ -553,52 +540,3 @@ def _save(recipe: Recipe, path: Path) -> None:
         write_whole(path, render_recipe(recipe).encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
-
-
-def _document(outcome: Outcome, seconds: float, peaks: list[int | None]) -> dict[str, Any]:
-    """Return what --json prints; `peaks` are bytes of each process."""
-    resident = [None if peak is None else round(peak / 2**20, 1) for peak in peaks]
-    return {
-        "layers": outcome.layers,
-        "layers_resumed": outcome.layers_resumed,
-        "already_complete": outcome.already_complete,
-        "seconds": round(seconds, 3),
-        "peak_rss_mib": resident[0],
-        "world_size": len(resident),
-        "ranks_peak_rss_mib": resident,
-        "scheme": outcome.recipe.scheme.value,
-        "quantized": outcome.quantized,
-        "types": outcome.counts,
-        "nbytes": outcome.nbytes,
-        "restarted": outcome.restarted or None,
-        "notes": outcome.notes,
-    }
-
-
-def _report(outcome: Outcome) -> None:
-    """Tell what was decided on the way."""
-    if outcome.smoothing is not None:
-        proof = outcome.smoothing
-        print(
-            f"outlier suppression {outcome.recipe.anti_outlier.value if outcome.recipe.anti_outlier else ''}: "
-            f"{len(proof.choices)} groups; the float model's logits move by {proof.max_logit_difference:.2g} at most "
-            f"(largest {proof.max_logit:.3g})"
-        )
-    if outcome.rolled_back:
-        rows = [
-            [row.module, f"{row.range_param:.2f}", "shares the input of one above" if row.of_group else "widest inputs"]
-            for row in sorted(outcome.rolled_back, key=lambda row: -row.range_param)
-        ]
-        print("\n".join(console.table(("kept float", "range / std", "why"), rows, right_from=99)))
-    if outcome.restarted:
-        console.note(f"what an earlier run had finished was damaged ({outcome.restarted}): all was made anew.")
-    elif outcome.layers_resumed:
-        console.note(f"{outcome.layers_resumed} layers were finished by an earlier run.")
-
-
-def _summary(outcome: Outcome) -> str:
-    counts = outcome.counts
-    first, *others = [kind for kind in counts if kind != "FLOAT"] or [outcome.recipe.scheme.value]
-    parts = [f"{counts.get(first, 0)} linears as {first}", *(f"{counts[kind]} as {kind}" for kind in others)]
-    parts += [f"{len(outcome.kept_float)} kept float"] if outcome.kept_float else []
-    return f"{', '.join(parts)}, {size_text(outcome.nbytes)}"
