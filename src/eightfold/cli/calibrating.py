@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eightfold.cli import console
-from eightfold.errors import ConfigError
+from eightfold.errors import ConfigError, plural
 from eightfold.quant.recipe import AntiOutlier, Recipe
 
 # Fewer than these show neither the ranges of inputs nor all the tokens that leave them.
@@ -93,8 +93,8 @@ class Calibration:
         tokens = sum(map(len, samples))
         if self.recipe.anti_outlier is AntiOutlier.SMOOTH and (tokens < FEW_TOKENS or len(samples) < FEW_SAMPLES):
             console.note(
-                f"warning: only {tokens} calibration tokens (samples: {len(samples)}), which may not show the largest "
-                f"inputs (sinks); give {FEW_SAMPLES} samples and {FEW_TOKENS} tokens at least."
+                f"{plural(len(samples), 'sample')} of {tokens} tokens may not show the largest inputs (sinks): give at "
+                f"least {FEW_SAMPLES} samples and {FEW_TOKENS} tokens."
             )
 
     def _calibration(self, checkpoint: Checkpoint) -> list[list[int]]:

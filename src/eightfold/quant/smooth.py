@@ -34,8 +34,7 @@ them is too coarse for all else. So these channels, and no others, are divided u
 ordinary range: a few rows of up_proj become smaller and columns of down_proj larger, which costs nothing, as these
 columns are large in a few rows only.
 
-rotate: smooth after a rotation (rotate.py), which spreads such a column over all rows of down_proj, so that each would
-become coarse. Where each token has a scale, sinks may keep ROTATED_ROOM: then few tokens are coarse, and no weights.
+rotate: smooth after a rotation (rotate.py).
 
 Where query heads share a value head, o_proj's channels share v_proj's rows: m4 and iter average s over those heads, the
 others take the largest a and the largest w.
@@ -72,8 +71,10 @@ EXPONENTS = {
     QuantType.W8A8_MIX: ((0.9, 0.1), (0.9, 0.0)),
     QuantType.W8A8_DYNAMIC: ((0.5, 0.1), (0.3, 0.0)),
 }
-SINK_ROOM = 2.0
-ROTATED_ROOM = 32.0  # with a scale for each token
+
+# How far sinks may stay above the ordinary range of down_proj's inputs. With a scale for each token, only the few
+# tokens that have them become coarse, while columns that make room for them cost every row of the weight.
+SINK_ROOM = {QuantType.W8A8: 2.0, QuantType.W8A8_MIX: 2.0, QuantType.W8A8_DYNAMIC: 32.0}
 
 _THRESHOLDS = 100  # m2
 _RATIOS = 20  # m3
@@ -136,8 +137,8 @@ def smooth_scale(
         is_product: whether the input may have sinks, for `smooth`; the statistics then have to know ordinary tokens.
     """
     if method.is_ours:
-        room = ROTATED_ROOM if method.rotates and kind is QuantType.W8A8_DYNAMIC else SINK_ROOM
-        return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], room * is_product)
+        room = SINK_ROOM[kind] * is_product
+        return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], room)
     if method is AntiOutlier.M2:
         return _above_threshold(stats, weights, biases or [None] * len(weights))
     if method is AntiOutlier.M3:
