@@ -340,6 +340,19 @@ def test_what_cannot_be_repaired_is_said_and_nothing_is_left(tmp_path, loader, c
     assert not (tmp_path / "out").exists() and not partial_path(tmp_path / "out").exists()
 
 
+def test_another_export_at_the_same_place_is_told_what_differs(tmp_path):
+    toy, whole = Toy(tmp_path), Toy(tmp_path / "whole")
+    out, _, _ = convert(toy, "mindie", files_from=whole.path)
+
+    def refusal(to: str, **options: Any) -> str:
+        with pytest.raises(EightfoldError) as caught:
+            plan_export(toy.path, to, ExportOptions(**options), lossy=True).write(out, overwrite=False, progress=silent)
+        return str(caught.value)
+
+    assert f"(`files_from`: {whole.path} -> none)" in refusal("mindie")
+    assert "(`to`: mindie -> compressed-tensors)" in refusal("compressed-tensors")
+
+
 def test_a_file_that_ends_too_early_is_named_and_not_what_it_lacks(tmp_path):
     toy = Toy(tmp_path)
     content = toy.weights.read_bytes()

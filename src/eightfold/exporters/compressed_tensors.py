@@ -31,7 +31,7 @@ from eightfold import __version__
 from eightfold.config import DType
 from eightfold.errors import plural, shortlist
 from eightfold.exporters import ExportOptions
-from eightfold.exporters.eight_bit import EightBit, step_of
+from eightfold.exporters.eight_bit import EightBit, differences, step_of
 from eightfold.files import write_json
 from eightfold.format.compressed import (
     INPUT_ZERO_POINT,
@@ -47,7 +47,7 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, total_bytes
-from eightfold.format.source import keep_times, require_same_times, source_differences, source_facts
+from eightfold.format.source import keep_times, require_same_times, source_facts
 from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
 from eightfold.layouts import EXPERT, GROUPS
 from eightfold.progress import Progress
@@ -345,7 +345,7 @@ class CompressedTensorsExport:
         """
         stored = self.source.stored
         growing = Output(
-            target, self._head(), source=stored.directory, explain=_differences, overwrite=overwrite, progress=progress
+            target, self._head(), source=stored.directory, explain=differences, overwrite=overwrite, progress=progress
         )
         with growing as output:
             if output.is_complete:
@@ -385,12 +385,3 @@ def _packed(pieces: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.int32]]:
         if short := -values.shape[1] % 4:
             values = np.pad(values, ((0, 0), (0, short)))
         yield values.view("<i4")
-
-
-def _differences(old: Entry, new: Entry) -> list[str]:
-    """Return what differs between two first lines, for the user."""
-    facts = {"to": "`to`", "eightfold": "version of eightfold", "format": "journal"}
-    found = [f"{title}: {old.get(key)} -> {new[key]}" for key, title in facts.items() if old.get(key) != new[key]]
-    before, after = old.get("options", {}), new["options"]
-    found += [f"`{key}`: {before.get(key)} -> {after.get(key)}" for key in {**before, **after} if before != after]
-    return found + source_differences(old, new)

@@ -23,7 +23,9 @@ from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.description import find_description
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.engines import elsewhere
+from eightfold.format.journal import Entry
 from eightfold.format.named import NamedDirectory
+from eightfold.format.source import source_differences
 from eightfold.format.stored import StoredTensors
 from eightfold.layouts import Layout, known
 from eightfold.model.layers import read_values, require_parameters
@@ -155,6 +157,17 @@ class EightBit:
 
 _NORM = (WEIGHT, BIAS)
 _NORMS = (f"layernorm.{WEIGHT}", f".norm.{WEIGHT}")  # RMS norms; that of an indexer has a bias of its own
+
+
+def differences(old: Entry, new: Entry) -> list[str]:
+    """Return what differs between the first lines of two exports, for the user."""
+    facts = {"to": "`to`", "eightfold": "version of eightfold", "format": "journal"}
+    found = [f"{title}: {old.get(key)} -> {new[key]}" for key, title in facts.items() if old.get(key) != new[key]]
+    before, after = old.get("options"), new["options"]
+    if isinstance(before, dict) and old.get("to") == new["to"]:  # another format has other options
+        changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        found += [f"`{key}`: {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in changed]
+    return found + source_differences(old, new)
 
 
 def step_of(name: str) -> str:

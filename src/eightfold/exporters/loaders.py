@@ -18,6 +18,7 @@ from eightfold.check.directory import RawDirectory
 from eightfold.config import parse_config
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, shortlist
 from eightfold.exporters import ExportOptions
+from eightfold.exporters.eight_bit import differences
 from eightfold.exporters.repair import plan_repair
 from eightfold.exporters.repaired import Repair, Stored, sound
 from eightfold.files import read_json, write_json
@@ -26,7 +27,7 @@ from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, r
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
-from eightfold.format.source import keep_times, require_same_times, source_differences, source_facts
+from eightfold.format.source import keep_times, require_same_times, source_facts
 from eightfold.format.streaming import Item, copy_companions, write_items
 from eightfold.progress import Progress
 from eightfold.scheme import weight_file_stem
@@ -86,7 +87,7 @@ class Repaired:
             OutputError: `target` cannot be made or replaced.
         """
         growing = Output(
-            target, self._head(), source=self.d.path, explain=_differences, overwrite=overwrite, progress=progress
+            target, self._head(), source=self.d.path, explain=differences, overwrite=overwrite, progress=progress
         )
         with growing as output:
             if output.is_complete:
@@ -112,7 +113,7 @@ class Repaired:
             "eightfold": __version__,
             "to": self.to,
             "layers": self.d.model.num_layers,
-            "options": "none" if files_from is None else str(files_from),
+            "options": {} if files_from is None else {"files_from": str(files_from)},
             "source": source_facts(self.stored),
         }
 
@@ -181,11 +182,3 @@ def _is_damaged(path: Path) -> bool:
 def _lines(found: Mapping[str, Sequence[str]]) -> list[str]:
     """Return what is repaired or lost, a line each, with some of the places."""
     return [f"{what}: {shortlist(places, _SHOWN)}" if places else what for what, places in found.items()]
-
-
-def _differences(old: Entry, new: Entry) -> list[str]:
-    """Return what differs between two first lines, for the user."""
-    facts = {"to": "`to`", "eightfold": "version of eightfold", "format": "journal", "options": "`files_from`"}
-    before = {key: old.get(key) or "none" for key in facts}
-    found = [f"{title}: {before[key]} -> {new[key]}" for key, title in facts.items() if before[key] != new[key]]
-    return found + source_differences(old, new)
