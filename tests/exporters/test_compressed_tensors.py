@@ -207,6 +207,21 @@ def test_zero_norm_biases_are_dropped_and_others_refused(made, tmp_path):
         export(ours, tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "value", "said"),
+    [
+        ("input_offset", 0.5, r"input_offset.*0\.5.*whole numbers"),
+        ("weight_offset", 3.0, r"weight_offset.*expected zeros"),
+    ],
+)
+def test_offsets_that_the_format_cannot_hold_are_refused(made, tmp_path, suffix, value, said):
+    ours, _ = made(W8A8)
+    name = f"{LAYER}.self_attn.o_proj.{suffix}"
+    change(ours, {name: torch.full_like(tensors(ours)[name], value)})
+    with pytest.raises(UnsupportedError, match=said):
+        export(ours, tmp_path / "other")
+
+
 def test_a_bias_that_is_in_quant_bias_alone_is_found_again(made, tmp_path):
     ours, out = made(W8A8)
     name = f"{LAYER}.self_attn.q_proj.bias"

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from eightfold import __version__
 from eightfold.config import DType
-from eightfold.errors import plural, shortlist
+from eightfold.errors import UnsupportedError, plural, shortlist
 from eightfold.exporters import ExportOptions
 from eightfold.exporters.eight_bit import EightBit, differences, step_of
 from eightfold.files import write_json
@@ -130,6 +130,8 @@ class CompressedTensorsExport:
 
     def _assign(self) -> None:
         for name, kind in self.source.quantized.items():
+            if kind is not QuantType.W8A16:
+                self._require_no_offsets(name)
             match kind:
                 case QuantType.W8A8:
                     way = Way(kind, not self._values(name, INPUT_OFFSET).any())
@@ -144,7 +146,26 @@ class CompressedTensorsExport:
                 self.ways.update({name: Way(kind, False) for name, way in self.ways.items() if way.kind is kind})
 
     def _values(self, module: str, suffix: str) -> NDArray[np.float32]:
-        return self.source.values(f"{module}.{suffix}")
+        name = f"{module}.{suffix}"
+        values = self.source.values(name)
+        if suffix in (INPUT_OFFSET, WEIGHT_OFFSET) and (values != np.rint(values)).any():
+            fraction = float(values[values != np.rint(values)][0])
+            raise UnsupportedError(
+                f"values of {name}", where=self.source.stored.directory, got=f"{fraction:g}", expected="whole numbers"
+            )
+        return values
+
+    def _require_no_offsets(self, module: str) -> None:
+        """Refuse offsets of weights whose inputs are int8: no reader subtracts them."""
+        name = f"{module}.{WEIGHT_OFFSET}"
+        if name in self.source.stored.tensors and self.source.values(name).any():
+            raise UnsupportedError(
+                f"values of {name}",
+                where=self.source.stored.directory,
+                got="offsets of weights beside int8 inputs",
+                expected="zeros",
+                action="Quantize the model again.",
+            )
 
     # --- tensors
 
