@@ -28,6 +28,7 @@ from eightfold.families import (
     smooth_pairs,
 )
 from eightfold.files import read_file, read_json
+from eightfold.format.bfloat16 import bfloat16_bits, widened
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import require_finished
 from eightfold.format.safetensors import MappedFile, TensorInfo, read_header
@@ -251,7 +252,7 @@ def values_of(info: TensorInfo | None, maps: dict[Path, MappedFile]) -> NDArray[
         maps[info.file] = MappedFile(info.file)
     array = maps[info.file].array(info)
     if info.dtype == DType.BF16.value:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+        array = widened(array, info.dtype)
     return array.astype(np.float64 if DType(info.dtype).is_float else np.int64)
 
 
@@ -266,9 +267,7 @@ def cast(values: NDArray[Any], dtype: DType) -> NDArray[np.float64]:
     if dtype is DType.F16:
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float64)
-    bits = values.astype(np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint32) << 16  # to nearest, ties to even
-    return np.asarray(rounded.view(np.float32), np.float64)
+    return widened(bfloat16_bits(values), DType.BF16.value).astype(np.float64)
 
 
 def _packed(model: ModelConfig) -> Iterator[Packed]:

@@ -141,7 +141,10 @@ def _run() -> int:
     except EightfoldError as error:
         return _fail(f"{options.in_flags(error, flags)} {kept_work(error) or ''}", debug)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has left; there is nobody to tell
+        # The reader has left; there is nobody to tell, nor one for what is flushed at the end of the process.
+        sys.stderr.close()
+        if sys.__stdout__ is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         return EXIT_USER
     except OSError as error:
         return _fail(_system_error(error), debug)

@@ -23,6 +23,7 @@ from eightfold.config import DType
 from eightfold.errors import UnsupportedError
 from eightfold.exporters.gguf_fields import rope_divisors
 from eightfold.families import LinearShape, all_linears, all_norms, head_shape
+from eightfold.format.bfloat16 import widened
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.gguf_layout import (
     BLOCK,
@@ -251,9 +252,8 @@ def _dequantized(
 
 def _floats(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> Iterator[NDArray[Any]]:
     """Yield a float matrix as float32."""
-    is_bf16 = checkpoint.tensors[name].dtype == DType.BF16.value
     for values in _as_it_is(checkpoint, name, order):
-        yield (values.astype(np.uint32) << 16).view(np.float32) if is_bf16 else values.astype(np.float32)
+        yield widened(values, checkpoint.tensors[name].dtype)
 
 
 def _as_it_is(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> Iterator[NDArray[Any]]:

@@ -25,6 +25,7 @@ from eightfold.check.directory import RawDirectory
 from eightfold.config import DType
 from eightfold.errors import CheckpointError, UnsupportedError, one_of
 from eightfold.families import LinearShape, layer_of
+from eightfold.format.bfloat16 import bfloat16_bits, widened
 from eightfold.format.shards import PlannedTensor
 from eightfold.format.stored import StoredTensors
 from eightfold.format.streaming import pieces_of
@@ -81,18 +82,10 @@ class Stored(StoredTensors):
         return widened(stored, self.tensors[name].dtype)
 
 
-def widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Return stored numbers as a float32 copy; BF16 comes as bit patterns."""
-    if dtype == DType.BF16.value:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return np.array(stored, dtype=np.float32)
-
-
 def narrowed(values: NDArray[Any], dtype: DType) -> NDArray[Any]:
     """Return float32 numbers as they are stored in a dtype, to nearest; BF16 as bit patterns."""
     if dtype is DType.BF16:
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        return bfloat16_bits(values)
     numpy_types = {DType.F16: np.float16, DType.F32: np.float32, DType.I8: np.int8, DType.I32: np.int32}
     if dtype in (DType.I8, DType.I32):
         values = np.rint(values)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from eightfold.config import DType
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.families import (
     ExpertShapes,
@@ -27,6 +28,7 @@ from eightfold.families import (
     head_shape,
     layer_norms,
 )
+from eightfold.format.bfloat16 import widened
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.stored import StoredTensors
 from eightfold.rope import RopeParameters
@@ -372,9 +374,7 @@ def require_finite(checkpoint: StoredTensors, name: str) -> None:
 
 def _widened(array: NDArray[Any]) -> NDArray[Any]:
     """Return values as a float32 copy; uint16 are the bits of BF16."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return np.array(array, dtype=np.float32)
+    return widened(array, DType.BF16.value if array.dtype == np.uint16 else "")
 
 
 def _read_scale(checkpoint: Checkpoint, name: str) -> NDArray[Any]:

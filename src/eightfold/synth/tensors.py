@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eightfold.config import DType
+from eightfold.format.bfloat16 import bfloat16_bits
 from eightfold.format.shards import PlannedTensor
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def stored(values: NDArray[np.float32], dtype: DType) -> NDArray[Any]:
         return _float8(values)
     if dtype is DType.F32:
         return values
-    bits = values.view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return bfloat16_bits(values)
 
 
 def _float8(values: NDArray[np.float32]) -> NDArray[np.uint8]:
