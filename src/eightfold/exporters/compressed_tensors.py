@@ -47,7 +47,7 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, total_bytes
-from eightfold.format.source import keep_times, require_same_times, source_facts
+from eightfold.format.source import hold_source, source_facts
 from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
 from eightfold.layouts import EXPERT, GROUPS
 from eightfold.progress import Progress
@@ -371,10 +371,7 @@ class CompressedTensorsExport:
         with growing as output:
             if output.is_complete:
                 return True
-            if output.journal.steps:
-                require_same_times(stored, output)
-            if not output.journal.steps:
-                keep_times(stored, output)
+            hold_source(stored, output)
             part = PART_BYTES if self.nbytes > PART_BYTES else None
             checksums = write_items(
                 output, _STEM, self.items, title="export", part_bytes=part, metadata={"format": "pt"}, progress=progress

@@ -27,7 +27,7 @@ from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, r
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
-from eightfold.format.source import keep_times, require_same_times, source_facts
+from eightfold.format.source import hold_source, source_facts
 from eightfold.format.streaming import Item, copy_companions, write_items
 from eightfold.progress import Progress
 from eightfold.scheme import weight_file_stem
@@ -92,10 +92,7 @@ class Repaired:
         with growing as output:
             if output.is_complete:
                 return True
-            if output.journal.steps:
-                require_same_times(self.stored, output)
-            if not output.journal.steps:
-                keep_times(self.stored, output)
+            hold_source(self.stored, output)
             stem = weight_file_stem(self.repair.kind)
             checksums = write_items(
                 output, stem, self.items, title=f"for {self.to}", metadata={"format": "pt"}, progress=progress

@@ -42,8 +42,6 @@ from eightfold.scheme import (
     weight_name,
 )
 
-TARGETS = ("mindie", "vllm-ascend")
-
 _FLOATS = ("F32", "F16", "BF16")
 _PER_ROW = (QuantType.W8A8_DYNAMIC, QuantType.W8A16)
 _PACKS_MIXED = NEEDS_CALIBRATION  # types of which MindIE keeps some of q, k, v float
@@ -54,7 +52,7 @@ def plan_repair(d: RawDirectory, target: str) -> Repair:
 
     Args:
         d: an 8-bit model of a family with an engine, and without experts.
-        target: one of TARGETS.
+        target: mindie or vllm-ascend.
 
     Raises:
         CheckpointError: something is missing that nothing else tells, or of another shape.

@@ -93,6 +93,18 @@ def _file_times(stored: StoredTensors) -> dict[str, int]:
     return {_name_of(stored, path): path.stat().st_mtime_ns for path in files}
 
 
+def hold_source(stored: StoredTensors, output: Output) -> None:
+    """See to it that all of an output is made of one source: of a run that goes on, that it has not changed since.
+
+    Raises:
+        OutputError: a large weight file has changed since the run began.
+    """
+    if output.journal.steps:
+        require_same_times(stored, output)
+    if not output.journal.steps:
+        keep_times(stored, output)
+
+
 def keep_times(stored: StoredTensors, output: Output) -> None:
     """Note for a new start of this run when the weight files were last changed."""
     write_json(output.work / _TIMES_NAME, _file_times(stored))

@@ -47,7 +47,7 @@ from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.safetensors import TensorInfo
 from eightfold.format.shards import PlannedTensor, total_bytes
-from eightfold.format.source import keep_times, require_same_times, source_differences, source_facts
+from eightfold.format.source import hold_source, source_differences, source_facts
 from eightfold.format.stored import StoredTensors
 from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
 from eightfold.model.layers import read_values, require_parameters
@@ -109,10 +109,7 @@ def convert(source: Path, target: Path, options: ImportOptions) -> str:
     )
     with growing as output:
         if not output.is_complete:
-            if output.journal.steps:
-                require_same_times(found.stored, output)
-            else:
-                keep_times(found.stored, output)
+            hold_source(found.stored, output)
             stem = weight_file_stem(found.scheme)
             checksums = write_items(output, stem, found.items, title="import", progress=options.progress)
             found.write_companions(output)

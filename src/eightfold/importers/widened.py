@@ -21,7 +21,7 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, total_bytes
-from eightfold.format.source import keep_times, require_same_times, source_differences, source_facts
+from eightfold.format.source import hold_source, source_differences, source_facts
 from eightfold.format.stored import StoredTensors
 from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
 from eightfold.values import shown, size_text
@@ -68,10 +68,7 @@ def convert(source: Path, target: Path, options: ImportOptions) -> str:
     nbytes = total_bytes(item.planned for item in items)
     with growing as output:
         if not output.is_complete:
-            if output.journal.steps:
-                require_same_times(stored, output)
-            else:
-                keep_times(stored, output)
+            hold_source(stored, output)
             part = _PART_BYTES if nbytes > _PART_BYTES else None
             checksums = write_items(
                 output,
