@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
 from eightfold.cli.making import DTYPES
-from eightfold.cli.options import argument, as_json, settings
+from eightfold.cli.options import argument, as_json, model_argument, settings
 from eightfold.errors import ConfigError
 from eightfold.exporters import FORMATS, ExportOptions, plan_export
 from eightfold.importers import ImportOptions, importer_of
@@ -31,7 +31,7 @@ class ExportCommand:
     a GGUF file, which is begun anew.
     """
 
-    source: Path = argument("OUT", "An 8-bit directory, as quantize makes it. It is only read.")
+    source: Path = model_argument("OUT", "An 8-bit directory, as quantize makes it. It is only read.")
     target: Path = argument("DIR", "The directory to make, or of gguf the file. It appears when it is complete.")
     to: str = setting(
         MISSING,
@@ -59,7 +59,7 @@ class ConvertCommand:
     result is checked by the loader's rules before it appears. `export --to` does the same.
     """
 
-    source: Path = argument("OUT", "An 8-bit directory of any writer. It is only read.")
+    source: Path = model_argument("OUT", "An 8-bit directory of any writer. It is only read.")
     target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
     to: str = setting(MISSING, choice("mindie", "vllm-ascend"), "The loader that is going to read it.", flag="--for")
     chosen: dict[str, Any] = settings(ExportOptions, "files_from")
@@ -99,7 +99,7 @@ class ImportCommand:
     Mistral, Qwen2 or Qwen3 model, become float directories for quantize, run and eval.
     """
 
-    source: Path = argument("MODEL", "A directory or a GGUF file. It is only read.")
+    source: Path = model_argument("MODEL", "A directory or a GGUF file. It is only read.")
     target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
     dtype: str = setting("bf16", choice(*DTYPES), "Type of weights that become float.")
     scheme: str | None = setting(

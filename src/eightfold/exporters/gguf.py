@@ -18,6 +18,7 @@ from eightfold.exporters.gguf_vocabulary import read_vocabulary
 from eightfold.exporters.one_file import GrowingFile
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.gguf_layout import require_gguf
+from eightfold.hub.names import title_of
 from eightfold.progress import Progress
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType
 from eightfold.values import size_text
@@ -115,7 +116,7 @@ def plan(source: Path, options: ExportOptions) -> GgufExport:
     fields = {
         "general.type": "model",
         "general.quantized_by": SIGNED,
-        "general.name": source.resolve().name,
+        "general.name": title_of(source),
         "general.file_type": int(gguf.LlamaFileType[_FILE_TYPES[kinds.most_common(1)[0][0]]]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **architecture_fields(config, architecture),

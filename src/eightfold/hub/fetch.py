@@ -107,7 +107,7 @@ def _require_model(model: HubId, hub: Hub, listing: Listing, names: list[str]) -
     if "adapter_config.json" in given:
         action = "It is an adapter: merge it into its model first."
     elif ggufs:
-        action = f"Fetch a file ({shortlist(ggufs, 2)}) and run: eightfold import-gguf FILE DIR"
+        action = f"Fetch a file ({shortlist(ggufs, 2)}) and run: eightfold import FILE DIR"
     raise no_model(model, hub, f"no {absent} among {len(given)} files ({shortlist(given, 4)})", action)
 
 

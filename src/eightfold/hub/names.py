@@ -3,7 +3,7 @@
     ORG/NAME              the newest commit of the main branch
     ORG/NAME@REVISION     a branch, a tag or a commit
 
-A path that exists is a path, whatever it looks like. `./ORG/NAME` and absolute paths are never ids.
+A path that exists is a path, whatever it looks like. `./ORG/NAME`, absolute paths and FOLDER/FILE.gguf are never ids.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def parse_id(text: str) -> HubId:
 def id_of(path: Path) -> HubId | None:
     """Return what a path means if it is the id of a model on a hub; None for whatever is here, or no id."""
     is_here = os.path.lexists(path) or partial_path(path).exists()  # unfinished: its command is named elsewhere
-    return None if is_here or ".." in str(path) or _ID.fullmatch(str(path)) is None else parse_id(str(path))
+    is_path = is_here or ".." in str(path) or path.suffix == ".gguf"
+    return None if is_path or _ID.fullmatch(str(path)) is None else parse_id(str(path))
 
 
 def origin_of(directory: Path) -> HubId | None:
