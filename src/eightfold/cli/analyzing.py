@@ -13,9 +13,9 @@ from eightfold.cli import console
 from eightfold.cli.calibrating import Calibration
 from eightfold.cli.losses import analysis_lines
 from eightfold.cli.options import add_bos, as_json, model_argument, settings
+from eightfold.quant.asked import meant
 from eightfold.quant.recipe import Recipe, with_defaults
 from eightfold.quant.recipe_file import make_recipe
-from eightfold.scheme import SCHEMES
 from eightfold.values import BYTES, PATH, TEXTS, parse_size, setting, whole
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ class AnalyzeCommand:
 
     @cached_property
     def recipe(self) -> Recipe:
-        chosen = {**self.choices, "scheme": SCHEMES[self.choices["scheme"]]}
-        return make_recipe(with_defaults(chosen, has_texts=True), "the command line")
+        return make_recipe(with_defaults(meant(self.choices), has_texts=True), "the command line")
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:

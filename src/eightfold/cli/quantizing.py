@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +22,12 @@ from eightfold.cli.outcomes import (
     write_decisions,
     write_losses,
 )
-from eightfold.errors import ConfigError, OutputError
-from eightfold.files import write_whole
+from eightfold.errors import ConfigError
 from eightfold.machine import peak_resident_bytes
 from eightfold.parallel.world import World
-from eightfold.quant.recipe import Recipe, with_defaults
-from eightfold.quant.recipe_file import make_recipe
-from eightfold.scheme import SCHEMES, QuantType
+from eightfold.quant.asked import AskedRecipe
+from eightfold.quant.recipe import Recipe
+from eightfold.quant.recipe_file import write_recipe
 from eightfold.values import BYTES, PATH, SWITCH, TEXTS, Kind, choice, parse_size, setting, whole
 
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ class QuantizeCommand:
                 return
             outcome = self._quantize_by_name(ranks) if self._goes_by_name else self._quantize(ranks)
             if ranks.is_first and self.save_recipe is not None:
-                _save(self.recipe, self.save_recipe)
+                write_recipe(self.recipe, self.save_recipe)
             if ranks.is_first and self.report is not None:
                 self._write_report(self.report, outcome)
             self._tell(outcome, ranks, started)
@@ -207,52 +206,30 @@ class QuantizeCommand:
         except ConfigError as error:
             if self.recipe_file is None:
                 raise
-            names = [name for name in self._settings_of_file if name not in self.choices]
+            names = [name for name in self._asked.settings_of_file if name not in self.choices]
             named = {f"`{name}`": f"{name} of {self.recipe_file}" for name in names}
             raise ConfigError(in_flags(error, {**named, **{n: f"{n} in {self.recipe_file}" for n in names}})) from None
 
     @cached_property
-    def _settings_of_file(self) -> dict[str, Any]:
-        from eightfold.quant.recipe_file import read_recipe
+    def _asked(self) -> AskedRecipe:
+        return AskedRecipe(
+            source=self.source,
+            options=self.choices,
+            file=self.recipe_file,
+            all_static=self.all_static,
+            is_generic=self.generic,
+            legacy_names=self.legacy_names,
+            without_texts=self._without_texts,
+            has_ids=self.calib_ids is not None,
+        )
 
-        return {} if self.recipe_file is None else read_recipe(self.recipe_file)
-
-    @cached_property
-    def _chosen(self) -> dict[str, Any]:
-        """What the recipe file and the command line say."""
-        from eightfold.quant.recipe_file import act_method_name, parse_level
-
-        meanings: dict[str, Callable[[Any], Any]] = {
-            "scheme": SCHEMES.__getitem__,
-            "act_method": act_method_name,
-            "disable_level": parse_level,
-            "save_float32": lambda name: name == "float32",
-        }
-        given = {name: meanings.get(name, lambda value: value)(value) for name, value in self.choices.items()}
-        chosen = {**self._settings_of_file, **given}
-        if self.all_static and chosen.get("target") is not None:
-            raise ConfigError("all_static", got="it together with `target`", expected="one of them")
-        return {**chosen, "target": None} if self.all_static else chosen
-
-    @cached_property
-    def _asked(self) -> Recipe:
-        """The recipe without the defaults of models that can be calibrated."""
-        return make_recipe(self._chosen, str(self.recipe_file or "the command line"))
-
-    @cached_property
+    @property
     def recipe(self) -> Recipe:
-        if self._goes_by_name:
-            return self._asked
-        choices = with_defaults(self._chosen, has_texts=self._has_texts)
-        return make_recipe(choices, str(self.recipe_file or "the command line"))
+        return self._asked.recipe
 
-    @cached_property
-    def _has_texts(self) -> bool:
-        """Whether there are calibration samples unless something is wrong: texts need a tokenizer."""
-        from eightfold.files import has_file
-        from eightfold.vocabulary import TOKENIZER
-
-        return not self._without_texts and (self.calib_ids is not None or has_file(self.source / TOKENIZER))
+    @property
+    def _goes_by_name(self) -> bool:
+        return self._asked.goes_by_name
 
     @property
     def _without_texts(self) -> bool:
@@ -335,32 +312,6 @@ class QuantizeCommand:
     def _analyses(self) -> list[Analysis]:
         """What was found of the model on the way; empty without --max-kl."""
         return []
-
-    @cached_property
-    def _goes_by_name(self) -> bool:
-        """Whether the names of tensors say enough: where the model cannot run here, or not as it is stored.
-
-        Models with experts can go both ways. Without calibration they go by names: one tensor at a time, however they
-        are stored.
-        """
-        from eightfold.config import has_engine, has_experts
-        from eightfold.files import has_file, read_json
-        from eightfold.format.directory import CONFIG_NAME
-
-        config = self.source / CONFIG_NAME
-        if self.generic or not has_file(config):
-            return self.generic
-        raw = read_json(config)
-        if has_experts(raw):
-            from eightfold.quant.name_plan import beyond_names
-
-            return not (beyond_names(self._asked) or self.legacy_names or World.of_environment().size > 1)
-        if has_engine(raw) and raw.get("quantization_config"):
-            from eightfold.quant.name_plan import DATA_FREE
-            from eightfold.quant.name_sources import is_quantized_elsewhere
-
-            return self._asked.scheme in DATA_FREE and is_quantized_elsewhere(self.source)
-        return bool(raw.get("architectures")) and not has_engine(raw)
 
     @cached_property
     def _name_plan(self) -> NamePlan:
@@ -446,23 +397,12 @@ class QuantizeCommand:
         from eightfold.quant.plan import assign_types
 
         types = assign_types(self._checkpoint.config, self.recipe)
-        self._tell_notes([*self._notes_on_defaults(), *notes_for(self._checkpoint, self.recipe, types)])
-
-    def _notes_on_defaults(self) -> Iterator[str]:
-        """Tell what was chosen for the user, where other choices are worth knowing."""
-        if (
-            self.max_kl is None
-            and self.recipe.down_type
-            and "target" not in self._chosen
-            and not self._checkpoint.config.experts
-        ):
-            yield (
-                "down_proj stays float, which every reader takes. --target cpu or vllm-ascend stores it as w8a16: "
-                "smaller, and nearly as accurate (docs/accuracy.md)."
-            )
-        is_dynamic = self.recipe.scheme is QuantType.W8A8_DYNAMIC and "anti_outlier" not in self._chosen
-        if is_dynamic and not self._has_texts and not self._without_texts:
-            yield "without a tokenizer there are no calibration texts, so OUT is not smoothed; --calib-ids helps."
+        self._tell_notes(
+            [
+                *self._asked.notes(self._checkpoint.config, has_limit=self.max_kl is not None),
+                *notes_for(self._checkpoint, self.recipe, types),
+            ]
+        )
 
     def _tell_notes(self, notes: list[str]) -> None:
         """Tell those that were not told yet."""
@@ -531,12 +471,3 @@ def _ranks_of_environment() -> Iterator[Ranks]:
         ranks.fail(error)
         raise
     ranks.end()
-
-
-def _save(recipe: Recipe, path: Path) -> None:
-    from eightfold.quant.recipe_file import render_recipe
-
-    try:
-        write_whole(path, render_recipe(recipe).encode())
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None

@@ -18,8 +18,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold.errors import ConfigError, DependencyError, InputError, one_of
-from eightfold.files import read_text
+from eightfold.errors import ConfigError, DependencyError, InputError, OutputError, one_of
+from eightfold.files import read_text, write_whole
 from eightfold.quant.recipe import ActMethod, AntiOutlier, KVObserve, ModelDType, Recipe, Target
 from eightfold.scheme import SCHEMES, QuantType
 from eightfold.values import SWITCH, TEXT, WHOLE, Kind, shorten, shown
@@ -138,6 +138,18 @@ def render_recipe(recipe: Recipe) -> str:
 
     text: str = yaml.safe_dump(recipe_content(recipe), sort_keys=False, allow_unicode=True)
     return text
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe file.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    try:
+        write_whole(path, render_recipe(recipe).encode())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", action="Check the path.") from None
 
 
 def _require_modest(text: str, where: Path) -> None:
