@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eightfold.exporters import ExportOptions, plan_export
+from eightfold.exporters.gguf import GgufExport
+from eightfold.exporters.gguf_tensors import Tensor
+from eightfold.exporters.one_file import GrowingFile
 from eightfold.format.output import DIRECTORY_MODE
 from eightfold.progress import silent
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES
 from tests.conftest import CHAT_TEMPLATE, Result, token_samples, write_model
+from tests.quant.killing import killed_after
 from tests.refusal import refused
 
 gguf = pytest.importorskip("gguf")
@@ -387,6 +392,80 @@ def test_a_file_that_exists_is_replaced_only_if_export_has_written_it(cli, tmp_p
     assert "expected nothing yet" in line(cli, out)
     assert cli("export", out, tmp_path / "x.gguf", "--to", "gguf", "--overwrite").code == 0
     assert (tmp_path / "x.gguf").read_bytes() == first
+    assert not list(tmp_path.glob(".*"))
+
+
+def again(source: Path, target: Path, **options: Any) -> None:
+    plan_export(source, "gguf", ExportOptions(), lossy=False).write(
+        target, overwrite=options.get("overwrite", False), progress=silent
+    )
+
+
+def test_an_export_that_is_killed_anywhere_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    out = quantized(tmp_path)
+    with killed_after(10**9, monkeypatch) as watch:
+        again(out, tmp_path / "x.gguf")
+    whole = (tmp_path / "x.gguf").read_bytes()
+    for left in range(watch.seen - 1, 0, -11):
+        target = tmp_path / str(left) / "x.gguf"
+        target.parent.mkdir()
+        with killed_after(left, monkeypatch):
+            again(out, target)
+        is_in_place = target.exists()
+        again(out, target, overwrite=is_in_place)
+        assert target.read_bytes() == whole, left
+        assert [path.name for path in target.parent.iterdir()] == ["x.gguf"], left
+
+
+def stopped(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Export until an interrupt comes before a tensor; return the names of the tensors that were written."""
+    written: list[str] = []
+
+    def write(self: GgufExport, file: GrowingFile, tensor: Tensor, call: Any = GgufExport._write_tensor) -> None:
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(tensor.name)
+        call(self, file, tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GgufExport, "_write_tensor", write)
+        with suppress(KeyboardInterrupt):
+            again(source, target)
+    return written
+
+
+def test_a_stopped_export_writes_only_what_it_has_not_finished(tmp_path, monkeypatch):
+    out, target = quantized(tmp_path), tmp_path / "x.gguf"
+    first = stopped(out, target, monkeypatch, after=17)
+    grown = tmp_path / ".x.gguf.partial" / "x.gguf"
+    rest = stopped(out, target, monkeypatch, after=10**9)
+    assert first[-1].startswith("blk.1.") and rest[0].startswith("blk.1.") and rest[-1] == "output.weight"
+    assert set(first) & set(rest) == {name for name in first[6:] if name.startswith("blk.1.") and "norm" not in name}
+    whole = target.read_bytes()
+
+    target.unlink()
+    stopped(out, target, monkeypatch, after=17)
+    begun = bytearray(grown.read_bytes())
+    begun[-len(begun) // 4] ^= 1  # in what the journal tells of
+    grown.write_bytes(begun)
+    assert stopped(out, target, monkeypatch, after=10**9)[0] == "token_embd.weight"
+    assert target.read_bytes() == whole
+
+
+def test_what_was_begun_of_another_source_is_not_gone_on_with(cli, tmp_path, monkeypatch):
+    out = quantized(tmp_path)
+    stopped(out, tmp_path / "x.gguf", monkeypatch, after=17)
+    message = refused(cli, "export", out, tmp_path / "x.gguf", "--to", "gguf", "--floats", "q8_0", "--lossy",
+                      within=tmp_path)  # fmt: skip
+    assert message.startswith(f"output file {tmp_path / 'x.gguf'}: got one begun otherwise (--floats: keep -> q8_0), ")
+    path, tensors = next(out.glob("*.safetensors")), stored(out)
+    tensors["model.norm.weight"][0] += 1
+    path.chmod(0o600)
+    save_file(tensors, str(path))
+    assert f"(source: {path.name} has changed)" in line(cli, out)
+    assert cli("export", out, tmp_path / "x.gguf", "--to", "gguf", "--overwrite").code == 0
+    again(out, tmp_path / "y.gguf")
+    assert (tmp_path / "x.gguf").read_bytes() == (tmp_path / "y.gguf").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 

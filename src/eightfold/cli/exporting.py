@@ -27,8 +27,7 @@ class ExportCommand:
     Example: eightfold export Qwen2.5-7B-w8a16 Qwen2.5-7B.gguf --to gguf
 
     Nothing is calibrated or rounded anew. Before it writes, it says what the format cannot hold and asks for --lossy,
-    and what readers of the format do otherwise than this program. A run that was stopped goes on where it was, but for
-    a GGUF file, which is begun anew.
+    and what readers of the format do otherwise than this program. A run that was stopped goes on where it was.
     """
 
     source: Path = model_argument("OUT", "An 8-bit directory, as quantize makes it. It is only read.")

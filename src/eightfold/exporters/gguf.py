@@ -7,17 +7,22 @@ gguf package writes the head of the file.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eightfold import __version__
+from eightfold.exporters.eight_bit import ENDS, differences, step_of
 from eightfold.exporters.gguf_fields import SIGNED, architecture_fields, lost_settings, require_architecture
 from eightfold.exporters.gguf_tensors import Tensor, TensorPlan, plan_tensors
 from eightfold.exporters.gguf_vocabulary import read_vocabulary
 from eightfold.exporters.one_file import GrowingFile
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.gguf_layout import require_gguf
+from eightfold.format.journal import FORMAT, Entry
+from eightfold.format.source import hold_source, source_facts
 from eightfold.hub.names import title_of
 from eightfold.progress import Progress
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 COMMAND = "export --to gguf"
 
+_METADATA = "metadata"  # the first step
 _ALIGNMENT = 32  # of tensors in the file
 _ROUNDING = 2**-8  # relative: that of the largest integer of a row, in which a scale of float16 is lost
 
@@ -44,6 +50,7 @@ class GgufExport:
         architecture: its name in the file.
         fields: metadata, by key.
         tensors: in the order of the file.
+        options: those of the user that decide what is in it.
         losses: what the file will not have.
         notes: what a user should know.
     """
@@ -52,6 +59,7 @@ class GgufExport:
     architecture: str
     fields: dict[str, Any]
     tensors: Sequence[Tensor]
+    options: Mapping[str, str]
     losses: Sequence[str]
     notes: Sequence[str]
 
@@ -60,29 +68,61 @@ class GgufExport:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def write(self, target: Path, *, overwrite: bool, progress: Progress) -> bool:
-        """Write the file; it appears when it is whole. A run that was stopped starts over.
+        """Write the file, or go on where that was stopped; it appears when it is whole.
 
         Raises:
             OutputError: something is there that may not be replaced, or the disk is full.
             CheckpointError: a weight is damaged.
         """
-        source = self.checkpoint.directory
-        with GrowingFile(target, self.nbytes, source=source, overwrite=overwrite, is_ours=_is_ours) as file:
-            self._write_head(file.path)
-            file.go_to_end()
+        growing = GrowingFile(
+            target,
+            self._head(),
+            self.nbytes,
+            source=self.checkpoint.directory,
+            explain=differences,
+            overwrite=overwrite,
+            is_ours=_is_ours,
+        )
+        steps = _steps(self.tensors)
+        with growing as file:
+            hold_source(self.checkpoint, file)
+            done = file.take_over([_METADATA, *(name for name, _ in steps)], progress)
+            if not done:
+                self._write_metadata(file.path)
+                file.include()
+                file.close_step(_METADATA)
             with progress("export to gguf", len(self.tensors), "tensor") as task:
-                for tensor in self.tensors:
-                    task.at(tensor.name)
-                    file.pad(_ALIGNMENT)
-                    for piece in tensor.pieces():
-                        file.write(piece)
-                    if tensor.source:
-                        self.checkpoint.release([tensor.source])
-                    task.advance()
+                for i, (step, tensors) in enumerate(steps, 1):
+                    for tensor in tensors:
+                        if i >= done:
+                            task.at(tensor.name)
+                            self._write_tensor(file, tensor)
+                        task.advance()
+                    if i >= done:
+                        file.close_step(step)
             file.finish()
         return False
 
-    def _write_head(self, path: Path) -> None:
+    def _head(self) -> Entry:
+        return {
+            "format": FORMAT,
+            "command": "export",
+            "eightfold": __version__,
+            "to": "gguf",
+            "layers": self.checkpoint.config.num_layers,
+            # What the metadata says goes by the model's name and the version of the package that writes it.
+            "options": {**self.options, "name": self.fields["general.name"], "gguf": version("gguf")},
+            "source": source_facts(self.checkpoint),
+        }
+
+    def _write_tensor(self, file: GrowingFile, tensor: Tensor) -> None:
+        file.pad(_ALIGNMENT)
+        for piece in tensor.pieces():
+            file.write(piece)
+        if tensor.source:
+            self.checkpoint.release([tensor.source])
+
+    def _write_metadata(self, path: Path) -> None:
         import numpy as np
 
         gguf = require_gguf(COMMAND)
@@ -124,7 +164,19 @@ def plan(source: Path, options: ExportOptions) -> GgufExport:
     }
     losses = [*_losses(checkpoint, planned), *lost_settings(config), *vocabulary.losses]
     notes = [*checkpoint.notes, *_notes(planned), *vocabulary.notes]
-    return GgufExport(checkpoint, architecture, fields, planned.tensors, losses, notes)
+    chosen = {"floats": options.floats}
+    return GgufExport(checkpoint, architecture, fields, planned.tensors, chosen, losses, notes)
+
+
+def _steps(tensors: Sequence[Tensor]) -> list[tuple[str, list[Tensor]]]:
+    """Return the tensors as steps of the journal, in the order of the file: what is small goes with what it follows."""
+    found: list[tuple[str, list[Tensor]]] = []
+    for tensor in tensors:
+        name = step_of(tensor.source) if tensor.source else found[-1][0] if found else ENDS
+        if not found or found[-1][0] != name:
+            found.append((name, []))
+        found[-1][1].append(tensor)
+    return found
 
 
 def _losses(checkpoint: Checkpoint, planned: TensorPlan) -> list[str]:

@@ -130,7 +130,7 @@ class Output:
         self.path = partial_path(self.target)
         if self._is_made():
             return
-        self._journal = self._locked()
+        self._journal = lock_journal(self.path, "directory", self.target)
         if self._restore():
             self._checked()
             if self._is_made():
@@ -177,36 +177,7 @@ class Output:
 
     def begun_otherwise(self, differences: list[str], what: str, *, may_replace: bool = True) -> OutputError:
         """Return the refusal of what was made of something else, or in another way."""
-        return OutputError(
-            f"output directory {self.target}",
-            got=f"{what} otherwise ({'; '.join(differences)})",
-            expected="the same recipe and source",
-            action="Choose another directory" + (", or start over with `overwrite`." if may_replace else "."),
-        )
-
-    def _locked(self) -> Journal:
-        """Make the directory in which the output grows, and lock its journal."""
-        while True:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                if self.path.is_symlink() or (any(self.path.iterdir()) and not (self.path / JOURNAL_NAME).exists()):
-                    raise OutputError(
-                        f"{self.path}, where the output grows",
-                        got="files that eightfold did not write",
-                        expected="nothing there",
-                        action="Move them elsewhere and run the same command again.",
-                    )
-                _require_unshared(self.path)
-                return Journal(self.path)
-            except FileNotFoundError:
-                pass  # renamed or removed by the process that had it until just now
-            except BlockingIOError:
-                raise OutputError(
-                    f"output directory {self.target}",
-                    got="another process that is writing there",
-                    expected="none",
-                    action="Wait for it, or choose another directory.",
-                ) from None
+        return begun_otherwise("directory", self.target, differences, what, may_replace=may_replace)
 
     def _restore(self) -> bool:
         """Put back what a killed run had moved away to replace it; return whether there was anything."""
@@ -326,9 +297,7 @@ class Output:
         # A signal may have come between a line and our note of it, or between the renaming and ours.
         entries = (read_entries(self.path) or []) if self._journal.is_in_place else []
         is_worth_keeping = any(not {"step", "complete"}.isdisjoint(entry) for entry in entries)
-        # Running again meets bad input again.
-        may_help = not isinstance(error, EightfoldError) or isinstance(error, (OutputError, CapacityError, PeerError))
-        keeps = error is None or (is_worth_keeping and may_help)
+        keeps = error is None or (is_worth_keeping and is_helped_by_running_again(error))
         if error is not None and keeps and self._explain:
             done = progress_text(entries)
             remember_kept(error, f"{done} are finished in {self.path}. Run the same command to go on there.")
@@ -348,6 +317,57 @@ class Output:
         finally:
             self._journal.close()
             self._journal = None
+
+
+def begun_otherwise(
+    kind: str, target: Path, differences: list[str], what: str, *, may_replace: bool = True
+) -> OutputError:
+    """Return the refusal to go on with a directory or file that was made of something else, or in another way."""
+    return OutputError(
+        f"output {kind} {target}",
+        got=f"{what} otherwise ({'; '.join(differences)})",
+        expected="the same recipe and source",
+        action=f"Choose another {kind}" + (", or start over with `overwrite`." if may_replace else "."),
+    )
+
+
+def is_helped_by_running_again(error: BaseException) -> bool:
+    """Whether the same command may get further: bad input is met again."""
+    return not isinstance(error, EightfoldError) or isinstance(error, (OutputError, CapacityError, PeerError))
+
+
+def lock_journal(path: Path, kind: str, target: Path) -> Journal:
+    """Make the directory in which an output grows, and lock its journal.
+
+    Args:
+        path: the directory.
+        kind: what is going to be made, a directory or a file.
+        target: where.
+
+    Raises:
+        OutputError: it holds what is not ours, or another process is writing there.
+    """
+    while True:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            if path.is_symlink() or (any(path.iterdir()) and not (path / JOURNAL_NAME).exists()):
+                raise OutputError(
+                    f"{path}, where the output grows",
+                    got="files that eightfold did not write",
+                    expected="nothing there",
+                    action="Move them elsewhere and run the same command again.",
+                )
+            _require_unshared(path)
+            return Journal(path)
+        except FileNotFoundError:
+            pass  # renamed or removed by the process that had it until just now
+        except BlockingIOError:
+            raise OutputError(
+                f"output {kind} {target}",
+                got="another process that is writing there",
+                expected="none",
+                action=f"Wait for it, or choose another {kind}.",
+            ) from None
 
 
 def require_space(folder: Path, target: Path, nbytes: int) -> None:

@@ -11,13 +11,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from eightfold.errors import shortlist
+from eightfold.errors import OutputError, shortlist
 from eightfold.files import open_regular, write_json
 from eightfold.format.description import find_description
 from eightfold.format.directory import CONFIG_NAME, list_sidecars, resolve_auto_map
-from eightfold.format.journal import Entry
-from eightfold.format.output import Output
+from eightfold.format.journal import Entry, Journal
 from eightfold.format.safetensors import TensorInfo, checksum_of, checksum_of_parts
 from eightfold.format.stored import StoredTensors
 
@@ -93,7 +93,27 @@ def _file_times(stored: StoredTensors) -> dict[str, int]:
     return {_name_of(stored, path): path.stat().st_mtime_ns for path in files}
 
 
-def hold_source(stored: StoredTensors, output: Output) -> None:
+class Held(Protocol):
+    """What grows of a source: a directory or a file, with a journal."""
+
+    overwrite: bool
+
+    @property
+    def journal(self) -> Journal:
+        """What is finished."""
+
+    @property
+    def work(self) -> Path:
+        """Where files lie that only a run at work needs."""
+
+    def begun_otherwise(self, differences: list[str], what: str) -> OutputError:
+        """Return the refusal of what was made of something else."""
+
+    def restart(self) -> None:
+        """Forget all that was written."""
+
+
+def hold_source(stored: StoredTensors, output: Held) -> None:
     """See to it that all of an output is made of one source: of a run that goes on, that it has not changed since.
 
     Raises:
@@ -105,12 +125,12 @@ def hold_source(stored: StoredTensors, output: Output) -> None:
         keep_times(stored, output)
 
 
-def keep_times(stored: StoredTensors, output: Output) -> None:
+def keep_times(stored: StoredTensors, output: Held) -> None:
     """Note for a new start of this run when the weight files were last changed."""
     write_json(output.work / _TIMES_NAME, _file_times(stored))
 
 
-def require_same_times(stored: StoredTensors, output: Output) -> None:
+def require_same_times(stored: StoredTensors, output: Held) -> None:
     """Refuse a large weight file that has changed since the run began, or begin anew where that is wished.
 
     Raises:
