@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from eightfold import __version__
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 _PACKAGES = ("numpy", "tokenizers", "jinja2", "rich", "torch", "transformers", "gguf")
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 # The instruction sets that matter for int8, as Linux names them.
 _ISA_FLAGS = (
@@ -80,6 +83,57 @@ def _proc(name: str, key: str) -> int | None:
     return None
 
 
+def memory_limit_bytes() -> int | None:
+    """Return the memory that the container or service (cgroup) may take; None without a limit below the machine's."""
+    found = [_cgroup_number(name) for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    limits = [limit for limit in found if limit is not None and limit < (total_bytes() or 1 << 62)]
+    return min(limits, default=None)
+
+
+def cpu_quota() -> float | None:
+    """Return how many CPUs the container or service (cgroup) may keep busy; None without a quota."""
+    try:
+        quota, _, period = (_CGROUP / "cpu.max").read_text().strip().partition(" ")
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        quota_us, period_us = (_cgroup_number(f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))
+        return quota_us / period_us if quota_us and period_us and quota_us > 0 else None
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        return int((_CGROUP / name).read_text())
+    except (OSError, ValueError):  # "max"
+        return None
+
+
+def huge_pages() -> str | None:
+    """Return when Linux gives transparent huge pages: always, madvise or never; None where it does not say."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return None
+    return text.partition("[")[2].partition("]")[0] or None
+
+
+def torch_cuda() -> str | None:
+    """Return the version of CUDA (or ROCm) that the installed torch is built for; None for CPUs. Loads no torch."""
+    from importlib.util import find_spec
+
+    spec = find_spec("torch")
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    except OSError:
+        return None
+    found = re.search(r"""^(?:cuda|hip)\b[^=\n]*= *['"]([^'"]+)""", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def has_accelerator() -> bool:
+    """Return whether there is a device of a GPU's or NPU's driver."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd", "davinci_manager"))
+
+
 def environment() -> dict[str, Any]:
     """Return versions, processor, instruction sets, threads and memory; nothing heavy is imported."""
     import platform
@@ -89,17 +143,22 @@ def environment() -> dict[str, Any]:
         "eightfold": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "cpu": model,
         "isa": [flag for flag in _ISA_FLAGS if flag in flags],
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "memory_bytes": total_bytes(),
         "memory_available_bytes": available_bytes(),
+        "memory_limit_bytes": memory_limit_bytes(),
+        "cpu_quota": cpu_quota(),
+        "huge_pages": huge_pages(),
+        "torch_cuda": torch_cuda(),
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed. Loads nothing of it."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

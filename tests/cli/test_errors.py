@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 
 from eightfold import __version__
-from eightfold.cli.main import command_type
-from eightfold.cli.options import options_of
+from eightfold.cli.main import FIRST_HOUR, command_type
+from eightfold.cli.options import options_of, parse
 from tests.conftest import HEAD_DIM_NOTE, Result, tiny_config, write_model
 from tests.refusal import error_line, quantize_refused, refused
 
@@ -32,6 +33,8 @@ COMMANDS = (
     "eval",
     "bench",
     "env",
+    "doctor",
+    "completion",
 )
 KEYS = "a text, or an object with inputs_pretokenized, text, prompt, messages, conversations or instruction"
 
@@ -189,15 +192,34 @@ def test_words_that_make_no_sense_are_named(cli, tmp_path, words, message):
     assert usage_refused(cli, *words, within=tmp_path) == message
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "env"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("env", "doctor", "completion")])
 def test_a_command_without_its_arguments_asks_for_them(cli, tmp_path, command):
     assert usage_refused(cli, command, within=tmp_path).endswith(": got none, expected a path.")
 
 
-def test_no_command_at_all_shows_the_help(cli):
+def test_no_command_at_all_shows_the_first_hour(cli):
     result = cli()
-    assert result.code == 2
-    assert all(command in result.out + result.err for command in COMMANDS)
+    assert (result.code, result.err) == (2, "")
+    assert "eightfold quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2 --scheme w8a8-dynamic\n" in result.out
+    commands = [words.split() for words, _ in FIRST_HOUR]
+    assert [words[1] for words in commands] == ["quantize", "chat", "serve"]
+    for _, name, *rest in commands:
+        assert parse(command_type(name), rest, "eightfold") is not None
+    assert "eightfold doctor" in result.out
+    assert "eightfold --help" in result.out
+
+
+def test_the_help_of_quantize_begins_with_the_five_options_that_matter_first(cli):
+    _, _, behind = cli("quantize", "--help").out.partition("The options that matter first:\n")
+    first, _, rest = behind.partition("\n\n")
+    assert re.findall(r"^  (--[a-z-]+)", first, re.MULTILINE) == [
+        "--scheme",
+        "--target",
+        "--max-kl",
+        "--calib",
+        "--plan",
+    ]
+    assert not re.search(r"^  --(scheme|target|max-kl|calib|plan) ", rest, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -404,11 +426,11 @@ def test_help_names_every_option_and_argument(cli, monkeypatch, command, flag):
     monkeypatch.setenv("COLUMNS", "200")
     result = cli(command, flag)
     assert (result.code, result.err) == (0, "")
-    options = options_of(command_type(command))
-    assert options
-    names = [name for option in options for name in ([option.title] if option.is_argument else option.flags)]
+    known = options_of(command_type(command))
+    assert known
+    names = [name for option in known for name in ([option.title] if option.is_argument else option.flags)]
     assert [name for name in names if name not in result.out] == []
-    assert all(option.row["help"].split(".")[0] in " ".join(result.out.split()) for option in options)
+    assert all(option.row["help"].split(".")[0] in " ".join(result.out.split()) for option in known)
 
 
 def test_the_help_names_every_command_and_a_way_to_start(cli, monkeypatch):

@@ -1,4 +1,4 @@
-"""`eightfold inspect`, `check` and `env`: what a model is, who takes it, and what this machine is."""
+"""`eightfold inspect`, `check`, `env` and `doctor`: what a model is, who takes it, and what this machine is."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
 from eightfold.cli.options import as_json, model_argument
-from eightfold.values import SWITCH, Kind, choice, setting, size_text
+from eightfold.values import PATH, SWITCH, Kind, choice, setting, size_text
 
 if TYPE_CHECKING:
     from eightfold.check import Report
     from eightfold.report.contents import Contents, Native
     from eightfold.report.named import NamedContents
 
-EXIT_NOT_SERVED = 1
+EXIT_NOT_SERVED = EXIT_PROBLEM = 1
 
 _NPU_LOADERS = ("mindie", "mindie-aclgraph", "vllm-ascend", "sglang")
 _OTHER_LOADERS = ("vllm", "transformers")
@@ -228,8 +228,39 @@ class EnvCommand:
             console.print_json(found)
             return
         packages = [f"{name} {version or '(not installed)'}" for name, version in found.pop("packages").items()]
-        for key in ("memory_bytes", "memory_available_bytes"):
-            nbytes = found.pop(key)
-            found[key.removesuffix("_bytes")] = "unknown" if nbytes is None else size_text(nbytes)
+        for key, unknown in (("memory", "unknown"), ("memory_available", "unknown"), ("memory_limit", "none")):
+            nbytes = found.pop(f"{key}_bytes")
+            found[key] = unknown if nbytes is None else size_text(nbytes)
         for key, value in {**found, "packages": ", ".join(packages)}.items():
             print(f"{key + ':':18}{' '.join(value) if isinstance(value, list) else value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """Judge this machine: what works, what would be faster, and what is missing, each with the next step.
+
+    Example: eightfold doctor --dir /data/models
+
+    The exit code is 1 if there is a problem. `eightfold env` shows the same facts without judgements.
+    """
+
+    directory: Path = setting(
+        Path(), PATH, "Where models are going to be written. Default: here.", flag="--dir", metavar="DIR"
+    )
+    as_json: bool = as_json()
+
+    def execute(self) -> int:
+        from eightfold.machine import environment
+        from eightfold.report.doctor import PROBLEM, examined
+
+        facts = environment()
+        found = examined(facts, self.directory)
+        problems = sum(finding.verdict == PROBLEM for finding in found)
+        if self.as_json:
+            console.print_json({"problems": problems, "findings": [asdict(f) for f in found], "environment": facts})
+        else:
+            for finding in found:
+                print(f"{finding.verdict:8} {finding.subject:10} {finding.text}")
+                if finding.action:
+                    print(f"{'':8} {'':10} -> {finding.action}")
+        return EXIT_PROBLEM if problems else 0

@@ -28,6 +28,18 @@ _NOTHING_LEFT = "nothing was left half-written."
 
 HEADER = "8-bit LLM checkpoints in the Ascend / MindIE format: make them, inspect them, run them on a CPU."
 START = "Start: eightfold quantize FLOAT_DIR OUT --scheme w8a8-dynamic; eightfold run OUT --chat --prompt Hello"
+FIRST_HOUR = [
+    (
+        "eightfold quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2 --scheme w8a8-dynamic",
+        "Fetch a small model and make it 8-bit; a directory of your own works too.",
+    ),
+    ("eightfold chat smollm2", "Talk to it."),
+    ("eightfold serve smollm2", "OpenAI's API, and a chat page: http://127.0.0.1:8000 in a browser."),
+]
+MORE = (
+    "pip install 'eightfold[all]' installs what these need; eightfold doctor says what this machine lacks. "
+    "All commands: eightfold --help. One of them: eightfold quantize --help."
+)
 
 # Command -> module of eightfold.cli and dataclass.
 COMMANDS = {
@@ -47,6 +59,8 @@ COMMANDS = {
     "bench": ("measuring", "BenchCommand"),
     "push": ("pushing", "PushCommand"),
     "env": ("inspecting", "EnvCommand"),
+    "doctor": ("inspecting", "DoctorCommand"),
+    "completion": ("completing", "CompletionCommand"),
 }
 
 # Before the command.
@@ -75,6 +89,11 @@ def program_help() -> str:
     usage = f"Usage: {PROGRAM} [OPTIONS] COMMAND ..."
     parts = [usage, HEADER, options.listing("Commands", commands), options.listing("Options", own), START]
     return "\n\n".join(options.filled(part) if part in (HEADER, START) else part for part in parts)
+
+
+def first_hour() -> str:
+    """Return what somebody sees who types the program's name alone."""
+    return "\n\n".join([options.filled(HEADER), options.listing("The first hour", FIRST_HOUR), options.filled(MORE)])
 
 
 def _command(words: Sequence[str]) -> str:
@@ -193,7 +212,10 @@ def _own_options(words: Sequence[str], command: str) -> Sequence[str]:
 def _overview(words: Sequence[str]) -> int:
     """Do what is asked for without a command."""
     asked = next((word for word in words if word in (*options.HELP, "--version")), "")
-    print(f"{PROGRAM} {__version__}" if asked == "--version" else program_help())
+    if asked == "--version":
+        print(f"{PROGRAM} {__version__}")
+    else:
+        print(program_help() if asked else first_hour())
     return 0 if asked else EXIT_USER
 
 

@@ -24,6 +24,7 @@ HELP = ("-h", "--help")
 
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH"}
 _SIZE = "a size such as 2GiB or 500MB"
+_FIRST = "The options that matter first"  # heading for those that a command names in FIRST
 _LEFT = 28  # columns for the flags in the help
 _HUGE = 2**62  # limits beyond are those of the machine, which nobody has to be told
 
@@ -40,9 +41,9 @@ class Command(Protocol):
 AnyCommand = TypeVar("AnyCommand", bound=Command)
 
 
-def argument(metavar: str, help: str) -> Any:
-    """Return a field for a path that stands without a flag and has to be given."""
-    return field(metadata={"kind": PATH, "help": help, "metavar": metavar, "is_argument": True})
+def argument(metavar: str, help: str, kind: Kind = PATH) -> Any:
+    """Return a field for a value, usually a path, that stands without a flag and has to be given."""
+    return field(metadata={"kind": kind, "help": help, "metavar": metavar, "is_argument": True})
 
 
 def model_path(text: str) -> Path:
@@ -319,12 +320,14 @@ def help_text(command: type, program: str) -> str:
     usage = " ".join([f"Usage: {program} [OPTIONS]", *(option.title for option in options if option.is_argument)])
     paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
     intro = 1 + next((n for n, text in enumerate(paragraphs) if text.startswith("Example:")), 0)
-    groups: dict[str, list[tuple[str, str]]] = {}
+    first = getattr(command, "FIRST", ())
+    groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _FIRST: []}
     for option in options:
-        heading = "Arguments" if option.is_argument else option.group or "Options"
+        heading = _FIRST if option.name in first else option.group or "Options"
+        heading = "Arguments" if option.is_argument else heading
         groups.setdefault(heading, []).append((_left(option), _right(option)))
     groups["Options"] = [*groups.pop("Options", []), (", ".join(HELP), "Show this help and exit.")]
-    lists = [listing(heading, rows) for heading, rows in groups.items()]
+    lists = [listing(heading, rows) for heading, rows in groups.items() if rows]
     return "\n\n".join([usage, *map(filled, paragraphs[:intro]), *lists, *map(filled, paragraphs[intro:])])
 
 

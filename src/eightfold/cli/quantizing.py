@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from eightfold.cli import console
 from eightfold.cli.calibrating import Calibration
@@ -59,6 +59,8 @@ class QuantizeCommand:
 
     Several processes share the work and make the same bytes: torchrun --nproc_per_node 2 -m eightfold quantize ...
     """
+
+    FIRST: ClassVar = ("scheme", "target", "max_kl", "calib", "plan")
 
     source: Path = model_argument("FLOAT_DIR", "A float model: config.json and safetensors files. It is only read.")
     out: Path = argument("OUT", "The directory to make. It appears when it is complete.")
