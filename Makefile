@@ -70,11 +70,10 @@ lint: env
 fidelity: env
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
-# Measures again what the README says, so not on a busy machine.
+# Measures again what the README says and shows of the demo, so not on a busy machine.
 readme: env
-	rm -rf build/demo/smollm2-w* build/demo/*.json
-	$(BIN)/python examples/demo.py --work build/demo
-	$(BIN)/python benchmarks/fill_readme.py --demo build/demo/rows.json
+	$(BIN)/python docs/make_terminal.py --folder build/picture
+	$(BIN)/python benchmarks/fill_readme.py --demo build/picture/build/demo/rows.json
 
 # Python 3.11 or newer. ARGS='-k litellm' for one; the table in docs/serving.md keeps what is known of the others.
 clients: env $(CLIENTS)/.installed

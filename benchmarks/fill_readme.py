@@ -23,7 +23,33 @@ from typing import Any
 from measure import RESULTS, save_results
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/speed.md", "docs/serving.md", "docs/accuracy.md"))
+_FILLED = ("README", "docs/speed", "docs/serving", "docs/accuracy")
+PAGES = tuple(ROOT / f"{page}{ending}" for page in _FILLED for ending in (".md", ".zh.md"))
+# What Chinese pages say instead, the longest first.
+CHINESE = {
+    "| scheme | on disk | in memory | perplexity | KL to float |": (
+        "| 量化方式 | 磁盘占用 | 内存占用 | 困惑度 | 与浮点的 KL |"
+    ),
+    "| program | prompt, tok/s | answer, tok/s | of read bandwidth | memory |": (
+        "| 程序 | 首段（prefill），tok/s | 生成（decode），tok/s | 占读带宽 | 内存 |"
+    ),
+    "| scheme | KL | same top token | perplexity | tensors |": "| 量化方式 | KL | top-1 一致率 | 困惑度 | 权重大小 |",
+    " decode, float = 1 |": " decode，浮点 = 1 |",
+    "| reader | takes |": "| 引擎 | 加载方式 |",
+    " tokens in, 128 out, medians of 4 rounds in turn. ": " token 输入、128 token 输出，轮流运行 4 轮取中位数。",
+    "| the directory, on NPUs |": "| NPU，直接加载目录 |",
+    "| the directory, by our plugin |": "| 直接加载目录（我们的插件） |",
+    "| an export to compressed-tensors |": "| 导出为 compressed-tensors |",
+    "| an export to GGUF |": "| 导出为 GGUF |",
+    "without it: attention in float": "忽略，注意力按浮点计算",
+    "not checked": "未检查",
+    "with a loss": "有损",
+    " yes |": " 支持 |",
+    " no |": " 不支持 |",
+    "`benchmarks/readers.py` asks `eightfold check` and `eightfold export`, ": (
+        "由 `benchmarks/readers.py` 调用 `eightfold check` 与 `eightfold export` 得出，"
+    ),
+}
 # Columns of the table of clients; what else a program does stands in words.
 CAPABILITIES = (
     "chat",
@@ -81,15 +107,46 @@ def accuracy() -> str:
 
 
 def demo() -> str:
-    """Return the table of `make demo`."""
+    """Return the sizes and the accuracy that `make demo` has measured."""
     record = load("demo")
-    lines = ["| scheme | on disk | in memory | perplexity | KL to float | made in |", "|---|---|---|---|---|---|"]
+    lines = ["| scheme | on disk | in memory | perplexity | KL to float |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         kl = f"{row['kl_mean']:.4f}" if "kl_mean" in row else ""
-        made = f"{row['seconds_to_make']:.1f} s" if row.get("seconds_to_make") else ""
         sizes = " | ".join(f"{row[key] / 1e6:.0f} MB" for key in ("disk_bytes", "nbytes"))
-        lines.append(f"| {row['name']} | {sizes} | {row['ppl']:.2f} | {kl} | {made} |")
+        lines.append(f"| {row['name']} | {sizes} | {row['ppl']:.2f} | {kl} |")
     return "\n".join([*lines, "", f"`make demo` on {machine(record)}."])
+
+
+# Reader, what it takes, and its key in results/readers.json.
+READERS = (
+    ("MindIE", "the directory, on NPUs", "mindie"),
+    ("vllm-ascend", "the directory, on NPUs", "vllm-ascend"),
+    ("SGLang", "the directory, on NPUs", "sglang"),
+    ("vLLM", "the directory, by our plugin", "vllm"),
+    ("transformers, vLLM, SGLang", "an export to compressed-tensors", "compressed-tensors"),
+    ("llama.cpp, Ollama, OpenVINO", "an export to GGUF", "gguf"),
+)
+VERDICTS = {
+    "loads": "yes",
+    "warns": "yes",
+    "whole": "yes",
+    "lossy": "with a loss",
+    "ignores": "without it: attention in float",
+    "unchecked": "not checked",
+    "misdecodes": "no",
+    "refuses": "no",
+}
+
+
+def readers() -> str:
+    """Return the table of readers: what each makes of each scheme."""
+    record = load("readers")
+    schemes = [row["scheme"] for row in record["rows"]]
+    lines = [f"| reader | takes | {' | '.join(schemes)} |", "|---" * (len(schemes) + 2) + "|"]
+    for name, takes, key in READERS:
+        lines.append(f"| {name} | {takes} | {' | '.join(VERDICTS[row[key]] for row in record['rows'])} |")
+    basis = f"`benchmarks/readers.py` asks `eightfold check` and `eightfold export`, {record['date']}"
+    return "\n".join([*lines, "", f"{basis}, commit {record['commit']}."])
 
 
 def versus() -> str:
@@ -165,7 +222,14 @@ def clients() -> str:
     return "\n".join([*lines, "", "Programs that measure:", "", *others, *fails, "", basis])
 
 
-def fill(text: str) -> str:
+def translated(text: str) -> str:
+    """Return what Chinese pages show of a filled place."""
+    for english, chinese in CHINESE.items():
+        text = text.replace(english, chinese)
+    return text
+
+
+def fill(text: str, *, is_chinese: bool = False) -> str:
     """Return a page with every marked place filled."""
     for name, render in (
         ("demo", demo),
@@ -174,9 +238,12 @@ def fill(text: str) -> str:
         ("start", start),
         ("clients", clients),
         ("accuracy", accuracy),
+        ("readers", readers),
     ):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, render=render: f"{match[1]}{render()}\n{match[2]}", text)
+        if pattern.search(text):
+            filled = translated(render()) if is_chinese else render()
+            text = pattern.sub(lambda match, filled=filled: f"{match[1]}{filled}\n{match[2]}", text)
     return text
 
 
@@ -192,9 +259,9 @@ def main() -> int:
     if args.clients is not None:
         take_clients(args.clients)
     stale = False
-    for page in PAGES:
+    for page in filter(Path.is_file, PAGES):
         text = page.read_text()
-        filled = fill(text)
+        filled = fill(text, is_chinese=page.name.endswith(".zh.md"))
         stale |= filled != text
         if not args.check:
             page.write_text(filled)
