@@ -309,6 +309,17 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(made, tmp_path):
     assert config_of(out)["config_groups"]["group_0"]["input_activations"]["symmetric"] is False
 
 
+@pytest.mark.parametrize(("name", "value"), [("lm_head.weight", np.nan), (f"{LAYER}.mlp.up_proj.bias", np.inf)])
+def test_a_float_that_is_no_number_is_refused_and_nothing_stays(cli, made, tmp_path, name, value):
+    ours, _ = made(DYNAMIC, config=tiny_config("LlamaForCausalLM", mlp_bias=True))
+    stored = tensors(ours)[name].clone()
+    stored.view(-1)[5] = value
+    change(ours, {name: stored})
+    message = refused(cli, "export", ours, tmp_path / "new", "--to", "compressed-tensors", within=tmp_path)
+    assert message.startswith(f"{name}[")
+    assert f"got {value}, expected a finite number" in message
+
+
 def test_no_torch_is_needed(made, tmp_path):
     import subprocess
     import sys

@@ -32,6 +32,7 @@ from eightfold.config import DType
 from eightfold.errors import UnsupportedError, plural, shortlist
 from eightfold.exporters import ExportOptions
 from eightfold.exporters.eight_bit import EightBit, differences, step_of
+from eightfold.exporters.finite import finite_pieces
 from eightfold.files import write_json
 from eightfold.format.compressed import (
     INPUT_ZERO_POINT,
@@ -245,7 +246,7 @@ class CompressedTensorsExport:
     def _copy(self, name: str) -> None:
         stored = self.source.stored
         info = stored.tensors[name]
-        self._add(name, DType(info.dtype), info.shape, lambda: pieces_of(stored, name))
+        self._add(name, DType(info.dtype), info.shape, lambda: finite_pieces(stored, name))
 
     # --- config.json
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from eightfold.config import DType
 from eightfold.errors import UnsupportedError
+from eightfold.exporters.finite import is_damaged
 from eightfold.exporters.gguf_fields import rope_divisors
 from eightfold.families import LinearShape, all_linears, all_norms, head_shape
 from eightfold.format.bfloat16 import widened
@@ -46,9 +47,6 @@ Q8_0 = "Q8_0"
 
 _PIECE = 1 << 21  # elements of a weight at a time
 _LARGEST = float(np.finfo(np.float16).max)
-
-# The bits that are all set in infinities and in what is no number.
-_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 Pieces = Callable[[], Iterator["NDArray[Any]"]]
 
@@ -258,10 +256,8 @@ def _floats(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> It
 
 def _as_it_is(checkpoint: Checkpoint, name: str, order: NDArray[Any] | None) -> Iterator[NDArray[Any]]:
     """Yield a float matrix in its own type; what is no number is refused by name."""
-    exponent = _EXPONENTS[checkpoint.tensors[name].dtype]
     for _, values in _slices(checkpoint, name, order):
-        bits = values.view(f"<u{values.itemsize}")
-        if ((bits & exponent) == exponent).any():
+        if is_damaged(values, checkpoint.tensors[name].dtype):
             require_finite(checkpoint, name)
         yield values
 

@@ -14,6 +14,7 @@ from eightfold import __version__
 from eightfold.config import CONFIG_DTYPES, DType, has_engine, parse_config
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.exporters.eight_bit import step_of
+from eightfold.exporters.finite import finite_pieces
 from eightfold.files import has_file, read_json, write_json
 from eightfold.format.compressed import settings_of
 from eightfold.format.description import find_description
@@ -23,7 +24,7 @@ from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, total_bytes
 from eightfold.format.source import hold_source, source_differences, source_facts
 from eightfold.format.stored import StoredTensors
-from eightfold.format.streaming import Item, copy_companions, pieces_of, write_items
+from eightfold.format.streaming import Item, copy_companions, write_items
 from eightfold.values import shown, size_text
 from eightfold.written_config import both_dialects
 
@@ -112,7 +113,7 @@ def _items(stored: StoredTensors, dtype: DType) -> tuple[list[Item], int]:
             continue
         is_plain = not source.scale and source.coding is Coding.PLAIN
         kind = DType(stored.tensors[source.tensor].dtype) if is_plain else dtype
-        pieces = partial(pieces_of, stored, source.tensor) if is_plain else partial(_widened, stored, source, dtype)
+        pieces = partial(finite_pieces, stored, source.tensor) if is_plain else partial(_widened, stored, source, dtype)
         found.append(Item(PlannedTensor(name, kind, source.shape), step_of(name), pieces))
         widened += not is_plain
     if not widened:
