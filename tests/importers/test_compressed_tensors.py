@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eightfold.exporters import ExportOptions, plan_export
+from eightfold.format import patterns
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.importers import ImportOptions, importer_of
 from eightfold.model.reference.load import Decoder
@@ -183,6 +184,24 @@ def test_what_our_layout_does_not_hold_is_refused_by_name(cli, tmp_path, group, 
     assert expected in message.replace(f"{tmp_path / 'ct'}/", ""), message
 
 
+def test_a_target_that_is_tried_for_ever_is_refused(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 1)
+    targets = ["re:.*self_attn", "re:([a-z_.0-9]+)+!", "Linear"]
+    written(tmp_path / "ct", {"input_activations": TOKENS, "targets": targets})
+    message = refused(cli, "import", tmp_path / "ct", tmp_path / "out", within=tmp_path)
+    assert message.startswith(f"targets in {tmp_path / 'ct'}/config.json: got '([a-z_.0-9]+)+!' (more than 1 s on 14 n")
+    checked = cli("check", tmp_path / "ct", "--for", "vllm")
+    assert (checked.code, "takes no time" in checked.out) == (1, True)
+
+
+def test_the_first_pattern_that_matches_counts():
+    names = ["a.q_proj", "b.q_proj", "b.k_proj", "c"]
+    found = patterns.first_matches([r"b\.", r".*q_proj$", r"(?!c).*"], names)
+    assert found == {"a.q_proj": ".*q_proj$", "b.q_proj": r"b\.", "b.k_proj": r"b\."}
+    with pytest.raises(patterns.PatternError, match="missing"):
+        patterns.first_matches(["(" * 3], names)
+
+
 def test_offsets_of_weights_beside_int8_inputs_are_refused(cli, tmp_path):
     def add(stored):
         stored[f"{Q}.weight_zero_point"] = torch.zeros(56, 1, dtype=torch.int8)
@@ -203,6 +222,15 @@ def test_offsets_of_weights_beside_int8_inputs_are_refused(cli, tmp_path):
         ({f"{Q}.weight_scale": torch.ones(56, 1).double()}, f"type of {Q}.weight_scale"),
         ({f"{Q}.weight_packed": torch.zeros(56, 11, dtype=torch.int32)}, "got weight and weight_packed"),
         ({"model.norm.weight": torch.ones(42).double()}, "type of model.norm.weight"),
+        (
+            {"model.norm.weight": torch.full((42,), torch.nan)},
+            "model.norm.weight[0, 0] in DIR/model.safetensors: got n",
+        ),
+        (
+            {"lm_head.weight": torch.full((320, 42), -torch.inf)},
+            "lm_head.weight[0, 0] in DIR/model.safetensors: got -",
+        ),
+        ({f"{Q}.bias": torch.full((56,), torch.inf)}, f"{Q}.bias"),
     ],
 )
 def test_damaged_files_are_refused(cli, tmp_path, change, expected):
@@ -284,6 +312,11 @@ def test_float8_becomes_float(tmp_path, cli):
     assert all(after[name].equal(value) for name, value in expected.items())
     assert Checkpoint.open(tmp_path / "out").config_raw["torch_dtype"] == "float16"
     assert not Checkpoint.open(tmp_path / "out").is_quantized
+
+    stored["model.norm.weight"][3] = torch.nan  # of what is copied
+    save_file(stored, source / "model.safetensors")
+    message = refused(cli, "import", source, tmp_path / "damaged", within=tmp_path)
+    assert message.startswith("model.norm.weight[3, 0] in ")
 
 
 def test_an_import_that_is_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def _kinds_of(d: NamedDirectory) -> dict[str, str]:
         for name, info in d.tensors.items()
         if name.endswith(ends[0]) or (name.endswith(ends[1]) and info.dtype == DType.I8.value)
     ]
-    return {module: _KINDS[schemes.inputs_of(module)] for module in modules}
+    return {module: _KINDS[inputs] for module, inputs in schemes.inputs_of(modules).items()}
 
 
 def _floats(d: NamedDirectory, kinds: Mapping[str, str]) -> Iterable[str]:

@@ -10,8 +10,7 @@ Source: compressed-tensors 0.20 (quantization/quant_config, quantization/quant_a
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from eightfold.errors import CheckpointError, UnsupportedError
 from eightfold.files import has_file, read_json
 from eightfold.format.directory import CONFIG_NAME
+from eightfold.format.patterns import PatternError, first_matches
 from eightfold.layouts import text_config
 from eightfold.values import shown
 
@@ -94,28 +94,25 @@ class Schemes:
             for target in targets if isinstance(targets, list) else [_LINEAR]:
                 self._targets.setdefault(str(target), inputs)
 
-    def inputs_of(self, module: str) -> Inputs:
-        """Return how the inputs of an int8 linear are read.
+    def inputs_of(self, modules: Sequence[str]) -> dict[str, Inputs]:
+        """Return how the inputs of int8 linears are read.
 
         Raises:
-            CheckpointError: no group names it.
+            CheckpointError: no group names one, or a target is no regular expression or one that takes for ever.
         """
-        for name, inputs in self._targets.items():
-            if name == module:
-                return inputs
-        for name, inputs in self._targets.items():
-            if name.startswith(_PATTERN) and self._matches(name.removeprefix(_PATTERN), module):
-                return inputs
-        if _LINEAR in self._targets:
-            return self._targets[_LINEAR]
-        raise CheckpointError(f"targets for {module}", where=self._where, got="none", expected="a group that names it")
-
-    def _matches(self, pattern: str, module: str) -> bool:
+        patterns = [name.removeprefix(_PATTERN) for name in self._targets if name.startswith(_PATTERN)]
         try:
-            return re.match(pattern, module) is not None
-        except re.error as error:
-            got, expected = f"{shown(pattern)} ({error})", "a regular expression"
+            found = first_matches(patterns, [module for module in modules if module not in self._targets])
+        except PatternError as error:
+            got, expected = f"{shown(error.pattern)} ({error})", "a regular expression that takes no time"
             raise CheckpointError("targets", where=self._where, got=got, expected=expected) from None
+        return {module: self._inputs_by(module, found.get(module)) for module in modules}
+
+    def _inputs_by(self, module: str, pattern: str | None) -> Inputs:
+        for target in (module, f"{_PATTERN}{pattern}" if pattern is not None else "", _LINEAR):
+            if target in self._targets:
+                return self._targets[target]
+        raise CheckpointError(f"targets for {module}", where=self._where, got="none", expected="a group that names it")
 
     def _require_plain(self, settings: Mapping[str, Any]) -> None:
         sparsity = settings.get("sparsity_config")

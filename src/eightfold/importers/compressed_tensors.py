@@ -30,6 +30,7 @@ from eightfold import __version__
 from eightfold.config import DType, has_engine
 from eightfold.errors import CheckpointError, UnsupportedError, one_of
 from eightfold.exporters.eight_bit import step_of
+from eightfold.exporters.finite import finite_pieces
 from eightfold.files import write_json
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.compressed import (
@@ -163,21 +164,23 @@ class _Import:
                 raise CheckpointError(f"type of {name}", where=info.file, got=info.dtype, expected=one_of(known))
 
     def _assign(self) -> None:
+        modules = []
         for name, info in self.stored.tensors.items():
             module, _, last = name.rpartition(".")
             if last == WEIGHT_PACKED and f"{module}.{WEIGHT}" in self.stored.tensors:
                 got, expected = f"{WEIGHT} and {WEIGHT_PACKED}", "one of them"
                 raise CheckpointError(f"weight of {module}", where=self.source, got=got, expected=expected)
             if last == WEIGHT_PACKED or (last == WEIGHT and info.dtype == DType.I8.value):
-                kind = _KINDS[self._schemes.inputs_of(module)]
-                if kind is not QuantType.W8A16 and f"{module}.{WEIGHT_ZERO_POINT}" in self.stored.tensors:
-                    got, expected = f"weights with offsets and {kind.value}", "symmetric weights, or float inputs"
-                    raise UnsupportedError(f"type of {module}", where=self.source, got=got, expected=expected)
-                self.kinds[module] = kind
-        if not self.kinds:
+                modules.append(module)
+        if not modules:
             raise CheckpointError(
                 "weights", where=self.source, got="none in int8", expected="int8, as config.json says"
             )
+        for module, inputs in self._schemes.inputs_of(modules).items():
+            kind = self.kinds[module] = _KINDS[inputs]
+            if kind is not QuantType.W8A16 and f"{module}.{WEIGHT_ZERO_POINT}" in self.stored.tensors:
+                got, expected = f"weights with offsets and {kind.value}", "symmetric weights, or float inputs"
+                raise UnsupportedError(f"type of {module}", where=self.source, got=got, expected=expected)
 
     def _fits_model(self, module: str) -> bool:
         """Whether the model's dtype holds the scale of static inputs, as it does in what was made here."""
@@ -196,13 +199,13 @@ class _Import:
                 self._add_linear(module)
             elif name not in own and not name.endswith("rotary_emb.inv_freq"):
                 planned = PlannedTensor(name, DType(info.dtype), info.shape)
-                self._add(planned, QuantType.FLOAT, partial(pieces_of, self.stored, name))
+                self._add(planned, QuantType.FLOAT, partial(finite_pieces, self.stored, name))
         names = self.config.names
         head, embedding = weight_name(names.head), self.stored.tensors.get(weight_name(names.embedding))
         if self.config.tie_word_embeddings and head not in self.tags and embedding is not None:
             # As `quantize` does: some loaders look for a head in any case.
             planned = PlannedTensor(head, DType(embedding.dtype), embedding.shape)
-            self._add(planned, QuantType.FLOAT, partial(pieces_of, self.stored, embedding.name))
+            self._add(planned, QuantType.FLOAT, partial(finite_pieces, self.stored, embedding.name))
 
     def _add_linear(self, module: str) -> None:
         kind, (n, k) = self.kinds[module], self._shape(module)
@@ -339,7 +342,7 @@ class _Import:
         name = f"{module}.{BIAS}"
         if self.kinds[module] is QuantType.W8A16 and self.dtype is not DType.F16:
             return [read_values(self.stored, name)]
-        return pieces_of(self.stored, name)
+        return finite_pieces(self.stored, name)
 
     # --- what else is written
 
