@@ -1,5 +1,6 @@
 # make demo   a fresh machine to a quantized, evaluated, chatting model
 # make test   a fresh machine to all fast tests
+# make docs   the site of docs/, strictly, and its links; in build/site
 # make engines   vLLM on directories of ours, in an environment of its own, on real models
 # make clients   other people's clients of the server, each in its own environment, on a real model
 PYTHON ?= python3
@@ -9,8 +10,9 @@ TORCH_FLAGS ?=
 STAMP   = $(VENV)/.installed
 CLIENTS = build/clients
 ENGINES = build/engines
+SITE    = build/site-env
 
-.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme clients engines run-engines clean
+.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme docs clients engines run-engines clean
 
 env: $(STAMP)
 
@@ -74,6 +76,16 @@ fidelity: env
 readme: env
 	$(BIN)/python docs/make_terminal.py --folder build/picture
 	$(BIN)/python benchmarks/fill_readme.py --demo build/picture/build/demo/rows.json
+
+# English and Chinese, with every link checked; the environment has no torch and compiles nothing.
+docs: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	$(SITE)/bin/python docs/check_site.py build/site
+
+$(SITE)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/pip install -q --disable-pip-version-check -C wheel.cmake=false '.[docs]'
+	touch $@
 
 # Python 3.11 or newer. ARGS='-k litellm' for one; the table in docs/serving.md keeps what is known of the others.
 clients: env $(CLIENTS)/.installed

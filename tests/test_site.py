@@ -1,0 +1,26 @@
+"""The checker of the built site finds what is dead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from check_site import faults
+
+
+def test_dead_links_anchors_and_what_comes_from_elsewhere_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#there">x</a><a href="https://example.org">x</a><h1 id="top"></h1>'
+    )
+    (tmp_path / "b.html").write_text('<h1 id="there"></h1><a href="a.html#top"></a><a href="#there"></a>')
+    assert faults(tmp_path) == []
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#gone">x</a><a href="c.html">x</a><a href="#no">x</a><script src="https://example.org/x.js">'
+    )
+    assert faults(tmp_path) == [
+        "a.html: #no: no such anchor",
+        "a.html: b.html#gone: no such anchor",
+        "a.html: c.html: no such file",
+        "a.html: loads https://example.org/x.js",
+        "b.html: a.html#top: no such anchor",
+    ]
+    assert faults(tmp_path / "empty") != []
