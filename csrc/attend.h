@@ -82,7 +82,7 @@ inline void by_columns(int columns, Step f) {
     if (at < columns) f.template operator()<1>(at);
 }
 
-// Scores of NR rows of int8 queries: sums of (k + 128) q.
+// Scores of NR rows of int8 queries: sums of (k + zero) q.
 template <int NR>
 inline void score_i8(const uint8_t* keys, const int8_t* q, size_t ldq, int groups, int columns, Ahead& ahead,
                      int32_t* out) {
@@ -133,8 +133,8 @@ inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int grou
     });
 }
 
-// out[r][d] = sum over positions of p v; p: (NR, kPage) bytes.
-template <int NR>
+// out[r][d] = sum over positions of p v; p: (NR, kPage) bytes, of which those of 7 bits have no sign either way.
+template <int NR, bool kUnsigned>
 inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int value_dim, Ahead& ahead, int32_t* out) {
     for (int at = 0; at < value_dim; at += kValueCols * W) {
         const int cols = std::min(kValueCols, (value_dim - at) / W);
@@ -153,7 +153,10 @@ inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int va
                     std::memcpy(&four, p + r * kPage + g * 4, 4);
                     const I pr = i_set(four);
 #pragma GCC unroll 4
-                    for (int c = 0; c < NC; c++) acc[r][c] = dot4(acc[r][c], pr, v[c]);
+                    for (int c = 0; c < NC; c++) {
+                        if constexpr (kUnsigned) acc[r][c] = dot4_unsigned(acc[r][c], pr, v[c]);
+                        else acc[r][c] = dot4(acc[r][c], pr, v[c]);
+                    }
                 }
             }
             for (int r = 0; r < NR; r++)
@@ -264,12 +267,12 @@ inline void soften_scores(const AttnRows& in, int r, int columns, Page& page) {
 inline void finish_scores(const AttnRows& in, int r, int columns, Page& page) {
     const int planes = in.kind == CacheKind::int8x2 ? 2 : 1;
     const int32_t* s = page.scores + r * planes * kPage;
-    const I shift = i_set(128 * in.q_sum[r * planes]);
+    const I shift = i_set(kZero * in.q_sum[r * planes]);
     const F scale = f_set(in.q_scale[r]);
     for (int i = 0; i < columns; i += W) {
         F v = to_f(i_sub(i_load(s + i), shift));
         if (planes == 2) {
-            const I shift_low = i_set(128 * in.q_sum[r * 2 + 1]);
+            const I shift_low = i_set(kZero * in.q_sum[r * 2 + 1]);
             v = f_fma(v, f_set(256.0f), to_f(i_sub(i_load(s + kPage + i), shift_low)));
         }
         f_store(page.real + r * kPage + i, f_mul(v, scale));
@@ -280,7 +283,7 @@ inline void finish_scores(const AttnRows& in, int r, int columns, Page& page) {
 inline void normalize_whole(const AttnRows& in, int r, Page& page) {
     constexpr int N = kPage / W;
     const int32_t* scores = page.scores + r * kPage;
-    const I shift = i_set(128 * in.q_sum[r]);
+    const I shift = i_set(kZero * in.q_sum[r]);
     const F scale = f_set(in.q_scale[r]);
     F s[N];
     for (int i = 0; i < N; i++) s[i] = f_mul(to_f(i_sub(i_load(scores + i * W), shift)), scale);
@@ -360,10 +363,15 @@ inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, i
         if (in.kind == CacheKind::bf16) {
             weigh_bf16<NR>(values, page.real + r * kPage, end, value_dim, real);
         } else {
-            weigh_i8<NR>(values, page.high + r * kPage, columns / 4, value_dim, ahead, product[0]);
-            if (in.kind == CacheKind::int8x2) {
-                weigh_i8<NR>(values, page.low + r * kPage, columns / 4, value_dim, ahead, product[1]);
+            constexpr bool kSigned = kZero == 0;  // then bytes of 8 bits need products of another kind
+            const bool wide = in.kind == CacheKind::int8x2;
+            const int groups = columns / 4;
+            if (kSigned && wide) {
+                weigh_i8<NR, kSigned>(values, page.high + r * kPage, groups, value_dim, ahead, product[0]);
+            } else {
+                weigh_i8<NR, false>(values, page.high + r * kPage, groups, value_dim, ahead, product[0]);
             }
+            if (wide) weigh_i8<NR, kSigned>(values, page.low + r * kPage, groups, value_dim, ahead, product[1]);
             for (int i = 0; i < NR * value_dim; i += W) {
                 F v = to_f(i_load(product[0] + i));
                 if (in.kind == CacheKind::int8x2) v = f_fma(v, f_set(256.0f), to_f(i_load(product[1] + i)));

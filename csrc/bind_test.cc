@@ -333,6 +333,7 @@ std::vector<uint64_t> pool_runs(int threads, const std::vector<std::vector<int>>
 
 NB_MODULE(_core_test, kernels) {
     using namespace eightfold;
+    kernels.def("zero", [](const std::string& isa) { return kernels_for(isa).zero; }, "isa"_a);
     kernels.def("gemm_i8", &gemm_i8, "isa"_a, "weight"_a, "x"_a, "out"_a);
     kernels.def("gemm_packed", &gemm_packed, "isa"_a, "weight"_a, "x"_a, "out"_a);
     kernels.def("packed_static", &packed_static, "isa"_a, "weight"_a, "x"_a, "bias"_a, "deq_scale"_a, "y"_a,

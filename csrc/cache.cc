@@ -24,12 +24,13 @@ uint16_t to_bf16(float x) {  // to nearest even
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// A key among those of a page: 128 more, which is the other sign bit.
-void put_key(const int8_t* k, int dim, uint8_t* to) {
+// A key among those of a page. 128 more is the other sign bit.
+void put_key(const int8_t* k, int dim, int zero, uint8_t* to) {
+    const uint32_t others = zero == 0 ? 0u : 0x80808080u;
     const auto put = [&](int d, int count) {
         uint32_t four = 0;
         std::memcpy(&four, k + d, count);
-        four ^= 0x80808080u;
+        four ^= others;
         std::memcpy(to + static_cast<size_t>(d) * kPage, &four, count);
     };
     const int whole = dim / 4 * 4;
@@ -96,7 +97,7 @@ void Cache::store(const Kernels& kernels, int layer, int page, int at, int head,
     const size_t first = static_cast<size_t>(head) * dim;
     kernels.quantize_heads(k, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1, k8);
     kernels.quantize_heads(v, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1, v8);
-    put_key(k8, dim, keys_at + at * group);
+    put_key(k8, dim, kernels.zero, keys_at + at * group);
     uint8_t* value = values_at + at / group * value_dim * group + at % group;
     for (int d = 0; d < dim; d++) value[d * group] = static_cast<uint8_t>(v8[d]);
 }
@@ -114,7 +115,7 @@ void Cache::store_run(const Kernels& kernels, int layer, int page, int at, int h
     for (int i = 0; i < kStored; i++) {
         kernels.quantize_heads(k + i * ldk, dim, params.key_inv.data() + first, params.key_offset.data() + first, 1,
                                k8);
-        put_key(k8, dim, keys(layer, page, head) + (at + i) * kStored);
+        put_key(k8, dim, kernels.zero, keys(layer, page, head) + (at + i) * kStored);
         kernels.quantize_heads(v + i * ldv, dim, params.value_inv.data() + first, params.value_offset.data() + first, 1,
                                v8[i]);
     }

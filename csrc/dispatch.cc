@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <sched.h>
+#ifdef EIGHTFOLD_ARM
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +18,11 @@ Tiles scalar_tiles();
 #ifdef EIGHTFOLD_X86
 Tiles avx2_tiles();
 Tiles avx512_tiles();
+#endif
+#ifdef EIGHTFOLD_ARM
+Tiles neon_tiles();
+Tiles dotprod_tiles();
+Tiles i8mm_tiles();
 #endif
 
 namespace {
@@ -32,6 +40,18 @@ std::vector<Isa> find_isas() {
                      avx2_kernels(), avx2_tiles()});
     found.push_back({"avx512", "AVX-512 F, BW, VL, DQ and VNNI", "vpdpbusd", "float32 FMA", avx512, avx512_kernels(),
                      avx512_tiles()});
+#endif
+#ifdef EIGHTFOLD_ARM
+    // Bits of Linux's interface to programs (asm/hwcap.h), which older headers lack.
+    constexpr unsigned long kAsimdDp = 1ul << 20, kI8mm = 1ul << 13;
+    const bool dotprod = (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+    const bool i8mm = dotprod && (getauxval(AT_HWCAP2) & kI8mm) != 0;
+    found.push_back({"neon", "Advanced SIMD", "smull, with pairs added in 32 bits", "float32 FMA", true, neon_kernels(),
+                     neon_tiles()});
+    found.push_back({"dotprod", "Advanced SIMD with dot products (asimddp)", "sdot", "float32 FMA", dotprod,
+                     dotprod_kernels(), dotprod_tiles()});
+    found.push_back({"i8mm", "Advanced SIMD with dot products and products of int8 matrices (asimddp, i8mm)",
+                     "sdot, and smmla for many tokens", "float32 FMA", i8mm, i8mm_kernels(), i8mm_tiles()});
 #endif
     return found;
 }

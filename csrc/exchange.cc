@@ -27,6 +27,8 @@ constexpr size_t kLeastBytes = 64 << 10;
 void relax() {
 #ifdef EIGHTFOLD_X86
     _mm_pause();
+#elif defined(EIGHTFOLD_ARM)
+    asm volatile("isb");
 #endif
 }
 

@@ -41,10 +41,10 @@ template <int C>
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             const I xc = i_load(x + c * ldx + k);
-            acc[0][c] = dot4(acc[0][c], xc, w0);
-            acc[1][c] = dot4(acc[1][c], xc, w1);
-            acc[2][c] = dot4(acc[2][c], xc, w2);
-            acc[3][c] = dot4(acc[3][c], xc, w3);
+            acc[0][c] = dot4_anywhere(acc[0][c], xc, w0);
+            acc[1][c] = dot4_anywhere(acc[1][c], xc, w1);
+            acc[2][c] = dot4_anywhere(acc[2][c], xc, w2);
+            acc[3][c] = dot4_anywhere(acc[3][c], xc, w3);
         }
     }
     if (k < inner) {
@@ -53,7 +53,7 @@ template <int C>
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
             const I xc = i_load(x + c * ldx + k);  // padded
-            for (int r = 0; r < 4; r++) acc[r][c] = dot4(acc[r][c], xc, wr[r]);
+            for (int r = 0; r < 4; r++) acc[r][c] = dot4_anywhere(acc[r][c], xc, wr[r]);
         }
     }
 #pragma GCC unroll 8
@@ -227,13 +227,13 @@ inline void dot_rows(const void* w, DType type, size_t ldw, const int32_t* rows,
 }
 
 inline void row_sums(const int8_t* w, size_t ldw, int rows, int inner, int32_t* out) {
-    const I ones = i_set(0x01010101);  // as unsigned bytes
+    const I ones = i_set(0x01010101);  // of either sign
     for (int n = 0; n < rows; n++) {
         const int8_t* row = w + n * ldw;
         I acc = i_set(0);
         int k = 0;
-        for (; k + 4 * W <= inner; k += 4 * W) acc = dot4(acc, ones, i_load(row + k));
-        if (k < inner) acc = dot4(acc, ones, i_load_bytes(row + k, inner - k));
+        for (; k + 4 * W <= inner; k += 4 * W) acc = dot4_anywhere(acc, ones, i_load(row + k));
+        if (k < inner) acc = dot4_anywhere(acc, ones, i_load_bytes(row + k, inner - k));
         out[n] = i_hsum(acc);
     }
 }

@@ -3,8 +3,9 @@
 //
 // Letters: T tokens, K inputs and N outputs of a linear, D head_dim. Weights are (N, K), row-major, as in the file.
 //
-// Activations of int8 linears are stored as u8 = int8 + 128, because the dot-product instructions multiply unsigned by
-// signed; `sum x w = sum (x + 128) w - 128 sum w`, and the last term is known once for each weight row.
+// Bytes of activations of int8 linears, and of keys, are int8 + zero. Where dot-product instructions multiply unsigned
+// by signed (x86), zero is 128 and the bytes are unsigned: `sum x w = sum (x + 128) w - 128 sum w`, and the last term
+// is known once for each weight row. Where they multiply signed by signed (Arm), zero is 0 and the bytes are signed.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +36,7 @@ enum class CacheKind : int {
 };
 
 // A page of keys and values of one head.
-//   keys    [D / g][kPage][g]    g = 4 bytes: 4 int8 as u8 = k + 128, or 2 bfloat16
+//   keys    [D / g][kPage][g]    g = 4 bytes: 4 int8 + zero, or 2 bfloat16
 //   values  [kPage / g][Dv][g]   Dv: D rounded up to 16
 struct AttnRows {
     CacheKind kind;
@@ -87,7 +88,7 @@ struct Output {  // rows of ld floats; `adds`: to what is there
     bool adds;
 };
 
-struct PackedOutput {  // the same, of int8 + 128 made of reals with one scale
+struct PackedOutput {  // the same, of int8 + zero made of reals with one scale
     uint8_t* blocks;
     size_t block;
     float inv_scale, offset;
@@ -123,6 +124,7 @@ struct Bounds {
 struct Kernels {
     const char* name;
     int lanes;
+    int zero;  // of bytes of activations: 128 where they are unsigned, 0 where they are signed
 
     // out[t][n] = sum_k x[t][k] w[n][k]; x rows start at multiples of ldx bytes, out rows at multiples of ldo.
     void (*gemm_i8)(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t ldx, int xrows, int inner,
@@ -152,10 +154,10 @@ struct Kernels {
     void (*rms_norm)(const float* x, int n, const float* gain, const float* bias, float eps, float* y);
     void (*widen)(const void* x, DType type, int n, float* y);
 
-    // Activations to u8 = int8 + 128, up to the next multiple of kAlign filled with 128.
+    // Activations to int8 + zero, up to the next multiple of kAlign filled with zero.
     void (*quantize_static)(const float* x, int n, float inv_scale, float offset, uint8_t* out);
     RowParams (*quantize_token)(const float* x, int n, bool symmetric, uint8_t* out);
-    // 16 bit: out holds (high + 128), and `low` unsigned, x = (256 high + low) * scale.
+    // 16 bit: `high` holds int8 + zero, x = (256 high + low) * scale; `low` is signed where the bytes are.
     RowParams (*quantize_16)(const float* x, int n, uint8_t* high, uint8_t* low);
 
     // Integer products to reals, which become y, or are added to it.
@@ -194,10 +196,20 @@ struct Kernels {
                      float* upper);
 };
 
+// The two bytes of a 16-bit activation, as a number.
+inline int32_t of_halves(uint8_t high, uint8_t low, int zero) {
+    return (zero == 0 ? static_cast<int8_t>(high) : high - zero) * 256 + (zero == 0 ? static_cast<int8_t>(low) : low);
+}
+
 const Kernels& scalar_kernels();
 #ifdef EIGHTFOLD_X86
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+#endif
+#ifdef EIGHTFOLD_ARM
+const Kernels& neon_kernels();
+const Kernels& dotprod_kernels();
+const Kernels& i8mm_kernels();
 #endif
 
 }  // namespace eightfold

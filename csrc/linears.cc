@@ -58,7 +58,8 @@ bool Linear::prepare(const Kernels& kernels, int begin, int end) {
     // Wraps around as the products do: only the total has to fit.
     for (int n = begin; n < end; n++) {
         quant_bias[n] =
-            static_cast<int32_t>(static_cast<uint32_t>(quant_bias[n]) - 128u * static_cast<uint32_t>(weight_sum[n]));
+            static_cast<int32_t>(static_cast<uint32_t>(quant_bias[n]) -
+                                 static_cast<uint32_t>(kernels.zero) * static_cast<uint32_t>(weight_sum[n]));
     }
     return true;
 }
@@ -101,10 +102,10 @@ void Linear::keep_static_sums(const int32_t* acc, int begin, int count, float* o
     }
 }
 
-void Linear::keep_token_sums(const int32_t* acc, int begin, int count, int32_t offset, float* out) const {
-    const auto times = static_cast<uint32_t>(offset + 128);
+void Linear::keep_token_sums(const int32_t* acc, int begin, int count, int32_t times, float* out) const {
     for (int n = 0; n < count; n++) {
-        const uint32_t kept = static_cast<uint32_t>(acc[n]) - times * static_cast<uint32_t>(weight_sum[begin + n]);
+        const uint32_t kept =
+            static_cast<uint32_t>(acc[n]) - static_cast<uint32_t>(times) * static_cast<uint32_t>(weight_sum[begin + n]);
         std::memcpy(out + n, &kept, sizeof kept);
     }
 }
@@ -314,7 +315,7 @@ void Group::finish(const Kernels& kernels, const Piece& piece, const Source& fro
         if (linear.keeps_sums && reads_static) {
             linear.keep_static_sums(acc, n, count, y);
         } else if (linear.keeps_sums) {
-            linear.keep_token_sums(acc, n, count, many == 2 ? 0 : params[i].offset, y);
+            linear.keep_token_sums(acc, n, count, (many == 2 ? 0 : params[i].offset) + kernels.zero, y);
             if (many == 2) std::memcpy(y + linear.outputs, low, count * sizeof(int32_t));
         } else if (many == 2) {
             kernels.finish_16(acc, low, count, linear.rows_16(n).scales, params[i], out.adds, y);

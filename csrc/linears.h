@@ -26,7 +26,7 @@ struct Linear {
     std::vector<float> offset;    // (N), weight_offset; empty: zero
     std::vector<float> bias;      // (N) or empty
     std::vector<float> deq_scale; // (N)
-    std::vector<int32_t> quant_bias;  // (N), less 128 times the weight sums
+    std::vector<int32_t> quant_bias;  // (N), less `zero` times the weight sums
     std::vector<int32_t> weight_sum;  // (N); kUnknownSum where prepare() has not been
     int unknown_rows = 0;             // how many those are
     float inv_input_scale = 0, input_offset = 0;
@@ -41,7 +41,7 @@ struct Linear {
     // int32 products of rows [begin, begin + count) in the place of reals, less what an offset of the activations has
     // added to them; products of activations with a static scale have their bias instead.
     void keep_static_sums(const int32_t* acc, int begin, int count, float* out) const;
-    void keep_token_sums(const int32_t* acc, int begin, int count, int32_t offset, float* out) const;
+    void keep_token_sums(const int32_t* acc, int begin, int count, int32_t times, float* out) const;
 
     // Weight rows from n on, and what finishes their sums.
     StaticRows static_rows(int n) const;

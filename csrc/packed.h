@@ -8,6 +8,10 @@
 
 #include "kernels.h"
 #include "rows.h"
+#if defined(EF_DOTPROD) && EF_DOTPROD > 0
+#include "tile_neon.h"
+#define EF_OWN_TILE
+#endif
 
 namespace eightfold::EF_ISA {
 
@@ -22,6 +26,9 @@ inline int blocks_of(int tokens) { return (tokens + kLanes - 1) / kLanes; }
 // Weight rows that meet so many blocks in registers.
 template <int B>
 constexpr int kRowsFor = W == 16 && B <= 2 ? 8 : 4;
+
+#ifndef EF_OWN_TILE
+constexpr int kWhole = 4;  // bytes of K that are taken at a time
 
 // sums[r][lane] = sum_k x[lane][k] w[r][k] of R rows and B blocks, whole fours of K. A function of its own: its loop needs
 // all registers.
@@ -62,19 +69,21 @@ template <int R, int B>
         for (int v = 0; v < V; v++) i_store(sums + r * B * kLanes + v * W, acc[r][v]);
 }
 
-// What the last one to three of K add.
+#endif
+
+// What the last of K add, fewer than kWhole.
 template <int B>
 inline void add_rest(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t block, int inner, int32_t* sums) {
-    const int whole = inner / 4 * 4;
-    for (int r = 0; r < rows; r++) {
-        int32_t value = 0;
-        std::memcpy(&value, w + r * ldw + whole, inner - whole);
-        for (int lane = 0; lane < B * kLanes; lane += W) {
-            const I xs = i_load(x + lane / kLanes * block + static_cast<size_t>(whole) * kLanes + lane % kLanes * 4);
-            int32_t* sum = sums + r * B * kLanes + lane;
-            i_store(sum, dot4(i_load(sum), xs, i_set(value)));
+    for (int k = inner / kWhole * kWhole; k < inner; k += 4)
+        for (int r = 0; r < rows; r++) {
+            int32_t value = 0;
+            std::memcpy(&value, w + r * ldw + k, std::min(4, inner - k));
+            for (int lane = 0; lane < B * kLanes; lane += W) {
+                const I xs = i_load(x + lane / kLanes * block + static_cast<size_t>(k) * kLanes + lane % kLanes * 4);
+                int32_t* sum = sums + r * B * kLanes + lane;
+                i_store(sum, dot4(i_load(sum), xs, i_set(value)));
+            }
         }
-    }
 }
 
 // Sums of up to kPackedRows rows, (rows, B kLanes); whole squares are turned, so rows that are missing there are zero.
@@ -84,7 +93,7 @@ inline void product(const int8_t* w, size_t ldw, int rows, const uint8_t* x, siz
     int n = 0;
     for (; n + R <= rows; n += R) tile_packed<R, B>(w + n * ldw, ldw, x, block, inner, sums + n * B * kLanes);
     for (; n < rows; n++) tile_packed<1, B>(w + n * ldw, ldw, x, block, inner, sums + n * B * kLanes);
-    if (inner % 4 != 0) add_rest<B>(w, ldw, rows, x, block, inner, sums);
+    if (inner % kWhole != 0) add_rest<B>(w, ldw, rows, x, block, inner, sums);
     std::fill(sums + rows * B * kLanes, sums + (rows + W - 1) / W * W * B * kLanes, 0);
 }
 
@@ -205,7 +214,7 @@ struct Tokens16 {
 
     // Of weight row `at`, whose sums are those of row n.
     F real(const Sums16<P>& sums, int n, int lane, Scales16 of, int at) const {
-        const I correction = i_mul(i_set(128), i_set(of.weight_sum[at]));
+        const I correction = i_mul(i_set(kZero), i_set(of.weight_sum[at]));
         F v = f_fma(to_f(i_sub(i_load(sums.high(n, lane)), correction)), f_set(256.0f), to_f(sums.low(n, lane)));
         if (of.offset != nullptr) v = f_fma(f_load(minus_sum + lane), f_set(of.offset[at]), v);
         v = f_mul(f_mul(v, f_load(scale + lane)), f_set(of.scale[at]));
@@ -239,7 +248,7 @@ inline void packed_16(Rows16 w, size_t ldw, int rows, PackedInput x, const RowPa
     });
 }
 
-// Values are quantized where tokens are lanes, and stay there. Four bytes are a sum, 128 is added to all at once.
+// Values are quantized where tokens are lanes, and stay there. Four bytes are a sum, and `zero` is added to all at once.
 template <Activation kActivation>
 inline void gated_static_by(StaticRows gate, StaticRows up, size_t ldw, int rows, PackedInput x, PackedOutput out) {
     const F inverse = f_set(out.inv_scale), offset = f_set(out.offset);
@@ -259,10 +268,12 @@ inline void gated_static_by(StaticRows gate, StaticRows up, size_t ldw, int rows
             };
             for (int n = 0; n < count; n += 4)
                 for (int lane = 0; lane < B * kLanes; lane += W) {
-                    I four = i_set(static_cast<int32_t>(0x80808080u));
+                    I four = i_set(kZero == 0 ? 0 : static_cast<int32_t>(0x80808080u));
 #pragma GCC unroll 4
                     for (int i = 0; i < 4; i++) {
-                        if (n + i < count) four = i_add(four, i_shift(value(n + i, lane), 8 * i));
+                        if (n + i >= count) continue;
+                        const I q = value(n + i, lane);
+                        four = i_add(four, i_shift(kZero == 0 ? i_and(q, i_set(255)) : q, 8 * i));
                     }
                     uint8_t* to = out.blocks + (b + lane / kLanes) * out.block + (first + n) * kLanes;
                     i_store(reinterpret_cast<int32_t*>(to) + lane % kLanes, four);

@@ -93,9 +93,9 @@ inline void pad_row(uint8_t* out, int n, uint8_t value) {
 
 inline void quantize_static(const float* x, int n, float inv_scale, float offset, uint8_t* out) {
     const F inv = f_set(inv_scale), off = f_set(offset);
-    const I bias = i_set(128);
+    const I bias = i_set(kZero);
     lanes(n, [&](int i, int m) { store_low_bytes(out + i, i_add(to_int8(f_mul(get(x + i, m), inv), off), bias), m); });
-    pad_row(out, n, 128);
+    pad_row(out, n, kZero);
 }
 
 struct Range {
@@ -134,15 +134,16 @@ inline RowParams quantize_16(const float* x, int n, uint8_t* high, uint8_t* low)
     // 32512 = 127 * 256: the high half stays inside int8.
     const float scale = std::max(std::max(-range.lo, range.hi) / 32512.0f, 1e-30f);
     const F inv = f_set(1.0f / scale), limit = f_set(32512.0f), minus = f_set(-32512.0f);
-    const I bias = i_set(128), mask = i_set(255);
+    const I bias = i_set(kZero), mask = i_set(255);
     I sum = i_set(0);
     lanes(n, [&](int i, int m) {
         const I q = to_i(f_min(f_max(f_mul(get(x + i, m), inv), minus), limit));
         sum = i_add(sum, q);
-        store_low_bytes(high + i, i_add(i_sra8(q), bias), m);
+        // A signed low half is 256 less than the unsigned one from 128 on, which are the same bits.
+        store_low_bytes(high + i, kZero == 0 ? i_sra8(i_add(q, i_set(128))) : i_add(i_sra8(q), bias), m);
         store_low_bytes(low + i, i_and(q, mask), m);
     });
-    pad_row(high, n, 128);
+    pad_row(high, n, kZero);
     pad_row(low, n, 0);
     return {scale, 0, i_hsum(sum), 0.0f};
 }
@@ -157,7 +158,7 @@ inline void finish_static(const int32_t* acc, int n, const int32_t* bias, const 
 
 inline void finish_token(const int32_t* acc, int n, const int32_t* weight_sum, const float* weight_scale,
                          const float* bias, RowParams row, bool adds, float* y) {
-    const I offset = i_set(row.offset + 128);
+    const I offset = i_set(row.offset + kZero);
     const F scale = f_set(row.scale);
     lanes(n, [&](int i, int m) {
         const I sums = i_sub(get(acc + i, m), i_mul(offset, get(weight_sum + i, m)));
@@ -174,7 +175,7 @@ struct Lanes16 {
     bool has_offset, has_bias;
 
     Lanes16(Scales16 from, int n, int m)
-        : correction(i_mul(i_set(128), get(from.weight_sum + n, m))),
+        : correction(i_mul(i_set(kZero), get(from.weight_sum + n, m))),
           scale(get(from.scale + n, m)),
           offset(from.offset != nullptr ? get(from.offset + n, m) : f_set(0.0f)),
           bias(from.bias != nullptr ? get(from.bias + n, m) : f_set(0.0f)),

@@ -106,12 +106,12 @@ void Share::prepare(const Group& group, Token token, Layout layout, std::vector<
     RowParams& params = prepared[0].params[t];
     if (linear.kind == LinearKind::w8a16) {
         params = kernels_.quantize_16(scratch.row.data(), width + 2, high, low);
-        for (int i = width; i < width + 2; i++) params.sum -= (high[i] - 128) * 256 + low[i];
+        for (int i = width; i < width + 2; i++) params.sum -= of_halves(high[i], low[i], kernels_.zero);
         static_cast<int32_t*>(exchange_->mine())[t * part_width(linear) + 2 * linear.outputs] = params.sum;
     } else {
         params = kernels_.quantize_token(scratch.row.data(), width + 2, config_.symmetric_tokens, high);
     }
-    std::fill(high + width, high + ld, 128);
+    std::fill(high + width, high + ld, static_cast<uint8_t>(kernels_.zero));
     std::fill(low + width, low + ld, 0);
     const bool packed = layout == Layout::packed;
     if (packed) scratch.rows.resize(2 * kLanes * ld);

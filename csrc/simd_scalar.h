@@ -9,6 +9,7 @@ namespace eightfold::EF_ISA {
 
 constexpr int W = 1;         // lanes of 4 bytes
 constexpr int kAttnCols = 8; // accumulators for one query row
+constexpr int kZero = 128;    // bytes of activations are unsigned
 using F = float;
 using I = int32_t;
 
@@ -74,6 +75,8 @@ inline I dot4(I acc, I a, I b) {
     std::memcpy(y, &b, 4);
     return acc + x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3];
 }
+// The same products, but any of them in any lane.
+inline I dot4_anywhere(I acc, I a, I b) { return dot4(acc, a, b); }
 
 inline uint32_t load_half(const void* p) {  // of any alignment, as all loads
     uint16_t x;

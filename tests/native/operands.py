@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from eightfold.model import native as core
+from tests.native import KERNELS
 
 ISAS = core.extension.available_isas()
 ISA = pytest.mark.parametrize("isa", ISAS)
@@ -36,6 +37,11 @@ def at_page_end(array: np.ndarray) -> np.ndarray:
     copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def seen(isa: str, stored: np.ndarray) -> np.ndarray:
+    """Return the numbers that bytes of activations are: int8 + zero, signed where zero is 0."""
+    return stored.view(np.int8) if KERNELS.zero(isa) == 0 else stored
 
 
 def exact_product(weight: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tests.native import KERNELS
-from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, each, exact_product, reals, rng, sums_of
+from tests.native.operands import INPUTS, ISA, NOTHING, at_page_end, each, exact_product, reals, rng, seen, sums_of
 
 LANES = 16
 PACKED = each(("tokens", "inputs", "outputs"), [
@@ -21,7 +21,7 @@ def test_integer_products_of_packed_tokens_are_exact(isa, inputs):
         x = rng(outputs).integers(0, 256, (tokens, inputs), np.uint8)
         out = np.full((-(-tokens // 16) * 16, outputs), 77, np.int32)
         KERNELS.gemm_packed(isa, weight, x, out)
-        np.testing.assert_array_equal(out[:tokens], exact_product(weight, x))
+        np.testing.assert_array_equal(out[:tokens], exact_product(weight, seen(isa, x)))
 
 
 @ISA
@@ -33,7 +33,7 @@ def test_packed_static_is_a_product_and_what_follows(isa, tokens, inputs, output
     bias, deq_scale = at_page_end(sums_of(outputs, 1)), at_page_end(reals(outputs, 2))
     y = reals(tokens * outputs, 3).reshape(tokens, outputs)
     expected = y.copy()
-    for t, acc in enumerate(exact_product(weight, x)):
+    for t, acc in enumerate(exact_product(weight, seen(isa, x))):
         KERNELS.finish_static(isa, acc, bias, deq_scale, expected[t], adds)
     KERNELS.packed_static(isa, weight, x, bias, deq_scale, y, adds)
     np.testing.assert_array_equal(y, expected)
@@ -51,7 +51,9 @@ def test_packed_16_is_two_products_and_what_follows(isa, tokens, inputs, outputs
     scale, total = np.abs(reals(tokens, 5)), sums_of(tokens, 6, 2**20)
     y = reals(tokens * outputs, 7).reshape(tokens, outputs)
     expected = y.copy()
-    for t, (top, rest) in enumerate(zip(exact_product(weight, high), exact_product(weight, low), strict=True)):
+    for t, (top, rest) in enumerate(
+        zip(*(exact_product(weight, seen(isa, half)) for half in (high, low)), strict=True)
+    ):
         KERNELS.finish_16(
             isa, top, rest, weight_sum, weight_scale, offset, bias, scale[t], int(total[t]), expected[t], adds
         )
@@ -77,7 +79,7 @@ def test_gated_static_is_two_products_their_gate_mul_and_its_quantization(isa, t
     found = made.transpose(0, 2, 1, 3).reshape(blocks * LANES, 4 * fours)[:tokens, :outputs]
     expected = np.empty((tokens, outputs), np.uint8)
     gated = np.empty((2, outputs), np.float32)
-    for t, (gate, up) in enumerate(zip(exact_product(weight[0], x), exact_product(weight[1], x), strict=True)):
+    for t, (gate, up) in enumerate(zip(*(exact_product(weight[i], seen(isa, x)) for i in (0, 1)), strict=True)):
         for i, acc in enumerate((gate, up)):
             KERNELS.finish_static(isa, acc, bias[i], deq_scale[i], gated[i])
         KERNELS.gate_mul(isa, gated[0], gated[1], gated[0], gelu)
