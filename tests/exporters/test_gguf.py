@@ -18,11 +18,13 @@ from eightfold.exporters import ExportOptions, plan_export
 from eightfold.exporters.gguf import GgufExport
 from eightfold.exporters.gguf_tensors import Tensor
 from eightfold.exporters.one_file import GrowingFile
+from eightfold.format.gguf_pretokenizers import CUTS, cut_named, write_cut
 from eightfold.format.output import DIRECTORY_MODE
 from eightfold.progress import silent
 from eightfold.quant.pipeline import quantize_checkpoint
 from eightfold.quant.recipe import Recipe
 from eightfold.scheme import SCHEMES
+from eightfold.tokenizer import Tokenizer
 from tests.conftest import CHAT_TEMPLATE, Result, token_samples, write_model
 from tests.quant.killing import killed_after
 from tests.refusal import refused
@@ -351,6 +353,31 @@ def test_the_pre_tokenizer_is_known_by_what_it_does(tmp_path):
         edit_tokenizer(model, partial(dict.update, **sequence))
         edit_tokenizer(model, partial(set_ignoring, ignores))
         assert fields_of(model)["tokenizer.ggml.pre"] == name
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_tokenizer_cuts_texts_after_its_way_there_and_back(tmp_path, name):
+    def cut(content: dict[str, Any]) -> None:
+        write_cut(content, CUTS[name])
+        for token, pair in ((263, "1 2"), (264, "12 3"), (265, "123 4"), (266, "' S")):
+            content["model"]["vocab"][pair.replace(" ", "")] = token
+            content["model"]["merges"].append(pair.split())
+
+    model = model_of(tmp_path / "m", config_of("llama"))
+    edit_tokenizer(model, cut)
+    assert fields_of(model)["tokenizer.ggml.pre"] == name
+    export(model, tmp_path / "x.gguf")
+    import_gguf(tmp_path / "x.gguf", tmp_path / "again", DType.BF16)
+    before, after = Tokenizer(model), Tokenizer(tmp_path / "again")
+    texts = ["the 1234 12341234", "in 2023, 12\n\n3", "IT'S 1/2 theThe\tthe", "a12 ١٢٣ ¼ 你好 🙂", "<s>12</s>"]
+    assert [after.encode(text) for text in texts] == [before.encode(text) for text in texts]
+    expected = {"gpt-2": 1, "llama-bpe": 2, "smaug-bpe": 2}.get(name, 4)
+    assert len(after.encode("1234")) == expected
+
+
+def test_names_that_mean_the_same_are_read(tmp_path):
+    assert cut_named("refact") == cut_named("smollm") != cut_named("llama3") == cut_named("llama-bpe")
+    assert cut_named("default") is None
 
 
 def test_pieces_of_sentencepiece_get_scores_in_the_order_of_their_merges(tmp_path):

@@ -3,44 +3,24 @@
 llama.cpp has its own tokenizers and knows by a name which regular expressions cut a text. A tokenizer that is cut in
 another way is refused: the file would load, and answer other questions than were asked.
 
-Sources: llama.cpp's src/llama-vocab.cpp for the names and their expressions; sentencepiece for the order of merges.
+Sources: llama.cpp's src/llama-vocab.cpp for what it does with a vocabulary; sentencepiece for the order of merges.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlist
+from eightfold.format.gguf_pretokenizers import CUTS, flat_steps, name_of, read_cut
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 from eightfold.values import shorten, shown
 
 # Of the gguf package's TokenType.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-
-# How a pre-tokenizer cuts.
-_BYTES = "bytes"  # GPT-2's letters for bytes, without an expression
-_GPT2 = "GPT-2's expression"
-_DIGITS = "each digit"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}"
-    r"\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2, _LLAMA3 = _WORDS % r"\p{N}", _WORDS % r"\p{N}{1,3}"
-
-# (steps, whether a word that is a token is taken without merges) -> llama.cpp's name.
-_NAMES: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((_DIGITS, _GPT2), False): "smollm",
-    ((_QWEN2, _BYTES), False): "qwen2",
-    ((_LLAMA3, _BYTES), True): "llama-bpe",
-    ((_LLAMA3, _BYTES), False): "smaug-bpe",
-    ((_TEKKEN, _BYTES), True): "tekken",
-}
 
 _SPACE = "▁"  # sentencepiece's
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -78,9 +58,9 @@ def read_vocabulary(directory: Path, config_raw: Mapping[str, Any], vocab_size: 
         raise UnsupportedError(
             "tokenizer", where=where, got="BPE without merges", expected="some, which readers ask for"
         )
-    steps = list(_steps(content.get("pre_tokenizer"), "pretokenizers"))
+    steps = list(flat_steps(content.get("pre_tokenizer"), "pretokenizers"))
     is_bytes = any(step.get("type") == "ByteLevel" for step in steps)
-    found = _by_bytes(content, steps, where) if is_bytes else _by_pieces(content, steps, where)
+    found = _by_bytes(content, where) if is_bytes else _by_pieces(content, steps, where)
     texts, types = _tokens(content, vocab_size, where, is_bytes=is_bytes, notes=found.notes)
     fields = {**found.fields, "tokens": texts, "token_type": types}
     if not is_bytes:
@@ -91,44 +71,19 @@ def read_vocabulary(directory: Path, config_raw: Mapping[str, Any], vocab_size: 
     return Vocabulary({**named, **_templates(tokenizer)}, found.losses, found.notes)
 
 
-def _steps(part: Any, inner: str) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a pre-tokenizer or normalizer, those of sequences one by one."""
-    if isinstance(part, dict):
-        if part.get("type") == "Sequence":
-            for each in part.get(inner) or ():
-                yield from _steps(each, inner)
-        else:
-            yield part
-
-
-def _by_bytes(content: Mapping[str, Any], steps: list[dict[str, Any]], where: Path) -> Vocabulary:
+def _by_bytes(content: Mapping[str, Any], where: Path) -> Vocabulary:
     """Return what is said of a byte-level tokenizer, as GPT-2's."""
     model = content["model"]
-    key = tuple(_name_of(step) for step in steps), bool(model.get("ignore_merges"))
-    if key not in _NAMES:
-        shown_steps = " then ".join(map(shorten, key[0])) + (", ignore_merges" if key[1] else "")
-        raise UnsupportedError(
-            "pre-tokenizer", where=where, got=shown_steps, expected=f"that of {one_of(_NAMES.values())}"
-        )
+    cut = read_cut(content)
+    if (name := name_of(cut)) is None:
+        raise UnsupportedError("pre-tokenizer", where=where, got=cut, expected=f"that of {one_of(CUTS)}")
     notes = []
-    for step in _steps(content.get("normalizer"), "normalizers"):
+    for step in flat_steps(content.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
             raise UnsupportedError("normalizer", where=where, got=shown(step.get("type")), expected="none or NFC")
         notes.append("the tokenizer composes characters first (NFC), llama.cpp does not: rare texts get other tokens")
     merges = [" ".join(pair) for pair in _merges(model)]
-    return Vocabulary({"model": "gpt2", "pre": _NAMES[key], "merges": merges}, [], notes)
-
-
-def _name_of(step: Mapping[str, Any]) -> str:
-    """Return how a step cuts: one of the constants above, an expression, or else its settings."""
-    kind, pattern = step.get("type"), step.get("pattern")
-    if kind == "ByteLevel" and not step.get("add_prefix_space"):
-        return _GPT2 if step.get("use_regex", True) else _BYTES
-    if kind == "Digits" and step.get("individual_digits"):
-        return _DIGITS
-    if kind == "Split" and isinstance(pattern, dict) and step.get("behavior") == "Isolated" and not step.get("invert"):
-        return str(pattern.get("Regex"))
-    return json.dumps(step)
+    return Vocabulary({"model": "gpt2", "pre": name, "merges": merges}, [], notes)
 
 
 def _by_pieces(content: Mapping[str, Any], steps: list[dict[str, Any]], where: Path) -> Vocabulary:
@@ -138,7 +93,7 @@ def _by_pieces(content: Mapping[str, Any], steps: list[dict[str, Any]], where: P
             "tokenizer", where=where, got="BPE without bytes", expected="byte-level, or byte_fallback"
         )
     prefix = replaces = False
-    for step in (*_steps(content.get("normalizer"), "normalizers"), *steps):
+    for step in (*flat_steps(content.get("normalizer"), "normalizers"), *steps):
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == _SPACE:
             prefix = True

@@ -23,7 +23,7 @@ import torch
 from eightfold.config import CONFIG_DTYPES, DType, ModelConfig, parse_config
 from eightfold.errors import CheckpointError, DependencyError, OutputError, UnsupportedError, one_of, shortlist
 from eightfold.families import all_linears, all_norms
-from eightfold.files import write_json
+from eightfold.files import MAX_LIST_BYTES, read_json, write_json
 from eightfold.format.directory import CONFIG_NAME
 from eightfold.format.gguf_layout import (
     ARCHITECTURES,
@@ -35,6 +35,7 @@ from eightfold.format.gguf_layout import (
     require_gguf,
     unpair,
 )
+from eightfold.format.gguf_pretokenizers import cut_named, write_cut
 from eightfold.format.journal import FORMAT
 from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
@@ -46,6 +47,7 @@ from eightfold.progress import Progress, silent
 from eightfold.rope import RopeParameters
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 from eightfold.values import COUNT, POSITIVE, require, shorten, shown
+from eightfold.vocabulary import TOKENIZER
 from eightfold.written_config import both_dialects
 
 if TYPE_CHECKING:
@@ -113,7 +115,8 @@ def import_gguf(
     head = {"format": FORMAT, "command": "import-gguf"}
     with Output(target, head, source=source, overwrite=overwrite) as output:
         output.require_space(total_bytes(plan))
-        write_tokenizer(file.path, output.path, raw)  # first: what can fail in seconds should not after minutes
+        # First: what can fail in seconds should not after minutes.
+        write_tokenizer(file.path, output.path, raw, file.fields)
         with (
             ShardedWriter(output.path, "model", plan, metadata={"format": "pt"}) as writer,
             progress("import", len(names), "tensor") as task,
@@ -316,8 +319,15 @@ def read_float(file: GgufFile, config: ModelConfig, name: str, gguf_name: str, d
     return to_array(tensor if order is None else tensor[torch.from_numpy(order)], dtype)
 
 
-def write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:
-    """Rebuild the tokenizer with transformers, and write the generation settings that the file knows."""
+def write_tokenizer(source: Path, directory: Path, raw: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Rebuild the tokenizer with transformers, and write the generation settings that the file knows.
+
+    Args:
+        source: the part of the file that has the metadata.
+        directory: where to.
+        raw: config.json's object.
+        fields: the metadata.
+    """
     try:
         from transformers import AutoTokenizer
         from transformers.utils import logging
@@ -347,6 +357,17 @@ def write_tokenizer(source: Path, directory: Path, raw: dict[str, Any]) -> None:
         raise
     except Exception as error:  # the tokenizers library says so of a full disk
         raise OutputError("tokenizer", where=directory, got=error, expected="room to write it") from None
+    _cut_as_said(directory, fields)
     write_for_both(directory)
     ids: dict[str, Any] = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in raw}
     write_json(directory / "generation_config.json", ids)
+
+
+def _cut_as_said(directory: Path, fields: dict[str, Any]) -> None:
+    """Cut texts as the file says: transformers looks at the architecture, which does not tell."""
+    cut = cut_named(str(fields.get("tokenizer.ggml.pre")))
+    if fields.get("tokenizer.ggml.model") != "gpt2" or cut is None:
+        return
+    content = read_json(directory / TOKENIZER, MAX_LIST_BYTES)
+    write_cut(content, cut)
+    write_json(directory / TOKENIZER, content)

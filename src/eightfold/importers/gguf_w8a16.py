@@ -83,7 +83,8 @@ def import_w8a16(source: Path, target: Path, options: ImportOptions) -> str:
     found = _Import(file, config, options.dtype, match_tensors(file, config))
     head = {"format": FORMAT, "command": "import-gguf"}
     with Output(target, head, source=source, overwrite=options.overwrite, progress=options.progress) as output:
-        write_tokenizer(file.path, output.path, raw)  # first: what can fail in seconds should not after minutes
+        # First: what can fail in seconds should not after minutes.
+        write_tokenizer(file.path, output.path, raw, file.fields)
         stem = weight_file_stem(QuantType.W8A16)
         checksums = write_items(output, stem, found.items, title="import", progress=options.progress)
         text = render_description(QuantType.W8A16, found.tags)
