@@ -293,11 +293,11 @@ def test_files_that_cannot_be_read(cli, small, tmp_path):
         (["--prompt", "a", "--overwrite"], "--overwrite: got --prompt, expected --input-file beside it"),
         (["--prompt", "a", "--speculate", "2"], "--speculate: got --prompt, expected --input-file beside it"),
         (["--input-file", "b", "--output-file", "c", "--backend", "reference"],
-         "--input-file: got the reference backend, expected the native one"),
+         "--input-file: got the reference backend, expected the native one. Leave out --backend reference."),
         (["--input-file", "b", "--output-file", "c", "--kv-memory", "x"],
          "--kv-memory: got x, expected a size such as 2GiB or 500MB. Try: eightfold run --help"),
         (["--prompt", "a", "--seed", "1", "--temperature", "1", "--backend", "reference"],
-         "sampling options: got the reference backend, expected the native one"),
+         "sampling options: got the reference backend, expected the native one. Leave out --backend reference."),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(cli, small, words, message):
@@ -534,7 +534,10 @@ def test_a_line_of_120_mb_is_not_read(cli, small, tmp_path):
         file.write(b'{"prompt": "a"}\n{"prompt": "')
         file.seek(120_000_000)
         file.write(b'"}\n')
-    assert input_refused(cli, small, tmp_path, path) == f"line 2 in {path}: got 16 MiB or more, expected less"
+    assert (
+        input_refused(cli, small, tmp_path, path)
+        == f"line 2 in {path}: got 16 MiB or more, expected less. Split it: each line is one prompt."
+    )
 
 
 def nested(depth: int) -> str:

@@ -292,7 +292,9 @@ def test_a_wrong_option_is_told_once(start, small):
 def test_the_reference_backend_is_for_one_process(start, small):
     found = start(*RUN, small("w8a8").directory, "--prompt", "hi", "--backend", "reference").ended()
     assert [code for code, _, _ in found] == [2, 2]
-    assert found[0][2] == "eightfold: the reference backend: got 2 processes, expected one\n"
+    assert found[0][2] == (
+        "eightfold: the reference backend: got 2 processes, expected one. Start it without torchrun.\n"
+    )
 
 
 # --- processes that die

@@ -253,7 +253,8 @@ def test_an_index_without_a_map_is_refused(float_model, content, got):
     shard(float_model)
     write_index(float_model, content)
     assert refusal(float_model) == (
-        f'"weight_map" in {float_model}/model.safetensors.index.json: got {got}, expected tensor name -> file name'
+        f'"weight_map" in {float_model}/model.safetensors.index.json: got {got}, expected tensor name -> file name. '
+        "Fetch the file again."
     )
 
 
@@ -262,7 +263,8 @@ def test_an_index_cannot_point_outside_the_directory(float_model, name):
     weight_map = shard(float_model)
     write_index(float_model, {"weight_map": {**weight_map, "lm_head.weight": name}})
     assert refusal(float_model) == (
-        f"shard name in {float_model}/model.safetensors.index.json: got {name}, expected a file in the same directory"
+        f"shard name in {float_model}/model.safetensors.index.json: got {name}, expected a file in the same directory. "
+        "Fetch the file again."
     )
 
 
@@ -408,7 +410,7 @@ def test_two_suffixed_descriptions_are_refused(quantized):
         (quantized / f"quant_model_description_{suffix}.json").write_text(text)
     assert refusal(quantized) == (
         f"description in {quantized}: got quant_model_description_w8a16.json, quant_model_description_w8a8.json, "
-        "expected one, or quant_model_description.json"
+        "expected one, or quant_model_description.json. Keep the one that belongs to the weights."
     )
 
 

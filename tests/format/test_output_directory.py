@@ -145,7 +145,8 @@ def test_a_target_that_is_a_file_is_refused(cli, float_model, options):
     target = float_model.parent / "out"
     target.write_text("mine")
     assert quantize_refused(cli, float_model, *options) == (
-        f"output directory {target}: got a file, expected a new or empty directory"
+        f"output directory {target}: got a file, expected a new or empty directory. "
+        "Name another directory, or move the file away."
     )
 
 

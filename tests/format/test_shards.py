@@ -196,7 +196,10 @@ def test_a_file_of_another_plan_is_not_gone_on_with(tmp_path, left, got):
         path.write_bytes(left)
     with pytest.raises(OutputError) as error:
         ShardedWriter(tmp_path, "f", PLAN, resume=True)
-    assert str(error.value) == f"weights to go on with in {path}: got {got}, expected what an earlier run has begun"
+    assert str(error.value) == (
+        f"weights to go on with in {path}: got {got}, expected what an earlier run has begun. "
+        "Delete the directory with this file, and start again."
+    )
 
 
 def test_an_existing_file_is_never_written_over(tmp_path):

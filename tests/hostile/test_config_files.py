@@ -195,7 +195,8 @@ def test_a_description_without_an_entry_for_a_tensor_is_refused(cli, quantized, 
 def test_a_scheme_that_is_not_known_is_refused_with_the_known_ones(cli, quantized):
     path = describe(quantized, **{Q_PROJ: "W4A16"})
     assert both_refused(cli, quantized) == (
-        f"type of {Q_PROJ} in {path}: got W4A16, expected FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX or W8A16"
+        f"type of {Q_PROJ} in {path}: got W4A16, expected FLOAT, W8A8, W8A8_DYNAMIC, W8A8_MIX or W8A16. "
+        "Make the model anew: eightfold quantize FLOAT_DIR OUT --scheme ..."
     )
 
 

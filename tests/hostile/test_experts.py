@@ -135,7 +135,8 @@ def test_a_router_that_is_no_float(cli, source, tmp_path, name):
     tags = json.loads(path.read_text())
     path.write_text(json.dumps({**tags, f"{AT}.{name}.weight": "W8A16"}))
     assert refused(cli, "inspect", out, within=tmp_path) == (
-        f"type of {AT}.{name}.weight in {path}: got W8A16, expected FLOAT, as routers stay"
+        f"type of {AT}.{name}.weight in {path}: got W8A16, expected FLOAT, as routers stay. "
+        "Make the model anew with eightfold quantize."
     )
 
 

@@ -422,16 +422,19 @@ def test_an_expert_twice(mixtral):
 
 def test_experts_of_different_shapes(mixtral):
     assert refusal(change(mixtral, {f"{MIXTRAL}.experts.3.w2.weight": torch.zeros(32, 40)})) == (
-        f"shape of {MIXTRAL}.experts.3.w2 in DIR: got [32, 40], expected [32, 48], as expert 0 has"
+        f"shape of {MIXTRAL}.experts.3.w2 in DIR: got [32, 40], expected [32, 48], as expert 0 has."
+        " Fetch the model again, with all of its files."
     )
 
 
 def test_a_router_with_the_wrong_width(mixtral):
     assert refusal(change(mixtral, {f"{MIXTRAL}.gate.weight": torch.zeros(5, 32)})) == (
-        f"shape of {MIXTRAL}.gate.weight in DIR: got [5, 32], expected [4, 32], one row for each of 4 experts"
+        f"shape of {MIXTRAL}.gate.weight in DIR: got [5, 32], expected [4, 32], one row for each of 4 experts."
+        " Fetch the model again, with all of its files."
     )
     assert refusal(change(mixtral, {f"{MIXTRAL}.gate.weight": None})) == (
-        f"router in DIR: got no {MIXTRAL}.gate.weight, expected the router of {MIXTRAL}.experts"
+        f"router in DIR: got no {MIXTRAL}.gate.weight, expected the router of {MIXTRAL}.experts."
+        " Fetch the model again, with all of its files."
     )
 
 

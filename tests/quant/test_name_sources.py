@@ -331,11 +331,12 @@ def test_scales_of_stacked_experts_that_are_missing_zero_or_too_few(tmp_path, sa
     scale[2, 0, 1] = 0
     assert refused(scale).startswith(f"values of {name}_scale_inv in model.safetensors: got 0, expected finite scales")
     assert refused(scale[:3]) == (
-        f"shape of {name}_scale_inv in model.safetensors: got [3, 3, 2], expected [4, ...], some for each expert"
+        f"shape of {name}_scale_inv in model.safetensors: got [3, 3, 2], expected [4, ...], some for each expert."
+        " Fetch the model again, with all of its files."
     )
     assert refused(scale[:, :2]) == (
         f"shape of {name}_scale_inv in model.safetensors: got [4, 2, 2], expected [4, 3, 2] for blocks of 16 x 16, "
-        "or [4, 48, 1]"
+        "or [4, 48, 1]. Fetch the model again, with all of its files."
     )
 
 
@@ -346,7 +347,8 @@ def test_a_bias_that_does_not_fit_its_weight(tmp_path, saved, shape):
     for bias, expected in ((f"{name}.bias", [32]), (f"{joined}_bias", [4, 48])):
         source = stacked(tmp_path, saved, {**experts, bias: torch.ones(shape)})
         assert refusal(source) == (
-            f"shape of {bias} in model.safetensors: got {list(shape)}, expected {expected}, as its weight"
+            f"shape of {bias} in model.safetensors: got {list(shape)}, expected {expected}, as its weight."
+            " Fetch the model again, with all of its files."
         )
 
 

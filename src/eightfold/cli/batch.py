@@ -103,7 +103,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, raw in enumerate(iter(lambda: file.readline(console.MAX_LINE_BYTES), b""), 1):
                 if len(raw) == console.MAX_LINE_BYTES:
                     got = f"{console.MAX_LINE_BYTES >> 20} MiB or more"
-                    raise InputError(f"line {number}", where=name_of(path), got=got, expected="less")
+                    action = "Split it: each line is one prompt."
+                    raise InputError(f"line {number}", where=name_of(path), got=got, expected="less", action=action)
                 line = _decoded(raw, number, path)
                 if line.strip():
                     yield number, line

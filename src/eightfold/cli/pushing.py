@@ -124,7 +124,11 @@ class PushCommand:
             except (ValueError, RecursionError):
                 document = None
             if not isinstance(document, dict) or not isinstance(document.get("ppl"), (int, float)):
-                raise InputError("measurement", where=self.measured, got=line, expected="what `eval --json` prints")
+                expected, action = (
+                    "what `eval --json` prints",
+                    "Write it anew: eightfold eval OUT --against FLOAT_DIR --json > FILE",
+                )
+                raise InputError("measurement", where=self.measured, got=line, expected=expected, action=action)
             found.append(document)
         return found
 

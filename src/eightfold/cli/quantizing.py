@@ -328,7 +328,8 @@ class QuantizeCommand:
     def _quantize_by_name(self, ranks: Ranks) -> Outcome:
         """Quantize a model of which the names of tensors say enough."""
         if ranks.size > 1:
-            raise ConfigError("processes", got=ranks.size, expected="one, for a model that is quantized by names")
+            expected, action = "one, for a model that is quantized by names", "Start it without torchrun."
+            raise ConfigError("processes", got=ranks.size, expected=expected, action=action)
         if self.legacy_names:
             raise ConfigError("legacy_names", got="it", expected="it left out, as the model is known by its names only")
         plan = self._name_plan
@@ -437,7 +438,8 @@ class QuantizeCommand:
         from eightfold.model.reference.tensors import find_device
 
         if ranks.size > 1 and self.device != "cpu":
-            raise ConfigError("device", got=self.device, expected=f"cpu, for {ranks.size} processes")
+            action = "Start it without torchrun, or leave out `device`."
+            raise ConfigError("device", got=self.device, expected=f"cpu, for {ranks.size} processes", action=action)
         found, remark = find_device(self.device)
         if remark:
             console.note(in_flags(remark, flags_of(QuantizeCommand)))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 
+_NATIVE = "Leave out --backend reference."
 _PROMPTS = "Prompts and answers"
 
 # A tokenizer, and the prompt's tokens; text, tokens and the reason of an answer's end; what generates and shows it.
@@ -95,7 +96,9 @@ class RunCommand:
             self._answer_prompt(template, config, backend)
             return 0
         if backend != "native":
-            raise UnsupportedError("--input-file", got="the reference backend", expected="the native one")
+            raise UnsupportedError(
+                "--input-file", got="the reference backend", expected="the native one", action=_NATIVE
+            )
         return self._answer_file(template, config)
 
     def _require_one_source(self) -> None:
@@ -261,7 +264,9 @@ class RunCommand:
     def _reference(self, checkpoint: Checkpoint, read: Callable[[], _Read], config: EngineConfig) -> _Generate:
         """Load the oracle, which is greedy."""
         if self.sampling:
-            raise UnsupportedError("sampling options", got="the reference backend", expected="the native one")
+            raise UnsupportedError(
+                "sampling options", got="the reference backend", expected="the native one", action=_NATIVE
+            )
         console.require_torch("run --backend reference")
         from eightfold.model.reference.load import Decoder
         from eightfold.tokenizer import StreamDecoder, stop_token_ids
@@ -296,7 +301,9 @@ def _leave_to_first(model: Path, backend: str, config: EngineConfig) -> None:
     from eightfold.parallel.world import World
 
     if (size := World.of_environment().size) > 1:
-        raise UnsupportedError("the reference backend", got=f"{size} processes", expected="one")
+        raise UnsupportedError(
+            "the reference backend", got=f"{size} processes", expected="one", action="Start it without torchrun."
+        )
 
 
 def _report(result: BatchResult, output_file: Path, as_json: bool) -> None:

@@ -57,7 +57,7 @@ class Pipe:
         self._number += 1
         if len(raw) == MAX_LINE_BYTES:
             got = f"{MAX_LINE_BYTES >> 20} MiB or more"
-            raise InputError(f"line {self._number} of stdin", got=got, expected="less")
+            raise InputError(f"line {self._number} of stdin", got=got, expected="less", action="Paste less at once.")
         try:
             return raw.decode().rstrip("\r\n") if raw else None
         except UnicodeDecodeError as error:

@@ -157,7 +157,9 @@ def lead(world: World, checkpoint: Checkpoint, options: Mapping[str, Any]) -> Sh
     """
     others = meet(world)
     if others.have_model:
-        raise UnsupportedError("second model", got=f"{world.size} processes", expected="one model for them")
+        raise UnsupportedError(
+            "second model", got=f"{world.size} processes", expected="one model for them", action="Start others for it."
+        )
     others.have_model, peers = True, others.peers
     Share(0, world.size, options["expert_parallel"]).require(checkpoint.config, checkpoint.directory)
     found = [(str(peer), facts) for peer, facts in zip(peers, _answers(peers), strict=True)]

@@ -177,7 +177,8 @@ class GrammarCompiler:
         except Exception as error:  # of both libraries
             self._trial.end()
             path = tokenizer.directory / "tokenizer.json"
-            raise InputError("tokenizer for structured output", where=path, got=error) from None
+            action = "Leave out the form of the answer: this model cannot keep to one."
+            raise InputError("tokenizer for structured output", where=path, got=error, action=action) from None
         self._kept: OrderedDict[tuple[str, Any], Form] = OrderedDict()  # the last used is the last
         # What was refused and when, because to find that out may take seconds.
         self._refused: OrderedDict[tuple[str, Any], tuple[str, float]] = OrderedDict()

@@ -150,14 +150,16 @@ class Checkpoint(StoredTensors):
         tag = self.description.tags[name]
         if tag not in LINEAR_TENSORS:
             known = one_of(kind.value for kind in LINEAR_TENSORS)
-            raise UnsupportedError(f"type of {name}", where=self.description.path, got=tag, expected=known)
+            where, action = self.description.path, "Make the model anew: eightfold quantize FLOAT_DIR OUT --scheme ..."
+            raise UnsupportedError(f"type of {name}", where=where, got=tag, expected=known, action=action)
         return QuantType(tag)
 
     def _float_type(self, router: str) -> QuantType:
         kind = self.quant_type(router)
         if kind is not QuantType.FLOAT:
             where, expected = self.description and self.description.path, f"{QuantType.FLOAT.value}, as routers stay"
-            raise UnsupportedError(f"type of {weight_name(router)}", where=where, got=kind.value, expected=expected)
+            name, action = weight_name(router), "Make the model anew with eightfold quantize."
+            raise UnsupportedError(f"type of {name}", where=where, got=kind.value, expected=expected, action=action)
         return kind
 
     def attention_type(self, layer_idx: int) -> QuantType:
@@ -175,6 +177,7 @@ class Checkpoint(StoredTensors):
                 where=self.directory,
                 got=f"tensors of {found[0].value} and of {found[1].value}",
                 expected="one of them",
+                action="Make the model anew, with --kv-int8 or --fa-quant.",
             )
         return found[0] if found else QuantType.FLOAT
 

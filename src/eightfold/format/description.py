@@ -40,6 +40,7 @@ def find_description(directory: Path) -> Path | None:
             where=directory,
             got=shortlist(path.name for path in suffixed),
             expected=f"one, or {SHORT_NAME}",
+            action="Keep the one that belongs to the weights.",
         )
     return suffixed[0] if suffixed else None
 

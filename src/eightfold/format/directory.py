@@ -196,7 +196,10 @@ def require_model(directory: Path) -> None:
 def _no_directory(directory: Path) -> CheckpointError:
     if directory.is_symlink() and not directory.exists():
         return CheckpointError(
-            f"no directory {directory}", got=f"a link to {directory.readlink()}, which is not there", expected="one"
+            f"no directory {directory}",
+            got=f"a link to {directory.readlink()}, which is not there",
+            expected="one",
+            action="Check the link, or mount the disk that it leads to.",
         )
     if directory.exists():
         return CheckpointError(
@@ -417,12 +420,20 @@ def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index, MAX_LIST_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(
-            '"weight_map"', where=index, got=shorten(json.dumps(weight_map)), expected="tensor name -> file name"
+            '"weight_map"',
+            where=index,
+            got=shorten(json.dumps(weight_map)),
+            expected="tensor name -> file name",
+            action="Fetch the file again.",
         )
     shards = sorted(set(weight_map.values()))
     if outside := [name for name in shards if Path(name).name != name or name in ("", "..") or "\0" in name]:
         raise CheckpointError(
-            "shard name", where=index, got=shorten(outside[0]), expected="a file in the same directory"
+            "shard name",
+            where=index,
+            got=shorten(outside[0]),
+            expected="a file in the same directory",
+            action="Fetch the file again.",
         )
     if absent := [name for name in shards if not has_file(index.parent / name)]:
         raise _missing_shards(index.parent, absent, len(shards), "every file that the index names")

@@ -152,7 +152,9 @@ class _Shard:
             raise
 
     def _not_the_one(self, got: str) -> OutputError:
-        return OutputError("weights to go on with", where=self.path, got=got, expected="what an earlier run has begun")
+        action = "Delete the directory with this file, and start again."
+        expected = "what an earlier run has begun"
+        return OutputError("weights to go on with", where=self.path, got=got, expected=expected, action=action)
 
     def write(self, data: bytes | memoryview, at: int) -> None:
         self._is_dirty = True

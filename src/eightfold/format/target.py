@@ -31,7 +31,10 @@ def check_target(target: Path, command: str, *, source: Path | None, overwrite: 
     target = Path(os.path.realpath(target))
     _require_outside(target, source)
     if target.exists() and not target.is_dir():
-        raise OutputError(f"output directory {target}", got="a file", expected="a new or empty directory")
+        action = "Name another directory, or move the file away."
+        raise OutputError(
+            f"output directory {target}", got="a file", expected="a new or empty directory", action=action
+        )
     if _is_mount_point(target):
         raise OutputError(
             f"output directory {target}",

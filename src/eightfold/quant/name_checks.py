@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from eightfold.errors import CheckpointError, shortlist
 from eightfold.layouts import EXPERT, GROUPS, Part, expert_count, text_config
 from eightfold.quant.name_linears import FoundTensors
-from eightfold.quant.name_sources import Source
+from eightfold.quant.name_sources import FETCH_AGAIN, Source
 from eightfold.scheme import weight_name
 
 
@@ -44,7 +44,7 @@ def _require_layers(found: FoundTensors) -> None:
                     where=found.stored.directory,
                     got=f"no {shortlist(absent)}",
                     expected=shortlist(members),
-                    action="Fetch the model again, with all of its files.",
+                    action=FETCH_AGAIN,
                 )
 
 
@@ -73,14 +73,15 @@ def _require_whole(found: FoundTensors, module: str, experts: Mapping[int, Mappi
     if missing or (said is not None and count != said):
         got = f"no {shortlist(missing, 4)}" if missing else f"{count} of them"
         expected = f"{said or count} experts with {', '.join(names)}"
-        action = "Fetch the model again, with all of its files."
+        action = FETCH_AGAIN
         raise CheckpointError(f"experts of {module}", where=where, got=got, expected=expected, action=action)
     for name in names:
         shape = experts[0][name].shape
         for i, other in experts.items():
             if other[name].shape != shape:
                 got, expected = f"{list(other[name].shape)}", f"{list(shape)}, as expert 0 has"
-                raise CheckpointError(f"shape of {module}.{i}.{name}", where=where, got=got, expected=expected)
+                what = f"shape of {module}.{i}.{name}"
+                raise CheckpointError(what, where=where, got=got, expected=expected, action=FETCH_AGAIN)
 
 
 def _require_router(found: FoundTensors, module: str, count: int) -> None:
@@ -91,7 +92,8 @@ def _require_router(found: FoundTensors, module: str, count: int) -> None:
     router = found.linears.get(name)
     if router is None:
         got, expected = f"no {weight_name(name)}", f"the router of {module}"
-        raise CheckpointError("router", where=found.stored.directory, got=got, expected=expected)
+        where = found.stored.directory
+        raise CheckpointError("router", where=where, got=got, expected=expected, action=FETCH_AGAIN)
     hidden = text_config(found.stored.config_raw).get("hidden_size")
     expected_shape = (count, hidden if isinstance(hidden, int) else router.source.shape[1])
     if router.source.shape != expected_shape:
@@ -100,4 +102,5 @@ def _require_router(found: FoundTensors, module: str, count: int) -> None:
             where=found.stored.directory,
             got=list(router.source.shape),
             expected=f"{list(expected_shape)}, one row for each of {count} experts",
+            action=FETCH_AGAIN,
         )

@@ -18,7 +18,7 @@ from eightfold.errors import CheckpointError, UnsupportedError, one_of, shortlis
 from eightfold.families import stored_names
 from eightfold.format.stored import StoredTensors
 from eightfold.layouts import Layout, Part, Rule, generic_rule, text_config
-from eightfold.quant.name_sources import Coding, Source, Sources
+from eightfold.quant.name_sources import FETCH_AGAIN, Coding, Source, Sources
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 
 OUTSIDE = "others"  # the step of what is in no layer
@@ -102,7 +102,8 @@ class FoundTensors:
         if source.scale and len(source.shape) != 2:
             info = self._sources.info(source)
             got, expected = f"{info.dtype} {list(info.shape)}", "a matrix, or experts that this family is known to have"
-            raise UnsupportedError(f"shape of {info.name}", where=info.file, got=got, expected=expected)
+            action = "Start from the float model."
+            raise UnsupportedError(f"shape of {info.name}", where=info.file, got=got, expected=expected, action=action)
         self.copied.append((step, name, source))
 
     def _copy_tied_head(self) -> None:
@@ -141,7 +142,11 @@ class FoundTensors:
         if bias is not None and bias.shape != shape:
             info = self._sources.info(bias)
             raise CheckpointError(
-                f"shape of {info.name}", where=info.file, got=list(bias.shape), expected=f"{list(shape)}, as its weight"
+                f"shape of {info.name}",
+                where=info.file,
+                got=list(bias.shape),
+                expected=f"{list(shape)}, as its weight",
+                action=FETCH_AGAIN,
             )
         return bias
 
@@ -204,7 +209,8 @@ class FoundTensors:
         if n % 2:
             info = self._sources.info(source)
             got, expected = f"{n} rows of gate and up", "an even number"
-            raise CheckpointError(f"shape of {info.name}", where=info.file, got=got, expected=expected)
+            what = f"shape of {info.name}"
+            raise CheckpointError(what, where=info.file, got=got, expected=expected, action=FETCH_AGAIN)
         half, step = n // 2, 2 if experts.is_interleaved else 1
         for i, last in enumerate((experts.gate, experts.up)):
             begin = i if experts.is_interleaved else i * half

@@ -20,7 +20,7 @@ from eightfold.config import DType
 from eightfold.errors import CheckpointError
 from eightfold.format.stored import StoredTensors
 from eightfold.model.reference.tensors import mapped_tensor
-from eightfold.quant.name_sources import FLOAT8, POWERS, Coding, Source, read_form
+from eightfold.quant.name_sources import FETCH_AGAIN, FLOAT8, POWERS, Coding, Source, read_form
 from eightfold.quant.qparams import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Rows:
         self._grid = self._read_scales() if source.scale else None
         if source.form and (form := read_form(stored, source.form, source.tensor)) != source.shape:
             got, expected = list(form), f"{list(source.shape)}, as others that are packed alike"
-            raise CheckpointError(f"values of {source.form}", where=self._info.file, got=got, expected=expected)
+            what = f"values of {source.form}"
+            raise CheckpointError(what, where=self._info.file, got=got, expected=expected, action=FETCH_AGAIN)
 
     def __call__(self, begin: int, end: int) -> Tensor:
         """Return rows `begin` to `end`, made anew, finite."""
@@ -119,7 +120,9 @@ class Rows:
         if info.dtype in POWERS:
             found = torch.ldexp(torch.ones(found.shape), found.to(torch.int32) - 127)
         elif info.dtype not in ("F32", "F16", "BF16"):
-            raise CheckpointError(f"dtype of {name}", where=info.file, got=info.dtype, expected="F32, BF16 or F8_E8M0")
+            raise CheckpointError(
+                f"dtype of {name}", where=info.file, got=info.dtype, expected="F32, BF16 or F8_E8M0", action=FETCH_AGAIN
+            )
         scale = found.to(torch.float32)
         bad = ~(torch.isfinite(scale) & (scale > 0))
         if bad.any():

@@ -47,7 +47,7 @@ _FOREIGN = (".qweight", ".SCB", ".absmax", ".quant_map")
 _UNREAD = (f".{INPUT_SCALE}", ".input_zero_point", "activation_scale", ".rotary_emb.inv_freq")
 
 _FLOAT4_BLOCK = 32  # values with one scale
-_AGAIN = "Fetch the model again, with all of its files."
+FETCH_AGAIN = "Fetch the model again, with all of its files."
 
 
 class Coding(Enum):
@@ -136,7 +136,7 @@ class Sources(Mapping[str, Source]):
     def _require_new(self, name: str, source: Source) -> None:
         if name in self._found:
             got = f"it in {self._found[name].tensor} and in {source.tensor}"
-            raise CheckpointError(name, where=self._stored.directory, got=got, expected="it once")
+            raise CheckpointError(name, where=self._stored.directory, got=got, expected="it once", action=FETCH_AGAIN)
 
     def _scales_of(self) -> dict[str, str]:
         """Return stored weight -> its scales."""
@@ -157,7 +157,10 @@ class Sources(Mapping[str, Source]):
                 found[base] = name
             elif name.endswith((_INVERSE, f".{WEIGHT_SCALE}")):
                 expected = "the weight that it scales"
-                raise CheckpointError(name, where=self._stored.directory, got=f"no {candidates[0]}", expected=expected)
+                where = self._stored.directory
+                raise CheckpointError(
+                    name, where=where, got=f"no {candidates[0]}", expected=expected, action=FETCH_AGAIN
+                )
         return found
 
     def _of(self, info: TensorInfo) -> tuple[str, Source]:
@@ -176,7 +179,9 @@ class Sources(Mapping[str, Source]):
             if info.dtype not in {kind.value for kind in DType} or scale is not None:
                 got = f"{info.dtype} with scales" if scale is not None else info.dtype
                 expected = "F32, F16 or BF16, or F8_E4M3 or I8 with scales"
-                raise UnsupportedError(f"dtype of {info.name}", where=info.file, got=got, expected=expected)
+                action = "Start from the float model."
+                what = f"dtype of {info.name}"
+                raise UnsupportedError(what, where=info.file, got=got, expected=expected, action=action)
             return Source(info.name, info.shape)
         if scale is None and info.dtype == DType.I8.value and len(info.shape) < 2:
             return Source(info.name, info.shape)
@@ -188,7 +193,7 @@ class Sources(Mapping[str, Source]):
                 where=info.file,
                 got="none" if scale is None else f"a weight of shape {list(info.shape)}",
                 expected=f"a tensor {info.name}{_INVERSE} or {other}",
-                action=_AGAIN,
+                action=FETCH_AGAIN,
             )
         self._require_symmetric(info, info.name.removesuffix(f".{WEIGHT}"))
         return Source(info.name, info.shape, scale=scale.name, block=self._block(info, scale))
@@ -209,7 +214,10 @@ class Sources(Mapping[str, Source]):
         if len(info.shape) == 3 and shape not in ((), (1,)):
             if shape[:1] != info.shape[:1]:
                 expected = f"[{info.shape[0]}, ...], some for each expert"
-                raise CheckpointError(f"shape of {scale.name}", where=scale.file, got=list(shape), expected=expected)
+                got = list(shape)
+                raise CheckpointError(
+                    f"shape of {scale.name}", where=scale.file, got=got, expected=expected, action=FETCH_AGAIN
+                )
             shape = shape[1:]
         is_inverse = scale.name.endswith(_INVERSE)
         if shape in ((n, 1), (n,)):
@@ -227,6 +235,7 @@ class Sources(Mapping[str, Source]):
                 where=scale.file,
                 got=list(scale.shape),
                 expected=f"{[*stack, *expected_shape]} for blocks of {size[0]} x {size[1]}, or {[*stack, n, 1]}",
+                action=FETCH_AGAIN,
             )
         return size
 
@@ -251,12 +260,13 @@ class Sources(Mapping[str, Source]):
         self._require_symmetric(info, module)
         if scale is None or form is None:
             name, expected = module + (f".{WEIGHT_SCALE}" if scale is None else _SHAPE), "it beside a packed weight"
-            raise CheckpointError(name, where=info.file, got="none", expected=expected, action=_AGAIN)
+            raise CheckpointError(name, where=info.file, got="none", expected=expected, action=FETCH_AGAIN)
         n, k = self._form(info, scale, form)
         groups = scale.shape[-1] if scale.shape else 0
         if scale.shape != (n, groups) or groups < 1 or k % groups:
             expected = f"[{n}, one for each group of columns of {k}]"
-            raise CheckpointError(f"shape of {scale.name}", where=scale.file, got=list(scale.shape), expected=expected)
+            what = f"shape of {scale.name}"
+            raise CheckpointError(what, where=scale.file, got=list(scale.shape), expected=expected, action=FETCH_AGAIN)
         return Source(info.name, (n, k), scale=scale.name, block=(1, k // groups), coding=Coding.INT4, form=form.name)
 
     def _form(self, info: TensorInfo, scale: TensorInfo, form: TensorInfo) -> tuple[int, int]:
@@ -278,11 +288,17 @@ class Sources(Mapping[str, Source]):
                 where=info.file,
                 got="none" if scale is None else f"shape {list(scale.shape)} of {scale.name}",
                 expected=f"{list(shape)}, one for {_FLOAT4_BLOCK} values",
-                action=_AGAIN,
+                action=FETCH_AGAIN,
             )
         if info.dtype not in ("I8", "U8") or scale.dtype not in POWERS:
             got = f"{info.dtype} with scales in {scale.dtype}"
-            raise UnsupportedError(f"dtype of {info.name}", where=info.file, got=got, expected="U8 with scales in U8")
+            raise UnsupportedError(
+                f"dtype of {info.name}",
+                where=info.file,
+                got=got,
+                expected="U8 with scales in U8",
+                action="Start from the float model.",
+            )
         block, coding = (1, _FLOAT4_BLOCK), Coding.FLOAT4
         return Source(info.name, (*rows, 2 * nbytes), scale=scale.name, block=block, coding=coding)
 

@@ -130,7 +130,8 @@ def _needed_samples(recipe: Recipe, samples: Samples | None, has_anti_samples: b
     if not recipe.needs_samples(has_anti_samples):
         return []
     if not samples:
-        raise ConfigError(f"calibration samples for {recipe.scheme.value}", got="none", expected="at least one")
+        what, action = f"calibration samples for {recipe.scheme.value}", "Give texts or token ids."
+        raise ConfigError(what, got="none", expected="at least one", action=action)
     return list(samples)
 
 

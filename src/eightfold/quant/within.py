@@ -394,7 +394,8 @@ def quantize_within(
     require_known_losses("max_kl", recipe, checkpoint.config)
     if len(samples) < 2:
         got = f"{len(samples)} calibration samples"
-        raise ConfigError("max_kl", got=got, expected="at least 2, of which one is held out")
+        action = "Give more calibration texts."
+        raise ConfigError("max_kl", got=got, expected="at least 2, of which one is held out", action=action)
     rest, held = held_out(samples)
     asked = {"max_kl": limit, "held_out": samples_facts(held)}
 
