@@ -177,6 +177,28 @@ def native() -> str:
     return "\n".join([*lines, "", f"{basis} `benchmarks/native.py` on {machine(record)}."])
 
 
+def sizes() -> str:
+    """Return the table of every `native*.json`: all models, shapes and programs, and our rates / each peer's."""
+    kinds, peers = ("prefill_tok_s", "decode_tok_s", "output_tok_s"), ("llama.cpp", "openvino", "vllm")
+    heads = ("prompts, tok/s", "answers, tok/s", "all, tok/s", "of read bandwidth", "memory", *peers)
+    lines = [f"| model | in x out | program | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    bases = []
+    for path in sorted(RESULTS.glob("native*.json")):
+        record = load(path.stem)
+        about, *rows = record["rows"]
+        bases.append(f"- {path.name}: {about['rounds']} rounds of {about['repeat']}, {machine(record)}")
+        for row in rows:
+            batch, prompt, new = row["shape"].split("x")
+            cells = [row["model"], f"{batch} x ({prompt}, {new})", row["program"]]
+            cells += [f"{row[kind]:.0f}" if row[kind] else "" for kind in kinds]
+            share = row.get("bandwidth_fraction")
+            cells += [f"{share:.0%}" if share and batch == "1" else "", f"{row['peak_rss_mib']:.0f} MiB"]
+            ratios = [row.get("ratios", {}).get(peer, {}) for peer in peers]
+            cells += [" / ".join(f"{median(of[kind]):.2f}" for kind in kinds if kind in of) for of in ratios]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *bases])
+
+
 def start() -> str:
     """Return one sentence about the time from a process's start to the first token."""
     record = load("start")
@@ -235,6 +257,7 @@ def fill(text: str, *, is_chinese: bool = False) -> str:
         ("demo", demo),
         ("versus", versus),
         ("native", native),
+        ("sizes", sizes),
         ("start", start),
         ("clients", clients),
         ("accuracy", accuracy),
