@@ -1,4 +1,4 @@
-"""Write the tables of docs/families.md, between `<!-- tables -->` and `<!-- /tables -->` from src/eightfold/layouts.py.
+"""Write the tables of docs/families.md and families.zh.md, between two marks, from src/eightfold/layouts.py.
 
     python docs/make_families.py
 
@@ -61,7 +61,18 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+CHINESE = {
+    "Dense, also run by Eightfold": "稠密模型，Eightfold 也能推理",
+    "Dense": "稠密模型",
+    "Mixtures of experts, also run by Eightfold": "MoE 模型，Eightfold 也能推理",
+    "Mixtures of experts": "MoE 模型",
+    "architecture": "架构",
+    "stays float": "保持浮点",
+    "beside that": "其他",
+    "loaders of W8A8_DYNAMIC": "可加载 W8A8_DYNAMIC 的引擎",
+}
 PAGE = Page(Path(__file__).parent / "families.md", tables)
+CHINESE_PAGE = Page(Path(__file__).parent / "families.zh.md", tables, CHINESE)
 
 if __name__ == "__main__":
-    sys.exit(PAGE.main(str(__doc__)))
+    sys.exit(max(page.main(str(__doc__)) for page in (PAGE, CHINESE_PAGE)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _MARKED = re.compile(r"(<!-- tables -->\n).*?(<!-- /tables -->)", re.DOTALL)
@@ -18,6 +18,7 @@ class Page:
 
     path: Path
     tables: Callable[[], str]
+    words: Mapping[str, str] = field(default_factory=dict)  # headings and whole cells -> what this page says instead
 
     def fill(self, text: str) -> str:
         """Return the page's text with its tables made anew.
@@ -25,10 +26,16 @@ class Page:
         Raises:
             ValueError: the text has not exactly one marked place.
         """
-        filled, places = _MARKED.subn(lambda match: f"{match[1]}\n{self.tables()}\n{match[2]}", text)
+        made = "\n".join(map(self._said, self.tables().split("\n")))
+        filled, places = _MARKED.subn(lambda match: f"{match[1]}\n{made}\n{match[2]}", text)
         if places != 1:
             raise ValueError(f"marked places in {self.path.name}: got {places}, expected 1")
         return filled
+
+    def _said(self, line: str) -> str:
+        """Return a line of the tables in the page's words."""
+        parts = re.split(r"(^#+ |^\| | \| | \|$)", line)
+        return "".join(self.words.get(part, part) for part in parts)
 
     def is_up_to_date(self) -> bool:
         """Whether filling the page would change nothing."""

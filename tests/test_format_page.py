@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from make_format import PAGE, tables
+from make_format import CHINESE_PAGE, PAGE, tables
 
 from eightfold.scheme import FA_TENSORS, KV_TENSORS, LINEAR_TENSORS
 
 
 def test_page_is_up_to_date() -> None:
-    assert PAGE.is_up_to_date(), "run: python docs/make_format.py"
+    assert PAGE.is_up_to_date() and CHINESE_PAGE.is_up_to_date(), "run: python docs/make_format.py"
 
 
 def test_check_sees_a_changed_table(tmp_path: Path) -> None:
