@@ -68,6 +68,7 @@ lint: env
 	$(BIN)/python benchmarks/fill_readme.py --check
 	$(BIN)/python docs/make_format.py --check
 	$(BIN)/python docs/make_families.py --check
+	$(BIN)/python docs/make_troubleshooting.py --check
 
 fidelity: env
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)

@@ -1,10 +1,19 @@
-"""The checker of the built site finds what is dead."""
+"""The site has the same pages in both languages, and its checker finds what is dead."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from check_site import faults
+
+DOCS = Path(__file__).parent.parent / "docs"
+NO_PAGES = {"log.md"}  # a log of experiments, which the site leaves out in both languages
+
+
+def test_both_languages_have_the_same_pages() -> None:
+    names = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - NO_PAGES
+    chinese = {name.replace(".zh.md", ".md") for name in names if name.endswith(".zh.md")}
+    assert chinese == {name for name in names if not name.endswith(".zh.md")}
 
 
 def test_dead_links_anchors_and_what_comes_from_elsewhere_are_found(tmp_path: Path) -> None:
