@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from check_site import faults
@@ -14,6 +15,14 @@ def test_both_languages_have_the_same_pages() -> None:
     names = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - NO_PAGES
     chinese = {name.replace(".zh.md", ".md") for name in names if name.endswith(".zh.md")}
     assert chinese == {name for name in names if not name.endswith(".zh.md")}
+
+
+def test_both_pages_of_the_server_name_the_same_refused_fields() -> None:
+    def refused(page: str) -> list[str]:
+        listed = (DOCS / page).read_text(encoding="utf-8").partition("<!-- refused fields")[2].partition("-->\n")[2]
+        return re.findall(r"`([\w.]+)`", listed.partition("\n\n")[0])
+
+    assert refused("serving.md") == refused("serving.zh.md") != []
 
 
 def test_dead_links_anchors_and_what_comes_from_elsewhere_are_found(tmp_path: Path) -> None:
