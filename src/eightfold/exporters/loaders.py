@@ -13,7 +13,7 @@ from typing import Any
 
 from eightfold import __version__
 from eightfold.architectures import FAMILIES
-from eightfold.check import Report, mindie, vllm_ascend
+from eightfold.check import Report, by_name, mindie, vllm_ascend
 from eightfold.check.directory import RawDirectory
 from eightfold.config import parse_config
 from eightfold.errors import CheckpointError, ConfigError, EightfoldError, shortlist
@@ -21,10 +21,12 @@ from eightfold.exporters import ExportOptions
 from eightfold.exporters.eight_bit import differences
 from eightfold.exporters.repair import plan_repair
 from eightfold.exporters.repaired import Repair, Stored, sound
+from eightfold.exporters.repaired_experts import experts_settings
 from eightfold.files import read_json, write_json
 from eightfold.format.description import SHORT_NAME, render_description
 from eightfold.format.directory import CONFIG_NAME, copy_files, list_sidecars, resolve_auto_map
 from eightfold.format.journal import FORMAT, Entry
+from eightfold.format.named import NamedDirectory
 from eightfold.format.output import Output
 from eightfold.format.shards import total_bytes
 from eightfold.format.source import hold_source, source_facts
@@ -58,7 +60,7 @@ class Repaired:
         self.notes += _lines(self.repair.repairs)
         self.config = parse_config(without_type(self.d.config), self.d.path / CONFIG_NAME)
         raw, _, _ = resolve_auto_map(self.d.config, self.d.path)
-        written = both_dialects(without_type(raw), self.config, self.repair.dtype)
+        written = self._config(raw)
         before = {key: value for key, value in self.d.config.items() if key != "model_type"}  # said elsewhere
         changed = [key for key in {**before, **written} if key != "model_type" and before.get(key) != written.get(key)]
         self.notes += _lines({"config.json says these anew": changed} if changed else {})
@@ -124,13 +126,21 @@ class Repaired:
             if other is not None and (other / _GENERATION).exists():
                 copy_files([other / _GENERATION], other, output.path)
             self.notes.append(f"{_GENERATION} is damaged, and is left out.")
-        write_json(output.path / CONFIG_NAME, both_dialects(without_type(raw), self.config, self.repair.dtype))
+        write_json(output.path / CONFIG_NAME, self._config(raw))
         tags = {name: each.tag for name, each in self.repair.tensors.items()}
         text = render_description(self.repair.kind, {**tags, **self.repair.bare})
         (output.path / SHORT_NAME).write_text(text, encoding="utf-8")
 
+    def _config(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return config.json in both dialects, with what it says of experts."""
+        written = both_dialects(without_type(raw), self.config, self.repair.dtype)
+        return {**written, **experts_settings(self.d, self.repair.types, self.repair.kind)}
+
     def _require_readable(self, output: Output) -> None:
-        report = CHECKS[self.to](RawDirectory.gather(output.path))
+        if self.d.model.experts is None:
+            report = CHECKS[self.to](RawDirectory.gather(output.path))
+        else:
+            report = by_name.check(NamedDirectory.gather(output.path), self.to)
         for finding in report.findings:
             rule = finding.rule.partition(".")[2]
             if not finding.verdict.is_harmless and rule not in _OF_THE_PLACE:

@@ -24,6 +24,7 @@ from eightfold.config import CONFIG_DTYPES, DType
 from eightfold.errors import CheckpointError, UnsupportedError, one_of, plural, shortlist
 from eightfold.exporters.repaired import Repair, RepairedLinear, Stored, Written, rounded
 from eightfold.exporters.repaired_attention import add_attention, add_cache
+from eightfold.exporters.repaired_experts import experts_entries, is_expert, require_experts
 from eightfold.families import LinearShape
 from eightfold.format.description import SHORT_NAME
 from eightfold.format.shards import PlannedTensor
@@ -51,7 +52,7 @@ def plan_repair(d: RawDirectory, target: str) -> Repair:
     """Plan a directory anew for a loader.
 
     Args:
-        d: an 8-bit model of a family with an engine, and without experts.
+        d: an 8-bit model of a family with an engine; each expert a linear of its own.
         target: mindie or vllm-ascend.
 
     Raises:
@@ -63,8 +64,6 @@ def plan_repair(d: RawDirectory, target: str) -> Repair:
 
 class _Planner:
     def __init__(self, d: RawDirectory, target: str) -> None:
-        if d.model.experts is not None:
-            raise UnsupportedError("model", where=d.path, got="a mixture of experts", expected="a dense model")
         if FAMILIES[d.model.architecture].is_wrapper:
             raise UnsupportedError("model", where=d.path, got="one that sees images too", expected="a text model")
         self.d, self.target = d, target
@@ -83,7 +82,10 @@ class _Planner:
         if all(linear.was is QuantType.FLOAT for linear in linears.values()):
             raise UnsupportedError("model", where=d.path, got="a float model", expected="an 8-bit one",
                                    action="Quantize it with `eightfold quantize`.")  # fmt: skip
+        require_experts(d, linears, self.target)
         self._agree(linears)
+        self.out.types = {name: linear.kind for name, linear in linears.items()}
+        self.out.bare.update(experts_entries(d, self.out.types))
         self.out.kind = self._whole(linears)
         for linear in linears.values():
             self._add_linear(linear)
@@ -190,8 +192,10 @@ class _Planner:
     def _agree(self, linears: Mapping[str, RepairedLinear]) -> None:
         """Give linears the types and the inputs that the loader takes side by side."""
         if self.target == "mindie":
-            main = self._whole(linears)
-            others = [each for each in linears.values() if each.kind not in (main, QuantType.FLOAT)]
+            # Of experts it has another one, for which config.json has a key.
+            outer = {name: linear for name, linear in linears.items() if not is_expert(name)}
+            main = self._whole(outer)
+            others = [each for each in outer.values() if each.kind not in (main, QuantType.FLOAT)]
             self._widen(others, "MindIE has one 8-bit type in a directory")
         for group in self.d.packed:
             members = [linears[name] for name in group.members]
@@ -339,7 +343,8 @@ class _Planner:
         if unknown := [name for name in left if name not in zero]:
             self.out.lose(f"tensors that {self.target} does not read are left out", *unknown)
         entries = [key for key, value in self.description.items() if isinstance(value, str) and "." in key]
-        if idle := self.d.absent(key for key in entries if not key.endswith(".quant_type")):
+        entries = [key for key in entries if not key.endswith(".quant_type") and key not in self.out.bare]
+        if idle := self.d.absent(entries):
             self.out.repair("entries without a tensor are left out", *idle)
         if bare := [name for name in self.out.tensors if name in self.d.tensors and name not in self.description]:
             self.out.repair("entries are made for tensors that had none", *bare)

@@ -406,6 +406,7 @@ class Repair:
     Attributes:
         dtype: the model's.
         kind: what the description says of the whole model.
+        types: of the linears in the layers.
         tensors: by name, in their order.
         repairs: what is put right -> the places.
         losses: what a loader does not have, and is therefore left out or rounded -> the places.
@@ -414,6 +415,7 @@ class Repair:
 
     dtype: DType
     kind: QuantType = QuantType.FLOAT
+    types: dict[str, QuantType] = field(default_factory=dict)
     tensors: dict[str, Written] = field(default_factory=dict)
     repairs: dict[str, list[str]] = field(default_factory=dict)
     losses: dict[str, list[str]] = field(default_factory=dict)

@@ -53,6 +53,11 @@ class NamedDirectory:
             UnsupportedError: an architecture that is not known, over weights without a description.
         """
         require_finished(path)
+        return cls.gather(path)
+
+    @classmethod
+    def gather(cls, path: Path) -> NamedDirectory:
+        """Gather a directory as open() does, or one that is being made."""
         if not path.is_dir():
             raise CheckpointError(f"no directory {path}", expected="a model directory", action="Check the path.")
         config = read_json(path / CONFIG_NAME)
