@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from eightfold.engine.llm import LLM
     from eightfold.engine.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
+try:
+    from eightfold._version import __version__  # written when eightfold is installed, from the last tag
+except ImportError:
+    __version__ = "0.2.0.dev0"
 
 __all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
 

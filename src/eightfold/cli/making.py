@@ -26,7 +26,7 @@ class SynthCommand:
     """
 
     target: Path = argument("DIR", "The directory to make. It appears when it is complete.")
-    like: str = setting(MISSING, choice(*MODELS), "Model whose shape to use.")
+    like: str = setting(MISSING, choice(*MODELS), "Model whose shape to use; tiny is nobody's, and takes a second.")
     layers: int | None = setting(None, whole(1), "Number of layers, at full width. Default: all of them.")
     seed: int = setting(0, whole(0), "Seed of the weights; the same seed gives the same bytes.")
     dtype: str = setting("bf16", choice(*DTYPES), "Type of the weights.")

@@ -229,6 +229,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
     },
     **_NAMED,
+    # Nobody's: a megabyte, to see a command work.
+    "tiny": {
+        **_LLAMA3,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
 }
 
 
