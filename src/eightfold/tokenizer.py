@@ -155,6 +155,11 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens, as tokenizer.json spells them."""
+        return dict(self._fast.get_vocab(with_added_tokens=True))
+
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens.values())

@@ -160,7 +160,7 @@ def test_a_form_that_makes_no_sense(small):
 def test_an_answer_of_a_given_form(small):
     """It ends when nothing can follow, and guesses that the form forbids are never taken."""
     engine = small("w8a8").engine(speculate=4)
-    engine.scheduler.row_cost = 0.05
+    engine.scheduler.guesser.row_cost = 0.05
     params = SamplingParams(structured=StructuredOutput(regex="(abc){20}"), seed=1, max_tokens=100)
     engine.add_request("", [5, 6, 7], params)
     (answer,) = run(engine)[""]

@@ -136,7 +136,7 @@ SCRIPT = """
     from eightfold import LLM, SamplingParams
 
     llm = LLM(sys.argv[1], threads=1, max_num_seqs=4, max_batched_tokens=64, speculate=4)
-    llm.engine.scheduler.row_cost = 0.0
+    llm.engine.scheduler.guesser.row_cost = 0.0
     text = "one two three one two three one two"
     params = [
         SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),

@@ -124,7 +124,7 @@ def test_speculation_changes_nothing_but_the_number_of_steps(small, name):
     requests = [(prompt, greedy(200)) for prompt, _ in requests]
     expected = [small(name).answer(prompt, 200) for prompt, _ in requests]
     engine = small(name).engine(speculate=6)
-    engine.scheduler.row_cost = 0.05
+    engine.scheduler.guesser.row_cost = 0.05
     assert Crowd(engine, requests, seed=5).run().check(expected) == 0
     stats = engine.stats
     assert 0 < stats.accepted < stats.drafted
@@ -137,7 +137,7 @@ def test_logits_have_the_bits_of_a_run_alone(small, name):
     rng = random.Random(11)
     prompts = prompts_of(rng, 12)
     engine = small(name).engine(kv_memory=6 * small(name).page_bytes, speculate=3)
-    engine.scheduler.row_cost = 0.05
+    engine.scheduler.guesser.row_cost = 0.05
     for at, prompt in enumerate(prompts):
         engine.add_request(str(at), prompt, greedy(150, logprobs=0))
     found = run(engine)
@@ -168,7 +168,8 @@ def test_a_seed_gives_the_same_answers_in_any_company(small, name, speculate):
     alone = small(name).engine(max_num_seqs=1, prefix_caching=False)
     expected = {at: answers(alone, {at: request})[at] for at, request in requests.items()}
     engine = small(name).engine(kv_memory=6 * small(name).page_bytes, speculate=speculate)
-    engine.scheduler.row_cost = 0.05
+    if speculate:
+        engine.scheduler.guesser.row_cost = 0.05
     assert answers(engine, requests) == expected
     assert answers(engine, dict(reversed(requests.items()))) == expected
     assert engine.stats.preemptions and engine.stats.prefix_hit_tokens

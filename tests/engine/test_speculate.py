@@ -83,7 +83,7 @@ class TestHowManyAreChecked:
 
         def count(sequences: int, odds: float, row_cost: float, most: int = 8) -> int:
             engine = small("w8a8").engine(max_num_seqs=32, max_batched_tokens=512, speculate=most)
-            engine.scheduler.row_cost = row_cost
+            engine.scheduler.guesser.row_cost = row_cost
             for at in range(sequences):
                 engine.add_request(str(at), [1, 2, 3, 4] * 4, greedy(100))
             step(engine)
@@ -116,7 +116,7 @@ class TestHowManyAreChecked:
 def test_guesses_stay_inside_the_blocks_the_length_and_the_step(small):
     model = small("w8a8")
     engine = model.engine(speculate=8, max_batched_tokens=16)
-    engine.scheduler.row_cost = 0.01
+    engine.scheduler.guesser.row_cost = 0.01
     prompts = [[1, 2, 3] * 42, [5, 6] * 60]
     for at, prompt in enumerate(prompts):
         engine.add_request(str(at), prompt, greedy(30))
@@ -140,7 +140,7 @@ def test_guesses_stay_inside_the_blocks_the_length_and_the_step(small):
 
 def test_no_guesses_while_prompts_are_computed(small):
     engine = small("w8a8").engine(speculate=8)
-    engine.scheduler.row_cost = 0.01
+    engine.scheduler.guesser.row_cost = 0.01
     engine.add_request("0", [1, 2] * 20, greedy(50))
     step(engine)
     engine.add_request("1", tokens(random.Random(1), 60 * 5), greedy(50))

@@ -20,7 +20,7 @@ from eightfold.format.stamp import first_values
 from eightfold.tokenizer import Tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
-    from eightfold.engine.outputs import RequestOutput
+    from eightfold.engine.outputs import EngineStats, RequestOutput
     from eightfold.progress import Task
 
 # Of a tensor so much tells one model from another: all of the scales, the beginning of the weights.
@@ -40,6 +40,7 @@ class BatchResult:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     seconds: float = 0.0
+    guesses: EngineStats | None = None  # where there was a draft model
     world_size: int = 1
     resident_weights_mib: list[float] = field(default_factory=list)  # by which loading has made each process larger
 
@@ -87,6 +88,8 @@ def run_batch(
             result.world_size, result.resident_weights_mib = engine.model.world_size, engine.model.resident_weights_mib
             batch.open(engine, setup)
             _Run(engine, batch, answers, result).answer(todo)
+            if config.draft_model is not None:
+                result.guesses = engine.stats
     return result
 
 

@@ -184,8 +184,9 @@ class ChatCommand:
     sampling: dict[str, Any] = generating.sampling(
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", temperature=0.7
     )
+    draft_model: Path | None = generating.draft_model()
     engine: dict[str, Any] = generating.engine(
-        "max_model_len", "kv_memory", "speculate", "threads", "attention_mode", "dynamic"
+        "max_model_len", "kv_memory", "speculate", "draft_tokens", "threads", "attention_mode", "dynamic"
     )
 
     def execute(self) -> None:
@@ -219,7 +220,8 @@ class ChatCommand:
             require_runnable(self.model)
             tokenizer = Tokenizer(self.model, template)
             generating.require_template(tokenizer, "let the model continue a text: eightfold run DIR --prompt")
-            engine = Engine.load(self.model, EngineConfig(max_num_seqs=1, **self.engine), tokenizer)
+            config = EngineConfig(max_num_seqs=1, **self.engine, draft_model=self.draft_model)
+            engine = Engine.load(self.model, config, tokenizer)
         for note in engine.notes:
             console.note(note)
         return engine

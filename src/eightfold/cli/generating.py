@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.cli import console
-from eightfold.cli.options import settings
+from eightfold.cli.options import model_path, settings
 from eightfold.engine.sampling_params import SamplingParams
 from eightfold.engine.settings import EngineConfig
 from eightfold.errors import CheckpointError
@@ -33,6 +34,12 @@ def sampling(*names: str, **defaults: Any) -> Any:
 def engine(*names: str) -> Any:
     """Return the field for options of the engine."""
     return settings(EngineConfig, *names, group=ENGINE)
+
+
+def draft_model() -> Any:
+    """Return the field for EngineConfig's draft model, which may be a hub's."""
+    known = EngineConfig.__dataclass_fields__["draft_model"].metadata
+    return field(default=None, metadata={**known, "group": ENGINE, "read": model_path})
 
 
 def chat_template() -> Any:

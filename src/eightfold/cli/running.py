@@ -19,6 +19,7 @@ from eightfold.values import PATH, SWITCH, TEXT, TEXTS, setting, whole
 
 if TYPE_CHECKING:
     from eightfold.cli.batch_run import BatchResult
+    from eightfold.engine.outputs import EngineStats
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.model import NativeModel
     from eightfold.tokenizer import Tokenizer
@@ -28,9 +29,10 @@ EXIT_FAILED = 1
 _NATIVE = "Leave out --backend reference."
 _PROMPTS = "Prompts and answers"
 
-# A tokenizer, and the prompt's tokens; text, tokens and the reason of an answer's end; what generates and shows it.
+# A tokenizer, and the prompt's tokens; text, tokens and the reason of an answer's end, and the engine's counts; what
+# generates and shows it.
 _Read = tuple["Tokenizer", list[int]]
-_Generated = tuple[str, list[int], str | None]
+_Generated = tuple[str, list[int], str | None, "EngineStats | None"]
 _Generate = Callable[[Callable[[str], None]], _Generated]
 
 
@@ -81,7 +83,10 @@ class RunCommand:
         "stop", "ignore_eos", temperature=None,
     )  # fmt: skip
     limits: dict[str, Any] = generating.engine("max_num_seqs", "max_model_len", "kv_memory", "speculate")
-    computing: dict[str, Any] = generating.engine("dynamic", "attention_mode", "threads", "expert_parallel")
+    draft_model: Path | None = generating.draft_model()
+    computing: dict[str, Any] = generating.engine(
+        "draft_tokens", "dynamic", "attention_mode", "threads", "expert_parallel"
+    )
     backend: str = generating.backend()
 
     def execute(self) -> int:
@@ -117,7 +122,7 @@ class RunCommand:
     def _config(self) -> EngineConfig:
         sequences = self.limits.get("max_num_seqs", EngineConfig.max_num_seqs)
         tokens = max(EngineConfig.max_batched_tokens, 2 * sequences)
-        return EngineConfig(**self.limits, **self.computing, max_batched_tokens=tokens)
+        return EngineConfig(**self.limits, **self.computing, draft_model=self.draft_model, max_batched_tokens=tokens)
 
     def _answer_file(self, template: str | None, config: EngineConfig) -> int:
         from eightfold.cli.batch import STANDARD
@@ -167,11 +172,13 @@ class RunCommand:
             else:
                 generate, model = self._reference(checkpoint, read, config), None
         started = time.monotonic()
-        text, token_ids, reason = generate(_ignore if self.as_json else _show)
+        text, token_ids, reason, stats = generate(_ignore if self.as_json else _show)
         seconds = time.monotonic() - started
+        guessed = stats if config.draft_model is not None else None
         if not self.as_json:
             print()
-            print(f"[{len(read()[1])} + {len(token_ids)} tokens, {seconds:.1f} s, {reason}]", file=sys.stderr)
+            how = f"{seconds:.1f} s, {reason}{_guesses_text(guessed)}"
+            print(f"[{len(read()[1])} + {len(token_ids)} tokens, {how}]", file=sys.stderr)
             return
         console.print_json(
             {
@@ -181,6 +188,7 @@ class RunCommand:
                 "finish_reason": reason,
                 "seconds": round(seconds, 3),
                 "backend": backend,
+                **_guesses_json(guessed),
                 "world_size": 1 if model is None else model.world_size,
                 # By how much loading has made each process larger, where that was measured.
                 "resident_weights_mib": [] if model is None else model.resident_weights_mib,
@@ -235,20 +243,25 @@ class RunCommand:
         if self.as_json:
             prepare()
         model = load_model(checkpoint, config, None if self.as_json else prepare)
+        from eightfold.engine.draft import load_draft
         from eightfold.engine.engine import Engine
         from eightfold.tokenizer import stop_token_ids
 
         tokenizer, prompt_ids = read()
+        draft, notes = (None, []) if config.draft_model is None else load_draft(checkpoint, tokenizer, config)
+        for note in notes:
+            console.note(note)
         positions = len(prompt_ids) + self.max_new_tokens
         model.allocate_cache(positions)  # refuses what does not fit, in the words of this command
         config = replace(
             config,
             max_num_seqs=1,
             max_model_len=positions,
-            kv_memory=model.pages * model.page_bytes,
+            kv_memory=model.pages * (model.page_bytes + (0 if draft is None else draft.page_bytes)),
             prefix_caching=False,
         )
-        engine = Engine(model, tokenizer, config, stop_ids=stop_token_ids(self.model, checkpoint.config_raw))
+        stop_ids = stop_token_ids(self.model, checkpoint.config_raw)
+        engine = Engine(model, tokenizer, config, stop_ids=stop_ids, draft=draft)
         params = generating.sampling_params(self.sampling, max_tokens=self.max_new_tokens)
         engine.add_request("run", prompt_ids, params, streams=not self.as_json)
 
@@ -257,12 +270,14 @@ class RunCommand:
                 for output in engine.step():
                     (answer,) = output.outputs
                     show(answer.delta_text)
-            return answer.text, answer.token_ids, answer.finish_reason
+            return answer.text, answer.token_ids, answer.finish_reason, engine.stats
 
         return generate, model
 
     def _reference(self, checkpoint: Checkpoint, read: Callable[[], _Read], config: EngineConfig) -> _Generate:
         """Load the oracle, which is greedy."""
+        if config.draft_model is not None:
+            raise UnsupportedError("--draft-model", got="the reference backend", expected="the native one")
         if self.sampling:
             raise UnsupportedError(
                 "sampling options", got="the reference backend", expected="the native one", action=_NATIVE
@@ -284,7 +299,7 @@ class RunCommand:
                 token_ids.append(token)
                 show(stream.push(token))
             show(stream.finish())
-            return tokenizer.decode(token_ids), token_ids, reason
+            return tokenizer.decode(token_ids), token_ids, reason, None
 
         return generate
 
@@ -308,15 +323,40 @@ def _leave_to_first(model: Path, backend: str, config: EngineConfig) -> None:
 
 def _report(result: BatchResult, output_file: Path, as_json: bool) -> None:
     if as_json:
-        console.print_json({**asdict(result), "seconds": round(result.seconds, 3)})
+        found = {**asdict(result), "seconds": round(result.seconds, 3), **_guesses_json(result.guesses)}
+        del found["guesses"]
+        console.print_json(found)
     else:
         tokens = f"{result.prompt_tokens} + {result.generated_tokens} tokens"
         speed = result.generated_tokens / result.seconds if result.seconds else 0.0
-        print(f"[{result.answered} answers, {tokens}, {result.seconds:.1f} s, {speed:.1f} tok/s]", file=sys.stderr)
+        print(
+            f"[{result.answered} answers, {tokens}, {result.seconds:.1f} s, {speed:.1f} tok/s"
+            f"{_guesses_text(result.guesses)}]",
+            file=sys.stderr,
+        )
     if result.failed:
         total = result.answered + result.answered_before + result.failed
         name = "the output" if str(output_file) == "-" else output_file
         print(f"eightfold: {result.failed} of {total} prompts have an error in {name}.", file=sys.stderr)
+
+
+def _guesses_json(stats: EngineStats | None) -> dict[str, Any]:
+    """Return the keys of JSON output about a draft model's guesses; None: there was none."""
+    if stats is None:
+        return {}
+    return {
+        "model_drafted": stats.model_drafted,
+        "model_accepted": stats.model_accepted,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "tokens_per_pass": round(stats.tokens_per_pass, 3),
+    }
+
+
+def _guesses_text(stats: EngineStats | None) -> str:
+    if stats is None:
+        return ""
+    return f"; {stats.model_accepted} of {stats.model_drafted} guesses right, {stats.tokens_per_pass:.2f} tokens a pass"
 
 
 def _show(text: str) -> None:

@@ -122,16 +122,17 @@ class ServeCommand:
         read=lambda text: next((name for name in tool_parsers.NAMES if _alike(name, text)), text),
     )
     add_bos: bool | None = add_bos()
+    draft_model: Path | None = generating.draft_model()
     engine: dict[str, Any] = generating.engine(
-        "max_num_seqs", "max_model_len", "kv_memory", "max_batched_tokens", "speculate", "prefix_caching", "threads",
-        "attention_mode", "expert_parallel",
+        "max_num_seqs", "max_model_len", "kv_memory", "max_batched_tokens", "speculate", "draft_tokens",
+        "prefix_caching", "threads", "attention_mode", "expert_parallel",
     )  # fmt: skip
 
     def execute(self) -> None:
         _require_packages()
         keys = _api_keys(self.api_key, self.api_key_file)
         name, *others = self.served_model_name or (title_of(self.model),)
-        config = EngineConfig(**self.engine)
+        config = EngineConfig(**self.engine, draft_model=self.draft_model)
         template = generating.read_template(self.chat_template)
         from eightfold.format.checkpoint import require_runnable
         from eightfold.server import logs

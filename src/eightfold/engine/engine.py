@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.engine.block_manager import BlockManager
+from eightfold.engine.draft import DraftModel, load_draft
+from eightfold.engine.guesses import Guesser
 from eightfold.engine.outputs import Detokenizer, EngineStats, RequestOutput
 from eightfold.engine.sampler import Sampled, Sampler, choose_all, prompt_logprobs
 from eightfold.engine.scheduler import Scheduler
@@ -62,6 +64,7 @@ class Engine:
         *,
         stop_ids: frozenset[int] = frozenset(),
         tells_prompts: bool = False,
+        draft: NativeModel | None = None,
     ) -> None:
         """Allocate the cache.
 
@@ -72,6 +75,7 @@ class Engine:
             stop_ids: the model's own tokens that end an answer.
             tells_prompts: whether some linears compute prompts and answers differently, so that keys and values depend
                 on which tokens are the prompt's.
+            draft: a small model that guesses, see draft.load_draft; its cache is the engine's too.
 
         Raises:
             CapacityError: the cache does not fit the memory.
@@ -80,7 +84,7 @@ class Engine:
         self.config, self.model, self.tokenizer, self.model_config = config, model, tokenizer, model.config
         self._stop_ids = stop_ids
         self.max_model_len = _longest_context(model, config)
-        pages = _room_for_cache(model, config)
+        pages = _room_for_cache(model, config, draft)
         self.blocks = BlockManager(pages)
         self._caches_prefixes = config.prefix_caching and not model.float_prompts
         self.scheduler = Scheduler(
@@ -88,9 +92,12 @@ class Engine:
             self.blocks,
             min(-(-self.max_model_len // PAGE), pages),
             whole_prompts=model.float_prompts,
-            row_cost=measure_row_cost(model) if config.speculate else 1.0,
         )
         self._counts = self.scheduler.counts
+        self._draft = None if draft is None else DraftModel(draft, model, config, self._counts)
+        if config.speculate or self._draft is not None:
+            cost = measure_row_cost(model) if config.speculate else 1.0
+            self.scheduler.guesser = Guesser(config.speculate, cost, self._counts, self._draft)
         self._layout = Layout(self.scheduler.tables)
         self._tells_prompts = tells_prompts
         self._requests: dict[str, Request] = {}
@@ -113,6 +120,7 @@ class Engine:
         if tokenizer is None:
             tokenizer = Tokenizer(directory)
         model = load_model(checkpoint, config)
+        draft, notes = (None, []) if config.draft_model is None else load_draft(checkpoint, tokenizer, config)
         kinds = checkpoint.description.tags.values() if checkpoint.description else ()
         engine = cls(
             model,
@@ -120,8 +128,9 @@ class Engine:
             config,
             stop_ids=stop_token_ids(directory, checkpoint.config_raw),
             tells_prompts=QuantType.W8A8_MIX.value in kinds,
+            draft=draft,
         )
-        engine.notes = (*checkpoint.notes, *engine.notes)
+        engine.notes = (*checkpoint.notes, *engine.notes, *notes)
         return engine
 
     def prepare(
@@ -275,6 +284,8 @@ class Engine:
         prompt_tokens = [sequence.scheduled for sequence in plan if sequence.scheduled > 1]
         seconds = time.perf_counter() - started
         self.scheduler.pace.note(len(plan) - len(prompt_tokens), sum(prompt_tokens), seconds)
+        if self._draft is not None and not prompt_tokens:
+            self._draft.large_times.note(len(step.token_ids), seconds)
         moved = self._advance(plan, logits)
         self._choose(moved, logits, best)
         return self._outputs(moved)
@@ -284,6 +295,8 @@ class Engine:
         ahead = max(1, AHEAD_BYTES // self.model.page_bytes)
         while self._populated < min(self.blocks.begun + ahead, self.blocks.total):
             yield from self.model.populate_cache(self._populated)
+            if self._draft is not None:
+                yield from self._draft.model.populate_cache(self._populated)
             self._populated += 1
 
     def check_integrity(self) -> None:
@@ -334,8 +347,11 @@ class Engine:
                 threads=self.model.threads,
             )
             going = [sequence for sequence, each in zip(going, chosen, strict=True) if self._take(sequence, each)]
+        self._counts.passes += len(moved)
         for sequence in moved:
             sequence.draft = []
+            if self._draft is not None:
+                self._draft.settle(sequence)
             if sequence.finish_reason is None:
                 self._name_blocks(sequence)
             else:
@@ -353,7 +369,11 @@ class Engine:
         del sequence.draft[0]
         sequence.computed += 1
         sequence.row += 1
-        self._counts.accepted += 1
+        if sequence.drafter.made:
+            sequence.drafter.right += 1
+            self._counts.model_accepted += 1
+        else:
+            self._counts.accepted += 1
         return True
 
     def _name_blocks(self, sequence: TokenSequence) -> None:
@@ -409,27 +429,32 @@ def _longest_context(model: NativeModel, config: EngineConfig) -> int:
     return wanted
 
 
-def _room_for_cache(model: NativeModel, config: EngineConfig) -> int:
+def _room_for_cache(model: NativeModel, config: EngineConfig, draft: NativeModel | None) -> int:
     """Allocate the cache and return its pages: as configured, else half of what is free beside the weights.
 
-    More than the longest sequences need in full number is never taken. Pages that are never written take no memory.
+    More than the longest sequences need in full number is never taken. Pages that are never written take no memory. A
+    draft model has as many pages as the model, within the same memory.
 
     Raises:
         CapacityError: not one page fits, or the configured size does not fit the memory.
         ConfigError: more positions are asked for than the model knows.
     """
     most = config.max_num_seqs * -(-_longest_context(model, config) // PAGE)
-    size = config.kv_memory
+    page_bytes = model.page_bytes + (0 if draft is None else draft.page_bytes)
+    size, free = config.kv_memory, model.room()
     if size is None:
-        free = model.room()
-        size = most * model.page_bytes if free is None else free // 2
-    pages = min(size // model.page_bytes, most)
+        beside = free if free is None or draft is None else max(free - draft.weight_bytes, 0)
+        size = most * page_bytes if beside is None else beside // 2
+    pages = min(size // page_bytes, most)
+    without = "" if draft is None else "Leave `draft_model` out. Or: "
     if not pages:
         raise CapacityError(
             "key/value cache",
             got=mib(size, 1),
-            expected=f"at least {mib(model.page_bytes, 1)}, which {PAGE} positions take",
-            action="Raise `kv_memory` or close other programs.",
+            expected=f"at least {mib(page_bytes, 1)}, which {PAGE} positions take",
+            action=f"{without}Raise `kv_memory` or close other programs.",
         )
-    model.allocate_cache(pages * PAGE, "Lower `kv_memory`.")
+    model.allocate_cache(pages * PAGE, f"{without}Lower `kv_memory`.")
+    if draft is not None:
+        draft.allocate_cache(pages * PAGE, f"{without}Lower `kv_memory`.")
     return pages

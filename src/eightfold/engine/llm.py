@@ -71,6 +71,8 @@ class LLM:
         limits, idle = read_arguments(arguments, directory)
         if idle:
             warnings.warn(f"LLM: {', '.join(idle)}: nothing on a CPU depends on it", stacklevel=2)
+        if limits.get("draft_model") is not None:
+            limits["draft_model"] = _directory("draft_model", limits["draft_model"])
         other = None if tokenizer is None else Tokenizer(_directory("tokenizer", tokenizer))
         self.engine = Engine.load(directory, EngineConfig(**limits), other)
         self._numbers, self._seed = itertools.count(), seed

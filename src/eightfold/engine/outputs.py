@@ -186,6 +186,9 @@ class EngineStats:
         generated_tokens: answer tokens.
         drafted: tokens that prompt lookup guessed.
         accepted: guesses that were right.
+        model_drafted: tokens that a draft model guessed.
+        model_accepted: of those, the right ones.
+        passes: steps that gave a sequence tokens, counted for each sequence.
     """
 
     waiting: int = 0
@@ -199,6 +202,14 @@ class EngineStats:
     generated_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    model_drafted: int = 0
+    model_accepted: int = 0
+    passes: int = 0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Answer tokens that a step gave a sequence, on average."""
+        return self.generated_tokens / max(self.passes, 1)
 
 
 class Detokenizer:

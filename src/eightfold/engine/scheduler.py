@@ -13,9 +13,7 @@ When a running sequence needs a block and there is none, the youngest gives all 
 its old place in line: it computes its tokens anew, the answer's too, as long as their blocks are not still cached. The
 oldest is never stopped for a younger one, so there is always one that comes to its end.
 
-A step without prompts may check guesses (speculate.py). They cost time: a step of r rows takes about a + b r, where
-`row_cost` = b / a is measured when the engine starts. A guess that is right with probability p is worth it while
-p (a + b r) / n > b, where n are the tokens that the step is expected to give.
+A step without prompts may check guesses (guesses.py).
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ import time
 import numpy as np
 
 from eightfold.engine.block_manager import BlockManager
+from eightfold.engine.guesses import Guesser
 from eightfold.engine.outputs import EngineStats
 from eightfold.engine.sequence import TokenSequence
 from eightfold.engine.settings import EngineConfig
@@ -95,9 +94,9 @@ class Scheduler:
         blocks: the cache's blocks.
         blocks_per_sequence: the most that one can hold.
         whole_prompts: whether prompts run in one piece, whatever the budget.
-        row_cost: b / a, see above.
 
     Attributes:
+        guesser: gives guesses to sequences; None: nobody does.
         counts: what it and the engine did so far.
         pace: how much of prompts a step takes.
         tables: (sequences, blocks) int32, the blocks of each running sequence in the row of its slot.
@@ -111,10 +110,10 @@ class Scheduler:
         blocks_per_sequence: int,
         *,
         whole_prompts: bool = False,
-        row_cost: float = 1.0,
     ) -> None:
-        self.blocks, self.row_cost = blocks, row_cost
-        self._step_tokens, self._most_guesses = config.max_batched_tokens, config.speculate
+        self.blocks = blocks
+        self._step_tokens = config.max_batched_tokens
+        self.guesser: Guesser | None = None
         self._whole_prompts = whole_prompts
         self.waiting: list[TokenSequence] = []
         self.running: list[TokenSequence] = []
@@ -145,8 +144,9 @@ class Scheduler:
             budget = min(budget, most)
         if prompts or (self.waiting and self._slots):
             plan += self._prompts(prompts, budget)
-        if self._most_guesses and all(sequence.remaining == 1 for sequence in plan):
-            self._draft(plan)
+        if self.guesser is not None and plan and all(sequence.remaining == 1 for sequence in plan):
+            most = None if len(plan) == 1 else self.pace.prompt_tokens()
+            self.guesser.guess(plan, self._step_tokens - len(plan), min(self._step_tokens, most or self._step_tokens))
         return plan
 
     def _going_on(self) -> tuple[list[TokenSequence], list[TokenSequence]]:
@@ -196,30 +196,6 @@ class Scheduler:
             coming.update(sequence.hashes[len(found) :])
             plan.put(sequence, wanted)
         return plan.sequences()
-
-    def _draft(self, plan: list[TokenSequence]) -> None:
-        """Give guesses to sequences that all get one token, as long as they are worth their time."""
-        cost = self.row_cost
-        expected, time_units = float(len(plan)), 1 + cost * len(plan)
-        room = self._step_tokens - len(plan)
-        for sequence in plan:
-            lookup = sequence.lookup
-            if lookup is None:
-                continue
-            known = len(sequence.token_ids)
-            most = min(self._most_guesses, sequence.max_len - known - 1, len(sequence.blocks) * PAGE - known, room)
-            count, chance = 0, 1.0
-            while count < most:
-                chance *= lookup.odds(count)
-                if chance * time_units <= cost * expected:
-                    break
-                count += 1
-                expected += chance
-                time_units += cost
-            if count:
-                sequence.draft = lookup.guesses(count)
-                room -= count
-                self.counts.drafted += count
 
     def _find(self, sequence: TokenSequence) -> list[int]:
         """Return the blocks that hold what a sequence begins with; its last token is always computed."""
@@ -295,6 +271,7 @@ class Scheduler:
     def _give_back(self, sequence: TokenSequence) -> None:
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
+        sequence.drafter.forget()
         self._slots.append(sequence.slot)
         sequence.slot = -1
 

@@ -25,6 +25,35 @@ if TYPE_CHECKING:
     from eightfold.tokenizer import Tokenizer
 
 
+@dataclass(slots=True)
+class Drafter:
+    """What a draft model (draft.py) knows of a sequence.
+
+    Attributes:
+        computed: tokens whose keys and values are in the draft model's cache.
+        odds: how likely a guess is right if those before it are; below zero: not known yet.
+        silent: steps since the last guess.
+        patience: steps without guesses after which one is tried.
+        made: guesses that the step to come checks; 0 where they are prompt lookup's.
+        right: how many of those were right.
+        named: full blocks of which the draft model knows that they hold what they should.
+        is_usable: whether the draft model knows all of the sequence's tokens.
+    """
+
+    computed: int = 0
+    odds: float = -1.0
+    silent: int = 0
+    patience: int = 0
+    made: int = 0
+    right: int = 0
+    named: int = 0
+    is_usable: bool = True
+
+    def forget(self) -> None:
+        """The sequence has no blocks any more."""
+        self.computed = self.named = 0
+
+
 class TokenSequence:
     """The tokens of a prompt and one answer to it, and where the engine is with them.
 
@@ -38,6 +67,7 @@ class TokenSequence:
         computed: tokens whose keys and values are in the cache.
         scheduled: tokens of `token_ids` that the step to come computes.
         draft: guesses that the step to come computes behind them.
+        drafter: what a draft model knows of it.
         blocks: blocks of the cache, in order; none while it waits.
         hashes: the hashes of its full blocks, as far as they are known.
         named: how many of `blocks` the block manager knows by these.
@@ -48,9 +78,9 @@ class TokenSequence:
     """
 
     __slots__ = (
-        "blocks", "computed", "detokenizer", "draft", "finish_reason", "hashes", "index", "lookup", "max_len", "named",
-        "order", "produced", "prompt_len", "request", "row", "sampler", "scheduled", "shown", "slot", "stop_reason",
-        "token_ids",
+        "blocks", "computed", "detokenizer", "draft", "drafter", "finish_reason", "hashes", "index", "lookup",
+        "max_len", "named", "order", "produced", "prompt_len", "request", "row", "sampler", "scheduled", "shown",
+        "slot", "stop_reason", "token_ids",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, max_len: int, sampler: Sampler, detokenizer: Detokenizer) -> None:
@@ -61,6 +91,7 @@ class TokenSequence:
         self.prompt_len = len(self.token_ids)
         self.order = self.computed = self.scheduled = self.named = self.row = 0
         self.draft: list[int] = []
+        self.drafter = Drafter()
         self.blocks: list[int] = []
         self.hashes: list[bytes] = []
         self.slot = -1
@@ -73,6 +104,11 @@ class TokenSequence:
     def remaining(self) -> int:
         """Tokens that have to be computed before the next one can be chosen."""
         return len(self.token_ids) - self.computed
+
+    @property
+    def lacking_in_draft(self) -> int:
+        """Tokens that a draft model has to compute before it can guess the next one."""
+        return len(self.token_ids) - self.drafter.computed
 
     @property
     def wants_prompt_logits(self) -> bool:

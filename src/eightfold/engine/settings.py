@@ -10,13 +10,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eightfold.errors import ConfigError
+from eightfold.errors import ConfigError, UnsupportedError
 from eightfold.parallel.world import World
-from eightfold.values import BYTES, SWITCH, choice, optional, parse_size, setting, shown, whole
+from eightfold.values import BYTES, PATH, SWITCH, choice, optional, parse_size, setting, shown, whole
 
 if TYPE_CHECKING:
     from eightfold.format.checkpoint import Checkpoint
     from eightfold.model.native.model import NativeModel
+
+
+MOST_DRAFTED = 16  # by a model, at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class EngineConfig:
         max_batched_tokens: of a step: how much of a long prompt delays the next token of everybody else.
         prefix_caching: whether prompts that begin alike share keys and values.
         speculate: tokens that prompt lookup drafts at most for each sequence and step; 0: none.
+        draft_model: directory of a small model with the same vocabulary, which guesses too; None for none.
+        draft_tokens: that it guesses for each sequence and step; 0 for as many as pay.
         threads: how many compute; None for one a CPU.
         attention_mode: what a prompt attends over when keys and values are int8: the cache, or floats as MindIE does.
         dynamic: how W8A8_DYNAMIC quantizes a token.
@@ -56,6 +61,19 @@ class EngineConfig:
     )
     prefix_caching: bool = setting(True, SWITCH, "Compute the common beginning of prompts only once.")
     speculate: int = setting(0, whole(0, 32), "Guess K tokens at a time from the prompt; 0 for none.", metavar="K")
+    draft_model: Path | None = setting(
+        None,
+        optional(PATH),
+        "A small model with the same vocabulary, which guesses several tokens at a time; answers stay the same.",
+        metavar="DIR",
+    )
+    draft_tokens: int = setting(
+        0,
+        whole(0, MOST_DRAFTED),
+        f"Guess N tokens at a time with --draft-model, 1 to {MOST_DRAFTED}; auto for as many as pay. Default: auto.",
+        metavar="N|auto",
+        read=lambda text: 0 if text == "auto" else int(text),
+    )
     threads: int | None = setting(None, optional(whole(1)), "Number of computing threads. Default: one for each CPU.")
     attention_mode: Literal["cache", "mindie"] = setting(
         "cache",
@@ -85,6 +103,9 @@ class EngineConfig:
                 action="Every running sequence takes a token of a step, and prompts need some too.",
             )
 
+        if self.draft_tokens and self.draft_model is None:
+            raise ConfigError("draft_tokens", got=self.draft_tokens, expected="`draft_model` beside it")
+
     @property
     def computing(self) -> dict[str, Any]:
         """The options of native.load.load_model."""
@@ -110,7 +131,7 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, beside: Callable[[]
     Raises:
         EightfoldError: as native.load.load_model; or the processes do not fit together.
     """
-    world = World.of_environment()
+    world = _world(config)
     if world.size == 1:
         from eightfold.model.native import load as native
 
@@ -133,7 +154,7 @@ def leave_to_first(directory: Path, config: EngineConfig) -> None:
         directory: of the model that rank 0 is going to load.
         config: says how to compute.
     """
-    world = World.of_environment()
+    world = _world(config)
     if world.size == 1:
         return
     from eightfold.engine import distributed
@@ -143,3 +164,16 @@ def leave_to_first(directory: Path, config: EngineConfig) -> None:
         distributed.meet(world)
     else:
         distributed.follow(world, lambda: Checkpoint.open(directory), config.computing)
+
+
+def _world(config: EngineConfig) -> World:
+    """Return this process and the others.
+
+    Raises:
+        UnsupportedError: there are several, and a draft model, which only one process runs.
+    """
+    world = World.of_environment()
+    if world.size > 1 and config.draft_model is not None:
+        action = "Leave it out, or let prompt lookup guess: `speculate`."
+        raise UnsupportedError("draft_model", got=f"{world.size} processes", expected="one", action=action)
+    return world

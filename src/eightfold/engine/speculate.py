@@ -1,5 +1,7 @@
 """Prompt lookup: guess the next tokens from where the last ones stood before, and check the guesses in one step.
 
+Guesses of a small model (draft.py) are checked in the same way; guesses.py says which and how many.
+
 A sequence that quotes its prompt, edits code or repeats itself goes on as it did after the same tokens earlier (Saxena,
 Prompt Lookup Decoding, 2023). A step with k guesses behind the last token computes k + 1 choices; each is made as if
 there were no guesses, and they count up to the first that differs from its guess. So the answer is the same, only the
@@ -12,6 +14,7 @@ guesses a step checks is the scheduler's choice.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import time
 from collections.abc import Sequence
@@ -25,6 +28,8 @@ _BITS = 21  # of a token id in a key
 _CLASSES = (0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4)
 _FIRST_ODDS = (0.2, 0.4, 0.6, 0.8, 0.9)
 _LEARNING = 1 / 8
+
+_FOLLOWING, _SLOWEST = 1 / 32, 2.0  # of StepTimes: how much a step counts, and how much of a slow one
 
 
 class Lookup:
@@ -92,15 +97,41 @@ class Lookup:
         return found
 
 
+class StepTimes:
+    """What a step of a model takes, by its rows: measured once, and followed from then on.
+
+    Args:
+        model: its cache may hold anything, and does so afterwards.
+        rows: the sizes that are measured, rising; between them and beyond, time grows evenly.
+    """
+
+    def __init__(self, model: NativeModel, rows: Sequence[int]) -> None:
+        _seconds(model, _chunk(rows[-1]))  # the first is slower
+        self._rows = list(rows)
+        self._measured = [min(_seconds(model, _chunk(count)) for _ in range(2)) for count in rows]
+        self._factor = 1.0  # of what steps take now: contexts grow, machines slow down
+
+    def __call__(self, rows: float) -> float:
+        """Return the seconds of a step."""
+        at = min(max(bisect.bisect_left(self._rows, rows), 1), len(self._rows) - 1)
+        (few, many), (less, more) = self._rows[at - 1 : at + 1], self._measured[at - 1 : at + 1]
+        return max(less + (more - less) * (rows - few) / (many - few), self._measured[0]) * self._factor
+
+    def note(self, rows: int, seconds: float) -> None:
+        """Learn from a step."""
+        self._factor *= 1 + (min(seconds / self(rows), _SLOWEST) - 1) * _FOLLOWING
+
+
 def measure_row_cost(model: NativeModel) -> float:
     """Return the time that one more row adds to a step, as a share of what a step takes without rows."""
     few, many = 1, 8
-    times = {}
-    for count in (few, many):
-        chunk = Chunk([0] * count, 0, [0], 0, wants_all=True, logits=False)
-        times[count] = min(_seconds(model, chunk) for _ in range(3))
+    times = {count: min(_seconds(model, _chunk(count)) for _ in range(3)) for count in (few, many)}
     row = max((times[many] - times[few]) / (many - few), 0.0)
     return min(max(row / max(times[few] - row, 1e-9), 0.01), 1.0)
+
+
+def _chunk(count: int) -> Chunk:
+    return Chunk([0] * count, 0, [0], 0, wants_all=True, logits=False)
 
 
 def _seconds(model: NativeModel, chunk: Chunk) -> float:

@@ -49,7 +49,7 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "revision": ((), "Name the directory that has it."),
     "runner": (("auto", "generate"), "Text is generated."),
     "skip_tokenizer_init": ((False,), ""),
-    "speculative_config": ((), "Use `speculate`."),
+    "speculative_config": ((), "Use `speculate` or `draft_model`."),
     "task": (("auto", "generate"), "Text is generated."),
     "tensor_parallel_size": ((1,), "Start the program with torchrun."),
     "tokenizer_mode": (("auto",), ""),

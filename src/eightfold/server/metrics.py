@@ -30,7 +30,10 @@ _COUNTERS = {
     "engine_prompt_tokens": ("prompt_tokens", "Tokens of prompts that were computed."),
     "engine_generated_tokens": ("generated_tokens", "Tokens that were generated, also for clients that left."),
     "draft_tokens": ("drafted", "Tokens that prompt lookup guessed."),
-    "draft_tokens_accepted": ("accepted", "Guesses that were right."),
+    "draft_tokens_accepted": ("accepted", "Guesses of it that were right."),
+    "model_draft_tokens": ("model_drafted", "Tokens that the draft model guessed."),
+    "model_draft_tokens_accepted": ("model_accepted", "Guesses of it that were right."),
+    "decode_passes": ("passes", "Steps that gave a sequence tokens, counted for each sequence."),
 }
 
 
