@@ -9,6 +9,8 @@
 
 namespace eightfold {
 
+constexpr float kMostMargin = 2;  // of a choice: beyond it is certain enough, and finding it takes time
+
 // Prompts and generated tokens of several sequences, in any mix. Pointers need to last for the call.
 struct Batch {
     int tokens = 0, sequences = 0, table_width = 0, logit_rows = 0;
@@ -23,6 +25,8 @@ struct Batch {
     int choice_rows = 0;
     const int32_t* choice_tokens = nullptr;  // (C): tokens of which only the likeliest next one is wanted
     int32_t* choices = nullptr;              // (C)
+    // (C) by how much each one's logit exceeds the next lower one's, kMostMargin at most; nullptr: not wanted.
+    float* margins = nullptr;
     bool float_prompts = false;  // a prompt's tokens attend over the fresh keys and values, not over int8 ones
 
     Origin origin(int t) const { return generated[t] != 0 ? Origin::generated : Origin::prompt; }

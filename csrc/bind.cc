@@ -257,7 +257,8 @@ void require_batch(const Batch& batch, int vocab, int pages) {
 void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t>& positions,
              const Vector<uint8_t>& generated, const Vector<int32_t>& starts, const Matrix<int32_t>& tables,
              const Vector<int32_t>& logit_tokens, Output<float> logits, Output<int32_t> best,
-             const Vector<int32_t>& choice_tokens, Output<int32_t> choices, bool float_prompts) {
+             const Vector<int32_t>& choice_tokens, Output<int32_t> choices, std::optional<Output<float>> margins,
+             bool float_prompts) {
     nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(self.mutex);
     const size_t tokens = token_ids.size(), rows = logit_tokens.size();
@@ -266,6 +267,8 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     require(logits.size() == rows * static_cast<size_t>(self.vocab), "logits: expected (rows, vocabulary)");
     require(best.size() == rows, "best: expected one for each row");
     require(choices.size() == choice_tokens.size(), "choices: expected one for each token");
+    require(!margins || (margins->size() == choices.size() && self.ranks == 1),
+            "margins: expected one for each token, of a whole model");
     Batch batch;
     batch.tokens = static_cast<int>(tokens);
     batch.sequences = static_cast<int>(tables.shape(0));
@@ -282,6 +285,7 @@ void forward(Bound& self, const Vector<int32_t>& token_ids, const Vector<int32_t
     batch.choice_rows = static_cast<int>(choices.size());
     batch.choice_tokens = choice_tokens.data();
     batch.choices = choices.data();
+    batch.margins = margins ? margins->data() : nullptr;
     batch.float_prompts = float_prompts;
     require_batch(batch, self.vocab, self.model.cache_pages());
     require(self.ranks == 1 || self.model.is_joined(), "the model is a share, and has not met the others");
@@ -512,7 +516,7 @@ NB_MODULE(_core, m) {
         .def("populate_cache", &populate_cache, "layer"_a, "page"_a)
         .def("forward", &forward, nb::kw_only(), "token_ids"_a, "positions"_a, "generated"_a, "starts"_a, "tables"_a,
              "logit_tokens"_a, "logits"_a.noconvert(), "best"_a.noconvert(), "choice_tokens"_a, "choices"_a.noconvert(),
-             "float_prompts"_a = false)
+             "margins"_a.noconvert() = nb::none(), "float_prompts"_a = false)
         .def_prop_ro("threads", [](const Bound& self) { return self.model.threads(); })
         .def_prop_ro("page_bytes", [](const Bound& self) { return self.model.page_bytes(); })
         .def_prop_ro("weight_bytes", [](const Bound& self) { return self.model.weight_bytes(); });

@@ -22,6 +22,17 @@ void forget(const void* at, size_t bytes) {
     if (end > first) (void)madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
 }
 
+// How far below the largest logit the next one is looked for.
+float depth_of(const Batch& batch) { return batch.margins != nullptr ? kMostMargin : 0; }
+
+float largest_but(const float* logits, int count, int32_t token) {
+    float largest = -kInfinity;
+    for (int i = 0; i < count; i++) {
+        if (i != token) largest = std::max(largest, logits[i]);
+    }
+    return largest;
+}
+
 }  // namespace
 
 void finish_logits(const Kernels& kernels, const Switches& switches, float* logits, int vocab, int32_t& best) {
@@ -121,7 +132,8 @@ bool Head::choose_by_logits(Pool::Walk& walk, const Run& run, const float* x) {
                const float* from = logits + row * ld;
                const int32_t best = kernels_.argmax(from, config_.vocab);
                const bool is_any = !config_.is_shared() || !std::isnan(from[best]);
-               choose(run, row, {from[best], is_any ? best : -1});
+               const float next = batch.margins != nullptr ? largest_but(from, config_.vocab, best) : -kInfinity;
+               choose(run, row, {from[best], is_any ? best : -1, next});
            });
 }
 
@@ -153,12 +165,15 @@ void Head::find_candidates(const Run& run, const Input& input, int chunk, int th
         const float* y = scratch.first.data();
         const Output out{scratch.first.data(), static_cast<size_t>(count), false};
         shadow_.multiply(kernels_, {0, n, count, whole.t0, whole.t1}, from, out, scratch);
-        for (int t = whole.t0; t < whole.t1; t++, y += count) add_candidates(found, t, params[t], y, n, count);
+        for (int t = whole.t0; t < whole.t1; t++, y += count) {
+            add_candidates(found, t, params[t], y, n, count, depth_of(run.batch));
+        }
     });
 }
 
-// Of the tokens [begin, begin + count), whose logits are about y.
-void Head::add_candidates(Found& found, int row, const RowParams& x, const float* y, int begin, int count) const {
+// Of the tokens [begin, begin + count), whose logits are about y: those that may reach the largest less `depth`.
+void Head::add_candidates(Found& found, int row, const RowParams& x, const float* y, int begin, int count,
+                          float depth) const {
     std::vector<Candidate>& candidates = found.candidates[row];
     if (!(x.norm < 1e18f)) {  // bounds mean nothing: all are candidates
         for (int i = 0; i < count; i++) candidates.push_back({kInfinity, begin + i});
@@ -170,8 +185,9 @@ void Head::add_candidates(Found& found, int row, const RowParams& x, const float
                                        x.scale * half_root, upper);
     float& floor = found.floors[row];
     floor = std::max(floor, all.lower);
-    for (int i = 0; all.upper >= floor && i < count; i++) {
-        if (upper[i] >= floor) candidates.push_back({upper[i], begin + i});
+    const float least = floor - depth;
+    for (int i = 0; all.upper >= least && i < count; i++) {
+        if (upper[i] >= least) candidates.push_back({upper[i], begin + i});
     }
 }
 
@@ -183,12 +199,13 @@ void Head::settle(const Run& run, const Input& input, int row, int thread) {
     choose(run, row, largest_of(indices, x));
 }
 
-// Those of all threads that reach the highest floor.
+// Those of all threads that reach the highest floor, or nearly.
 void Head::gather_candidates(const Run& run, int row, std::vector<int32_t>& indices) const {
     float floor = -kInfinity;
     for (const Found& from : scratch_) {
         if (from.run == run.id) floor = std::max(floor, from.floors[row]);
     }
+    floor -= depth_of(run.batch);
     indices.clear();
     for (const Found& from : scratch_) {
         if (from.run != run.id) continue;
@@ -201,7 +218,7 @@ void Head::gather_candidates(const Run& run, int row, std::vector<int32_t>& indi
 // By the exact logits of a normed state x (E).
 Head::Choice Head::largest_of(const std::vector<int32_t>& indices, const float* x) const {
     const Linear& exact = shadow_.linears[1];
-    Choice best{-kInfinity, -1};
+    Choice best{-kInfinity, -1, -kInfinity};
     float logits[kExact];
     for (size_t i = 0; i < indices.size(); i += kExact) {
         const int count = static_cast<int>(std::min<size_t>(kExact, indices.size() - i));
@@ -209,7 +226,8 @@ Head::Choice Head::largest_of(const std::vector<int32_t>& indices, const float* 
         for (int j = 0; j < count; j++) {  // NaN is never the largest
             const int32_t index = indices[i + j];
             const bool is_first = logits[j] == best.logit && (best.token < 0 || index < best.token);
-            if (logits[j] > best.logit || is_first) best = {logits[j], index};
+            if (logits[j] > best.logit || is_first) best = {logits[j], index, best.logit};
+            else best.next = std::max(best.next, logits[j]);
         }
     }
     return best;
@@ -219,6 +237,7 @@ Head::Choice Head::largest_of(const std::vector<int32_t>& indices, const float* 
 void Head::choose(const Run& run, int row, Choice choice) {
     if (config_.is_shared()) share_.show_choice(row, choice.logit, choice.token);
     else run.batch.choices[row] = std::max(choice.token, 0);
+    if (run.batch.margins != nullptr) run.batch.margins[row] = std::min(choice.logit - choice.next, kMostMargin);
 }
 
 }  // namespace eightfold

@@ -66,6 +66,7 @@ private:
     struct Choice {
         float logit;
         int32_t token;  // -1: none
+        float next;  // the largest logit of the others that were looked at
     };
 
     bool has_shadow() const { return !shadow_.linears.empty(); }
@@ -75,7 +76,8 @@ private:
     bool choose_by_logits(Pool::Walk& walk, const Run& run, const float* x);
     void begin(Found& found, const Run& run) const;
     void find_candidates(const Run& run, const Input& input, int chunk, int thread);
-    void add_candidates(Found& found, int row, const RowParams& x, const float* y, int begin, int count) const;
+    void add_candidates(Found& found, int row, const RowParams& x, const float* y, int begin, int count,
+                        float depth) const;
     void settle(const Run& run, const Input& input, int row, int thread);
     void gather_candidates(const Run& run, int row, std::vector<int32_t>& indices) const;
     Choice largest_of(const std::vector<int32_t>& indices, const float* x) const;

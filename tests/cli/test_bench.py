@@ -291,6 +291,20 @@ def test_bench_gives_json(cli, models, name, batch):
     assert found["int8_fraction"] == 0 or name != "float"
 
 
+def test_bench_tells_what_a_draft_model_saves(cli, models):
+    options = (*SMALL, "--batch", 2, "--draft-model", models["float"], "--draft-tokens", 2)
+    found = cli("bench", models["fa"], *options, "--json").json()
+    assert found.keys() == KEYS | {"draft"}
+    assert found["draft"].keys() == {"code", "prose"}
+    for gain in found["draft"].values():
+        assert gain["identical"] is True
+        assert 0 < gain["model_accepted"] <= gain["model_drafted"]
+        assert gain["tokens_per_pass"] > 1
+        assert min(gain["plain_tok_s"], gain["draft_tok_s"], gain["draft_ratio"]) > 0
+    shown = cli("bench", models["fa"], *options)
+    assert [line.split()[:2] for line in shown.out.splitlines()[-2:]] == [["guesses", "code"], ["guesses", "prose"]]
+
+
 def test_bench_computes_as_it_is_told(cli, models, monkeypatch):
     from eightfold.model.native import load
 

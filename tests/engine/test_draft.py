@@ -101,7 +101,12 @@ def test_the_distribution_of_random_answers_is_the_models(small):
     of = small("w8a8")
     engine = drafting(of, small("float").directory, count=2, max_num_seqs=60, max_batched_tokens=500)
     forward = engine._draft._forward
-    engine._draft._forward = lambda *args, **kwargs: [token % 4 for token in forward(*args, **kwargs)]
+
+    def narrowed(*args, **kwargs):
+        found, margins = forward(*args, **kwargs)
+        return [token % 4 for token in found], margins
+
+    engine._draft._forward = narrowed
     bias = dict.fromkeys(range(4), 100.0)  # a vocabulary of four
     counts: Counter[tuple[int, ...]] = Counter()
     for seed in range(15):
@@ -166,8 +171,8 @@ def test_what_is_cached_of_a_prompt_the_draft_model_does_not_compute_again(small
     of = small("w8a8")
     engine = drafting(of, of.directory)
     rows = []
-    forward = engine._draft.model.forward
-    engine._draft.model.forward = lambda chunks: (rows.append(len(chunks[0].token_ids)), forward(chunks))[1]
+    likeliest = engine._draft.model.likeliest
+    engine._draft.model.likeliest = lambda chunks: (rows.append(len(chunks[0].token_ids)), likeliest(chunks))[1]
     prompt = tokens(random.Random(3), 2 * PAGE + 10)
     first = answers(engine, {"0": (prompt, greedy(8))})
     assert max(rows) == 64  # of the step's budget: the prompt came in pieces
@@ -190,10 +195,10 @@ class Times:
         pass
 
 
-def timed(of, model: Path, small_step: float = 0.3):
-    """Return an engine whose large model takes 1 for a step and 0.1 for each further row; the small one 0.3 for all."""
+def timed(of, model: Path):
+    """Return an engine whose large model takes 1 for a step and 0.1 for a further row; the small one 0.3 and 0.01."""
     engine = of.engine(draft_model=model, max_num_seqs=32, max_batched_tokens=600)
-    engine._draft.large_times, engine._draft._times = Times(1.0, 0.1), Times(small_step)
+    engine._draft.large_times, engine._draft._times = Times(1.0, 0.1), Times(0.3, 0.01)
     return engine
 
 
@@ -206,15 +211,16 @@ class TestHowManyAreGuessed:
             for at in range(sequences):
                 engine.add_request(str(at), [at, *[7] * (prompt_len - 1)], greedy(20))
             step(engine)
-            plan = engine.scheduler.running
-            engine._draft.guess(plan, [found] * len(plan), 500, 512)
-            return [len(sequence.draft) for sequence in plan]
+            model, plan = engine._draft, engine.scheduler.running
+            able = [(sequence, at, model._reach(sequence)) for at, sequence in enumerate(plan)]
+            wanted = model._best(able, [found] * len(plan), 500, len(plan))
+            return [each for _, each in wanted]
 
         return count
 
     def test_one_sequence(self, guessed):
         # A guess takes 0.4. With p = 0.3 a step would give 1.3 tokens in 1.4.
-        assert guessed(1, 0.3) == [0]
+        assert guessed(1, 0.3) == []
         # p = 0.6: 1.6 / 1.4 > 1, 1.96 / 1.8 is less.
         assert guessed(1, 0.6) == [1]
         # p = 0.9: (1 - 0.9^(K + 1)) / 0.1 / (1 + 0.4 K) is largest at K = 4.
@@ -222,16 +228,31 @@ class TestHowManyAreGuessed:
         assert guessed(1, 1.0) == [8]
 
     def test_many_sequences_use_the_machine_without_guesses(self, guessed):
-        assert guessed(20, 0.6) == [0] * 20
+        assert guessed(20, 0.6) == []
         assert guessed(20, 1.0) == [8] * 20
 
     def test_the_longer_expected_guess_wins(self, guessed):
-        assert guessed(1, 0.6, Found(2, 1.9)) == [0]
+        assert guessed(1, 0.6, Found(2, 1.9)) == []
         assert guessed(1, 0.6, Found(1, 0.2)) == [1]
 
     def test_a_long_prompt_is_only_computed_for_an_answer_that_is_long_enough(self, guessed):
         assert guessed(1, 0.9, prompt_len=100) == [4]
-        assert guessed(1, 0.9, prompt_len=1000) == [0]
+        assert guessed(1, 0.9, prompt_len=1000) == []
+
+
+def test_guessing_ends_where_the_small_model_is_unsure(small):
+    of = small("w8a8")
+    engine = timed(of, small("float").directory)
+    model = engine._draft
+    model._odds, likeliest = 0.9, model.model.likeliest
+    margins = iter([2.0, 2.0, 1.2, 2.0, 2.0, 0.1])
+    model.model.likeliest = lambda chunks: (likeliest(chunks)[0], np.full(len(chunks), next(margins), np.float32))
+    engine.add_request("0", [1, 2, 3], greedy(40))
+    step(engine)
+    step(engine)
+    # A guess takes 0.4 of a time that gives 1.575 tokens: it has to be right with p = 0.63. After two that are sure,
+    # 0.97^2 * 0.68 * 0.9 is less than that.
+    assert engine.stats.model_drafted == 3
 
 
 def test_one_that_guesses_wrong_falls_silent_and_is_tried_again(small, stranger):

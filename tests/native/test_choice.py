@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,22 @@ def test_the_choice_is_the_largest_logit(checkpoint_of, name):
         for count in (1, 2, 4, 30):
             expected, found = both(model, token_samples(count, seed=count))
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8 odd"])
+def test_the_margin_is_that_of_all_logits(checkpoint_of, name):
+    for isa in ISAS:
+        model = native(checkpoint_of(name), isa, threads=3)
+        prompts = token_samples(30, seed=2)
+        model.allocate_cache(128 * len(prompts))
+        chunks = [Chunk(ids, 0, [i], len(ids), wants_all=True) for i, ids in enumerate(prompts)]
+        logits, best = model.forward(chunks)
+        top = np.sort(logits, axis=1)[:, -2:]
+        expected = np.minimum(top[:, 1] - top[:, 0], 2)
+        assert (expected > 0).any()
+        found, margins = model.likeliest([dataclasses.replace(chunk, logits=False) for chunk in chunks])
+        np.testing.assert_array_equal(found, best)
+        np.testing.assert_allclose(margins, expected, atol=1e-5)
 
 
 @ISA

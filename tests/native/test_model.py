@@ -180,6 +180,7 @@ BAD: dict[str, Any] = {
     "choice_tokens: out": {"logit_tokens": [-1]},
     "logit_tokens, choice_tokens: outside": {"choice_tokens": [3], "choices": np.zeros(1, np.int32)},
     "choices: expected": {"choice_tokens": [2]},
+    "margins: expected one for each": {"margins": np.zeros(1, np.float32)},
 }
 
 

@@ -34,7 +34,7 @@ class Drafter:
         odds: how likely a guess is right if those before it are; below zero: not known yet.
         silent: steps since the last guess.
         patience: steps without guesses after which one is tried.
-        made: guesses that the step to come checks; 0 where they are prompt lookup's.
+        made: the classes of the guesses that the step to come checks; none where they are prompt lookup's.
         right: how many of those were right.
         named: full blocks of which the draft model knows that they hold what they should.
         is_usable: whether the draft model knows all of the sequence's tokens.
@@ -44,7 +44,7 @@ class Drafter:
     odds: float = -1.0
     silent: int = 0
     patience: int = 0
-    made: int = 0
+    made: list[int] = field(default_factory=list)
     right: int = 0
     named: int = 0
     is_usable: bool = True

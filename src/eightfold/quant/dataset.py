@@ -59,6 +59,8 @@ _LIKE_JSON = re.compile(r"""\s*(\{\s*(["']|$)|\[[\[\s]*(["'{]|$))""")
 
 _EXPECTED = f"a text, or an object with {one_of((*TEXT_KEYS, *CHAT_KEYS, TASK_KEYS[0]))}"
 
+_KINDS = {"code": (2, 11, 21, 26, 39, 43, 53), "prose": (0, 9, 23, 36, 44, 50, 55)}
+
 # One row: a text, or a chat.
 Row = str | list[Message]
 
@@ -67,6 +69,12 @@ def default_rows() -> list[Row]:
     """Return the set that ships with the package: prose, Chinese, code, dialogue."""
     text = files("eightfold.data").joinpath("calibration.jsonl").read_text(encoding="utf-8")
     return [row for line in text.splitlines() for row in _rows(json.loads(line))]
+
+
+def rows_by_kind() -> dict[str, list[str]]:
+    """Return some of the shipped texts: source code, and English prose."""
+    rows = default_rows()
+    return {kind: [text for at in places if isinstance(text := rows[at], str)] for kind, places in _KINDS.items()}
 
 
 def require_words(texts: Sequence[str]) -> list[Row]:

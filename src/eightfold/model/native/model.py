@@ -169,29 +169,24 @@ class NativeModel:
             Logits (R', V) float32 after the tokens of the chunks that want them, in order, and the likeliest token
             after every token that is wanted, (R,) int32. The logits are overwritten by the next step.
         """
-        starts = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum([len(chunk.token_ids) for chunk in chunks], out=starts[1:])
-        tables = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int32)
-        token_ids, positions, generated = list[int](), list[int](), np.zeros(starts[-1], np.uint8)
-        shown, others, is_shown = list[int](), list[int](), list[bool]()
-        for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-            tables[i, : len(chunk.pages)] = chunk.pages
-            token_ids += chunk.token_ids
-            positions += range(chunk.first_position, chunk.first_position + end - begin)
-            generated[max(begin, begin + chunk.prompt_len - chunk.first_position) : end] = 1
-            rows = range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
-            if chunk.logits:
-                shown += rows
-            else:
-                others += rows
-            is_shown += [chunk.logits] * len(rows)
-        batch = Step(_ints(token_ids), _ints(positions), generated, starts, tables, _ints(shown + others), len(shown))
+        batch, is_shown = _lay_out(chunks)
         logits, found = self.run(batch)
-        if not (shown and others):
+        if all(is_shown) or not any(is_shown):
             return logits, found
         best, mask = np.empty_like(found), np.array(is_shown)
-        best[mask], best[~mask] = found[: len(shown)], found[len(shown) :]
+        best[mask], best[~mask] = found[: batch.shown], found[batch.shown :]
         return logits, best
+
+    def likeliest(self, chunks: Sequence[Chunk]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Run one step of a whole model for chunks that want no logits.
+
+        Returns:
+            The likeliest token after every token that is wanted, (R,) int32, and by how much its logit exceeds the next
+            lower one's, (R,) float32: at most 2, where that is all that is known of it.
+        """
+        batch, _ = _lay_out(chunks)
+        margins = np.empty(len(batch.rows), np.float32)
+        return self._run(batch, margins)[1], margins
 
     def run(self, step: Step) -> tuple[NDArray[Any], NDArray[Any]]:
         """Run one step that is laid out already.
@@ -200,6 +195,9 @@ class NativeModel:
             Logits (R', V) float32 and the likeliest tokens (R,) int32, for the rows in their order. The logits are
             overwritten by the next step.
         """
+        return self._run(step)
+
+    def _run(self, step: Step, margins: NDArray[Any] | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         shown = step.shown
         if len(self._logits) < shown:
             self._logits = np.empty((shown, self.config.vocab_size), np.float32)
@@ -216,9 +214,32 @@ class NativeModel:
             best=best[:shown],
             choice_tokens=step.rows[shown:],
             choices=best[shown:],
+            margins=margins,
             float_prompts=self.float_prompts,
         )
         return logits, best
+
+
+def _lay_out(chunks: Sequence[Chunk]) -> tuple[Step, list[bool]]:
+    """Return a step over chunks, and of each row that is wanted, in their order, whether with logits."""
+    starts = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum([len(chunk.token_ids) for chunk in chunks], out=starts[1:])
+    tables = np.zeros((len(chunks), max(len(chunk.pages) for chunk in chunks)), np.int32)
+    token_ids, positions, generated = list[int](), list[int](), np.zeros(starts[-1], np.uint8)
+    shown, others, is_shown = list[int](), list[int](), list[bool]()
+    for i, (chunk, begin, end) in enumerate(zip(chunks, starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        tables[i, : len(chunk.pages)] = chunk.pages
+        token_ids += chunk.token_ids
+        positions += range(chunk.first_position, chunk.first_position + end - begin)
+        generated[max(begin, begin + chunk.prompt_len - chunk.first_position) : end] = 1
+        rows = range(begin, end) if chunk.wants_all else [end - 1] if chunk.wants else []
+        if chunk.logits:
+            shown += rows
+        else:
+            others += rows
+        is_shown += [chunk.logits] * len(rows)
+    step = Step(_ints(token_ids), _ints(positions), generated, starts, tables, _ints(shown + others), len(shown))
+    return step, is_shown
 
 
 def _ints(values: list[int]) -> NDArray[Any]:
