@@ -46,6 +46,11 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -q -m "not slow and not browser" -n 2 --dist loadfile $(ARGS)
 
+# Which lines the fast tests run, as build/coverage/index.html; not in .ci/run, because counting lines costs time.
+coverage: env
+	$(BIN)/python -m pytest -q -m "not slow and not browser" -n 2 --dist loadfile --cov=eightfold --cov-report=term \
+	  --cov-report=html:build/coverage $(ARGS)
+
 # The tests of the chat page and of reports in a browser, which has to be there: apt-get install chromium.
 pages: env
 	$(BIN)/python -m pytest -q -m browser -n 2 --dist loadfile tests/server tests/report $(ARGS)
