@@ -127,7 +127,8 @@ def made_from(cli, source, out, *options):
         (["w8a8", "--anti-outlier", "none"], {"W8A8": 14, "FLOAT": 1}, [None, "minmax", None]),
         (["w8a8-mix"], {"W8A8_MIX": 12, "FLOAT": 3}, ["smooth", "extremes", "mindie"]),
         (["w8a8-dynamic"], {"W8A8_DYNAMIC": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
-        (["w8a16"], {"W8A16": 14, "FLOAT": 1}, [None, "minmax", None]),
+        (["w8a16"], {"W8A16": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
+        (["w8a16", "--calib", "none"], {"W8A16": 14, "FLOAT": 1}, [None, "minmax", None]),
     ],
 )
 def test_what_is_not_chosen_is_what_is_accurate(cli, tmp_path, float_model, options, types, recipe):

@@ -163,7 +163,7 @@ def test_quantize_carries_companions_and_nothing_else(cli, tmp_path):
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
             path.write_text(name)
-    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16").code == 0
+    assert cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--calib", "none").code == 0
     made = {"config.json", "quant_model_description.json", "quant_model_weight_w8a16.safetensors"}
     made |= {"eightfold_report.json", "eightfold_journal.jsonl"}
     assert names(tmp_path / "out") == {*CARRIED, *made}
@@ -237,7 +237,7 @@ def test_quantize_carries_mapped_code_and_no_other(cli, tmp_path):
     source = write_model(tmp_path / "m", tiny_config(auto_map=auto_map))
     (source / "modeling_own.py").write_text("raise SystemExit('never executed')")
     (source / "setup.py").touch()
-    result = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16")
+    result = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--calib", "none")
     assert (result.code, result.err) == (0, HEAD_DIM_NOTE)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == auto_map
     copy = tmp_path / "out" / "modeling_own.py"
@@ -250,7 +250,7 @@ def test_quantize_says_that_it_left_a_map_out(cli, tmp_path):
     source = write_model(tmp_path / "m", tiny_config(auto_map={"AutoModelForCausalLM": "../evil.Own"}))
     (tmp_path / "evil.py").touch()
     (source / "evil.py").touch()
-    result = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16")
+    result = cli("quantize", source, tmp_path / "out", "--scheme", "w8a16", "--calib", "none")
     assert result.code == 0
     left_out = 'note: config.json: "auto_map" left out, because ../evil.py is not in its directory\n'
     assert result.err == HEAD_DIM_NOTE + left_out
@@ -262,7 +262,7 @@ def test_reports_of_equal_models_in_different_places_are_equal(cli, tmp_path):
     reports = []
     for place in ("a", "b/c"):
         source = write_model(tmp_path / place / "m", tiny_config(auto_map={"AutoModelForCausalLM": "gone.Own"}))
-        assert cli("quantize", source, tmp_path / place / "out", "--scheme", "w8a16").code == 0
+        assert cli("quantize", source, tmp_path / place / "out", "--scheme", "w8a16", "--calib", "none").code == 0
         reports.append((tmp_path / place / "out" / "eightfold_report.json").read_bytes())
     assert reports[0] == reports[1]
     assert b"gone.py" in reports[0]

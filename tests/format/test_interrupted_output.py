@@ -27,7 +27,7 @@ from tests.format import make, output, siblings
 from tests.refusal import error_line, quantize_refused, refused, snapshot
 
 EIGHTFOLD = [sys.executable, "-m", "eightfold"]
-W8A16 = ["--scheme", "w8a16"]
+W8A16 = ["--scheme", "w8a16", "--calib", "none"]
 
 
 # --- failures on the way
@@ -72,7 +72,7 @@ def test_an_old_model_survives_a_replacement_that_fails_at_the_last_step(tmp_pat
 
 def test_too_little_space_is_known_before_anything_is_written(cli, float_model, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20_000_000))
-    assert quantize_refused(cli, float_model) == (
+    assert quantize_refused(cli, float_model, "--calib", "none") == (
         f"disk space for {float_model.parent}/out: got 20.0 MB free, expected 67.2 MB. "
         "Free some space, or choose another disk."
     )

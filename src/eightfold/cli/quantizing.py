@@ -106,7 +106,7 @@ class QuantizeCommand:
         PATH,
         "Calibration texts: a JSON list, JSON on each line, or plain text on each line. A row of JSON is a text, or an "
         "object with inputs_pretokenized, text, prompt, messages, conversations or instruction. Default: a mixed set "
-        "of 64. none: no texts, so that w8a8-dynamic is not smoothed.",
+        "of 64. none: no texts, so that w8a8-dynamic and w8a16 are not smoothed.",
         metavar="FILE",
         group=_CALIBRATION,
     )

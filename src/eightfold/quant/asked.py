@@ -22,7 +22,7 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe, with_defaults
 from eightfold.quant.recipe_file import act_method_name, make_recipe, parse_level, read_recipe
-from eightfold.scheme import SCHEMES, QuantType
+from eightfold.scheme import NEEDS_CALIBRATION, SCHEMES
 from eightfold.vocabulary import TOKENIZER
 
 _MEANINGS: dict[str, Callable[[Any], Any]] = {
@@ -125,8 +125,8 @@ class AskedRecipe:
                 "down_proj stays float, which every reader takes. --target cpu or vllm-ascend stores it as w8a16: "
                 "smaller, and nearly as accurate (docs/accuracy.md)."
             )
-        is_dynamic = recipe.scheme is QuantType.W8A8_DYNAMIC and "anti_outlier" not in self.chosen
-        if is_dynamic and not self._has_texts and not self.without_texts:
+        is_free = recipe.scheme not in NEEDS_CALIBRATION and "anti_outlier" not in self.chosen
+        if is_free and not self._has_texts and not self.without_texts:
             yield "without a tokenizer there are no calibration texts, so OUT is not smoothed; --calib-ids helps."
 
     @cached_property

@@ -182,6 +182,7 @@ def _scale_bytes(recipe: Recipe, group: int) -> int:
         return 0
     method = recipe.anti_outlier
     searches = method in (AntiOutlier.M2, AntiOutlier.M3) or method.searches_exponents
+    searches = searches or (recipe.smooths_by_use and QuantType.W8A16 in recipe.schemes)
     return (12 if searches else 4) * group
 
 

@@ -49,7 +49,7 @@ from eightfold.quant.experts import RouterWatch, passing_experts
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import AntiOutlier, Recipe
-from eightfold.quant.smooth import EXPONENTS, HeadSharing, SmoothScale, smooth_scale, source_scale
+from eightfold.quant.smooth import SMOOTHED, HeadSharing, SmoothScale, smooth_scale, source_scale
 from eightfold.quant.statistics import InputWatcher, loud_tokens
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, bias_name, weight_name
 
@@ -136,7 +136,7 @@ def smoothed_groups(config: ModelConfig, method: AntiOutlier | None) -> set[str]
 def group_kind(types: Mapping[str, QuantType], prefix: str, group: InputGroup) -> QuantType:
     """Return how a group's input is quantized, where linears differ in the way that asks for more."""
     kinds = {types[prefix + linear.name] for linear in group.linears}
-    return next((kind for kind in EXPONENTS if kind in kinds), QuantType.FLOAT)
+    return next((kind for kind in SMOOTHED if kind in kinds), QuantType.FLOAT)
 
 
 class FloatPass:
@@ -173,7 +173,7 @@ class FloatPass:
         self._kinds = {group.title: group_kind(self._types, prefix, group) for group in self._groups}
         self._smoothed = smoothed_groups(self._config, recipe.anti_outlier) & self._kinds.keys()
         if recipe.smooths_by_use:
-            self._smoothed = {title for title in self._smoothed if self._kinds[title] in EXPONENTS}
+            self._smoothed = {title for title in self._smoothed if self._kinds[title] in SMOOTHED}
         kv = KVObserver(recipe.kv_observe, self._turns(layer_idx), context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
         watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch)
@@ -249,6 +249,7 @@ class FloatPass:
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
             num_loud=loud_tokens(stream.lengths) if has_loud else 0,
+            keep_rms=method is not None and method.is_ours,
             place=stream.place if self._ranks.size > 1 else None,
         )
 

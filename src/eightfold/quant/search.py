@@ -47,6 +47,7 @@ from eightfold.quant.sensitivity import (
     end_gradients,
     quantized_groups,
 )
+from eightfold.quant.smooth import SMOOTHED
 from eightfold.quant.statistics import loud_tokens
 from eightfold.scheme import QuantType
 
@@ -191,7 +192,7 @@ class Search:
 
     @property
     def _smoothed_kinds(self) -> list[QuantType]:
-        return [kind for kind in self._question.kinds if kind not in (QuantType.FLOAT, QuantType.W8A16)]
+        return [kind for kind in self._question.kinds if kind in SMOOTHED]
 
     def _statistics_path(self, layer_idx: int, kind: QuantType) -> Path:
         return self._folder / f"statistics-{layer_idx:05d}-{kind.value}"

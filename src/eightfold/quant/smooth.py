@@ -17,6 +17,7 @@
     smooth   s = a**alpha / w**beta, with alpha and beta by how the input is quantized (EXPONENTS)
              products (down_proj's inputs): s = max(o**alpha / w**beta, a / (SINK_ROOM limit)),
                  o: a of ordinary tokens;  limit: their largest input, max o / (o**alpha / w**beta)
+             inputs that stay float, of int8 weights: s of the least error of these weights (least_error.py)
 
 All but m3 and m5 keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized
 weights; both look at the first sample only. Of equal errors they take the first.
@@ -59,18 +60,21 @@ import torch
 from torch import Tensor
 
 from eightfold.model.reference.linear import asymmetric, float_linear, int_matmul, to_int8_, token_params
+from eightfold.quant.least_error import least_error_scale
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import AntiOutlier
 from eightfold.quant.statistics import InputStats
 from eightfold.scheme import QuantType
 
-# alpha and beta of `smooth` for a norm's output or attention's, and for the products that down_proj reads. Inputs that
-# stay float have nothing to gain.
+# alpha and beta of `smooth` for a norm's output or attention's, and for the products that down_proj reads.
 EXPONENTS = {
     QuantType.W8A8: ((0.9, 0.1), (0.9, 0.0)),
     QuantType.W8A8_MIX: ((0.9, 0.1), (0.9, 0.0)),
     QuantType.W8A8_DYNAMIC: ((0.5, 0.1), (0.3, 0.0)),
 }
+
+# What `smooth` smooths, those first that ask for more. Linears that stay float have nothing to gain.
+SMOOTHED = (*EXPONENTS, QuantType.W8A16)
 
 # How far sinks may stay above the ordinary range of down_proj's inputs. With a scale for each token, only the few
 # tokens that have them become coarse, while columns that make room for them cost every row of the weight.
@@ -133,10 +137,13 @@ def smooth_scale(
         sharing: for o_proj, how query heads share v_proj's; the scale is then the same for all heads that share.
         weight_symmetric: how weights will be quantized; m3 tries that.
         biases: (N,) float32 or None for each linear, for m2; None means that there are none.
-        kind: how the input is going to be quantized, one of EXPONENTS, for `smooth`.
+        kind: how the input's readers are going to be stored, one of SMOOTHED, for `smooth`; the statistics have to know
+            the rms for W8A16.
         is_product: whether the input may have sinks, for `smooth`; the statistics then have to know ordinary tokens.
     """
     if method.is_ours:
+        if kind is QuantType.W8A16:
+            return _for_weights(stats, weights, sharing)
         room = SINK_ROOM[kind] * is_product
         return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], room)
     if method is AntiOutlier.M2:
@@ -172,6 +179,13 @@ def _with_room(
         scale, sinks = torch.maximum(scale, least), int((least > scale).sum())
         note += f", {sinks} channels of sinks" if sinks else ""
     return SmoothScale(scale, note)
+
+
+def _for_weights(stats: InputStats, weights: Sequence[Tensor], sharing: HeadSharing | None) -> SmoothScale:
+    """smooth where inputs are not rounded."""
+    assert stats.rms is not None
+    spread = None if sharing is None else lambda channels: sharing.expand(sharing.split(channels).sum(1))
+    return SmoothScale(least_error_scale(weights, stats.rms, spread), "least error of weights")
 
 
 def source_scale(scale: Tensor, sharing: HeadSharing) -> Tensor:

@@ -1,6 +1,7 @@
 """What a group of linears reads while the float model runs over the calibration set.
 
     absmax, lo, hi     of each channel, over all tokens
+    rms                of each channel, sqrt(mean of x**2) over all tokens
     reach, spread      max_b (max_t x - c_b), by channel, and max_b std(x - c_b);   c_b = (lo + hi) / 2 of samples 0..b
     ordinary           of each channel, max |x| over all tokens but the loudest ones: those with the largest inputs
     range_param        max |x| / max_b std(x - d_b);   d_b = lo + hi of sample b alone; also of x / s for any scale s
@@ -52,15 +53,17 @@ class SampleStats:
     num_tokens: int
     sums: Tensor | None  # (K,) float64
     squares: Tensor | None  # (K,) float64, sums of squares
+    power: Tensor | None  # (K,) float32, sums of squares
 
     @classmethod
-    def of(cls, x_TK: Tensor, *, with_sums: bool) -> SampleStats:
+    def of(cls, x_TK: Tensor, *, with_sums: bool, with_power: bool = False) -> SampleStats:
         # amin and amax: torch.aminmax along a dimension takes ten times as long as both.
         lo, hi = x_TK.amin(0), x_TK.amax(0)
+        power = x_TK.square().sum(0) if with_power else None
         if not with_sums:
-            return cls(lo, hi, len(x_TK), None, None)
+            return cls(lo, hi, len(x_TK), None, None, power)
         wide = x_TK.double()
-        return cls(lo, hi, len(x_TK), wide.sum(0), wide.square_().sum(0))
+        return cls(lo, hi, len(x_TK), wide.sum(0), wide.square_().sum(0), power)
 
     def deviation(self, centre: Tensor, inverse: Tensor | None = None) -> float:
         """Return the unbiased standard deviation of all elements of (x - centre) * inverse; (K,) float64 both."""
@@ -87,6 +90,7 @@ class InputStats:
     spread: float  # largest deviation around the moving centres
     samples: Sequence[SampleStats]  # the first RANGE_SAMPLES, where they were kept
     ordinary: Tensor  # (K,) as absmax, less the loudest tokens where they were kept apart
+    rms: Tensor | None  # (K,) where it was kept
 
     def range(self, layer: int, group: str) -> InputRange:
         """Return the range of this input, with the channels that reach furthest, for people."""
@@ -134,6 +138,7 @@ class InputWatcher:
         keep_features: bool = True,
         keep_spread: bool = True,
         num_loud: int = 0,
+        keep_rms: bool = False,
         place: Callable[[], tuple[int, int]] | None = None,
     ) -> None:
         """Start without samples.
@@ -147,6 +152,7 @@ class InputWatcher:
             keep_features: keep what range_param needs.
             keep_spread: look at the deviation of all samples; otherwise `spread` is 0.
             num_loud: how many tokens to keep apart from the ordinary ones, see loud_tokens().
+            keep_rms: keep the root mean square of each channel.
             place: of a watcher of some samples only, which sample and which token the next ones begin with.
         """
         self.kept: list[Seen] = []
@@ -154,11 +160,12 @@ class InputWatcher:
         self._stride = max(1, math.ceil(total_tokens / max_tokens))
         self._keep_first, self._keep_tokens = keep_first, keep_tokens
         self._keep_features, self._keep_spread = keep_features, keep_spread
-        self._num_loud = num_loud
+        self._num_loud, self._keep_rms = num_loud, keep_rms
         self._num_samples = self._num_tokens = 0
         # Tensors of one element widen to (K,) with the first sample.
         self._lo, self._hi, self._reach = (torch.tensor(end) for end in (math.inf, -math.inf, -math.inf))
         self._spread = 0.0
+        self._power, self._power_tokens = torch.zeros(1, dtype=torch.float64), 0
         self._loud, self._rest = torch.zeros(0, 1), torch.zeros(1)
         self._first: Tensor | None = None
         self._tokens: list[Tensor] = []
@@ -176,7 +183,9 @@ class InputWatcher:
         """
         number, token = (self._num_samples, self._num_tokens) if self._place is None else self._place()
         samples = [
-            SampleStats.of(x_TK[begin:end], with_sums=self._keep_spread or self._is_feature(at))
+            SampleStats.of(
+                x_TK[begin:end], with_sums=self._keep_spread or self._is_feature(at), with_power=self._keep_rms
+            )
             for at, (begin, end) in enumerate(spans, number)
         ]
         lo_B, hi_B = (torch.stack(ends) for ends in zip(*((s.lo.amin(), s.hi.amax()) for s in samples), strict=True))
@@ -201,6 +210,9 @@ class InputWatcher:
             self._lo, self._hi = torch.minimum(self._lo, sample.lo), torch.maximum(self._hi, sample.hi)
             centre = (self._lo + self._hi) / 2
             self._reach = torch.maximum(self._reach, sample.hi - centre)
+            if sample.power is not None:
+                self._power = self._power + sample.power
+                self._power_tokens += sample.num_tokens
             if self._keep_spread:
                 self._spread = max(self._spread, sample.deviation(centre.double()))
             if self._is_feature(self._num_samples):
@@ -229,6 +241,7 @@ class InputWatcher:
             spread=self._spread,
             samples=self._samples,
             ordinary=self._rest if self._num_loud else absmax,
+            rms=(self._power / self._power_tokens).sqrt().to(torch.float32) if self._power_tokens else None,
         )
 
 
