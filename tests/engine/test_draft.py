@@ -16,10 +16,11 @@ from eightfold.engine import speculate
 from eightfold.engine.draft import Found
 from eightfold.engine.sampling_params import SamplingParams, StructuredOutput
 from eightfold.engine.settings import EngineConfig
-from eightfold.errors import CapacityError, ConfigError, InputError
+from eightfold.errors import CapacityError, ConfigError, InputError, UnsupportedError
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.model.native.load import load_model
 from eightfold.model.native.model import PAGE, Chunk
+from eightfold.parallel.world import World
 from tests.conftest import tiny_config, write_model
 from tests.engine.models import CONTEXT, answers, greedy, run, step, tokens
 
@@ -310,6 +311,11 @@ class TestRefusals:
         of.engine(kv_memory=of.page_bytes)
         with pytest.raises(CapacityError, match=r"which 128 positions take. Leave `draft_model` out. Or: Raise `kv_me"):
             of.engine(kv_memory=of.page_bytes, draft_model=stranger)
+
+    def test_several_processes(self, small, stranger, monkeypatch):
+        monkeypatch.setattr(World, "of_environment", classmethod(lambda cls: World(size=2)))
+        with pytest.raises(UnsupportedError, match="draft_model: got 2 processes, expected one"):
+            small("w8a8").engine(draft_model=stranger)
 
     def test_a_path_that_is_none(self, small):
         with pytest.raises(InputError, match="LLM: draft_model: got 5, expected the path of a directory"):
