@@ -494,7 +494,7 @@ def test_answers_can_go_into_a_file_while_a_person_types(typist, tmp_path):
 def test_a_line_of_a_pipe_has_a_limit(chat, monkeypatch):
     monkeypatch.setattr(screen, "MAX_LINE_BYTES", 1000)
     result = chat("a\n" + "b" * 1000 + "\nc\n", "--max-new-tokens", 3)
-    assert error_line_of(result) == "line 2 of stdin: got 0 MiB or more, expected less"
+    assert error_line_of(result) == "line 2 of stdin: got 0 MiB or more, expected less. Paste less at once."
 
 
 def error_line_of(result: Result) -> str:
