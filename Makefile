@@ -12,7 +12,7 @@ CLIENTS = build/clients
 ENGINES = build/engines
 SITE    = build/site-env
 
-.PHONY: demo test pages fuzz sanitize lint env lock fidelity readme docs clients engines run-engines dist try-dist coverage clean
+.PHONY: demo test pages fuzz sanitize aarch64 lint env lock fidelity readme docs clients engines run-engines dist try-dist coverage clean
 
 env: $(STAMP)
 
@@ -64,6 +64,11 @@ fuzz: env
 sanitize: env
 	$(BIN)/pip install -q --disable-pip-version-check cmake ninja
 	tests/native/sanitize.sh $(BIN)/python $(ARGS)
+
+# The core's kernels for aarch64, cross-compiled and run by an emulator; ARGS='tests/native' for all native tests.
+aarch64: env
+	$(BIN)/pip install -q --disable-pip-version-check cmake ninja
+	tests/native/aarch64.sh $(BIN)/python $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .
