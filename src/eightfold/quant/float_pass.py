@@ -46,6 +46,7 @@ from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.analysis import InputRange
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.experts import RouterWatch, passing_experts
+from eightfold.quant.head_balance import HeadBalance, PairObserver, can_balance
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import AntiOutlier, Recipe
@@ -69,13 +70,15 @@ class LayerStatistics:
     stretch: float | None = None  # how far attention's inputs are from using their range; 1 is best
     tokens: Tensor | None = None  # of each expert, (N,) int64
     chosen: Tensor | None = None  # for the first sample from which scales are taken, (T0, J) int64
+    heads: HeadBalance | None = None  # what becomes of queries and keys
 
     def save(self, path: Path) -> int:
         """Write a file, which is then safely on disk; return its CRC-32."""
-        content, kv = io.BytesIO(), None if self.kv is None else vars(self.kv)
+        content = io.BytesIO()
+        kv, heads = (None if part is None else vars(part) for part in (self.kv, self.heads))
         scales = {title: (scale.scale, scale.note) for title, scale in self.scales.items()}
         extremes = dict(self.extremes)
-        found = (scales, dict(self.range_params), extremes, kv, self.stretch, self.tokens, self.chosen)
+        found = (scales, dict(self.range_params), extremes, kv, self.stretch, self.tokens, self.chosen, heads)
         torch.save(found, content)
         with path.open("wb") as file:
             file.write(content.getbuffer())
@@ -86,9 +89,10 @@ class LayerStatistics:
     @classmethod
     def load(cls, path: Path) -> LayerStatistics:
         found = torch.load(path, map_location=torch.get_default_device(), weights_only=True)
-        scales, range_params, extremes, kv, stretch, tokens, chosen = found
+        scales, range_params, extremes, kv, stretch, tokens, chosen, heads = found
         scales = {title: SmoothScale(*scale) for title, scale in scales.items()}
-        return cls(scales, range_params, extremes, None if kv is None else KVParams(**kv), stretch, tokens, chosen)
+        kv, heads = None if kv is None else KVParams(**kv), None if heads is None else HeadBalance(**heads)
+        return cls(scales, range_params, extremes, kv, stretch, tokens, chosen, heads)
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,9 @@ class FloatPass:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in SMOOTHED}
         kv = KVObserver(recipe.kv_observe, self._turns(layer_idx), context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
-        watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch)
+        balances = recipe.fa_quant and recipe.smooths_by_use and can_balance(self._config)
+        pairs = PairObserver(self._config) if balances else None
+        watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch, pairs)
         is_one = self.anti is self.hidden
         smoothing, for_proof = (watchers, routing) if is_one else self._pass(self.anti, layer_idx)
         self._seen = smoothing
@@ -189,7 +195,7 @@ class FloatPass:
         if routing is not None and for_proof is not None and for_proof.first_TJ is not None:
             chosen = for_proof.first_TJ[: self.anti.lengths[0]] if recipe.anti_outlier is not None else None
             found = replace(found, tokens=routing.tokens_N, chosen=chosen)
-        return self._ranks.share(found)
+        return self._ranks.share(found if pairs is None else replace(found, heads=pairs.balance()))
 
     def scales(self, layer_idx: int, kind: QuantType) -> dict[str, SmoothScale]:
         """Return the scales that the layer which layer() has just passed would have if all its groups had one type."""
@@ -207,6 +213,7 @@ class FloatPass:
         layer_idx: int,
         kv: KVObserver | None = None,
         stretch: StretchObserver | None = None,
+        pairs: PairObserver | None = None,
     ) -> tuple[dict[str, InputWatcher], RouterWatch | None]:
         """Move the samples of one stream through a layer; return what was seen of inputs and routers: rank 0 knows."""
         assert stream.layer_idx == layer_idx
@@ -227,7 +234,7 @@ class FloatPass:
             )
             for group in self._groups
         ]
-        seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch) if observer is not None)
+        seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch, pairs) if observer is not None)
         attention = WatchedAttention(
             FloatAttention(sliding_window(self._config, layer_idx), self._decoder.scoring), seen
         )
@@ -235,7 +242,7 @@ class FloatPass:
         expert_linear = functools.cache(functools.partial(self._float_linear, layer_idx))
         mlp = passing_experts(self._decoder, layer_idx, expert_linear, watch=routing)
         stream.advance(self._decoder.block(layer_idx, calls, attention, mlp=mlp))
-        self._merge(watchers, kv, routing)
+        self._merge(watchers, kv, pairs, routing)
         return watchers, routing
 
     def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
@@ -275,20 +282,28 @@ class FloatPass:
         bias = load_float32(checkpoint, bias_name(module)) if shape.has_bias else None
         return W8A8DynamicLinear(weight.values, weight.scale[:, 0], weight.sum(), bias)
 
-    def _merge(self, watchers: Mapping[str, InputWatcher], kv: KVObserver | None, routing: RouterWatch | None) -> None:
+    def _merge(
+        self,
+        watchers: Mapping[str, InputWatcher],
+        kv: KVObserver | None,
+        pairs: PairObserver | None,
+        routing: RouterWatch | None,
+    ) -> None:
         """Let rank 0 take in what the other ranks have seen; its own sample is the one that `stretch` looks at."""
         if self._ranks.size == 1:
             return
         tokens = None if routing is None else routing.tokens_N
-        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv, tokens))
+        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv, pairs, tokens))
         for title, watcher in watchers.items() if self._ranks.is_first else ():
-            for seen in in_turn([kept[title] for kept, _, _ in parts]):
+            for seen in in_turn([kept[title] for kept, *_ in parts]):
                 watcher.take(seen)
-        for _, other, their_tokens in parts[1:]:
+        for _, other, their_pairs, their_tokens in parts[1:]:
             if routing is not None and their_tokens is not None:
                 routing.tokens_N += their_tokens
             if kv is not None and other is not None:
                 kv.merge(other)
+            if pairs is not None and their_pairs is not None:
+                pairs.merge(their_pairs)
 
     def _statistics(
         self,

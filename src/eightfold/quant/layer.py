@@ -2,6 +2,7 @@
 
     norm -> linears      gain / s,   columns of the linears * s
     linear -> linear     rows of the first / s,   columns of the second * s
+    q, k                 rows * s,   rows / s,   where attention is quantized (head_balance.py)
 
 A norm's gain is rounded when it is stored. So s is taken as gain / stored gain, and the layer computes what it computed
 before however coarse the dtype on disk.
@@ -46,6 +47,7 @@ from eightfold.quant.attention import FAQuantObserver, KVParams, WatchedAttentio
 from eightfold.quant.calibrate import Extremes, ObservedGroup, Observer, StaticMember, observer_for
 from eightfold.quant.experts import RouterWatch, passing_experts
 from eightfold.quant.float_pass import LayerStatistics, head_sharing, source_rows
+from eightfold.quant.head_balance import HeadBalance, row_divisors
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import QuantizedWeight, pack_deq_scale, quantize_rows, quantize_weight, static_params
 from eightfold.quant.recipe import Recipe
@@ -80,6 +82,7 @@ class SmoothedLayer:
         layer_idx: int,
         scales: Mapping[str, SmoothScale],
         stored_dtype: Callable[[str], torch.dtype],
+        heads: HeadBalance | None = None,
     ) -> None:
         self._config = decoder.checkpoint.config
         self._decoder, self._idx, self._prefix = decoder, layer_idx, self._config.names.layer(layer_idx)
@@ -89,6 +92,10 @@ class SmoothedLayer:
         for pair in smooth_pairs(self._config):
             if pair.group in scales:
                 self._apply(pair, scales[pair.group].scale, stored_dtype)
+        if heads is not None:
+            qkv = input_groups(self._config, layer_idx)[0]
+            for name, rows in row_divisors(self._config, qkv, heads).items():
+                self._rows[name] = rows * self._rows[name] if name in self._rows else rows
 
     def _apply(self, pair: SmoothPair, scale_K: Tensor, stored_dtype: Callable[[str], torch.dtype]) -> None:
         if pair.source_is_norm:
@@ -206,7 +213,8 @@ class QuantizedLayer:
         self._config = self.decoder.checkpoint.config
         self._prefix = self._config.names.layer(self.layer_idx)
         release_widened()  # the float pass is over
-        self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.statistics.scales, self.stored_dtype)
+        heads = self.statistics.heads if self.has_fa else None
+        self.smoothed = SmoothedLayer(self.decoder, self.layer_idx, self.statistics.scales, self.stored_dtype, heads)
         self.attention = FAQuantObserver() if self.has_fa else None
         self._groups = input_groups(self._config, self.layer_idx)
         self._linears = [linear for group in self._groups for linear in group.linears]
@@ -271,6 +279,14 @@ class QuantizedLayer:
             return W8A16Linear(weight.values, weight.scale, weight.offset, bias)
         member = W8A8DynamicLinear if kind is QuantType.W8A8_DYNAMIC else StaticMember
         return member(weight.values, weight.scale[:, 0], weight.sum(), bias, self.dynamic)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was chosen for each group of linears, and for the heads where they are quantized."""
+        found = {title: scale.note for title, scale in self.statistics.scales.items()}
+        if self.statistics.heads is not None and self.has_fa:
+            found["heads"] = self.statistics.heads.note
+        return found
 
     @property
     def observers(self) -> list[Observer]:

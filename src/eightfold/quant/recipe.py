@@ -152,8 +152,8 @@ class Recipe:
         "Move outliers from activations into weights: m1 SmoothQuant, m2 grid search, m3 weight-aware, m4 iterative "
         "(also o_proj and down_proj), m5 CBQ, m6 searched (slow), as msModelSlim has them; iter, flex: iter_smooth and "
         "flex_smooth_quant (slow) of its newer versions; smooth: ours, by how each input is quantized; rotate: "
-        "the same, after the residual stream and the values are rotated. Default: smooth, but none without "
-        "calibration texts.",
+        "the same, after the residual stream and the values are rotated; both balance the heads of FAQuant. Default: "
+        "smooth, but none without calibration texts.",
         metavar="M",
         group="Activations and outliers",
     )
@@ -373,7 +373,8 @@ def with_defaults(choices: dict[str, Any], *, has_texts: bool) -> dict[str, Any]
     """
     found, scheme = dict(choices), choices.get("scheme")
     is_static = scheme in NEEDS_CALIBRATION
-    if is_static or (scheme in SCHEMES.values() and has_texts):
+    # FAQuant needs texts, so heads can always be balanced.
+    if is_static or (scheme in SCHEMES.values() and has_texts) or found.get("fa_quant"):
         found.setdefault("anti_outlier", AntiOutlier.SMOOTH.value)
     if found.get("anti_outlier") in (AntiOutlier.SMOOTH.value, AntiOutlier.ROTATE.value):
         found.setdefault("act_method", ActMethod.EXTREMES.value)

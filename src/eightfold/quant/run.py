@@ -286,7 +286,7 @@ class Run:
             moved,
             layer=layer_idx,
             tensors=tensors,
-            notes={title: scale.note for title, scale in statistics.scales.items()},
+            notes=layer.choices,
             keys=None if kv is None else [kv.clipped_keys, kv.keys],
             **({} if idle is None else {"idle": idle}),
         )
