@@ -17,6 +17,8 @@ PAGES = {
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 _HELD = re.compile(r"^\[[^\]]*\]\(\.\./([\w.]+\.md)\)$", re.MULTILINE)
+# Definitions of links to the repository's own pages of releases, which the site does not have.
+_ELSEWHERE = re.compile(r"^\[[^\]]+\]: \.\./\.\./.*\n?", re.MULTILINE)
 _CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -38,7 +40,7 @@ def led(text: str, folder: str) -> str:
             return words
         return f"{image}[{words}]({place.removeprefix('docs/').replace('.zh.md', '.md')}{mark}{anchor})"
 
-    parts = _CODE.split(text)
+    parts = _CODE.split(_ELSEWHERE.sub("", text))
     return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in parts)
 
 
