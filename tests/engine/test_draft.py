@@ -23,6 +23,7 @@ from eightfold.model.native.model import PAGE, Chunk
 from eightfold.parallel.world import World
 from tests.conftest import tiny_config, write_model
 from tests.engine.models import CONTEXT, answers, greedy, run, step, tokens
+from tests.refusal import error_line
 
 NOTHING = Found()
 SIZES: dict[str, Any] = {"max_position_embeddings": CONTEXT, "hidden_size": 32, "intermediate_size": 48}
@@ -297,6 +298,27 @@ class TestRefusals:
         large = write_model(tmp_path / "large", tiny_config(**{**SIZES, "intermediate_size": 4800}))
         with pytest.raises(ConfigError, match="draft_model: got a model of 1 million weights, expected at most 0 mil"):
             small("w8a8").engine(draft_model=large)
+
+    @pytest.mark.parametrize("command", ["run", "bench", "serve", "LLM"])
+    def test_before_the_model_is_loaded(self, cli, small, tmp_path, monkeypatch, command):
+        from eightfold.model.native import load
+
+        large = write_model(tmp_path / "large", tiny_config(**{**SIZES, "intermediate_size": 4800}))
+        monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("something was loaded"))
+        if command == "LLM":
+            with pytest.raises(ConfigError, match="draft_model: got a model of 1 million"):
+                LLM(small("w8a8").directory, draft_model=large)
+            return
+        more = {"run": ("--prompt", "a"), "bench": (), "serve": ("--port", 0)}[command]
+        message = error_line(cli(command, small("w8a8").directory, "--draft-model", large, *more))
+        assert message.startswith("--draft-model: got a model of 1 million weights, expected at most 0 million")
+
+    def test_texts_of_bench_beyond_the_context(self, cli, small, stranger):
+        options = ("--prompt-len", 8, "--new-tokens", CONTEXT - 50, "--draft-model", stranger)
+        assert error_line(cli("bench", small("w8a8").directory, *options)) == (
+            f"--draft-model: got texts of {CONTEXT + 46} tokens with their {CONTEXT - 50} new ones, "
+            f"expected at most {CONTEXT}, the model's context. Lower --new-tokens."
+        )
 
     def test_what_it_says_of_a_float_one(self, small, stranger):
         notes = small("w8a8").engine(draft_model=stranger).notes

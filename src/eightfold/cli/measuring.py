@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from eightfold.cli import console, generating
 from eightfold.cli.options import as_json, model_argument, model_path
 from eightfold.engine.settings import EngineConfig, leave_to_first, load_model
-from eightfold.errors import InputError
+from eightfold.errors import CapacityError, InputError
 from eightfold.values import PATH, SWITCH, choice, optional, setting, size_text, whole
 
 if TYPE_CHECKING:
     from eightfold.evaluate import Evaluation, Positions
     from eightfold.format.checkpoint import Checkpoint
-    from eightfold.model.native.measure import Measurement
+    from eightfold.model.native.measure import Measurement, Workload
     from eightfold.model.native.model import NativeModel
     from eightfold.tokenizer import Tokenizer
 
@@ -257,13 +257,14 @@ class BenchCommand:
         checkpoint = console.opened(self.model)
         work = measure.Workload(self.prompt_len, self.new_tokens, self.batch)
         work.require_context(checkpoint.config)
+        guesses = None if config.draft_model is None else _Guesses(checkpoint, config, work)
         native = load_model(checkpoint, config)
         load_s = time.perf_counter() - started
         runner = measure.Runner(native, work)
         with console.bars("bench", 1 + self.repeat, "run") as task:
             found = measure.measure(runner, self.repeat, task.advance)
         result = {**measure.summary(found, checkpoint, native, work), "load_s": load_s}
-        gains = {} if config.draft_model is None else self._gains(checkpoint, native, config)
+        gains = {} if guesses is None else guesses.gains(native, self.repeat)
         if gains:
             result["draft"] = {kind: _rounded(gain) for kind, gain in gains.items()}
         scheme = checkpoint.description.model_quant_type if checkpoint.description else "FLOAT"
@@ -279,26 +280,53 @@ class BenchCommand:
         for kind, gain in gains.items():
             print(_gain_line(kind, gain))
 
-    def _gains(self, checkpoint: Checkpoint, native: NativeModel, config: EngineConfig) -> dict[str, dict[str, Any]]:
-        """Return what the draft model saves with code and with prose, as medians and counts."""
-        from eightfold.engine.draft import load_draft
-        from eightfold.engine.engine import Engine
-        from eightfold.engine.gain import measure_gain
+
+class _Guesses:
+    """What a draft model saves with code and with prose. All is checked before anything is loaded.
+
+    Args:
+        checkpoint: of the large model.
+        config: names the draft model.
+        work: how many sequences, and how many new tokens of each.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, work: Workload) -> None:
+        from eightfold.engine.draft import open_draft
         from eightfold.quant.dataset import rows_by_kind
         from eightfold.tokenizer import Tokenizer
 
-        tokenizer = Tokenizer(self.model)
-        draft, notes = load_draft(checkpoint, tokenizer, config)
-        for note in notes:
+        self._tokenizer, self._new_tokens = Tokenizer(checkpoint.directory), work.new_tokens
+        self._load, self._notes = open_draft(checkpoint, self._tokenizer, config)
+        texts = rows_by_kind().items()
+        self._prompts = {kind: [self._tokenizer.encode(text)[:GAIN_PROMPT] for text in each] for kind, each in texts}
+        longest = max(len(prompt) for each in self._prompts.values() for prompt in each) + work.new_tokens
+        if longest > (context := checkpoint.config.context):
+            raise CapacityError(
+                "--draft-model",
+                got=f"texts of {longest} tokens with their {work.new_tokens} new ones",
+                expected=f"at most {context}, the model's context",
+                action="Lower --new-tokens.",
+            )
+        tokens = max(config.max_batched_tokens, 2 * work.batch)
+        self._config = replace(
+            config, max_num_seqs=work.batch, max_model_len=longest, max_batched_tokens=tokens, prefix_caching=False
+        )
+
+    def gains(self, native: NativeModel, repeat: int) -> dict[str, dict[str, Any]]:
+        """Return medians and counts of each kind.
+
+        Args:
+            native: the large model.
+            repeat: how often all is done.
+        """
+        from eightfold.engine.engine import Engine
+        from eightfold.engine.gain import measure_gain
+
+        for note in self._notes:
             console.note(note)
-        prompts = {
-            kind: [tokenizer.encode(text)[:GAIN_PROMPT] for text in texts] for kind, texts in rows_by_kind().items()
-        }
-        longest = max(len(prompt) for each in prompts.values() for prompt in each) + self.new_tokens
-        config = replace(config, max_num_seqs=self.batch, max_model_len=longest, prefix_caching=False)
-        engine = Engine(native, tokenizer, config, draft=draft)
-        with console.bars("guesses", len(prompts) * self.repeat, "run") as task:
-            found = measure_gain(engine, prompts, self.new_tokens, self.repeat, task.advance)
+        engine = Engine(native, self._tokenizer, self._config, draft=self._load())
+        with console.bars("guesses", len(self._prompts) * repeat, "run") as task:
+            found = measure_gain(engine, self._prompts, self._new_tokens, repeat, task.advance)
         return {kind: gain.summary() for kind, gain in found.items()}
 
 

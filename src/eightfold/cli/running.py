@@ -240,15 +240,19 @@ class RunCommand:
             generating.sampling_params(self.sampling)
             read()
 
+        load_draft, notes = None, list[str]()
+        if config.draft_model is not None:
+            from eightfold.engine.draft import open_draft
+
+            load_draft, notes = open_draft(checkpoint, read()[0], config)
         if self.as_json:
             prepare()
         model = load_model(checkpoint, config, None if self.as_json else prepare)
-        from eightfold.engine.draft import load_draft
         from eightfold.engine.engine import Engine
         from eightfold.tokenizer import stop_token_ids
 
         tokenizer, prompt_ids = read()
-        draft, notes = (None, []) if config.draft_model is None else load_draft(checkpoint, tokenizer, config)
+        draft = load_draft and load_draft()
         for note in notes:
             console.note(note)
         positions = len(prompt_ids) + self.max_new_tokens

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -319,8 +319,10 @@ def _expected(odds: float, count: int) -> float:
 # --- which models
 
 
-def load_draft(large: Checkpoint, tokenizer: Tokenizer, config: EngineConfig) -> tuple[NativeModel, list[str]]:
-    """Load the draft model of an engine; return it with what a user should know about it.
+def open_draft(
+    large: Checkpoint, tokenizer: Tokenizer, config: EngineConfig
+) -> tuple[Callable[[], NativeModel], list[str]]:
+    """Check an engine's draft model before anything is loaded; return what loads it, and what a user should know.
 
     Args:
         large: the checkpoint of the large model.
@@ -330,10 +332,8 @@ def load_draft(large: Checkpoint, tokenizer: Tokenizer, config: EngineConfig) ->
     Raises:
         ConfigError: the draft model is larger than the large one.
         InputError: it has another vocabulary.
-        EightfoldError: as native.load.load_model.
+        EightfoldError: it is no model directory; and when it is loaded, as native.load.load_model.
     """
-    from eightfold.model.native.load import load_model
-
     assert config.draft_model is not None
     checkpoint = Checkpoint.open(config.draft_model)
     own, limit = _weights(checkpoint), _weights(large)
@@ -350,8 +350,13 @@ def load_draft(large: Checkpoint, tokenizer: Tokenizer, config: EngineConfig) ->
         notes.append("The draft model is a float one: a quantized one guesses faster.")
     if own == limit:
         notes.append("The draft model is as large as the model: its guesses save little time, or none.")
-    model = load_model(checkpoint, **{**config.computing, "attention": "cache", "longest": None})
-    return model, [*checkpoint.notes, *notes]
+
+    def load() -> NativeModel:
+        from eightfold.model.native.load import load_model
+
+        return load_model(checkpoint, **{**config.computing, "attention": "cache", "longest": None})
+
+    return load, [*checkpoint.notes, *notes]
 
 
 def _weights(checkpoint: Checkpoint) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eightfold.engine.block_manager import BlockManager
-from eightfold.engine.draft import DraftModel, load_draft
+from eightfold.engine.draft import DraftModel, open_draft
 from eightfold.engine.guesses import Guesser
 from eightfold.engine.outputs import Detokenizer, EngineStats, RequestOutput
 from eightfold.engine.sampler import Sampled, Sampler, choose_all, prompt_logprobs
@@ -75,7 +75,7 @@ class Engine:
             stop_ids: the model's own tokens that end an answer.
             tells_prompts: whether some linears compute prompts and answers differently, so that keys and values depend
                 on which tokens are the prompt's.
-            draft: a small model that guesses, see draft.load_draft; its cache is the engine's too.
+            draft: a small model that guesses, see draft.open_draft; its cache is the engine's too.
 
         Raises:
             CapacityError: the cache does not fit the memory.
@@ -119,8 +119,8 @@ class Engine:
         checkpoint = Checkpoint.open(directory)
         if tokenizer is None:
             tokenizer = Tokenizer(directory)
+        load_draft, notes = (None, []) if config.draft_model is None else open_draft(checkpoint, tokenizer, config)
         model = load_model(checkpoint, config)
-        draft, notes = (None, []) if config.draft_model is None else load_draft(checkpoint, tokenizer, config)
         kinds = checkpoint.description.tags.values() if checkpoint.description else ()
         engine = cls(
             model,
@@ -128,7 +128,7 @@ class Engine:
             config,
             stop_ids=stop_token_ids(directory, checkpoint.config_raw),
             tells_prompts=QuantType.W8A8_MIX.value in kinds,
-            draft=draft,
+            draft=load_draft and load_draft(),
         )
         engine.notes = (*checkpoint.notes, *engine.notes, *notes)
         return engine

@@ -70,7 +70,7 @@ class EngineConfig:
     draft_tokens: int = setting(
         0,
         whole(0, MOST_DRAFTED),
-        f"Guess N tokens at a time with --draft-model, 1 to {MOST_DRAFTED}; auto for as many as pay. Default: auto.",
+        f"Guess N tokens at a time with --draft-model, at most {MOST_DRAFTED}; 0 or auto for as many as pay.",
         metavar="N|auto",
         read=lambda text: 0 if text == "auto" else int(text),
     )
