@@ -12,7 +12,7 @@ CLIENTS = build/clients
 ENGINES = build/engines
 SITE    = build/site-env
 
-.PHONY: demo test pages fuzz sanitize aarch64 lint env lock fidelity readme docs clients engines run-engines dist try-dist coverage clean
+.PHONY: demo test pages fuzz sanitize aarch64 lint env lock fidelity readme docs clients engines run-engines dist try-dist wheels try-wheels coverage clean
 
 env: $(STAMP)
 
@@ -153,6 +153,23 @@ try-dist: dist
 	cd build/tried && export PYTHONPATH= && ../empty/bin/eightfold doctor && ../empty/bin/eightfold synth --like tiny float \
 	  && ../empty/bin/eightfold quantize float out --scheme w8a8-dynamic \
 	  && ../empty/bin/eightfold run out --prompt Hello --max-new-tokens 4
+
+# Wheels of aarch64 in dist/, cross-compiled, for Python 3.11.
+# Needs Python 3.11 and apt-get; five minutes on two cores, half of it zig's own C++ library, which it keeps.
+wheels:
+	rm -f dist/*_aarch64.whl
+	$(PYTHON) -m venv build/wheels/env
+	build/wheels/env/bin/pip install -q --disable-pip-version-check ziglang==0.14.1 scikit-build-core==1.1.2 nanobind==3.1.0 \
+	  setuptools-scm==10.3.4 cmake==4.4.5 ninja==1.13.2 wheel==0.48.0 auditwheel==6.8.2
+	packages/wheels.sh build/wheels/env/bin/python dist
+
+# The wheel for Python 3.11 on emulated Arm CPUs: a random model gets the same tokens as here. After make aarch64 and
+# make wheels; a minute.
+try-wheels: env
+	rm -rf build/tried-wheels && mkdir -p build/tried-wheels
+	$(BIN)/eightfold synth --like tiny build/tried-wheels/float
+	$(BIN)/eightfold quantize build/tried-wheels/float build/tried-wheels/out --scheme w8a8-dynamic
+	packages/try_wheels.sh $(BIN)/python build/tried-wheels/out dist/*-cp311-cp311-*_aarch64.whl
 
 clean:
 	rm -rf build dist tests/clients/node_modules $(VENV)
