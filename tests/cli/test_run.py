@@ -36,6 +36,14 @@ def test_the_engine_gives_the_greedy_answer_of_the_backend(run, small):
     assert plain["token_ids"] == small.answer(Tokenizer(small.directory).encode("hello"), 20, frozenset({EOS}))
 
 
+def test_guesses_from_the_prompt_change_no_answer(run):
+    plain = run("--prompt", "hello hello hello", "--json").json()
+    guessing = run("--prompt", "hello hello hello", "--json", "--speculate", 4).json()
+    assert guessing["token_ids"] == plain["token_ids"]
+    assert "drafted" in guessing
+    assert " guesses right, " in run("--prompt", "hello hello hello", "--speculate", 4).err
+
+
 def test_weights_are_measured_alone(run, monkeypatch):
     """What the tokenizer takes is not among them."""
     options: list[dict[str, Any]] = []

@@ -83,6 +83,18 @@ def test_right_guesses_save_steps(small):
     assert engine.stats.tokens_per_pass > 4
 
 
+def test_a_right_guess_of_the_end_is_a_right_one(small):
+    of = small("w8a8")
+    prompt = [1, 2, 3]
+    expected = of.answer(prompt, 100)
+    at = next(at for at in range(2, 100) if expected[at] not in expected[:at])
+    engine = drafting(of, of.directory, count=at)
+    engine.add_request("it", prompt, SamplingParams(temperature=0.0, max_tokens=100, stop_token_ids=(expected[at],)))
+    (answer,) = run(engine)["it"]
+    assert answer.finish_reason == "stop"
+    assert engine.stats.model_accepted == engine.stats.model_drafted == at
+
+
 def test_answers_with_a_seed_stay_the_same(small, small_model):
     of = small("w8a8")
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=3, n=3, max_tokens=40, logprobs=2, repetition_penalty=1.1)

@@ -23,7 +23,7 @@ from eightfold.quant.head_balance import (
 )
 from eightfold.quant.layer import SmoothedLayer
 from eightfold.quant.pipeline import quantize_checkpoint
-from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe, with_defaults
+from eightfold.quant.recipe import ActMethod, AntiOutlier, Recipe
 from eightfold.scheme import QuantType
 from tests.conftest import tiny_config, token_samples, write_model
 
@@ -125,12 +125,6 @@ def test_channels_that_are_zero_have_finite_scales():
     assert torch.isfinite(found).all() and (found > 0).all()
     zeros = torch.zeros(1, 4)
     assert torch.isfinite(best_scale(zeros[:, None], zeros, zeros[:, None], zeros)).all()
-
-
-def test_faquant_is_balanced_beside_float_inputs_too():
-    chosen = {"scheme": QuantType.FLOAT}
-    assert "anti_outlier" not in with_defaults(chosen, has_texts=True)
-    assert with_defaults({**chosen, "fa_quant": True}, has_texts=True)["anti_outlier"] == "smooth"
 
 
 @pytest.mark.parametrize(("family", "balances"), [("Qwen2ForCausalLM", True), ("Qwen3ForCausalLM", False)])

@@ -82,10 +82,10 @@ class RunCommand:
         "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
         "stop", "ignore_eos", temperature=None,
     )  # fmt: skip
-    limits: dict[str, Any] = generating.engine("max_num_seqs", "max_model_len", "kv_memory", "speculate")
+    limits: dict[str, Any] = generating.engine("max_num_seqs", "max_model_len", "kv_memory")
     draft_model: Path | None = generating.draft_model()
     computing: dict[str, Any] = generating.engine(
-        "draft_tokens", "dynamic", "attention_mode", "threads", "expert_parallel"
+        "speculate", "draft_tokens", "dynamic", "attention_mode", "threads", "expert_parallel"
     )
     backend: str = generating.backend()
 
@@ -113,9 +113,8 @@ class RunCommand:
             raise ConfigError("--prompt", got=got, expected="it or --input-file")
         if self.input_file is not None and self.output_file is None:
             raise ConfigError("--output-file", got="none", expected="where the answers to --input-file go")
-        limits = [name for name, value in self.limits.items() if name != "speculate" or value]
         files = [name for name in ("output_file", "overwrite", "served_model_name") if getattr(self, name)]
-        of_files = [*files[:1], *limits, *files[1:]]
+        of_files = [*files[:1], *self.limits, *files[1:]]
         if self.prompt is not None and of_files:
             raise ConfigError(of_files[0], got="--prompt", expected="--input-file beside it")
 
@@ -174,7 +173,7 @@ class RunCommand:
         started = time.monotonic()
         text, token_ids, reason, stats = generate(_ignore if self.as_json else _show)
         seconds = time.monotonic() - started
-        guessed = stats if config.draft_model is not None else None
+        guessed = stats if config.draft_model is not None or config.speculate else None
         if not self.as_json:
             print()
             how = f"{seconds:.1f} s, {reason}{_guesses_text(guessed)}"
@@ -280,8 +279,9 @@ class RunCommand:
 
     def _reference(self, checkpoint: Checkpoint, read: Callable[[], _Read], config: EngineConfig) -> _Generate:
         """Load the oracle, which is greedy."""
-        if config.draft_model is not None:
-            raise UnsupportedError("--draft-model", got="the reference backend", expected="the native one")
+        guessing = "--draft-model" if config.draft_model is not None else "--speculate" if config.speculate else ""
+        if guessing:
+            raise UnsupportedError(guessing, got="the reference backend", expected="the native one", action=_NATIVE)
         if self.sampling:
             raise UnsupportedError(
                 "sampling options", got="the reference backend", expected="the native one", action=_NATIVE
@@ -345,7 +345,7 @@ def _report(result: BatchResult, output_file: Path, as_json: bool) -> None:
 
 
 def _guesses_json(stats: EngineStats | None) -> dict[str, Any]:
-    """Return the keys of JSON output about a draft model's guesses; None: there was none."""
+    """Return the keys of JSON output about guesses; None: nobody made any."""
     if stats is None:
         return {}
     return {
@@ -360,7 +360,8 @@ def _guesses_json(stats: EngineStats | None) -> dict[str, Any]:
 def _guesses_text(stats: EngineStats | None) -> str:
     if stats is None:
         return ""
-    return f"; {stats.model_accepted} of {stats.model_drafted} guesses right, {stats.tokens_per_pass:.2f} tokens a pass"
+    right, all_of_them = stats.accepted + stats.model_accepted, stats.drafted + stats.model_drafted
+    return f"; {right} of {all_of_them} guesses right, {stats.tokens_per_pass:.2f} tokens a pass"
 
 
 def _show(text: str) -> None:

@@ -360,21 +360,27 @@ class Engine:
     def _take(self, sequence: TokenSequence, sampled: Sampled) -> bool:
         """Append a token or end the sequence; return whether the draft foretold it, so that the next row counts."""
         self._counts.generated_tokens += 1
-        if sequence.has_failed() or sequence.ends_with(sampled.token_id):
+        if sequence.has_failed():
             return False
         foretold = bool(sequence.draft) and sequence.draft[0] == sampled.token_id
+        if foretold:
+            self._count_right_guess(sequence)
+        if sequence.ends_with(sampled.token_id):
+            return False
         sequence.append(sampled)
         if not foretold or sequence.finish_reason is not None:
             return False
         del sequence.draft[0]
         sequence.computed += 1
         sequence.row += 1
+        return True
+
+    def _count_right_guess(self, sequence: TokenSequence) -> None:
         if sequence.drafter.made:
             sequence.drafter.right += 1
             self._counts.model_accepted += 1
         else:
             self._counts.accepted += 1
-        return True
 
     def _name_blocks(self, sequence: TokenSequence) -> None:
         """Let others find the blocks that have become full."""

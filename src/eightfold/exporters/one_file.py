@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from eightfold.errors import OutputError, remember_kept
 from eightfold.format.journal import WORK_NAME, Entry, Journal, partial_path, progress_text
-from eightfold.format.output import Explain, begun_otherwise, is_helped_by_running_again, lock_journal, require_space
+from eightfold.format.output import (
+    Explain,
+    begun_otherwise,
+    cannot_write,
+    is_helped_by_running_again,
+    lock_journal,
+    require_space,
+)
 from eightfold.format.safetensors import checksum_of
 from eightfold.format.shards import WriteBehind
 from eightfold.progress import Progress
@@ -100,7 +107,7 @@ class GrowingFile:
             self._close(keeps=bool(self._journal and self._journal.steps))
             if not isinstance(error, OSError):
                 raise
-            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from None
+            raise cannot_write(self.target, error) from None
         return self
 
     def _check(self) -> None:

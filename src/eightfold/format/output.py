@@ -116,13 +116,7 @@ class Output:
             self._close(keeps=bool(self._journal and (self._journal.steps or self._journal.complete)))
             if not isinstance(error, OSError):
                 raise
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise OutputError(
-                f"cannot write to {self.target}: {error.strerror or error}",
-                action="Free some space, or choose another disk."
-                if is_full
-                else "Choose a directory you may write to.",
-            ) from None
+            raise cannot_write(self.target, error) from None
         return self
 
     def _open(self) -> None:
@@ -317,6 +311,15 @@ class Output:
         finally:
             self._journal.close()
             self._journal = None
+
+
+def cannot_write(target: Path, error: OSError) -> OutputError:
+    """Return the refusal of a place that the system does not let us write to."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return OutputError(
+        f"cannot write to {target}: {error.strerror or error}",
+        action="Free some space, or choose another disk." if is_full else "Choose a directory you may write to.",
+    )
 
 
 def begun_otherwise(

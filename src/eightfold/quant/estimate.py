@@ -27,6 +27,7 @@ from eightfold.errors import CapacityError, OutputError, remember_kept
 from eightfold.families import LinearShape, all_linears, expert_block, layer_linears, layer_of
 from eightfold.format.checkpoint import Checkpoint
 from eightfold.format.journal import partial_path
+from eightfold.format.output import cannot_write
 from eightfold.machine import available_bytes
 from eightfold.progress import Progress, Task, silent
 from eightfold.quant.budget import budget_for
@@ -327,9 +328,10 @@ def trial_place(path: Path) -> Iterator[Path]:
                     path.rmdir()
         finally:
             os.close(folder)
+    except BlockingIOError:
+        raise OutputError(f"cannot write to {path}: another plan at work", action="Wait for it to end.") from None
     except OSError as error:
-        got = "another plan at work" if isinstance(error, BlockingIOError) else error.strerror or error
-        raise OutputError(f"cannot write to {path}: {got}", action="Choose a directory you may write to.") from None
+        raise cannot_write(path, error) from None
     except BaseException as error:  # Ctrl-C too
         remember_kept(error, "")  # what the trial had finished is gone with its folder
         raise

@@ -17,7 +17,7 @@ import functools
 import io
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -156,12 +156,14 @@ class FloatPass:
         anti: HiddenStates | None = None,
         *,
         tells_ranges: bool = False,
+        other_kinds: Sequence[QuantType] = (),
     ) -> None:
         """Start where the samples of recipe.float_samples() are, and those of `anti`, from which scales are taken.
 
         With `tells_ranges` the input of every group is watched, and `ranges` has what was seen, in rank 0; this
-        changes nothing else.
+        changes nothing else. `other_kinds` are those that scales() is going to be asked for.
         """
+        self._other_kinds = other_kinds
         self.ranges: list[InputRange] = []
         self._tells_ranges = tells_ranges
         self._ranks = ranks or Ranks()
@@ -248,6 +250,7 @@ class FloatPass:
     def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
         method = self._recipe.anti_outlier if stream is self.anti and title in self._smoothed else None
         has_loud = self._tells_ranges or (method is not None and method.is_ours and title == DOWN)
+        kinds = (self._kinds[title], *self._other_kinds)
         return InputWatcher(
             prefix + title,
             sum(stream.lengths),
@@ -256,7 +259,7 @@ class FloatPass:
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
             num_loud=loud_tokens(stream.lengths) if has_loud else 0,
-            keep_rms=method is not None and method.is_ours,
+            keep_rms=method is not None and method.is_ours and QuantType.W8A16 in kinds,
             place=stream.place if self._ranks.size > 1 else None,
         )
 

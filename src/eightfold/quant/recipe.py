@@ -373,8 +373,7 @@ def with_defaults(choices: dict[str, Any], *, has_texts: bool) -> dict[str, Any]
     """
     found, scheme = dict(choices), choices.get("scheme")
     is_static = scheme in NEEDS_CALIBRATION
-    # FAQuant needs texts, so heads can always be balanced.
-    if is_static or (scheme in SCHEMES.values() and has_texts) or found.get("fa_quant"):
+    if is_static or (scheme in SCHEMES.values() and has_texts):
         found.setdefault("anti_outlier", AntiOutlier.SMOOTH.value)
     if found.get("anti_outlier") in (AntiOutlier.SMOOTH.value, AntiOutlier.ROTATE.value):
         found.setdefault("act_method", ActMethod.EXTREMES.value)

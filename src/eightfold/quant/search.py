@@ -127,7 +127,7 @@ class Search:
             self._watched = HiddenStates(
                 "watched", self._decoder, question.samples, folder, sync, spills=question.spills
             )
-            self._pass = FloatPass(self._decoder, self._recipe, types, self._watched)
+            self._pass = FloatPass(self._decoder, self._recipe, types, self._watched, other_kinds=self._smoothed_kinds)
         self._states = HiddenStates(
             "states", self._decoder, question.pieces, folder, sync, spills=True, generations=self._layers + 1
         )
