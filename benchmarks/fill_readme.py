@@ -36,7 +36,12 @@ CHINESE = {
     "| scheme | KL | same top token | perplexity | tensors |": "| 量化方式 | KL | top-1 一致率 | 困惑度 | 权重大小 |",
     " decode, float = 1 |": " decode，浮点 = 1 |",
     "| reader | takes |": "| 引擎 | 加载方式 |",
-    " tokens in, 128 out, medians of 4 rounds in turn. ": " token 输入、128 token 输出，轮流运行 4 轮取中位数。",
+    " tokens in, 128 out, medians of ": " token 输入、128 token 输出，轮流运行 ",
+    " rounds in turn. ": " 轮取中位数。",
+    "| model | in x out | program |": "| 模型 | 序列 x（输入，输出） | 程序 |",
+    " prompts, tok/s | answers, tok/s | all, tok/s | of read bandwidth | memory |": (
+        " prefill，tok/s | decode，tok/s | 总计，tok/s | 占读带宽 | 内存 |"
+    ),
     "| the directory, on NPUs |": "| NPU，直接加载目录 |",
     "| the directory, by our plugin |": "| 直接加载目录（我们的插件） |",
     "| an export to compressed-tensors |": "| 导出为 compressed-tensors |",
