@@ -14,6 +14,7 @@ from eightfold.hub.choice import chosen_hub
 from eightfold.hub.clients import Hub, Listing
 from eightfold.hub.fetch import fetched, model_files
 from eightfold.hub.names import HubId, id_of, origin_of, parse_id, title_of
+from tests.hub.fake_hub import FakeHub
 from tests.refusal import error_line
 
 pytest.importorskip("huggingface_hub")
@@ -112,6 +113,16 @@ def test_modelscope_is_asked_where_the_environment_says_so(online, hub, model_fi
     assert "note: ModelScope was not asked" in offline.err
     message = error_line(online("inspect", "Org/None", EIGHTFOLD_HUB="modelscope"))
     assert message.startswith("model Org/None on ModelScope: got none of this name")
+
+
+def test_each_command_of_a_process_asks_the_modelscope_of_its_own_environment(online):
+    pytest.importorskip("modelscope_hub")
+    assert online("inspect", "Org/Tiny", EIGHTFOLD_HUB="modelscope").code == 0
+    other = FakeHub()
+    other.add("Org/Tiny", {})
+    message = error_line(online("inspect", "Org/Tiny", EIGHTFOLD_HUB="modelscope", at=other.address))
+    other.close()
+    assert "no config.json among 0 files" in message
 
 
 def test_the_client_that_is_missing_is_named(online, monkeypatch):

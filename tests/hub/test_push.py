@@ -147,7 +147,7 @@ class StandIn:
 def test_modelscope_gets_the_same_files(online, out, monkeypatch):
     modelscope_hub = pytest.importorskip("modelscope_hub")
     client = StandIn()
-    monkeypatch.setattr(modelscope_hub, "HubApi", lambda: client)
+    monkeypatch.setattr(modelscope_hub, "HubApi", lambda config: client)
     assert online("push", out, "Me/Tiny", "--hub", "modelscope", "--private").code == 0
     files = client.sent["Me/Tiny@master"]
     assert client.visibility == "private"
@@ -155,9 +155,9 @@ def test_modelscope_gets_the_same_files(online, out, monkeypatch):
     assert files == files_of(out)
 
     public = modelscope_hub.Visibility.PUBLIC
-    monkeypatch.setattr(modelscope_hub, "HubApi", lambda: StandIn(["eightfold_journal.jsonl"], public))
+    monkeypatch.setattr(modelscope_hub, "HubApi", lambda config: StandIn(["eightfold_journal.jsonl"], public))
     message = error_line(online("push", out, "Me/Tiny", "--private", EIGHTFOLD_HUB="modelscope"))
     assert message.startswith("model Me/Tiny on ModelScope: got one that everybody sees")
-    monkeypatch.setattr(modelscope_hub, "HubApi", lambda: StandIn(["config.json"]))
+    monkeypatch.setattr(modelscope_hub, "HubApi", lambda config: StandIn(["config.json"]))
     message = error_line(online("push", out, "Me/Tiny", EIGHTFOLD_HUB="modelscope"))
     assert message.startswith("model Me/Tiny on ModelScope: got one that eightfold did not publish (config.json)")

@@ -113,3 +113,11 @@ def failed(model: HubId, hub: Hub, error: BaseException) -> EightfoldError:
     """Return what to say of an answer that is no use."""
     got = f"{type(error).__name__}: {error}"
     return CheckpointError(f"model {model} on {hub.title}", got=got, expected="its files", action="Try again later.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what a client met, without what it wrapped around it."""
+    cause = error
+    while inner := cause.__cause__ or cause.__context__:
+        cause = inner
+    return next(iter(str(cause).splitlines()), "") or type(cause).__name__

@@ -16,6 +16,7 @@ from eightfold.hub.clients import (
     Listing,
     NotReached,
     failed,
+    first_line,
     is_offline,
     missing_client,
     no_model,
@@ -128,11 +129,11 @@ class HuggingFace:
         except OSError as error:
             if error.errno is not None:
                 raise  # the disk's, which the command line explains
-            raise NotReached(_first_line(error)) from None
+            raise NotReached(first_line(error)) from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise failed(model, self, error) from None
         except Exception as error:
-            raise NotReached(_first_line(error)) from None
+            raise NotReached(first_line(error)) from None
 
     def _not_found(self, model: HubId, status: int) -> EightfoldError:
         if status == 401 and self._client.get_token():
@@ -144,16 +145,9 @@ class HuggingFace:
             return no_model(model, self, f"a token that is refused (status {status})", "Check HF_TOKEN.")
         if status >= 500 or status == 429:
             return NotReached(f"an answer with status {status}")
-        return failed(model, self, ValueError(_first_line(error)))
+        return failed(model, self, ValueError(first_line(error)))
 
 
 def _status(error: Any) -> int:
     response = getattr(error, "response", None)
     return int(getattr(response, "status_code", 0) or 0)
-
-
-def _first_line(error: BaseException) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:  # the client wraps what it met
-        cause = cause.__cause__
-    return next(iter(str(cause).splitlines()), "") or type(cause).__name__

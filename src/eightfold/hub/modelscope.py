@@ -18,6 +18,7 @@ from eightfold.hub.clients import (
     Listing,
     NotReached,
     failed,
+    first_line,
     is_offline,
     missing_client,
     no_model,
@@ -46,7 +47,8 @@ class ModelScope:
 
         logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
         self._client = modelscope_hub
-        self._api = modelscope_hub.HubApi()
+        self._config = modelscope_hub.HubConfig()  # the client would keep the first one of this process
+        self._api = modelscope_hub.HubApi(config=self._config)
 
     def listing(self, model: HubId) -> Listing:
         if is_offline():
@@ -65,7 +67,7 @@ class ModelScope:
         return Path(found)
 
     def space(self, model: HubId, listing: Listing, names: Sequence[str]) -> tuple[Path, int]:
-        cache = Path(self._client.HubConfig().cache_dir)
+        cache = Path(self._config.cache_dir)
         home = cache / "models" / model.name.replace("/", "--") / "snapshots" / listing.revision
         return cache, sum(listing.sizes[name] for name in names if not (home / name).exists())
 
@@ -121,9 +123,9 @@ class ModelScope:
         except OSError as error:
             if error.errno is not None and not isinstance(error, ConnectionError):
                 raise  # the disk's, which the command line explains
-            raise NotReached(type(error).__name__) from None
+            raise NotReached(first_line(error)) from None
         except Exception as error:
-            raise NotReached(type(error).__name__) from None
+            raise NotReached(first_line(error)) from None
 
     def _refusal(self, model: HubId, error: BaseException) -> BaseException:
         errors = self._client.errors
@@ -133,5 +135,5 @@ class ModelScope:
         if isinstance(error, (errors.AuthenticationError, errors.PermissionDeniedError)):
             return no_model(model, self, "a gated or private one, or a token that is refused", f"Set {_TOKEN}.")
         if isinstance(error, (errors.NetworkError, errors.ServerError, errors.RateLimitError)):
-            return NotReached(type(error).__name__)
+            return NotReached(first_line(error))
         return failed(model, self, error)
