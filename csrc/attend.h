@@ -1,7 +1,7 @@
 // Attention of a few query rows over a run of cached positions: softmax by pages, each with its own maximum.
 //
 //   S = q . k * q_scale          m_b = max of S over page b          or S = c tanh((q . k * q_scale - q_shift) / c)
-//   int8     p = rne(127 exp(S - m_b))      int8x2   p = rne(65535 exp(S - m_b)), as two bytes      bf16   p = exp(S - m_b)
+//   int8     p = rne(255 exp(S - m_b))      int8x2   p = rne(65535 exp(S - m_b)), as two bytes      bf16   p = exp(S - m_b)
 //   acc = sum_b e^(m_b - m) p . v           sum = sum_b e^(m_b - m) sum p
 //
 // Pages begin at multiples of kPage, and pages are taken in order, so a row's result depends on nothing but its own
@@ -133,34 +133,37 @@ inline void score_bf16(const uint8_t* keys, const float* q, size_t ldq, int grou
     });
 }
 
-// out[r][d] = sum over positions of p v; p: (NR, kPage) bytes, of which those of 7 bits have no sign either way.
-template <int NR, bool kUnsigned>
+// out[r][d] = sum over positions of p v; p: (NR, kPage) unsigned bytes. Where the instruction takes signed ones alone,
+// p v = (p - 128) v - (-128 v): p - 128 is p with the other sign bit, and the second product is the same for all rows.
+template <int NR>
 inline void weigh_i8(const uint8_t* values, const uint8_t* p, int groups, int value_dim, Ahead& ahead, int32_t* out) {
+    constexpr int32_t kFlip = kFlips ? static_cast<int32_t>(0x80808080u) : 0;
     for (int at = 0; at < value_dim; at += kValueCols * W) {
         const int cols = std::min(kValueCols, (value_dim - at) / W);
         const auto run = [&]<int NC>() {
-            I acc[NR][NC];
+            I acc[NR][NC], flipped[NC];
             for (int r = 0; r < NR; r++)
                 for (int c = 0; c < NC; c++) acc[r][c] = i_set(0);
+            for (int c = 0; c < NC; c++) flipped[c] = i_set(0);
             for (int g = 0; g < groups; g++) {
                 ahead.ask<kWeighLines>();
                 const uint8_t* line = values + (g * value_dim + at) * 4;
                 I v[NC];
 #pragma GCC unroll 4
-                for (int c = 0; c < NC; c++) v[c] = i_load(line + c * W * 4);
+                for (int c = 0; c < NC; c++) {
+                    v[c] = i_load(line + c * W * 4);
+                    if constexpr (kFlips) flipped[c] = dot4(flipped[c], i_set(kFlip), v[c]);
+                }
                 for (int r = 0; r < NR; r++) {
                     int32_t four;
                     std::memcpy(&four, p + r * kPage + g * 4, 4);
-                    const I pr = i_set(four);
+                    const I pr = i_set(four ^ kFlip);
 #pragma GCC unroll 4
-                    for (int c = 0; c < NC; c++) {
-                        if constexpr (kUnsigned) acc[r][c] = dot4_unsigned(acc[r][c], pr, v[c]);
-                        else acc[r][c] = dot4(acc[r][c], pr, v[c]);
-                    }
+                    for (int c = 0; c < NC; c++) acc[r][c] = dot4_unsigned(acc[r][c], pr, v[c]);
                 }
             }
             for (int r = 0; r < NR; r++)
-                for (int c = 0; c < NC; c++) i_store(out + r * value_dim + at + c * W, acc[r][c]);
+                for (int c = 0; c < NC; c++) i_store(out + r * value_dim + at + c * W, i_sub(acc[r][c], flipped[c]));
         };
         switch (cols) {
             case 1: run.template operator()<1>(); break;
@@ -293,7 +296,7 @@ inline void normalize_whole(const AttnRows& in, int r, Page& page) {
     const F most = f_set(page.max[r]);
     I sum = i_set(0);
     for (int i = 0; i < N; i++) {
-        const I q = to_i(exp_levels<127>(f_sub(s[i], most)));
+        const I q = to_i(exp_levels<255>(f_sub(s[i], most)));
         sum = i_add(sum, q);
         store_low_bytes(page.high + r * kPage + i * W, q, W);
     }
@@ -322,7 +325,7 @@ inline void normalize_page(const AttnRows& in, int first, int columns, Ahead& ah
             continue;
         }
         const bool wide = in.kind == CacheKind::int8x2;
-        page.max[r] = wide ? exponentials<65535>(s, see, columns) : exponentials<127>(s, see, columns);
+        page.max[r] = wide ? exponentials<65535>(s, see, columns) : exponentials<255>(s, see, columns);
         ahead.ask<kRowLines>();
         const I mask = i_set(255);
         I sum = i_set(0);
@@ -363,18 +366,13 @@ inline void weigh_page(const AttnRows& in, const uint8_t* values, int columns, i
         if (in.kind == CacheKind::bf16) {
             weigh_bf16<NR>(values, page.real + r * kPage, end, value_dim, real);
         } else {
-            constexpr bool kSigned = kZero == 0;  // then bytes of 8 bits need products of another kind
             const bool wide = in.kind == CacheKind::int8x2;
             const int groups = columns / 4;
-            if (kSigned && wide) {
-                weigh_i8<NR, kSigned>(values, page.high + r * kPage, groups, value_dim, ahead, product[0]);
-            } else {
-                weigh_i8<NR, false>(values, page.high + r * kPage, groups, value_dim, ahead, product[0]);
-            }
-            if (wide) weigh_i8<NR, kSigned>(values, page.low + r * kPage, groups, value_dim, ahead, product[1]);
+            weigh_i8<NR>(values, page.high + r * kPage, groups, value_dim, ahead, product[0]);
+            if (wide) weigh_i8<NR>(values, page.low + r * kPage, groups, value_dim, ahead, product[1]);
             for (int i = 0; i < NR * value_dim; i += W) {
                 F v = to_f(i_load(product[0] + i));
-                if (in.kind == CacheKind::int8x2) v = f_fma(v, f_set(256.0f), to_f(i_load(product[1] + i)));
+                if (wide) v = f_fma(v, f_set(256.0f), to_f(i_load(product[1] + i)));
                 f_store(real + i, v);
             }
         }

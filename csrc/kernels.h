@@ -31,7 +31,7 @@ constexpr int kLanes = 16;
 
 enum class CacheKind : int {
     bf16,    // keys and values in bfloat16
-    int8,    // int8 by head; queries int8, probabilities 7 bit (FAQuant)
+    int8,    // int8 by head; queries int8, probabilities 8 bit (FAQuant)
     int8x2,  // int8 by channel; queries and probabilities 16 bit (C8)
 };
 

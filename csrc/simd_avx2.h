@@ -12,6 +12,7 @@ namespace eightfold::EF_ISA {
 constexpr int W = 8;
 constexpr int kAttnCols = 4;
 constexpr int kZero = 128;
+constexpr bool kFlips = false;
 using F = __m256;
 using I = __m256i;
 
@@ -87,6 +88,7 @@ inline I dot4(I acc, I a, I b) {
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
 inline I dot4_anywhere(I acc, I a, I b) { return dot4(acc, a, b); }
+inline I dot4_unsigned(I acc, I a, I b) { return dot4(acc, a, b); }
 
 inline __m128i load_halves(const uint16_t* p, int n) {
     if (n >= W) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -11,6 +11,7 @@ namespace eightfold::EF_ISA {
 constexpr int W = 16;
 constexpr int kAttnCols = 8;
 constexpr int kZero = 128;
+constexpr bool kFlips = false;
 using F = __m512;
 using I = __m512i;
 
@@ -63,6 +64,7 @@ inline I dot4(I acc, I a, I b) {
     return acc;
 }
 inline I dot4_anywhere(I acc, I a, I b) { return dot4(acc, a, b); }
+inline I dot4_unsigned(I acc, I a, I b) { return dot4(acc, a, b); }
 
 inline __m256i load_halves(const uint16_t* p, int n) {
     return n >= W ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(mask_n(n), p);

@@ -13,6 +13,7 @@ namespace eightfold::EF_ISA {
 constexpr int W = 4;
 constexpr int kAttnCols = 8;
 constexpr int kZero = 0;
+constexpr bool kFlips = EF_DOTPROD < 2;
 using F = float32x4_t;
 using I = int32x4_t;
 
@@ -106,14 +107,13 @@ inline I dot4_anywhere(I acc, I a, I b) {
 #endif
 }
 
-// Of the unsigned bytes of a: a = (a - 128) + 128, and a - 128 is the other sign bit. What 128 adds is the same for all
-// that meet the same b, which the compiler sees.
+// The same of the unsigned bytes of a. Where no instruction does that, whoever calls has flipped their sign bits, and
+// takes off what that adds.
 inline I dot4_unsigned(I acc, I a, I b) {
 #if EF_DOTPROD == 2
     return vusdotq_s32(acc, vreinterpretq_u8_s32(a), bytes(b));
 #else
-    const I minus_128 = vreinterpretq_s32_u8(vdupq_n_u8(128));
-    return vsubq_s32(dot4(acc, veorq_s32(a, minus_128), b), dot4(i_set(0), minus_128, b));
+    return dot4(acc, a, b);
 #endif
 }
 

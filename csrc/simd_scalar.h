@@ -10,6 +10,7 @@ namespace eightfold::EF_ISA {
 constexpr int W = 1;         // lanes of 4 bytes
 constexpr int kAttnCols = 8; // accumulators for one query row
 constexpr int kZero = 128;    // bytes of activations are unsigned
+constexpr bool kFlips = false; // whether dot4_unsigned wants its first bytes with the other sign bit
 using F = float;
 using I = int32_t;
 
@@ -77,6 +78,7 @@ inline I dot4(I acc, I a, I b) {
 }
 // The same products, but any of them in any lane.
 inline I dot4_anywhere(I acc, I a, I b) { return dot4(acc, a, b); }
+inline I dot4_unsigned(I acc, I a, I b) { return dot4(acc, a, b); }
 
 inline uint32_t load_half(const void* p) {  // of any alignment, as all loads
     uint16_t x;

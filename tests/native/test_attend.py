@@ -24,7 +24,7 @@ ISA = pytest.mark.parametrize("isa", ISAS)
 
 KINDS = {"bf16": 0, "int8": 1, "int8x2": 2}
 KIND = each("kind", KINDS)
-LEVELS = {"int8": 127, "int8x2": 65535}
+LEVELS = {"int8": 255, "int8x2": 65535}
 PAGE = 128
 U = 2.0**-24
 

@@ -23,8 +23,8 @@ from eightfold.model.reference.linear import W8A8DynamicLinear, W8A8Linear, W8A8
 HEADS, KV_HEADS, DIM = 4, 2, 8
 TOKENS = BLOCK + 30
 
-# What 127 * exp() in float32 may be off by: the last bit of a value up to 127.
-EXP_ERROR = 127 * 2.0**-22
+# What 255 * exp() in float32 may be off by: the last bit of a value up to 255.
+EXP_ERROR = 255 * 2.0**-22
 
 
 def normal(*shape, seed):
@@ -43,7 +43,7 @@ def naive_row(q, keys, values, scale, first, last):
         if not seen:
             continue
         scores = np.array([np.float32(np.dot(q, keys[c])) * scale for c in seen], np.float32)
-        scaled = 127 * np.exp((scores - scores.max()).astype(np.float64))
+        scaled = 255 * np.exp((scores - scores.max()).astype(np.float64))
         undecided += int((np.abs(scaled - np.floor(scaled) - 0.5) < EXP_ERROR).sum())
         p8 = np.rint(scaled)
         maxima.append(float(scores.max()))

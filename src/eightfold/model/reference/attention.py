@@ -4,7 +4,7 @@
     float    O_h = softmax(cap(Q_h K_g^T / sqrt(D)) + mask) V_g   g = h // (H / G)
     C8       k8 = clamp(rne(k / k_scale[c] + k_offset[c]))      read as (k8 - k_offset) * k_scale, v likewise
     FAQuant  S = (q8 . K8) * q_scale[h] * k_scale[g] / sqrt(D) + mask
-             m_b = max of S over key block b,  P8_b = rne(127 exp(S_b - m_b))
+             m_b = max of S over key block b,  P8_b = rne(255 exp(S_b - m_b))
              O = v_scale[g] * sum_b e^(m_b - m) (P8_b . V8_b)  /  sum_b e^(m_b - m) sum P8_b
 
 Some families turn only the first R channels of a head, or turn neighbours (2 i, 2 i + 1) together in place of
@@ -34,13 +34,16 @@ import torch
 from torch import Tensor
 
 from eightfold.model.layers import rope_base, rope_scale, stretch_frequencies
-from eightfold.model.reference.linear import Q_MAX, to_int8_
+from eightfold.model.reference.linear import to_int8_
 from eightfold.rope import RopeParameters
 
 AttentionMode = Literal["cache", "mindie"]
 
 # Key positions that share one scale of probabilities; also the cache block of MindIE.
 BLOCK = 128
+
+# Probabilities are never negative, so all 8 bits count.
+P_MAX = 255
 
 # Queries whose scores are held at a time.
 _QUERY_ROWS = 256
@@ -278,7 +281,7 @@ def attend_int8(
 ) -> Tensor:
     """Return causal attention of the last S tokens in units of the value scale, (S, H, D) float32.
 
-    All integer products are exact: 127 * 127 * max(D, BLOCK) stays below 2**24 for D up to 1040.
+    All integer products are exact: 127 * 127 * D stays below 2**24 for D up to 1040, 255 * 128 * BLOCK does too.
 
     Args:
         q8_SHD: int8 queries.
@@ -311,14 +314,14 @@ def attend_int8(
 
 
 def _softmax_product(scores_HSC: Tensor, values_GbKD: Tensor) -> Tensor:
-    """Return softmax(scores) @ values with int8 probabilities, (H, S, D)."""
+    """Return softmax(scores) @ values with probabilities of 8 bits without a sign, (H, S, D)."""
     heads, rows, _ = scores_HSC.shape
     kv_heads, blocks, _, dim = values_GbKD.shape
     scores = scores_HSC.reshape(heads, rows, blocks, BLOCK)
     block_max = scores.amax(-1)  # (H, S, b)
     # A block that a query does not see at all counts for nothing.
     safe_max = block_max.masked_fill(block_max == -math.inf, 0.0)
-    p8 = torch.round((scores - safe_max[..., None]).exp_().mul_(Q_MAX))
+    p8 = torch.round((scores - safe_max[..., None]).exp_().mul_(P_MAX))
     weight = (block_max - block_max.amax(-1, keepdim=True)).exp()
     grouped = p8.reshape(kv_heads, -1, blocks, BLOCK).transpose(1, 2)  # (G, b, H / G * S, BLOCK)
     products = (grouped @ values_GbKD).transpose(1, 2).reshape(heads, rows, blocks, dim)
