@@ -6,8 +6,8 @@ They go between `<!-- NAME -->` and `<!-- /NAME -->`.
     python benchmarks/fill_readme.py [--demo build/demo/rows.json]        # or: make readme
 
 `--demo` first takes over the rows that examples/demo.py has measured, and `--clients` those that the scripts in
-tests/clients have printed; what is known of scripts that did not run stays. `--check` writes nothing and fails when a
-page is not up to date with the results.
+tests/clients have printed; what is known of scripts that did not run stays. history.jsonl and its pictures are made up
+to date too. `--check` writes nothing and fails when anything is not up to date with the results.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import history
+from history_picture import picture
 from measure import RESULTS, save_results
 
 ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
 _FILLED = ("README", "docs/speed", "docs/serving", "docs/accuracy")
 PAGES = tuple(ROOT / f"{page}{ending}" for page in _FILLED for ending in (".md", ".zh.md"))
 # What Chinese pages say instead, the longest first.
@@ -36,6 +40,20 @@ CHINESE = {
     "| scheme | KL | same top token | perplexity | tensors |": "| 量化方式 | KL | top-1 一致率 | 困惑度 | 权重大小 |",
     " decode, float = 1 |": " decode，浮点 = 1 |",
     "| reader | takes |": "| 引擎 | 加载方式 |",
+    "| what | ratio |": "| 项目 | 比值 |",
+    "| memory /": "| 内存 /",
+    "| prompts /": "| prefill /",
+    "| answers /": "| decode /",
+    "| all /": "| 总计 /",
+    "| perplexity / float |": "| 困惑度 / 浮点 |",
+    "| KL to float |": "| 与浮点的 KL |",
+    "| disk / float |": "| 磁盘 / 浮点 |",
+    "| time /": "| 时间 /",
+    ", first token |": "，首 token |",
+    " better |": " 变好 |",
+    " worse |": " 变差 |",
+    " as before |": " 持平 |",
+    "Not measured since ": "未重新测量，沿用 ",
     " tokens in, 128 out, medians of ": " token 输入、128 token 输出，轮流运行 ",
     " rounds in turn. ": " 轮取中位数。",
     "| model | in x out | program |": "| 模型 | 序列 x（输入，输出） | 程序 |",
@@ -218,6 +236,11 @@ def start() -> str:
     )
 
 
+def releases() -> str:
+    """Return the table of the last two releases."""
+    return history.table(*history.read()[-2:])
+
+
 def take_clients(folder: Path) -> None:
     """Put what the clients' scripts have printed into results/clients.json, in place of what they printed before."""
     found = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")}
@@ -267,6 +290,7 @@ def fill(text: str, *, is_chinese: bool = False) -> str:
         ("clients", clients),
         ("accuracy", accuracy),
         ("readers", readers),
+        ("history", releases),
     ):
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if pattern.search(text):
@@ -286,13 +310,20 @@ def main() -> int:
         save_results("demo", json.loads(args.demo.read_text()))
     if args.clients is not None:
         take_clients(args.clients)
-    stale = False
+    made: list[tuple[Path, Callable[[str], str]]] = [(history.HISTORY, lambda _: history.written(history.today()))]
+    for language, ending in (("en", ".svg"), ("zh", ".zh.svg")):
+        made.append((IMAGES / f"history{ending}", lambda _, language=language: picture(history.read(), language)))
     for page in filter(Path.is_file, PAGES):
-        text = page.read_text()
-        filled = fill(text, is_chinese=page.name.endswith(".zh.md"))
-        stale |= filled != text
-        if not args.check:
-            page.write_text(filled)
+        is_chinese = page.name.endswith(".zh.md")
+        made.append((page, lambda text, is_chinese=is_chinese: fill(text, is_chinese=is_chinese)))
+    stale = False
+    for path, make in made:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if make(text) != text:
+            stale = True
+            print(f"{path} is not up to date" if args.check else f"{path} is made anew", file=sys.stderr)
+            if not args.check:
+                path.write_text(make(text), encoding="utf-8")
     return int(args.check and stale)
 
 
