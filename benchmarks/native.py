@@ -83,7 +83,9 @@ class Model:
     results: dict[tuple[Shape, str], list[dict[str, Any]]] = field(default_factory=dict)
 
     def of_peer(self, peer: str) -> Path | None:
-        """Return what a peer reads."""
+        """Return what a peer reads; OpenVINO takes no model without a vocabulary."""
+        if peer == "openvino" and self.gguf and self.gguf.name.endswith("-no-vocabulary.gguf"):
+            return None
         return self.vllm if peer == "vllm" else self.gguf
 
 
