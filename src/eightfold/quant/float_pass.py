@@ -50,7 +50,7 @@ from eightfold.quant.head_balance import HeadBalance, PairObserver, can_balance
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import AntiOutlier, Recipe
-from eightfold.quant.smooth import SMOOTHED, HeadSharing, SmoothScale, smooth_scale, source_scale
+from eightfold.quant.smooth import SMOOTHED, HeadSharing, SmoothScale, smooth_scale, source_scale, takes_rms
 from eightfold.quant.statistics import InputWatcher, loud_tokens
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, bias_name, weight_name
 
@@ -259,7 +259,7 @@ class FloatPass:
             keep_features=stream is self.hidden and self._recipe.needs_range_params,
             keep_spread=method is AntiOutlier.M2,
             num_loud=loud_tokens(stream.lengths) if has_loud else 0,
-            keep_rms=method is not None and method.is_ours and QuantType.W8A16 in kinds,
+            keep_rms=method is not None and method.is_ours and any(takes_rms(kind, title == DOWN) for kind in kinds),
             place=stream.place if self._ranks.size > 1 else None,
         )
 

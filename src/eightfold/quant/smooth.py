@@ -14,10 +14,10 @@
              then     beta  in 0, 1/20 .. 1 with that alpha
     iter     as m4, and
     flex     as m6 with another Qa; both take o and down first, and v and up as these leave them
-    smooth   s = a**alpha / w**beta, with alpha and beta by how the input is quantized (EXPONENTS)
-             products (down_proj's inputs): s = max(o**alpha / w**beta, a / (SINK_ROOM limit)),
+    smooth   static inputs, and inputs that stay float, of int8 weights: s of the least error (least_error.py)
+             inputs quantized by token: s = a**alpha / w**beta (EXPONENTS)
+             products (down_proj's inputs), unless they stay float: s = max(o**alpha / w**beta, a / (SINK_ROOM limit)),
                  o: a of ordinary tokens;  limit: their largest input, max o / (o**alpha / w**beta)
-             inputs that stay float, of int8 weights: s of the least error of these weights (least_error.py)
 
 All but m3 and m5 keep s above SCALE_MIN. m2 tries the quantized input, less its centre, and m3 the quantized
 weights; both look at the first sample only. Of equal errors they take the first.
@@ -28,12 +28,13 @@ scale for each row. Of equal errors the last wins. A sum of squares only grows, 
 is worse than the best one; that, and beginning with likely candidates, changes nothing in the result. The wheel
 multiplies dequantized float32 values, here the integers are multiplied.
 
-smooth: a static range has to hold every token, so it gains most by a large alpha; a range for each token has less to
-gain, and the weights as much to lose. A few tokens, mostly the first of a text, carry thousands in one or two channels
-of down_proj where all others stay near 1 (massive activations). To clip them ruins the model, and a range that holds
-them is too coarse for all else. So these channels, and no others, are divided until they stay within SINK_ROOM of the
-ordinary range: a few rows of up_proj become smaller and columns of down_proj larger, which costs nothing, as these
-columns are large in a few rows only.
+smooth: a static range has to hold every token, so it gains most by even channels, and rows of weights lose by that;
+where errors are spread evenly over steps, the best is known. Products are no such inputs: most of their values are far
+below a step. A few tokens, mostly the first of a text, carry thousands in one or two channels of down_proj where all
+others stay near 1 (massive activations). To clip them ruins the model, and a range that holds them is too coarse for
+all else. So these channels, and no others, are divided until they stay within SINK_ROOM of the ordinary range: a few
+rows of up_proj become smaller and columns of down_proj larger, which costs nothing, as these columns are large in a few
+rows only.
 
 rotate: smooth after a rotation (rotate.py).
 
@@ -64,17 +65,19 @@ from eightfold.quant.least_error import least_error_scale
 from eightfold.quant.qparams import quantize_weight
 from eightfold.quant.recipe import AntiOutlier
 from eightfold.quant.statistics import InputStats
-from eightfold.scheme import QuantType
+from eightfold.scheme import NEEDS_CALIBRATION, QuantType
 
-# alpha and beta of `smooth` for a norm's output or attention's, and for the products that down_proj reads.
+# alpha and beta of `smooth` for a norm's output or attention's, and for the products that down_proj reads; None: the
+# scale of least error.
 EXPONENTS = {
-    QuantType.W8A8: ((0.9, 0.1), (0.9, 0.0)),
-    QuantType.W8A8_MIX: ((0.9, 0.1), (0.9, 0.0)),
+    QuantType.W8A8: (None, (0.9, 0.0)),
+    QuantType.W8A8_MIX: (None, (0.9, 0.0)),
     QuantType.W8A8_DYNAMIC: ((0.5, 0.1), (0.3, 0.0)),
+    QuantType.W8A16: (None, None),
 }
 
 # What `smooth` smooths, those first that ask for more. Linears that stay float have nothing to gain.
-SMOOTHED = (*EXPONENTS, QuantType.W8A16)
+SMOOTHED = tuple(EXPONENTS)
 
 # How far sinks may stay above the ordinary range of down_proj's inputs. With a scale for each token, only the few
 # tokens that have them become coarse, while columns that make room for them cost every row of the weight.
@@ -138,14 +141,14 @@ def smooth_scale(
         weight_symmetric: how weights will be quantized; m3 tries that.
         biases: (N,) float32 or None for each linear, for m2; None means that there are none.
         kind: how the input's readers are going to be stored, one of SMOOTHED, for `smooth`; the statistics have to know
-            the rms for W8A16.
+            the rms where takes_rms() says so.
         is_product: whether the input may have sinks, for `smooth`; the statistics then have to know ordinary tokens.
     """
     if method.is_ours:
-        if kind is QuantType.W8A16:
-            return _for_weights(stats, weights, sharing)
+        if (exponents := EXPONENTS[kind][is_product]) is None:
+            return _of_least_error(stats, weights, sharing, rounds_inputs=kind in NEEDS_CALIBRATION)
         room = SINK_ROOM[kind] * is_product
-        return _with_room(stats, weight_absmax(weights), sharing, EXPONENTS[kind][is_product], room)
+        return _with_room(stats, weight_absmax(weights), sharing, exponents, room)
     if method is AntiOutlier.M2:
         return _above_threshold(stats, weights, biases or [None] * len(weights))
     if method is AntiOutlier.M3:
@@ -181,11 +184,19 @@ def _with_room(
     return SmoothScale(scale, note)
 
 
-def _for_weights(stats: InputStats, weights: Sequence[Tensor], sharing: HeadSharing | None) -> SmoothScale:
-    """smooth where inputs are not rounded."""
+def takes_rms(kind: QuantType, is_product: bool) -> bool:
+    """Return whether `smooth` looks at the rms of an input whose readers are stored so."""
+    return kind in EXPONENTS and EXPONENTS[kind][is_product] is None
+
+
+def _of_least_error(
+    stats: InputStats, weights: Sequence[Tensor], sharing: HeadSharing | None, *, rounds_inputs: bool
+) -> SmoothScale:
+    """smooth where inputs are static, or not rounded."""
     assert stats.rms is not None
     spread = None if sharing is None else lambda channels: sharing.expand(sharing.split(channels).sum(1))
-    return SmoothScale(least_error_scale(weights, stats.rms, spread), "least error of weights")
+    ends = (stats.lo, stats.hi) if rounds_inputs else None
+    return SmoothScale(least_error_scale(weights, stats.rms, ends, spread), "least error")
 
 
 def source_scale(scale: Tensor, sharing: HeadSharing) -> Tensor:

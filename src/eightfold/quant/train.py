@@ -36,7 +36,7 @@ from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32
 from eightfold.quant.float_pass import LayerStatistics, group_kind, head_sharing
 from eightfold.quant.hidden import HiddenStates
-from eightfold.quant.smooth import EXPONENTS, SCALE_MIN, HeadSharing, SmoothScale, source_scale
+from eightfold.quant.smooth import SCALE_MIN, HeadSharing, SmoothScale, source_scale
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType, bias_name, weight_name
 
 # Tokens on which a layer is trained, those of one sample, and those of one step, at most.
@@ -240,7 +240,7 @@ class _TrainedLayer:
     def _trained(self, group: InputGroup) -> _TrainedGroup:
         linears = [self._linear(linear) for linear in group.linears]
         kind = group_kind(self._types, self._prefix, group)
-        if kind not in EXPONENTS:
+        if kind in (QuantType.W8A16, QuantType.FLOAT):
             return _PlainGroup(group, linears, None, None, None)
         ends = self._found.extremes[group.title] if kind in NEEDS_CALIBRATION else None
         sharing, scale = head_sharing(self._decoder.checkpoint.config, group.title), None
