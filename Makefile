@@ -51,9 +51,10 @@ coverage: env
 	$(BIN)/python -m pytest -q -m "not slow and not browser" -n 2 --dist loadfile --cov=eightfold --cov-report=term \
 	  --cov-report=html:build/coverage $(ARGS)
 
-# The tests of the chat page and of reports in a browser, which has to be there: apt-get install chromium.
+# The tests of the chat page, of reports and of the built site in a browser, which has to be there: apt-get install
+# chromium.
 pages: env
-	$(BIN)/python -m pytest -q -m browser -n 2 --dist loadfile tests/server tests/report $(ARGS)
+	$(BIN)/python -m pytest -q -m browser -n 2 --dist loadfile tests/server tests/report tests/test_site_in_browser.py $(ARGS)
 
 # A million random files and requests for everything that reads them; ARGS='--seconds 60' for a minute of each.
 fuzz: env
@@ -79,6 +80,7 @@ lint: env
 	$(BIN)/python docs/make_format.py --check
 	$(BIN)/python docs/make_families.py --check
 	$(BIN)/python docs/make_troubleshooting.py --check
+	$(BIN)/python docs/make_drawings.py --check
 
 fidelity: env
 	$(BIN)/python benchmarks/fidelity.py $(ARGS)

@@ -2,7 +2,7 @@
 
     python docs/make_troubleshooting.py
 
-They go between `<!-- errors: TOPIC -->` and `<!-- /errors -->`. The script walks the places in src/eightfold where an
+They go between `<!-- errors: TOPIC -->` and `<!-- /errors -->`. next_steps.zh.json has the next steps in Chinese. The script walks the places in src/eightfold where an
 error of errors.py is made. What is put into a message when it is raised stands in capitals. `--check` writes nothing
 and fails when a page is not up to date with the code.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -98,8 +99,10 @@ TOPICS: dict[str, tuple[str, ...]] = {
 }
 WORDS = {
     "en": ("message", "expected", "next step", "see above"),
-    "zh": ("报错", "期望（expected）", "下一步（程序给出）", "见上文"),
+    "zh": ("报错", "期望（expected）", "下一步", "见上文"),
 }
+CHINESE: dict[str, str] = json.loads((DOCS / "next_steps.zh.json").read_text(encoding="utf-8"))
+KNOWN_LATER = re.compile(r"[A-Z_]+\.?|\.\.\.")  # a next step of which only a run knows a word
 
 
 def constants(tree: ast.Module) -> dict[str, ast.expr]:
@@ -184,6 +187,13 @@ def errors_by_topic() -> dict[str, list[tuple[str, str, str]]]:
     return {topic: sorted(rows) for topic, rows in found.items()}
 
 
+def said(action: str, language: str) -> str:
+    """Return a next step in a page's language, as a table's cell; in English where it has no translation yet."""
+    if language == "zh" and KNOWN_LATER.fullmatch(action):
+        return "见报错末尾"
+    return (CHINESE.get(action, action) if language == "zh" else action).replace("|", r"\|")
+
+
 def fill(text: str, language: str) -> str:
     """Return a page with the table of each topic made anew.
 
@@ -195,7 +205,7 @@ def fill(text: str, language: str) -> str:
     def made(match: re.Match[str]) -> str:
         rows = errors_by_topic()[match[2]]
         cells = (
-            (code(what), code(expected) if expected else "", action.replace("|", r"\|") or above)
+            (code(what), code(expected) if expected else "", said(action, language) or above)
             for what, expected, action in rows
         )
         return f"{match[1]}\n" + "\n".join(table(head, cells)) + f"\n{match[3]}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
-from make_troubleshooting import PAGES, TOPICS, errors_by_topic, fill, spelt, topic_of
+from make_troubleshooting import CHINESE, KNOWN_LATER, PAGES, TOPICS, errors_by_topic, fill, said, spelt, topic_of
 
 
 def test_a_message_is_spelt_with_words_for_what_a_run_knows() -> None:
@@ -30,3 +31,13 @@ def test_a_page_without_a_topic_is_refused() -> None:
     text = next(iter(PAGES)).read_text("utf-8").replace("<!-- errors: hubs -->", "")
     with pytest.raises(ValueError, match="topics of the page"):
         fill(text, "en")
+
+
+def test_every_next_step_is_translated_and_every_translation_used() -> None:
+    steps = {action for rows in errors_by_topic().values() for _, _, action in rows if action}
+    assert {step for step in steps if not KNOWN_LATER.fullmatch(step)} == set(CHINESE), "see docs/next_steps.zh.json"
+    assert all(re.search(r"[\u4e00-\u9fff]", said(step, "zh")) for step in steps)
+    for step, chinese in CHINESE.items():  # what is typed is the same in both languages
+        assert set(re.findall(r"`[^`]+`|--[a-z]+[a-z-]*", step)) <= set(
+            re.findall(r"`[^`]+`|--[a-z]+[a-z-]*", chinese)
+        ), step
