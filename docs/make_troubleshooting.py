@@ -2,9 +2,9 @@
 
     python docs/make_troubleshooting.py
 
-They go between `<!-- errors: TOPIC -->` and `<!-- /errors -->`. next_steps.zh.json has the next steps in Chinese. The script walks the places in src/eightfold where an
-error of errors.py is made. What is put into a message when it is raised stands in capitals. `--check` writes nothing
-and fails when a page is not up to date with the code.
+They go between `<!-- errors: TOPIC -->` and `<!-- /errors -->`. The script walks the places in src/eightfold where an
+error of errors.py is made. What is put into a message when it is raised stands in capitals. next_steps.zh.json has the
+next steps in Chinese. `--check` writes nothing and fails when a page is not up to date with the code.
 """
 
 from __future__ import annotations
