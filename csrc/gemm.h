@@ -13,7 +13,7 @@ namespace eightfold::EF_ISA {
 constexpr int kTileRows = 4;           // of weights
 constexpr int kCols = W == 8 ? 2 : 6;      // accumulators are 4 * kCols of 16 or 32 registers
 constexpr int kFloatCols = W == 8 ? 2 : 4;
-constexpr int kBlock = 3072;               // of K: the activation rows of a tile stay in the first cache
+constexpr int kTileBytes = 18 << 10;     // of activation rows in a tile: they stay in the first cache
 constexpr int kFloatBlock = 2048;
 constexpr int kAhead = 2048;               // bytes of a weight row
 
@@ -156,8 +156,10 @@ template <int kMax, typename Tile>
 
 inline void gemm_i8(const int8_t* w, size_t ldw, int rows, const uint8_t* x, size_t ldx, int xrows, int inner,
                     int32_t* out, size_t ldo) {
-    for (int k = 0; k < inner; k += kBlock) {
-        const int length = std::min(kBlock, inner - k);
+    // Few tokens read weight rows whole: rows that are read in parts are no long runs.
+    const int block = kTileBytes / std::clamp(xrows, 1, kCols) / (4 * W) * (4 * W);
+    for (int k = 0; k < inner; k += block) {
+        const int length = std::min(block, inner - k);
         walk<kCols>(xrows, rows, [&](int t, int height, Rows at) __attribute__((always_inline)) {
             const int8_t* wr[4];
             for (int r = 0; r < 4; r++) wr[r] = w + at.row(r) * ldw + k;
