@@ -1,4 +1,4 @@
-"""Balanced heads: the same products, of queries and keys that one scale for a head rounds less coarsely."""
+"""Balanced heads: the same attention, of queries, keys and values that one scale for a head rounds less coarsely."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from eightfold.model.reference.load import Decoder
 from eightfold.quant.float_pass import LayerStatistics
 from eightfold.quant.head_balance import (
     HeadBalance,
-    PairObserver,
+    HeadObserver,
     best_scale,
     can_balance,
     channel_pairs,
     product_noise,
+    value_noise,
+    value_scale,
 )
 from eightfold.quant.layer import SmoothedLayer
 from eightfold.quant.pipeline import quantize_checkpoint
@@ -47,12 +49,12 @@ def parsed(config, folder):
 
 def random_balance(config):
     generator = torch.Generator().manual_seed(0)
-    size = config.num_kv_heads, config.head_dim // 2
-    return HeadBalance((2 * torch.randn(size, generator=generator)).exp())
+    sizes = (config.head_dim, config.head_dim // 2)
+    return HeadBalance(*((2 * torch.randn(config.num_kv_heads, size, generator=generator)).exp() for size in sizes))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_scales_of_pairs_change_no_output(tmp_path, name):
+def test_scales_of_heads_change_no_output(tmp_path, name):
     source = write_model(tmp_path / name, MODELS[name], tokenizer=False)
     decoder = Decoder(Checkpoint.open(source))
     config = decoder.checkpoint.config
@@ -64,7 +66,7 @@ def test_scales_of_pairs_change_no_output(tmp_path, name):
         expected, found = (block(hidden, batch) for block in blocks)
         plain, mixed = (block.qkv(hidden, batch) for block in blocks)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert [torch.allclose(*outputs, rtol=0.1) for outputs in zip(plain, mixed, strict=True)] == [False, False, True]
+    assert [torch.allclose(*outputs, rtol=0.1) for outputs in zip(plain, mixed, strict=True)] == [False, False, False]
 
 
 def test_rows_are_scaled_alike_in_pieces(tmp_path):
@@ -97,14 +99,36 @@ def heads(config, tokens=64):
 def test_a_bias_of_keys_goes_to_queries(tmp_path):
     config = parsed(tiny_config(), tmp_path)
     q, k = heads(config)
-    observer = PairObserver(config)
-    observer(q[:32], k[:32], k)
-    other = PairObserver(config)
-    other(q[32:], k[32:], k)
+    observer = HeadObserver(config)
+    observer(q[:32], k[:32], k[:32])
+    other = HeadObserver(config)
+    other(q[32:], k[32:], k[32:])
     observer.merge(other)
-    found = observer.balance()
-    assert float(found.scale[0, 3]) > 3 * float(found.scale[0, :3].max())
-    torch.testing.assert_close(found.scale.log().mean(1), torch.zeros(2), atol=1e-5, rtol=0)
+    ones = torch.ones_like(k[0])
+    found = observer.balance(ones, ones, 0.0)
+    assert found.pairs is not None
+    assert float(found.pairs[0, 3]) > 3 * float(found.pairs[0, :3].max())
+    torch.testing.assert_close(found.pairs.log().mean(1), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.values, value_scale(k.abs().amax(0), ones, 0.0))
+
+
+def test_values_that_stand_out_become_smaller():
+    generator = torch.Generator().manual_seed(3)
+    v, w = (torch.randn(3, 16, generator=generator).exp() for _ in range(2))
+    v[0, 5] = 30.0
+    v.clamp_(min=0.5)
+    step = float(v.max()) / 127
+    for input_noise in (0.0, 0.01 * step**2, step**2):
+        found = value_scale(v, w, input_noise)
+        least = value_noise(found, v, w, input_noise)
+        assert (found >= 1).all()
+        assert int(found[0].argmax()) == 5
+        # No other scale of at least 1 is better by more than the steps of the search.
+        tried = (found * (0.3 * torch.randn(4000, 3, 16, generator=generator)).exp()).clamp(min=1)
+        assert (value_noise(tried, v, w, input_noise).amin(0) > 0.97 * least).all()
+    none, much = value_scale(v, w, 0.0), value_scale(v, w, 1e6 * step**2)
+    torch.testing.assert_close((v / none).amin(1), (v / none).amax(1))  # nothing speaks against equal ones
+    assert torch.equal(much, torch.ones_like(v))  # nothing but the input of o_proj counts
 
 
 def test_scales_are_as_good_as_a_long_search_finds():
@@ -128,7 +152,7 @@ def test_channels_that_are_zero_have_finite_scales():
 
 
 @pytest.mark.parametrize(("family", "balances"), [("Qwen2ForCausalLM", True), ("Qwen3ForCausalLM", False)])
-def test_faquant_of_smooth_balances_where_no_norm_is_between(tmp_path, family, balances):
+def test_faquant_of_smooth_balances_values_and_where_no_norm_is_between_pairs(tmp_path, family, balances):
     source = write_model(tmp_path / "source", tiny_config(family), tokenizer=False)
     assert can_balance(Checkpoint.open(source).config) is balances
     outs = {}
@@ -136,16 +160,19 @@ def test_faquant_of_smooth_balances_where_no_norm_is_between(tmp_path, family, b
     for name, recipe in {"with": replace(smooth, fa_quant=True), "without": smooth}.items():
         outcome = quantize_checkpoint(source, tmp_path / name, recipe, SAMPLES)
         assert outcome.smoothing.max_logit_difference < 1e-3 * outcome.smoothing.max_logit
-        assert ("model.layers.1.heads" in outcome.smoothing.choices) is (balances and name == "with")
+        note = outcome.smoothing.choices.get("model.layers.1.heads", "")
+        assert ("values" in note, "pairs" in note) == (name == "with", balances and name == "with")
         outs[name] = Checkpoint.open(tmp_path / name)
-    for linear, changes in (("q_proj", balances), ("k_proj", balances), ("v_proj", False)):
+    for linear, changes in (("q_proj", balances), ("k_proj", balances), ("v_proj", True)):
         tensor = f"model.layers.1.self_attn.{linear}.deq_scale"  # a factor of a row is one of its scale
         found = [torch.from_numpy(out.array(tensor).copy()) for out in outs.values()]
         assert torch.equal(*found) is not changes
 
 
 def test_what_was_found_is_kept_in_a_file(tmp_path):
-    found = HeadBalance(torch.rand(2, 4))
-    LayerStatistics(heads=found).save(tmp_path / "statistics")
-    kept = LayerStatistics.load(tmp_path / "statistics").heads
-    assert kept is not None and torch.equal(kept.scale, found.scale)
+    for pairs in (None, torch.rand(2, 4)):
+        found = HeadBalance(torch.rand(2, 8), pairs)
+        LayerStatistics(heads=found).save(tmp_path / "statistics")
+        kept = LayerStatistics.load(tmp_path / "statistics").heads
+        assert kept is not None and torch.equal(kept.values, found.values)
+        assert kept.pairs is pairs or (kept.pairs is not None and pairs is not None and torch.equal(kept.pairs, pairs))

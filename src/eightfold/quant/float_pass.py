@@ -39,14 +39,14 @@ from eightfold.families import (
 )
 from eightfold.model.reference.attention import FloatAttention, Rotation
 from eightfold.model.reference.decoder import Batch, GroupCall, LinearGroup, spans_of
-from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear
+from eightfold.model.reference.linear import FloatLinear, Linear, W8A8DynamicLinear, asymmetric
 from eightfold.model.reference.load import Decoder
 from eightfold.model.reference.tensors import load_float32, load_rows_float32
 from eightfold.parallel.ranks import Ranks, in_turn
 from eightfold.quant.analysis import InputRange
 from eightfold.quant.attention import KVObserver, KVParams, StretchObserver, WatchedAttention, Watcher
 from eightfold.quant.experts import RouterWatch, passing_experts
-from eightfold.quant.head_balance import HeadBalance, PairObserver, can_balance
+from eightfold.quant.head_balance import HeadBalance, HeadObserver
 from eightfold.quant.hidden import HiddenStates
 from eightfold.quant.qparams import quantize_rows
 from eightfold.quant.recipe import AntiOutlier, Recipe
@@ -182,9 +182,8 @@ class FloatPass:
             self._smoothed = {title for title in self._smoothed if self._kinds[title] in SMOOTHED}
         kv = KVObserver(recipe.kv_observe, self._turns(layer_idx), context_len) if recipe.kv_int8 else None
         stretch = StretchObserver() if recipe.fa_amp else None
-        balances = recipe.fa_quant and recipe.smooths_by_use and can_balance(self._config)
-        pairs = PairObserver(self._config) if balances else None
-        watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch, pairs)
+        heads = HeadObserver(self._config) if recipe.fa_quant and recipe.smooths_by_use else None
+        watchers, routing = self._pass(self.hidden, layer_idx, kv, stretch, heads)
         is_one = self.anti is self.hidden
         smoothing, for_proof = (watchers, routing) if is_one else self._pass(self.anti, layer_idx)
         self._seen = smoothing
@@ -197,7 +196,9 @@ class FloatPass:
         if routing is not None and for_proof is not None and for_proof.first_TJ is not None:
             chosen = for_proof.first_TJ[: self.anti.lengths[0]] if recipe.anti_outlier is not None else None
             found = replace(found, tokens=routing.tokens_N, chosen=chosen)
-        return self._ranks.share(found if pairs is None else replace(found, heads=pairs.balance()))
+        if heads is not None:
+            found = replace(found, heads=self._balance(prefix, heads, found.scales, smoothing))
+        return self._ranks.share(found)
 
     def scales(self, layer_idx: int, kind: QuantType) -> dict[str, SmoothScale]:
         """Return the scales that the layer which layer() has just passed would have if all its groups had one type."""
@@ -215,7 +216,7 @@ class FloatPass:
         layer_idx: int,
         kv: KVObserver | None = None,
         stretch: StretchObserver | None = None,
-        pairs: PairObserver | None = None,
+        heads: HeadObserver | None = None,
     ) -> tuple[dict[str, InputWatcher], RouterWatch | None]:
         """Move the samples of one stream through a layer; return what was seen of inputs and routers: rank 0 knows."""
         assert stream.layer_idx == layer_idx
@@ -236,7 +237,7 @@ class FloatPass:
             )
             for group in self._groups
         ]
-        seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch, pairs) if observer is not None)
+        seen: tuple[Watcher, ...] = tuple(observer for observer in (kv, stretch, heads) if observer is not None)
         attention = WatchedAttention(
             FloatAttention(sliding_window(self._config, layer_idx), self._decoder.scoring), seen
         )
@@ -244,7 +245,7 @@ class FloatPass:
         expert_linear = functools.cache(functools.partial(self._float_linear, layer_idx))
         mlp = passing_experts(self._decoder, layer_idx, expert_linear, watch=routing)
         stream.advance(self._decoder.block(layer_idx, calls, attention, mlp=mlp))
-        self._merge(watchers, kv, pairs, routing)
+        self._merge(watchers, kv, heads, routing)
         return watchers, routing
 
     def _watcher(self, stream: HiddenStates, prefix: str, title: str) -> InputWatcher:
@@ -289,24 +290,24 @@ class FloatPass:
         self,
         watchers: Mapping[str, InputWatcher],
         kv: KVObserver | None,
-        pairs: PairObserver | None,
+        heads: HeadObserver | None,
         routing: RouterWatch | None,
     ) -> None:
         """Let rank 0 take in what the other ranks have seen; its own sample is the one that `stretch` looks at."""
         if self._ranks.size == 1:
             return
         tokens = None if routing is None else routing.tokens_N
-        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv, pairs, tokens))
+        parts = self._ranks.gather(({title: watcher.kept for title, watcher in watchers.items()}, kv, heads, tokens))
         for title, watcher in watchers.items() if self._ranks.is_first else ():
             for seen in in_turn([kept[title] for kept, *_ in parts]):
                 watcher.take(seen)
-        for _, other, their_pairs, their_tokens in parts[1:]:
+        for _, other, their_heads, their_tokens in parts[1:]:
             if routing is not None and their_tokens is not None:
                 routing.tokens_N += their_tokens
             if kv is not None and other is not None:
                 kv.merge(other)
-            if pairs is not None and their_pairs is not None:
-                pairs.merge(their_pairs)
+            if heads is not None and their_heads is not None:
+                heads.merge(their_heads)
 
     def _statistics(
         self,
@@ -341,6 +342,25 @@ class FloatPass:
             }
             found[group.title] = self._scale(prefix, group, smoothing[group.title], rows)
         return found
+
+    def _balance(
+        self,
+        prefix: str,
+        heads: HeadObserver,
+        scales: Mapping[str, SmoothScale],
+        smoothing: Mapping[str, InputWatcher],
+    ) -> HeadBalance:
+        (linear,), sharing = self._groups[1].linears, head_sharing(self._config, "o")
+        assert sharing is not None
+        scale_K, noise = torch.ones(linear.k), 0.0
+        if "o" in scales:
+            scale_K, stats = scales["o"].scale, smoothing["o"].stats()
+            step, _ = asymmetric((stats.lo / scale_K).amin(), (stats.hi / scale_K).amax())
+            noise = float(step.square() / 12)
+        squares_K = (
+            load_float32(self._decoder.checkpoint, weight_name(prefix + linear.name)).mul_(scale_K).square_().sum(0)
+        )
+        return heads.balance(sharing.split(squares_K).sum(1), sharing.split(scale_K)[:, 0], noise)
 
     def _turns(self, layer_idx: int) -> Rotation:
         turns = self._decoder.turns()

@@ -2,7 +2,7 @@
 
     norm -> linears      gain / s,   columns of the linears * s
     linear -> linear     rows of the first / s,   columns of the second * s
-    q, k                 rows * s,   rows / s,   where attention is quantized (head_balance.py)
+    q -> k,  v -> o      rows * s,   rows / s,   and rows / r,   columns * r,   for FAQuant (head_balance.py)
 
 A norm's gain is rounded when it is stored. So s is taken as gain / stored gain, and the layer computes what it computed
 before however coarse the dtype on disk.
@@ -93,9 +93,7 @@ class SmoothedLayer:
             if pair.group in scales:
                 self._apply(pair, scales[pair.group].scale, stored_dtype)
         if heads is not None:
-            qkv = input_groups(self._config, layer_idx)[0]
-            for name, rows in row_divisors(self._config, qkv, heads).items():
-                self._rows[name] = rows * self._rows[name] if name in self._rows else rows
+            self._apply_heads(heads)
 
     def _apply(self, pair: SmoothPair, scale_K: Tensor, stored_dtype: Callable[[str], torch.dtype]) -> None:
         if pair.source_is_norm:
@@ -109,6 +107,15 @@ class SmoothedLayer:
         for group in input_groups(self._config, self._idx):
             if group.title == pair.group:
                 self._columns.update({linear.name: scale_K for linear in group.linears})
+
+    def _apply_heads(self, heads: HeadBalance) -> None:
+        qkv, o = input_groups(self._config, self._idx)[:2]
+        for name, rows in row_divisors(self._config, qkv, heads).items():
+            self._rows[name] = rows * self._rows[name] if name in self._rows else rows
+        (linear,), sharing = o.linears, head_sharing(self._config, o.title)
+        assert sharing is not None
+        columns = sharing.expand(heads.values)
+        self._columns[linear.name] = columns * self._columns.get(linear.name, torch.ones(()))
 
     def factors(self, group: InputGroup) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
         """Return what a group's input is divided by, (K,), and the outputs of each of its linears, (N,); None: 1."""
