@@ -120,7 +120,16 @@ def made_from(cli, source, out, *options):
     ("options", "types", "recipe"),
     [
         (["w8a8"], {"W8A8": 12, "FLOAT": 3}, ["smooth", "extremes", "mindie"]),
-        (["w8a8", "--target", "cpu"], {"W8A8": 12, "W8A16": 2, "FLOAT": 1}, ["smooth", "extremes", "cpu"]),
+        (
+            ["w8a8", "--target", "cpu"],
+            {"W8A8": 10, "W8A8_DYNAMIC": 2, "W8A16": 2, "FLOAT": 1},
+            ["smooth", "extremes", "cpu"],
+        ),
+        (
+            ["w8a8", "--target", "vllm-ascend"],
+            {"W8A8": 12, "W8A16": 2, "FLOAT": 1},
+            ["smooth", "extremes", "vllm-ascend"],
+        ),
         (["w8a8", "--all-static"], {"W8A8": 14, "FLOAT": 1}, ["smooth", "extremes", None]),
         (["w8a8", "--act-method", "histogram"], {"W8A8": 12, "FLOAT": 3}, ["smooth", "histogram", "mindie"]),
         (["w8a8", "--anti-outlier", "m4"], {"W8A8": 14, "FLOAT": 1}, ["m4", "minmax", None]),

@@ -45,6 +45,7 @@ def test_types_sizes_and_smoothing_are_those_of_the_model_that_was_made(quantize
     assert {name: kind for name, (kind, _) in found.items()} == {name: made.quant_type(name).value for name in found}
     assert found["model.layers.0.self_attn.q_proj"][1] == "--scheme w8a8"
     assert found["model.layers.1.mlp.down_proj"][1].endswith("cannot hold; cpu takes W8A16 beside W8A8")
+    assert found["model.layers.1.self_attn.o_proj"][1].endswith("loses less; cpu takes W8A8_DYNAMIC beside W8A8")
     assert found["lm_head"] == ("FLOAT", "the head stays float unless --quantize-lm-head is given")
     assert size_text(sum(info.nbytes for info in made.tensors.values())) in page.inside("dd")
     of_layers = {n: i.nbytes for n, i in made.tensors.items() if n.startswith("model.layers.") and "norm" not in n}

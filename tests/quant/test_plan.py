@@ -73,14 +73,19 @@ def test_attention_back_takes_the_smallest_scores():
 @pytest.mark.parametrize("scheme", [QuantType.W8A8, QuantType.W8A8_MIX, QuantType.W8A8_DYNAMIC, QuantType.W8A16])
 @pytest.mark.parametrize(
     ("target", "beside_static"),
-    [(None, None), ("mindie", QuantType.FLOAT), ("vllm-ascend", QuantType.W8A16), ("cpu", QuantType.W8A16)],
+    [
+        (None, {}),
+        ("mindie", {"down_proj": QuantType.FLOAT}),
+        ("vllm-ascend", {"down_proj": QuantType.W8A16}),
+        ("cpu", {"down_proj": QuantType.W8A16, "o_proj": QuantType.W8A8_DYNAMIC}),
+    ],
 )
-def test_a_target_says_how_down_proj_is_stored_beside_static_linears(scheme, target, beside_static):
+def test_a_target_says_what_is_stored_otherwise_beside_static_linears(scheme, target, beside_static):
     types = assign_types(CONFIG, Recipe(scheme, target=None if target is None else Target(target)))
     is_static = scheme in (QuantType.W8A8, QuantType.W8A8_MIX)
     wanted = {name: scheme for name in NAMES if name != Names().head} | {Names().head: QuantType.FLOAT}
-    if is_static and beside_static is not None:
-        wanted |= {name: beside_static for name in NAMES if name.endswith("down_proj")}
+    for ending, kind in beside_static.items() if is_static else ():
+        wanted |= {name: kind for name in NAMES if name.endswith(ending)}
     assert types == wanted
 
 

@@ -22,7 +22,7 @@ from eightfold.format.directory import CONFIG_NAME
 from eightfold.parallel.world import World
 from eightfold.quant.recipe import Recipe, with_defaults
 from eightfold.quant.recipe_file import act_method_name, make_recipe, parse_level, read_recipe
-from eightfold.scheme import NEEDS_CALIBRATION, SCHEMES
+from eightfold.scheme import NEEDS_CALIBRATION, SCHEMES, QuantType
 from eightfold.vocabulary import TOKENIZER
 
 _MEANINGS: dict[str, Callable[[Any], Any]] = {
@@ -120,7 +120,8 @@ class AskedRecipe:
             has_limit: whether types are going to be chosen by what they lose.
         """
         recipe = self.recipe
-        if not has_limit and recipe.down_type and "target" not in self.chosen and not config.experts:
+        is_float = QuantType.FLOAT in recipe.types_beside.values()
+        if not has_limit and is_float and "target" not in self.chosen and not config.experts:
             yield (
                 "down_proj stays float, which every reader takes. --target cpu or vllm-ascend stores it as w8a16: "
                 "smaller, and nearly as accurate (docs/accuracy.md)."

@@ -19,7 +19,6 @@ from eightfold.architectures import FAMILIES
 from eightfold.config import DType, ModelConfig
 from eightfold.errors import UnsupportedError
 from eightfold.families import (
-    DOWN,
     all_linears,
     all_norms,
     expert_block,
@@ -59,8 +58,8 @@ def assign_types(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
     linears, rules, layout = all_linears(config), rules_of(config), family_layout(config.architecture)
     types = dict.fromkeys(linears, recipe.scheme)
     types.update({name: default_type(rule, recipe.scheme, layout) for name, rule in rules.items()})
-    if recipe.down_type is not None and config.experts is None:
-        types.update(dict.fromkeys(_down_projections(config), recipe.down_type))
+    if config.experts is None:
+        types.update(types_beside(config, recipe))
     routers = {name for name, rule in rules.items() if rule.part is Part.ROUTER}
     for pattern, kind in recipe.modules:
         matches = _matches(pattern, [name for name in linears if name not in routers], "modules", config)
@@ -97,15 +96,15 @@ def require_rotatable(config: ModelConfig) -> None:
             )
 
 
-def _down_projections(config: ModelConfig) -> list[str]:
-    """Return the linears that read products, by full module name; experts are no such group."""
-    return [
-        config.names.layer(layer_idx) + linear.name
+def types_beside(config: ModelConfig, recipe: Recipe) -> dict[str, QuantType]:
+    """Return the types of linears that a target takes beside static ones, by full module name."""
+    return {
+        config.names.layer(layer_idx) + linear.name: recipe.types_beside[group.title]
         for layer_idx in range(config.num_layers)
         for group in input_groups(config, layer_idx)
-        if group.title == DOWN
+        if group.title in recipe.types_beside
         for linear in group.linears
-    ]
+    }
 
 
 def _matches(pattern: str, names: Iterable[str], option: str, config: ModelConfig) -> set[str]:

@@ -127,8 +127,8 @@ class Recipe:
         None,
         choice(*(target.value for target in Target)),
         "Store down_proj, whose inputs no static range suits, as this reader takes it beside static linears: float "
-        "(mindie; the others read that too), or w8a16 (vllm-ascend, cpu), which is smaller. Default: mindie with "
-        "smooth, else as the scheme says.",
+        "(mindie; the others read that too), or w8a16 (vllm-ascend, cpu), which is smaller; and for cpu o_proj as "
+        "w8a8-dynamic. Default: mindie with smooth, else as the scheme says.",
         metavar="READER",
         group="Scheme",
     )
@@ -281,15 +281,17 @@ class Recipe:
     @property
     def schemes(self) -> frozenset[QuantType]:
         """Every type that this recipe can give a linear."""
-        kinds = {self.scheme, self.down_type or self.scheme, *(kind for _, kind in self.modules)}
+        kinds = {self.scheme, *self.types_beside.values(), *(kind for _, kind in self.modules)}
         return frozenset(kinds) - {QuantType.FLOAT}
 
     @property
-    def down_type(self) -> QuantType | None:
-        """How down_proj is stored beside static linears; None: as they are."""
+    def types_beside(self) -> dict[str, QuantType]:
+        """How groups of linears are stored that are not as well off with static inputs, by their titles."""
         if self.target is None or self.scheme not in NEEDS_CALIBRATION:
-            return None
-        return QuantType.FLOAT if self.target is Target.MINDIE else QuantType.W8A16
+            return {}
+        found = {"down": QuantType.FLOAT if self.target is Target.MINDIE else QuantType.W8A16}
+        # Tokens are asymmetric here; on NPUs they are symmetric, which was not measured.
+        return {**found, "o": QuantType.W8A8_DYNAMIC} if self.target is Target.CPU else found
 
     @property
     def smooths_by_use(self) -> bool:

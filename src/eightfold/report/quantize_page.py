@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from eightfold.config import ModelConfig
-from eightfold.families import DOWN, input_groups, layer_of
+from eightfold.families import input_groups, layer_of
 from eightfold.files import read_json
 from eightfold.format.directory import CONFIG_NAME, read_tensors
 from eightfold.format.safetensors import TensorInfo
@@ -17,6 +17,7 @@ from eightfold.layouts import Part
 from eightfold.quant.analysis import Analysis, Choice, GroupLoss
 from eightfold.quant.mixture import rules_of
 from eightfold.quant.outcome import Outcome
+from eightfold.quant.plan import types_beside
 from eightfold.report.analysis_page import render as render_analysis
 from eightfold.scheme import QuantType
 
@@ -73,7 +74,7 @@ class _Quantized:
         return Analysis(
             model=self.model,
             scheme=recipe.scheme.value,
-            target=recipe.target.value if recipe.target is not None and recipe.down_type is not None else None,
+            target=recipe.target.value if recipe.target is not None and recipe.types_beside else None,
             samples=samples.get("samples", 0),
             tokens=samples.get("tokens", 0),
             float_bytes=sum(each.nbytes for each in self.source.values()),
@@ -103,16 +104,9 @@ class _Quantized:
         return {} if self.config is None else {name: rule.part for name, rule in rules_of(self.config).items()}
 
     @cached_property
-    def _downs(self) -> set[str]:
-        """The linears that read products."""
-        config = self.config
-        return set() if config is None else {
-            config.names.layer(layer) + linear.name
-            for layer in range(config.num_layers)
-            for group in input_groups(config, layer)
-            if group.title == DOWN
-            for linear in group.linears
-        }  # fmt: skip
+    def _beside(self) -> dict[str, QuantType]:
+        """The linears that the target takes as another type."""
+        return {} if self.config is None else types_beside(self.config, self.outcome.recipe)
 
     def _reason(self, name: str, kind: QuantType) -> str:
         """Return why a linear has its type: by what plan.assign_types() and plan.roll_back() go."""
@@ -136,11 +130,11 @@ class _Quantized:
         recipe, part = self.outcome.recipe, self._parts.get(name)
         if kind is recipe.scheme:
             return f"--scheme {kind.value.lower().replace('_', '-')}"
-        if name in self._downs and kind is recipe.down_type and recipe.target is not None:
-            return (
-                "it reads products, whose tails 256 fixed levels cannot hold; "
-                f"{recipe.target.value} takes {kind.value} beside {recipe.scheme.value}"
-            )
+        if kind is self._beside.get(name) and recipe.target is not None:
+            takes = f"{recipe.target.value} takes {kind.value} beside {recipe.scheme.value}"
+            if kind is QuantType.W8A8_DYNAMIC:
+                return f"a range for each token loses less; {takes}"
+            return f"it reads products, whose tails 256 fixed levels cannot hold; {takes}"
         if part is Part.ROUTER:
             return "a router stays float in every scheme"
         if part in (Part.EXPERT, Part.SHARED):
