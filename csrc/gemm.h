@@ -33,10 +33,11 @@ template <int C>
     for (int r = 0; r < 4; r++)
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) acc[r][c] = i_set(0);
-    int k = 0;
-    for (; k + step <= inner; k += step) {
+    const auto fetch = [&](int k) __attribute__((always_inline)) {
         const ptrdiff_t later = k + ahead + (k + ahead < inner ? 0 : wraps);
         for (int r = 0; r < 4; r++) __builtin_prefetch(w[r] + later);
+    };
+    const auto products = [&](int k) __attribute__((always_inline)) {
         const I w0 = i_load(w[0] + k), w1 = i_load(w[1] + k), w2 = i_load(w[2] + k), w3 = i_load(w[3] + k);
 #pragma GCC unroll 8
         for (int c = 0; c < C; c++) {
@@ -46,6 +47,18 @@ template <int C>
             acc[2][c] = dot4_anywhere(acc[2][c], xc, w2);
             acc[3][c] = dot4_anywhere(acc[3][c], xc, w3);
         }
+    };
+    int k = 0;
+    if constexpr (W == 4) {  // a step is a quarter of a cache line, which is prefetched once
+        for (; k + 4 * step <= inner; k += 4 * step) {
+            fetch(k);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) products(k + i * step);
+        }
+    }
+    for (; k + step <= inner; k += step) {
+        fetch(k);
+        products(k);
     }
     if (k < inner) {
         I wr[4];
