@@ -162,10 +162,10 @@ try-dist: dist
 	  && ../empty/bin/eightfold quantize float out --scheme w8a8-dynamic \
 	  && ../empty/bin/eightfold run out --prompt Hello --max-new-tokens 4
 
-# Wheels of aarch64 in dist/, cross-compiled, for Python 3.11.
-# Needs Python 3.11 and apt-get; five minutes on two cores, half of it zig's own C++ library, which it keeps.
+# Wheels of x86-64 and aarch64 for manylinux_2_28 in dist/, cross-compiled, for Python 3.11.
+# Needs Python 3.11, gcc and apt-get; ten minutes on two cores, half of it zig's own C++ library, which it keeps.
 wheels:
-	rm -f dist/*_aarch64.whl
+	rm -f dist/*-manylinux_2_28_*.whl
 	$(PYTHON) -m venv build/wheels/env
 	build/wheels/env/bin/pip install -q --disable-pip-version-check ziglang==0.14.1 scikit-build-core==1.1.2 nanobind==3.1.0 \
 	  setuptools-scm==10.3.4 cmake==4.4.5 ninja==1.13.2 wheel==0.48.0 auditwheel==6.8.2
