@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import eightfold
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Writes its arguments down and succeeds; what generate_quant_weight.sh asks with -c, it answers.
@@ -21,8 +23,13 @@ printf '%s\\0' "${{0##*/}}" "$@" > "{record}"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return the environment of a user of the checkout: no PYTHONPATH, this interpreter first on PATH."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "WORLD_SIZE")}
+    """Return the environment of a user of the checkout, who has installed eightfold; this interpreter is first on PATH.
+
+    PYTHONPATH has the package under test and nothing else, in case that it is not installed, or that another folder of
+    its name is.
+    """
+    clean = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    clean["PYTHONPATH"] = str(Path(eightfold.__file__).parents[1])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**clean, "PATH": path, "ATB_SPEED_HOME_PATH": str(ROOT), **changes}
 
