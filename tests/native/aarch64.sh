@@ -48,14 +48,15 @@ install() {
     [ -e "$to/.complete" ] && return
     "$python" -m pip install -q --disable-pip-version-check --no-warn-conflicts --upgrade --target "$to" \
         --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-        --python-version "$version" --only-binary=:all: -c constraints.txt "$@" >"$all/pip.log" 2>&1 \
+        --python-version "$version" --only-binary=:all: -c "${constraints:-constraints.txt}" "$@" >"$all/pip.log" 2>&1 \
         || skip "pip: $(tail -1 "$all/pip.log")"
     touch "$to/.complete"
 }
 install "$all/site" numpy pytest tokenizers jinja2 rich prompt-toolkit hypothesis safetensors pyyaml
 if [ $# -gt 0 ]; then
-    install "$all/torch" --no-deps "$(grep '^torch==' constraints.txt)"
-    install "$all/more" sympy networkx typing-extensions transformers
+    # 2.13.0 for aarch64 is built for CUDA, and does not load without it.
+    constraints=/dev/null install "$all/torch" --no-deps torch==2.9.0
+    install "$all/more" sympy networkx typing-extensions transformers nanobind
 fi
 
 # Python's headers, and none of the C library's beside them: the compiler has its own.
