@@ -12,7 +12,7 @@ CLIENTS = build/clients
 ENGINES = build/engines
 SITE    = build/site-env
 
-.PHONY: demo test pages fuzz sanitize aarch64 lint env lock fidelity readme docs clients engines run-engines dist try-dist wheels try-wheels coverage uncovered clean
+.PHONY: demo notebook test pages fuzz sanitize aarch64 lint env lock fidelity readme docs clients engines run-engines dist try-dist wheels try-wheels coverage uncovered clean
 
 env: $(STAMP)
 
@@ -95,6 +95,10 @@ fidelity: env
 readme: env
 	$(BIN)/python docs/make_terminal.py --folder build/picture
 	$(BIN)/python benchmarks/fill_readme.py --demo build/picture/build/demo/rows.json
+
+# Runs examples/notebooks again on the demo's model and keeps what they print.
+notebook: demo
+	MODEL=build/demo/smollm2-float WORK=build/demo/compared $(BIN)/python examples/notebooks/refresh.py
 
 # English and Chinese, with every link checked; the environment has no torch and compiles nothing.
 docs: $(SITE)/.installed
