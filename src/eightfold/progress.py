@@ -77,6 +77,30 @@ class Task:
     def advance(self) -> None:
         """Say that one step is done."""
 
+    def advance_by(self, steps: int) -> None:
+        """Say that several steps are done."""
+
+
+class ByteTask:
+    """A task whose steps are MiB: tensors and files differ too much to be counted alike."""
+
+    def __init__(self, task: Task) -> None:
+        self.at, self._task, self._nbytes = task.at, task, 0
+
+    def advance(self, nbytes: int) -> None:
+        """Say that so many more bytes are done."""
+        before, self._nbytes = self._nbytes, self._nbytes + nbytes
+        # At once, as a bar takes many steps in no time for speed.
+        if steps := (self._nbytes >> 20) - (before >> 20):
+            self._task.advance_by(steps)
+
+
+@contextmanager
+def by_bytes(progress: Progress, title: str, nbytes: int) -> Iterator[ByteTask]:
+    """Open a task of so many bytes."""
+    with progress(title, nbytes >> 20, "MiB") as task:
+        yield ByteTask(task)
+
 
 # Opens a task: (title, number of steps, name of a step).
 Progress = Callable[[str, int, str], AbstractContextManager[Task]]
@@ -96,8 +120,11 @@ class _BarTask(Task):
         self._bar.update(self._task, now=printable(text))
 
     def advance(self) -> None:
+        self.advance_by(1)
+
+    def advance_by(self, steps: int) -> None:
         done = self._bar.tasks[self._task]
-        self._bar.advance(self._task)
+        self._bar.advance(self._task, steps)
         speed = done.speed
         self._bar.update(self._task, rate=f"{speed:.1f}/s" if speed else "")
 
@@ -122,7 +149,7 @@ def bars(title: str, total: int, unit: str, after: float = 0.0) -> Iterator[Task
         progress.TextColumn("{task.description}"),
         progress.BarColumn(bar_width=24),
         progress.MofNCompleteColumn(),
-        progress.TextColumn(f"{unit}s  {{task.fields[rate]}}"),
+        progress.TextColumn(f"{unit if unit == 'MiB' else f'{unit}s'}  {{task.fields[rate]}}"),
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),

@@ -24,7 +24,7 @@ from eightfold.format.gguf_layout import require_gguf
 from eightfold.format.journal import FORMAT, Entry
 from eightfold.format.source import hold_source, source_facts
 from eightfold.hub.names import title_of
-from eightfold.progress import Progress
+from eightfold.progress import Progress, by_bytes
 from eightfold.scheme import NEEDS_CALIBRATION, QuantType
 from eightfold.values import size_text
 
@@ -91,13 +91,13 @@ class GgufExport:
                 self._write_metadata(file.path)
                 file.include()
                 file.close_step(_METADATA)
-            with progress("export to gguf", len(self.tensors), "tensor") as task:
+            with by_bytes(progress, "export to gguf", self.nbytes) as task:
                 for i, (step, tensors) in enumerate(steps, 1):
                     for tensor in tensors:
                         if i >= done:
                             task.at(tensor.name)
                             self._write_tensor(file, tensor)
-                        task.advance()
+                        task.advance(tensor.nbytes)
                     if i >= done:
                         file.close_step(step)
             file.finish()

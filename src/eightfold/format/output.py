@@ -42,7 +42,7 @@ from eightfold.format.journal import (
 )
 from eightfold.format.safetensors import checksum_of_file
 from eightfold.format.target import QUANTIZE, check_target, files_in, has_content, not_empty
-from eightfold.progress import Progress, silent
+from eightfold.progress import Progress, by_bytes, silent
 from eightfold.values import size_text
 
 # As the reference tool leaves them: weights are read-only, nothing is open to others.
@@ -455,15 +455,15 @@ def verify_files(directory: Path, progress: Progress = silent) -> list[str]:
 def _changed_files(directory: Path, sealed: Entry, progress: Progress) -> list[str]:
     """Return the files of a complete directory that are not what its closing line says. Other files are ignored."""
     changed = []
-    with progress("verify", len(sealed), "file") as task:
+    there = [directory / name for name in sealed if (directory / name).is_file()]
+    with by_bytes(progress, "verify", sum(path.stat().st_size for path in there)) as task:
         for name, expected in sealed.items():
             task.at(name)
             path = directory / name
             try:
-                found = [path.stat().st_size, checksum_of_file(path)]
+                found = [path.stat().st_size, checksum_of_file(path, task.advance)]
             except (OSError, CheckpointError):
                 found = []
             if found != expected:
                 changed.append(name)
-            task.advance()
     return changed

@@ -263,13 +263,23 @@ def checksum_of_parts(checksums: Iterable[int]) -> int:
     return zlib.crc32(b"".join(checksum.to_bytes(4, "little") for checksum in checksums))
 
 
-def checksum_of_file(path: Path) -> int:
+def checksum_of_file(path: Path, told: Callable[[int], None] = lambda nbytes: None) -> int:
     """Return the CRC-32 of a file; of a safetensors file, that of the CRC-32s of its header and its tensors.
+
+    Args:
+        path: the file.
+        told: gets the number of bytes of each tensor that has been read.
 
     Raises:
         CheckpointError: the header of a safetensors file lies.
         OSError: it cannot be read.
     """
+
+    def of_tensor(info: TensorInfo) -> int:
+        checksum = checksum_of(file, info.begin, info.end)
+        told(info.end - info.begin)
+        return checksum
+
     file = open_regular(path)
     try:
         size = os.fstat(file).st_size
@@ -277,7 +287,7 @@ def checksum_of_file(path: Path) -> int:
             return checksum_of(file, 0, size)
         infos = sorted(read_header(path).values(), key=lambda info: (info.begin, info.end))
         header = checksum_of(file, 0, infos[0].begin if infos else size)
-        return checksum_of_parts([header, *(checksum_of(file, info.begin, info.end) for info in infos)])
+        return checksum_of_parts([header, *map(of_tensor, infos)])
     finally:
         os.close(file)
 

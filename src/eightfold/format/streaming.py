@@ -19,7 +19,7 @@ from eightfold.format.output import Output
 from eightfold.format.shards import PlannedTensor, ShardedWriter, total_bytes
 from eightfold.format.stored import StoredTensors
 from eightfold.format.tokenizer_files import write_for_both
-from eightfold.progress import Progress
+from eightfold.progress import Progress, by_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,14 +91,14 @@ def _write(
     with open_writer(output, stem, planned, part_bytes, metadata) as files:
         written = take_over(output.journal.entries, files, progress)
         output.require_space(total_bytes(tensor for tensor in planned if tensor.name not in written))
-        with progress(title, len(items), "tensor") as task:
+        with by_bytes(progress, title, total_bytes(planned)) as task:
             for step, members in steps.items():
                 is_written = step in output.journal.steps
                 for item in members:
                     if not is_written:
                         task.at(item.planned.name)
                         _write_item(files, item)
-                    task.advance()
+                    task.advance(item.planned.nbytes)
                 if not is_written:
                     files.sync()
                     names = [item.planned.name for item in members]

@@ -43,7 +43,7 @@ from eightfold.format.tokenizer_files import write_for_both
 from eightfold.importers.container import StoredTensor, read_container
 from eightfold.model.layers import inverse_frequencies
 from eightfold.model.reference.tensors import require_range, to_array
-from eightfold.progress import Progress, silent
+from eightfold.progress import Progress, by_bytes, silent
 from eightfold.rope import RopeParameters
 from eightfold.scheme import BIAS, WEIGHT, weight_name
 from eightfold.values import COUNT, POSITIVE, require, shorten, shown
@@ -119,12 +119,13 @@ def import_gguf(
         write_tokenizer(file.path, output.path, raw, file.fields)
         with (
             ShardedWriter(output.path, "model", plan, metadata={"format": "pt"}) as writer,
-            progress("import", len(names), "tensor") as task,
+            by_bytes(progress, "import", total_bytes(plan)) as task,
         ):
             for name, gguf_name in names.items():
                 task.at(name)
-                writer.write(name, read_float(file, config, name, gguf_name, dtype))
-                task.advance()
+                weights = read_float(file, config, name, gguf_name, dtype)
+                writer.write(name, weights)
+                task.advance(weights.nbytes)
         write_json(output.path / CONFIG_NAME, both_dialects(raw, config, dtype))
         output.finish(writer.file_checksums())
     return config
