@@ -57,6 +57,12 @@ CHINESE = {
     " tokens in, 128 out, medians of ": " token 输入、128 token 输出，轮流运行 ",
     " rounds in turn. ": " 轮取中位数。",
     "| model | in x out | program |": "| 模型 | 序列 x（输入，输出） | 程序 |",
+    "| model | tokens before | program | prompts, tok/s | answers, tok/s | prompts / answers, to llama.cpp |": (
+        "| 模型 | 已有上下文（token） | 程序 | prefill，tok/s | decode，tok/s | 与 llama.cpp 之比：prefill / decode |"
+    ),
+    "| model | program | output, tok/s | first token, median | first token, 99th percentile |": (
+        "| 模型 | 程序 | 输出，tok/s | 首 token 时间（中位数） | 首 token 时间（P99） |"
+    ),
     " prompts, tok/s | answers, tok/s | all, tok/s | of read bandwidth | memory |": (
         " prefill，tok/s | decode，tok/s | 总计，tok/s | 占读带宽 | 内存 |"
     ),
@@ -236,6 +242,35 @@ def start() -> str:
     )
 
 
+def contexts() -> str:
+    """Return the table of speeds far into a long context, and our rates / llama.cpp's."""
+    record = load("contexts")
+    about, *rows = record["rows"]
+    heads = ("model", "tokens before", "program", "prompts, tok/s", "answers, tok/s", "prompts / answers, to llama.cpp")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        ratios = " / ".join(f"{median(found):.2f}" for found in row.get("ratios", {}).values())
+        rates = f"{row['prefill_tok_s']:.0f} | {row['decode_tok_s']:.1f}"
+        lines.append(f"| {row['model']} | {row['depth']:,} | {row['program']} | {rates} | {ratios} |")
+    basis = f"{about['rounds']} rounds of {about['steps']} steps. `benchmarks/contexts.py` on {machine(record)}."
+    return "\n".join([*lines, "", basis])
+
+
+def mixed() -> str:
+    """Return the table of servers under mixed load."""
+    record = load("mixed")
+    about, *rows = record["rows"]
+    heads = ("model", "program", "output, tok/s", "first token, median", "first token, 99th percentile")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        times = f"{row['first_token_median_s']:.2f} s | {row['first_token_p99_s']:.2f} s"
+        lines.append(f"| {row['model']} | {row['program']} | {row['output_tok_s']:.0f} | {times} |")
+    ratios = rows[0]["ratios"]["output_tok_s"]
+    spread = f"output {median(ratios):.2f} times vLLM's ({min(ratios):.2f} to {max(ratios):.2f})"
+    basis = f"{about['rounds']} rounds of {about['seconds']} s in turn, {spread}. `benchmarks/mixed.py` on "
+    return "\n".join([*lines, "", f"{basis}{machine(record)}."])
+
+
 def releases() -> str:
     """Return the table of the last two releases."""
     return history.table(*history.read()[-2:])
@@ -287,6 +322,8 @@ def fill(text: str, *, is_chinese: bool = False) -> str:
         ("native", native),
         ("sizes", sizes),
         ("start", start),
+        ("contexts", contexts),
+        ("mixed", mixed),
         ("clients", clients),
         ("accuracy", accuracy),
         ("readers", readers),
