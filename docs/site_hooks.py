@@ -19,6 +19,8 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 _HELD = re.compile(r"^\[[^\]]*\]\(\.\./([\w.]+\.md)\)$", re.MULTILINE)
 # Definitions of links to the repository's own pages of releases, which the site does not have.
 _ELSEWHERE = re.compile(r"^\[[^\]]+\]: \.\./\.\./.*\n?", re.MULTILINE)
+# Pictures that the README makes smaller; the site has room for the whole.
+_IMAGE = re.compile(r'^<img [^>]*src="([^"]+)" alt="([^"]+)">$', re.MULTILINE)
 _CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -40,7 +42,7 @@ def led(text: str, folder: str) -> str:
             return words
         return f"{image}[{words}]({place.removeprefix('docs/').replace('.zh.md', '.md')}{mark}{anchor})"
 
-    parts = _CODE.split(_ELSEWHERE.sub("", text))
+    parts = _CODE.split(_IMAGE.sub(r"![\2](\1)", _ELSEWHERE.sub("", text)))
     return "".join(part if part.startswith("```") else _LINK.sub(link, part) for part in parts)
 
 

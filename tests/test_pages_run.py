@@ -90,7 +90,7 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch, cli, capsys):
             server.send_signal(signal.SIGKILL)
             server.communicate()
     assert server is not None
-    assert capsys.readouterr().out.strip()  # the answers that the last block prints
+    assert capsys.readouterr().out.strip() or "python" not in dict(blocks(page))  # the answers of Python
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -98,7 +98,8 @@ def test_the_chinese_page_has_the_same_commands(page):
     chinese = page.replace(".md", ".zh.md")
     assert commands(chinese) == commands(page)
     python = [[code for language, code in blocks(one) if language == "python"] for one in (page, chinese)]
-    assert python[0] == python[1] != []
+    assert python[0] == python[1]
+    assert python[0] or page == "README.md"  # which leaves Python to the start page
 
 
 def test_what_is_not_run_stands_on_a_page():
