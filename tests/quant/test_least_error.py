@@ -125,3 +125,14 @@ def test_channels_without_input_rows_without_weights_and_sinks_stay_finite(at):
         assert torch.isfinite(found).all() and (found > 0).all()
     for ends in (None, (torch.zeros(K), torch.zeros(K))):
         assert torch.equal(least_error_scale([torch.zeros(4, K)], torch.zeros(K), ends), torch.ones(K))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e20])
+def test_channels_without_weights_or_with_huge_ones_stay_finite(size):
+    weights, rms = group()
+    for weight in weights:
+        weight[:, :3] *= size
+    rms[:3] = 1e5
+    for ends in (None, (-3 * rms, 2 * rms)):
+        found = least_error_scale(weights, rms, ends)
+        assert torch.isfinite(found).all() and (found > 0).all()

@@ -38,6 +38,7 @@ from eightfold.model.reference.linear import Q_MAX, Q_MIN
 SCHEDULE = ((16, 5), (32, 3), (64, 3), (128, 2))
 _FAINT = 0.01  # of the median power: a channel that calibration hardly shows keeps so much
 _REACH = 8.0  # of log s, either way
+_MOST = 60.0  # e**this times many channels is finite; only channels without weights get so far
 _LONGEST = 16.0  # P times a step of log s: e**(P log s) stays finite between two changes of P
 _GRID = 128  # steps of s to a factor of two, so that the last bits of sums do not decide about integers
 _TINY = torch.finfo(torch.float32).tiny
@@ -53,12 +54,15 @@ class _Rows:
 
     @classmethod
     def of(cls, weight_NK: Tensor, scale_K: Tensor, power: int) -> _Rows:
-        raised = weight_NK * scale_K
+        largest = torch.linalg.vector_norm(weight_NK, math.inf).clamp(min=_TINY)
+        raised = torch.ldexp(weight_NK, -torch.frexp(largest).exponent)  # at most 1, so that squares stay finite
+        squares_K = torch.linalg.vector_norm(raised, dim=0).square()
+        raised.mul_(scale_K)
         top_N1 = torch.maximum(raised.amax(1, keepdim=True), -raised.amin(1, keepdim=True)).clamp(min=_TINY)
         raised.div_(top_N1)
         for _ in range(int(math.log2(power))):
             raised.square_()
-        return cls(raised, top_N1[:, 0].square(), torch.linalg.vector_norm(weight_NK, dim=0).square())
+        return cls(raised, top_N1[:, 0].square(), squares_K)
 
 
 def least_error_scale(
@@ -81,7 +85,8 @@ def least_error_scale(
     for power, steps in SCHEDULE:
         began, rows = log_s, [_Rows.of(weight_NK, log_s.exp(), power) for weight_NK in weights]
         for _ in range(steps):
-            left, right = _sides(rows, power_K, ends, log_s, (power * (log_s - began)).exp(), power)
+            moved_K = (power * (log_s - began)).clamp(max=_MOST).exp()
+            left, right = _sides(rows, power_K, ends, log_s, moved_K, power)
             if spread is not None:
                 left, right = spread(left), spread(right)
             log_s = log_s + (right / left).log().clamp(-_LONGEST, _LONGEST) / (power + 2)
