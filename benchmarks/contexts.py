@@ -54,17 +54,12 @@ class LlamaCpp:
     """llama.cpp with flash attention, keys and values in Q8_0."""
 
     def __init__(self, path: str, depth: int, threads: int) -> None:
-        import llama_cpp
         import numpy as np
 
-        from peer import silence
+        from peer import llama_model
 
+        llama_cpp, model = llama_model(path)
         self.lib, self.random = llama_cpp, np.random.default_rng(0)
-        silence(llama_cpp)
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
-        if not model:
-            sys.exit(f"llama.cpp cannot load {path}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = depth + PIECE, PIECE, PIECE
         params.n_seq_max, params.kv_unified = 2, True

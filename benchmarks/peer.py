@@ -73,14 +73,8 @@ class LlamaCpp:
     package = "llama-cpp-python"
 
     def __init__(self, path: str, work: Work, threads: int) -> None:
-        import llama_cpp
-
+        llama_cpp, model = llama_model(path)
         self.lib, self.work, self.random = llama_cpp, work, np.random.default_rng(0)
-        silence(llama_cpp)
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
-        if not model:
-            sys.exit(f"llama.cpp cannot load {path}")
         params = llama_cpp.llama_context_default_params()
         # Each sequence has its share of n_ctx, rounded up as llama.cpp wants it.
         params.n_ctx = work.batch * (-(-(work.prompt_len + work.new_tokens) // 256) * 256)
@@ -243,6 +237,18 @@ def require_tokens(count: int, outputs: list[Any]) -> None:
     counts = {len(output.outputs[0].token_ids) for output in outputs}
     if counts != {count}:
         sys.exit(f"answers of {sorted(counts)} tokens, expected {count}")
+
+
+def llama_model(path: str) -> tuple[Any, Any]:
+    """Return the module llama_cpp, and a model that it has loaded."""
+    import llama_cpp
+
+    silence(llama_cpp)
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    if not model:
+        sys.exit(f"llama.cpp cannot load {path}")
+    return llama_cpp, model
 
 
 def silence(llama_cpp: Any) -> None:

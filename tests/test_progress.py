@@ -20,7 +20,7 @@ class Counted(Task):
     def at(self, text: str) -> None:
         self.names.append(text)
 
-    def advance_by(self, steps: int) -> None:
+    def advance(self, steps: int = 1) -> None:
         self.steps += steps
         self.calls += 1
 

@@ -74,11 +74,8 @@ class Task:
     def at(self, text: str) -> None:
         """Say what is being done now."""
 
-    def advance(self) -> None:
-        """Say that one step is done."""
-
-    def advance_by(self, steps: int) -> None:
-        """Say that several steps are done."""
+    def advance(self, steps: int = 1) -> None:
+        """Say that so many steps are done."""
 
 
 class ByteTask:
@@ -92,7 +89,7 @@ class ByteTask:
         before, self._nbytes = self._nbytes, self._nbytes + nbytes
         # At once, as a bar takes many steps in no time for speed.
         if steps := (self._nbytes >> 20) - (before >> 20):
-            self._task.advance_by(steps)
+            self._task.advance(steps)
 
 
 @contextmanager
@@ -119,10 +116,7 @@ class _BarTask(Task):
     def at(self, text: str) -> None:
         self._bar.update(self._task, now=printable(text))
 
-    def advance(self) -> None:
-        self.advance_by(1)
-
-    def advance_by(self, steps: int) -> None:
+    def advance(self, steps: int = 1) -> None:
         done = self._bar.tasks[self._task]
         self._bar.advance(self._task, steps)
         speed = done.speed

@@ -111,7 +111,7 @@ def test_progress_hears_of_every_answer(llm):
     def progress(title, total, unit):
         heard.append((title, total, unit))
         task = Task()
-        task.advance = lambda: heard.append("one")  # type: ignore[arg-type]
+        task.advance = lambda steps=1: heard.append("one")  # type: ignore[misc, arg-type]
         yield task
 
     llm.generate([[1], [2], [3]], greedy(5), progress=progress)
@@ -377,7 +377,7 @@ def test_a_call_within_another_is_refused_and_not_waited_for(llm):
     @contextmanager
     def progress(title, total, unit):
         task = Task()
-        task.advance = lambda: llm.generate("a")  # type: ignore[assignment]
+        task.advance = lambda steps=1: llm.generate("a")  # type: ignore[misc, assignment]
         yield task
 
     with pytest.raises(InputError, match="got a call from within another"):
